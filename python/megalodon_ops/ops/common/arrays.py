@@ -1,15 +1,14 @@
-"""Arrays of other libraries as arguments of the ops, through DLPack: NumPy's, CuPy's, any that has `__dlpack__`.
+"""Arrays of other libraries as arguments of the ops, through DLPack: NumPy, CuPy, any type with `__dlpack__`.
 
-An op whose first argument is an array reads all its arrays where they lie; it copies one that is not C-contiguous. The op
-returns arrays of the first argument's kind, states included. A kind is known by the `from_dlpack` of its namespace; a
-call on arrays of a kind without it returns torch tensors.
+If its first argument is an array, an op reads all its arrays in place; an array that is not C-contiguous is copied. The
+op returns arrays of the first argument's library, states included, or torch tensors if that library has no `from_dlpack`.
 
-Arrays carry no gradient: a call on arrays runs without gradients and outside torch.autocast. A call takes either arrays
+Arrays carry no gradients: a call on arrays runs without gradients and outside torch.autocast. A call takes either arrays
 or tensors, so that no gradient is lost unnoticed. With `inplace_state` the op writes to the caller's arrays.
 
-Streams follow the protocol, and the host never waits. Each array's producer makes torch's current stream wait for what
-is pending on the array; then the results make their consumer's current stream wait for the op. Where the results are
-torch tensors, no other stream is made to wait: keep the arrays until torch's stream is done with them.
+Streams follow the protocol; the host never waits. Each array's producer makes torch's current stream wait for the work
+pending on the array; the results make their consumer's current stream wait for the op. If the results are torch tensors,
+no other stream waits: keep the arrays until torch's stream is done with them.
 
 Example:
     >>> import numpy as np, megalodon_ops as mo
@@ -33,7 +32,7 @@ from torch import Tensor
 
 from .checks import check_tensor, described
 
-_WORDS_FOR_ARRAYS = {  # in place of those of errors about tensors
+_ARRAY_WORDS = {  # patterns in errors about tensors, and their replacements
     r"\.to\(torch\.(\w+)\)": r'.astype("\1")',
     r"torch\.(?=(float|bfloat|int|complex)\d)": "",
     "a torch tensor, got": "a torch tensor or an array with __dlpack__, got",
@@ -42,9 +41,9 @@ _WORDS_FOR_ARRAYS = {  # in place of those of errors about tensors
 
 
 def call_with_arrays(op: Callable[..., Any], /, **arguments: Any) -> Any:
-    """Call `op` on tensors over the memory of the arrays, and return its results as arrays of the first one's kind."""
+    """Call `op` on tensors over the arrays' memory; return its results as arrays of the first array's library."""
     first, array = next(iter(arguments.items()))
-    arrays: dict[int, Any] = {}  # by the id of the tensor over their memory
+    arrays: dict[int, Any] = {}  # keys: ids of the tensors over their memory
 
     def to_tensor(name: str, value: Any) -> Any:
         where = f"{op.__name__}: `{name}`"
@@ -70,14 +69,14 @@ def call_with_arrays(op: Callable[..., Any], /, **arguments: Any) -> Any:
             results = op(**tensors)
     except (TypeError, ValueError) as error:
         message = str(error)
-        for pattern, words in _WORDS_FOR_ARRAYS.items():
+        for pattern, words in _ARRAY_WORDS.items():
             message = re.sub(pattern, words, message)
         raise type(error)(message) from error.__cause__
     return _convert(to_array, "result", results)
 
 
 def _convert(function: Callable[[str, Any], Any], name: str, value: Any) -> Any:
-    """The value of `function(name, value)`; a state or another tuple is converted part by part, as "state.k"."""
+    """Return `function(name, value)`; a state or another tuple is converted field by field, as "state.k"."""
     if not isinstance(value, tuple):
         return function(name, value)
     fields = zip(getattr(value, "_fields", range(len(value))), value)
@@ -86,14 +85,14 @@ def _convert(function: Callable[[str, Any], Any], name: str, value: Any) -> Any:
 
 
 def _tensor_over(array: Any, where: str, write: bool) -> Tensor:
-    """A tensor over the array's memory, which may be read-only if the op does not write to it."""
+    """Tensor over the array's memory; without `write` the array may be read-only."""
     try:
         strides = getattr(array, "strides", None)
-        if isinstance(strides, tuple) and min(strides, default=0) < 0:  # torch would end the process: pytorch#188023
+        if isinstance(strides, tuple) and min(strides, default=0) < 0:  # torch would crash: pytorch#188023
             raise ValueError(f"its strides {strides} are negative")
         if write:
             array[:0] = array[:0]  # raises if the array cannot be written, and changes nothing
-        elif isinstance(array, numpy.ndarray) and not array.flags.writeable:  # older versions would not pass it on
+        elif isinstance(array, numpy.ndarray) and not array.flags.writeable:  # older versions of NumPy do not export it
             interface = array.__array_interface__
             interface["data"] = (interface["data"][0], False)
             array = numpy.asarray(SimpleNamespace(array=array, __array_interface__=interface))
@@ -107,9 +106,9 @@ def _tensor_over(array: Any, where: str, write: bool) -> Tensor:
 
 
 def _array_over(tensor: Tensor, kind: Any) -> Any:
-    """An array of the kind of `kind` over the tensor's memory; the tensor itself if that kind has no `from_dlpack`."""
+    """Array of the library of `kind` over the tensor's memory; the tensor itself if that library has no `from_dlpack`."""
     if isinstance(kind, numpy.ndarray):
-        return tensor.numpy()  # writable, where older versions of numpy.from_dlpack give read-only arrays
+        return tensor.numpy()  # writable; numpy.from_dlpack of older versions gives read-only arrays
     package = sys.modules.get(type(kind).__module__.partition(".")[0])
     namespace = kind.__array_namespace__() if hasattr(kind, "__array_namespace__") else package
     return namespace.from_dlpack(_Result(tensor)) if hasattr(namespace, "from_dlpack") else tensor

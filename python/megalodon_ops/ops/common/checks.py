@@ -1,4 +1,4 @@
-"""Checks of values from a caller or a file, and how an error names a value."""
+"""Checks of values from a caller or a file, and the text for a value in an error."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ _LARGEST_SIZE = 2**31 - 1
 
 
 def is_number(value: object) -> bool:
-    """Whether the value is a real number, NumPy's included; True and False are none."""
+    """Return True if the value is a real number, NumPy's included; True and False are not."""
     return isinstance(value, Real) and not isinstance(value, bool)
 
 
 def as_float(value: object) -> float:
-    """The value as a float: NaN if it is no number, infinite if it is too large an integer."""
+    """The value as a float: NaN if it is not a number, infinity if it is too large an integer."""
     try:
         return float(value) if is_number(value) else math.nan
     except OverflowError:
@@ -31,19 +31,19 @@ def as_float(value: object) -> float:
 
 
 def is_whole(value: object, least: int, most: int = 2**63 - 1) -> bool:
-    """Whether the value is an integer from `least` to `most`, NumPy's included; True, False and 4.0 are none."""
+    """Return True if the value is an integer from `least` to `most`, NumPy's included; True, False and 4.0 are not."""
     return isinstance(value, Integral) and not isinstance(value, bool) and least <= value <= most
 
 
 def check_size(op: str, argument: str, value: object) -> int:
-    """The value as an int, if it is an integer in [1, 2^31); a torch.SymInt, as tracing passes, stays one."""
+    """Return the value as an int, or raise unless it is an integer in [1, 2^31). A torch.SymInt of tracing is returned as is."""
     if type(value) is int and 1 <= value <= _LARGEST_SIZE:
         return value
     return check_integer(op, argument, value, "a positive integer below 2^31", 1, _LARGEST_SIZE)
 
 
 def check_integer(op: str, argument: str, value: object, expected: str, least: int, most: int = 2**63 - 1) -> int:
-    """The value as an int, if it is an integer from `least` to `most`, as `expected` says in words."""
+    """Return the value as an int, or raise unless it is an integer from `least` to `most`; `expected` is for the error."""
     if isinstance(value, torch.SymInt):
         return value
     if not isinstance(value, Integral) or isinstance(value, bool):
@@ -56,7 +56,7 @@ def check_integer(op: str, argument: str, value: object, expected: str, least: i
 def check_number(
     op: str, argument: str, value: object, expected: str, least: float = -LARGEST, most: float = LARGEST
 ) -> float:
-    """The value as a float, if it is a number from `least` to `most`, as `expected` says in words."""
+    """Return the value as a float, or raise unless it is a number from `least` to `most`; `expected` is for the error."""
     if type(value) is float and least <= value <= most:
         return value
     if isinstance(value, (torch.SymInt, torch.SymFloat)):
@@ -70,13 +70,13 @@ def check_number(
 
 
 def check_flag(op: str, argument: str, value: object) -> None:
-    """Raises a TypeError unless the value is True or False."""
+    """Raise a TypeError unless the value is True or False."""
     if value is not True and value is not False:
         raise TypeError(f"{op}: `{argument}` must be True or False, got {described(value)}.")
 
 
 def check_tensor(op: str, argument: str, value: object) -> None:
-    """Raises a TypeError unless the value is a tensor of torch's."""
+    """Raise a TypeError unless the value is a torch tensor."""
     if not isinstance(value, Tensor):
         raise TypeError(
             f"{op}: `{argument}` must be a torch tensor, got {described(value)}; "
@@ -85,13 +85,13 @@ def check_tensor(op: str, argument: str, value: object) -> None:
 
 
 def check_optional_tensor(op: str, argument: str, value: object) -> None:
-    """Raises a TypeError unless the value is a tensor of torch's or None."""
+    """Raise a TypeError unless the value is a torch tensor or None."""
     if value is not None:
         check_tensor(op, argument, value)
 
 
 def refuse_arguments(op: Any, args: tuple[Any, ...]) -> None:
-    """Raise a TypeError if an argument of the registered `op` is no tensor, though the op takes one there."""
+    """Raise a TypeError if an argument of the registered `op` must be a tensor and is not."""
     public = op._schema.name.split("::")[1].removesuffix("_fwd")
     checks = {"Tensor": check_tensor, "Optional[Tensor]": check_optional_tensor}
     for argument, value in zip(op._schema.arguments, args):
@@ -100,7 +100,7 @@ def refuse_arguments(op: Any, args: tuple[Any, ...]) -> None:
 
 
 def check_rank(op: str, argument: str, tensor: Tensor, letters: str, rank: int) -> None:
-    """Raises unless this is a tensor of as many axes as `letters` names, such as "(B, L, D)"."""
+    """Raise unless this is a tensor with `rank` dimensions, which `letters` names, such as "(B, L, D)"."""
     check_tensor(op, argument, tensor)
     if tensor.dim() != rank:
         fix = "; add a batch dimension" if tensor.dim() == rank - 1 else ""
@@ -108,7 +108,7 @@ def check_rank(op: str, argument: str, tensor: Tensor, letters: str, rank: int) 
 
 
 def check_width(op: str, x: Tensor, **parameters: Tensor) -> None:
-    """Raises where two parameters agree on D, their first axis, and x (B, L, D) does not, as one that is transposed."""
+    """Raise if two parameters agree on D, their first dimension, and x (B, L, D) has another D, as if transposed."""
     sizes = [
         parameter.shape[0] for parameter in parameters.values() if isinstance(parameter, Tensor) and parameter.dim()
     ]
@@ -119,7 +119,7 @@ def check_width(op: str, x: Tensor, **parameters: Tensor) -> None:
 
 
 def check_channels(layer: str, x: object, dim: int, parameter: Tensor) -> None:
-    """Raises unless x is a tensor (B, L, D) of as many channels as the layer has, and not wider than its parameters."""
+    """Raise unless x is a tensor (B, L, `dim`) and, if it is float64, the layer's parameters are float64, too."""
     check_tensor(layer, "x", x)
     if x.dim() != 3 or x.shape[-1] != dim:
         fix = "; add a batch dimension" if x.dim() == 2 and x.shape[-1] == dim else ""
@@ -132,7 +132,7 @@ def check_channels(layer: str, x: object, dim: int, parameter: Tensor) -> None:
 
 
 def check_device(op: str, argument: str, tensor: Tensor, like: Tensor) -> None:
-    """Raises a ValueError unless the tensor is on the device of `like`, the op's first argument."""
+    """Raise a ValueError unless the tensor is on the device of `like`, the op's first argument."""
     if tensor.device != like.device:
         raise ValueError(
             f"{op}: `{argument}` must be on {like.device} as the others, got {tensor.device}; move it there."
@@ -140,7 +140,7 @@ def check_device(op: str, argument: str, tensor: Tensor, like: Tensor) -> None:
 
 
 def as_device(caller: str, value: object) -> torch.device:
-    """The value as a device, or a ValueError."""
+    """Return the value as a torch.device, or raise a ValueError."""
     try:
         return torch.device(value)
     except (RuntimeError, TypeError):
@@ -148,7 +148,7 @@ def as_device(caller: str, value: object) -> torch.device:
 
 
 def check_sequences(op: str, x: Tensor, cu_seqlens: Tensor | None, lengths: Tensor | None) -> None:
-    """Raises unless these are sequences of x (B, L, ...) as every op takes them, but for their values."""
+    """Check dtype, shape and device of the sequences of x (B, L, ...); the values are not read."""
     B, L = x.shape[:2]
     if cu_seqlens is not None and lengths is not None:
         raise ValueError(f"{op}: `lengths` must be None where `cu_seqlens` is given.")
@@ -165,7 +165,7 @@ def check_sequences(op: str, x: Tensor, cu_seqlens: Tensor | None, lengths: Tens
 
 
 def sequence_spans(op: str, x: Tensor, cu_seqlens: Tensor | None, lengths: Tensor | None) -> list[tuple[int, int]]:
-    """From which to which token of x (B, L, ...), all rows as one, each sequence goes; waits for the device to know."""
+    """First token and end of each sequence in x (B, L, ...) with its rows joined; waits for the device."""
     B, L = x.shape[:2]
     if cu_seqlens is not None:
         offsets = cu_seqlens.tolist()
@@ -179,14 +179,14 @@ def sequence_spans(op: str, x: Tensor, cu_seqlens: Tensor | None, lengths: Tenso
 
 
 def described(value: object) -> str:
-    """What an error says of a value of a wrong type: the value itself if it is short by nature, else its type."""
+    """Text for a value of a wrong type in an error: a number or a string itself, else the name of its type."""
     if value is None or isinstance(value, (bool, int, float, complex, str, bytes)):
         return shown(value)
     return f"{type(value).__module__}.{type(value).__qualname__}".removeprefix("builtins.")
 
 
 def shown(value: object) -> str:
-    """The value on one line, and short whatever it is."""
+    """Short text of the value on one line."""
     if isinstance(value, (dict, list, tuple, set)):
         return f"a {type(value).__name__} of {len(value)}"
     if isinstance(value, int) and value.bit_length() > 128:

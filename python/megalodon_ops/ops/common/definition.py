@@ -1,4 +1,4 @@
-"""How every op is registered with torch: schema, kernels, fake kernel, autograd; and how a kernel is launched."""
+"""Registration of the ops with torch (schema, kernels, fake kernel, autograd), and the launch of kernels."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from .flops import register_formula
 
 _library = torch.library.Library("megalodon_ops", "DEF")
 OWN_TYPES = (Tensor, torch.nn.Parameter)
-"""Torch's own types of tensors; a subclass may mean something else than what its memory holds"""
+"""Tensor types of torch itself; a subclass may differ from what its memory holds"""
 
 
 def define_op(
@@ -32,18 +32,17 @@ def define_op(
     setup_context: Callable | None = None,
     flops: Callable[..., int] | None = None,
 ) -> Callable:
-    """Defines `megalodon_ops::<schema>` and returns the callable op.
+    """Define `megalodon_ops::<schema>` and return the op.
 
     Args:
-        schema: torch's, with names for the results. An op that is the backward of another calls the incoming gradients
-            `d<result>` and its results `d<argument>`; the names of its other arguments are those of the other op.
-        kernel: computes the op on the CPU, and on CUDA devices where the op has kernels for them.
+        schema: torch's, with names for the results. The backward of an op names its incoming gradients `d<result>`, its
+            results `d<argument>` and its other arguments as the op does.
+        kernel: computes the op on the CPU, and on CUDA devices if the op has kernels for them.
         fake: computes the outputs' shapes for tracing. None: the outputs are :func:`empty_gradients` of arguments.
         backward: the op that computes the gradients; the names in its schema say what is kept for it (see
-            :func:`_autograd_by_names`). With `setup_context`: the backward of a torch.autograd.Function. None: the op
-            is a backward itself or has no derivative, and differentiating through it raises. Forward mode raises in
-            any case.
-        flops: the operations that torch.utils.flop_counter counts, from the arguments that its parameters name.
+            :func:`_autograd_by_names`). With `setup_context`: the backward of a torch.autograd.Function. None:
+            differentiation raises, as for a backward itself. Forward-mode differentiation always raises.
+        flops: floating-point operations for torch.utils.flop_counter, from the arguments that its parameters name.
     """
     name = schema.split("(")[0]
     qualified = f"megalodon_ops::{name}"
@@ -51,7 +50,7 @@ def define_op(
     op = getattr(torch.ops.megalodon_ops, name).default
     register_formula(op, flops)
     if "!" in schema:
-        kernel = _noting_writes(op, kernel)
+        kernel = _with_version_counts(op, kernel)
     for device in ("CPU", "CUDA"):
         _library.impl(name, kernel, device)
     torch.library.register_fake(qualified, _on_one_device(op, fake or _fake_gradients(op)), lib=_library)
@@ -64,38 +63,52 @@ def define_op(
 
 
 def _autograd_by_names(op: Callable, backward_op: Callable) -> tuple[Callable, Callable]:
-    """`setup_context` and `backward` of an op, from the names in the schema of the op that computes its gradients.
+    """Generate `setup_context` and `backward` of an op from the names in its schema and in that of `backward_op`.
 
-    Arguments of `backward_op` that are no incoming gradients are kept: tensors by save_for_backward. A result whose
-    gradient it does not take is not differentiable; nor are results `<name>_out` where `return_state` is False. If it
-    takes an incoming gradient as `Tensor?`, None is one that did not arrive; one that it requires is then zeros like
-    the op's first argument. The functions are generated as source, like those of dataclasses: loops over names would
-    cost each call 2 us.
+    The functions are generated as source, like those of dataclasses; loops over names would cost each call 2 us. The
+    source for `cema_fwd`::
+
+        def setup_context(ctx, inputs, output):
+            x, p, q, gamma, omega, state, cu_seqlens, lengths, return_state = inputs
+            y, state_out = output
+            if not return_state: ctx.mark_non_differentiable(state_out)
+            ctx.set_materialize_grads(False)
+            ctx.save_for_backward(x, p, q, gamma, omega, state, cu_seqlens, lengths)
+        def backward(ctx, dy, dstate_out):
+            x, p, q, gamma, omega, state, cu_seqlens, lengths = ctx.saved_tensors
+            if dy is None: dy = torch.zeros_like(x)
+            dx, dp, dq, dgamma, domega, dstate = call(backward_op, dy, dstate_out, x, p, <and so on>, lengths)
+            return dx, dp, dq, dgamma, domega, None if state is None else dstate, None, None, None
+
+    The arguments of `backward_op` that are not incoming gradients are kept: tensors by save_for_backward, others as
+    `ctx.scalars`. A result whose gradient `backward_op` does not take is not differentiable. If it takes any incoming
+    gradient as `Tensor?`, gradients that did not arrive are None, and required ones are replaced by zeros like the op's
+    first argument.
     """
     arguments, results = ([value.name for value in values] for values in (op._schema.arguments, op._schema.returns))
-    taken = [argument.name for argument in backward_op._schema.arguments]
-    gradients = [result.name for result in backward_op._schema.returns]
+    backward_arguments = [argument.name for argument in backward_op._schema.arguments]
+    gradients = [result.name for result in backward_op._schema.returns]  # d<argument>
+    incoming = [f"d{name}" for name in results]
     optional = {
         a.name for o in (op, backward_op) for a in o._schema.arguments if isinstance(a.type, torch.OptionalType)
     }
     tensors = {a.name for a in op._schema.arguments if "Tensor" in str(a.type)} | {*results}
-    incoming = [f"d{name}" for name in results]
-    kept = [name for name in taken if name not in incoming]
-    unknown = {*kept} - {*arguments, *results} | {*gradients} - {f"d{name}" for name in arguments}
+    saved = [name for name in backward_arguments if name not in incoming]
+    unknown = {*saved} - {*arguments, *results} | {*gradients} - {f"d{name}" for name in arguments}
     if unknown:
         raise TypeError(
             f"define_op: {backward_op} must name arguments and results of {op}, and gradients of them d<name>, "
             f"got {sorted(unknown)}; rename them in its schema."
         )
-    saved, scalars = [n for n in kept if n in tensors], [n for n in kept if n not in tensors]
-    constants = [name for name in results if f"d{name}" not in taken]
+    saved_tensors, scalars = [n for n in saved if n in tensors], [n for n in saved if n not in tensors]
+    constants = [name for name in results if f"d{name}" not in backward_arguments]  # not differentiable
     states = [name for name in results if name.endswith("_out") and name not in constants]
     may_be_missing = any(name in optional for name in incoming)
-    zeros = [name for name in incoming if may_be_missing and name in taken and name not in optional]
-    given = {name: f"d{name}" if f"d{name}" in gradients else "None" for name in arguments}
-    for name in arguments:
-        if name in optional and name in saved and given[name] != "None":
-            given[name] = f"None if {name} is None else d{name}"
+    required = [name for name in incoming if may_be_missing and name in backward_arguments and name not in optional]
+    returned = {name: f"d{name}" if f"d{name}" in gradients else "None" for name in arguments}
+    for name in arguments:  # `backward_op` returns an empty gradient for an argument that is None
+        if name in optional and name in saved_tensors and returned[name] != "None":
+            returned[name] = f"None if {name} is None else d{name}"
 
     def listed(names: Iterable[str]) -> str:
         return "".join(f"{name}, " for name in names)
@@ -108,18 +121,18 @@ def _autograd_by_names(op: Callable, backward_op: Callable) -> tuple[Callable, C
         has_flag and f"    if not return_state: ctx.mark_non_differentiable({listed(constants + states)})",
         constants and f"    {'else' if has_flag else 'if True'}: ctx.mark_non_differentiable({listed(constants)})",
         may_be_missing and "    ctx.set_materialize_grads(False)",
-        f"    ctx.save_for_backward({listed(saved)})",
+        f"    ctx.save_for_backward({listed(saved_tensors)})",
         scalars and f"    ctx.scalars = {listed(scalars)}",
         f"def backward(ctx, {listed(incoming)}):",
-        f"    {listed(saved)} = ctx.saved_tensors",
+        f"    {listed(saved_tensors)} = ctx.saved_tensors",
         scalars and f"    {listed(scalars)} = ctx.scalars",
-        *(f"    if {name} is None: {name} = torch.zeros_like({arguments[0]})" for name in zeros),
-        f"    {gradients[0] if one else listed(gradients)} = call(backward_op, {listed(taken)})",
-        f"    return {listed(given.values())}",
+        *(f"    if {name} is None: {name} = torch.zeros_like({arguments[0]})" for name in required),
+        f"    {gradients[0] if one else listed(gradients)} = call(backward_op, {listed(backward_arguments)})",
+        f"    return {listed(returned.values())}",
     ]
-    written = {"call": call, "torch": torch, "backward_op": backward_op}
-    exec("\n".join(filter(None, lines)), written)
-    return written["setup_context"], written["backward"]
+    namespace = {"call": call, "torch": torch, "backward_op": backward_op}
+    exec("\n".join(filter(None, lines)), namespace)
+    return namespace["setup_context"], namespace["backward"]
 
 
 def _fake_gradients(op: Callable) -> Callable:
@@ -134,16 +147,16 @@ def _fake_gradients(op: Callable) -> Callable:
     return fake
 
 
-def _noting_writes(op: Callable, kernel: Callable) -> Callable:
-    """`kernel`, which then tells autograd what it has written: a backward that needs an overwritten value raises."""
+def _with_version_counts(op: Callable, kernel: Callable) -> Callable:
+    """`kernel`, with new versions for the tensors that it writes: a backward that needs an overwritten value raises."""
     written = [i for i, a in enumerate(op._schema.arguments) if a.alias_info is not None and a.alias_info.is_write]
 
-    def noting(*args):
+    def counting_kernel(*args):
         kernel(*args)
         for i in written:
             torch.autograd.graph.increment_version(args[i])
 
-    return noting
+    return counting_kernel
 
 
 def _autograd_function(name: str, setup_context: Callable | None, backward: Callable) -> type[torch.autograd.Function]:
@@ -173,15 +186,15 @@ def _autograd_function(name: str, setup_context: Callable | None, backward: Call
 
 
 def _autograd_kernel(op: Callable, function: type[torch.autograd.Function]) -> Callable:
-    """torch.library.register_autograd's kernel, less the steps that no op here needs: they outlast a short call."""
+    """Kernel of torch.library.register_autograd minus steps that no op here needs; they cost more than a short call."""
 
     def kernel(keyset, *args):
         def below(*args):
             with torch._C._AutoDispatchBelowAutograd():
                 return op.redispatch(keyset & torch._C._after_autograd_keyset, *args)
 
-        differentiated = torch.is_grad_enabled() and any(isinstance(a, Tensor) and a.requires_grad for a in args)
-        if differentiated or in_forward_mode():
+        needs_grad = torch.is_grad_enabled() and any(isinstance(a, Tensor) and a.requires_grad for a in args)
+        if needs_grad or in_forward_mode():
             return function.apply(*args, below)
         return below(*args)
 
@@ -189,10 +202,10 @@ def _autograd_kernel(op: Callable, function: type[torch.autograd.Function]) -> C
 
 
 def call(op: Callable, *args):
-    """The op's result, or an error that names the argument that torch or the kernel could not take."""
+    """Call the op; its error names the argument that torch or the kernel could not take."""
     try:
         return op(*args)
-    except (RuntimeError, TypeError, AttributeError) as error:  # AttributeError: None in the place of a tensor
+    except (RuntimeError, TypeError, AttributeError) as error:  # AttributeError: None instead of a tensor
         refuse_arguments(op, args)
         if torch._C._are_functorch_transforms_active():
             public = op._schema.name.split("::")[1].removesuffix("_fwd")
@@ -203,16 +216,16 @@ def call(op: Callable, *args):
         raise
 
 
-_is_exporting = getattr(torch.compiler, "is_exporting", torch.compiler.is_compiling)  # torch 2.7 has it
+_is_exporting = getattr(torch.compiler, "is_exporting", torch.compiler.is_compiling)  # new in torch 2.7
 
 
 def is_exporting() -> bool:
-    """Whether torch.export is tracing: what depends on sizes must then be chosen by an op, in each run of the program."""
+    """Return True if torch.export is tracing; choices by size then belong inside an op, which makes them in each run."""
     return _is_exporting()
 
 
 def check_runs_now(function: str, instead: str) -> None:
-    """Raises inside torch.func's transformations and torch.export, whose tensors have no memory for kernels to read."""
+    """Raise inside torch.func's transformations and torch.export, whose tensors have no memory for kernels to read."""
     for tracer, active in ("torch.func's transformations", torch._C._are_functorch_transforms_active()), (
         "torch.export", is_exporting()
     ):  # fmt: skip
@@ -221,12 +234,12 @@ def check_runs_now(function: str, instead: str) -> None:
 
 
 def in_forward_mode() -> bool:
-    """Whether tensors may carry tangents of forward-mode derivatives, which torch then computes under no_grad, too."""
+    """Return True if tensors may have forward-mode tangents; torch propagates them under no_grad, too."""
     return forward_ad._current_level >= 0
 
 
 def _on_one_device(op: Callable, fake: Callable) -> Callable:
-    """`fake`, with a check of the devices: torch calls `fake` even if just one tensor is on the meta device."""
+    """`fake`, with a check of the devices: torch calls `fake` even if only one tensor is on the meta device."""
 
     def checked(*args):
         devices = [(a.name, value.device) for a, value in zip(op._schema.arguments, args) if isinstance(value, Tensor)]
@@ -243,12 +256,12 @@ def _on_one_device(op: Callable, fake: Callable) -> Callable:
 
 
 def has_cpu_kernel(x: Tensor) -> bool:
-    """Whether an op that has kernels for the CPU alone runs them on `x`; otherwise torch computes the op."""
+    """Return True if an op with CPU kernels only runs them on `x`; otherwise torch computes the op."""
     return x.is_cpu and x.is_floating_point()
 
 
 def launch(name: str, *args) -> None:
-    """Runs a kernel on contiguous tensors, in place on those that it writes. The first argument is a tensor."""
+    """Run a kernel on contiguous tensors, in place on those that it writes. The first argument is a tensor."""
     if args[0].is_cuda:
         _launch_cuda(name, args)
     else:
@@ -261,7 +274,7 @@ def has_cuda_kernels() -> bool:
 
 @functools.cache
 def cuda_extension() -> ModuleType:
-    """The module of the CUDA kernels, imported at the first use."""
+    """Module of the CUDA kernels, imported at the first call."""
     if not has_cuda_kernels():
         raise NotImplementedError(
             "megalodon_ops: expected tensors on the CPU, got CUDA tensors, and this build has no CUDA kernels; move the "
@@ -271,7 +284,7 @@ def cuda_extension() -> ModuleType:
 
 
 def _launch_cuda(name: str, args: tuple) -> None:
-    """Runs a CUDA kernel on the tensors' device and its current stream, with scratch memory from torch's allocator."""
+    """Run a CUDA kernel on the tensors' device and its current stream, with scratch memory from torch's allocator."""
     device = args[0].device
     for tensor in args:
         if isinstance(tensor, Tensor) and tensor.device != device:
@@ -309,7 +322,7 @@ def empty_like(x: Tensor) -> Tensor:
 
 
 def empty_gradients(*tensors: Tensor | None) -> tuple[Tensor, ...]:
-    """Uninitialised gradients like the tensors; that of None is empty, as torch's schemas know no optional result."""
+    """Uninitialised gradients like the tensors; empty for None, as torch's schemas have no optional results."""
     return tuple(tensors[0].new_empty(0) if t is None else empty_like(t) for t in tensors)
 
 
@@ -318,29 +331,29 @@ def contiguous_or_none(tensor: Tensor | None) -> Tensor | None:
 
 
 def num_sequences(batch: int, cu_seqlens: Tensor | None) -> int:
-    """S: the number of packed sequences, or of rows."""
+    """S, the number of packed sequences or of rows."""
     return batch if cu_seqlens is None else max(cu_seqlens.numel() - 1, 0)
 
 
 def num_steps(x: Tensor, cu_seqlens: Tensor | None = None, lengths: Tensor | None = None) -> Tensor:
-    """(S,) the steps of each sequence of x (B, L, ...)."""
+    """(S,) number of positions of each sequence of x (B, L, ...)."""
     if cu_seqlens is not None:
         return cu_seqlens.diff()
     return torch.full((len(x),), x.shape[1], device=x.device) if lengths is None else lengths
 
 
 def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
-    """float64 for float64, float32 for everything shorter."""
+    """float64 for float64, float32 for other dtypes."""
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
 def is_autocast_enabled(device: str) -> bool:
-    """Whether torch.autocast is on; it does not know the meta device."""
+    """Return True if torch.autocast is on for the device type; the meta device has no autocast."""
     return device != "meta" and torch.is_autocast_enabled(device)
 
 
 def autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
-    """The tensors as a matrix product under torch.autocast would see them; float64 is left alone."""
+    """Cast the tensors as torch.autocast does for a matrix product; float64 stays."""
     device = tensors[0].device.type
     if not is_autocast_enabled(device):
         return tensors

@@ -1,4 +1,4 @@
-"""Memory of tensors on the CPU: how much there is, and what becomes of memory that a process has freed."""
+"""Memory of tensors on the CPU: its limit, huge pages, and memory that the process has freed."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ _M_TRIM_THRESHOLD, _M_MMAP_MAX, _M_ARENA_MAX = -1, -4, -8  # mallopt(3)
 
 
 def machine_memory() -> int:
-    """Bytes of memory that this process can ever have: the machine's or, if less, its control group's or its limit's."""
+    """Bytes of memory that this process can have: the least of the machine's, its control group's and its resource limit."""
     limits = [os.sysconf("SC_PHYS_PAGES") * mmap.PAGESIZE, resource.getrlimit(resource.RLIMIT_AS)[0]]
-    for name in ("memory.max", "memory/memory.limit_in_bytes"):  # of version 2 of control groups, and of version 1
+    for name in ("memory.max", "memory/memory.limit_in_bytes"):  # control groups of version 2, of version 1
         try:
             with open(f"/sys/fs/cgroup/{name}") as file:
                 limits.append(int(file.read()))
@@ -29,26 +29,27 @@ def machine_memory() -> int:
 
 
 def check_fits(size: int, what: str) -> None:
-    """Raises a ValueError where `size` bytes are more than :func:`machine_memory`, before anybody allocates them."""
+    """Raise a ValueError if `size` bytes are more than :func:`machine_memory`, before they are allocated."""
     if size > (limit := machine_memory()):
         raise ValueError(f"{what} takes {size / 2**30:,.1f} GiB of memory, and there are {limit / 2**30:,.1f} here")
 
 
 def is_finite(tensor: Tensor) -> bool:
-    """Whether no element is NaN or infinite; one pass over memory, while `isfinite` would write an array first."""
+    """Return True if no element is NaN or infinite. Reads memory once; `isfinite` would also write an array."""
     return not tensor.numel() or all(bool(bound.isfinite()) for bound in torch.aminmax(tensor.detach()))
 
 
 def use_huge_pages(model: nn.Module) -> bool:
-    """Moves the model's large parameters on the CPU to memory that Linux may give huge pages (2 MiB).
+    """Move the model's large parameters on the CPU to memory for which Linux may use huge pages (2 MiB).
 
-    A decoded token reads every weight once, and looking up the addresses of small pages takes a share of that time: on 2
-    cores of an Intel Xeon a token of 200M parameters takes 26 ms, and 32 to 35 in small pages. Call this function after the weights are loaded
-    and before a :class:`Decoder` is made. Parameters stay the objects that they are; their memory is new and cannot be
-    resized, as FSDP wants. `python -m megalodon_ops generate` calls this function; importing the package does not.
+    A decoded token reads every weight once, and small pages cost time for address translation: on 2 cores of an Intel
+    Xeon a token of 200M parameters takes 26 ms with huge pages and 32 to 35 ms with small ones. Call this function after
+    the weights are loaded and before a :class:`Decoder` is created. The parameters remain the same objects; their memory
+    is new and cannot be resized, which FSDP needs. `python -m megalodon_ops generate` calls this function; importing the
+    package does not.
 
     Returns:
-        False where the system has no huge pages to ask for; then nothing has changed.
+        False if the system has no huge pages; then nothing has changed.
 
     Example:
         >>> import megalodon_ops as mo
@@ -71,7 +72,7 @@ def use_huge_pages(model: nn.Module) -> bool:
 
 
 def _huge_pages(size: int) -> Tensor:
-    """(size,) uint8 that begins at a huge page; Linux is asked for huge pages as far as they are whole."""
+    """(size,) uint8, aligned to a huge page; Linux is asked for the huge pages that lie wholly inside."""
     mapping = mmap.mmap(-1, size + _HUGE_PAGE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     memory = torch.frombuffer(mapping, dtype=torch.uint8)
     begin = -memory.data_ptr() % _HUGE_PAGE
@@ -80,16 +81,16 @@ def _huge_pages(size: int) -> Tensor:
 
 
 def keep_freed_memory() -> bool:
-    """Makes the C library of a long-running program keep freed CPU memory of any size for the next tensors.
+    """Make the C library of a long-running program keep freed CPU memory of every size for later tensors.
 
-    By default glibc gives blocks of 32 MiB and more, and free memory at the end of its heap, back to the system, which
-    clears every page anew for the next tensor: a training step of 25M parameters and 8,192 tokens takes a tenth less
-    time if no page is cleared. The process's peak memory stays about the same, but the process holds on to that memory.
-    No tensor that exists moves, so call this function before you load a model. Commands of `python -m megalodon_ops`
-    call this function; importing the package does not.
+    By default glibc returns blocks of 32 MiB and more, and free memory at the end of its heap, to the system, which then
+    clears every page for the next tensor. Without that a training step of 25M parameters and 8,192 tokens takes a tenth
+    less time. The process's peak memory stays about the same, but the process keeps that memory. Existing tensors do not
+    move, so call this function before you load a model. Commands of `python -m megalodon_ops` call this function;
+    importing the package does not.
 
     Returns:
-        False where there is no glibc, and so no `mallopt`; then nothing has changed.
+        False if there is no glibc, and so no `mallopt`; then nothing has changed.
 
     Example:
         >>> import megalodon_ops
@@ -99,5 +100,5 @@ def keep_freed_memory() -> bool:
         mallopt = ctypes.CDLL(None).mallopt
     except (AttributeError, OSError, TypeError):
         return False
-    # One arena: the others, of further threads and of a thread that an allocation has failed in, hold no 64 MiB.
+    # One arena: the arenas of other threads, and of a thread after a failed allocation, cannot hold 64 MiB.
     return all([mallopt(_M_MMAP_MAX, 0), mallopt(_M_TRIM_THRESHOLD, -1), mallopt(_M_ARENA_MAX, 1)])

@@ -1,7 +1,7 @@
-"""Philox4x32-10 (Salmon et al., SC 2011), a counter-based random generator, and the DropKey mask made from it.
+"""Philox4x32-10 (Salmon et al., SC 2011), a counter-based random generator, and the DropKey mask from it.
 
 Word i of a block depends on the counter and the key alone, so a mask is the same on every device, for every number of
-threads and every tiling, and the backward makes it again instead of storing it.
+threads and every tiling, and the backward recomputes it instead of storing it.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ MASK_32 = 0xFFFFFFFF
 
 
 def philox(counter: tuple[Tensor, Tensor, Tensor, Tensor], seed: int | Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Returns the four 32-bit words of each counter, held in int64. The key is (low, high) half of the 64-bit seed.
+    """Return the four 32-bit words of each counter, in int64. The key is the (low, high) half of the 64-bit seed.
 
     A tensor of seeds, int64, is broadcast against the counters.
 
@@ -36,7 +36,7 @@ def philox(counter: tuple[Tensor, Tensor, Tensor, Tensor], seed: int | Tensor) -
 
 
 def dropkey_mask(dropkey: float, seed: int, sequence: int, num_heads: int, rows: Tensor, columns: Tensor) -> Tensor:
-    """Returns (H, rows, columns), True where the score is dropped.
+    """Return the mask (H, rows, columns), True where the score is dropped.
 
     Counter (column / 4, row, head, sequence) gives four words, one for each of four neighbouring columns; a score is
     dropped if its word, as an unsigned integer, is below floor(dropkey * 2^32).
@@ -50,5 +50,5 @@ def dropkey_mask(dropkey: float, seed: int, sequence: int, num_heads: int, rows:
 
 
 def draw_seed(device: torch.device | str = "cpu") -> Tensor:
-    """Draws a DropKey seed (1,) int64 from torch's generator."""
+    """Draw a DropKey seed (1,) int64 from torch's generator."""
     return torch.randint(-(2**63), 2**63 - 1, (1,), device=device)

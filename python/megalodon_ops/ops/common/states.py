@@ -1,4 +1,4 @@
-"""States, which one call of an op passes on to the next: tuples of tensors whose first dimension is the sequences."""
+"""States, which a call of an op passes to the next call: tuples of tensors whose first dimension is the sequences."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from torch.utils._pytree import _register_namedtuple
 from .checks import check_tensor, described
 
 
-_STATES_WITHIN = ("norm", "attention")  # fields of a block's state that are states themselves
+_NESTED_STATES = ("norm", "attention")  # fields of a block's state that are states themselves
 
 
 def fields_of(op: str, state: tuple | None, kind: type[tuple]) -> tuple:
-    """The fields of a state; a field that was left out, and every field of a `state` of None, is None."""
+    """Fields of a state; None for a field that was left out, and for every field if `state` is None."""
     fields, defaults = kind._fields, kind._field_defaults
     if state is None:
         return (None,) * len(fields)
@@ -24,13 +24,13 @@ def fields_of(op: str, state: tuple | None, kind: type[tuple]) -> tuple:
     for name, part in zip(fields, state):
         if part is None and name not in defaults:
             raise ValueError(f"{op}: `state.{name}` must be a tensor, got None; pass state=None for a fresh state.")
-        if part is not None and not (name in _STATES_WITHIN and isinstance(part, tuple)):
+        if part is not None and not (name in _NESTED_STATES and isinstance(part, tuple)):
             check_tensor(op, f"state.{name}", part)
     return (*state, *(None,) * (len(fields) - len(state)))
 
 
 def named_in_programs(kind: type[tuple]) -> type[tuple]:
-    """The class of states itself, under whose name torch.export.save writes a program that takes or returns such a state."""
+    """Register a class of states for torch.export.save, which writes programs with such states by its name; return it."""
     _register_namedtuple(kind, serialized_type_name=f"megalodon_ops.{kind.__name__}")
     return kind
 
@@ -39,7 +39,7 @@ def named_in_programs(kind: type[tuple]) -> type[tuple]:
 class TimestepNormState(NamedTuple):
     """Running statistics of S sequences in G groups.
 
-    A value and its residual together carry about twice the digits of the dtype: a million short calls do not drift.
+    A value and its residual together have about twice the digits of the dtype: a million short calls do not drift.
 
     Example:
         >>> import torch, megalodon_ops as mo
@@ -49,7 +49,7 @@ class TimestepNormState(NamedTuple):
     """
 
     count: Tensor
-    """(S,) int64, timesteps seen"""
+    """(S,) int64, number of positions so far"""
     mean: Tensor
     """(S, G) float32, or float64 for float64 input"""
     var: Tensor
@@ -60,9 +60,9 @@ class TimestepNormState(NamedTuple):
 
 @named_in_programs
 class AttentionState(NamedTuple):
-    """Keys and values of each sequence's unfinished chunk of C steps; rows [0, position) are valid.
+    """Keys and values of each sequence's unfinished chunk of C positions; rows [0, position) are valid.
 
-    Where attention sees two chunks, it has 2 C rows: those of the last complete chunk, if there is one, come first.
+    If attention sees two chunks, there are 2 C rows: those of the last complete chunk, if there is one, come first.
 
     Example:
         >>> import torch, megalodon_ops as mo
@@ -84,8 +84,8 @@ class AttentionState(NamedTuple):
 class WorkingMemoryState(NamedTuple):
     """The memory of each sequence's complete chunks, and keys and values of the unfinished one.
 
-    Where attention sees two chunks, the last complete chunk is not in the memory yet: keys and values have 2 C rows, as in
-    :class:`AttentionState`.
+    If attention sees two chunks, the memory does not contain the last complete chunk yet: keys and values have 2 C rows, as
+    in :class:`AttentionState`.
 
     Example:
         >>> import torch, megalodon_ops as mo
@@ -98,10 +98,10 @@ class WorkingMemoryState(NamedTuple):
     memory: Tensor
     """(S, H, K, V) float32, or float64 for float64 input"""
     mass: Tensor
-    """(S, H, K), the logarithm of how much each row of the memory was written; 0 before the first complete chunk"""
+    """(S, H, K), logarithm of the total weight written to each row of the memory; 0 before the first complete chunk"""
     k: Tensor
     """(S, C, H, K)"""
     position: Tensor
-    """(S,) int64, steps seen; position % C rows of k and v are valid"""
+    """(S,) int64, number of positions so far; position % C rows of k and v are valid"""
     v: Tensor
     """(S, C, H, V)"""
