@@ -1,4 +1,4 @@
-"""`adaptive_working_memory`: what each step reads of the chunks before its own, from a matrix a head."""
+"""`adaptive_working_memory`: a memory of all earlier chunks, a matrix for each head, which each position reads."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ from ..chunked_attention.two_chunk_attention import two_chunk_attention_state
 from ..common.checks import check_device, check_flag, check_rank, check_sequences, check_size, check_tensor
 from .working_memory_plan import OP as _NAME, Plan, length
 
-_FEW_STEPS = 32
-"""Of all rows together; as many as the kernels of a decoder take"""
+_FEW_TOKENS = 32
+"""most tokens of a call for the CPU kernel, as in a decoder"""
 
 
 def adaptive_working_memory(
@@ -31,7 +31,7 @@ def adaptive_working_memory(
     cu_seqlens: Tensor | None = None,
     lengths: Tensor | None = None,
 ) -> Tensor | tuple[Tensor, WorkingMemoryState]:
-    r"""Reads a memory of all chunks before a step's own, which each chunk writes with what the memory did not know.
+    r"""Read a memory of all earlier chunks, to which each chunk writes the part of its values that it did not predict.
 
     .. math::
         o_t &= \mathrm{softmax}(q_t)^\top M, \qquad
@@ -39,17 +39,17 @@ def adaptive_working_memory(
         P &= \mathrm{softmax}_t(k), \quad \Phi = \mathrm{softmax}_K(k), \quad
         r = e^{w - z'}, \quad w = \log \textstyle\sum_t e^{k_t}, \quad z' = \log (e^z + e^w)
 
-    Row i of M is a mean over the past with weights exp(k_ti), of what M did not know; z is the logarithm of the sum of
-    these weights. Chunks lie as in :func:`chunked_attention`, which sees the step's own chunk.
+    Row i of M is a mean over the past, with weights exp(k_ti), of what M did not predict; z is the logarithm of the sum
+    of these weights. Chunks lie as in :func:`chunked_attention`, which sees the position's own chunk.
 
     Args:
         q, k: (B, L, H, K) float32, float64, bfloat16 or float16, without rotary positions.
         v: (B, L, H, V) in q's dtype.
         chunk_size: C.
-        visible_chunks: how many chunks attention sees, a step's own among them, 1 or 2: the memory is written one chunk
-            later where they are 2, so that it holds what attention no longer sees.
-        state: what an earlier call returned; None: an empty memory.
-        return_state: also return the state after each sequence's last step.
+        visible_chunks: number of chunks that attention sees, the own one included, 1 or 2. For 2 the memory is written
+            one chunk later, so that it contains what attention no longer sees.
+        state: the state that an earlier call returned; None: an empty memory.
+        return_state: also return the state after each sequence's last position.
         cu_seqlens, lengths: sequences as in :func:`cema`.
 
     Returns:
@@ -59,20 +59,20 @@ def adaptive_working_memory(
     Raises:
         ValueError: a shape or a value is wrong. TypeError: a dtype is wrong. Second derivatives are not supported.
 
-    Gradients go to every tensor but the state's k and v, which are constant in the backward. Softmax, M and z are float32
-    (float64 for float64), factors of products are rounded to q's dtype. The op is a loop of torch's matrix products over
-    chunks, on every device: 6 K V operations a step and head; on the CPU up to 32 steps from a state on are one call of a
-    kernel. Its inputs are all that is kept for the backward, which writes the memory again. On a GPU the host waits for the
-    sequences' ends, where they are given, and the positions.
+    Gradients go to every tensor but the state's k and v, which are constant in the backward. Softmax, M and z are
+    float32 (float64 for float64), factors of products are rounded to q's dtype. The op is a loop of torch's matrix
+    products over chunks: 6 K V operations for each position and head. On the CPU a call of up to 32 tokens with a state
+    is one kernel. Only the inputs are kept for the backward, which recomputes the memory. On a GPU the host waits for
+    the sequences' ends, if they are given, and the positions.
 
     Arrays of other libraries: see :mod:`megalodon_ops.ops.common.arrays`.
 
-    Source: Gecko, arXiv 2601.06463, and the released code, where attention sees two chunks and the memory, therefore,
+    Source: Gecko, arXiv 2601.06463, and the released code, in which attention sees two chunks and the memory contains
     those before them. The mathematics: :func:`megalodon_ops.reference.adaptive_working_memory`.
 
     Example:
         >>> import torch, megalodon_ops as mo
-        >>> q = k = torch.zeros(1, 6, 1, 2)  # equal weights: the mean of all chunks before
+        >>> q = k = torch.zeros(1, 6, 1, 2)  # equal weights: the mean of all earlier chunks
         >>> v = torch.tensor([1.0, 3.0, 5.0, 5.0, 0.0, 0.0]).reshape(1, 6, 1, 1)
         >>> mo.adaptive_working_memory(q, k, v, chunk_size=2).flatten()
         tensor([0.0000, 0.0000, 2.0000, 2.0000, 2.5000, 2.5000])
@@ -91,13 +91,13 @@ def adaptive_working_memory(
     check_flag(_NAME, "return_state", return_state)
     cu_seqlens, lengths = int64_or_none(cu_seqlens), int64_or_none(lengths)
     _check(q, k, v, cu_seqlens, lengths)
-    state = _checked(state, q, v, visible_chunks * chunk_size, num_sequences(len(q), cu_seqlens))
+    state = _check_state(state, q, v, visible_chunks * chunk_size, num_sequences(len(q), cu_seqlens))
     o, memory, mass = read_and_write(q, k, v, chunk_size, visible_chunks, state, cu_seqlens, lengths, return_state)
     if not return_state:
         return o
-    kept = (None,) * 3 if state is None else (state.k, state.v, kept_rows(state.position, chunk_size, visible_chunks))
+    cached = (None,) * 3 if state is None else (state.k, state.v, kept_rows(state.position, chunk_size, visible_chunks))
     append = two_chunk_attention_state if visible_chunks == 2 else chunked_attention_state
-    k, v, _ = call(append, k.detach(), v.detach(), *kept, chunk_size, cu_seqlens, lengths)
+    k, v, _ = call(append, k.detach(), v.detach(), *cached, chunk_size, cu_seqlens, lengths)
     return o, WorkingMemoryState(memory, mass, k, end_position(q, state, cu_seqlens, lengths), v)
 
 
@@ -105,7 +105,7 @@ def read_and_write(
     q: Tensor, k: Tensor, v: Tensor, chunk_size: int, visible_chunks: int, state: WorkingMemoryState | None,
     cu_seqlens: Tensor | None, lengths: Tensor | None, to_end: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """o of arguments that were checked, memory and mass; the last two are empty but `to_end`."""
+    """Return o, memory and mass, from checked arguments; memory and mass are empty without `to_end`."""
     memory, mass, cache_k, position, cache_v = (None,) * 5 if state is None else state
     tensors = (q, k, v, memory, mass, cache_k, cache_v, position)
     return call(adaptive_working_memory_fwd, *tensors, chunk_size, visible_chunks, cu_seqlens, lengths, to_end)
@@ -115,43 +115,43 @@ def read_write_and_keep(
     q: Tensor, k: Tensor, v: Tensor, chunk_size: int, visible_chunks: int, state: WorkingMemoryState | None,
     cu_seqlens: Tensor | None, lengths: Tensor | None, to_end: bool, inplace: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    """What :func:`read_and_write` gives, and k of the state after it, if `to_end`; `inplace` writes k of the given state."""
+    """Return the results of :func:`read_and_write` and, if `to_end`, the new state's k, written in place if `inplace`."""
     cu_seqlens, lengths = int64_or_none(cu_seqlens), int64_or_none(lengths)
     o, memory, mass = read_and_write(q, k, v, chunk_size, visible_chunks, state, cu_seqlens, lengths, to_end)
     if not to_end:
         return o, memory, mass, k[:, :0]
-    kept = (None,) * 3
+    cached = (None,) * 3
     if state is not None:
-        kept = state.k, state.v[..., :0].contiguous(), kept_rows(state.position, chunk_size, visible_chunks)
+        cached = state.k, state.v[..., :0].contiguous(), kept_rows(state.position, chunk_size, visible_chunks)
     new = k.detach(), v[..., :0].detach()
     if inplace and state is not None and visible_chunks == 1:
-        chunked_attention_state_(*new, *kept, chunk_size, cu_seqlens, lengths)
+        chunked_attention_state_(*new, *cached, chunk_size, cu_seqlens, lengths)
         return o, memory, mass, state.k
     append = two_chunk_attention_state if visible_chunks == 2 else chunked_attention_state
-    return o, memory, mass, append(*new, *kept, chunk_size, cu_seqlens, lengths)[0]
+    return o, memory, mass, append(*new, *cached, chunk_size, cu_seqlens, lengths)[0]
 
 
 def kept_rows(position: Tensor, chunk_size: int, visible_chunks: int) -> Tensor:
-    """(S,) how many rows of keys and values a state has that has seen `position` steps."""
+    """(S,) number of valid rows of keys and values in a state after `position` positions."""
     return torch.minimum(position, (visible_chunks - 1) * chunk_size + position % chunk_size)
 
 
 def end_position(
     q: Tensor, state: WorkingMemoryState | None, cu_seqlens: Tensor | None, lengths: Tensor | None
 ) -> Tensor:
-    """(S,) the steps that each sequence has seen."""
-    steps = num_steps(q, cu_seqlens, lengths)
-    return steps.clone() if state is None else state.position + steps  # steps may be the caller's lengths
+    """(S,) number of positions of each sequence so far, those of its state included."""
+    counts = num_steps(q, cu_seqlens, lengths)
+    return counts.clone() if state is None else state.position + counts  # counts may be the caller's lengths
 
 
-class _Writing:
-    """What is made of the keys and values of all chunks that are written, and their writing in turn."""
+class _Writer:
+    """Weights and values of all chunks to write, and the writing of one turn's chunks to the memory."""
 
     def __init__(
         self, plan: Plan, k: Tensor, v: Tensor, cache_k: Tensor | None, cache_v: Tensor | None, z: Tensor
     ) -> None:
-        """z (S H, K) is written."""
-        self.U = plan.take_written(v, cache_v)  # (n H, C, V); v until its turn
+        """Update z (S H, K) in place."""
+        self.U = plan.take_written(v, cache_v)  # (n H, C, V): v, and U = V - F M once written
         logits = plan.take_written(k, cache_k).to(z.dtype)  # (n H, C, K)
         w = logits.logsumexp(1)  # (n H, K)
         added = w.index_fill(0, plan.absent, -torch.inf)
@@ -167,7 +167,7 @@ class _Writing:
         self._plan = plan
 
     def write(self, turn: int, M: Tensor) -> Tensor:
-        """Writes the turn's chunks to M (S H, K, V), and returns N (n H, K, V)."""
+        """Write the turn's chunks to M (S H, K, V); return N = P^T U (n H, K, V)."""
         at = self._plan.writes.turns[turn]
         U, M = self.U[at], M[: length(at)]
         if not self._plan.is_empty(turn):
@@ -178,7 +178,7 @@ class _Writing:
 
 
 def _fwd(q, k, v, memory, mass, cache_k, cache_v, position, chunk_size, visible_chunks, cu_seqlens, lengths, to_end):
-    if q.is_cpu and position is not None and q.shape[0] * q.shape[1] <= _FEW_STEPS:
+    if q.is_cpu and position is not None and q.shape[0] * q.shape[1] <= _FEW_TOKENS:
         o, M = empty_like(v), memory.clone(memory_format=torch.contiguous_format)
         z = mass.where((position >= visible_chunks * chunk_size)[:, None, None], 0).contiguous()
         tensors = (x.contiguous() for x in (q, k, v, cache_k, cache_v, position))
@@ -186,12 +186,12 @@ def _fwd(q, k, v, memory, mass, cache_k, cache_v, position, chunk_size, visible_
         return o, *((M, z) if to_end else (M.new_empty(0), z.new_empty(0)))
     plan = Plan(q, chunk_size, visible_chunks, position, cu_seqlens, lengths, to_end)
     M, z = plan.start(q, v, memory, mass)
-    writing = _Writing(plan, k, v, cache_k, cache_v, z)
+    writer = _Writer(plan, k, v, cache_k, cache_v, z)
     queries = plan.reads.take(q).to(M.dtype).softmax(-1).to(q.dtype)
     o = queries.new_empty(*queries.shape[:2], v.shape[3])
     for turn, (reads, _) in enumerate(plan.turns):
         torch.bmm(queries[reads], M[: length(reads)].to(q.dtype), out=o[reads])
-        writing.write(turn, M)
+        writer.write(turn, M)
     ends = plan.end(M, z) if to_end else (M.new_empty(0), M.new_empty(0))
     return plan.reads.put(o, v), *ends
 
@@ -199,45 +199,45 @@ def _fwd(q, k, v, memory, mass, cache_k, cache_v, position, chunk_size, visible_
 def _fwd_fake(
     q, k, v, memory, mass, cache_k, cache_v, position, chunk_size, visible_chunks, cu_seqlens, lengths, to_end
 ):
-    of_mass = (num_sequences(len(q), cu_seqlens), *q.shape[2:])
-    shapes = ((*of_mass, v.shape[3]), of_mass) if to_end else (0, 0)
+    mass_shape = (num_sequences(len(q), cu_seqlens), *q.shape[2:])
+    shapes = ((*mass_shape, v.shape[3]), mass_shape) if to_end else (0, 0)
     return empty_like(v), *(q.new_empty(shape, dtype=accumulation_dtype(q.dtype)) for shape in shapes)
 
 
 def _bwd(
     do, dmemory_out, dmass_out, q, k, v, memory, mass, cache_k, cache_v, position, chunk_size, visible_chunks, cu_seqlens, lengths
 ):  # fmt: skip
-    """The formulas are those of ops/adaptive_working_memory/adaptive_working_memory_reference.py. dmemory_out None: the op was not called `to_end`."""
+    """The formulas are those of adaptive_working_memory_reference.py. dmemory_out None: the forward was not `to_end`."""
     plan, dtype = Plan(q, chunk_size, visible_chunks, position, cu_seqlens, lengths, dmemory_out is not None), q.dtype
     M, z = plan.start(q, v, memory, mass)
-    writing = _Writing(plan, k, v, cache_k, cache_v, z)
+    writer = _Writer(plan, k, v, cache_k, cache_v, z)
     before, written = [], []
     for turn, (reads, writes) in enumerate(plan.turns):
         before.append(M[: max(length(reads), length(writes))].clone())
-        written.append(writing.write(turn, M))
+        written.append(writer.write(turn, M))
     read = plan.reads.take(q).to(M.dtype).softmax(-1)
     queries, do = read.to(dtype), plan.reads.take(do)
-    dqueries, dP, dF, dU = map(torch.empty_like, (queries, writing.p, writing.f, writing.U))
-    dw = torch.empty_like(writing.r)
+    dqueries, dP, dF, dU = map(torch.empty_like, (queries, writer.p, writer.f, writer.U))
+    dw = torch.empty_like(writer.r)
     G, g = plan.start_of_backward(M, dmemory_out, dmass_out)
     for turn, (reads, writes) in reversed([*enumerate(plan.turns)]):
-        M, N, r, n = before[turn], written[turn], writing.r[writes], length(writes)
+        M, N, r, n = before[turn], written[turn], writer.r[writes], length(writes)
         dN, dr = (r[..., None] * G[:n]).to(dtype), (G[:n] * (N - M[:n])).sum(-1) * r * (1 - r)
-        torch.bmm(writing.U[writes], dN.mT, out=dP[writes])
-        torch.bmm(writing.p[writes], dN, out=dU[writes])
+        torch.bmm(writer.U[writes], dN.mT, out=dP[writes])
+        torch.bmm(writer.p[writes], dN, out=dU[writes])
         dw[writes] = g[:n] * r + dr
         if plan.is_empty(turn):
             dF[writes] = 0
         else:
             torch.bmm(dU[writes], M[:n].to(dtype).mT, out=dF[writes])
-            G[:n].mul_(1 - r[..., None]).sub_(writing.f[writes].mT @ dU[writes])
+            G[:n].mul_(1 - r[..., None]).sub_(writer.f[writes].mT @ dU[writes])
             g[:n].mul_(1 - r).sub_(dr)
         n = length(reads)
         torch.bmm(do[reads], M[:n].to(dtype).mT, out=dqueries[reads])
         G[:n].add_(queries[reads].mT @ do[reads])
     dq = torch._softmax_backward_data(dqueries.to(read.dtype), read, 2, read.dtype)
-    dk = torch._softmax_backward_data(dP.to(read.dtype), writing.P, 1, read.dtype).addcmul_(writing.P, dw[:, None])
-    dk -= torch._softmax_backward_data(dF.to(read.dtype), writing.F, 2, read.dtype)
+    dk = torch._softmax_backward_data(dP.to(read.dtype), writer.P, 1, read.dtype).addcmul_(writer.P, dw[:, None])
+    dk -= torch._softmax_backward_data(dF.to(read.dtype), writer.F, 2, read.dtype)
     dstate = (G.new_empty(0), G.new_empty(0)) if memory is None else plan.end_of_backward(G, g)
     return plan.reads.put(dq, q), plan.writes.put(dk, k), plan.writes.put(dU, v), *dstate
 
@@ -289,18 +289,18 @@ def _passes(
     q: Tensor, position: Tensor | None, chunk_size: int, visible: int, cu_seqlens: Tensor | None, lengths: Tensor | None,
     to_end: bool,
 ) -> tuple[int, int, int]:  # fmt: skip
-    """The steps that read a working memory, those that are compared with it before they write it, and all that write it.
+    """Numbers of positions that read a memory, that are compared with a memory before they write it, and that write it.
 
-    What no one reads is not written, and an empty memory not compared with.
+    A memory that nobody reads is not written; an empty memory is not compared.
     """
-    steps = lengths_of(q, cu_seqlens, lengths)
-    seen = readable_values(position, [0] * len(steps))
-    ends = [before % chunk_size + own for before, own in zip(seen, steps)]
+    counts = lengths_of(q, cu_seqlens, lengths)
+    seen = readable_values(position, [0] * len(counts))
+    ends = [before % chunk_size + count for before, count in zip(seen, counts)]
     written = [(end if to_end else max(end - 1, 0)) // chunk_size * chunk_size for end in ends]
-    late = (visible - 1) * chunk_size  # steps at the end of a sequence that are not written yet
+    late = (visible - 1) * chunk_size  # positions at a sequence's end that are not written yet
     written = [max(n - late, 0) if position is None else n for n in written]
-    known = [max(n - chunk_size, 0) if position is None else n for n in written]
-    return sum(steps), sum(known), sum(written)
+    compared = [max(n - chunk_size, 0) if position is None else n for n in written]
+    return sum(counts), sum(compared), sum(written)
 
 
 adaptive_working_memory_fwd = define_op(
@@ -337,7 +337,7 @@ def _check(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor | None, lengths: 
     check_sequences(_NAME, q, cu_seqlens, lengths)
 
 
-def _checked(state: WorkingMemoryState | None, q: Tensor, v: Tensor, C: int, S: int) -> WorkingMemoryState | None:
+def _check_state(state: WorkingMemoryState | None, q: Tensor, v: Tensor, C: int, S: int) -> WorkingMemoryState | None:
     if state is None:
         return None
     state = WorkingMemoryState(*fields_of(_NAME, state, WorkingMemoryState))

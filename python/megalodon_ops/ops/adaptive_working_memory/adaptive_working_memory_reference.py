@@ -1,16 +1,16 @@
-"""A matrix a head that holds the chunks before a step's own (Gecko, arXiv 2601.06463, eqs. 17 to 23).
+"""Adaptive working memory: a matrix for each head, written by earlier chunks (Gecko, arXiv 2601.06463, eqs. 17 to 23).
 
-Chunks of C steps lie as in chunked_attention.py. M (K, V) begins at 0, and z (K,), the logarithm of how much each row has
-been written, at -inf. The steps of a chunk read M as it is before the chunk; a complete chunk then writes it, or, where
-attention sees two chunks, the chunk before it does:
+Chunks of C positions lie as in chunked_attention.py. M (K, V) starts at 0, and z (K,), the logarithm of the total
+weight written to each row, at -inf. The positions of a chunk read M as it is before the chunk. A complete chunk then
+writes M; if attention sees two chunks, the chunk before it does:
 
     o_t = softmax(q_t) M
-    w_i = log sum_t exp(k_ti)      z' = log(exp(z) + exp(w))      r = exp(w - z')           over the chunk's steps t
+    w_i = log sum_t exp(k_ti)      z' = log(exp(z) + exp(w))      r = exp(w - z')           over the chunk's positions t
     P_ti = exp(k_ti - w_i)         F_t = softmax(k_t)             U = V - F M
     M' = (1 - r) M + r P^T U
 
-So row i is a mean over the past with the weights exp(k_ti), of what M did not know of the values. A sequence that goes on
-from a state first completes its chunk, with the state's keys and values.
+So row i is a mean over the past, with weights exp(k_ti), of the part of the values that M did not predict. A sequence
+that continues from a state first completes its chunk, with the state's keys and values.
 
 dtypes: q, k, v, o and the state's k and v float32, float64, bfloat16 or float16; all else float32, or float64 for float64.
 """
@@ -38,7 +38,7 @@ def adaptive_working_memory(
     cu_seqlens: Tensor | None = None,  # (S + 1,)
     lengths: Tensor | None = None,  # (B,)
 ) -> Tensor | tuple[Tensor, WorkingMemoryState]:
-    """Reads and writes chunk after chunk. Returns o (B, L, H, V) and, with `return_state`, the state.
+    """Read and write chunk after chunk. Returns o (B, L, H, V) and, with `return_state`, the state.
 
     >>> q = torch.zeros(1, 4, 1, 1)
     >>> v = torch.tensor([1.0, 3.0, 0.0, 0.0]).view(1, 4, 1, 1)
@@ -47,15 +47,15 @@ def adaptive_working_memory(
     """
     o, ends = torch.zeros_like(v), []
     for s, (row, tokens) in enumerate(sequences(q, cu_seqlens, lengths)):
-        steps = _on_grid(q[row, tokens], k[row, tokens], v[row, tokens], chunk_size, visible_chunks, state, s)
-        M, z = _at_start(q, v, chunk_size, visible_chunks, state, s)
+        span = _on_grid(q[row, tokens], k[row, tokens], v[row, tokens], chunk_size, visible_chunks, state, s)
+        M, z = _initial_memory(q, v, chunk_size, visible_chunks, state, s)
         read = []
-        for chunk, written in _chunks(steps, chunk_size, visible_chunks):
+        for chunk, written in _chunks(span, chunk_size, visible_chunks):
             read.append(torch.einsum("thk,hkv->thv", chunk.q.softmax(-1), M))
             if written is not None:
-                M, z = _written(M, z, written)
-        o[row, tokens] = torch.cat([steps.v[:0], *read])[steps.cached :].to(v.dtype)
-        ends.append((M, z, steps))
+                M, z = _write(M, z, written)
+        o[row, tokens] = torch.cat([span.v[:0], *read])[span.cached :].to(v.dtype)
+        ends.append((M, z, span))
     return (o, _end_state(q, k, v, ends, chunk_size, visible_chunks, state)) if return_state else o
 
 
@@ -73,7 +73,7 @@ def adaptive_working_memory_bwd(
     cu_seqlens: Tensor | None = None,
     lengths: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Goes back over the chunks with the gradients G of M' and g of z'. Returns dq, dk, dv, dmemory, dmass.
+    """Walk back over the chunks with the gradients G of M' and g of z'. Returns dq, dk, dv, dmemory, dmass.
 
         M' = (1 - r) M + r N,  N = P^T U    ->   dN = r G      dr = sum_v G (N - M)      dM = (1 - r) G
         N = P^T U                           ->   dP = U dN^T   dU = P dN
@@ -87,17 +87,17 @@ def adaptive_working_memory_bwd(
     dq, dk, dv = (torch.zeros_like(a) for a in (q, k, v))
     starts = []
     for s, (row, tokens) in enumerate(sequences(q, cu_seqlens, lengths)):
-        steps = _on_grid(q[row, tokens], k[row, tokens], v[row, tokens], chunk_size, visible_chunks, state, s)
-        M, z = _at_start(q, v, chunk_size, visible_chunks, state, s)
-        do_s = torch.cat([steps.v.new_zeros(steps.cached, *v.shape[2:]), do[row, tokens].to(M.dtype)])
+        span = _on_grid(q[row, tokens], k[row, tokens], v[row, tokens], chunk_size, visible_chunks, state, s)
+        M, z = _initial_memory(q, v, chunk_size, visible_chunks, state, s)
+        do_s = torch.cat([span.v.new_zeros(span.cached, *v.shape[2:]), do[row, tokens].to(M.dtype)])
         before = []
-        for read, written in _chunks(steps, chunk_size, visible_chunks):
+        for read, written in _chunks(span, chunk_size, visible_chunks):
             before.append((read, written, M, z))
             if written is not None:
-                M, z = _written(M, z, written)
+                M, z = _write(M, z, written)
         G = torch.zeros_like(M) if dmemory is None else dmemory[s]
         g = torch.zeros_like(z) if dmass is None or bool((z == -torch.inf).any()) else dmass[s]
-        grads = [torch.zeros_like(a) for a in steps[:3]]
+        grads = [torch.zeros_like(a) for a in span[:3]]
         for number, (read, chunk, M, z) in reversed([*enumerate(before)]):
             if chunk is not None:
                 first = (number - visible_chunks + 1) * chunk_size
@@ -120,14 +120,14 @@ def adaptive_working_memory_bwd(
             grads[0][rows] = Q * (dQ - (Q * dQ).sum(-1, keepdim=True))
             G = G + torch.einsum("thk,thv->hkv", Q, do_c)
         for total, part in zip((dq, dk, dv), grads, strict=True):
-            total[row, tokens] = part[steps.cached :].to(total.dtype)
+            total[row, tokens] = part[span.cached :].to(total.dtype)
         starts.append((G, torch.where(z == -torch.inf, 0, g)))
     dstate = [torch.stack(parts) for parts in zip(*starts, strict=True)] or [dmemory, dmass]
     return dq, dk, dv, *dstate
 
 
-class _Steps(NamedTuple):
-    """Steps of a sequence, behind the `cached` ones that its state has kept, from a chunk's beginning on."""
+class _Span(NamedTuple):
+    """Positions of a sequence, the first `cached` ones from its state; the first lies at the start of a chunk."""
 
     q: Tensor  # (cached + n, H, K)
     k: Tensor
@@ -137,25 +137,25 @@ class _Steps(NamedTuple):
 
 def _on_grid(
     q: Tensor, k: Tensor, v: Tensor, chunk_size: int, visible: int, state: WorkingMemoryState | None, s: int
-) -> _Steps:
+) -> _Span:
     real = accumulation_dtype(q.dtype)
     q, k, v = q.to(real), k.to(real), v.to(real)
     if state is None:
-        return _Steps(q, k, v, 0)
-    cached = _kept(int(state.position[s]), chunk_size, visible)
+        return _Span(q, k, v, 0)
+    cached = _num_kept(int(state.position[s]), chunk_size, visible)
     k, v = (torch.cat([old[s, :cached].to(real), new]) for old, new in ((state.k, k), (state.v, v)))
-    return _Steps(torch.cat([q.new_zeros(cached, *q.shape[1:]), q]), k, v, cached)
+    return _Span(torch.cat([q.new_zeros(cached, *q.shape[1:]), q]), k, v, cached)
 
 
-def _kept(seen: int, chunk_size: int, visible: int) -> int:
-    """The steps that a state keeps: of the unfinished chunk and those that are yet to be written."""
+def _num_kept(seen: int, chunk_size: int, visible: int) -> int:
+    """Number of positions that a state keeps: those of the unfinished chunk and of chunks to be written later."""
     return min(seen, (visible - 1) * chunk_size + seen % chunk_size)
 
 
-def _at_start(
+def _initial_memory(
     q: Tensor, v: Tensor, chunk_size: int, visible: int, state: WorkingMemoryState | None, s: int
 ) -> tuple[Tensor, Tensor]:
-    """M (H, K, V) and z (H, K) before the sequence's first step here."""
+    """M (H, K, V) and z (H, K) before the sequence's first position in this call."""
     if state is None:
         M = q.new_zeros(*q.shape[2:], v.shape[-1], dtype=accumulation_dtype(q.dtype))
         return M, torch.full_like(M[..., 0] if M.shape[-1] else M.sum(-1), -torch.inf)
@@ -163,46 +163,46 @@ def _at_start(
     return state.memory[s], torch.full_like(z, -torch.inf) if int(state.position[s]) < visible * chunk_size else z
 
 
-def _chunks(steps: _Steps, chunk_size: int, visible: int) -> list[tuple[_Steps, _Steps | None]]:
-    """Each chunk, and the one that is written after it has been read."""
-    parts = (a.split(chunk_size) if len(a) else () for a in steps[:3])
-    chunks = [_Steps(*chunk, cached=0) for chunk in zip(*parts, strict=True)]
-    ends_now = [steps.cached < (i + 1) * chunk_size <= len(steps.q) for i in range(len(chunks))]
+def _chunks(span: _Span, chunk_size: int, visible: int) -> list[tuple[_Span, _Span | None]]:
+    """Pairs of a chunk that reads and the chunk that is written after it, or None."""
+    parts = (a.split(chunk_size) if len(a) else () for a in span[:3])
+    chunks = [_Span(*chunk, cached=0) for chunk in zip(*parts, strict=True)]
+    ends_now = [span.cached < (i + 1) * chunk_size <= len(span.q) for i in range(len(chunks))]
     return [
         (chunk, chunks[i - visible + 1] if ends_now[i] and i >= visible - 1 else None) for i, chunk in enumerate(chunks)
     ]
 
 
-def _written(M: Tensor, z: Tensor, chunk: _Steps) -> tuple[Tensor, Tensor]:
-    """M and z after a complete chunk."""
+def _write(M: Tensor, z: Tensor, chunk: _Span) -> tuple[Tensor, Tensor]:
+    """Write a complete chunk. Returns M and z after it."""
     w = chunk.k.logsumexp(0)
     total = torch.logaddexp(z, w)
     r = (w - total).exp()[..., None]
-    unknown = chunk.v - torch.einsum("thk,hkv->thv", chunk.k.softmax(-1), M)
-    return (1 - r) * M + r * torch.einsum("thk,thv->hkv", (chunk.k - w).exp(), unknown), total
+    U = chunk.v - torch.einsum("thk,hkv->thv", chunk.k.softmax(-1), M)
+    return (1 - r) * M + r * torch.einsum("thk,thv->hkv", (chunk.k - w).exp(), U), total
 
 
 def _end_state(
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    ends: list[tuple[Tensor, Tensor, _Steps]],
+    ends: list[tuple[Tensor, Tensor, _Span]],
     chunk_size: int,
     visible: int,
     state: WorkingMemoryState | None,
 ) -> WorkingMemoryState:
-    """Keeps the steps of chunks that are not yet written; the rows after them are zero."""
+    """State with the positions of chunks that are not yet written; the rows after them are zero."""
     S, (H, K), V, real = len(ends), q.shape[2:], v.shape[-1], accumulation_dtype(q.dtype)
     memory, mass = q.new_zeros(S, H, K, V, dtype=real), q.new_zeros(S, H, K, dtype=real)
     keys, values = k.new_zeros(S, visible * chunk_size, H, K), v.new_zeros(S, visible * chunk_size, H, V)
     position = torch.zeros(S, dtype=torch.int64, device=q.device)
-    for s, (M, z, steps) in enumerate(ends):
+    for s, (M, z, span) in enumerate(ends):
         before = 0 if state is None else int(state.position[s])
-        position[s] = before - steps.cached + len(steps.q)
+        position[s] = before - span.cached + len(span.q)
         memory[s] = M
         if position[s] >= visible * chunk_size:
             mass[s] = z
-        kept = _kept(int(position[s]), chunk_size, visible)
-        keys[s, :kept] = steps.k[len(steps.k) - kept :].detach().to(k.dtype)
-        values[s, :kept] = steps.v[len(steps.v) - kept :].detach().to(v.dtype)
+        kept = _num_kept(int(position[s]), chunk_size, visible)
+        keys[s, :kept] = span.k[len(span.k) - kept :].detach().to(k.dtype)
+        values[s, :kept] = span.v[len(span.v) - kept :].detach().to(v.dtype)
     return WorkingMemoryState(memory, mass, keys, position, values)

@@ -1,4 +1,4 @@
-"""`bidirectional_cema`: CEMA of the steps before and of the steps after each step, as an encoder's."""
+"""`bidirectional_cema`: CEMA of the positions up to each position and of those after it, for encoders."""
 
 from __future__ import annotations
 
@@ -33,9 +33,9 @@ def bidirectional_cema(
               + \gamma^2_n \sum_{s > t} p^2_n (q^2_n)^{s - t - 1} x_s \Bigr) + \omega x_t
 
     Args:
-        x: (B, L, D) float32, float64, bfloat16 or float16, any strides (copied once if not contiguous).
-        p: (2 D, N) float32, or float64 for a float64 `x`; the first D rows are of the steps up to t, the others of the
-            steps after t.
+        x: (B, L, D) float32, float64, bfloat16 or float16, any strides (copied once if not contiguous). p: (2 D, N)
+        float32, or float64 for a float64 `x`; the first D rows are for the positions up to t, the others for
+            those after t.
         q, gamma: (2 D, N) complex64, or complex128 for a float64 `x`.
         omega: (D,) as `p`.
         cu_seqlens, lengths: sequences as in :func:`cema`.
@@ -46,13 +46,13 @@ def bidirectional_cema(
     Raises:
         ValueError: a shape or a value is wrong. TypeError: a dtype is wrong. Second derivatives are not supported.
 
-    Two calls of :func:`cema`, one over rows that are reversed, each sequence inside itself; each direction is rounded to
-    x's dtype. x and the reversed x are kept for the backward, which is deterministic.
+    Two calls of :func:`cema`, the second with each sequence reversed; each direction is rounded to x's dtype. x and the
+    reversed x are kept for the backward, which is deterministic.
 
     Arrays of other libraries: see :mod:`megalodon_ops.ops.common.arrays`.
 
-    Source: the encoders of arXiv 2404.08801, section 4.5, after the code that they were developed in, whose backward
-    direction begins at the next step. The mathematics: :func:`megalodon_ops.reference.bidirectional_cema`.
+    Source: the encoders of arXiv 2404.08801, section 4.5, and their original code, whose backward direction starts at
+    the next position. The mathematics: :func:`megalodon_ops.reference.bidirectional_cema`.
 
     Example:
         >>> import torch, megalodon_ops as mo
@@ -75,22 +75,22 @@ def bidirectional_cema(
     sequences = {"cu_seqlens": int64_or_none(cu_seqlens), "lengths": int64_or_none(lengths)}
     try:
         y = cema(x, p[:D], q[:D], gamma[:D], omega, **sequences)
-        mirror = mirrored_tokens(x, **sequences)
-        z = cema(_mirrored(x, mirror), p[D:], q[D:], gamma[D:], torch.zeros_like(omega), **sequences)
+        order = mirrored_tokens(x, **sequences)
+        z = cema(_reorder(x, order), p[D:], q[D:], gamma[D:], torch.zeros_like(omega), **sequences)
     except (TypeError, ValueError) as error:
         raise type(error)(_NAME.sub("bidirectional_cema: ", str(error))) from error
-    after = _mirrored(z, mirror)[:, 1:]  # z begins at the step itself
+    after = _reorder(z, order)[:, 1:]  # z includes the position itself
     if cu_seqlens is not None:
-        after = after.masked_fill((mirror[1:] != mirror[:-1] - 1)[:, None], 0)  # of the next sequence
+        after = after.masked_fill((order[1:] != order[:-1] - 1)[:, None], 0)  # another sequence
     return y + torch.cat((after, torch.zeros_like(z[:, :1])), 1)  # torch 2.5's pad refuses tensors without elements
 
 
-def _mirrored(x: Tensor, mirror: Tensor) -> Tensor:
-    return x.flatten(0, 1).index_select(0, mirror).view(x.shape)
+def _reorder(x: Tensor, order: Tensor) -> Tensor:
+    return x.flatten(0, 1).index_select(0, order).view(x.shape)
 
 
 def mirrored_tokens(x: Tensor, cu_seqlens: Tensor | None, lengths: Tensor | None) -> Tensor:
-    """(B L,) int64: for each token the one as far from the end of its sequence; itself where it is in none.
+    """(B L,) int64: index of each token in the reversed sequences; tokens in no sequence keep their own.
 
     Example:
         >>> import torch
@@ -101,7 +101,7 @@ def mirrored_tokens(x: Tensor, cu_seqlens: Tensor | None, lengths: Tensor | None
     B, L = x.shape[:2]
     token = torch.arange(B * L, device=x.device)
     if cu_seqlens is not None:
-        after = torch.searchsorted(cu_seqlens, token, right=True)  # the number of the offset after the token
+        after = torch.searchsorted(cu_seqlens, token, right=True)  # index of the first offset after the token
         begin, end = (cu_seqlens[at.clamp(0, len(cu_seqlens) - 1)] for at in (after - 1, after))
     else:
         begin = token - token % max(L, 1)

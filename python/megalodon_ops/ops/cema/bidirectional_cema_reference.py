@@ -1,12 +1,12 @@
-"""CEMA in both directions of time, for encoders: what was before each step, and what comes after it.
+"""CEMA in both directions of time, for encoders.
 
-The coefficients have 2 D rows, the first D for the steps up to t, the others for the steps after t:
+The coefficients have 2 D rows, the first D for the positions up to t, the others for the positions after t:
 
     y_t = Re sum_n ( gamma1_n sum_{s <= t} p1_n q1_n^(t - s) x_s + gamma2_n sum_{s > t} p2_n q2_n^(s - t - 1) x_s ) + omega x_t
 
-The second sum is a CEMA of the reversed sequence, moved by one step: its first weight is of the next step, as in the code
-that the encoders of arXiv 2404.08801, section 4.5, were developed in. dtypes as in cema.py; each direction is rounded to
-the dtype of x.
+The second sum is a CEMA of the reversed sequence, shifted by one: its first term is the next position, as in the
+original code of the encoders of arXiv 2404.08801, section 4.5. dtypes as in cema.py; each direction is rounded to the
+dtype of x.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ def bidirectional_cema(
     cu_seqlens: Tensor | None = None,  # (S + 1,)
     lengths: Tensor | None = None,  # (B,)
 ) -> Tensor:
-    """Adds the CEMA of the steps up to each step and the CEMA of the steps after it.
+    """Add the CEMA of the positions up to each position and the CEMA of the positions after it.
 
     >>> x, p = torch.tensor([0.0, 1.0, 0.0, 0.0]).view(1, 4, 1), torch.ones(2, 1)
     >>> q, gamma = torch.tensor([[0.5 + 0j], [0.25 + 0j]]), torch.ones(2, 1, dtype=torch.complex64)
@@ -54,7 +54,7 @@ def bidirectional_cema_bwd(
     cu_seqlens: Tensor | None = None,
     lengths: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Adds cema_bwd of both directions: z_t of the reversed CEMA entered y_{t-1}. Returns dx, dp, dq, dgamma, domega."""
+    """Add cema_bwd of both directions: z_t of the reversed CEMA entered y_{t-1}. Returns dx, dp, dq, dgamma, domega."""
     D = x.shape[-1]
     first = p[:D], q[:D], gamma[:D], omega
     dx, *dfirst, domega, _ = cema_bwd(dy, None, x, *first, cu_seqlens=cu_seqlens, lengths=lengths)
@@ -63,7 +63,7 @@ def bidirectional_cema_bwd(
     for row, tokens in sequences(x, cu_seqlens, lengths):
         dy_s, x_s = dy[row, tokens], x[row, tokens]
         dz = torch.cat([torch.zeros_like(dy_s[:1]), dy_s[:-1]])
-        dx_s, *found, _, _ = cema_bwd(dz.flip(0)[None], None, x_s.flip(0)[None], *after)
+        dx_s, *parts, _, _ = cema_bwd(dz.flip(0)[None], None, x_s.flip(0)[None], *after)
         dx[row, tokens] += dx_s[0].flip(0)
-        dafter = [total + part for total, part in zip(dafter, found, strict=True)]
+        dafter = [total + part for total, part in zip(dafter, parts, strict=True)]
     return dx, *(torch.cat(parts) for parts in zip(dfirst, dafter, strict=True)), domega

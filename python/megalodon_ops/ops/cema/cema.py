@@ -1,6 +1,6 @@
 """`cema`: the complex exponential moving average, a recurrence in time with N complex states a channel.
 
-`cema_end_state`: the state that the recurrence ends in, without its output.
+`cema_end_state`: the final state of the recurrence, without its output.
 """
 
 from __future__ import annotations
@@ -36,10 +36,10 @@ def cema(
         p: (D, N) float32, or float64 for a float64 `x`.
         q, gamma: (D, N) complex64, or complex128 for a float64 `x`; \|q\| <= 1 for a stable recurrence.
         omega: (D,) as `p`.
-        state: (S, D, N) complex, h before the first step; None: zero. S is B, or the number of packed sequences.
-        return_state: also return h after each sequence's last step.
+        state: (S, D, N) complex, h before the first position; None: zero. S is B, or the number of packed sequences.
+        return_state: also return h after each sequence's last position.
         cu_seqlens: (S + 1,) int64 or int32 offsets of sequences packed into one row (B = 1).
-        lengths: (B,) int64 or int32, steps in each right-padded row.
+        lengths: (B,) int64 or int32, number of positions in each right-padded row.
 
     Returns:
         y (B, L, D) in x's dtype, zero at tokens in no sequence; with `return_state` also the state (S, D, N). States
@@ -48,8 +48,8 @@ def cema(
     Raises:
         ValueError: a shape or a value is wrong. TypeError: a dtype is wrong. Second derivatives are not supported.
 
-    Gradients go to every tensor, `state` included, complex ones in torch's convention. The inputs are all that is kept
-    for the backward, which is deterministic whatever the number of threads.
+    Gradients go to every tensor, `state` included, complex ones in torch's convention. Only the inputs are kept for
+    the backward, which is deterministic for every number of threads.
 
     Arrays of other libraries: see :mod:`megalodon_ops.ops.common.arrays`.
 
@@ -85,24 +85,24 @@ def cema_end_state(
 
     .. math:: h_L = \sum_{t=1}^{L} q^{L-t}\, p\, x_t
 
-    A piece of c steps maps a state h to :math:`q^c h` plus its own end state, so that pieces of a sequence may be
-    scanned apart, on several devices, too, and their states merged.
+    A piece of c positions maps a state h to :math:`q^c h` plus its own end state, so pieces of a sequence may be
+    scanned separately, also on several devices, and their states merged.
 
     Args:
         x: (B, L, D) float32, float64, bfloat16 or float16, any strides (copied once if not contiguous).
         p: (D, N) float32, or float64 for a float64 `x`.
         q: (D, N) complex64, or complex128 for a float64 `x`.
         cu_seqlens: (S + 1,) int64 or int32 offsets of sequences packed into one row (B = 1).
-        lengths: (B,) int64 or int32, steps in each right-padded row.
+        lengths: (B,) int64 or int32, number of positions in each right-padded row.
 
     Returns:
-        (S, D, N) complex as `q`: what ``cema(..., return_state=True)`` returns; zero for a sequence without steps.
+        (S, D, N) complex as `q`, the state of ``cema(..., return_state=True)``; zero for an empty sequence.
 
     Raises:
         ValueError: a shape or a value is wrong. TypeError: a dtype is wrong. Second derivatives are not supported.
 
-    Gradients go to x, p and q, in torch's convention. The inputs are all that is kept for the backward, which is
-    deterministic whatever the number of threads.
+    Gradients go to x, p and q, in torch's convention. Only the inputs are kept for the backward, which is deterministic
+    for every number of threads.
 
     Arrays of other libraries: see :mod:`megalodon_ops.ops.common.arrays`.
 
@@ -131,7 +131,7 @@ def _fwd(x, p, q, gamma, omega, state, cu_seqlens, lengths, return_state):
 
 
 def _fwd_fake(x, p, q, gamma, omega, state, cu_seqlens, lengths, return_state):
-    """A state that nobody wants is empty: torch's schemas know no optional result."""
+    """An unwanted state is empty, as torch's schemas have no optional results."""
     shape = (num_sequences(x.shape[0], cu_seqlens), *q.shape) if return_state else (0,)
     return empty_like(x), q.new_empty(shape)
 

@@ -1,4 +1,4 @@
-"""`cema_coefficients`: the coefficients for :func:`megalodon_ops.cema`, from the parameters that are trained."""
+"""`cema_coefficients`: the coefficients for :func:`megalodon_ops.cema`, from the trained parameters."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ def cema_coefficients(alpha: Tensor, delta: Tensor, theta: Tensor, gamma: Tensor
 
 
 def _by_torch(alpha, delta, theta, gamma):
-    """The forward where there is no kernel; autograd differentiates it."""
+    """Forward without a kernel; autograd differentiates it."""
     N = alpha.shape[1]
     p, modes = torch.sigmoid(alpha[..., 0]), torch.arange(1, N + 1, dtype=alpha.dtype, device=alpha.device)
     phase = modes * (torch.sigmoid(theta[..., 0]) * (2 * math.pi / N))

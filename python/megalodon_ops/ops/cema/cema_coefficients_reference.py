@@ -1,8 +1,8 @@
 """CEMA's coefficients from its parameters (arXiv 2404.08801, section 3.1). With s(x) = 1 / (1 + exp(-x)), for n = 1 ... N:
 
     p_n = s(alpha_n)                              the input's weight, in (0, 1)
-    r_n = 1 - p_n s(delta_n)                      the decay, in (0, 1): damped by delta, what p leaves of the past
-    t_n = s(theta) n / N                          the rotation of a step, in turns: the channel's angle, spread over modes
+    r_n = 1 - p_n s(delta_n)                      the decay, in (0, 1)
+    t_n = s(theta) n / N                          the rotation per position, in turns
     q_n = r_n exp(2 pi i t_n)
     gamma_n = (gamma_n0 + i gamma_n1) / sqrt(N)   the output's weight
 
@@ -42,16 +42,16 @@ def cema_coefficients_bwd(
     delta: Tensor,
     theta: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Returns dalpha, ddelta, dtheta, dgamma. With a + i b = dq exp(-2 pi i t), what dq has along q and across it:
+    """Returns dalpha, ddelta, dtheta, dgamma. With a + i b = dq exp(-2 pi i t), the parts of dq along q and across it:
 
-        r       ->   a                and r = 1 - p s(delta) passes a on:
+        r       ->   a                then, by r = 1 - p s(delta):
         t       ->   2 pi r b
         p       ->   dp - a s(delta), dalpha = (dp - a s(delta)) p (1 - p)
                                       ddelta = -a p s(delta) (1 - s(delta))
                                       dtheta = s(theta) (1 - s(theta)) sum_n 2 pi r_n b_n n / N
         gamma   ->   dgamma = dscaled / sqrt(N), its real and imaginary parts
 
-    p (1 - p) and its likes are the derivative of the sigmoid, ds/dx = s (1 - s).
+    Factors such as p (1 - p) are the derivative of the sigmoid, ds/dx = s (1 - s).
     """
     ndim = alpha.shape[1]
     p, radius, phase = _polar(alpha, delta, theta)

@@ -1,6 +1,6 @@
 """CEMA, the complex exponential moving average (arXiv 2404.08801, section 3.1).
 
-Every channel of x drives N complex states, each a damped rotation, and reads the real part of their weighted sum:
+Each channel of x drives N complex states, each a damped rotation; y is the real part of their weighted sum:
 
     h_t = q h_{t-1} + p x_t                      h (D, N) complex, p (D, N) real, q (D, N) complex
     y_t = Re( sum_n gamma_n h_t[n] ) + omega x_t   gamma (D, N) complex, omega (D)
@@ -9,8 +9,8 @@ Unrolled from h_0, this is a convolution with a kernel that decays as |q|^j:
 
     y_t = sum_{j=0}^{t-1} Re( sum_n gamma_n p_n q_n^j ) x_{t-j} + Re( sum_n gamma_n q_n^t h_0[n] ) + omega x_t
 
-Steps compose: c of them map h to q^c h + (what they add from h = 0), which is how a sequence is cut into parallel
-chunks.
+Positions compose: c of them map h to q^c h + (their result from h = 0). So a sequence can be cut into spans that are
+scanned in parallel.
 
 dtypes: x and y float32, float64, bfloat16 or float16; p, q, gamma, omega, the state and all sums float32 (complex64),
 or float64 (complex128) for float64 x.
@@ -36,7 +36,7 @@ def cema(
     cu_seqlens: Tensor | None = None,  # (S + 1,)
     lengths: Tensor | None = None,  # (B,)
 ) -> Tensor | tuple[Tensor, Tensor]:
-    """Runs the recurrence step by step: h_t = q h_{t-1} + p x_t, y_t = Re(sum_n gamma_n h_t[n]) + omega x_t.
+    """Run the recurrence position by position: h_t = q h_{t-1} + p x_t, y_t = Re(sum_n gamma_n h_t[n]) + omega x_t.
 
     Returns y (B, L, D) and, with `return_state`, the last h of each sequence (S, D, N). The state includes p, not
     gamma.
@@ -69,13 +69,13 @@ def cema_bwd(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """The adjoint of `cema`: a scan backwards in time. Returns dx, dp, dq, dgamma, domega, dstate.
 
-    The gradient of a real loss with respect to a complex z is written dz = dloss/dRe z + i dloss/dIm z (torch's
+    The gradient of a real loss with respect to a complex z is dz = dloss/dRe z + i dloss/dIm z (torch's
     convention), so a small change of z changes the loss by Re(conj(dz) delta z). A product w = a z then gives
 
         dz = conj(a) dw,    da = conj(z) dw,    with the real part taken where z or a is real.
 
-    Let g_t be the whole gradient of h_t. h_t enters y_t with weight gamma and h_{t+1} with weight q; the last one,
-    h_L, has no successor but is returned, with gradient `dstate`:
+    Let g_t be the total gradient of h_t. h_t enters y_t with weight gamma and h_{t+1} with weight q; the last one, h_L,
+    has no successor but is returned, with gradient `dstate`:
 
         g_L = conj(gamma) dy_L + dstate
         g_t = conj(gamma) dy_t + conj(q) g_{t+1}        t = L-1 .. 1
@@ -87,7 +87,7 @@ def cema_bwd(
         y_t = Re(sum gamma h_t)      ->   dgamma = sum_t dy_t conj(h_t)
               + omega x_t            ->   dx_t = ... + omega dy_t              domega = sum_t dy_t x_t
 
-    dp, dq, dgamma and domega are sums over all sequences. An empty sequence hands `dstate` through.
+    dp, dq, dgamma and domega are sums over all sequences. An empty sequence returns `dstate` unchanged.
     """
     xs, p, q, gamma, omega, state = _widen(x, p, q, gamma, omega, state)
     dys = dy.to(xs.dtype)

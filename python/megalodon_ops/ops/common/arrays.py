@@ -1,14 +1,15 @@
 """Arrays of other libraries as arguments of the ops, through DLPack: NumPy, CuPy, any type with `__dlpack__`.
 
 If its first argument is an array, an op reads all its arrays in place; an array that is not C-contiguous is copied. The
-op returns arrays of the first argument's library, states included, or torch tensors if that library has no `from_dlpack`.
+op returns arrays of the first argument's library, states included, or torch tensors if that library has no
+`from_dlpack`.
 
-Arrays carry no gradients: a call on arrays runs without gradients and outside torch.autocast. A call takes either arrays
-or tensors, so that no gradient is lost unnoticed. With `inplace_state` the op writes to the caller's arrays.
+Arrays carry no gradients: a call on arrays runs without gradients and outside torch.autocast. A call takes either
+arrays or tensors, so that no gradient is lost unnoticed. With `inplace_state` the op writes to the caller's arrays.
 
 Streams follow the protocol; the host never waits. Each array's producer makes torch's current stream wait for the work
-pending on the array; the results make their consumer's current stream wait for the op. If the results are torch tensors,
-no other stream waits: keep the arrays until torch's stream is done with them.
+pending on the array; the results make their consumer's current stream wait for the op. If the results are torch
+tensors, no other stream waits: keep the arrays until torch's stream is done with them.
 
 Example:
     >>> import numpy as np, megalodon_ops as mo
@@ -106,7 +107,7 @@ def _tensor_over(array: Any, where: str, write: bool) -> Tensor:
 
 
 def _array_over(tensor: Tensor, kind: Any) -> Any:
-    """Array of the library of `kind` over the tensor's memory; the tensor itself if that library has no `from_dlpack`."""
+    """Array of `kind`'s library over the tensor's memory; the tensor itself if that library has no `from_dlpack`."""
     if isinstance(kind, numpy.ndarray):
         return tensor.numpy()  # writable; numpy.from_dlpack of older versions gives read-only arrays
     package = sys.modules.get(type(kind).__module__.partition(".")[0])

@@ -36,14 +36,14 @@ def is_whole(value: object, least: int, most: int = 2**63 - 1) -> bool:
 
 
 def check_size(op: str, argument: str, value: object) -> int:
-    """Return the value as an int, or raise unless it is an integer in [1, 2^31). A torch.SymInt of tracing is returned as is."""
+    """Return the value as an int, or raise unless it is in [1, 2^31). A torch.SymInt of tracing is returned as is."""
     if type(value) is int and 1 <= value <= _LARGEST_SIZE:
         return value
     return check_integer(op, argument, value, "a positive integer below 2^31", 1, _LARGEST_SIZE)
 
 
 def check_integer(op: str, argument: str, value: object, expected: str, least: int, most: int = 2**63 - 1) -> int:
-    """Return the value as an int, or raise unless it is an integer from `least` to `most`; `expected` is for the error."""
+    """Return the value as an int, or raise unless it is from `least` to `most`; `expected` is for the error."""
     if isinstance(value, torch.SymInt):
         return value
     if not isinstance(value, Integral) or isinstance(value, bool):
@@ -56,7 +56,7 @@ def check_integer(op: str, argument: str, value: object, expected: str, least: i
 def check_number(
     op: str, argument: str, value: object, expected: str, least: float = -LARGEST, most: float = LARGEST
 ) -> float:
-    """Return the value as a float, or raise unless it is a number from `least` to `most`; `expected` is for the error."""
+    """Return the value as a float, or raise unless it is from `least` to `most`; `expected` is for the error."""
     if type(value) is float and least <= value <= most:
         return value
     if isinstance(value, (torch.SymInt, torch.SymFloat)):

@@ -1,7 +1,7 @@
 """The NVIDIA driver that the CUDA kernels of this build need, and the reason of a failed launch.
 
-Versions are CUDA's: 13000 for 13.0. The kernels contain the CUDA runtime of their build. A driver runs runtimes of its own
-and of older major versions; with an older driver the runtime refuses every call, so no kernel runs (docs/cuda.md).
+Versions are CUDA's: 13000 for 13.0. The kernels contain the CUDA runtime of their build. A driver runs runtimes of its
+own and of older major versions; with an older driver the runtime refuses every call, so no kernel runs (docs/cuda.md).
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ _FIRST_NVCC = 11  # the oldest major version that compiles the kernels
 
 
 def driver_problem(driver: int, runtime: int) -> str | None:
-    """Reason why a driver for CUDA `driver`, 0 if there is none, does not run kernels built with CUDA `runtime`, or None."""
+    """Reason why a driver for CUDA `driver` (0: no driver) does not run kernels built with CUDA `runtime`, or None."""
     major, target = driver // 1000, runtime // 1000
     if major >= target:
         return None

@@ -220,7 +220,7 @@ _is_exporting = getattr(torch.compiler, "is_exporting", torch.compiler.is_compil
 
 
 def is_exporting() -> bool:
-    """Return True if torch.export is tracing; choices by size then belong inside an op, which makes them in each run."""
+    """Return True if torch.export is tracing; choices by size must then be made inside an op, in each run."""
     return _is_exporting()
 
 

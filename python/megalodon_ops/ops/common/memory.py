@@ -17,7 +17,7 @@ _M_TRIM_THRESHOLD, _M_MMAP_MAX, _M_ARENA_MAX = -1, -4, -8  # mallopt(3)
 
 
 def machine_memory() -> int:
-    """Bytes of memory that this process can have: the least of the machine's, its control group's and its resource limit."""
+    """Bytes of memory that this process can have: the least of machine memory, control group and resource limit."""
     limits = [os.sysconf("SC_PHYS_PAGES") * mmap.PAGESIZE, resource.getrlimit(resource.RLIMIT_AS)[0]]
     for name in ("memory.max", "memory/memory.limit_in_bytes"):  # control groups of version 2, of version 1
         try:
@@ -43,10 +43,10 @@ def use_huge_pages(model: nn.Module) -> bool:
     """Move the model's large parameters on the CPU to memory for which Linux may use huge pages (2 MiB).
 
     A decoded token reads every weight once, and small pages cost time for address translation: on 2 cores of an Intel
-    Xeon a token of 200M parameters takes 26 ms with huge pages and 32 to 35 ms with small ones. Call this function after
-    the weights are loaded and before a :class:`Decoder` is created. The parameters remain the same objects; their memory
-    is new and cannot be resized, which FSDP needs. `python -m megalodon_ops generate` calls this function; importing the
-    package does not.
+    Xeon a token of 200M parameters takes 26 ms with huge pages and 32 to 35 ms with small ones. Call this function
+    after the weights are loaded and before a :class:`Decoder` is created. The parameters remain the same objects; their
+    memory is new and cannot be resized, which FSDP needs. `python -m megalodon_ops generate` calls this function;
+    importing the package does not.
 
     Returns:
         False if the system has no huge pages; then nothing has changed.
@@ -83,11 +83,11 @@ def _huge_pages(size: int) -> Tensor:
 def keep_freed_memory() -> bool:
     """Make the C library of a long-running program keep freed CPU memory of every size for later tensors.
 
-    By default glibc returns blocks of 32 MiB and more, and free memory at the end of its heap, to the system, which then
-    clears every page for the next tensor. Without that a training step of 25M parameters and 8,192 tokens takes a tenth
-    less time. The process's peak memory stays about the same, but the process keeps that memory. Existing tensors do not
-    move, so call this function before you load a model. Commands of `python -m megalodon_ops` call this function;
-    importing the package does not.
+    By default glibc returns blocks of 32 MiB and more, and free memory at the end of its heap, to the system, which
+    then clears every page for the next tensor. Without that a training step of 25M parameters and 8,192 tokens takes a
+    tenth less time. The process's peak memory stays about the same, but the process keeps that memory. Existing tensors
+    do not move, so call this function before you load a model. Commands of `python -m megalodon_ops` call this
+    function; importing the package does not.
 
     Returns:
         False if there is no glibc, and so no `mallopt`; then nothing has changed.

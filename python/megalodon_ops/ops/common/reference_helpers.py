@@ -24,7 +24,8 @@ def sequences(x: Tensor, cu_seqlens: Tensor | None, lengths: Tensor | None) -> l
         return [(0, slice(start, end)) for start, end in zip(bounds, bounds[1:], strict=False)]
     if x.shape[0] > MAX_ROWS:
         raise ValueError(
-            f"megalodon_ops.reference: `B` must be at most {MAX_ROWS}, as loops of Python run over the rows, got {x.shape[0]}."
+            f"megalodon_ops.reference: `B` must be at most {MAX_ROWS}, as loops of Python run over the rows, "
+            f"got {x.shape[0]}."
         )
     ends = [x.shape[1]] * x.shape[0] if lengths is None else lengths.tolist()
     return [(row, slice(0, end)) for row, end in enumerate(ends)]

@@ -30,7 +30,7 @@ def fields_of(op: str, state: tuple | None, kind: type[tuple]) -> tuple:
 
 
 def named_in_programs(kind: type[tuple]) -> type[tuple]:
-    """Register a class of states for torch.export.save, which writes programs with such states by its name; return it."""
+    """Register a class of states by name, so that torch.export.save writes programs with them; return the class."""
     _register_namedtuple(kind, serialized_type_name=f"megalodon_ops.{kind.__name__}")
     return kind
 
@@ -84,8 +84,8 @@ class AttentionState(NamedTuple):
 class WorkingMemoryState(NamedTuple):
     """The memory of each sequence's complete chunks, and keys and values of the unfinished one.
 
-    If attention sees two chunks, the memory does not contain the last complete chunk yet: keys and values have 2 C rows, as
-    in :class:`AttentionState`.
+    If attention sees two chunks, the memory does not contain the last complete chunk yet: keys and values have 2 C
+    rows, as in :class:`AttentionState`.
 
     Example:
         >>> import torch, megalodon_ops as mo
