@@ -1,1 +1,1 @@
-"""The ops: public function, torch op, fake kernel and autograd, one module each; and what these modules share."""
+"""The ops, one room each: public function, torch op, fake kernel, autograd and reference; `common` is shared."""

@@ -1,7 +1,7 @@
-"""The ops in plain torch: the definition that the kernels are tested against, and the documentation of the mathematics.
+"""The ops in plain torch: definitions that the kernels are tested against, and documentation of the mathematics.
 
 Each op has a forward of the public signature, which autograd can differentiate, and a hand-derived backward `<op>_bwd`.
-Loops run over sequences and time; nothing here is meant to be fast.
+Loops run over sequences and time; these functions are slow.
 """
 
 from megalodon_ops.ops.adaptive_working_memory.adaptive_working_memory_reference import (

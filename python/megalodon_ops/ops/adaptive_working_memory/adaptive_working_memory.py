@@ -115,7 +115,7 @@ def read_write_and_keep(
     q: Tensor, k: Tensor, v: Tensor, chunk_size: int, visible_chunks: int, state: WorkingMemoryState | None,
     cu_seqlens: Tensor | None, lengths: Tensor | None, to_end: bool, inplace: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    """Return the results of :func:`read_and_write` and, if `to_end`, the new state's k, written in place if `inplace`."""
+    """Return :func:`read_and_write`'s results and, if `to_end`, the new state's k, written in place if `inplace`."""
     cu_seqlens, lengths = int64_or_none(cu_seqlens), int64_or_none(lengths)
     o, memory, mass = read_and_write(q, k, v, chunk_size, visible_chunks, state, cu_seqlens, lengths, to_end)
     if not to_end:
@@ -207,7 +207,7 @@ def _fwd_fake(
 def _bwd(
     do, dmemory_out, dmass_out, q, k, v, memory, mass, cache_k, cache_v, position, chunk_size, visible_chunks, cu_seqlens, lengths
 ):  # fmt: skip
-    """The formulas are those of adaptive_working_memory_reference.py. dmemory_out None: the forward was not `to_end`."""
+    """Formulas: adaptive_working_memory_reference.py. dmemory_out None: the forward was not `to_end`."""
     plan, dtype = Plan(q, chunk_size, visible_chunks, position, cu_seqlens, lengths, dmemory_out is not None), q.dtype
     M, z = plan.start(q, v, memory, mass)
     writer = _Writer(plan, k, v, cache_k, cache_v, z)

@@ -9,7 +9,7 @@ from torch import Tensor
 from ..common.flops import lengths_of, readable_values
 
 Pairs = Iterator[tuple[int, int]]
-"""For each sequence, the number of pairs, and of those with a cached key"""
+"""for each sequence, the number of pairs and the number of pairs with a cached key"""
 
 
 def attention_flops(q: Tensor, v: Tensor, pairs_of_sequences: Pairs) -> int:
@@ -29,7 +29,7 @@ def attention_bwd_flops(q: Tensor, v: Tensor, pairs_of_sequences: Pairs) -> int:
 def pairs_in_chunk(
     q: Tensor, position: Tensor | None, chunk_size: int, causal: bool, cu_seqlens: Tensor | None, lengths: Tensor | None
 ) -> Pairs:
-    """Pairs inside a chunk."""
+    """Count the pairs inside chunks."""
 
     def until(end: int) -> int:
         chunks, rest = end // chunk_size, end % chunk_size
@@ -37,18 +37,18 @@ def pairs_in_chunk(
             return chunks * chunk_size**2 + rest**2
         return (chunks * chunk_size * (chunk_size + 1) + rest * (rest + 1)) // 2
 
-    steps = lengths_of(q, cu_seqlens, lengths)
-    for count, first in zip(steps, readable_values(position, [0] * len(steps))):
+    counts = lengths_of(q, cu_seqlens, lengths)
+    for count, first in zip(counts, readable_values(position, [0] * len(counts))):
         yield until(first + count) - until(first), first * min(count, chunk_size - first)
 
 
 def pairs_in_two_chunks(
     q: Tensor, position: Tensor | None, C: int, cu_seqlens: Tensor | None, lengths: Tensor | None
 ) -> Pairs:
-    """Pairs inside a chunk of C, and with the keys of the chunk before it."""
+    """Count the pairs inside chunks and those with the keys of the previous chunk."""
     own = pairs_in_chunk(q, position, C, True, cu_seqlens, lengths)
-    steps = lengths_of(q, cu_seqlens, lengths)
-    for count, first, (pairs, _) in zip(steps, readable_values(position, [0] * len(steps)), own):
+    counts = lengths_of(q, cu_seqlens, lengths)
+    for count, first, (pairs, _) in zip(counts, readable_values(position, [0] * len(counts)), own):
         end = first + count
         in_first_two, in_third = min(end, 2 * C) - first, max(min(end, 3 * C) - 2 * C, 0)
         cached = first * in_first_two + max(first - C, 0) * in_third

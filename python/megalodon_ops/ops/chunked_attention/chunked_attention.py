@@ -1,4 +1,4 @@
-"""`chunked_attention`: softmax attention inside chunks of C steps, causal or of whole chunks."""
+"""`chunked_attention`: softmax attention inside chunks of C positions, causal or over whole chunks."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def chunked_attention(
     cu_seqlens: Tensor | None = None,
     lengths: Tensor | None = None,
 ) -> Tensor | tuple[Tensor, AttentionState]:
-    r"""Softmax attention of each step to the steps of its chunk up to itself, or to all steps of its chunk.
+    r"""Softmax attention of each position to its chunk up to itself, or to its whole chunk.
 
     .. math:: o_i = \sum_{j \le i} \mathrm{softmax}_j(\mathrm{scale}\; q_i^\top k_j)\, v_j, \qquad i, j \text{ in one chunk}
 
@@ -42,19 +42,19 @@ def chunked_attention(
         q, k: (B, L, H, K) float32, float64, bfloat16 or float16.
         v: (B, L, H, V), V and K are independent.
         chunk_size: C. Each sequence starts its own chunk grid, at `state.position` if it has a state.
-        visible_chunks: 2: a step sees the chunk before its own, too, as in Gecko (arXiv 2601.06463), causal and without
-            `dropkey`. By attention in windows of 2 C steps, twice, which makes 4 pairs of a query and a key where 3
-            would do. The state keeps 2 C rows; rotary positions must then not begin anew with each chunk. On a GPU the
-            host waits for the sequences' ends, where they are given, and the positions.
-        causal: False: each step sees its whole chunk, as far as its sequence has it, as in an encoder; there is no state.
+        visible_chunks: 2: a position also sees the previous chunk, as in Gecko (arXiv 2601.06463), causal and without
+            `dropkey`. This is attention in windows of 2 C positions, twice: 4 pairs of a query and a key where 3 would
+            suffice. The state has 2 C rows; rotary positions must not restart with each chunk. On a GPU the host waits
+            for the sequences' ends, if they are given, and the positions.
+        causal: False: each position sees its whole chunk inside its sequence, as in an encoder; there is no state.
         scale: factor on the scores.
         state: keys and values of the unfinished chunk; None: empty. The state is constant in the backward.
-        return_state: also return the state after each sequence's last step.
+        return_state: also return the state after each sequence's last position.
         inplace_state: append to the tensors of `state` instead of copying them; for generation. A backward that needs
             the old values raises.
-        dropkey: probability in [0, 1) that a score becomes -inf before the softmax. No rescaling; a row that loses
-            every score gives zeros. Positions count from the call's beginning, so pieces of a sequence lose other scores
-            than the whole.
+        dropkey: probability in [0, 1) that a key is hidden from a query: the score becomes -inf before the softmax,
+            without a rescale. A row that loses every score gives zeros. The mask counts positions from the start of the
+            call, so pieces of a sequence have another mask than the whole.
         dropkey_seed: (1,) int64 seed of the mask; None: drawn from the device's default generator.
         cu_seqlens, lengths: sequences as in :func:`cema`.
 
@@ -64,9 +64,9 @@ def chunked_attention(
     Raises:
         ValueError: a shape or a value is wrong. TypeError: a dtype is wrong. Second derivatives are not supported.
 
-    Scores live in blocks that fit the cache, never as a C x C matrix; sums are float32 (float64 for float64). On CUDA,
-    dense batches take torch's libraries at the shapes that :mod:`megalodon_ops.ops.chunked_attention.dense_attention` lists. For the
-    backward, q, k, v, o and one log-sum-exp for each row and head are kept.
+    Scores are computed in blocks that fit the cache, never as a C x C matrix; sums are float32 (float64 for float64).
+    On CUDA, dense batches of the shapes listed in :mod:`megalodon_ops.ops.chunked_attention.dense_attention` use
+    torch's libraries. q, k, v, o and one log-sum-exp for each row and head are kept for the backward.
 
     Arrays of other libraries: see :mod:`megalodon_ops.ops.common.arrays`.
 
@@ -114,26 +114,26 @@ def chunked_attention(
             "chunked_attention: `state` must not require gradients, it is constant in the backward; detach it."
         )
     if visible_chunks == 2:
-        return _to_two_chunks(q, k, v, state, chunk_size, scale, return_state, inplace_state, cu_seqlens, lengths)
-    kept = (cache_k, cache_v, position, chunk_size)
-    o, _ = call(chunked_attention_fwd, q, k, v, *kept, causal, scale, dropkey, dropkey_seed, cu_seqlens, lengths)
+        return _attend_two_chunks(q, k, v, state, chunk_size, scale, return_state, inplace_state, cu_seqlens, lengths)
+    before = (cache_k, cache_v, position, chunk_size)
+    o, _ = call(chunked_attention_fwd, q, k, v, *before, causal, scale, dropkey, dropkey_seed, cu_seqlens, lengths)
     if inplace_state:
         call(chunked_attention_state_, k.detach(), v.detach(), *state, chunk_size, cu_seqlens, lengths)
         return (o, state) if return_state else o
     if return_state:
-        return o, AttentionState(*call(chunked_attention_state, k.detach(), v.detach(), *kept, cu_seqlens, lengths))
+        return o, AttentionState(*call(chunked_attention_state, k.detach(), v.detach(), *before, cu_seqlens, lengths))
     return o
 
 
-def _to_two_chunks(
+def _attend_two_chunks(
     q: Tensor, k: Tensor, v: Tensor, state: AttentionState | None, chunk_size: int, scale: float, return_state: bool,
     inplace_state: bool, cu_seqlens: Tensor | None, lengths: Tensor | None,
 ) -> Tensor | tuple[Tensor, AttentionState]:  # fmt: skip
-    kept = (*(state or (None,) * 3), chunk_size)
-    o, _ = call(two_chunk_attention_fwd, q, k, v, *kept, scale, cu_seqlens, lengths)
+    before = (*(state or (None,) * 3), chunk_size)
+    o, _ = call(two_chunk_attention_fwd, q, k, v, *before, scale, cu_seqlens, lengths)
     if not (return_state or inplace_state):
         return o
-    after = AttentionState(*call(two_chunk_attention_state, k.detach(), v.detach(), *kept, cu_seqlens, lengths))
+    after = AttentionState(*call(two_chunk_attention_state, k.detach(), v.detach(), *before, cu_seqlens, lengths))
     if inplace_state:
         for old, new in zip(state, after):
             old.copy_(new)
@@ -142,7 +142,7 @@ def _to_two_chunks(
 
 
 def _library_path(q, k, v, position, chunk_size, causal, scale, dropkey, cu_seqlens, lengths):
-    """The path by torch's libraries for a dense batch without kept keys; None: the kernels."""
+    """Path through torch's libraries for a dense batch without cached keys; None: the kernels."""
     is_dense = not dropkey and position is None and cu_seqlens is None and lengths is None
     return dense_attention.path_of(q, k, v, chunk_size, causal, scale) if is_dense else None
 

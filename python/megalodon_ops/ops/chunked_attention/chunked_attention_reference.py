@@ -1,23 +1,22 @@
-"""Softmax attention inside chunks of C steps (arXiv 2404.08801, section 2), with DropKey (arXiv 2208.02646).
+"""Softmax attention inside chunks of C positions (arXiv 2404.08801, section 2), with DropKey (arXiv 2208.02646).
 
-Tokens of a sequence lie on a grid of chunks; row i sees the columns j <= i of its own chunk, and of the one before it
-where two chunks are visible (Gecko, arXiv 2601.06463), or all columns of its chunk where attention is not causal, as in an
+A sequence is divided into a grid of chunks. Row i sees the columns j <= i of its own chunk and, if two chunks are
+visible (Gecko, arXiv 2601.06463), of the previous one; or all columns of its chunk if attention is not causal, as in an
 encoder:
 
     s_ij = scale q_i . k_j                     -inf for columns dropped by DropKey
-    P_ij = exp(s_ij) / sum_j exp(s_ij)         zero where all columns were dropped
+    P_ij = exp(s_ij) / sum_j exp(s_ij)         zero if all columns were dropped
     o_i  = sum_j P_ij v_j
 
-A sequence that goes on from a state, which only causal attention has, first completes its chunk: the state's `position`
-keys are columns 0 .. position - 1, and token t is row position + t; they are those of the unfinished chunk and, where two
-are visible, of the one before it. Key and value sizes differ: q and k have K channels a head, v and o have V.
+After a given state, which only causal attention has, a sequence first completes the state's chunk: the state's
+`position` keys are columns 0 .. position - 1, and token t is row position + t. The keys are those of the unfinished
+chunk and, if two are visible, of the previous one. q and k have K channels a head, v and o have V.
 
-Forward and backward, a value that is not finite reaches the rows that see the value and no others, although these rows
-give it the weight 0.
+Forward and backward, a value that is not finite reaches the rows that see it, even with weight 0, and no other rows.
 
-DropKey drops each score with probability `dropkey`, without a rescale: the softmax renormalizes. The mask (philox.py)
-depends on seed, sequence, head, row and column, all counted on the grid of the call, so another split of
-the sequence has another mask.
+DropKey hides each key from each query with probability `dropkey`, without a rescale: the softmax renormalizes. The mask
+(philox.py) depends on seed, sequence, head, row and column on the grid of the call, so another split of the sequence
+has another mask.
 
 dtypes: q, k, v, o and the state float32, float64, bfloat16 or float16; scores, softmax and sums float32, or float64
 for float64.
@@ -52,7 +51,7 @@ def chunked_attention(
     cu_seqlens: Tensor | None = None,  # (S + 1,)
     lengths: Tensor | None = None,  # (B,)
 ) -> Tensor | tuple[Tensor, AttentionState]:
-    """Attends inside each chunk: o_i = sum_j softmax_j(scale q_i . k_j) v_j over the columns j of row i's chunk, j <= i if `causal`.
+    """Attend inside each chunk: o_i = sum_j softmax_j(scale q_i . k_j) v_j over the columns j that row i sees.
 
     Returns o (B, L, H, V) and, with `return_state`, keys, values and position of each sequence's unfinished chunk.
     The state is a constant: no gradient enters or leaves it. `inplace_state` writes the new state into the tensors of
@@ -72,7 +71,7 @@ def chunked_attention(
         o_s = torch.zeros_like(v_s)  # (position + n, H, V)
         for rows, columns in _chunks(position, len(k_s), chunk_size, visible_chunks):
             P = _probabilities(q_s, k_s, rows, columns, causal, scale, dropkey, seed, s)
-            o_s[rows] = _sum_of_seen(P, v_s[columns], _seen(rows, columns, causal))
+            o_s[rows] = _masked_sum(P, v_s[columns], _seen_mask(rows, columns, causal))
         o[row, tokens] = o_s[position:].to(v.dtype)
         ends.append((k_s, v_s))
     if not return_state:
@@ -101,15 +100,15 @@ def chunked_attention_bwd(
     cu_seqlens: Tensor | None = None,
     lengths: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Makes the probabilities of each chunk again and differentiates the softmax. Returns dq, dk, dv.
+    """Recompute the probabilities of each chunk and differentiate the softmax. Returns dq, dk, dv.
 
         o_i = sum_j P_ij v_j                   ->   dv_j = sum_i P_ij do_i         dP_ij = do_i . v_j
         P_ij = exp(s_ij) / sum_j exp(s_ij)     ->   ds_ij = P_ij (dP_ij - delta_i)
               as dP_ij/ds_im = P_ij (1[j=m] - P_im)      delta_i = sum_j P_ij dP_ij
         s_ij = scale q_i . k_j                 ->   dq_i = scale sum_j ds_ij k_j   dk_j = scale sum_i ds_ij q_i
 
-    delta needs no probabilities: delta_i = sum_j P_ij (do_i . v_j) = do_i . o_i. A dropped score has
-    P_ij = 0, hence no gradient, and so has a row whose scores were all dropped. Cached keys and values are constants.
+    delta needs no probabilities: delta_i = sum_j P_ij (do_i . v_j) = do_i . o_i. A dropped score has P_ij = 0 and so no
+    gradient; the same holds for a row whose scores were all dropped. Cached keys and values are constants.
     """
     seed = int(dropkey_seed) if dropkey > 0 else 0
     real = accumulation_dtype(q.dtype)
@@ -123,10 +122,10 @@ def chunked_attention_bwd(
             dP = torch.einsum("ihv,jhv->hij", do_s[rows], v_s[columns])
             delta = torch.where(P == 0, 0, P * dP).sum(-1, keepdim=True)
             dS = torch.where(P == 0, 0, P * (dP - delta))
-            seen = _seen(rows, columns, causal)
-            dq_s[rows] = scale * _sum_of_seen(dS, k_s[columns], seen)
-            dk_s[columns] += scale * _sum_of_seen(dS.mT, q_s[rows], seen.mT)
-            dv_s[columns] += _sum_of_seen(P.mT, do_s[rows], seen.mT)
+            seen = _seen_mask(rows, columns, causal)
+            dq_s[rows] = scale * _masked_sum(dS, k_s[columns], seen)
+            dk_s[columns] += scale * _masked_sum(dS.mT, q_s[rows], seen.mT)
+            dv_s[columns] += _masked_sum(P.mT, do_s[rows], seen.mT)
         for total, part in ((dq, dq_s), (dk, dk_s), (dv, dv_s)):
             total[row, tokens] = part[position:].to(total.dtype)
     return dq, dk, dv
@@ -135,7 +134,7 @@ def chunked_attention_bwd(
 def _on_grid(
     q: Tensor, k: Tensor, v: Tensor, state: AttentionState | None, s: int
 ) -> tuple[Tensor, Tensor, Tensor, int]:
-    """Puts the cached keys and values, and as many empty queries, before the n new ones: (position + n, H, K or V)."""
+    """Prepend the cached keys and values, and as many empty queries, to the n new ones: (position + n, H, K or V)."""
     real = accumulation_dtype(q.dtype)
     q, k, v = q.to(real), k.to(real), v.to(real)
     if state is None:
@@ -148,7 +147,7 @@ def _on_grid(
 
 
 def _chunks(position: int, total: int, chunk_size: int, visible: int) -> Iterator[tuple[slice, slice]]:
-    """Yields (new rows, columns) of each chunk with new rows."""
+    """Yield (new rows, columns) of each chunk with new rows."""
     for start in range(position // chunk_size * chunk_size, total, chunk_size):
         columns = slice(max(start - (visible - 1) * chunk_size, 0), min(start + chunk_size, total))
         yield slice(max(start, position), columns.stop), columns
@@ -157,9 +156,9 @@ def _chunks(position: int, total: int, chunk_size: int, visible: int) -> Iterato
 def _probabilities(
     q: Tensor, k: Tensor, rows: slice, columns: slice, causal: bool, scale: float, dropkey: float, seed: int, s: int
 ) -> Tensor:
-    """Returns softmax(scale q k^T) of a chunk, (H, rows, columns)."""
+    """Return softmax(scale q k^T) of a chunk, (H, rows, columns)."""
     scores = scale * torch.einsum("ihk,jhk->hij", q[rows], k[columns])
-    masked = (~_seen(rows, columns, causal)).to(q.device).expand(scores.shape)
+    masked = (~_seen_mask(rows, columns, causal)).to(q.device).expand(scores.shape)
     if dropkey > 0:
         i = torch.arange(rows.start, rows.stop, device=q.device)
         j = torch.arange(columns.start, columns.stop, device=q.device)
@@ -167,14 +166,14 @@ def _probabilities(
     return scores.masked_fill(masked, -torch.inf).softmax(-1).masked_fill(masked, 0)
 
 
-def _seen(rows: slice, columns: slice, causal: bool) -> Tensor:
-    """Which columns each row sees, (rows, columns)."""
+def _seen_mask(rows: slice, columns: slice, causal: bool) -> Tensor:
+    """Mask of the columns that each row sees, (rows, columns)."""
     last = torch.arange(rows.start, rows.stop) if causal else torch.full((rows.stop - rows.start,), columns.stop - 1)
     return torch.arange(columns.start, columns.stop) <= last[:, None]
 
 
-def _sum_of_seen(weights: Tensor, terms: Tensor, seen: Tensor) -> Tensor:
-    """Returns sum_j weights_ij terms_j, (I, H, E), over the j that i sees. weights (H, I, J), terms (J, H, E)."""
+def _masked_sum(weights: Tensor, terms: Tensor, seen: Tensor) -> Tensor:
+    """Return sum_j weights_ij terms_j, (I, H, E), over the j that i sees. weights (H, I, J), terms (J, H, E)."""
     finite = terms.isfinite()
     total = torch.einsum("hij,jhe->ihe", weights, terms.where(finite, 0))
     for j in (~finite).flatten(1).any(1).nonzero().flatten().tolist():
@@ -186,7 +185,7 @@ def _sum_of_seen(weights: Tensor, terms: Tensor, seen: Tensor) -> Tensor:
 def _end_state(
     q: Tensor, k: Tensor, v: Tensor, ends: list[tuple[Tensor, Tensor]], chunk_size: int, visible: int
 ) -> AttentionState:
-    """Keeps the rows that the next step will see; the rows after them are zero."""
+    """State with the rows that the next position will see; the rows after them are zero."""
     S, (H, K), V = len(ends), k.shape[2:], v.shape[-1]
     state = AttentionState(
         k=k.new_zeros(S, visible * chunk_size, H, K),

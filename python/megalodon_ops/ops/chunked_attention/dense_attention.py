@@ -1,19 +1,19 @@
-"""`chunked_attention` of dense batches on CUDA by torch's libraries, where they are faster than the kernels by count.
+"""`chunked_attention` of dense batches on CUDA by torch's libraries, if by count they are faster than the kernels.
 
-Two paths take whole chunks and give what the kernels give, o and the log-sum-exp: a forward by one way may have its
-backward by another.
+Two paths take whole chunks and return the kernels' results, o and the log-sum-exp, so that forward and backward may
+take different paths.
 
 - "flash", for V = K: torch's flash attention.
-- "products", for V much larger than K and causal attention: matrix products around the probabilities of some chunks. A row's log-sum-exp
-  comes first, from the kernel, which needs no values for it. It rides in the product of q and k as three more columns,
-  so that s - lse = log P is rounded to 16 bits, not s, and P is its exponential:
+- "products", for V much larger than K and causal attention: matrix products around the probabilities of some chunks.
+  The kernel first computes the rows' log-sum-exp, without values. It enters the product of q and k as three more
+  columns, so that s - lse = log P is rounded to 16 bits, not s, and P is its exponential:
 
       forward, a strip of rows     P = exp(scale [q, -lse / scale] [k, 1]^T), 0 after the diagonal;  o = P V
-      backward, a strip of rows    P again;  dP = dO V^T;  dS = P (dP - rowsum(P dP));  dQ = scale dS K
+      backward, a strip of rows    P as above;  dP = dO V^T;  dS = P (dP - rowsum(P dP));  dQ = scale dS K
       backward, a strip of keys    dV = P^T dO;  dK = scale dS^T Q
 
-  A strip of rows meets the keys up to its end, a strip of keys the rows from its beginning. P, dP and dS have the
-  tensors' type, products sum as torch's do.
+  A strip of rows takes the keys up to its end, a strip of keys the rows from its start. P, dP and dS have the tensors'
+  dtype; products are summed as in torch.
 
 docs/cuda.md has the counts of time and memory.
 """
@@ -34,14 +34,14 @@ from ..common.definition import accumulation_dtype, empty_like, launch
 
 
 class Shapes(NamedTuple):
-    """What takes a path: sizes from the first number of a pair to the second, multiples of 8."""
+    """Shapes of a path: sizes are multiples of 8, from the first number of a pair to the second."""
 
     path: str
     dtypes: tuple[torch.dtype, ...]
     key_dim: tuple[int, int]
     value_dim: tuple[int, float]
     chunk: tuple[int, float]
-    """steps of a chunk, or of a shorter sequence"""
+    """positions of a chunk, or of a shorter sequence"""
 
 
 _16_BITS = (torch.bfloat16, torch.float16)
@@ -52,24 +52,24 @@ TABLE = (
     Shapes("products", _16_BITS, (64, 256), (2048, math.inf), (1024, 8192)),
     Shapes("products", (torch.float32,), (64, 256), (2048, math.inf), (1024, 5792)),
 )
-"""What leaves the kernels; the chunks of "products" end where a matrix no longer fits WORKSPACE"""
+"""shapes that libraries compute; a (C, C) matrix of "products" fits WORKSPACE"""
 _ENVIRONMENT = os.environ.get("MEGALODON_OPS_ATTENTION", "auto")
 if _ENVIRONMENT == "kernels":
     TABLE = ()
 elif _ENVIRONMENT != "auto":
     raise ImportError(f"megalodon_ops: MEGALODON_OPS_ATTENTION must be auto or kernels, got {_ENVIRONMENT}.")
 LEAST_ROWS = 16384
-"""fewest rows to compute at once, for both paths: tokens and, in "flash" alone, heads"""
+"""fewest rows of a batch for a path: tokens, for "flash" times heads"""
 
 WORKSPACE = 128 << 20
-"""bytes of a (C, C) matrix for each of some chunks; the backward by "products" has two, the forward a strip of one"""
-_STRIP, _STRIPS, _ROWS = 256, 8, 2048  # rows of a strip are a multiple of, strips of a chunk at most, of a product from
-_WIDTH, _UNIT = 8, 256.0  # of the columns for lse: rows stay aligned, float16 holds lse / scale / 256 up to 1e7
-_LEAST_SCALE = 2.0**-10  # for lse / scale; flash attention wants a scale above 0
+"""bytes of a (C, C) matrix for each of some chunks; the backward of "products" has two, the forward a strip of one"""
+_STRIP, _STRIPS, _ROWS = 256, 8, 2048  # unit of a strip's rows, most strips of a chunk, fewest rows of a product
+_WIDTH, _UNIT = 8, 256.0  # columns for lse: rows stay aligned, float16 represents lse / scale / 256 up to 1e7
+_LEAST_SCALE = 2.0**-10  # bounds lse / scale; flash attention needs a scale above 0
 
 
 def path_by_shapes(dtype: torch.dtype, tokens: int, heads: int, key_dim: int, value_dim: int, chunk: int) -> str | None:
-    """The path of a dense batch with so many tokens; None: the kernels.
+    """Path of a dense batch by its sizes; None: the kernels.
 
     Example:
         >>> import torch
@@ -87,7 +87,7 @@ def path_by_shapes(dtype: torch.dtype, tokens: int, heads: int, key_dim: int, va
 
 
 def path_of(q: Tensor, k: Tensor, v: Tensor, chunk_size: int, causal: bool, scale: float) -> str | None:
-    """The path of a dense batch, as torch's settings allow; None: the kernels, which also refuse wrong arguments."""
+    """Path of a dense batch under torch's settings; None: the kernels, which also refuse wrong arguments."""
     if not q.is_cuda or q.dim() != 4 or q.shape != k.shape or v.dim() != 4 or q.shape[:3] != v.shape[:3]:
         return None
     if not (q.dtype == k.dtype == v.dtype and q.device == k.device == v.device):
@@ -107,7 +107,7 @@ def _flash_is_allowed() -> bool:
 
 def _tf32_is_allowed() -> bool:
     matmul = torch.backends.cuda.matmul
-    precision = getattr(matmul, "fp32_precision", None)  # torch 2.9 has it
+    precision = getattr(matmul, "fp32_precision", None)  # new in torch 2.9
     return matmul.allow_tf32 if precision is None else precision == "tf32"
 
 
@@ -115,8 +115,8 @@ def forward(
     path: str, q: Tensor, k: Tensor, v: Tensor, chunk_size: int, causal: bool, scale: float
 ) -> tuple[Tensor, ...]:
     """o and lse of a dense batch."""
-    ways = {"flash": partial(_flash_fwd, causal=causal), "products": _products_fwd}
-    return _by_chunks(ways[path], chunk_size, scale, q, k, v)
+    paths = {"flash": partial(_flash_fwd, causal=causal), "products": _products_fwd}
+    return _by_chunks(paths[path], chunk_size, scale, q, k, v)
 
 
 def backward(
@@ -124,12 +124,12 @@ def backward(
     scale: float,
 ) -> tuple[Tensor, ...]:  # fmt: skip
     """dq, dk and dv of a dense batch."""
-    ways = {"flash": partial(_flash_bwd, causal=causal), "products": _products_bwd}
-    return _by_chunks(ways[path], chunk_size, scale, do, q, k, v, o, lse)
+    paths = {"flash": partial(_flash_bwd, causal=causal), "products": _products_bwd}
+    return _by_chunks(paths[path], chunk_size, scale, do, q, k, v, o, lse)
 
 
 def _by_chunks(function: Callable, chunk_size: int, scale: float, *tensors: Tensor) -> tuple[Tensor, ...]:
-    """What `function` makes of the tensors' chunks, (N, C, H, ...): of the whole ones, then of the rows' short ends."""
+    """Apply `function` to the tensors' chunks, (N, C, H, ...): whole chunks, then the shorter ones at rows' ends."""
     batch, length = tensors[0].shape[:2]
     whole, parts = length - length % chunk_size, []
     with torch.autocast(tensors[0].device.type, enabled=False):
@@ -138,7 +138,7 @@ def _by_chunks(function: Callable, chunk_size: int, scale: float, *tensors: Tens
                 shape = -1, min(chunk_size, end - start)
                 chunks = (t[:, start:end].reshape(*shape, *t.shape[2:]).contiguous() for t in tensors)
                 parts.append([t.view(batch, end - start, *t.shape[2:]) for t in function(*chunks, scale)])
-        return tuple(torch.cat(of_rows, 1) if len(parts) > 1 else of_rows[0] for of_rows in zip(*parts))
+        return tuple(torch.cat(pieces, 1) if len(pieces) > 1 else pieces[0] for pieces in zip(*parts))
 
 
 _flash = torch.ops.aten._scaled_dot_product_flash_attention
@@ -153,9 +153,9 @@ def _flash_fwd(q, k, v, scale, causal):
 
 def _flash_bwd(do, q, k, v, o, lse, scale, causal):
     *by_head, lse = (t.transpose(1, 2) for t in (do, q, k, v, o, lse))
-    steps, no_dropout = q.shape[1], q.new_empty(2, dtype=torch.int64)  # in place of a generator's state
+    length, no_dropout = q.shape[1], q.new_empty(2, dtype=torch.int64)  # instead of a generator's state
     grads = _flash_backward(
-        *by_head, lse.contiguous(), None, None, steps, steps, 0.0, causal, no_dropout, no_dropout, scale=scale
+        *by_head, lse.contiguous(), None, None, length, length, 0.0, causal, no_dropout, no_dropout, scale=scale
     )
     return [t.transpose(1, 2).contiguous() for t in grads]
 
@@ -164,7 +164,7 @@ def _products_fwd(q, k, v, scale):
     o, lse, no_values = empty_like(v), q.new_empty(q.shape[:-1], dtype=accumulation_dtype(q.dtype)), v[..., :0]
     none = (None,) * 3  # no state; no seed and no sequences
     launch("chunked_attention_fwd", q, k, no_values, *none, q.shape[1], True, scale, 0.0, *none, no_values, lse)
-    size, strips = _cut(q)
+    size, strips = _blocks(q)
     for q_, k_, columns, v_, o_ in _matrices(size, q, k, _columns(lse, scale, q.dtype), v, o):
         rows, keys = _extended(q_, k_, columns)
         for strip in strips:
@@ -176,7 +176,7 @@ def _products_fwd(q, k, v, scale):
 
 def _products_bwd(do, q, k, v, _o, lse, scale):
     grads = tuple(map(empty_like, (q, k, v)))
-    size, strips = _cut(q)
+    size, strips = _blocks(q)
     all_p, all_ds = q.new_empty(2, size, q.shape[1], q.shape[1])
     for q_, k_, columns, v_, do_, dq, dk, dv in _matrices(size, q, k, _columns(lse, scale, q.dtype), v, do, *grads):
         rows, keys = _extended(q_, k_, columns)
@@ -195,23 +195,23 @@ def _products_bwd(do, q, k, v, _o, lse, scale):
     return grads
 
 
-def _cut(q: Tensor) -> tuple[int, list[slice]]:
-    """How many chunks are computed at once, and the strips of a chunk."""
-    chunks, steps = q.shape[:2]
-    size = min(chunks, max(WORKSPACE // (steps * steps * q.element_size()), 1))
-    height = math.ceil(max(steps / _STRIPS, _ROWS / size) / _STRIP) * _STRIP
-    return size, [slice(i, i + height) for i in range(0, steps, height)]
+def _blocks(q: Tensor) -> tuple[int, list[slice]]:
+    """Number of chunks that are computed at once, and the strips of a chunk."""
+    chunks, C = q.shape[:2]
+    size = min(chunks, max(WORKSPACE // (C * C * q.element_size()), 1))
+    height = math.ceil(max(C / _STRIPS, _ROWS / size) / _STRIP) * _STRIP
+    return size, [slice(i, i + height) for i in range(0, C, height)]
 
 
 def _matrices(size: int, *tensors: Tensor) -> Iterator[list[Tensor]]:
-    """Of each tensor (N, C, H, E) the parts (n, C, E) of at most `size` chunks and one head."""
+    """Yield the parts (n, C, E) of each tensor (N, C, H, E): at most `size` chunks of one head."""
     for first in range(0, len(tensors[0]), size):
         for head in range(tensors[0].shape[2]):
             yield [t[first : first + size, :, head] for t in tensors]
 
 
 def _columns(lse: Tensor, scale: float, dtype: torch.dtype) -> Tensor:
-    """(N, C, H, 8) whose sum is -lse / scale / 256: three bfloat16, which float16 and TF32 hold (of a float64, seven)."""
+    """(N, C, H, 8) with the sum -lse / scale / 256: three bfloat16 (float64: seven), exact in float16 and TF32."""
     rest, parts = lse / (-_UNIT * scale), []
     for _ in range(3 if lse.dtype == torch.float32 else 7):
         parts.append(rest.bfloat16())
@@ -220,10 +220,10 @@ def _columns(lse: Tensor, scale: float, dtype: torch.dtype) -> Tensor:
 
 
 def _extended(q: Tensor, k: Tensor, columns: Tensor) -> tuple[Tensor, Tensor]:
-    """(n, C, K + 8) each, whose product is q k^T - lse / scale."""
+    """q and k with more columns, (n, C, K + 8) each; their product is q k^T - lse / scale."""
     return torch.cat((q, columns), -1), F.pad(k, (0, _WIDTH), value=_UNIT)
 
 
 def _product(a: Tensor, b: Tensor, scale: float) -> Tensor:
-    """scale a b, scaled before it is rounded."""
+    """Return scale a b, scaled before rounding."""
     return a.new_empty(len(a), a.shape[1], b.shape[2]).baddbmm_(a, b, beta=0, alpha=scale)

@@ -1,15 +1,15 @@
-"""Attention to a step's chunk and the one before it, by attention inside windows of two chunks on two grids.
+"""Attention to the own and the previous chunk, by attention inside windows of two chunks on two grids.
 
-    steps, in chunks      0    1    2    3    4
-    early windows      [  .    o ][  .    o ][  .      o: sees two chunks, as it is to
+    chunk                 0    1    2    3    4
+    early windows      [  .    o ][  .    o ][  .      o: sees two chunks, as wanted
     late windows            [  .    o ][  .    o ]     .: sees its own chunk alone
 
-The first chunk of all, and of each early window the second, take what the early windows give; all others what the late
-ones do. Both windows compute their first halves in vain: 4 pairs of a query and a key where 3 would do. In the backward
-those halves have no incoming gradients, and the log-sum-exp of the other grid.
+The first chunk of a sequence and the second chunk of each early window take the results of the early windows, all
+others those of the late windows. The first halves of windows are computed in vain: 4 pairs of a query and a key where 3
+would suffice. In the backward these halves have no incoming gradients, and the log-sum-exp of the other grid.
 
-A state keeps up to two chunks, the last complete one and the unfinished one: in the cache's 2 C rows the grid begins anew
-whenever they are full. Calls whose steps fit the cache, as those of decoding, have no late windows.
+A state has up to two chunks, the last complete one and the unfinished one, in the cache's 2 C rows; the grid restarts
+whenever these are full. Calls whose positions fit the cache, such as those of decoding, have no late windows.
 """
 
 from __future__ import annotations
@@ -21,52 +21,52 @@ from ..common.definition import accumulation_dtype, define_op, empty_like, num_s
 from ..common.checks import sequence_spans
 from .attention_flops import attention_bwd_flops, attention_flops, pairs_in_two_chunks
 
-ops = torch.ops.megalodon_ops  # chunked_attention.py, which imports this file, defines those of windows
+ops = torch.ops.megalodon_ops  # chunked_attention.py, which imports this file, defines chunked_attention_*
 
 
 class _Grids:
-    """Where the sequences' steps lie on the early grid, and the late windows of those that reach beyond one."""
+    """The places of the sequences' positions on the early grid, and the late windows of longer sequences."""
 
     def __init__(
         self, x: Tensor, C: int, position: Tensor | None, cu_seqlens: Tensor | None, lengths: Tensor | None,
-        *, of_state: bool = False,
+        *, state_only: bool = False,
     ) -> None:  # fmt: skip
-        """x (B, L, ...); position (S,) how many rows of the cache are kept. of_state: what is wanted is the state after x."""
+        """x (B, L, ...); position (S,) valid rows of the cache. state_only: only the state after x is computed."""
         B, L = x.shape[:2]
         spans = sequence_spans("chunked_attention", x, cu_seqlens, lengths)
-        kept = [0] * len(spans) if position is None else position.tolist()
+        cached = [0] * len(spans) if position is None else position.tolist()
         self._C, self._position = C, position
-        self.rows = [have + end - begin for have, (begin, end) in zip(kept, spans)]  # of the early grid
-        self.is_late = max(self.rows, default=0) >= 2 * C + (not of_state)
-        if not self.is_late:
+        self.rows = [first + end - begin for first, (begin, end) in zip(cached, spans)]  # rows on the early grid
+        self.has_late = max(self.rows, default=0) >= 2 * C + (not state_only)
+        if not self.has_late:
             return
-        # Late windows begin with a sequence's second chunk. What lies between sequences, and their first chunks, are
+        # Late windows start with a sequence's second chunk. First chunks, and padding between sequences, become
         # sequences of their own, whose results are not used.
-        bounds, self.number, steps = [0], [], torch.full((B * L,), -1)
-        for have, (begin, end) in zip(kept, spans):
-            start = min(begin + max(C - have, 0), end)
-            self.number.append(len(bounds) + 1)
+        bounds, indices, rows = [0], [], torch.full((B * L,), -1)
+        for first, (begin, end) in zip(cached, spans):
+            start = min(begin + max(C - first, 0), end)
+            indices.append(len(bounds) + 1)
             bounds += [begin, start, end]
-            steps[begin:end] = torch.arange(have, have + end - begin)
+            rows[begin:end] = torch.arange(first, first + end - begin)
         self.cu_seqlens = torch.tensor([*bounds, B * L], device=x.device)
-        self.number = torch.tensor(self.number, device=x.device)
-        steps = steps.view(B, L, 1, 1).to(x.device)
-        self.is_padding, self.takes_early = steps < 0, (steps < 2 * C) | (steps % (2 * C) >= C)
+        self.late_index = torch.tensor(indices, device=x.device)  # (S,) each sequence's number among the late ones
+        rows = rows.view(B, L, 1, 1).to(x.device)
+        self.is_padding, self.takes_early = rows < 0, (rows < 2 * C) | (rows % (2 * C) >= C)
 
-    def late(self, *tensors: Tensor) -> list[Tensor]:
-        """Tensors (B, L, ...) as one row."""
+    def as_one_row(self, *tensors: Tensor) -> list[Tensor]:
+        """Tensors (B, L, ...) as one row of B L tokens."""
         return [x.contiguous().flatten(0, 1)[None] for x in tensors]
 
     def late_state(self, *caches: Tensor | None) -> tuple[Tensor | None, ...]:
-        """The caches (S, 2 C, ...) less their first chunk, and the position, by the numbers of late sequences."""
+        """The caches (S, 2 C, ...) without their first chunk, and the position, for the late sequences."""
         if self._position is None:
             return *caches, None
         position = (self._position - self._C).clamp(min=0)
-        moved = [torch.cat((x[:, self._C :], x[:, : self._C]), 1) for x in caches]
-        return tuple(map(self._by_number, (*moved, position)))
+        shifted = [torch.cat((x[:, self._C :], x[:, : self._C]), 1) for x in caches]
+        return tuple(map(self._by_late_index, (*shifted, position)))
 
-    def _by_number(self, x: Tensor) -> Tensor:
-        return x.new_zeros(len(self.cu_seqlens) - 1, *x.shape[1:]).index_copy_(0, self.number, x)
+    def _by_late_index(self, x: Tensor) -> Tensor:
+        return x.new_zeros(len(self.cu_seqlens) - 1, *x.shape[1:]).index_copy_(0, self.late_index, x)
 
 
 def _fwd(q, k, v, cache_k, cache_v, position, chunk_size, scale, cu_seqlens, lengths):
@@ -76,9 +76,9 @@ def _fwd(q, k, v, cache_k, cache_v, position, chunk_size, scale, cu_seqlens, len
 
     o, lse = attend(q, k, v, cache_k, cache_v, position, cu_seqlens, lengths)
     grids = _Grids(q, chunk_size, position, cu_seqlens, lengths)
-    if not grids.is_late:
+    if not grids.has_late:
         return o, lse
-    late_o, late_lse = attend(*grids.late(q, k, v), *grids.late_state(cache_k, cache_v), grids.cu_seqlens, None)
+    late_o, late_lse = attend(*grids.as_one_row(q, k, v), *grids.late_state(cache_k, cache_v), grids.cu_seqlens, None)
     early = grids.takes_early
     return o.where(early, late_o.view_as(o)), lse.where(early[..., 0], late_lse.view_as(lse))
 
@@ -93,12 +93,12 @@ def _bwd(do, q, k, v, o, lse, cache_k, cache_v, position, chunk_size, scale, cu_
         return ops.chunked_attention_bwd(do, q, k, v, o, lse, cache_k, cache_v, position, *windows, cu_seqlens, lengths)
 
     grids = _Grids(q, chunk_size, position, cu_seqlens, lengths)
-    if not grids.is_late:
+    if not grids.has_late:
         return differentiate(do, q, k, v, o, lse, cache_k, cache_v, position, cu_seqlens, lengths)
-    of_early, of_late = do.where(grids.takes_early, 0), do.where(~grids.takes_early, 0)
-    grads = differentiate(of_early, q, k, v, o, lse, cache_k, cache_v, position, cu_seqlens, lengths)
+    early_do, late_do = do.where(grids.takes_early, 0), do.where(~grids.takes_early, 0)
+    grads = differentiate(early_do, q, k, v, o, lse, cache_k, cache_v, position, cu_seqlens, lengths)
     late = differentiate(
-        *grids.late(of_late, q, k, v, o, lse), *grids.late_state(cache_k, cache_v), grids.cu_seqlens, None
+        *grids.as_one_row(late_do, q, k, v, o, lse), *grids.late_state(cache_k, cache_v), grids.cu_seqlens, None
     )
     return tuple(grad.add_(more.view_as(grad).masked_fill_(grids.is_padding, 0)) for grad, more in zip(grads, late))
 
@@ -106,16 +106,15 @@ def _bwd(do, q, k, v, o, lse, cache_k, cache_v, position, chunk_size, scale, cu_
 def _state(k, v, cache_k, cache_v, position, chunk_size, cu_seqlens, lengths):
     size = 2 * chunk_size
     early = ops.chunked_attention_state(k, v, cache_k, cache_v, position, size, cu_seqlens, lengths)
-    grids = _Grids(k, chunk_size, position, cu_seqlens, lengths, of_state=True)
-    if not grids.is_late:
+    grids = _Grids(k, chunk_size, position, cu_seqlens, lengths, state_only=True)
+    if not grids.has_late:
         return early
     late = ops.chunked_attention_state(
-        *grids.late(k, v), *grids.late_state(cache_k, cache_v), size, grids.cu_seqlens, None
+        *grids.as_one_row(k, v), *grids.late_state(cache_k, cache_v), size, grids.cu_seqlens, None
     )
-    begins_anew = torch.tensor([rows >= size and rows % size < chunk_size for rows in grids.rows], device=k.device)
+    takes_late = torch.tensor([rows >= size and rows % size < chunk_size for rows in grids.rows], device=k.device)
     return tuple(
-        torch.where(begins_anew.view(-1, *(1,) * (kept.dim() - 1)), of_late[grids.number], kept)
-        for kept, of_late in zip(early, late)
+        torch.where(takes_late.view(-1, *(1,) * (a.dim() - 1)), b[grids.late_index], a) for a, b in zip(early, late)
     )
 
 

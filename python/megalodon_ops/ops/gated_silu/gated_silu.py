@@ -1,4 +1,4 @@
-"""`gated_silu`: SiLU, and SiLU of one tensor times another, around the linear layers."""
+"""`gated_silu`: SiLU of a tensor, alone or times another tensor."""
 
 from __future__ import annotations
 
@@ -16,17 +16,17 @@ def gated_silu(x: Tensor, value: Tensor | None = None) -> Tensor:
 
     .. math:: y = x \sigma(x) \cdot \mathrm{value}, \qquad \sigma(x) = 1 / (1 + e^{-x})
 
-    The result is rounded once. On other devices, and where dtypes differ, torch computes `silu(x) * value`.
+    The result is rounded once. On other devices, and if dtypes differ, torch computes `silu(x) * value`.
 
     Args:
-        x: float32, float64, bfloat16 or float16, any shape and strides.
-        value: as `x`; None: one.
+        x: float32, float64, bfloat16 or float16, arbitrary shape and strides.
+        value: as `x`; None: 1.
 
     Returns:
         y as `x`.
 
     Raises:
-        ValueError: shapes differ. TypeError: a dtype is none of these. NotImplementedError: second derivatives are not
+        ValueError: shapes differ. TypeError: another dtype. NotImplementedError: second derivatives are not
         supported on the CPU.
 
     x and value are kept for the backward.

@@ -12,7 +12,7 @@ from megalodon_ops.ops.common.reference_helpers import accumulation_dtype
 
 
 def gated_silu(x: Tensor, value: Tensor | None = None) -> Tensor:
-    """Returns silu(x) value.
+    """Return silu(x) value.
 
     >>> gated_silu(torch.tensor([0.0, 100.0, -100.0]), torch.tensor([1.0, 2.0, 0.0])).tolist()
     [0.0, 200.0, -0.0]
@@ -23,7 +23,7 @@ def gated_silu(x: Tensor, value: Tensor | None = None) -> Tensor:
 
 
 def gated_silu_bwd(dy: Tensor, x: Tensor, value: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
-    """Returns dx, dvalue. One line is differentiated:
+    """Return dx, dvalue, the gradients of one line:
 
         y = x s value   ->   dvalue = dy x s
                              dx = dy value (s + x s (1 - s))

@@ -16,7 +16,7 @@ def layer_norm(x: Tensor, weight: Tensor | None = None, bias: Tensor | None = No
 
     .. math:: y = (x - \mathrm{mean}(x)) / \sqrt{\mathrm{var}(x) + \epsilon} \cdot (1 + \mathrm{weight}) + \mathrm{bias}
 
-    Statistics are float32, the result is rounded once. On other devices torch computes the norm.
+    Statistics are float32; the result is rounded once. On other devices torch computes the norm.
 
     Args:
         x: (..., D) float32, float64, bfloat16 or float16, any strides.

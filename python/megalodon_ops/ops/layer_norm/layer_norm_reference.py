@@ -5,7 +5,7 @@
     xn = (x - m) r
     y  = xn (1 + weight) + bias             RMS norm: no bias
 
-Means run over a row. Weights are stored as offsets, so that zeros change nothing.
+Means are over a row. Weights are stored as offsets: zeros give a gain of 1.
 
 dtypes: x and y float32, float64, bfloat16 or float16; the rest float32, or float64 for float64 x.
 """
@@ -18,7 +18,7 @@ from megalodon_ops.ops.common.reference_helpers import accumulation_dtype, inver
 
 
 def layer_norm(x: Tensor, weight: Tensor | None = None, bias: Tensor | None = None, *, eps: float = 1e-5) -> Tensor:
-    """Normalizes the rows of x (..., D) to mean 0 and variance 1, then scales by 1 + weight (D,) and adds bias (D,).
+    """Normalize the rows of x (..., D) to mean 0 and variance 1, then scale by 1 + weight (D,) and add bias (D,).
 
     >>> import torch
     >>> layer_norm(torch.tensor([1.0, 5.0]), eps=0.0)
@@ -29,7 +29,7 @@ def layer_norm(x: Tensor, weight: Tensor | None = None, bias: Tensor | None = No
 
 
 def rms_norm(x: Tensor, weight: Tensor | None = None, *, eps: float = 1e-5) -> Tensor:
-    """Scales the rows of x (..., D) to a mean square of 1, then by 1 + weight (D,).
+    """Scale the rows of x (..., D) to a mean square of 1, then by 1 + weight (D,).
 
     >>> import torch
     >>> rms_norm(torch.tensor([1.0, 7.0]), eps=0.0)
@@ -42,7 +42,7 @@ def rms_norm(x: Tensor, weight: Tensor | None = None, *, eps: float = 1e-5) -> T
 def layer_norm_bwd(
     dy: Tensor, x: Tensor, weight: Tensor | None = None, *, eps: float = 1e-5, is_rms_norm: bool = False
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Returns dx, dweight, dbias, with e the gradient of xn:
+    """Return dx, dweight, dbias, with e the gradient of xn:
 
         y = xn (1 + weight) + bias     ->   e = dy (1 + weight)      dweight = sum_rows dy xn      dbias = sum_rows dy
         xn = (x - m) r                 ->   dx = e r + ...           dm = -r sum e                 dr = sum e (x - m)

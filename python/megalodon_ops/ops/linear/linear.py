@@ -1,4 +1,4 @@
-"""`linear`: x weight^T + bias by torch or by a kernel of our own, whichever is the fastest on the processor."""
+"""`linear`: x weight^T + bias by torch or by one of two kernels, the fastest on the processor."""
 
 from __future__ import annotations
 
@@ -21,10 +21,10 @@ KERNEL_TYPES = (*OWN_TYPES, FakeTensor)  # types that the kernels, or their fake
 
 
 class KernelChoice(NamedTuple):
-    """Which products of one dtype leave torch on a processor, and for which kernel.
+    """Choice between torch and the kernels, for the products of one dtype on a processor.
 
-    Without gradients, a product of few rows takes the kernel that reads the weights once, and a product of many rows the
-    op `linear_fwd`, where that is faster than torch; so does a large product with gradients.
+    Without gradients, a product of few rows uses the kernel that reads the weights once; a product of many rows uses
+    the op `linear_fwd` if that is faster than torch. So does a large product with gradients.
     """
 
     few_rows_to: int
@@ -32,26 +32,26 @@ class KernelChoice(NamedTuple):
     many_rows_from: int | None = None
     """fewest rows for which the kernel for many rows is faster than the one for few; None: torch is faster than both"""
     training_from: int | None = None
-    """fewest multiply-adds with gradients for which `linear_fwd` gains more than its call takes; None: never"""
+    """fewest multiply-adds with gradients for which `linear_fwd` gains more than its call costs; None: never"""
     casts_here: bool = False
-    """whether, under autocast without gradients, the kernel for many rows gains more than torch's kept cast weights"""
+    """under autocast without gradients, the kernel for many rows gains more than torch's cached cast weights"""
 
 
 def choices(isa: str, mkl_is_slow: bool) -> dict[torch.dtype, KernelChoice]:
-    """The choice for each dtype on a processor with this instruction set."""
-    by_torch, slow_torch = KernelChoice(32), KernelChoice(32, 64, 1 << 20, casts_here=True)
+    """Choice for each dtype on a processor with this instruction set."""
+    torch_choice, slow_torch = KernelChoice(32), KernelChoice(32, 64, 1 << 20, casts_here=True)
     if isa == "v4_amx":
         # In bfloat16, torch's product is the fastest; linear_fwd serves the gradient of the weights.
-        float32, bfloat16, float16 = KernelChoice(15, 16, 1 << 26), KernelChoice(8, None, 1 << 26), by_torch
+        float32, bfloat16, float16 = KernelChoice(15, 16, 1 << 26), KernelChoice(8, None, 1 << 26), torch_choice
     else:
-        float32 = KernelChoice(32, 129, 1 << 26) if mkl_is_slow else by_torch
-        float16 = slow_torch if isa in ("v2", "v3", "v4", "v4_bf16") else by_torch
+        float32 = KernelChoice(32, 129, 1 << 26) if mkl_is_slow else torch_choice
+        float16 = slow_torch if isa in ("v2", "v3", "v4", "v4_bf16") else torch_choice
         bfloat16 = KernelChoice(32, 64, 1 << 29) if isa == "v4_bf16" else float16
-    return {torch.float32: float32, torch.bfloat16: bfloat16, torch.float16: float16, torch.float64: by_torch}
+    return {torch.float32: float32, torch.bfloat16: bfloat16, torch.float16: float16, torch.float64: torch_choice}
 
 
 def _mkl_is_slow() -> bool:
-    """Whether torch computes float32 products with MKL and the processor is not one of its maker's."""
+    """Return True if torch computes float32 products with MKL on a processor that is not Intel's."""
     has_mkl = torch.backends.mkl.is_available() and _CPUINFO.exists()
     return has_mkl and "GenuineIntel" not in _CPUINFO.read_text()
 
@@ -60,23 +60,23 @@ _ENVIRONMENT = os.environ.get("MEGALODON_OPS_LINEAR", "auto")
 if _ENVIRONMENT not in ("auto", "torch"):
     raise ImportError(f"megalodon_ops: MEGALODON_OPS_LINEAR must be auto or torch, got {_ENVIRONMENT}.")
 CHOICES = choices(_C.active_isa(), _mkl_is_slow()) if _ENVIRONMENT == "auto" else {}
-"""The choices of this process; empty where all is left to torch"""
+"""choices of this process; empty if torch computes everything"""
 _ALL_BY_TORCH = KernelChoice(few_rows_to=0)
 _READS_ON = bool(CHOICES) and "v4_amx" in _C.available_isas()
-"""Where torch's library reads bfloat16 rows 32 numbers at a time, those after a row's end times 0: docs/numerics.md"""
+"""torch's library reads 32 bfloat16 of a row at a time and multiplies those after its end by 0: docs/numerics.md"""
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """`torch.nn.functional.linear`, on the CPU in the fastest of three ways: torch's, or one of two kernels.
+    """`torch.nn.functional.linear`, on the CPU the fastest of torch and two kernels.
 
-    Products of few rows, as in decoding, take a kernel that reads the weights once; products of many rows take another
-    kernel where torch's libraries are slower on the processor. `docs/cpu.md` has the table, :class:`KernelChoice` and
-    :func:`choices` are its code. The choice depends on processor, dtype and sizes, never on a measurement; results differ
-    by rounding alone, but with AMX an infinite float32, or one above 3.38e38, gives NaN. `MEGALODON_OPS_LINEAR=torch`
-    in the environment leaves every product to torch.
+    Products of few rows, as in decoding, use a kernel that reads the weights once; products of many rows use another
+    kernel if torch's libraries are slower on the processor. `docs/cpu.md` has the table; :class:`KernelChoice` and
+    :func:`choices` are its code. The choice depends on processor, dtype and sizes, never on a measurement. Results
+    differ by rounding alone, except that with AMX an infinite float32, or one above 3.38e38, gives NaN. With
+    `MEGALODON_OPS_LINEAR=torch` in the environment torch computes every product.
 
-    Under torch.autocast the tensors are cast first, except where torch, which keeps weights that it has cast, is faster.
-    In a program of torch.export the op `linear_fwd` chooses anew in each run, by the rows of that run.
+    Under torch.autocast the tensors are cast first, unless torch, which caches weights that it has cast, is faster. In
+    a program of torch.export the op `linear_fwd` chooses in each run, by the rows of that run.
 
     Args:
         x: (..., I). weight: (O, I). bias: (O,) or None.
@@ -115,40 +115,40 @@ def _choice_for(dtype: torch.dtype) -> KernelChoice:
 
 
 def _has_rows(x: Tensor, count: int) -> bool:
-    """Whether x has at least `count` rows, in all its dimensions but the last."""
+    """Return True if x (..., I) has at least `count` rows."""
     return x.numel() >= count * x.shape[-1]
 
 
 def _suits_casting(x: Tensor) -> bool:
-    """Whether the tensors are cast for autocast here. Torch keeps weights that it has cast, which gains more for few rows."""
-    of_dtype = _choice_for(torch.get_autocast_dtype("cpu"))
-    return torch.is_grad_enabled() or (of_dtype.casts_here and _has_rows(x, of_dtype.many_rows_from))
+    """Return True to cast for autocast here; for few rows torch gains more, as it caches weights that it has cast."""
+    choice = _choice_for(torch.get_autocast_dtype("cpu"))
+    return torch.is_grad_enabled() or (choice.casts_here and _has_rows(x, choice.many_rows_from))
 
 
 def _suits_linear_fwd(x: Tensor, weight: Tensor) -> bool:
-    of_dtype, size = _choice_for(x.dtype), x.numel() * weight.shape[0]
+    choice, size = _choice_for(x.dtype), x.numel() * weight.shape[0]
     if size == 0:
         return False
     if torch.is_grad_enabled():
         reads_on = _READS_ON and x.dtype == torch.bfloat16 and weight.shape[0] % 32 != 0  # in dy, torch's own backward
-        return reads_on or (of_dtype.training_from is not None and size >= of_dtype.training_from)
-    return of_dtype.many_rows_from is not None
+        return reads_on or (choice.training_from is not None and size >= choice.training_from)
+    return choice.many_rows_from is not None
 
 
 def takes_few_rows(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> bool:
-    """Whether the product goes to the kernel for few rows."""
+    """Return True if the kernel for few rows computes the product."""
     if torch.is_grad_enabled() or x.numel() == 0:
         return False
     return x.numel() <= most_few_rows(x.dtype) * x.shape[-1] and _is_plain(x, weight, bias)
 
 
 def most_few_rows(dtype: torch.dtype) -> int:
-    """The most rows that the kernel for few rows takes; 0 where all is left to torch."""
+    """Most rows that the kernel for few rows takes; 0 if torch computes everything."""
     return _choice_for(dtype).few_rows_to
 
 
 def _is_plain(x: Tensor, weight: Tensor, other: Tensor | None) -> bool:
-    """Whether the tensors are on the CPU, of KERNEL_TYPES, without tangents, in one float dtype that autocast keeps."""
+    """Return True for CPU tensors of KERNEL_TYPES, without tangents, in one float dtype that autocast keeps."""
     if in_forward_mode() or not all(t is None or type(t) in KERNEL_TYPES for t in (x, weight, other)):
         return False
     same = x.dtype == weight.dtype and (other is None or other.dtype == x.dtype) and x.is_floating_point()
@@ -164,17 +164,17 @@ def _few_rows(x, weight, bias):
 
 
 def put_product_(y: Tensor, x: Tensor, weight: Tensor, rows: int, *, add: bool) -> None:
-    """y = x weight^T, or y += x weight^T, outside autograd; y may be float32 where x and weight have 16 bits.
+    """Compute y = x weight^T, or y += x weight^T, outside autograd; y may be float32 for x and weight of 16 bits.
 
-    Without a kernel that writes to y, the product is made for `rows` of y at a time, as suits the cache.
+    Without a kernel that writes to y, torch computes `rows` rows of y at a time, which fit the cache.
     """
     has_kernel = _choice_for(x.dtype).many_rows_from is not None
     if has_kernel and _is_plain(x, weight, None) and y.dtype in (x.dtype, torch.float32):
         _many_rows(x, weight, None, y, add=add)
         return
-    for part, of_x in zip(y.split(rows), x.split(rows), strict=True):
-        product = linear(of_x, weight)
-        part.add_(product) if add else part.copy_(product)
+    for y_rows, x_rows in zip(y.split(rows), x.split(rows), strict=True):
+        product = linear(x_rows, weight)
+        y_rows.add_(product) if add else y_rows.copy_(product)
 
 
 def _fwd(x, weight, bias):
@@ -191,16 +191,16 @@ def _fwd(x, weight, bias):
 
 
 def _by_torch(x, weight, bias):
-    """Two transposed bfloat16 matrices, as in weights' gradients, take torch twice as long: the smaller is copied."""
+    """Product by torch; of two transposed bfloat16 matrices, which take torch twice as long, the smaller is copied."""
     if x.dtype != torch.bfloat16 or bias is not None or not _is_transposed(x) or not _is_transposed(weight):
         return F.linear(_without_gaps(x), _without_gaps(weight), bias)
     if x.numel() <= weight.numel() + x.shape[0] * weight.shape[0]:
-        return F.linear(_by_rows(x), weight)
-    return _by_rows(F.linear(_by_rows(weight), x).t())
+        return F.linear(_contiguous(x), weight)
+    return _contiguous(F.linear(_contiguous(weight), x).t())
 
 
 def _without_gaps(x: Tensor) -> Tensor:
-    """x, a copy where torch would read what lies between its rows."""
+    """x, or a copy if torch would read memory between its rows."""
     reads_on = _READS_ON and x.is_cpu and x.dtype == torch.bfloat16 and x.shape[-1] % 32
     return x.contiguous() if reads_on and not _is_transposed(x) else x
 
@@ -211,7 +211,7 @@ def _many_rows(x, weight, bias, y, add):
 
 
 def _contiguous_or_transposed(matrix: Tensor) -> tuple[Tensor, bool]:
-    """A contiguous matrix, and whether it is the transpose of `matrix`."""
+    """Return a contiguous matrix, and True if it is the transpose of `matrix`."""
     transposed = _is_transposed(matrix)
     return (matrix.t() if transposed else matrix.contiguous()), transposed
 
@@ -220,8 +220,8 @@ def _is_transposed(matrix: Tensor) -> bool:
     return matrix.dim() == 2 and not matrix.is_contiguous() and matrix.t().is_contiguous()
 
 
-def _by_rows(x: Tensor) -> Tensor:
-    """`x`, contiguous. A transposed matrix, as in a weight's gradient, is copied faster than by torch."""
+def _contiguous(x: Tensor) -> Tensor:
+    """Return x, contiguous. A transposed matrix, as in a weight's gradient, is copied faster than by torch."""
     if not _is_transposed(x):
         return x.contiguous()
     rows = empty_like(x)

@@ -1,4 +1,4 @@
-"""The loss of an output matrix, or of any function to logits, without the logits of all tokens in memory."""
+"""Cross-entropy of a matrix, or another function, that maps to logits, without all tokens' logits in memory."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ from ..common.definition import is_autocast_enabled, is_exporting, launch
 from ..linear.linear import linear, put_product_
 from ..common.checks import check_device, check_integer, check_tensor, described
 
-# Values in a block. On the CPU, a block is just under 32 MiB, from which glibc gives freed memory back to the system.
+# Values in a block. On the CPU, a block is just under 32 MiB, from which on glibc returns freed memory to the system.
 _CPU_BLOCK, _GPU_BLOCK = (1 << 23) - 1024, 1 << 26
-_SLAB = 1 << 20  # values of the weight's gradient that stay in a cache until they are added
+_SLAB = 1 << 20  # values of the weight's gradient that fit the cache until they are added
 
 
 def linear_cross_entropy(
@@ -27,16 +27,16 @@ def linear_cross_entropy(
     .. math:: \ell_t = \log \sum_v e^{z_{tv}} - z_{t,\mathrm{target}_t}
 
     "mean" and "sum" compute their gradients in the same pass over the blocks, so logits are computed once and never
-    kept. "none" does not know yet what its losses will be weighted with: its backward computes the logits again. Where
-    all logits are one block, or at most a quarter of `hidden`, `torch.nn.functional.cross_entropy` computes the loss,
-    except in a program of torch.export, which may run with other sizes than it is made with.
+    kept. "none" does not know the gradients of its losses yet: its backward recomputes the logits. If all logits are
+    one block, or at most a quarter of `hidden`, `torch.nn.functional.cross_entropy` computes the loss, except in a
+    program of torch.export, which may run with other sizes than those of the export.
 
     Args:
         hidden: (..., D) float32, float64, bfloat16 or float16, any strides: x.
         weight: (V, D) as `hidden`: W. Under torch.autocast both are cast as for a matrix product.
         targets: (...) integers in [0, V), or `ignore_index`.
-        reduction: "mean" over the targets that count (NaN where none does), "sum", or "none".
-        ignore_index: a target of this value has loss zero and gives no gradient, whatever its row of `hidden` holds.
+        reduction: "mean" over the targets that count (NaN if none does), "sum", or "none".
+        ignore_index: a target of this value has loss zero and gives no gradient; its row of `hidden` may hold NaN.
 
     Returns:
         The loss, float32 (float64 for float64): a scalar, for "none" (...). Softmax, sums and the gradient of `weight`
@@ -46,7 +46,7 @@ def linear_cross_entropy(
         ValueError: a shape or `reduction` is wrong. TypeError: a dtype is wrong. IndexError: a target is out of bounds.
         NotImplementedError: second derivatives of more than one block are not supported.
 
-    Kept for the backward are the gradients, for "none" the inputs. Every run gives the same bits.
+    The gradients, for "none" the inputs, are kept for the backward. Every run gives the same bits.
 
     Example:
         >>> import torch, megalodon_ops as mo
@@ -68,7 +68,7 @@ def _linear_cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor, reduc
     hidden, weight = autocast(hidden, weight)
     x, index = hidden.reshape(targets.numel(), hidden.shape[-1]), targets.reshape(-1).long()
     counted = index != ignore_index
-    x = x.where(counted[:, None], 0)  # a row that does not count may hold NaN, which 0 times it would be
+    x = x.where(counted[:, None], 0)  # a row that does not count may hold NaN, and 0 NaN is NaN
     (T, D), V = x.shape, weight.shape[0]
     wants = [tensor.requires_grad and torch.is_grad_enabled() for tensor in (x, weight)]
     if not is_exporting() and (T * V <= _block(x.device) or (any(wants) and 4 * V <= D)):
@@ -93,14 +93,14 @@ def blockwise_cross_entropy(
     reduction: str = "mean",
     ignore_index: int = -100,
 ) -> Tensor:
-    """Cross-entropy of the logits that any function makes of `hidden`, called on a block of steps at a time.
+    """Cross-entropy of the logits that an arbitrary function computes from `hidden`, a block of positions at a time.
 
-    Gradients reach whatever the function reads. With more than one block, the backward calls the function again. A
-    program of torch.export has one block, as the number of blocks would depend on the sizes that it is made with.
+    Gradients reach everything that the function reads. With more than one block, the backward calls the function again.
+    A program of torch.export has one block, as the number of blocks would depend on the sizes of the export.
 
     Args:
         hidden: (B, L, D).
-        logits_of: (B, l, D), some of the steps, to (B, l, `width`).
+        logits_of: function from (B, l, D), a block of l positions, to (B, l, `width`).
         targets, reduction, ignore_index: as in :func:`linear_cross_entropy`.
 
     Returns:
@@ -124,8 +124,8 @@ def blockwise_cross_entropy(
 
     blocks = [(hidden, targets.long())]
     if not is_exporting():
-        steps = max(_block(hidden.device) // max(width * hidden.shape[0], 1), 1)
-        blocks = list(zip(hidden.split(steps, 1), targets.long().split(steps, 1), strict=True))
+        length = max(_block(hidden.device) // max(width * hidden.shape[0], 1), 1)
+        blocks = list(zip(hidden.split(length, 1), targets.long().split(length, 1), strict=True))
     try:
         if torch.is_grad_enabled() and len(blocks) > 1:
             losses = torch.cat([checkpoint(losses_of, *block, use_reentrant=False) for block in blocks], 1)
@@ -139,7 +139,7 @@ def blockwise_cross_entropy(
 
 
 def _out_of_bounds(targets: Tensor, classes: int, ignore_index: int) -> IndexError | None:
-    """The error that names the first target which is no class, if there is one."""
+    """Error that names the first target out of bounds, or None."""
     outside = targets[((targets < 0) | (targets >= classes)) & (targets != ignore_index)]
     if len(outside) == 0:
         return None
@@ -150,7 +150,7 @@ def _out_of_bounds(targets: Tensor, classes: int, ignore_index: int) -> IndexErr
 
 
 def _mean(total: Tensor, counted: Tensor) -> Tensor:
-    """The mean over the targets that count; NaN, with gradients of zero, where none counts."""
+    """Mean over the targets that count; NaN, with gradients of zero, if none counts."""
     count = counted.sum()
     return (total / count.clamp(min=1)).where(count > 0, torch.nan)
 
@@ -192,12 +192,12 @@ def _block(device: torch.device) -> int:
 
 
 def _rows(width: int, values: int) -> int:
-    """Rows of `width` columns in `values` numbers: a multiple of 64, which suits matrix products."""
+    """Number of rows of `width` columns in `values` numbers: a multiple of 64, for fast matrix products."""
     return max(values // width // 64, 1) * 64
 
 
 def _cross_entropy(logits: Tensor, index: Tensor, scales: Tensor | None = None) -> Tensor:
-    """The losses (T,) of logits (T, V). Where scales (T,) are given, logits become the gradient of sum scales_t loss_t."""
+    """Losses (T,) of logits (T, V). With scales (T,), logits are overwritten by the gradient of sum scales_t loss_t."""
     if has_cpu_kernel(logits):
         losses = torch.empty_like(index, dtype=accumulation_dtype(logits.dtype))
         launch("cross_entropy", logits, index.contiguous(), contiguous_or_none(scales), losses)
@@ -235,7 +235,7 @@ def _backward(ctx, dlosses):
 
 
 def _sum(x, weight, index, scales, wants_dx, wants_dweight):
-    """The sum of scales_t loss_t, and its gradients in the accumulation dtype; an unwanted gradient is empty."""
+    """Sum of scales_t loss_t, and its gradients in the accumulation dtype; an unwanted gradient is empty."""
     _, dx, dweight = _sum_fake(x, weight, index, scales, wants_dx, wants_dweight)
     losses, rows, slab = [], _rows(weight.shape[0], _block(x.device)), _rows(x.shape[1], _SLAB)
     for begin in range(0, x.shape[0], rows):
@@ -246,7 +246,7 @@ def _sum(x, weight, index, scales, wants_dx, wants_dweight):
             put_product_(dx[block], dlogits, weight.t(), rows, add=False)
         if wants_dweight:
             put_product_(dweight, dlogits.t(), x[block].t(), slab, add=begin > 0)
-        del dlogits  # before the next block's logits are made
+        del dlogits  # before the next block's logits are allocated
     return torch.cat(losses).dot(scales), dx, dweight
 
 

@@ -35,7 +35,7 @@ def normalized_attention(
     cu_seqlens: Tensor | None = None,
     lengths: Tensor | None = None,
 ) -> Tensor | tuple[Tensor, AttentionState]:
-    r"""Attention inside chunks whose queries and keys are two affine maps of one normalized z.
+    r"""Attention inside chunks; queries and keys are two affine maps of one normalized z.
 
     .. math:: q, k = \mathrm{normalized\_qk}(z, \gamma, \beta), \qquad o = \mathrm{chunked\_attention}(q, k, v)
 
@@ -55,7 +55,7 @@ def normalized_attention(
     Raises:
         ValueError: a shape or a value is wrong. TypeError: a dtype is wrong. Second derivatives are not supported.
 
-    Kept for the backward: z, the rotated q and k, v, o and one log-sum-exp for each row and head.
+    z, the rotated q and k, v, o and one log-sum-exp for each row and head are kept for the backward.
 
     Arrays of other libraries: see :mod:`megalodon_ops.ops.common.arrays`.
 
@@ -103,7 +103,7 @@ def attend(
     cu_seqlens: Tensor | None = None,
     lengths: Tensor | None = None,
 ) -> Tensor | tuple[Tensor, AttentionState]:
-    """:func:`normalized_attention` with a rotary table as :func:`rotated_queries_and_keys` takes it."""
+    """:func:`normalized_attention` with a rotary table for :func:`rotated_queries_and_keys`."""
     z, v = autocast(z, v)
     num_heads = check_size("normalized_attention", "num_heads", num_heads)
     if v.dim() != 3 or (z.dim() == 3 and v.shape[:2] != z.shape[:2]):

@@ -2,8 +2,8 @@
 
     q, k = normalized_qk(z, gamma, beta)      o = chunked_attention(q, k, v)
 
-q and k are rounded to the dtype of z in between. The rotary position of a token is its index inside the chunk, so the
-chunk grid and the positions restart together at the start of each sequence, and a state's position serves both.
+In between, q and k are rounded to the dtype of z. The rotary position of a token is its index inside the chunk: the
+chunk grid and the positions restart together at each sequence, and a state's position is for both.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ def normalized_attention(
     cu_seqlens: Tensor | None = None,  # (S + 1,)
     lengths: Tensor | None = None,  # (B,)
 ) -> Tensor | tuple[Tensor, AttentionState]:
-    """Attends inside chunks with queries and keys made from z: chunked_attention(*normalized_qk(z, gamma, beta), v).
+    """Attend inside chunks with queries and keys from z: chunked_attention(*normalized_qk(z, gamma, beta), v).
 
     Returns o (B, L, H*V) and, with `return_state`, the rotated keys, the values and the position of the unfinished
     chunks.
@@ -81,7 +81,7 @@ def normalized_attention_bwd(
     cu_seqlens: Tensor | None = None,
     lengths: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """The chain rule over the two parts: do -> dq, dk, dv -> dz, dgamma, dbeta. Returns dz, dv, dgamma, dbeta."""
+    """Apply the chain rule to both parts: do -> dq, dk, dv -> dz, dgamma, dbeta. Returns dz, dv, dgamma, dbeta."""
     qk = _qk_arguments(num_heads, chunk_size, rope_base, eps, state, cu_seqlens, lengths)
     q, k = normalized_qk(z, gamma, beta, **qk)
     dq, dk, dv = chunked_attention_bwd(

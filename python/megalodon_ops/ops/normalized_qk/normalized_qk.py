@@ -43,7 +43,7 @@ def normalized_qk(
         chunk_size: C. The rotary position restarts with each chunk.
         rope_base: angle of the pair (2i, 2i + 1) at position m is m * rope_base^(-2i/K).
         eps: added to the mean square.
-        position: (S,) int64, position inside its chunk of each sequence's first step; None: zero.
+        position: (S,) int64, index of each sequence's first position inside its chunk; None: zero.
         cu_seqlens, lengths: sequences as in :func:`cema`.
 
     Returns:
@@ -52,7 +52,7 @@ def normalized_qk(
     Raises:
         ValueError: a shape or a value is wrong. TypeError: a dtype is wrong. Second derivatives are not supported.
 
-    Gradients go to z, gamma and beta; z is all that is kept for the backward.
+    Gradients go to z, gamma and beta; only z is kept for the backward.
 
     Arrays of other libraries: see :mod:`megalodon_ops.ops.common.arrays`.
 
@@ -86,7 +86,7 @@ def rotated_queries_and_keys(
     cu_seqlens: Tensor | None,
     lengths: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
-    """:func:`normalized_qk` with the caller's table from :func:`rotary_table`; None: the op gets a table itself."""
+    """:func:`normalized_qk` with a table from :func:`rotary_table`; None: the op gets one itself."""
     check_rank("normalized_qk", "z", z, "(B, L, H * K)", 3)
     num_heads = check_size("normalized_qk", "num_heads", num_heads)
     chunk_size = check_size("normalized_qk", "chunk_size", chunk_size)
@@ -100,37 +100,37 @@ def rotated_queries_and_keys(
 def rotary_table(rows: int, key_dim: int, rope_base: float, dtype: torch.dtype, device: torch.device) -> Tensor:
     """(rows, K / 2, 2) on `device`: cosine and sine of position * rope_base^(-2i/K), rounded once from float64.
 
-    Callers on the CPU share one table. On other devices each call copies a table from the host, and the caller keeps
-    the table: a CUDA graph that was captured with a table knows the table's address alone.
+    Callers on the CPU share one table. On other devices each call copies a table from the host, and the caller must
+    keep it: a CUDA graph captured with a table knows only its address.
     """
     if device.type == "meta":
         return torch.empty((rows, (key_dim + 1) // 2, 2), dtype=dtype, device=device)
-    fake = _get_current_dispatch_mode() is not None  # tensors of a fake mode must not serve other calls
+    fake = _get_current_dispatch_mode() is not None  # a fake mode's tensors must not reach other calls
     return (_make_table if fake else _shared_table)(rows, key_dim, rope_base, dtype, torch.device("cpu")).to(device)
 
 
 def _make_table(rows: int, key_dim: int, rope_base: float, dtype: torch.dtype, device: torch.device) -> Tensor:
-    with torch.inference_mode(False):  # so that autograd can keep the table, whoever asks first
+    with torch.inference_mode(False):  # so that autograd can save the shared table
         return rotary_table_of(torch.arange(rows, device=device), key_dim, rope_base, dtype)
 
 
 def rotary_table_of(positions: Tensor, key_dim: int, rope_base: float, dtype: torch.dtype) -> Tensor:
-    """The rows of a :func:`rotary_table`, or of what would follow it, at the positions (n,)."""
+    """Rows of a :func:`rotary_table` of arbitrary length at the positions (n,)."""
     exponent = torch.arange(0, key_dim, 2, dtype=torch.float64, device=positions.device) / key_dim
     angle = positions.double()[:, None] * rope_base**-exponent
     return torch.stack((angle.cos(), angle.sin()), dim=-1).to(dtype)
 
 
-_shared_table = functools.lru_cache(maxsize=16)(_make_table)  # of CPU tables alone: no CPU kernel keeps an address
+_shared_table = functools.lru_cache(maxsize=16)(_make_table)  # CPU tables only: no CPU kernel keeps an address
 
 
 def _rotary(
     z: Tensor, rotary: Tensor | None, num_heads: int, chunk_size: int, rope_base: float, position: Tensor | None
 ) -> Tensor:
-    """A table with a row for every position that can occur: the caller's; else, on the CPU, a table that calls share.
+    """Table with a row for every possible position: the caller's or, on the CPU, a shared one.
 
-    On a GPU, without the caller's table, a table is made for this call alone. Then no table has to outlive a captured
-    graph, lie in the graph's pool after the call, or come from the host.
+    On a GPU, without the caller's table, a table is computed for this call alone. So no table must outlive a captured
+    graph, remain in the graph's pool, or come from the host.
     """
     if rotary is not None:
         return rotary

@@ -11,8 +11,8 @@ R(pos) rotates each pair of neighbours (2i, 2i + 1) by the angle pos * rope_base
 
     (a, b) -> (a cos - b sin, a sin + b cos)
 
-pos is the index inside the chunk: (position + t) mod C for token t of a sequence that starts at `position`. With
-1/sqrt(K) inside q and k, the attention takes its scores without a further scale.
+pos is the index inside the chunk: (position + t) mod C for token t of a sequence that starts at `position`. As
+q and k include 1/sqrt(K), the attention's scale is 1.
 
 dtypes: z, q and k float32, float64, bfloat16 or float16; gamma, beta, the angles and all sums float32, or float64 for
 float64 z.
@@ -41,7 +41,7 @@ def normalized_qk(
     cu_seqlens: Tensor | None = None,  # (S + 1,)
     lengths: Tensor | None = None,  # (B,)
 ) -> tuple[Tensor, Tensor]:
-    """Normalizes z per head, scales and shifts it into queries and keys, and rotates both. Returns q, k (B, L, H, K).
+    """Normalize z per head, scale and shift it into queries and keys, and rotate both. Returns q, k (B, L, H, K).
 
     >>> z, zeros = torch.tensor([[[3.0, 3.0]]]), torch.zeros(2, 2)
     >>> q, k = normalized_qk(z, zeros, zeros, num_heads=1, chunk_size=4, eps=0.0)
@@ -76,9 +76,9 @@ def normalized_qk_bwd(
     cu_seqlens: Tensor | None = None,
     lengths: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Rotates the gradients back, then goes through the affine maps and the RMS norm. Returns dz, dgamma, dbeta.
+    """Rotate the gradients back, then differentiate the affine maps and the RMS norm. Returns dz, dgamma, dbeta.
 
-    A rotation is orthogonal, so the gradient passes it by the opposite angle; the rest is elementwise but for one mean:
+    A rotation is orthogonal, so its gradient is rotated by the opposite angle; the rest is elementwise except one mean:
 
         q = R u_0                               ->   du_0 = R^T dq          du_1 = R^T dk
         u_j = zn (1 + gamma_j) / sqrt(K)        ->   dzn = sum_j du_j (1 + gamma_j) / sqrt(K)
@@ -86,7 +86,7 @@ def normalized_qk_bwd(
         zn = z r                                ->   dz = r dzn + ...           dr = sum dzn z
         r = (mean(z^2) + eps)^(-1/2)            ->   dz = ... - dr r^3 z / K    as dr/dz = -r^3 z / K
 
-    The sums run over the head's K channels, and z = zn / r joins the last two lines: dz = r (dzn - zn mean(dzn zn)).
+    The sums run over the head's K channels, and z = zn / r combines the last two lines: dz = r (dzn - zn mean(dzn zn)).
     """
     real = accumulation_dtype(z.dtype)
     dz = torch.zeros_like(z)
@@ -107,7 +107,7 @@ def normalized_qk_bwd(
 
 
 def _angles(zn: Tensor, position: Tensor | None, s: int, chunk_size: int, rope_base: float) -> Tensor:
-    """Returns pos * rope_base^(-2i/K), (n, 1, K/2), in float64: far into a chunk, float32 angles are off by 1e-4."""
+    """Return pos * rope_base^(-2i/K), (n, 1, K/2), in float64: far into a chunk, float32 angles are off by 1e-4."""
     n, _, K = zn.shape
     start = 0 if position is None else int(position[s])
     pos = (start + torch.arange(n, dtype=torch.float64, device=zn.device)) % chunk_size
@@ -115,7 +115,7 @@ def _angles(zn: Tensor, position: Tensor | None, s: int, chunk_size: int, rope_b
 
 
 def _rotate(u: Tensor, angles: Tensor) -> Tensor:
-    """Rotates the pairs (2i, 2i + 1) of u (..., n, H, K) by angles (n, 1, K/2)."""
+    """Rotate the pairs (2i, 2i + 1) of u (..., n, H, K) by angles (n, 1, K/2)."""
     cos, sin = angles.cos().to(u.dtype), angles.sin().to(u.dtype)
     a, b = u[..., 0::2], u[..., 1::2]
     return torch.stack([a * cos - b * sin, a * sin + b * cos], dim=-1).flatten(-2)

@@ -1,4 +1,4 @@
-"""`sequence_norm`: group norm whose statistics are of a whole sequence, as an encoder's."""
+"""`sequence_norm`: group norm with the statistics of a whole sequence, for encoders."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from ..common.states import TimestepNormState
 from ..timestep_norm.timestep_norm import timestep_norm, timestep_norm_end_state
 
 _PARTS = re.compile("^timestep_norm(_end_state)?: ")
-_STEPS = 2**62
-"""of a state that no further step moves: a step's share in it is below the last digit, of float64 too"""
+_COUNT = 2**62
+"""count of a state that no further position changes: its share is below the last digit, also in float64"""
 
 
 def sequence_norm(
@@ -26,7 +26,7 @@ def sequence_norm(
     cu_seqlens: Tensor | None = None,
     lengths: Tensor | None = None,
 ) -> Tensor:
-    r"""Normalizes each step with the mean and the variance of its group over all steps of its sequence.
+    r"""Normalize each position by the mean and the variance of its group over all positions of its sequence.
 
     .. math:: y_t = (x_t - \mu) / \sqrt{\sigma^2 + \epsilon} \cdot (1 + \mathrm{weight}) + \mathrm{bias}
 
@@ -36,7 +36,7 @@ def sequence_norm(
         num_groups: G, divides D; group g holds the D / G neighbouring channels from g * D / G on. With G = D each
             channel has its own mean and variance.
         eps: added to the variance.
-        cu_seqlens, lengths: sequences as in :func:`cema`; padding counts for nothing.
+        cu_seqlens, lengths: sequences as in :func:`cema`; padding does not count.
 
     Returns:
         y (B, L, D) in x's dtype, zero at tokens in no sequence.
@@ -44,9 +44,9 @@ def sequence_norm(
     Raises:
         ValueError: a shape or a value is wrong. TypeError: a dtype is wrong. Second derivatives are not supported.
 
-    Two passes of kernels: :func:`timestep_norm_end_state` for the statistics, then :func:`timestep_norm` from a state of
-    so many steps that it stays what it is. Statistics run in float64; x and three numbers for each step and group are
-    kept for the backward, which is deterministic.
+    Two passes of kernels: :func:`timestep_norm_end_state` for the statistics, then :func:`timestep_norm` from a state
+    whose count is so large that it does not change. Statistics are float64; x and three numbers for each position and
+    group are kept for the backward, which is deterministic.
 
     Arrays of other libraries: see :mod:`megalodon_ops.ops.common.arrays`.
 
@@ -65,8 +65,8 @@ def sequence_norm(
     sequences = {"cu_seqlens": cu_seqlens, "lengths": lengths}
     try:
         state = timestep_norm_end_state(x, num_groups=num_groups, **sequences)
-        steps = torch.full_like(state.count, _STEPS)
-        state = TimestepNormState(steps, state.mean, state.var, state.residual)
+        count = torch.full_like(state.count, _COUNT)
+        state = TimestepNormState(count, state.mean, state.var, state.residual)
         return timestep_norm(x, weight, bias, num_groups=num_groups, eps=eps, state=state, **sequences)
     except (TypeError, ValueError) as error:
         raise type(error)(_PARTS.sub("sequence_norm: ", str(error))) from error

@@ -1,11 +1,11 @@
-"""Sequence norm: group norm over the steps and the channels of a group together, for encoders.
+"""Sequence norm: group norm over all positions and the channels of a group together, for encoders.
 
-The D channels form G groups of F = D/G neighbours. Over the n steps of a sequence, padding left out, and per group
+The D channels form G groups of F = D/G neighbours. Over the n positions of a sequence, without padding, and per group
 
     mean = sum x / (n F)     var = sum (x - mean)^2 / (n F)     y_t = (x_t - mean) rstd (1 + weight) + bias
 
-with rstd = 1 / sqrt(var + eps). arXiv 2404.08801, section 4.5, calls it group normalization; the number of groups there
-is not stated.
+with rstd = 1 / sqrt(var + eps). arXiv 2404.08801, section 4.5, calls it group normalization and does not
+state the number of groups.
 
 dtypes: x and y float32, float64, bfloat16 or float16; weight and bias float32, or float64 for float64 x. Statistics are
 float64.
@@ -29,7 +29,7 @@ def sequence_norm(
     cu_seqlens: Tensor | None = None,  # (S + 1,)
     lengths: Tensor | None = None,  # (B,)
 ) -> Tensor:
-    """Normalizes by the statistics of all steps: y_t = (x_t - mean) / sqrt(var + eps) (1 + weight) + bias.
+    """Normalize by the statistics of all positions: y_t = (x_t - mean) / sqrt(var + eps) (1 + weight) + bias.
 
     >>> x = torch.tensor([[[1.0, 3.0], [2.0, 2.0]]])
     >>> sequence_norm(x, torch.zeros(2), torch.zeros(2), num_groups=2, eps=0.0).tolist()
@@ -54,9 +54,9 @@ def sequence_norm_bwd(
     cu_seqlens: Tensor | None = None,
     lengths: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Differentiates through the statistics. Returns dx, dweight, dbias.
+    """Differentiate through the statistics. Returns dx, dweight, dbias.
 
-    With n_t = (x_t - mean) rstd, g = dy (1 + weight) and means over the steps and channels of a group, as
+    With n_t = (x_t - mean) rstd, g = dy (1 + weight) and means over the positions and channels of a group, as
     d mean / dx = 1 / (n F) and d rstd / dx = -rstd^2 n_t / (n F),
 
         dx = rstd (g - mean(g) - n_t mean(g n_t))      dweight = sum_t dy n_t      dbias = sum_t dy
@@ -74,7 +74,7 @@ def sequence_norm_bwd(
 
 
 def _normalized(x: Tensor, num_groups: int, eps: float) -> tuple[Tensor, Tensor]:
-    """Returns (x - mean) rstd, (n, G, F), and rstd, (1, G, 1), of one sequence's steps (n, D), in float64."""
+    """Return (x - mean) rstd, (n, G, F), and rstd, (1, G, 1), of one sequence (n, D), in float64."""
     x = x.double().unflatten(-1, (num_groups, -1))
     centred = x - x.mean((0, 2), keepdim=True)
     rstd = (centred.square().mean((0, 2), keepdim=True) + eps).rsqrt()

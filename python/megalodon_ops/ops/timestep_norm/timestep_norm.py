@@ -1,6 +1,6 @@
 """`timestep_norm`: group norm whose statistics accumulate along time.
 
-`timestep_norm_end_state`: the statistics after the last step alone.
+`timestep_norm_end_state`: the statistics after the last position alone.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ def timestep_norm(
     cu_seqlens: Tensor | None = None,
     lengths: Tensor | None = None,
 ) -> Tensor | tuple[Tensor, TimestepNormState]:
-    r"""Normalizes each step with the mean and the variance of its group over all steps so far, itself included.
+    r"""Normalize each position by the mean and the variance of its group over all positions up to and including it.
 
     .. math:: y_t = (x_t - \mu_t) / \sqrt{\sigma^2_t + \epsilon} \cdot (1 + \mathrm{weight}) + \mathrm{bias}
 
@@ -39,10 +39,10 @@ def timestep_norm(
         weight, bias: (D,) float32, or float64 for a float64 `x`. The gain is 1 + weight.
         num_groups: G, divides D; group g holds the D / G neighbouring channels from g * D / G on.
         eps: added to the variance.
-        state: statistics before the first step, one for each of the S sequences; None: fresh.
-        return_state: also return the statistics after each sequence's last step.
+        state: statistics of the S sequences before their first position; None: fresh.
+        return_state: also return the statistics after each sequence's last position.
         cu_seqlens: (S + 1,) int64 or int32 offsets of sequences packed into one row (B = 1).
-        lengths: (B,) int64 or int32, steps in each right-padded row.
+        lengths: (B,) int64 or int32, number of positions in each right-padded row.
 
     Returns:
         y (B, L, D) in x's dtype, zero at tokens in no sequence; with `return_state` also the
@@ -51,8 +51,8 @@ def timestep_norm(
     Raises:
         ValueError: a shape or a value is wrong. TypeError: a dtype is wrong. Second derivatives are not supported.
 
-    Statistics run in float64 inside a call. Gradients go to x, weight, bias and the state's mean and var; x and three
-    numbers for each step and group are kept for the backward, which is deterministic.
+    Statistics are float64 inside a call. Gradients go to x, weight, bias and the state's mean and var; x and three
+    numbers for each position and group are kept for the backward, which is deterministic.
 
     Arrays of other libraries: see :mod:`megalodon_ops.ops.common.arrays`.
 
@@ -90,18 +90,18 @@ def timestep_norm_end_state(
 
     .. math:: \mu = \frac{1}{L F} \sum x, \qquad \sigma^2 = \frac{1}{L F} \sum (x - \mu)^2
 
-    over the L steps and the F = D / G channels of a group. States of neighbouring pieces of a sequence merge, so that
-    the pieces may be read apart, on several devices, too.
+    over the L positions and the F = D / G channels of a group. States of neighbouring pieces of a sequence merge, so the
+    pieces may be read separately, also on several devices.
 
     Args:
         x: (B, L, D) float32, float64, bfloat16 or float16, any strides (copied once if not contiguous).
         num_groups: G, divides D; group g holds the D / G neighbouring channels from g * D / G on.
         cu_seqlens: (S + 1,) int64 or int32 offsets of sequences packed into one row (B = 1).
-        lengths: (B,) int64 or int32, steps in each right-padded row.
+        lengths: (B,) int64 or int32, number of positions in each right-padded row.
 
     Returns:
         The :class:`TimestepNormState` that ``timestep_norm(..., return_state=True)`` returns: count (S,), mean and var
-        (S, G), and their rounding residuals; zeros for a sequence without steps.
+        (S, G), and their rounding residuals; zeros for an empty sequence.
 
     Raises:
         ValueError: a shape or a value is wrong. TypeError: a dtype is wrong. Second derivatives are not supported.
@@ -145,19 +145,19 @@ def _fwd(x, weight, bias, num_groups, eps, count, mean, var, residual, cu_seqlen
 def _fwd_fake(
     x, weight, bias, num_groups, eps, count, mean, var, residual, cu_seqlens, lengths, return_stats, return_state
 ):
-    """Results that nobody wants are empty: torch's schemas know no optional result."""
+    """Unwanted results are empty, as torch's schemas have no optional results."""
     sequences, dtype = num_sequences(x.shape[0], cu_seqlens), accumulation_dtype(x.dtype)
 
-    def of_state(*shape, dtype=dtype):
+    def new_state(*shape, dtype=dtype):
         return x.new_empty((sequences, *shape) if return_state else (0,), dtype=dtype)
 
     return (
         empty_like(x),
         x.new_empty((3, *x.shape[:2], num_groups) if return_stats else (0,), dtype=dtype),
-        of_state(dtype=torch.int64),
-        of_state(num_groups),
-        of_state(num_groups),
-        of_state(2, num_groups),
+        new_state(dtype=torch.int64),
+        new_state(num_groups),
+        new_state(num_groups),
+        new_state(2, num_groups),
     )
 
 
@@ -212,7 +212,7 @@ def _end_state_fwd(x, num_groups, cu_seqlens, lengths):
 
 
 def _end_state_fwd_fake(x, num_groups, cu_seqlens, lengths):
-    """The count comes last, as torch's opcheck adds all results up in the dtype of the first."""
+    """The count comes last, as torch's opcheck adds all results in the dtype of the first."""
     sequences, dtype = num_sequences(x.shape[0], cu_seqlens), accumulation_dtype(x.dtype)
     parts = (x.new_empty((sequences, *shape, num_groups), dtype=dtype) for shape in ((), (), (2,)))
     return *parts, x.new_empty(sequences, dtype=torch.int64)

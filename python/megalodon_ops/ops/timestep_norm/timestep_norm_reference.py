@@ -1,25 +1,24 @@
 """Timestep norm: group norm with cumulative statistics along time (arXiv 2404.08801, section 3.2).
 
-The D channels form G groups of D/G neighbours. Step t is normalized by the mean and the (biased) variance of
-everything its group has held from the start of the sequence up to and including step t. With n timesteps seen so far,
-and with the mean gm and the biased variance gv of x_t inside a group,
+The D channels form G groups of D/G neighbours. Position t is normalized by the mean and the biased variance of its
+group over all positions up to and including t. With n positions so far, and with the mean gm and the biased variance gv
+of x_t inside a group,
 
     n' = n + 1     c2 = 1 / n'     c1 = 1 - c2
     mean' = mean + c2 (gm - mean)
     var'  = c1 var + c2 gv + c1 c2 (gm - mean)^2
     y_t   = (x_t - mean') rstd (1 + weight) + bias          rstd = 1 / sqrt(var' + eps)
 
-This is Welford's update, which does not cancel when |mean| >> std as E[x^2] - mean^2 does. A fresh state has n = 0,
-hence c1 = 0: its mean and var do not matter. Two spans with statistics (n_a, mean_a, var_a) and (n_b, mean_b, var_b)
-merge by the same formula, with n' = n_a + n_b and c2 = n_b / n', in any order of brackets: by merging, a sequence is
-cut into parallel chunks.
+This is Welford's update. Unlike E[x^2] - mean^2, it does not cancel when |mean| >> std. A fresh state has n = 0, hence
+c1 = 0: its mean and var do not matter. Two spans with statistics (n_a, mean_a, var_a) and (n_b, mean_b, var_b) merge
+associatively by the same formula, with n' = n_a + n_b and c2 = n_b / n'. So a sequence can be cut into spans that are
+scanned in parallel.
 
-A variance that is no number of the state's dtype, beyond 3e38 for float32, gives NaN.
+A variance that overflows the state's dtype, beyond 3e38 for float32, gives NaN.
 
 dtypes: x and y float32, float64, bfloat16 or float16; weight, bias and the state float32, or float64 for float64 x. A
-state holds mean and var as value + residual, about twice the digits of its dtype: rounded to one float32, the mean of
-a long stream stops moving once c2 (gm - mean) is below half a unit in its last place. Statistics are float64 here,
-and split on return.
+state stores mean and var as value + residual, about twice the digits of its dtype: a mean rounded to one float32 stops
+changing once c2 (gm - mean) is below half a unit in its last place. Statistics are float64 here, and split on return.
 """
 
 from __future__ import annotations
@@ -43,7 +42,7 @@ def timestep_norm(
     cu_seqlens: Tensor | None = None,  # (S + 1,)
     lengths: Tensor | None = None,  # (B,)
 ) -> Tensor | tuple[Tensor, TimestepNormState]:
-    """Normalizes by the statistics of steps 1 .. t: y_t = (x_t - mean_t) / sqrt(var_t + eps) (1 + weight) + bias.
+    """Normalize by the statistics of positions 1 .. t: y_t = (x_t - mean_t) / sqrt(var_t + eps) (1 + weight) + bias.
 
     Returns y (B, L, D) and, with `return_state`, each sequence's count (S,), mean, var (S, G) and residual (S, 2, G).
 
@@ -87,15 +86,15 @@ def timestep_norm_bwd(
     cu_seqlens: Tensor | None = None,
     lengths: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Walks back through time with the gradients of mean and var. Returns dx, dweight, dbias, dmean, dvar.
+    """Walk back through time with the gradients of mean and var. Returns dx, dweight, dbias, dmean, dvar.
 
-    Let w = 1 + weight, r = rstd_t, and let U and V be the gradients of mean_t and var_t that arrive from step t + 1
-    (from the returned state, at the end). y_t also depends on mean_t and var_t. With sums over the channels of a group,
+    Let w = 1 + weight, r = rstd_t, and let U and V be the gradients of mean_t and var_t from position t + 1 (at the end,
+    from the returned state). y_t also depends on mean_t and var_t. With sums over the channels of a group,
 
         y = (x - mean') r w + bias          ->   du = U - r sum dy w
         r = (var' + eps)^(-1/2)             ->   dv = V - r^3 / 2  sum dy w (x - mean')         as dr/dvar' = -r^3 / 2
 
-    where du and dv are the whole gradients of mean' and var', which the update hands on. With
+    where du and dv are the total gradients of mean' and var', which the update propagates. With
     k = 2 c1 c2 (gm - mean) dv,
 
         mean' = c1 mean + c2 gm             ->   dgm = c2 du + k       U <- c1 du - k
@@ -112,8 +111,8 @@ def timestep_norm_bwd(
         v' = v - r^3 / (2 n') sum dy w (x - mean')      p = u - r / n' sum dy w      u <- p - 2 v' (mean' - mean)
         dx = dy r w + [ p + 2 v' (x - mean') ] / (D/G)                               v <- v'
 
-    which are the formulas of the kernels. What is left of U and V before the first step is the gradient of the given
-    state: zero for a fresh state, where c1 = 0. No gradient goes to the count or the residual.
+    which are the formulas of the kernels. U and V before the first position are the gradients of the given state: zero
+    for a fresh state, where c1 = 0. No gradient goes to the count or the residual.
     """
     real = accumulation_dtype(x.dtype)
     w = (1 + weight.double()).unflatten(0, (num_groups, -1))  # (G, D/G)
@@ -143,7 +142,7 @@ def timestep_norm_bwd(
             dx_s[t] += ((c2 * du + k)[:, None] + 2 * c2 * dv[:, None] * (x_s[t] - gm[t, :, None])) / x_s.shape[-1]
             u, v = c1 * du - k, c1 * dv
         dx[row, tokens] = dx_s.flatten(-2).to(x.dtype)
-        if n:  # else the state is fresh: its mean and variance are not read, even where there is no step
+        if n:  # else the state is fresh: its mean and variance are not read, even for an empty sequence
             dmeans[s], dvars[s] = u, v
     return dx, dw.flatten().to(real), db.flatten().to(real), dmeans.to(real), dvars.to(real)
 
@@ -155,7 +154,7 @@ def timestep_norm_end_state(
     cu_seqlens: Tensor | None = None,  # (S + 1,)
     lengths: Tensor | None = None,  # (B,)
 ) -> TimestepNormState:
-    """The statistics after the last step of each sequence, from a fresh state.
+    """Statistics after the last position of each sequence, from a fresh state.
 
     >>> state = timestep_norm_end_state(torch.tensor([[[1.0, 3.0], [2.0, 2.0]]]), num_groups=1)
     >>> state.count.item(), state.mean.item(), state.var.item()
@@ -175,45 +174,45 @@ def timestep_norm_end_state_bwd(
     cu_seqlens: Tensor | None = None,
     lengths: Tensor | None = None,
 ) -> Tensor:
-    """Returns dx. Over the n steps of a sequence and the F channels of a group,
+    """Return dx. Over the n positions of a sequence and the F channels of a group,
 
         mean = sum x / (n F)               ->   dx = dmean / (n F)
         var  = sum (x - mean)^2 / (n F)    ->   dx = ... + 2 dvar (x - mean) / (n F),
 
-    as the sum of x - mean is 0, whatever a change of the mean does to it.
+    as the sum of x - mean is 0, so var has no gradient through the mean.
     """
     dx = torch.zeros_like(x)
     for s, (row, tokens) in enumerate(sequences(x, cu_seqlens, lengths)):
         x_s = x[row, tokens].double().unflatten(-1, (num_groups, -1))  # (n, G, F)
         centred, total = x_s - x_s.mean((0, 2), keepdim=True), len(x_s) * x_s.shape[-1]
-        of_mean, of_var = (0.0 if d is None else d[s].double()[:, None] / max(total, 1) for d in (dmean, dvar))
-        dx[row, tokens] = (of_mean + 2 * of_var * centred).flatten(-2).to(x.dtype)
+        dmean_s, dvar_s = (0.0 if d is None else d[s].double()[:, None] / max(total, 1) for d in (dmean, dvar))
+        dx[row, tokens] = (dmean_s + 2 * dvar_s * centred).flatten(-2).to(x.dtype)
     return dx
 
 
 def _rstd(var: Tensor, eps: float, real: torch.dtype) -> Tensor:
-    """Returns 1 / sqrt(var + eps), or NaN where a state of this dtype could not hold the variance."""
+    """Return 1 / sqrt(var + eps), or NaN if the variance overflows this dtype."""
     return (var + eps).rsqrt() + 0 * (var + eps).to(real)
 
 
 def _initial(
     state: TimestepNormState | None, count: int, num_groups: int, device: torch.device
 ) -> list[tuple[int, Tensor, Tensor]]:
-    """Returns n, mean (G,) and var (G,) of each sequence, in float64; zeros where n is 0."""
+    """Return n, mean (G,) and var (G,) of each sequence, in float64; zeros if n is 0."""
     if state is None:
         zero = torch.zeros(num_groups, dtype=torch.float64, device=device)
         return [(0, zero, zero)] * count
     mean, var = state.mean.double(), state.var.double()
     if state.residual is not None:
-        of_mean, of_var = state.residual.detach().double().unbind(1)
-        mean, var = mean + of_mean, var + of_var
+        mean_residual, var_residual = state.residual.detach().double().unbind(1)
+        mean, var = mean + mean_residual, var + var_residual
     fresh = (state.count == 0)[:, None]
     mean, var = torch.where(fresh, 0, mean), torch.where(fresh, 0, var)
     return [(n, mean[s], var[s]) for s, n in enumerate(state.count.tolist())]
 
 
 def _statistics(x: Tensor, n: int, mean: Tensor, var: Tensor) -> tuple[int, Tensor, Tensor, Tensor]:
-    """x (n, G, D/G) -> the count after it, mean and var (n + 1, G) before each step and after the last, gm (n, G)."""
+    """x (n, G, D/G) -> count after x, mean and var (n + 1, G) before each position and after the last, gm (n, G)."""
     gm = x.mean(-1)
     gv = (x - gm[..., None]).square().mean(-1)
     means, variances = [mean], [var]
