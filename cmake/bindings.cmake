@@ -1,5 +1,4 @@
-# The files cpp/<op>/<name>_bind.cpp: `cuda`, those with CUDA kernels, beside which there is a cuda/<op>/<name>*.cu, and
-# `cpu`, the others.
+# Lists of the files cpp/<op>/<name>_bind.cpp. cuda: those with CUDA kernels, cuda/<op>/<name>*.cu. cpu: the others.
 function(find_bindings root cuda cpu)
   file(GLOB files CONFIGURE_DEPENDS ${root}/cpp/*/*_bind.cpp)
   file(GLOB kernels CONFIGURE_DEPENDS ${root}/cuda/*/*.cu)

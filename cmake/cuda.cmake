@@ -1,6 +1,6 @@
-# What the build asks about CUDA before it enables the language.
+# Questions about CUDA before the build enables the language.
 
-# nvcc: the compiler that CMake would take. version: its version, "" if there is no nvcc.
+# nvcc: the compiler that CMake would use. version: its version, "" if there is no nvcc.
 function(find_nvcc nvcc version)
   set(program "${CMAKE_CUDA_COMPILER}")
   if(NOT program AND NOT "$ENV{CUDACXX}" STREQUAL "")
@@ -31,8 +31,8 @@ function(choose_architectures architectures wanted nvcc version)
       list(APPEND chosen 100 120-real)
     endif()
   elseif(wanted STREQUAL "AUTO")
-    # Without a GPU to look at, 80 is chosen: cards of compute capability 8.x run its code as it is, and every later
-    # card compiles its PTX at the first launch.
+    # Without a GPU, 80 is chosen: cards of compute capability 8.x run its machine code, and later cards compile its PTX
+    # at the first launch.
     _architectures_of_gpus(chosen "${nvcc}")
     if(NOT chosen)
       set(chosen 80)
@@ -43,9 +43,8 @@ function(choose_architectures architectures wanted nvcc version)
   set(${architectures} "${chosen}" PARENT_SCOPE)
 endfunction()
 
-# nvcc's flags for a list of architectures. nvcc 13 makes the same PTX of these kernels for 80 and 90, and again for 100
-# and 120 (only the line that names the architecture differs), so it is made once for each pair. It takes 60 % of what a
-# further architecture does.
+# nvcc's flags for a list of architectures. nvcc 13 generates the same PTX for 80 and 90, and for 100 and 120, except
+# the line that names the architecture. So each pair shares its PTX, which takes 60 % of the time of an architecture.
 function(flags_of_architectures flags architectures)
   foreach(architecture IN LISTS architectures)
     string(REGEX MATCH "^[0-9]+" number "${architecture}")
@@ -93,8 +92,8 @@ function(_architectures_of_gpus architectures nvcc)
   set(${architectures} "${chosen}" PARENT_SCOPE)
 endfunction()
 
-# The CUDA that the torch in `folder` was built with, such as 12.8; "" if there is no torch, or one for CPUs. torch's
-# version.py is read as text, since importing torch takes seconds.
+# The CUDA version of the torch in `folder`, such as 12.8; "" without torch or with a CPU build. torch's version.py is
+# read as text, since importing torch takes seconds.
 function(find_torch_cuda cuda folder)
   set(lines "")
   if(EXISTS "${folder}/torch/version.py")
@@ -104,7 +103,7 @@ function(find_torch_cuda cuda folder)
   set(${cuda} "${CMAKE_MATCH_1}" PARENT_SCOPE)
 endfunction()
 
-# Warns if nvcc is of a later major version than the CUDA of torch: the driver that runs torch may be too old then.
+# Warns if nvcc's major version is later than that of torch's CUDA: the driver that runs torch may then be too old.
 function(compare_with_torch version folder)
   find_torch_cuda(torch_cuda "${folder}")
   string(REGEX MATCH "^[0-9]+" major "${version}")

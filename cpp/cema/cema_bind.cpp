@@ -7,7 +7,7 @@ namespace {
 
 constexpr const char* kCemaEndState = "cema_end_state";
 
-// Checks and fills what a scan of states needs; returns x.
+// Checks and fills the parameters of a scan of states; returns x.
 TensorView fill_scan(const char* op, CemaParams& params, py::handle x_, py::handle p_, py::handle q_,
                      py::handle cu_seqlens, py::handle lengths) {
   const TensorView x(op, "x", x_), p(op, "p", p_), q(op, "q", q_);

@@ -9,7 +9,7 @@ constexpr const char* kCemaCoefficients = "cema_coefficients";
 constexpr const char* kAsAlpha = "that of `alpha`";
 constexpr const char* kComplexAsAlpha = "complex128 for a float64 `alpha`, else complex64";
 
-// Checks and fills what the forward and the backward share; returns alpha.
+// Checks and fills the parameters that the forward and the backward share; returns alpha.
 TensorView fill(CemaCoefficientsParams& params, py::handle alpha_, py::handle delta, py::handle theta) {
   const TensorView alpha(kCemaCoefficients, "alpha", alpha_);
   params.dtype = alpha.rank("(D, N, 1)", 3).floating();
@@ -26,7 +26,7 @@ TensorView fill(CemaCoefficientsParams& params, py::handle alpha_, py::handle de
 }
 
 // A tensor of shape (D, N, 2), pairs of reals.
-void* of_pairs(const CemaCoefficientsParams& params, const char* name, py::handle object) {
+void* pair_data(const CemaCoefficientsParams& params, const char* name, py::handle object) {
   return TensorView(kCemaCoefficients, name, object)
       .present()
       .shape("(D, N, 2)", {params.channels, params.modes, 2})
@@ -35,7 +35,7 @@ void* of_pairs(const CemaCoefficientsParams& params, const char* name, py::handl
 }
 
 // A tensor of shape (D, N), real or complex.
-void* of_modes(const CemaCoefficientsParams& params, const char* name, py::handle object, bool is_complex) {
+void* mode_data(const CemaCoefficientsParams& params, const char* name, py::handle object, bool is_complex) {
   return TensorView(kCemaCoefficients, name, object)
       .present()
       .shape("(D, N)", {params.channels, params.modes})
@@ -48,10 +48,10 @@ MEGALODON_BINDING(cema_coefficients_fwd,
                   (py::handle p, py::handle q, py::handle scaled)) {
   CemaCoefficientsFwdParams params{};
   fill(params, alpha, delta, theta);
-  params.gamma = of_pairs(params, "gamma", gamma);
-  params.p = of_modes(params, "p", p, false);
-  params.q = of_modes(params, "q", q, true);
-  params.scaled = of_modes(params, "scaled", scaled, true);
+  params.gamma = pair_data(params, "gamma", gamma);
+  params.p = mode_data(params, "p", p, false);
+  params.q = mode_data(params, "q", q, true);
+  params.scaled = mode_data(params, "scaled", scaled, true);
   MEGALODON_LAUNCH(target, cema_coefficients_fwd, params);
 }
 
@@ -61,13 +61,13 @@ MEGALODON_BINDING(cema_coefficients_bwd,
                   (py::handle dalpha, py::handle ddelta, py::handle dtheta, py::handle dgamma)) {
   CemaCoefficientsBwdParams params{};
   const TensorView alpha = fill(params, alpha_, delta, theta_), theta(kCemaCoefficients, "theta", theta_);
-  params.dp = of_modes(params, "dp", dp, false);
-  params.dq = of_modes(params, "dq", dq, true);
-  params.dscaled = of_modes(params, "dscaled", dscaled, true);
+  params.dp = mode_data(params, "dp", dp, false);
+  params.dq = mode_data(params, "dq", dq, true);
+  params.dscaled = mode_data(params, "dscaled", dscaled, true);
   params.dalpha = TensorView(kCemaCoefficients, "dalpha", dalpha).like(alpha).data();
   params.ddelta = TensorView(kCemaCoefficients, "ddelta", ddelta).like(alpha).data();
   params.dtheta = TensorView(kCemaCoefficients, "dtheta", dtheta).like(theta).data();
-  params.dgamma = of_pairs(params, "dgamma", dgamma);
+  params.dgamma = pair_data(params, "dgamma", dgamma);
   MEGALODON_LAUNCH(target, cema_coefficients_bwd, params);
 }
 

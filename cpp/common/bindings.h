@@ -1,4 +1,4 @@
-// What a module defines: every file of bindings adds to a list, which the module's entry point runs through.
+// The functions of a module: each file of bindings adds entries to a list; the module's entry point calls them.
 #pragma once
 
 #include <pybind11/pybind11.h>
@@ -9,7 +9,7 @@ namespace megalodon {
 
 namespace py = pybind11;
 
-// One entry of the list: `define` is called when the module is imported. Made at static initialisation.
+// One entry of the list: `define` is called when the module is imported. Constructed at static initialisation.
 class Registration {
  public:
   explicit Registration(void (*define)(py::module_&)) : define_(define), next_(last_) { last_ = this; }

@@ -1,6 +1,6 @@
-// Takes a few tokens through a model on the CPU, as in decoding: the kernels of its layers run one by one, with nothing
-// in between but the functions that stand for changed linear layers. A decoder is made once, from the configuration and
-// the model's tensors by name; it updates the state.
+// Runs a few tokens through a model on the CPU, as in decoding: calls the kernels of its layers in turn, and Python
+// functions for replaced linear layers. A decoder is built once, from the configuration and the model's tensors by
+// name; it updates the state.
 
 #include <deque>
 #include <optional>
@@ -40,8 +40,8 @@ TimestepNormFwdParams timestep_norm(const Sizes& s, Tensors& tensors, const std:
   return p;
 }
 
-LayerNormFwdParams norm_of_rows(const Sizes& s, Tensors& tensors, const std::string& name, bool is_rms_norm,
-                                const void* x, void* y) {
+LayerNormFwdParams row_norm(const Sizes& s, Tensors& tensors, const std::string& name, bool is_rms_norm, const void* x,
+                            void* y) {
   LayerNormFwdParams p{};
   p.dtype = s.dtype;
   p.channels = s.D;
@@ -54,7 +54,7 @@ LayerNormFwdParams norm_of_rows(const Sizes& s, Tensors& tensors, const std::str
   return p;
 }
 
-// The parameters of every kernel of a block. What depends on the number of tokens is filled in for each call.
+// The parameters of every kernel of a block. Fields that depend on the number of tokens are filled for each call.
 class Block {
  public:
   Block(const Sizes& sizes, const Activations& activations, const void* rotary, Tensors& tensors,
@@ -84,7 +84,7 @@ class Block {
                                         .shape("(S, D, N)", {s.B, s.D, s.N})
                                         .dtype(complex_of(s.dtype), "complex128 for a float64 model, else complex64")
                                         .data();
-    rms_norm_ = norm_of_rows(s, tensors, mega + ".rmsnorm", true, a.c, a.m);
+    rms_norm_ = row_norm(s, tensors, mega + ".rmsnorm", true, a.c, a.m);
 
     const int64_t Z = s.H * s.K, affine = s.memory ? 4 : 2;
     qk_.dtype = s.dtype;
@@ -117,11 +117,11 @@ class Block {
     qk_.position = append_.position = append_.position_out;
     if (s.memory) make_memory(tensors, state);
 
-    layer_norm_ = norm_of_rows(s, tensors, nffn + ".norm", false, a.y, a.n);
+    layer_norm_ = row_norm(s, tensors, nffn + ".norm", false, a.y, a.n);
     scale_ = tensors.real_or_null(nffn + ".alpha", "(D,)", {s.D});
   }
 
-  // x (B, L, D) to y. table: where positions go on from chunk to chunk, the rotary table of this call's tokens.
+  // x (B, L, D) to y. table: rotary table of this call's tokens if positions do not restart with each chunk, else null.
   void run(int64_t L, const void* x, void* y, const void* table) {
     T = s.B * L;
     if (table) {
@@ -179,13 +179,13 @@ class Block {
     launch_cema_coefficients_fwd_cpu(p);
   }
 
-  // The working memory's queries and keys are made of z, too, by two more rows of gamma and beta and without positions.
+  // The working memory's queries and keys also come from z, by two more rows of gamma and beta, without positions.
   void make_memory(Tensors& tensors, const std::string& state) {
     const auto later_rows = [&](const void* affine) {
       return static_cast<const char*>(affine) + 2 * s.H * s.K * s.real_element();
     };
     memory_qk_ = qk_;
-    memory_qk_.chunk_size = memory_qk_.table_rows = 1;  // every step is the first of its chunk
+    memory_qk_.chunk_size = memory_qk_.table_rows = 1;  // each position is the first of its chunk
     memory_qk_.gamma = later_rows(qk_.gamma);
     memory_qk_.beta = later_rows(qk_.beta);
     memory_qk_.position = nullptr;
@@ -214,7 +214,7 @@ class Block {
     memory_.o = a.read;
   }
 
-  // Before the attention, which then uses q and k again, and overwrites the values of a chunk that has ended.
+  // Runs before the attention, which reuses q and k and overwrites the values of a complete chunk.
   void read_and_write() {
     memory_qk_.sequences = memory_.sequences = memory_append_.sequences = qk_.sequences;
     launch_normalized_qk_fwd_cpu(memory_qk_);
@@ -243,7 +243,7 @@ class Block {
   CemaFwdParams cema_{};
   LayerNormFwdParams rms_norm_, layer_norm_;
   LinearLayer wz_, wv_, wr_, wh1_, wh2_, fc1_, fc2_;
-  std::optional<LinearLayer> fc3_;  // where the FFN is gated
+  std::optional<LinearLayer> fc3_;  // if the FFN is gated
   NormalizedQkFwdParams qk_{};
   ChunkedAttentionStateParams append_{};
   NormalizedQkFwdParams memory_qk_{};
@@ -267,29 +267,29 @@ Sizes sizes_of(py::handle config, DType dtype, int64_t batch, int64_t max_tokens
 class Decoder {
  public:
   Decoder(py::object config, py::dict tensors, py::object rotary, py::object like, int64_t batch, int64_t max_tokens)
-      : held_(py::make_tuple(tensors, rotary)),
+      : tensors_(py::make_tuple(tensors, rotary)),
         s(sizes_of(config, TensorView(kDecoder, "embed.weight", like).floating(), batch, max_tokens)),
         a(s, arena_),
         vocabulary_(integer(config, "vocab_size")),
         outputs_(integer(config, "num_outputs")) {
-    Tensors named(std::move(tensors), s);
+    Tensors by_name(std::move(tensors), s);
     embedding_.dtype = s.dtype;
     embedding_.channels = s.D;
-    embedding_.weight = named.activation("embed.weight", "(vocabulary, D)", {vocabulary_, s.D});
+    embedding_.weight = by_name.activation("embed.weight", "(vocabulary, D)", {vocabulary_, s.D});
     embedding_.scale = config.attr("embedding_scale").cast<double>();
     embedding_.y = a.x[0];
     const TensorView table(kDecoder, "rotary", rotary);
     table.present().shape("(C, K / 2, 2)", {s.C, s.K / 2, 2}).dtype(s.real(), kRealDtype);
     for (int64_t layer = 0; layer < integer(config, "num_layers"); ++layer) {
       const std::string name = "layers." + std::to_string(layer);
-      blocks_.emplace_back(s, a, table.data(), named, name, "state." + name, arena_);
+      blocks_.emplace_back(s, a, table.data(), by_name, name, "state." + name, arena_);
     }
-    norm_ = timestep_norm(s, named, "output.final_norm", "state.norm");
+    norm_ = timestep_norm(s, by_name, "output.final_norm", "state.norm");
     norm_.y = a.n;
-    output_.emplace(s, named, "output.output", s.D, outputs_, a.n, nullptr);
+    output_.emplace(s, by_name, "output.output", s.D, outputs_, a.n, nullptr);
   }
 
-  // Tokens (B, L) to logits (B, L, outputs). One call at a time. Where attention sees two chunks, the tokens must not fill
+  // Tokens (B, L) to logits (B, L, outputs). One call at a time. If attention sees two chunks, the tokens must not fill
   // the caches, and `table` is their rotary table (B L, K / 2, 2); else it is None.
   void run(py::handle tokens_, py::handle logits_, py::handle table_) {
     const TensorView tokens(kDecoder, "tokens", tokens_), logits(kDecoder, "logits", logits_);
@@ -323,7 +323,7 @@ class Decoder {
                               "), got " + std::to_string(tokens[t]) + ".");
   }
 
-  const py::tuple held_;  // the tensors whose memory the kernels use
+  const py::tuple tensors_;  // the tensors whose memory the kernels use
   const Sizes s;
   Arena arena_;
   const Activations a;

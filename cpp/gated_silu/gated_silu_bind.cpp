@@ -7,7 +7,7 @@ namespace {
 
 constexpr const char* kGatedSilu = "gated_silu";
 
-// Checks and fills what the forward and the backward share; returns x.
+// Checks and fills the parameters that the forward and the backward share; returns x.
 TensorView fill(GatedSiluParams& params, py::handle x_, py::handle value_) {
   const TensorView x(kGatedSilu, "x", x_), value(kGatedSilu, "value", value_);
   params.dtype = x.present().floating();

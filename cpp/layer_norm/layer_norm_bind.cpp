@@ -8,12 +8,12 @@ namespace {
 const char* op_name(bool is_rms_norm) { return is_rms_norm ? "rms_norm" : "layer_norm"; }
 
 // A tensor of shape (D,), or null.
-void* of_channels(const LayerNormParams& params, const char* name, py::handle object) {
+void* channel_data(const LayerNormParams& params, const char* name, py::handle object) {
   const char* op = op_name(params.is_rms_norm);
   return TensorView(op, name, object).shape("(D,)", {params.channels}).dtype(real_of(params.dtype), kRealDtype).data();
 }
 
-// Checks and fills what the forward and the backward share; returns x.
+// Checks and fills the parameters that the forward and the backward share; returns x.
 TensorView fill(LayerNormParams& params, py::handle x_, py::handle weight, double eps, bool is_rms_norm) {
   const TensorView x(op_name(is_rms_norm), "x", x_);
   params.dtype = x.present().floating();
@@ -24,7 +24,7 @@ TensorView fill(LayerNormParams& params, py::handle x_, py::handle weight, doubl
   params.eps = eps;
   params.is_rms_norm = is_rms_norm;
   params.x = x.data();
-  params.weight = of_channels(params, "weight", weight);
+  params.weight = channel_data(params, "weight", weight);
   return x;
 }
 
@@ -33,7 +33,7 @@ MEGALODON_BINDING(layer_norm_fwd,
                   (py::handle y)) {
   LayerNormFwdParams params{};
   const TensorView x = fill(params, x_, weight, eps, is_rms_norm);
-  params.bias = of_channels(params, "bias", bias);
+  params.bias = channel_data(params, "bias", bias);
   params.y = TensorView(x.op(), "y", y).like(x).data();
   MEGALODON_LAUNCH(target, layer_norm_fwd, params);
 }
@@ -45,8 +45,8 @@ MEGALODON_BINDING(layer_norm_bwd,
   const TensorView x = fill(params, x_, weight, eps, is_rms_norm);
   params.dy = TensorView(x.op(), "dy", dy).like(x).data();
   params.dx = TensorView(x.op(), "dx", dx).like(x).data();
-  params.dweight = of_channels(params, "dweight", dweight);
-  params.dbias = of_channels(params, "dbias", dbias);
+  params.dweight = channel_data(params, "dweight", dweight);
+  params.dbias = channel_data(params, "dbias", dbias);
   MEGALODON_LAUNCH(target, layer_norm_bwd, params);
 }
 

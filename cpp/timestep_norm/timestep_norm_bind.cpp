@@ -25,7 +25,7 @@ TensorView fill_x(const char* op, Params& params, py::handle x_, int64_t num_gro
   return x;
 }
 
-// Checks and fills where the end states go.
+// Checks and fills the end states, which are outputs.
 void fill_end_states(const char* op, TimestepNormFwdParams& params, const TensorView& count, py::handle mean_out,
                      py::handle var_out, py::handle residual_out) {
   const Scalar real = real_of(params.dtype);

@@ -90,7 +90,7 @@ def timestep_norm_end_state(
 
     .. math:: \mu = \frac{1}{L F} \sum x, \qquad \sigma^2 = \frac{1}{L F} \sum (x - \mu)^2
 
-    over the L positions and the F = D / G channels of a group. States of neighbouring pieces of a sequence merge, so the
+    over the L positions and the F = D / G channels of a group. States of neighbouring pieces of a sequence merge, so
     pieces may be read separately, also on several devices.
 
     Args:

@@ -88,8 +88,8 @@ def timestep_norm_bwd(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Walk back through time with the gradients of mean and var. Returns dx, dweight, dbias, dmean, dvar.
 
-    Let w = 1 + weight, r = rstd_t, and let U and V be the gradients of mean_t and var_t from position t + 1 (at the end,
-    from the returned state). y_t also depends on mean_t and var_t. With sums over the channels of a group,
+    Let w = 1 + weight, r = rstd_t, and let U and V be the gradients of mean_t and var_t from position t + 1 (at the
+    end, from the returned state). y_t also depends on mean_t and var_t. With sums over the channels of a group,
 
         y = (x - mean') r w + bias          ->   du = U - r sum dy w
         r = (var' + eps)^(-1/2)             ->   dv = V - r^3 / 2  sum dy w (x - mean')         as dr/dvar' = -r^3 / 2
