@@ -31,7 +31,7 @@ def adaptive_working_memory(
     cu_seqlens: Tensor | None = None,
     lengths: Tensor | None = None,
 ) -> Tensor | tuple[Tensor, WorkingMemoryState]:
-    r"""Read a memory of all earlier chunks, to which each chunk writes the part of its values that it did not predict.
+    r"""Read a memory of earlier chunks; each chunk writes the part of its values that the memory did not predict.
 
     .. math::
         o_t &= \mathrm{softmax}(q_t)^\top M, \qquad
@@ -46,7 +46,7 @@ def adaptive_working_memory(
         q, k: (B, L, H, K) float32, float64, bfloat16 or float16, without rotary positions.
         v: (B, L, H, V) in q's dtype.
         chunk_size: C.
-        visible_chunks: number of chunks that attention sees, the own one included, 1 or 2. For 2 the memory is written
+        visible_chunks: 1 or 2, the number of chunks that attention sees, its own included. For 2 the memory is written
             one chunk later, so that it contains what attention no longer sees.
         state: the state that an earlier call returned; None: an empty memory.
         return_state: also return the state after each sequence's last position.

@@ -33,8 +33,8 @@ def bidirectional_cema(
               + \gamma^2_n \sum_{s > t} p^2_n (q^2_n)^{s - t - 1} x_s \Bigr) + \omega x_t
 
     Args:
-        x: (B, L, D) float32, float64, bfloat16 or float16, any strides (copied once if not contiguous). p: (2 D, N)
-        float32, or float64 for a float64 `x`; the first D rows are for the positions up to t, the others for
+        x: (B, L, D) float32, float64, bfloat16 or float16, arbitrary strides (copied once if not contiguous).
+        p: (2 D, N) float32, or float64 for a float64 `x`; the first D rows for the positions up to t, the others for
             those after t.
         q, gamma: (2 D, N) complex64, or complex128 for a float64 `x`.
         omega: (D,) as `p`.

@@ -32,7 +32,7 @@ def cema(
     .. math:: h_t = q\, h_{t-1} + p\, x_t, \qquad y_t = \mathrm{Re} \sum_n \gamma_n h_{t,n} + \omega x_t
 
     Args:
-        x: (B, L, D) float32, float64, bfloat16 or float16, any strides (copied once if not contiguous).
+        x: (B, L, D) float32, float64, bfloat16 or float16, arbitrary strides (copied once if not contiguous).
         p: (D, N) float32, or float64 for a float64 `x`.
         q, gamma: (D, N) complex64, or complex128 for a float64 `x`; \|q\| <= 1 for a stable recurrence.
         omega: (D,) as `p`.
@@ -89,7 +89,7 @@ def cema_end_state(
     scanned separately, also on several devices, and their states merged.
 
     Args:
-        x: (B, L, D) float32, float64, bfloat16 or float16, any strides (copied once if not contiguous).
+        x: (B, L, D) float32, float64, bfloat16 or float16, arbitrary strides (copied once if not contiguous).
         p: (D, N) float32, or float64 for a float64 `x`.
         q: (D, N) complex64, or complex128 for a float64 `x`.
         cu_seqlens: (S + 1,) int64 or int32 offsets of sequences packed into one row (B = 1).

@@ -1,4 +1,4 @@
-"""Attention to the own and the previous chunk, by attention inside windows of two chunks on two grids.
+"""Attention to a position's own chunk and the previous one, by attention inside windows of two chunks on two grids.
 
     chunk                 0    1    2    3    4
     early windows      [  .    o ][  .    o ][  .      o: sees two chunks, as wanted

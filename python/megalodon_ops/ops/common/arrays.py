@@ -1,4 +1,4 @@
-"""Arrays of other libraries as arguments of the ops, through DLPack: NumPy, CuPy, any type with `__dlpack__`.
+"""Arrays of other libraries as arguments of the ops, through DLPack: NumPy, CuPy, every type with `__dlpack__`.
 
 If its first argument is an array, an op reads all its arrays in place; an array that is not C-contiguous is copied. The
 op returns arrays of the first argument's library, states included, or torch tensors if that library has no
@@ -47,15 +47,15 @@ def call_with_arrays(op: Callable[..., Any], /, **arguments: Any) -> Any:
     arrays: dict[int, Any] = {}  # keys: ids of the tensors over their memory
 
     def to_tensor(name: str, value: Any) -> Any:
-        where = f"{op.__name__}: `{name}`"
+        label = f"{op.__name__}: `{name}`"
         if isinstance(value, Tensor):
             raise TypeError(
-                f"{where} must be an array, as `{first}` is ({described(array)}), got a torch tensor; "
+                f"{label} must be an array, as `{first}` is ({described(array)}), got a torch tensor; "
                 f"pass torch.from_dlpack({first}) to work on tensors."
             )
         if not hasattr(type(value), "__dlpack__"):
             return value  # a number, None, or something that the op refuses
-        tensor = _tensor_over(value, where, write="." in name and arguments.get("inplace_state", False))
+        tensor = _tensor_over(value, label, write="." in name and arguments.get("inplace_state", False))
         arrays[id(tensor)] = value
         return tensor
 
@@ -85,7 +85,7 @@ def _convert(function: Callable[[str, Any], Any], name: str, value: Any) -> Any:
     return getattr(type(value), "_make", tuple)(parts)
 
 
-def _tensor_over(array: Any, where: str, write: bool) -> Tensor:
+def _tensor_over(array: Any, label: str, write: bool) -> Tensor:
     """Tensor over the array's memory; without `write` the array may be read-only."""
     try:
         strides = getattr(array, "strides", None)
@@ -100,7 +100,7 @@ def _tensor_over(array: Any, where: str, write: bool) -> Tensor:
         return torch.from_dlpack(array)
     except Exception as error:
         raise (ValueError if isinstance(error, ValueError) else TypeError)(
-            f"{where} must be an array that torch can {'write' if write else 'read'} through DLPack, got "
+            f"{label} must be an array that torch can {'write' if write else 'read'} through DLPack, got "
             f"{described(array)} of {getattr(array, 'dtype', 'some dtype')} ({error}); pass a contiguous copy in native "
             "byte order and in a dtype of the op."
         ) from error

@@ -65,8 +65,7 @@ def define_op(
 def _autograd_by_names(op: Callable, backward_op: Callable) -> tuple[Callable, Callable]:
     """Generate `setup_context` and `backward` of an op from the names in its schema and in that of `backward_op`.
 
-    The functions are generated as source, like those of dataclasses; loops over names would cost each call 2 us. The
-    source for `cema_fwd`::
+    Source is generated, as for dataclasses, because loops over names would cost each call 2 us; for `cema_fwd`::
 
         def setup_context(ctx, inputs, output):
             x, p, q, gamma, omega, state, cu_seqlens, lengths, return_state = inputs
@@ -80,22 +79,18 @@ def _autograd_by_names(op: Callable, backward_op: Callable) -> tuple[Callable, C
             dx, dp, dq, dgamma, domega, dstate = call(backward_op, dy, dstate_out, x, p, <and so on>, lengths)
             return dx, dp, dq, dgamma, domega, None if state is None else dstate, None, None, None
 
-    The arguments of `backward_op` that are not incoming gradients are kept: tensors by save_for_backward, others as
-    `ctx.scalars`. A result whose gradient `backward_op` does not take is not differentiable. If it takes any incoming
-    gradient as `Tensor?`, gradients that did not arrive are None, and required ones are replaced by zeros like the op's
-    first argument.
+    The arguments of `backward_op` that are not incoming gradients are saved, tensors and scalars apart. A result whose
+    gradient it does not take is not differentiable. If it takes an incoming gradient as `Tensor?`, gradients that did
+    not arrive are None, and required ones are replaced by zeros like the op's first argument.
     """
     arguments, results = ([value.name for value in values] for values in (op._schema.arguments, op._schema.returns))
     backward_arguments = [argument.name for argument in backward_op._schema.arguments]
     gradients = [result.name for result in backward_op._schema.returns]  # d<argument>
     incoming = [f"d{name}" for name in results]
-    optional = {
-        a.name for o in (op, backward_op) for a in o._schema.arguments if isinstance(a.type, torch.OptionalType)
-    }
+    optional = {a.name for o in (op, backward_op) for a in o._schema.arguments if "Optional" in str(a.type)}
     tensors = {a.name for a in op._schema.arguments if "Tensor" in str(a.type)} | {*results}
     saved = [name for name in backward_arguments if name not in incoming]
-    unknown = {*saved} - {*arguments, *results} | {*gradients} - {f"d{name}" for name in arguments}
-    if unknown:
+    if unknown := {*saved} - {*arguments, *results} | {*gradients} - {f"d{name}" for name in arguments}:
         raise TypeError(
             f"define_op: {backward_op} must name arguments and results of {op}, and gradients of them d<name>, "
             f"got {sorted(unknown)}; rename them in its schema."
@@ -226,9 +221,8 @@ def is_exporting() -> bool:
 
 def check_runs_now(function: str, instead: str) -> None:
     """Raise inside torch.func's transformations and torch.export, whose tensors have no memory for kernels to read."""
-    for tracer, active in ("torch.func's transformations", torch._C._are_functorch_transforms_active()), (
-        "torch.export", is_exporting()
-    ):  # fmt: skip
+    in_transformation = torch._C._are_functorch_transforms_active()
+    for tracer, active in ("torch.func's transformations", in_transformation), ("torch.export", is_exporting()):
         if active:
             raise NotImplementedError(f"{function}: expected a call outside of {tracer}, got one inside; {instead}.")
 

@@ -28,10 +28,10 @@ def machine_memory() -> int:
     return min(limit for limit in limits if limit != resource.RLIM_INFINITY)
 
 
-def check_fits(size: int, what: str) -> None:
+def check_fits(size: int, subject: str) -> None:
     """Raise a ValueError if `size` bytes are more than :func:`machine_memory`, before they are allocated."""
     if size > (limit := machine_memory()):
-        raise ValueError(f"{what} takes {size / 2**30:,.1f} GiB of memory, and there are {limit / 2**30:,.1f} here")
+        raise ValueError(f"{subject} takes {size / 2**30:,.1f} GiB of memory, and there are {limit / 2**30:,.1f} here")
 
 
 def is_finite(tensor: Tensor) -> bool:
@@ -84,7 +84,7 @@ def keep_freed_memory() -> bool:
     """Make the C library of a long-running program keep freed CPU memory of every size for later tensors.
 
     By default glibc returns blocks of 32 MiB and more, and free memory at the end of its heap, to the system, which
-    then clears every page for the next tensor. Without that a training step of 25M parameters and 8,192 tokens takes a
+    then clears every page for the next tensor. Without this, a training step of 25M parameters and 8,192 tokens takes a
     tenth less time. The process's peak memory stays about the same, but the process keeps that memory. Existing tensors
     do not move, so call this function before you load a model. Commands of `python -m megalodon_ops` call this
     function; importing the package does not.

@@ -9,7 +9,6 @@ from torch.utils._pytree import _register_namedtuple
 
 from .checks import check_tensor, described
 
-
 _NESTED_STATES = ("norm", "attention")  # fields of a block's state that are states themselves
 
 

@@ -19,7 +19,7 @@ def layer_norm(x: Tensor, weight: Tensor | None = None, bias: Tensor | None = No
     Statistics are float32; the result is rounded once. On other devices torch computes the norm.
 
     Args:
-        x: (..., D) float32, float64, bfloat16 or float16, any strides.
+        x: (..., D) float32, float64, bfloat16 or float16, arbitrary strides.
         weight, bias: (D,) float32, or float64 for a float64 `x`; None: zero. The gain is 1 + weight.
         eps: added to the variance, which is the biased one.
 

@@ -67,7 +67,7 @@ _READS_ON = bool(CHOICES) and "v4_amx" in _C.available_isas()
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """`torch.nn.functional.linear`, on the CPU the fastest of torch and two kernels.
+    """`torch.nn.functional.linear`, on the CPU by the fastest of torch and two kernels.
 
     Products of few rows, as in decoding, use a kernel that reads the weights once; products of many rows use another
     kernel if torch's libraries are slower on the processor. `docs/cpu.md` has the table; :class:`KernelChoice` and

@@ -32,7 +32,7 @@ def linear_cross_entropy(
     program of torch.export, which may run with other sizes than those of the export.
 
     Args:
-        hidden: (..., D) float32, float64, bfloat16 or float16, any strides: x.
+        hidden: (..., D) float32, float64, bfloat16 or float16, arbitrary strides: x.
         weight: (V, D) as `hidden`: W. Under torch.autocast both are cast as for a matrix product.
         targets: (...) integers in [0, V), or `ignore_index`.
         reduction: "mean" over the targets that count (NaN if none does), "sum", or "none".
@@ -68,7 +68,7 @@ def _linear_cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor, reduc
     hidden, weight = autocast(hidden, weight)
     x, index = hidden.reshape(targets.numel(), hidden.shape[-1]), targets.reshape(-1).long()
     counted = index != ignore_index
-    x = x.where(counted[:, None], 0)  # a row that does not count may hold NaN, and 0 NaN is NaN
+    x = x.where(counted[:, None], 0)  # a row that does not count may hold NaN, and 0 times NaN is NaN
     (T, D), V = x.shape, weight.shape[0]
     wants = [tensor.requires_grad and torch.is_grad_enabled() for tensor in (x, weight)]
     if not is_exporting() and (T * V <= _block(x.device) or (any(wants) and 4 * V <= D)):

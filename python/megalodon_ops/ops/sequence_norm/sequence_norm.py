@@ -31,7 +31,7 @@ def sequence_norm(
     .. math:: y_t = (x_t - \mu) / \sqrt{\sigma^2 + \epsilon} \cdot (1 + \mathrm{weight}) + \mathrm{bias}
 
     Args:
-        x: (B, L, D) float32, float64, bfloat16 or float16, any strides (copied once if not contiguous).
+        x: (B, L, D) float32, float64, bfloat16 or float16, arbitrary strides (copied once if not contiguous).
         weight, bias: (D,) float32, or float64 for a float64 `x`. The gain is 1 + weight.
         num_groups: G, divides D; group g holds the D / G neighbouring channels from g * D / G on. With G = D each
             channel has its own mean and variance.

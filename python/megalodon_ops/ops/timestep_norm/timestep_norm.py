@@ -35,7 +35,7 @@ def timestep_norm(
     .. math:: y_t = (x_t - \mu_t) / \sqrt{\sigma^2_t + \epsilon} \cdot (1 + \mathrm{weight}) + \mathrm{bias}
 
     Args:
-        x: (B, L, D) float32, float64, bfloat16 or float16, any strides (copied once if not contiguous).
+        x: (B, L, D) float32, float64, bfloat16 or float16, arbitrary strides (copied once if not contiguous).
         weight, bias: (D,) float32, or float64 for a float64 `x`. The gain is 1 + weight.
         num_groups: G, divides D; group g holds the D / G neighbouring channels from g * D / G on.
         eps: added to the variance.
@@ -94,7 +94,7 @@ def timestep_norm_end_state(
     pieces may be read separately, also on several devices.
 
     Args:
-        x: (B, L, D) float32, float64, bfloat16 or float16, any strides (copied once if not contiguous).
+        x: (B, L, D) float32, float64, bfloat16 or float16, arbitrary strides (copied once if not contiguous).
         num_groups: G, divides D; group g holds the D / G neighbouring channels from g * D / G on.
         cu_seqlens: (S + 1,) int64 or int32 offsets of sequences packed into one row (B = 1).
         lengths: (B,) int64 or int32, number of positions in each right-padded row.
