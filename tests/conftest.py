@@ -1,4 +1,4 @@
-"""How the tests are shared between the workers of pytest-xdist; what every worker begins with is in shared_fixtures.py."""
+"""Distribution of tests over the workers of pytest-xdist. Fixtures of the workers: shared_fixtures.py."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from collections.abc import Iterator
 
 import pytest
 
-# Before torch loads OpenMP: tests run beside each other, and threads that spin would take the other tests' cores.
+# Set before torch loads OpenMP: workers share the cores, and spinning threads would slow other workers.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
@@ -17,19 +17,19 @@ LONG = (
     "test_distributed", "test_cuda_known_bugs", "test_cuda_sanitized", "test_readme", "test_hf_tools", "test_docs",
     "test_corrupt_checkpoints", "test_memory_limits", "test_fork",
 )  # fmt: skip
-"""Files that begin early, so that no worker is left alone with one"""
+"""Files that start first, because each keeps a worker busy for long"""
 
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_sessionstart(session: pytest.Session) -> None:
-    """The process that hands the tests out runs none, and need not import torch."""
+    """Load the fixtures in workers only: the controller runs no tests and need not import torch."""
     if not session.config.pluginmanager.hasplugin("dsession"):
         session.config.pluginmanager.import_plugin("shared_fixtures")
 
 
 @pytest.hookimpl(wrapper=True)
 def pytest_collection() -> Iterator[None]:
-    """What is imported stays. To look for garbage in it takes a tenth of the time that the tests are read in."""
+    """Collect tests without garbage collection, which takes a tenth of that time and frees nothing."""
     gc.disable()
     try:
         return (yield)
@@ -40,6 +40,6 @@ def pytest_collection() -> Iterator[None]:
 
 @pytest.hookimpl(trylast=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Long files first, then those of many tests."""
+    """Sort tests: long files first, then files with many tests."""
     counts = Counter(item.path.name for item in items)
     items.sort(key=lambda i: (not i.path.name.startswith(LONG), -counts[i.path.name], i.path.name))

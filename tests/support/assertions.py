@@ -1,4 +1,4 @@
-"""What it means for an op's results to be right."""
+"""Assertions about the results of an op."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from torch import Tensor
 
 from megalodon_ops import reference
 
-# (factor, floor) of assert_as_accurate_as: sums of float32 may be taken in any order, a 16-bit result is rounded once.
+# (factor, floor) of assert_as_accurate_as: float32 sums may use another order; a 16-bit result is rounded once.
 LIMITS = {
     torch.float32: (4, 8),
     torch.complex64: (4, 8),
@@ -25,13 +25,13 @@ LIMITS = {
     torch.int64: (0, 0),
 }
 ROUNDED_BETWEEN = {"normalized_attention": 0.5, "adaptive_working_memory": 1.5}
-"""Ops that round to the tokens' dtype in between, q and k or factors of products, and by how many spacings results may be off"""
+"""Ops that round intermediate results to the tokens' dtype, and the error that this allows, in spacings of the dtype"""
 TOLERANCE = 1e-10  # of float64 against float64
 
 
 @contextmanager
 def every_case() -> Iterator[Callable[..., AbstractContextManager[None]]]:
-    """Runs the cases of a loop to its end, then fails with the names and the errors of all cases that failed.
+    """Run all cases of a loop, then fail with the names and errors of those that failed.
 
     with every_case() as case:
         for dtype in dtypes:
@@ -62,11 +62,11 @@ def assert_as_accurate_as(
     terms: float = 0.0,
     name: str = "value",
 ) -> None:
-    """The worst error of `actual` is at most `factor` times that of plain torch in the same dtype, plus rounding.
+    """Assert that the largest error is at most `factor` times that of plain torch in the same dtype, plus rounding.
 
-    Rounding is `floor` times the spacing of the dtype at the largest value, or at `terms` where larger terms cancel in
-    a sum; a correctly rounded result is off by at most half the spacing.
-    Errors are measured against float64. A reference that is wrong in its first digit is no yardstick, and is refused.
+    Rounding is `floor` times the spacing of the dtype at the largest value, or at `terms` if a sum has larger terms
+    that cancel; a correctly rounded result is off by at most half the spacing.
+    Errors are measured against float64. A same-dtype reference that is wrong in its first digit fails, too.
     """
     _assert_same_kind(actual, same_dtype_reference, name)
     assert actual.shape == float64_reference.shape, f"{name}: shape {tuple(float64_reference.shape)} of the reference"
@@ -91,7 +91,7 @@ def assert_as_accurate_as(
 def assert_all_as_accurate_as(
     actual: Tensors, same_dtype_reference: Tensors, float64_reference: Tensors, *, factor: float, floor: float = 0.5
 ) -> None:
-    """assert_as_accurate_as for every named tensor."""
+    """Call assert_as_accurate_as for every named tensor."""
     assert actual.keys() == float64_reference.keys()
     for name, value in actual.items():
         assert_as_accurate_as(
@@ -100,13 +100,13 @@ def assert_all_as_accurate_as(
 
 
 def references(case: Case, incoming: Callable[[str, Tensor], Tensor] | None = None) -> tuple[Tensors, Tensors]:
-    """What plain torch makes of the case: in the case's dtype, and in float64."""
+    """Results and gradients of plain torch, in the case's dtype and in float64."""
     function = getattr(reference, case.op)
     return evaluate(function, case, incoming), evaluate(function, case.double(), incoming)
 
 
 def with_references(build: Callable[..., Case]) -> Callable[..., tuple[Case, Tensors, Tensors]]:
-    """Makes a function return, beside its case, what `references` gives: once for all backends, as that takes longest."""
+    """Let a function that builds a case also return the case's references, computed once for all backends."""
 
     @functools.cache
     def built(*arguments: str | torch.dtype) -> tuple[Case, Tensors, Tensors]:
@@ -117,7 +117,7 @@ def with_references(build: Callable[..., Case]) -> Callable[..., tuple[Case, Ten
 
 
 def assert_matches_reference(actual: Tensors, case: Case) -> None:
-    """Results and gradients of the case, as `evaluate` names them, are the reference's, by the limits of its dtypes."""
+    """Assert that the results of `evaluate` are the reference's, within the limits of their dtypes."""
     if case.dtype == torch.float64:
         exact = evaluate(getattr(reference, case.op), case)
         assert_all_close(actual, exact, tolerance=TOLERANCE, terms=case.terms)
@@ -137,7 +137,7 @@ def assert_matches_reference(actual: Tensors, case: Case) -> None:
 def assert_close(
     actual: Tensor, expected: Tensor, *, tolerance: float, terms: float = 0.0, name: str = "value"
 ) -> None:
-    """|actual - expected| <= tolerance * (|expected| + rms(expected) + terms), element by element."""
+    """Assert that |actual - expected| <= tolerance * (|expected| + rms(expected) + terms), element by element."""
     _assert_same_kind(actual, expected, name)
     if actual.numel() == 0:
         return
@@ -151,7 +151,7 @@ def assert_close(
 
 
 def assert_all_close(actual: Tensors, expected: Tensors, *, tolerance: float, terms: float = 0.0) -> None:
-    """assert_close for every named tensor; `terms` counts for gradients, whose names start with d."""
+    """Call assert_close for every named tensor; `terms` applies to gradients, whose names start with d."""
     assert actual.keys() == expected.keys()
     for name, value in actual.items():
         gradient_terms = terms if name.startswith("d") else 0.0
@@ -159,7 +159,7 @@ def assert_all_close(actual: Tensors, expected: Tensors, *, tolerance: float, te
 
 
 def assert_bit_equal(actual: Tensors, expected: Tensors) -> None:
-    """Every named tensor has the same bits, signs of zeros apart; NaN equals nothing."""
+    """Assert that every named tensor has the same bits, except for signs of zeros; NaN equals nothing."""
     assert actual.keys() == expected.keys()
     for name, value in actual.items():
         _assert_same_kind(value, expected[name], name)
@@ -167,7 +167,7 @@ def assert_bit_equal(actual: Tensors, expected: Tensors) -> None:
 
 
 def assert_refuses(error: type[Exception], op: str, argument: str, call: Callable[[], object]) -> None:
-    """The call raises an error that names the op, the argument, what was expected and what came, in one sentence."""
+    """Assert that the call raises an error with the op, the argument, what was expected and what was given."""
     with pytest.raises(error, match=rf"^{op}: `{re.escape(argument)}` .*\b(must|needs)\b.*, got .*\.$"):
         call()
 

@@ -1,7 +1,7 @@
-"""The kernels that a test can run on: the CPU's for each instruction set, CUDA's on the emulator, CUDA's on a GPU.
+"""Backends of a test: CPU kernels for each instruction set, CUDA kernels on the emulator or on a GPU.
 
-Tests pass CPU tensors whatever the backend. On the CUDA backends the bindings of `_C` are replaced by functions that
-move the tensors to the device, launch there and move the results back, so that one suite tests all kernels.
+Tests always pass CPU tensors. On the CUDA backends the bindings of `_C` are replaced by functions that move the tensors
+to the device, launch there and move the results back.
 """
 
 from __future__ import annotations
@@ -24,18 +24,18 @@ HAS_GPU = library.has_cuda_kernels() and torch.cuda.is_available()
 FAST = ["cpu"] + ["cuda"] * HAS_GPU
 DEVICES = ["cpu", "cuda-emulated", *FAST[1:]]
 
-# Instruction sets as parameters: the one in use is in every run, each other set among the slow tests.
+# Instruction sets as parameters: the default one runs always, the others only among the slow tests.
 ISA_PARAMS = [name if name == DEFAULT_ISA else pytest.param(name, marks=pytest.mark.slow) for name in ISAS]
 each_isa = pytest.mark.parametrize("name", ISA_PARAMS)
-# The fixture `backend` takes each of DEVICES; tests of numbers take each instruction set for "cpu".
+# The fixture `backend` takes DEVICES; tests of numerical results take each instruction set instead of "cpu".
 EVERY_BACKEND = [*ISA_PARAMS, "cuda-emulated", *FAST[1:]]
-# For tests so wide that the emulated kernels take seconds: on the emulator these tests are slow ones.
+# For tests that take seconds on the emulator: there they are slow tests.
 SLOW_EMULATED = [pytest.param("cuda-emulated", marks=pytest.mark.slow), *FAST[1:]]
 WIDE_DEVICES = ["cpu", *SLOW_EMULATED]
 every_backend = pytest.mark.parametrize("backend", EVERY_BACKEND, indirect=True)
 wide_every_device = pytest.mark.parametrize("backend", WIDE_DEVICES, indirect=True)
 wide_every_backend = pytest.mark.parametrize("backend", [*ISA_PARAMS, *SLOW_EMULATED], indirect=True)
-# For tests of data that any implementation must reproduce.
+# For tests of data that every implementation must reproduce.
 each_implementation = pytest.mark.parametrize(
     ("implementation", "backend"),
     [(mo.reference, "cpu"), *((mo, device) for device in DEVICES)],

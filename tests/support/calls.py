@@ -1,4 +1,4 @@
-"""How a call of an op is run, through any implementation, with gradients, whole or in pieces."""
+"""Run a case on an implementation: with gradients, whole, in pieces or packed."""
 
 from __future__ import annotations
 
@@ -21,10 +21,10 @@ def forward(function: Function, case: Case) -> Tensors:
 
 
 def evaluate(function: Function, case: Case, incoming: Callable[[str, Tensor], Tensor] | None = None) -> Tensors:
-    """Returns the outputs by name and the gradient of every tensor as "d<name>", given random incoming gradients.
+    """Return the outputs by name and the gradient of every tensor as "d<name>", given random incoming gradients.
 
-    Tokens and incoming gradients that are in no sequence have the case's poison. `incoming` may replace an incoming
-    gradient: it gets the output's name and the random gradient.
+    Padding has the case's poison. `incoming` may replace an incoming gradient: it gets the output's name and the random
+    gradient.
     """
     op = OPS[case.op]
     tensors = {name: case.poisoned(x) if name in op.tokens else x for name, x in case.tensors.items()}
@@ -49,15 +49,15 @@ def _random_gradient(gen: torch.Generator, output: Tensor, rounding: torch.dtype
 
 
 def carried(op: str, results: Tensors) -> Tensors:
-    """The results that a cut of the sequence leaves unchanged: all, or outputs alone where the state is a constant."""
+    """The results that do not change when a sequence is cut: all, or only the outputs if the state is a constant."""
     names = [name for name in results if not (OPS[op].constant_state and name.startswith("d"))]
     return {name: results[name] for name in names}
 
 
 def streamed(function: Function, op: str, pieces: Sequence[int]) -> Function:
-    """A function like `function` that feeds the sequence in pieces of these lengths, passing the state on.
+    """A function like `function` that feeds the sequence in pieces of these lengths and passes the state on.
 
-    End states of the pieces are merged.
+    Ops that return only an end state run on each piece alone; their states are merged.
     """
     count = len(OPS[op].tokens)
 
@@ -86,13 +86,13 @@ def streamed(function: Function, op: str, pieces: Sequence[int]) -> Function:
 
 
 def merged(op: str, parameters: Sequence[Tensor], before: Any, after: Any, size: int, ends: Tensor | None) -> Any:
-    """The end state of two pieces, of which the second has `size` steps, or `ends`; `before` is None at the start."""
+    """Merge the end states of two pieces; the second has `size` positions, or `ends` by row; `before` may be None."""
     if before is None:
         return after
     if op == "cema_end_state":
         _, q = parameters
-        steps = torch.full((len(after),), size) if ends is None else ends
-        return q ** steps[:, None, None] * before + after
+        lengths = torch.full((len(after),), size) if ends is None else ends
+        return q ** lengths[:, None, None] * before + after
     count = before.count + after.count
     share = (after.count.to(before.mean.dtype) / count.clamp(min=1))[:, None]
     d = after.mean - before.mean
@@ -103,7 +103,7 @@ def merged(op: str, parameters: Sequence[Tensor], before: Any, after: Any, size:
 def packed(function: Function, op: str, before: int = 0, after: int = 0) -> Function:
     """A function like `function` that packs the rows into one, with cu_seqlens, and unpacks the result.
 
-    The packed row also holds `before` and `after` tokens of NaN that are in no sequence.
+    `before` and `after` are numbers of padding tokens, NaN, at both ends of the packed row.
     """
     count = len(OPS[op].tokens)
 

@@ -1,4 +1,4 @@
-"""A call of an op as data, and what the shared tests know of an op."""
+"""A call of an op as data, and the description of an op for the shared tests."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from torch.utils._pytree import tree_map_only
 
 Tensors = dict[str, Tensor]
 Sizes = dict[str, Any]
-"""What the builder of a case is given"""
+"""Keyword arguments of a function that builds a case"""
 
 
 def real_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -25,7 +25,7 @@ def generator(seed: int) -> torch.Generator:
 
 
 def randn(gen: torch.Generator, *shape: int, dtype: torch.dtype = torch.float64) -> Tensor:
-    """Normal values, drawn in float64 whatever the dtype, then rounded."""
+    """Normal values, drawn in float64 for every dtype, then rounded."""
     if dtype.is_complex:
         return torch.complex(randn(gen, *shape), randn(gen, *shape)).to(dtype)
     return torch.randn(*shape, generator=gen, dtype=torch.float64).to(dtype)
@@ -43,9 +43,9 @@ class Case:
     tensors: Tensors
     options: dict[str, Any]
     dtype: torch.dtype  # of the tokens; incoming gradients are rounded to it
-    terms: float = 0.1  # size of the terms whose sums make a gradient: terms that cancel leave their rounding
-    mean_terms: float = 0.0  # and of those whose sum makes a mean
-    poison: float = torch.nan  # the value of tokens, and of incoming gradients, that are in no sequence
+    terms: float = 0.1  # size of a gradient's terms: where they cancel, their rounding errors remain
+    mean_terms: float = 0.0  # size of a mean's terms
+    poison: float = torch.nan  # value of padding, in tokens and in incoming gradients
 
     def double(self) -> Case:
         """The case with its values in float64."""
@@ -61,7 +61,7 @@ class Case:
         return replace(self, tensors=tensors, options={name: widen(value) for name, value in self.options.items()})
 
     def poisoned(self, tokens: Tensor) -> Tensor:
-        """The tokens (B, L, ...), or gradients of an output, with the case's poison where no sequence is."""
+        """Tokens (B, L, ...), or gradients of an output, with the case's poison at the padding."""
         if "lengths" in self.options:
             ends = self.options["lengths"]
             begins = torch.zeros_like(ends)
@@ -69,8 +69,8 @@ class Case:
             begins, ends = self.options["cu_seqlens"][:1], self.options["cu_seqlens"][-1:]
         else:
             return tokens
-        steps = torch.arange(tokens.shape[1], device=tokens.device)
-        inside = (steps >= begins[:, None]) & (steps < ends[:, None])
+        t = torch.arange(tokens.shape[1], device=tokens.device)
+        inside = (t >= begins[:, None]) & (t < ends[:, None])
         return tokens.where(inside.view(*inside.shape, *[1] * (tokens.dim() - 2)), self.poison)
 
     def with_tensors(self, **tensors: Tensor) -> Case:
@@ -80,7 +80,7 @@ class Case:
         return replace(self, options=self.options | options)
 
     def converted(self, convert: Callable[[Tensor], Any]) -> Case:
-        """The case with something else for each of its tensors, inside states, too."""
+        """The case with `convert` applied to each of its tensors, including those of states."""
         tensors, options = tree_map_only(Tensor, convert, (self.tensors, self.options))
         return replace(self, tensors=tensors, options=options)
 
@@ -111,18 +111,18 @@ def call_without_state(
 class CudaSizes:
     """Sizes for the tests of an op's CUDA kernels."""
 
-    aligned: tuple[Sizes, ...]  # allow the widest accesses, and reach every kernel
+    aligned: tuple[Sizes, ...]  # allow the widest accesses; together they reach every kernel
     sanitized: tuple[Sizes, ...]  # below, at and above those of tiles and vectors; dense, padded, packed; with states
     smallest: Sizes  # for very many sequences
-    odd: Sizes  # for offsets that contradict the tensors
+    odd: Sizes  # for cu_seqlens, lengths and positions out of range
 
 
 @dataclass(frozen=True)
 class Op:
-    """An op as the shared tests know it: `OP` of tests/ops/<room>/<op>_case.py. Inputs in order, outputs by name.
+    """Description of an op for the shared tests: `OP` of tests/ops/<room>/<op>_case.py. Outputs are named.
 
-    `call` runs an implementation, `gradients` the reference's backward on incoming gradients; without them an op returns
-    y and a state, and takes a state, which is a tensor of the case.
+    `call` runs an implementation, `gradients` the reference's backward on incoming gradients. By default an op takes a
+    state, a tensor of the case, and returns y and a state.
     """
 
     name: str
@@ -131,12 +131,12 @@ class Op:
     tokens: tuple[str, ...]  # (B, L, ...)
     parameters: tuple[str, ...]
     without_elements: tuple[Sizes, ...]
-    outputs: tuple[str, ...] = ("y",)  # (B, L, ...); none where the op returns the end state alone
+    outputs: tuple[str, ...] = ("y",)  # (B, L, ...); empty if the op returns only the end state
     call: Callable[[Callable[..., Any], list[Tensor], Tensors, dict[str, Any]], Tensors] = call_with_state
     gradients: Callable[[Callable[..., Any], Case, list[Tensor], Tensors], Tensors] | None = None
-    with_state: Sizes = field(default_factory=dict)  # what `case` is given for a state to start from
-    small: Sizes = field(default_factory=dict)  # and beside that for the small call that most tests make
-    threads: dict[str, Sizes] = field(default_factory=dict)  # each way in which threads share the work
+    with_state: Sizes = field(default_factory=dict)  # arguments of `case` that add an initial state
+    small: Sizes = field(default_factory=dict)  # further arguments of `case` for SMALL
+    threads: dict[str, Sizes] = field(default_factory=dict)  # a case for each way to divide the work among threads
     cuda: CudaSizes | None = None  # None: no CUDA kernels of its own
-    constant_state: bool = False  # a cut inside a chunk cuts the gradient, too
-    whole: bool = False  # each token sees its whole sequence: no state, no pieces
+    constant_state: bool = False  # no gradient flows through the state
+    whole: bool = False  # each token depends on its whole sequence: no state, no pieces

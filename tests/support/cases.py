@@ -1,4 +1,4 @@
-"""The ops that the shared tests know, from tests/ops/<room>/<op>_case.py, and their builders of cases."""
+"""All ops that have a tests/ops/<room>/<op>_case.py, and the functions that build their cases."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Hypothesis strategies of sizes and sequences, which the cases of ops are drawn from."""
+"""Hypothesis strategies of sizes and sequences, for the strategies of cases."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def lengths_around(C: int) -> st.SearchStrategy[int]:
 
 @st.composite
 def sequences(draw: st.DrawFn, length: st.SearchStrategy[int], kinds: tuple[str, ...]) -> dict[str, Any]:
-    """B, L and, for padded or packed batches, where the sequences lie; some may be empty, and tokens in no sequence."""
+    """B, L and lengths or cu_seqlens of padded or packed batches; some sequences are empty, packed rows have padding."""
     kind = draw(st.sampled_from(kinds))
     L = draw(length)
     if kind == "packed":

@@ -7,10 +7,10 @@ TESTS = ROOT / "tests"
 DATA = TESTS / "data"
 DOCS = ROOT / "docs"
 TEST_PATH = f"{TESTS / 'support'}:{TESTS / 'ops'}:{TESTS / 'cuda'}:{ROOT}"
-"""PYTHONPATH of a process that imports what tests do"""
+"""PYTHONPATH of a process that imports test helpers"""
 
 
 def test_file(name: str) -> Path:
-    """Path of the test file with this name, which no other room has."""
+    """Path of the test file with this name, which is unique."""
     (path,) = TESTS.rglob(name)
     return path

@@ -10,7 +10,7 @@ from cases import OPS, Case
 from hypothesis import strategies as st
 
 POISONS = torch.nan, torch.inf, -torch.inf, 1e20, -1e4
-"""Values of padding: a product with 0 does not take the first ones away, and the square of 1e20 is no float32"""
+"""Values of padding: NaN and infinities survive a product with 0; the square of 1e20 overflows float32"""
 
 
 def with_poison(cases: Callable[..., st.SearchStrategy[Case]]) -> Callable[..., st.SearchStrategy[Case]]:
