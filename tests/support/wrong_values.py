@@ -1,4 +1,4 @@
-"""Values that an argument of some kind does not take, by names for messages; functions spoil the right value."""
+"""Wrong values for kinds of arguments, by name; functions turn the right value into a wrong one."""
 
 from __future__ import annotations
 

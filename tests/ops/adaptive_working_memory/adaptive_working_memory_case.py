@@ -19,11 +19,11 @@ def adaptive_working_memory_case(
     seed: int = 0, size: float = 1.0, visible_chunks: int = 1, state: bool = False,
     cu_seqlens: Sequence[int] | None = None, lengths: Sequence[int] | None = None,
 ) -> Case:  # fmt: skip
-    """Queries and keys of `size`; a state whose memory is of many steps, or of none, in turn."""
+    """Queries and keys of scale `size`; memories of some sequences are empty."""
     gen, real = generator(seed), real_dtype(dtype)
     tensors = {
-        name: (scale * randn(gen, B, L, H, of)).to(dtype)
-        for name, scale, of in (("q", size, K), ("k", size, K), ("v", 1, V))
+        name: (scale * randn(gen, B, L, H, width)).to(dtype)
+        for name, scale, width in (("q", size, K), ("k", size, K), ("v", 1, V))
     }
     options = {"chunk_size": C, "visible_chunks": visible_chunks, **sequence_options(cu_seqlens, lengths)}
     if state:
@@ -41,7 +41,7 @@ def adaptive_working_memory_case(
 def adaptive_working_memory_cases(
     draw: st.DrawFn, dtypes: st.SearchStrategy[torch.dtype] = DTYPES, kinds: tuple[str, ...] = KINDS
 ) -> Case:
-    """Queries and keys that spread a softmax, and that make one of it."""
+    """Scores from nearly uniform to nearly one-hot."""
     C = draw(st.sampled_from([1, 2, 5, 16, 33]))
     return adaptive_working_memory_case(
         **draw(sequences(lengths_around(C), kinds)), H=draw(st.integers(1, 3)), K=draw(CHANNELS), V=draw(CHANNELS), C=C,
@@ -51,7 +51,7 @@ def adaptive_working_memory_cases(
 
 
 def _with_state(tensors: Tensors, options: dict[str, Any]) -> dict[str, Any]:
-    """The options, with the state that the case has in parts."""
+    """The options, with a state put together from its parts."""
     options = dict(options)
     if kept := options.pop("kept", None):
         options["state"] = WorkingMemoryState(tensors["memory"], tensors["mass"], kept.k, kept.position, kept.v)

@@ -1,4 +1,4 @@
-"""The adaptive working memory: numbers of the released code, recall, and the models that have one. See also test_ops.py."""
+"""adaptive_working_memory: golden data, recall, models with a working memory. See also test_ops.py."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def test_the_released_memory():
 
 
 def test_a_value_is_found_again_by_its_key():
-    """Keys of one large number each: a row of the memory keeps the value that was written with its key, whatever comes."""
+    """With one-hot keys, a row of the memory keeps the value written with its key; later writes do not change it."""
     C, K, V = 4, 9, 3
     k, v = 60 * torch.eye(K)[None, :, None], torch.randn(1, K, 1, V)
     for wanted in range(C):
@@ -47,7 +47,7 @@ def test_a_value_is_found_again_by_its_key():
 
 
 def test_padding_of_a_short_call_changes_nothing():
-    """Of a call that goes on from a state, in whose rows a chunk ends or not."""
+    """The call continues a state; in some rows a chunk ends."""
     case = adaptive_working_memory_case(B=4, L=3, C=4, lengths=[2, 0, 3, 1], dtype=torch.float64, state=True)
     clean, poisoned = (evaluate(mo.adaptive_working_memory, replace(case, poison=x)) for x in (0.0, torch.nan))
     assert_bit_equal(poisoned, clean)
@@ -56,22 +56,22 @@ def test_padding_of_a_short_call_changes_nothing():
 @pytest.mark.parametrize("visible_chunks", [1, 2])
 @pytest.mark.parametrize("value", [torch.nan, torch.inf])
 def test_a_query_that_is_not_finite_reads_nan(value, visible_chunks):
-    """From an empty memory, too, and in the backward: as the reference, and as a call that goes on from a state."""
+    """Results and gradients have NaN where the reference has it, also while the memory is empty."""
     case = adaptive_working_memory_case(L=13, visible_chunks=visible_chunks, dtype=torch.float64)
-    for step in range(13):
+    for t in range(13):
         q = case.tensors["q"].clone()
-        q[0, step, 0, 1] = value
+        q[0, t, 0, 1] = value
         spoiled = case.with_tensors(q=q)
-        found, wanted = (evaluate(of.adaptive_working_memory, spoiled) for of in (mo, mo.reference))
+        found, wanted = (evaluate(module.adaptive_working_memory, spoiled) for module in (mo, mo.reference))
         assert {n: x.isnan().nonzero().tolist() for n, x in found.items()} == {
             n: x.isnan().nonzero().tolist() for n, x in wanted.items()
         }
-        assert found["o"][0, step, 0].isnan().all()
+        assert found["o"][0, t, 0].isnan().all()
 
 
-@pytest.mark.parametrize("steps", [5, 40], ids=["few", "many"])
-def test_positions_that_would_overflow_are_refused(steps):
-    case = adaptive_working_memory_case(L=steps, state=True)
+@pytest.mark.parametrize("L", [5, 40], ids=["few", "many"])
+def test_positions_that_would_overflow_are_refused(L):
+    case = adaptive_working_memory_case(L=L, state=True)
     for wrong in (-1, 2**62 + 1, 2**63 - 3):
         kept = case.options["kept"]._replace(position=torch.tensor([0, wrong]))
         assert_refuses(
@@ -95,7 +95,7 @@ def test_a_model_has_the_parameters_of_its_configuration():
     assert {name: tuple(p.shape) for name, p in model.named_parameters()} == dict(model.config.parameter_shapes())
     attention = mo.Megalodon(model.config).layers[0].mega
     gain = (1 + attention.gamma) / (model.config.z_dim // model.config.num_heads) ** 0.5
-    torch.testing.assert_close(gain[2:], torch.full_like(gain[2:], 3.0))  # of numbers whose mean square is 1
+    torch.testing.assert_close(gain[2:], torch.full_like(gain[2:], 3.0))  # mean square 1
     assert (attention.gamma[:2] == 0).all() and (attention.beta == 0).all()
 
 
@@ -113,12 +113,12 @@ def test_a_model_reads_in_pieces(cuts, form):
 
 @pytest.mark.parametrize("working_memory", [True, False])
 def test_it_reaches_beyond_the_chunk(working_memory):
-    """A step's gradient by inputs of earlier chunks, with CEMA and the norm cut off: all of them, or none."""
+    """Without CEMA and the norm, the last output depends on earlier chunks only through the memory."""
     half = tiny_model(working_memory=working_memory).layers[0].mega
     x = torch.randn(1, 37, 32, dtype=torch.float64, requires_grad=True)
     identity = lambda x, **_: (x, None)  # noqa: E731
     half.timenorm.forward = half.cema.forward = identity
-    (gradient,) = torch.autograd.grad(half(x)[0, -1].sum(), x)  # the last step is in the fifth chunk of 8
+    (gradient,) = torch.autograd.grad(half(x)[0, -1].sum(), x)  # position 36, in the fifth chunk of 8
     seen = gradient[0].abs().amax(-1) > 0
     assert seen[32:].all() and seen[:32].all() == seen[:32].any() == working_memory
 
@@ -130,14 +130,14 @@ def test_a_model_reads_nothing(shape, form):
     assert logits.shape == (*shape, 31) and (state.norm.count == 0).all()
 
 
-def test_packed_documents_are_apart(form):
+def test_packed_documents_are_independent(form):
     model, tokens, bounds = tiny_model(**form), tokens_of(1, 37), [0, 3, 3, 20, 37]
     together = model(tokens, cu_seqlens=torch.tensor(bounds))
     apart = [model(tokens[:, begin:end]) for begin, end in pairwise(bounds) if begin < end]
     assert_close(together, torch.cat(apart, 1), tolerance=1e-10)
 
 
-def test_a_decoder_goes_on_and_reorders(form):
+def test_a_decoder_continues_and_reorders(form):
     model, tokens = tiny_model(**form).eval(), tokens_of(2, 30)
     decoder = mo.Decoder(model, model(tokens[:, :5], return_state=True)[1])
     with torch.no_grad():
@@ -165,14 +165,14 @@ def test_files(tmp_path, form):
     )
 
 
-def test_a_fresh_state_and_a_reset_one_are_none(form):
+def test_a_fresh_or_reset_state_changes_nothing(form):
     model, tokens = tiny_model(**form), tokens_of(2, 13)
     expected, state = model(tokens, return_state=True)
-    for begun in (mo.MegalodonState.fresh(model.config, 2, dtype=torch.float64), state.reset([0, 1])):
-        assert_close(model(tokens, state=begun), expected, tolerance=1e-12)
+    for start in (mo.MegalodonState.fresh(model.config, 2, dtype=torch.float64), state.reset([0, 1])):
+        assert_close(model(tokens, state=start), expected, tolerance=1e-12)
 
 
-def test_what_knows_no_memory_refuses(tmp_path):
+def test_refusals_of_a_working_memory(tmp_path):
     model = memory_model()
     with pytest.raises(ValueError, match="working memory"):
         mo.save_official(model.float(), tmp_path / "model")
@@ -182,8 +182,8 @@ def test_what_knows_no_memory_refuses(tmp_path):
         tiny_model()(tokens_of(2, 5), state=mo.MegalodonState.fresh(model.config, 2, dtype=torch.float64))
 
 
-def test_attention_to_two_chunks_knows_distances_alone():
-    """Positions count from the text's beginning, however far that is."""
+def test_attention_to_two_chunks_depends_on_distances_only():
+    """A start at position 4 * 10^7 gives the results of a start at 0."""
     half = tiny_model(torch.float64, visible_chunks=2, chunk_size=4).layers[0].mega
     m, v = (torch.randn(2, 21, layer.weight.shape[1], dtype=torch.float64) for layer in (half.wz, half.wh2))
     for parameter in (half.gamma, half.beta):

@@ -14,7 +14,7 @@ from cema.cema_case import cema_case, cema_sizes
 
 
 def cema_end_state_case(**sizes: Any) -> Case:
-    """The inputs that `cema_case` has for these sizes, less what only an output needs."""
+    """Inputs of `cema_case` without gamma, omega and a state."""
     case = cema_case(**sizes)
     return replace(case, op="cema_end_state", tensors={name: case.tensors[name] for name in ("x", "p", "q")})
 

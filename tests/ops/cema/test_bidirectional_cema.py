@@ -16,7 +16,7 @@ pytestmark = pytest.mark.usefixtures("poisoned_memory")
 
 @each_implementation
 def test_bidirectional_cema_is_a_convolution(implementation, backend):
-    """Closed form: one kernel of the lags from 0 on, one of the steps ahead from 1 on."""
+    """Closed form: one kernel for lags >= 0, another for lags < 0."""
     L, D = 30, 3
     case = bidirectional_cema_case(B=2, L=L, D=D, N=5, dtype=torch.float64)
     x, p, q, gamma, omega = case.tensors.values()
@@ -30,7 +30,7 @@ def test_bidirectional_cema_is_a_convolution(implementation, backend):
 
 @wide_every_device
 def test_swapped_directions_give_the_reversed_sequence(backend):
-    """Once each direction begins at the next step: the step itself is moved from the forward kernel into omega."""
+    """The term at lag 0, which only the forward direction has, is moved into omega."""
     case = bidirectional_cema_case(B=1, L=50, D=4, N=3, dtype=torch.float64)
     x, p, q, gamma, omega = case.tensors.values()
     now = (gamma * p).real.sum(1)[:4]
@@ -38,9 +38,9 @@ def test_swapped_directions_give_the_reversed_sequence(backend):
     strictly_before[:4] *= q[:4]  # sum_{s < t} q^(t-s-1) x_s, times q
     y = mo.bidirectional_cema(x, p, q, gamma, omega)
     swapped = [torch.cat([t[4:], t[:4]]) for t in (p, q)]
-    of_reversed = torch.cat([gamma[4:] / q[4:], strictly_before[:4]])
+    gamma_reversed = torch.cat([gamma[4:] / q[4:], strictly_before[:4]])
     first = (gamma[4:] / q[4:] * p[4:]).real.sum(1)
-    expected = mo.bidirectional_cema(x.flip(1), *swapped, of_reversed, omega + now - first).flip(1)
+    expected = mo.bidirectional_cema(x.flip(1), *swapped, gamma_reversed, omega + now - first).flip(1)
     assert_close(y, expected, tolerance=1e-10)
 
 

@@ -60,8 +60,8 @@ def test_no_channels(backend):
 
 
 @every_backend
-@pytest.mark.parametrize("sequences", [{"L": 0}, {"L": 3, "lengths": [0, 0]}], ids=["no-steps", "empty-rows"])
-def test_a_call_without_steps_returns_the_bits_of_the_state(sequences, backend):
+@pytest.mark.parametrize("sequences", [{"L": 0}, {"L": 3, "lengths": [0, 0]}], ids=["no-positions", "empty-rows"])
+def test_a_call_without_tokens_returns_the_bits_of_the_state(sequences, backend):
     case = cema_case(B=2, D=67, N=5, state=True, **sequences)
     assert_bit_equal({"state": forward(mo.cema, case)["state"]}, {"state": case.tensors["state"]})
 
@@ -82,15 +82,14 @@ def test_hard_poles_on_long_sequences(shape, backend):
 
 
 def test_tiny_input_weights_keep_the_state():
-    """p near 0, where folding p into gamma would have to divide by it."""
+    """p near 0: the kernel must not divide by it."""
     case = cema_case(B=2, L=70, D=5, N=4, state=True)
     case = case.with_tensors(p=case.tensors["p"] * torch.tensor([0.0, 1e-30, 1e-6, 1.0]))
     assert_all_as_accurate_as(evaluate(mo.cema, case), *references(case), factor=4, floor=8)
 
 
 def test_a_decayed_state_is_zero_not_slow_or_wrong():
-    """States that fall below the smallest normal float32 count as zero; so does what a step without a fused multiply-add
-    would take from them, at most half."""
+    """A state counts as zero below about the smallest normal float32."""
     case = cema_case(B=1, L=400, D=3, N=4, radius=(0.5, 0.6), state=True)
     case = case.with_tensors(x=torch.zeros_like(case.tensors["x"]))
     y, h = mo.cema(**case.tensors, return_state=True)
@@ -115,7 +114,7 @@ def test_lazily_conjugated_tensors():
     assert_bit_equal(actual, evaluate(mo.cema, case, lambda name, grad: plain(lazy_gradient(name, grad))))
 
 
-def test_one_step_at_a_time():
+def test_one_token_at_a_time():
     case = cema_case(B=2, L=150, D=5, N=4)
     found = evaluate(streamed(mo.cema, "cema", [1] * 150), case)
     assert_all_as_accurate_as(found, *references(case), factor=4, floor=8)

@@ -1,4 +1,4 @@
-"""Calls of chunked_attention, and of other ops with its state."""
+"""Calls of chunked_attention; states for other attention ops."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def mask_options(causal: bool, dropkey: float, seed: int) -> dict[str, Any]:
 def attention_state(
     gen: torch.Generator, S: int, rows: int, H: int, K: int, V: int, dtype: torch.dtype
 ) -> AttentionState:
-    """A state with every possible position in turn; rows beyond a position hold NaN, which nobody may read."""
+    """A state with every possible position in turn; rows beyond the position hold NaN: kernels must not read them."""
     position = (torch.arange(S) * 5 + rows - 1) % rows
     k, v = randn(gen, S, rows, H, K, dtype=dtype), randn(gen, S, rows, H, V, dtype=dtype)
     for s, end in enumerate(position.tolist()):
@@ -57,7 +57,7 @@ def attention_state(
 def chunked_attention_cases(
     draw: st.DrawFn, dtypes: st.SearchStrategy[torch.dtype] = DTYPES, kinds: tuple[str, ...] = KINDS
 ) -> Case:
-    """Key and value sizes that differ; chunks of one row and of more rows than a block."""
+    """Different key and value widths; chunks of one row up to more rows than a block."""
     C, visible_chunks = draw(st.sampled_from([1, 2, 3, 8, 16, 17, 64, 67])), draw(st.sampled_from([1, 1, 2]))
     starts, dropkeys = (STARTS, [0.0, 0.25, 0.9]) if visible_chunks == 1 else (STARTS[:2], [0.0])
     return chunked_attention_case(
@@ -68,7 +68,7 @@ def chunked_attention_cases(
 
 
 def call(function, inputs: list, tensors: Tensors, options: dict[str, Any]) -> Tensors:
-    if not options.get("causal", True):  # then there is no state
+    if not options.get("causal", True):  # has no state
         return {"o": function(*inputs, **options)}
     o, state = function(*inputs, return_state=True, **options)
     return {"o": o, "state.k": state.k, "state.v": state.v, "state.position": state.position}

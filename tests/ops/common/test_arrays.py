@@ -23,7 +23,7 @@ all_ops = pytest.mark.parametrize("op", OPS)
 
 
 class Bare:
-    """An array with the least that DLPack's protocol asks for."""
+    """An array with only the methods of the DLPack protocol."""
 
     def __init__(self, array: np.ndarray) -> None:
         self.array = array
@@ -36,13 +36,13 @@ class Bare:
 
 
 class Named(Bare):
-    """An array with a namespace, as the array API standard describes it."""
+    """An array with the namespace of the array API standard."""
 
     def __array_namespace__(self, api_version: str | None = None) -> Any:
         return SimpleNamespace(from_dlpack=lambda array: Named(np.from_dlpack(array)))
 
 
-Packaged = type("Packaged", (Bare,), {"__module__": "numpy.core"})  # as CuPy's before they told their namespace
+Packaged = type("Packaged", (Bare,), {"__module__": "numpy.core"})  # like old CuPy arrays, which have no namespace
 
 
 def read_only(array: np.ndarray) -> np.ndarray:
@@ -70,7 +70,7 @@ def as_tensors(results: dict[str, Any]) -> dict[str, Tensor]:
 
 
 @all_ops
-def test_results_are_those_of_tensors_in_the_kind_of_the_arrays(op):
+def test_results_equal_those_of_tensors_and_have_the_arrays_type(op):
     cases = [SMALL[op], BUILDERS[op](dtype=torch.float16, lengths=[4, 9]), BUILDERS[op](L=0, dtype=torch.float64)]
     with every_case() as every:
         for case, (kind, arrange) in itertools.product(cases, KINDS.items()):
@@ -81,7 +81,7 @@ def test_results_are_those_of_tensors_in_the_kind_of_the_arrays(op):
                 assert_bit_equal(found, forward(getattr(mo, op), case))
 
 
-def test_nothing_is_copied_and_arrays_live_as_long_as_their_memory():
+def test_no_copies_and_arrays_live_as_long_as_their_memory():
     for arrange in (np.asarray, read_only):
         array = arrange(np.ones((2, 3)))
         row = call_with_arrays(lambda x: x[0], x=array)
@@ -93,7 +93,7 @@ def test_nothing_is_copied_and_arrays_live_as_long_as_their_memory():
         assert alive() is None
 
 
-def test_the_first_argument_of_the_signature_decides_the_kind():
+def test_the_first_argument_of_the_signature_decides_the_type():
     arguments = {name: tensor.numpy() for name, tensor in SMALL["cema"].tensors.items()}
     mixed = arguments | {"p": Named(arguments["p"])}
     assert type(mo.cema(**dict(reversed(mixed.items())))) is np.ndarray
@@ -125,7 +125,7 @@ def test_states_are_written_in_place_where_asked():
 
 
 def test_consumers_wait_for_results_and_torch_for_consumers(monkeypatch):
-    """A GPU's memory must not be reused for another tensor while a consumer of the first still reads."""
+    """GPU memory must not be reused while a consumer still reads the tensor."""
     events = []
     tensor = SimpleNamespace(
         is_cuda=True,
@@ -143,7 +143,7 @@ def test_consumers_wait_for_results_and_torch_for_consumers(monkeypatch):
 
 IN_DLPACK = "must be an array that torch can read through DLPack, got numpy.ndarray of"
 NO_ARRAY = "must be a torch tensor or an array with __dlpack__, got"
-ERRORS = {  # arguments of cema, what makes them wrong, and the error
+ERRORS = {  # argument of cema, function that spoils it, error
     "flipped": ("x", lambda x: x[:, ::-1], ValueError, rf"{IN_DLPACK} float32 \(its strides \(180, -20, 4\) are neg"),
     "byte order": ("x", lambda x: x.astype(">f4"), TypeError, rf"{IN_DLPACK} >f4 \(.*\); pass a contiguous copy in"),
     "objects": ("x", lambda x: x.astype(object), TypeError, f"{IN_DLPACK} object"),
@@ -167,7 +167,7 @@ def test_errors_name_the_argument_and_the_fix():
 
 @all_ops
 def test_calls_on_tensors_take_no_arrays(op):
-    """Each argument in turn is no tensor, states and offsets included."""
+    """Replace each argument in turn by an array, including states and offsets."""
     case = SMALL[op].with_options(lengths=torch.tensor([3, 9]))
     wrong = case.converted(Tensor.numpy)
     with every_case() as every:

@@ -37,13 +37,13 @@ def on_tensors(case: Case) -> Tensors:
 
 
 def delay(stream: Any) -> None:
-    """Make a CuPy stream busy for long before what comes next on it."""
+    """Keep a CuPy stream busy for about 0.1 s."""
     with torch.cuda.stream(torch.cuda.ExternalStream(stream.ptr)):
         torch.cuda._sleep(DELAY)
 
 
 def poison(tensors: Tensors) -> None:
-    """Write NaN to the memory that torch hands out next for tensors like these."""
+    """Write NaN to the memory that torch will allocate next for tensors like these."""
     blocks = [torch.full((tensor.numel(),), torch.nan, device="cuda") for tensor in tensors.values() for _ in range(4)]
     torch.cuda.synchronize()
     del blocks
@@ -51,7 +51,7 @@ def poison(tensors: Tensors) -> None:
 
 @pytest.fixture(params=OPS)
 def case(request: pytest.FixtureRequest) -> Case:
-    """A call from a state, whose rows beyond the positions are finite."""
+    """A call with an initial state; rows beyond its positions are finite."""
     case = BUILDERS[request.param](L=300, **WITH_STATE.get(request.param, {}))
     return case.converted(lambda tensor: tensor.nan_to_num() if tensor.is_floating_point() else tensor)
 
@@ -67,7 +67,7 @@ def cupy_stream(request: pytest.FixtureRequest) -> Iterator[Any]:
 
 
 def test_the_op_waits_for_the_arrays(case, cupy_stream):
-    """The values arrive late on CuPy's stream; before, their memory holds NaN (or 0, within bounds as an offset)."""
+    """The values arrive late on CuPy's stream; until then, their memory holds NaN (or 0 for integers)."""
     expected, pairs = on_tensors(case), []
 
     def late(tensor: Tensor) -> Any:
@@ -86,7 +86,7 @@ def test_the_op_waits_for_the_arrays(case, cupy_stream):
 
 
 def test_cupy_waits_for_the_results_and_torch_for_cupy(case, cupy_stream):
-    """The op runs late on torch's stream; the results are dropped while a late copy of them is pending on CuPy's."""
+    """The op runs late on torch's stream; its results are freed while CuPy's stream still has to copy them."""
     expected, arrays = on_tensors(case), case.converted(to_cupy)
     poison(expected)
     torch.cuda._sleep(DELAY)

@@ -1,4 +1,4 @@
-"""The assert helpers fail when they should: on zeros, NaN, a flipped sign, a wrong scale, a wrong shape or dtype."""
+"""Assertion helpers fail on zeros, NaN, a flipped sign, a wrong scale, shape or dtype."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ BREAKAGES = {
 
 @pytest.fixture(params=DTYPES, ids=str)
 def exact(request):
-    """Values of float64 (or complex128), and those values rounded to the dtype."""
+    """Values in float64 (or complex128), and the same rounded to the dtype."""
     wide = torch.complex128 if request.param.is_complex else torch.float64
     x = randn(generator(0), 7, 5, dtype=wide)
     return x, x.to(request.param)
@@ -86,7 +86,7 @@ def test_helpers_fail_on_a_missing_tensor(assert_all):
         assert_all({"a": x}, {"a": x, "b": x}, **options)
 
 
-def test_error_is_bounded_by_a_multiple_of_the_references():
+def test_the_bound_is_a_multiple_of_the_references_error():
     wide = torch.linspace(1, 2, 9, dtype=torch.float64)
     reference = (wide + 1e-4).float()
     assert_as_accurate_as((wide - 1.9e-4).float(), reference, wide, factor=2, floor=0)
@@ -113,7 +113,7 @@ def test_small_elements_count_in_assert_close():
         assert_close(expected + torch.tensor([0, 0, 0, 1e-9]), expected, tolerance=1e-10)
 
 
-def test_every_case_of_a_loop_runs_and_each_that_fails_is_named():
+def test_every_case_runs_all_cases_and_names_the_failures():
     ran = []
     with pytest.raises(
         AssertionError, match="(?s)2 cases failed.*one, 1:.*ZeroDivisionError.*three, 3:.*DID NOT RAISE"

@@ -1,4 +1,4 @@
-"""Plausible slips of callers: the error blames the argument that is wrong, not what failed first because of it."""
+"""Plausible mistakes of callers: the error names the wrong argument, not a later consequence."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ model, tokens = tiny_model(torch.float32).eval(), tokens_of(2, 5)
 model_state = model(tokens, return_state=True)[1]
 
 
-def of_two_rows(call: Callable[..., Any], **arguments: Any) -> Callable[[], Any]:
+def with_state(call: Callable[..., Any], **arguments: Any) -> Callable[[], Any]:
     return lambda: call(tokens_of(3, 5), state=model_state, **arguments)
 
 
@@ -31,9 +31,9 @@ BLAMED = {
         "generate: `do_sample` must be left out, as there is no such option; temperature=0 takes the likeliest",
     ),
     "a slip": (lambda: model.generate(tokens, max_new_tokens=1, top=3), "generate: `top` must be left out, .* option\\."),
-    "a state of two rows": (of_two_rows(model), "Megalodon: `state` must be of 3 rows, those of `tokens`, got one of 2; state"),
-    "in features": (of_two_rows(model.features), "Megalodon: `state` must be of 3 rows, those of `tokens`, got one of 2"),
-    "in generate": (of_two_rows(model.generate, max_new_tokens=1), "generate: `state` must be of 3 rows, those of `prompt`"),
+    "a state of two rows": (with_state(model), "Megalodon: `state` must be of 3 rows, those of `tokens`, got one of 2; state"),
+    "in features": (with_state(model.features), "Megalodon: `state` must be of 3 rows, those of `tokens`, got one of 2"),
+    "in generate": (with_state(model.generate, max_new_tokens=1), "generate: `state` must be of 3 rows, those of `prompt`"),
     "a packed state": (
         lambda: model(tokens[:1], state=model_state, cu_seqlens=torch.tensor([0, 2, 4, 5])),
         "Megalodon: `state` must be of 3 rows, those of `cu_seqlens`, got one of 2",
@@ -83,7 +83,7 @@ def test_an_error_blames_what_is_wrong(name):
 
 
 def test_tokens_on_another_device_than_the_model():
-    """Where torch speaks of an embedding's index and weight. A weight on `meta` stands for a device that is not here."""
+    """torch's own error names the embedding's index and weight. A weight on `meta` stands for another device."""
 
     class Elsewhere(torch.nn.Embedding):
         def forward(self, tokens: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""What torch's dispatcher sees of a call, and what the schemas' flags leave out."""
+"""Ops in torch's dispatcher and profiler; results that flags of the schema leave out."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ ops = torch.ops.megalodon_ops
 
 
 class Calls(TorchDispatchMode):
-    """The names of the ops that torch dispatches."""
+    """Record the names of dispatched ops."""
 
     def __init__(self):
         super().__init__()
@@ -64,7 +64,7 @@ def test_the_profiler_sees_the_ops(case):
 
 @every_backend
 @every_case
-def test_an_output_is_the_same_where_no_state_is_wanted(case, backend):
+def test_the_output_does_not_depend_on_return_state(case, backend):
     op = getattr(mo, case.op)
 
     def output_alone(*args, return_state, **options):
@@ -89,7 +89,7 @@ def test_results_that_the_flags_leave_out_are_empty():
     assert state.numel() == 0
 
 
-def test_a_backward_that_names_what_the_op_does_not_have_is_refused():
+def test_a_backward_with_unknown_names_is_refused():
     message = (
         r"must name arguments and results of megalodon_ops.cema_fwd.default, .* got \['bias', 'dbias', 'dweight'.*\]"
     )
@@ -113,6 +113,6 @@ def test_parts_of_a_state_without_their_counter_are_refused():
         ops.chunked_attention_fwd(q, q, q, cache, cache, None, 8, True, 1.0, 0.0, None, None, None)
 
 
-def test_errors_of_torch_stay_as_they_are():
+def test_errors_of_torch_are_not_changed():
     with pytest.raises(NotImplementedError, match="Could not run 'megalodon_ops::cema_fwd'.*Sparse"):
         mo.cema(**CASES["cema"].tensors | {"x": torch.zeros(3, 11, 5).to_sparse()})

@@ -1,6 +1,6 @@
-"""cema_end_state and timestep_norm_end_state against the ops whose states they are; hard values; what they keep.
+"""cema_end_state and timestep_norm_end_state against cema and timestep_norm; hard values; saved tensors.
 
-What every op promises, and that states of pieces merge to the whole's: test_ops.py.
+test_ops.py has the promises of every op, and shows that states of pieces merge to the state of the whole.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ import megalodon_ops as mo
 pytestmark = pytest.mark.usefixtures("poisoned_memory")
 
 END_STATES = ("cema_end_state", "timestep_norm_end_state")
-# Pieces of a sequence, strips, groups of sequences; more steps than cema takes one by one.
+# Pieces of a sequence, strips, groups of sequences; longer than what cema computes token by token.
 SEQUENCES = {
     "one": {"B": 1, "L": 1100},
     "rows": {"B": 3, "L": 77},
@@ -37,7 +37,7 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float64)
 
 
 def whole_case(case: Case) -> Case:
-    """The call of the op that also has an output, on the inputs of a call of its end state."""
+    """The call of the op that also has an output, on the same inputs."""
     op = case.op.removesuffix("_end_state")
     sizes = {"D": case.tensors["x"].shape[2], "N": case.tensors["p"].shape[1]} if op == "cema" else {}
     if op == "timestep_norm":
@@ -49,20 +49,20 @@ def whole_case(case: Case) -> Case:
 
 
 def gradients_of_states(case: Case) -> tuple[dict, dict]:
-    """Results of the op and of the one with an output, given the same gradients of states and none of the output."""
+    """Results of the op and of the op with an output, for equal gradients of the states and zero gradients of y."""
     incoming = {}
 
-    def only_of_states(name, grad):
+    def state_gradients(name, grad):
         return torch.zeros_like(grad) if name == "y" else incoming.setdefault(name, grad)
 
-    found = evaluate(getattr(mo, case.op), case, only_of_states)
+    found = evaluate(getattr(mo, case.op), case, state_gradients)
     whole = whole_case(case)
-    expected = evaluate(getattr(mo, whole.op), whole, only_of_states)
+    expected = evaluate(getattr(mo, whole.op), whole, state_gradients)
     return found, {name: expected[name] for name in found}
 
 
 def cases_of(op, **sizes):
-    """Calls of an op that returns the end state alone, by name: each kind of batch in each dtype, then hard numbers."""
+    """Calls by name: each kind of batch in each dtype, then hard values."""
     cases = {
         (name, dtype): BUILDERS[op](**sequences, **sizes, dtype=dtype)
         for name, sequences in SEQUENCES.items() for dtype in DTYPES
@@ -73,7 +73,7 @@ def cases_of(op, **sizes):
 
 @every_backend
 @pytest.mark.parametrize(("op", "sizes"), [("cema_end_state", {"D": 19, "N": 5}), ("timestep_norm_end_state", {})])
-def test_states_have_the_bits_of_those_beside_an_output(op, sizes, backend):
+def test_states_have_the_bits_of_the_op_with_an_output(op, sizes, backend):
     with every_case() as each:
         for name, case in cases_of(op, **sizes).items():
             with each(*name):
@@ -85,7 +85,7 @@ def test_states_have_the_bits_of_those_beside_an_output(op, sizes, backend):
 @pytest.mark.parametrize("D", [19, 300])
 @pytest.mark.parametrize("backend", ISA_PARAMS, indirect=True)
 def test_gradients_of_cema_have_the_bits_of_those_without_dy(D, backend):
-    """On the CPU: a scan without dy adds nothing where the scan with dy adds zeros."""
+    """CPU only: the scan without dy skips additions of zeros."""
     with every_case() as each:
         for name, case in cases_of("cema_end_state", D=D, N=5).items():
             with each(*name):
@@ -117,7 +117,7 @@ def test_counts_and_residuals_are_those_of_timestep_norm(lengths):
 @pytest.mark.parametrize("backend", SLOW_EMULATED, indirect=True)
 @pytest.mark.parametrize("shape", HARD_SHAPES)
 def test_hard_poles_on_long_sequences(shape, backend):
-    """The CPU's results have the bits of cema's, whose hard poles are in test_cema.py."""
+    """CUDA only: the CPU's results have the bits of cema's, which test_cema.py covers."""
     with every_case() as each:
         for poles, numbers in HARD_POLES.items():
             with each(poles):
@@ -133,7 +133,7 @@ def hard_norm_case(shape, values):
 
 @wide_every_backend
 def test_hard_values(backend):
-    """Each shape with two kinds of values, and each kind with two shapes: all with all are in test_timestep_norm.py."""
+    """Each shape with two kinds of values, and each kind with two shapes; test_timestep_norm.py has all pairs."""
     with every_case() as each:
         for i, shape in enumerate(SHAPES):
             for values in list(FRESH_VALUES)[i % 2 :: 2]:
@@ -145,8 +145,8 @@ def test_hard_values(backend):
 
 @pytest.mark.parametrize("L", [40, 4000], ids=["whole", "pieces"])
 @pytest.mark.parametrize("backend", ISA_PARAMS, indirect=True)
-def test_a_state_in_range_whose_quotient_by_p_is_not(L, backend):
-    """h / p overflows: h is then scanned as it is. The gradient of p is out of range."""
+def test_a_state_whose_quotient_by_p_overflows(L, backend):
+    """Then h is scanned instead of h / p. Forward only: the gradient of p is out of range."""
     case = cema_end_state_case(B=1, L=L, D=3, N=4, radius=(0.99, 0.99), angle=(0.0, 0.0))
     x, p = torch.full_like(case.tensors["x"], 1e38), torch.full_like(case.tensors["p"], 1e-3)
     case = case.with_tensors(x=x, p=p)
@@ -162,7 +162,7 @@ def test_a_state_in_range_whose_quotient_by_p_is_not(L, backend):
 
 
 @pytest.mark.parametrize("name", END_STATES)
-def test_inputs_and_states_are_all_that_is_kept(name):
+def test_only_inputs_and_states_are_saved_for_the_backward(name):
     case = BUILDERS[name](B=2, L=50, lengths=[50, 7])
     leaves = {key: tensor.clone().requires_grad_() for key, tensor in case.tensors.items()}
     kept = []
@@ -170,5 +170,5 @@ def test_inputs_and_states_are_all_that_is_kept(name):
         results = forward(getattr(mo, name), case.with_tensors(**leaves))
     known = {tensor.data_ptr() for tensor in (*leaves.values(), *case.options.values()) if hasattr(tensor, "data_ptr")}
     others = [tensor for tensor in kept if tensor.data_ptr() not in known]
-    of_states = 3 * sum(t.numel() for n, t in results.items() if n in ("state", "mean"))
-    assert sum(tensor.numel() for tensor in others) <= of_states < leaves["x"].numel() / 2
+    state_elements = 3 * sum(t.numel() for n, t in results.items() if n in ("state", "mean"))
+    assert sum(tensor.numel() for tensor in others) <= state_elements < leaves["x"].numel() / 2

@@ -1,4 +1,4 @@
-"""What torch.utils.flop_counter counts for the ops, and what their autograd nodes are called."""
+"""Operation counts of torch.utils.flop_counter; names of autograd nodes."""
 
 from __future__ import annotations
 
@@ -59,18 +59,18 @@ def test_an_op_without_a_formula_of_its_arguments_is_refused(formula, message):
         flops.register_formula(ops.cema_fwd.default, formula)
 
 
-ELEMENTS = 2 * 9  # steps of a case
+ELEMENTS = 2 * 9  # tokens of a case
 EXPECTED = {
     "cema": (cema_case(D=5, N=4), ELEMENTS * 5 * (12 * 4 + 2), ELEMENTS * 5 * (34 * 4 + 4)),
     "timestep_norm": (timestep_norm_case(G=3, width=4), ELEMENTS * 12 * 8, ELEMENTS * 12 * 13),
     "cema_end_state": (cema_end_state_case(D=5, N=4), ELEMENTS * 5 * 8 * 4, ELEMENTS * 5 * 26 * 4),
     "timestep_norm_end_state": (timestep_norm_end_state_case(G=3, width=4), ELEMENTS * 12 * 4, ELEMENTS * 12 * 3),
     "normalized_qk": (normalized_qk_case(H=2, K=6), ELEMENTS * 12 * 13, ELEMENTS * 12 * 23),
-    # Nine steps in chunks of four allow 10 + 10 + 1 pairs.
+    # Nine positions in chunks of four allow 10 + 10 + 1 pairs.
     "chunked_attention": (
         chunked_attention_case(H=2, K=3, V=5, C=4), 2 * 21 * 2 * 2 * (3 + 5), 2 * 21 * 2 * 2 * (3 * 3 + 2 * 5)
     ),
-    # Nine steps read, and eight write, four of these what the memory did not know.
+    # Nine positions read and eight write; four of these subtract what the memory returns for their key.
     "adaptive_working_memory": (
         adaptive_working_memory_case(H=2, K=3, V=5, C=4), 2 * (9 + 8 + 4) * 60, 2 * (2 * 9 + 3 * 8 + 3 * 4) * 60
     ),
@@ -85,7 +85,7 @@ def test_forward_and_backward_are_counted(case, fwd, bwd):
 
 
 @pytest.mark.parametrize("op", EXPECTED)
-def test_padding_counts_nothing(op):
+def test_padding_is_not_counted(op):
     build = BUILDERS[op]
     rows = [counted(lambda n=n: evaluate(getattr(mo, op), build(B=1, L=n))) for n in (9, 3)]
     expected = {name: rows[0][name] + rows[1][name] for name in rows[0]}
@@ -94,31 +94,31 @@ def test_padding_counts_nothing(op):
 
 
 @pytest.mark.parametrize("first", range(8))
-def test_attention_to_two_chunks_counts_pairs_as_they_are(first):
-    C, K, V, steps = 4, 3, 5, 11
-    case = chunked_attention_case(B=1, L=steps, H=1, K=K, V=V, C=C, visible_chunks=2, state=True)
+def test_attention_to_two_chunks_counts_visible_pairs(first):
+    C, K, V, L = 4, 3, 5, 11
+    case = chunked_attention_case(B=1, L=L, H=1, K=K, V=V, C=C, visible_chunks=2, state=True)
     state = case.options["state"]._replace(position=torch.tensor([first]))
-    at = torch.arange(first + steps)
-    chunks_before = at[first:, None] // C - at // C
-    allowed = (chunks_before <= 1) & (at[first:, None] >= at)
+    t = torch.arange(first + L)
+    chunks_before = t[first:, None] // C - t // C
+    allowed = (chunks_before <= 1) & (t[first:, None] >= t)
     pairs, cached = int(allowed.sum()), int(allowed[:, :first].sum())
     found = counted(lambda: evaluate(mo.chunked_attention, case.with_options(state=state)))
     assert found["two_chunk_attention_fwd"] == 2 * pairs * (K + V)
     assert found["two_chunk_attention_bwd"] == 2 * (pairs * (2 * K + V) + (pairs - cached) * (K + V))
 
 
-def test_attention_counts_pairs_as_they_are():
-    """Pairs with cached keys count, too, though no gradient goes to these keys."""
-    C, K, V, first, steps = 4, 3, 5, 3, 9
-    case = chunked_attention_case(B=1, L=steps, H=1, K=K, V=V, C=C, state=True)
+def test_attention_counts_visible_pairs():
+    """Pairs with cached keys count, although these keys get no gradient."""
+    C, K, V, first, L = 4, 3, 5, 3, 9
+    case = chunked_attention_case(B=1, L=L, H=1, K=K, V=V, C=C, state=True)
     assert case.options["state"].position.tolist() == [first]
-    at = torch.arange(first + steps)
-    allowed = (at[first:, None] // C == at // C) & (at[first:, None] >= at)
+    t = torch.arange(first + L)
+    allowed = (t[first:, None] // C == t // C) & (t[first:, None] >= t)
     pairs, cached = int(allowed.sum()), int(allowed[:, :first].sum())
     found = counted(lambda: evaluate(mo.chunked_attention, case))
     assert found["chunked_attention_fwd"] == 2 * pairs * (K + V)
     assert found["chunked_attention_bwd"] == 2 * (pairs * (2 * K + V) + (pairs - cached) * (K + V))
-    whole = chunked_attention_case(B=1, L=steps, H=1, K=K, V=V, C=C, causal=False)
+    whole = chunked_attention_case(B=1, L=L, H=1, K=K, V=V, C=C, causal=False)
     found = counted(lambda: evaluate(mo.chunked_attention, whole))
     assert found["chunked_attention_fwd"] == 2 * (4 * 4 + 4 * 4 + 1) * (K + V)
 
@@ -126,21 +126,21 @@ def test_attention_counts_pairs_as_they_are():
 @pytest.mark.parametrize("to_end", [False, True])
 @pytest.mark.parametrize("L", [8, 12])
 @pytest.mark.parametrize("visible_chunks", [1, 2])
-def test_the_memory_counts_the_products_that_its_kernels_make(L, to_end, visible_chunks):
+def test_the_count_of_the_memory_is_that_of_its_products(L, to_end, visible_chunks):
     q, k, v = adaptive_working_memory_case(L=L, C=4).tensors.values()
     ends = [q.new_zeros(2, 2, 3, 5), q.new_zeros(2, 2, 3)] if to_end else [None, None]
     arguments = [q, k, v, *[None] * 5, 4, visible_chunks, None, None]
     kernels = importlib.import_module("megalodon_ops.ops.adaptive_working_memory.adaptive_working_memory")
     calls = {
-        ops.adaptive_working_memory_fwd: lambda of: of(*arguments, to_end),
-        ops.adaptive_working_memory_bwd: lambda of: of(v, *ends, *arguments),
+        ops.adaptive_working_memory_fwd: lambda function: function(*arguments, to_end),
+        ops.adaptive_working_memory_bwd: lambda function: function(v, *ends, *arguments),
     }
     in_place = {torch.ops.aten.baddbmm_: lambda _, a, b, *__, **___: 2 * math.prod(a) * b[2]}
     for op, kernel in zip(calls, (kernels._fwd, kernels._bwd), strict=True):
-        made = FlopCounterMode(display=False, custom_mapping=in_place)
-        with made:
+        counter = FlopCounterMode(display=False, custom_mapping=in_place)
+        with counter:
             calls[op](kernel)
-        assert made.get_total_flops() == sum(counted(lambda: calls[op](op)).values())
+        assert counter.get_total_flops() == sum(counted(lambda: calls[op](op)).values())
 
 
 @pytest.mark.parametrize("op", OPS)
@@ -170,7 +170,7 @@ def test_layers_around_the_ops():
     alpha, theta, gamma = (torch.zeros(*shape, requires_grad=True) for shape in ((4, 3, 1), (4, 1, 1), (4, 3, 2)))
     coefficients = counted(both(lambda: cema_coefficients(alpha, alpha, theta, gamma)))
     assert coefficients == {"cema_coefficients_fwd": 12 * 15, "cema_coefficients_bwd": 12 * 31}
-    product = 2 * 3 * 8 * 5  # of x and the transposed matrix
+    product = 2 * 3 * 8 * 5  # x times the transposed matrix
     assert sum(counted(both(lambda: [linear_fwd(x, matrix, None)])).values()) == 2 * product
     assert counted(lambda: linear_few_rows(x.detach(), matrix, None)) == {"linear_few_rows": product}
     losses = counted(both(lambda: [linear_cross_entropy_fwd(x, matrix, index, -100)]))
@@ -180,7 +180,7 @@ def test_layers_around_the_ops():
 
 
 class WithoutHooks(TorchDispatchMode):
-    """Counts as FlopCounterMode counts, and hooks on to no module."""
+    """Count like FlopCounterMode, without its hooks on modules."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -193,8 +193,8 @@ class WithoutHooks(TorchDispatchMode):
         return result
 
 
-def test_who_counts_a_step_does_not_change_it(monkeypatch):
-    """FlopCounterMode hooks on to every module; the loss of several blocks of logits still computes each block once."""
+def test_counting_does_not_change_the_computation(monkeypatch):
+    """Under FlopCounterMode, which hooks every module, the loss still computes each block of logits once."""
     config = mo.MegalodonConfig(
         num_layers=2, model_dim=64, z_dim=32, value_dim=96, num_heads=2, ffn_hidden_dim=80, cema_ndim=4, chunk_size=16,
         vocab_size=300, norm_num_groups=8, swiglu=True,
@@ -229,7 +229,7 @@ def test_who_counts_a_step_does_not_change_it(monkeypatch):
 
 @pytest.mark.parametrize("dispatched", [False, True])
 @pytest.mark.parametrize("op", EXPECTED)
-def test_nodes_are_named_after_their_op(op, dispatched):
+def test_autograd_nodes_have_the_name_of_their_op(op, dispatched):
     case = EXPECTED[op][0]
     leaves = {name: tensor.clone().requires_grad_() for name, tensor in case.tensors.items()}
     run = lambda: next(iter(forward(getattr(mo, op), case.with_tensors(**leaves)).values()))  # noqa: E731

@@ -1,4 +1,4 @@
-"""A process forked after ops ran on several threads, as a DataLoader's worker is, computes on as many as it likes."""
+"""Processes forked after ops ran on several threads, such as DataLoader workers, may use several threads, too."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ def start(worker):
         torch.set_num_threads(threads)
 
 
-for _ in range(2):  # the parent goes on, and forks again
+for _ in range(2):  # the parent continues, and forks again
     for shown in DataLoader(Computed(), None, num_workers=2, worker_init_fn=start, multiprocessing_context="fork"):
         print(*shown, flush=True)
     for a, b in zip(compute(), wanted):
@@ -100,8 +100,8 @@ def outcome(*arguments: object, **environment: str) -> list[str]:
 @pytest.mark.parametrize(
     "threads", [2, pytest.param(0, marks=pytest.mark.slow), pytest.param(3, marks=pytest.mark.slow)]
 )
-def test_a_forked_worker_computes_what_its_parent_does(threads):
-    """The ops, a model with its gradient, generation and torch's products, on torch's one thread, on two and on three."""
+def test_a_forked_worker_gets_the_results_of_its_parent(threads):
+    """Ops, a model with its gradient, generation and torch's products, on one, two and three threads."""
     *lines, children = outcome("everything", threads)
     assert children == "children 0" and len(lines) == 8
     for line in lines:
@@ -112,7 +112,7 @@ def test_a_forked_worker_computes_what_its_parent_does(threads):
 
 @pytest.mark.slow
 def test_kernels_run_on_one_thread_where_openmp_cannot_end_its_threads(tmp_path):
-    """As beside the libgomp of GCC 8: large ops of torch's own wait for ever then if they are told to take two threads."""
+    """As with libgomp of GCC 8, where large ops of torch itself would hang on two threads."""
     compiler = shutil.which("cc") or shutil.which("gcc")
     if compiler is None:
         pytest.skip("needs a C compiler")

@@ -1,4 +1,4 @@
-"""Memory of tensors on the CPU: outputs are tensors like any other, and a process may keep what it has freed."""
+"""Memory of tensors on the CPU: outputs are ordinary tensors, huge pages, memory kept after it is freed."""
 
 import mmap
 import re
@@ -47,13 +47,13 @@ def test_large_parameters_move_to_huge_pages_and_nothing_else_changes():
     assert moved == {"embed.weight", "layers.0.mega.wh1.weight"}  # 2.4 and 4 MB
     for name in moved:
         assert parameters[name].data_ptr() % (2 << 20) == 0
-        assert "hg" in flags_of(parameters[name].data_ptr()), "Linux was not asked for huge pages"
-        assert "sh" not in flags_of(parameters[name].data_ptr()), "shared memory gets huge pages by another rule"
+        assert "hg" in map_flags(parameters[name].data_ptr()), "Linux was not asked for huge pages"
+        assert "sh" not in map_flags(parameters[name].data_ptr()), "shared memory gets huge pages by another rule"
     model.loss(torch.randint(600, (1, 8)), torch.randint(600, (1, 8))).backward()
 
 
-def flags_of(address):
-    """The flags of the memory map that holds an address."""
+def map_flags(address):
+    """Flags of the memory map that holds an address."""
     inside = False
     with open("/proc/self/smaps") as file:
         for line in file:
@@ -69,7 +69,7 @@ def test_use_huge_pages_takes_a_module():
         mo.use_huge_pages(3)
 
 
-def faults_of_a_tensor(size):
+def count_page_faults(size):
     before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
     torch.ones(size)
     return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
@@ -78,8 +78,8 @@ def faults_of_a_tensor(size):
 def send_the_fewest_faults(connection):
     kept = mo.keep_freed_memory()
 
-    def fewest():  # of several: a small block may have taken a piece of the first
-        return [min(faults_of_a_tensor(size) for _ in range(6)) for size in (1 << 24, 1 << 26)]
+    def fewest():  # of several: a small block may have taken part of the first
+        return [min(count_page_faults(size) for _ in range(6)) for size in (1 << 24, 1 << 26)]
 
     with ThreadPoolExecutor(1) as pool:
         faults = {"first": fewest(), "in another thread": pool.submit(fewest).result()}
@@ -90,7 +90,7 @@ def send_the_fewest_faults(connection):
 
 
 def test_freed_memory_is_kept():
-    """Asked of a new process: one keeps to it to its end, and allocations of other tests have failed in this one."""
+    """In a new process, since the setting lasts, and allocations of other tests may have failed in this one."""
     here, there = forkserver().Pipe()
     process = forkserver().Process(target=send_the_fewest_faults, args=(there,))
     process.start()
@@ -99,4 +99,4 @@ def test_freed_memory_is_kept():
     process.join()
     if not kept:
         pytest.skip("no glibc")
-    assert max(map(max, faults.values())) < 16, faults  # pages of 2 MiB at most: 32 and 128 of them
+    assert max(map(max, faults.values())) < 16, faults  # else at least 32 and 128, with pages of 2 MiB

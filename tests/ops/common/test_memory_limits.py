@@ -1,4 +1,4 @@
-"""Out of memory is an error like any other: under a limit of the address space, a call gives a result or raises."""
+"""Under a limit of the address space, a call gives a result or raises: it never crashes."""
 
 import pytest
 from backends import DEFAULT_ISA, ISAS
@@ -72,7 +72,7 @@ def call(make):
 
 ops = (attention, decoding, cema, timestep_norm, normalized_qk, many_rows, cross_entropy)
 calls = [(op.__name__, dtype, op(dtype)) for op in ops for dtype in (torch.float32, torch.bfloat16)]
-for _, _, make in calls:  # starts the threads, of autograd, too, and has oneDNN make its primitives
+for _, _, make in calls:  # starts all threads and creates oneDNN's primitives
     call(make)
 unlimited = resource.getrlimit(resource.RLIMIT_AS)
 for name, dtype, make in calls:
@@ -88,7 +88,7 @@ for name, dtype, make in calls:
 
 
 def assert_a_result_or_an_error(isa: str, rooms: list[int]) -> None:
-    """Each call is made with less room than it needs, then with more and more until it succeeds."""
+    """Run each call under larger and larger limits until it succeeds."""
     ran = run_python(PROGRAM.replace("{rooms}", repr(rooms)), MEGALODON_OPS_ISA=isa)
     assert ran.returncode == 0, ran.stderr[-2000:] + ran.stdout[-500:]
     outcomes: dict[tuple[str, str], list[list[str]]] = {}
@@ -101,7 +101,7 @@ def assert_a_result_or_an_error(isa: str, rooms: list[int]) -> None:
     assert {"MemoryError", "RuntimeError"} <= words
 
 
-ROOMS = [2, 20, 30, 40, 400]  # where a kernel's own buffer does not fit depends on the processor
+ROOMS = [2, 20, 30, 40, 400]  # MiB; the size of a kernel's own buffer depends on the processor
 
 
 def test_out_of_memory_is_an_error():
@@ -111,7 +111,7 @@ def test_out_of_memory_is_an_error():
 @pytest.mark.slow
 @pytest.mark.parametrize("isa", [isa for isa in (ISAS[0], ISAS[-1]) if isa != DEFAULT_ISA])
 def test_out_of_memory_is_an_error_on_narrow_and_wide_vectors(isa):
-    """All sets share the code that asks for memory; the size of a buffer follows the width of vectors."""
+    """Buffer sizes depend on the width of vectors."""
     assert_a_result_or_an_error(isa, ROOMS)
 
 

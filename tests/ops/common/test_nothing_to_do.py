@@ -1,4 +1,4 @@
-"""Calls on tensors without an element, of however many rows: they return at once, or are refused."""
+"""Calls on empty tensors with very many rows return at once or are refused."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def at_once() -> Iterator[None]:
 
 
 def calls(ops) -> dict[str, Callable[..., object]]:
-    """Each op on no steps of very many rows, with gradients for its parameters."""
+    """Each op on very many rows of length 0, with gradients of its parameters."""
     x, heads = torch.empty(ROWS, 0, 4, requires_grad=True), torch.empty(ROWS, 0, 2, 2, requires_grad=True)
     channels, affine = torch.zeros(4, requires_grad=True), torch.zeros(2, 4, requires_grad=True)
     p, q = torch.zeros(4, 3, requires_grad=True), torch.zeros(4, 3, dtype=torch.complex64, requires_grad=True)
@@ -45,7 +45,7 @@ END_STATES = ("cema_end_state", "timestep_norm_end_state")
 
 
 @pytest.mark.parametrize("op", [op for op in calls(mo) if op not in END_STATES])
-def test_very_many_rows_without_steps_take_no_time(op):
+def test_very_many_empty_rows_take_no_time(op):
     with at_once():
         y: Tensor = calls(mo)[op]()
         y.sum().backward()
@@ -53,7 +53,7 @@ def test_very_many_rows_without_steps_take_no_time(op):
 
 
 @pytest.mark.parametrize("op", [op for op in calls(mo) if op != "normalized_qk"])
-def test_states_of_very_many_rows_find_no_memory(op):
+def test_states_of_very_many_rows_are_out_of_memory(op):
     with at_once(), pytest.raises((MemoryError, RuntimeError), match="memory|bad_alloc|^$"):
         calls(mo)[op](**({} if op in END_STATES else {"return_state": True}))
 

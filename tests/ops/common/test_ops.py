@@ -1,4 +1,4 @@
-"""What every op promises: accuracy, any layout, any cut or packing of sequences, determinism, autograd, compilation."""
+"""Promises of every op: accuracy, layouts, sequences in pieces or packed, determinism, autograd, compilation."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ COMPOSED = [name for name, op in OPS.items() if op.cuda is None]
 
 
 def each_op_on(backends, ops=tuple(OPS)):
-    """Each op on each of the backends, but on the emulator no op that has no kernels of its own."""
+    """Each op on each backend; ops without kernels of their own skip the emulator."""
     calls = []
     for op, backend in itertools.product(ops, backends):
         name, marks = (backend, ()) if isinstance(backend, str) else (*backend.values, backend.marks)
@@ -37,7 +37,7 @@ def each_op_on(backends, ops=tuple(OPS)):
     return pytest.mark.parametrize(("op", "backend"), calls, indirect=["backend"])
 
 
-# Of what Python does around a kernel: the emulator, which is given contiguous copies, would add nothing.
+# For tests of the Python around a kernel; the emulator gets contiguous copies and would add nothing.
 each_op_around_a_kernel = each_op_on(FAST)
 fast_devices = pytest.mark.parametrize("backend", FAST, indirect=True)
 
@@ -56,9 +56,9 @@ def test_results_and_gradients_match_the_reference(op, data):
 @each_op_on(WIDE_DEVICES, [op for op in OPS if not OPS[op].whole])
 @given(data=st.data())
 def test_pieces_give_the_whole(op, data):
-    """Gradients, which flow back through the states from piece to piece, are those of the whole, too."""
+    """Results, and gradients that flow back through the states."""
     case = data.draw(CASES[op](st.just(torch.float64), kinds=("dense", "padded")))
-    if "attention" in op:  # DropKey's mask counts from the start of the call; a whole chunk has no pieces
+    if "attention" in op:  # DropKey's mask starts at the call; non-causal chunks have no pieces
         case = case.with_options(dropkey=0.0, causal=True)
     whole = evaluate(getattr(mo.reference, op), case)
     length = case.tensors[OPS[op].tokens[0]].shape[1]
@@ -81,7 +81,7 @@ def test_packed_equals_separate(op, data):
     "sequences", [{"B": 3, "lengths": [5, 0, 11]}, {"B": 1, "cu_seqlens": [2, 5, 5, 9]}], ids=["padded", "packed"]
 )
 def test_padding_changes_nothing(op, sequences):
-    """Neither values of tokens nor gradients that come in; what goes out is zero there."""
+    """Neither tokens nor incoming gradients of padding count; outputs and gradients are zero there."""
     with every_case() as each:
         for start, dtype in itertools.product(starts(op), (torch.float32, torch.bfloat16)):
             case = BUILDERS[op](L=11, dtype=dtype, **start, **sequences)
@@ -139,7 +139,7 @@ def test_layouts_change_nothing(op):
 
 
 @each_op_around_a_kernel
-def test_a_call_leaves_its_arguments_alone(op):
+def test_a_call_does_not_change_its_arguments(op):
     case, twin = SMALL[op], SMALL[op].double()
     evaluate(function(op), case)
     assert_bit_equal(case.double().tensors, twin.tensors)
@@ -151,7 +151,7 @@ def test_a_call_leaves_its_arguments_alone(op):
 
 @fast_devices
 def test_two_runs_give_equal_bits():
-    """On the CPU test_threads.py shows the same of runs on several threads."""
+    """test_threads.py compares numbers of threads."""
     with every_case() as each:
         for name, case in LARGE.items():
             with each(name):
@@ -168,7 +168,7 @@ def test_without_gradients_the_outputs_are_the_same(op):
 
 @each_op_on(WIDE_DEVICES)
 def test_each_gradient_alone_is_the_same(op):
-    """One input at a time takes a gradient, one output at a time gives one."""
+    """Differentiate each output with respect to each input, one at a time."""
     case = SMALL[op]
     inputs = {name: tensor.clone().requires_grad_() for name, tensor in case.tensors.items()}
     outputs = forward(function(op), case.with_tensors(**inputs))
@@ -178,19 +178,16 @@ def test_each_gradient_alone_is_the_same(op):
         loss = output.abs().sum()
         together = torch.autograd.grad(loss, list(inputs.values()), retain_graph=True, materialize_grads=True)
         for (leaf, tensor), expected in zip(inputs.items(), together, strict=True):
-            alone = tensor.detach().clone().requires_grad_()
-            result = forward(function(op), case.with_tensors(**{leaf: alone}))[name]
+            single = tensor.detach().clone().requires_grad_()
+            result = forward(function(op), case.with_tensors(**{leaf: single}))[name]
             if result.requires_grad:
-                (grad,) = torch.autograd.grad(result.abs().sum(), alone, materialize_grads=True)
+                (grad,) = torch.autograd.grad(result.abs().sum(), single, materialize_grads=True)
                 assert torch.equal(grad, expected), f"gradient of {name} with respect to {leaf}"
 
 
 @each_op_around_a_kernel
 def test_gradcheck(op):
-    """Numerical derivatives along random directions; the emulator's gradients are compared with the reference's.
-
-    There is no gradgradcheck: second derivatives are refused.
-    """
+    """Numerical derivatives along random directions. No gradgradcheck: second derivatives are refused."""
     with every_case() as each:
         for sequences in ({}, {"B": 3, "lengths": [3, 0, 5]}, {"B": 1, "cu_seqlens": [1, 3, 3, 5]}):
             for form in ({}, TWO_CHUNKS) if op in SEE_TWO_CHUNKS else ({},):
@@ -227,11 +224,11 @@ def test_forward_mode_is_refused(op, gradients):
     with torch.set_grad_enabled(gradients), forward_ad.dual_level():
         with pytest.raises(NotImplementedError, match="forward-mode derivatives are not supported"):
             forward(function(op), case.with_tensors(**{name: forward_ad.make_dual(tensor, torch.ones_like(tensor))}))
-        forward(function(op), case)  # no tangent, no complaint
+        forward(function(op), case)  # without a tangent
 
 
 class RecordOps(TorchDispatchMode):
-    """Keeps the arguments of every call of a registered op."""
+    """Record the arguments of the last call of each registered op."""
 
     def __init__(self):
         super().__init__()
@@ -279,7 +276,7 @@ def test_opcheck():
 def test_compiles_into_one_graph(op):
     torch.use_deterministic_algorithms(False)
     torch.compiler.reset()
-    # The inductor would call a compiler for the operations of torch's that are in these functions.
+    # The inductor would compile the torch operations in these functions.
     backend = "aot_eager" if op in COMPOSED else "inductor"
     compiled = torch.compile(function(op), fullgraph=True, backend=backend)
     assert_bit_equal(evaluate(compiled, SMALL[op]), evaluate(function(op), SMALL[op]))
@@ -287,10 +284,10 @@ def test_compiles_into_one_graph(op):
 
 BATCHES = {
     "no-rows": {"B": 0, "L": 5},
-    "no-steps": {"B": 2, "L": 0},
+    "no-positions": {"B": 2, "L": 0},
     "no-sequences": {"B": 1, "L": 5, "cu_seqlens": [3]},
     "empty-rows": {"B": 2, "L": 5, "lengths": [0, 0]},
-    "few-steps": {"B": 2, "L": 5},
+    "few-positions": {"B": 2, "L": 5},
     "several-tiles": {"B": 1, "L": 70},
     "padded": {"B": 3, "L": 19, "lengths": [19, 0, 3]},
     "packed": {"B": 1, "L": 11, "cu_seqlens": [2, 5, 5, 9]},
@@ -298,7 +295,7 @@ BATCHES = {
 
 
 def starts(op):
-    """What builders are given to start afresh, from a state where an op takes one, and for chunks seen as wholes."""
+    """Arguments of builders for a fresh start, an initial state, two visible chunks and non-causal chunks."""
     whole = [{"causal": False}] if "attention" in op else []
     fresh_or_not = [{}, *([WITH_STATE[op]] if op in WITH_STATE else [])]
     to_two = [start | TWO_CHUNKS for start in fresh_or_not if op in SEE_TWO_CHUNKS]
@@ -307,7 +304,7 @@ def starts(op):
 
 @each_op_on(DEVICES)
 def test_batches_of_every_kind(op):
-    """With nothing to do, few steps, several tiles, sequences that are empty; from the start and from a state."""
+    """Empty batches, few positions, several tiles, empty sequences; with and without an initial state."""
     with every_case() as each:
         for name, batch in BATCHES.items():
             for state in starts(op):
@@ -318,7 +315,7 @@ def test_batches_of_every_kind(op):
 
 @each_op_on(WIDE_DEVICES)
 def test_axes_without_elements(op):
-    """Results that have elements nevertheless are right, counts and positions too. Statistics of 0 channels are NaN."""
+    """Results that have elements are right, including counts and positions. Statistics of 0 channels are NaN."""
     dtypes = torch.float32, torch.bfloat16
     with every_case() as each:
         for n, sizes in enumerate(OPS[op].without_elements):

@@ -1,4 +1,4 @@
-"""What infinities and NaN reach, and numbers near the ends of float32's range: right inside stated bounds, loud outside."""
+"""Infinities and NaN, and values near the ends of float32's range: right within stated bounds, NaN beyond."""
 
 from __future__ import annotations
 
@@ -29,57 +29,58 @@ TENSORS, RESULTS = ("q", "k", "v", "do"), ("o", "dq", "dk", "dv")  # of attentio
 TOLERANCE = {torch.float32: 2e-5, torch.float64: 1e-12, torch.bfloat16: 0.03, torch.float16: 0.004}
 
 
-# Attention. Which results at which steps of the chunk a step's value may reach; all else must stay as it is.
-def reached(name, step, steps):
-    from_step, at_step, up_to_step, everywhere = steps >= step, steps == step, steps <= step, steps >= 0
+# Attention.
+def dependent_results(name, position, t):
+    """Masks of positions `t` of a chunk whose results depend on the value of `name` at `position`."""
+    later, same, earlier, everywhere = t >= position, t == position, t <= position, t >= 0
     nowhere = ~everywhere
     return {
-        "q": {"o": at_step, "dq": at_step, "dk": up_to_step, "dv": up_to_step},
-        "k": {"o": from_step, "dq": from_step, "dk": everywhere, "dv": everywhere},
-        "v": {"o": from_step, "dq": from_step, "dk": everywhere, "dv": nowhere},
-        "do": {"o": nowhere, "dq": at_step, "dk": up_to_step, "dv": up_to_step},
+        "q": {"o": same, "dq": same, "dk": earlier, "dv": earlier},
+        "k": {"o": later, "dq": later, "dk": everywhere, "dv": everywhere},
+        "v": {"o": later, "dq": later, "dk": everywhere, "dv": nowhere},
+        "do": {"o": nowhere, "dq": same, "dk": earlier, "dv": earlier},
     }[name]
 
 
 def with_values(tensor, places):
-    """The tensor with one number in each of these heads, {head: (step, number)}, replaced."""
+    """The tensor with one value replaced in some heads, {head: (row, value)}."""
     changed = tensor.detach().clone()
-    for head, (step, value) in places.items():
-        changed[0, step, head, 1] = value
+    for head, (row, value) in places.items():
+        changed[0, row, head, 1] = value
     return changed
 
 
-def assert_reaches_only_what_depends_on_it(run, case, do, clean, cached, name, places):
-    """run(case, do) gives the results, `clean` as they are. Of q, k, v or do `places` are replaced, as with_values says."""
+def assert_reaches_only_dependent_results(run, case, do, clean, cached, name, places):
+    """Compare run(case, do) after `places` of q, k, v or do are replaced (see with_values) with `clean` results."""
     if name == "do":
         dirty = run(case, with_values(do, places))
     else:
         dirty = run(case.with_tensors(**{name: with_values(case.tensors[name], places)}), do)
     C, tolerance = case.options["chunk_size"], TOLERANCE[case.dtype]
-    steps = cached + torch.arange(do.shape[1])
+    t = cached + torch.arange(do.shape[1])
     for head in range(do.shape[2]):
         found, expected = ({key: t[:, :, head] for key, t in results.items() if t.dim() == 4 and key in RESULTS}
                            for results in (dirty, clean))  # fmt: skip
         if head not in places:
             assert_all_close(found, expected, tolerance=tolerance)
             continue
-        step, value = places[head]
-        in_chunk = steps // C == steps[step] // C
-        for result, where in reached(name, steps[step], steps).items():
+        row, value = places[head]
+        in_chunk = t // C == t[row] // C
+        for result, where in dependent_results(name, t[row], t).items():
             kept = ~(in_chunk & where)
             assert_close(
                 found[result][:, kept], expected[result][:, kept],
-                tolerance=tolerance, name=f"{result} of steps of head {head} that do not depend on it",
+                tolerance=tolerance, name=f"{result} at positions of head {head} that do not depend on it",
             )  # fmt: skip
         if name == "v":
-            o, seen = found["o"][0], in_chunk & (steps >= steps[step])
+            o, seen = found["o"][0], in_chunk & (t >= t[row])
             assert not o[seen, 1].isfinite().any(), "a value that a row sees was lost"
             others = torch.arange(o.shape[-1]) != 1
             assert_close(o[:, others], expected["o"][0][:, others], tolerance=tolerance, name="other channels")
-        elif name in ("q", "k"):  # a product with it may also be the infinity that gives the weight 0
-            assert value == value or not found["o"][0, step].isfinite().any(), "NaN was lost"
+        elif name in ("q", "k"):  # a score may also be -inf, whose weight is 0
+            assert value == value or not found["o"][0, row].isfinite().any(), "NaN was lost"
         else:
-            assert not found["dq"][0, step].isfinite().all(), "a gradient was lost"
+            assert not found["dq"][0, row].isfinite().all(), "a gradient was lost"
 
 
 def run_op(case, do):
@@ -105,17 +106,17 @@ def attention_case(cached, L, K, V, C, dtype):
     return case
 
 
-def assert_every_place_reaches_only_what_depends_on_it(run, case, cached, steps, values):
-    """Each tensor with each step and with each value, each step with each value."""
+def assert_every_place_reaches_only_dependent_results(run, case, cached, rows, values):
+    """Try each tensor at each row; values take turns."""
     do = gradient_of_o(case)
     clean = run(case, do)
     with every_case() as each:
         for i, tensor in enumerate(TENSORS):
-            for j, step in enumerate(steps):
+            for j, row in enumerate(rows):
                 value = values[(i + j) % len(values)]
-                with each(tensor, step, value):
-                    places = {0: (step, value)}
-                    assert_reaches_only_what_depends_on_it(run, case, do, clean, cached, tensor, places)
+                with each(tensor, row, value):
+                    places = {0: (row, value)}
+                    assert_reaches_only_dependent_results(run, case, do, clean, cached, tensor, places)
 
 
 ATTENTION = {
@@ -130,24 +131,24 @@ ATTENTION = {
 @each_isa
 @pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
 @pytest.mark.parametrize("shape", ATTENTION.values(), ids=ATTENTION)
-def test_attention_passes_it_to_what_depends_on_it(shape, dtype, name):
+def test_attention_passes_values_on_to_dependent_results(shape, dtype, name):
     case, L = attention_case(**shape, dtype=dtype), shape["L"]
-    steps = sorted({0, 1, L // 3, L // 2 + 1, L - 2, L - 1})
+    rows = sorted({0, 1, L // 3, L // 2 + 1, L - 2, L - 1})
     with isa(name):
-        assert_every_place_reaches_only_what_depends_on_it(
-            run_op, case, shape["cached"], steps, (torch.nan, torch.inf, -torch.inf)
+        assert_every_place_reaches_only_dependent_results(
+            run_op, case, shape["cached"], rows, (torch.nan, torch.inf, -torch.inf)
         )
 
 
 @given(data=st.data())
-def test_attention_of_any_shape_passes_it_to_what_depends_on_it(data):
+def test_attention_of_random_shapes_passes_values_on_to_dependent_results(data):
     C = data.draw(st.sampled_from([2, 16, 17, 48, 64, 100, 200]))
     cached, L = data.draw(st.integers(0, C - 1)), data.draw(st.integers(1, 2 * C))
     K, V = (data.draw(st.sampled_from([2, 3, 16, 33, 64])) for _ in range(2))
     case = attention_case(cached, L, K, V, C, data.draw(st.sampled_from([torch.float32, torch.bfloat16])))
-    tensor, step, do = data.draw(st.sampled_from(TENSORS)), data.draw(st.integers(0, L - 1)), gradient_of_o(case)
-    places = {0: (step, torch.nan)}
-    assert_reaches_only_what_depends_on_it(run_op, case, do, run_op(case, do), cached, tensor, places)
+    tensor, row, do = data.draw(st.sampled_from(TENSORS)), data.draw(st.integers(0, L - 1)), gradient_of_o(case)
+    places = {0: (row, torch.nan)}
+    assert_reaches_only_dependent_results(run_op, case, do, run_op(case, do), cached, tensor, places)
 
 
 # Kernels on tensor cores of each width, kernels without, and the one for few queries; chunks end within tiles.
@@ -165,25 +166,25 @@ ON_CUDA = {
 @pytest.mark.parametrize("backend", DEVICES[1:], indirect=True)
 @pytest.mark.parametrize("tensor", ["v", *(pytest.param(name, marks=pytest.mark.slow) for name in ("q", "k", "do"))])
 @pytest.mark.parametrize(("shape", "dtype"), ON_CUDA.values(), ids=ON_CUDA)
-def test_attention_on_cuda_passes_it_to_what_depends_on_it(shape, dtype, tensor, backend):
-    """NaN in the middle of one head, infinity at the end of the other; all else as the reference has it."""
+def test_attention_on_cuda_passes_values_on_to_dependent_results(shape, dtype, tensor, backend):
+    """NaN in the middle of one head, infinity at the end of the other; all else equals the reference."""
     case, L = attention_case(**shape, dtype=dtype), shape["L"]
     do, places = gradient_of_o(case), {0: (L // 2 + 1, torch.nan), 1: (L - 1, torch.inf)}
     exact = evaluate(reference.chunked_attention, case.double(), lambda _, grad: do.double())
     clean = {name: value.to(dtype) for name, value in exact.items()}
-    assert_reaches_only_what_depends_on_it(run_op, case, do, clean, shape["cached"], tensor, places)
+    assert_reaches_only_dependent_results(run_op, case, do, clean, shape["cached"], tensor, places)
 
 
-def test_the_references_attention_passes_it_to_what_depends_on_it():
+def test_the_references_attention_passes_values_on_to_dependent_results():
     case = attention_case(5, 30, 4, 6, 16, torch.float64)
-    assert_every_place_reaches_only_what_depends_on_it(
+    assert_every_place_reaches_only_dependent_results(
         run_reference, case, 5, (0, 9, 10, 11, 20, 29), (torch.nan, torch.inf)
     )
 
 
 @each_isa
 def test_products_that_overflow_stay_with_their_pairs(name):
-    """dO v of a pair that does not see each other, of finite numbers."""
+    """dO v overflows for a query and a later key, which it does not see."""
     case = attention_case(0, 40, 4, 6, 64, torch.float32)
     do = randn(generator(1), 1, 40, 2, 6, dtype=torch.float32)
     do[:, :20] *= 1e25
@@ -202,7 +203,7 @@ def assert_cema_is_right(case, incoming=None):
 @each_isa
 @pytest.mark.parametrize("L", [1, 8, 400])
 @pytest.mark.parametrize("D", [3, 70])
-def test_cema_of_states_that_p_cannot_divide(D, L, name):
+def test_cema_of_states_whose_quotient_by_p_overflows(D, L, name):
     case = cema_case(B=2, L=L, D=D, N=4, state=True)
     tensors = {"p": case.tensors["p"] * 1e-11, "state": case.tensors["state"] * 1e30}
     with isa(name):
@@ -230,7 +231,7 @@ def test_cema_of_gradients_whose_sum_is_beyond_the_range(sequences, name):
         assert_cema_is_right(case.with_tensors(**tensors), incoming)
 
 
-def test_cema_in_place_runs_again_from_the_state_that_it_was_given():
+def test_cema_in_place_recomputes_from_its_initial_state():
     case = cema_case(B=2, L=40, D=5, N=4, state=True)
     tensors = case.tensors | {"p": case.tensors["p"] * 1e-11, "state": case.tensors["state"] * 1e30}
     y, state = torch.empty_like(tensors["x"]), tensors["state"].clone()
@@ -242,8 +243,8 @@ def test_cema_in_place_runs_again_from_the_state_that_it_was_given():
 
 
 @given(data=st.data())
-def test_cema_wherever_its_own_numbers_are_in_range(data):
-    """h, g, y, the gradients and the terms of their sums are in range; quotients like h / p need not be."""
+def test_cema_while_results_are_in_range(data):
+    """h, g, y, gradients and the terms of their sums are in range; quotients like h / p may overflow."""
     x, p, gamma, dy, state = (data.draw(st.integers(low, high)) for low, high in
                               [(-30, 36), (-30, 0), (-30, 30), (-30, 36), (-30, 34)])  # fmt: skip
     h = max(x + p, state)
@@ -261,7 +262,7 @@ def test_cema_wherever_its_own_numbers_are_in_range(data):
 @pytest.mark.parametrize("backend", DEVICES[1:], indirect=True)
 @given(data=st.data())
 def test_cema_on_cuda_within_its_bounds(backend, data):
-    """States of up to 1e15, inputs of up to 1e38 / n^2, where p is above 2^-32; any phase."""
+    """States up to 1e15, inputs up to 1e38 / n^2, p above 2^-32, all phases."""
     L, p, phase = (
         data.draw(st.sampled_from(values)) for values in ([66, 130], [2.0**-28, 1e-5, 1.0], [0.0, 1e-20, 1e-6, 3.0])
     )
@@ -278,8 +279,7 @@ SCALES = [1e-36, 1e-30, 1e-21, 1e-12, 1.0, 1e12, 1e19, 1e21, 1e30, 1e36]
 
 
 @every_backend
-def test_normalized_qk_of_any_size(backend):
-    """Each size of numbers with each K and each eps."""
+def test_normalized_qk_of_every_scale(backend):
     with every_case() as each:
         for i, scale in enumerate(SCALES):
             for K, eps in (((6, 0.0), (130, 1e-5)), ((6, 1e-5), (130, 0.0)))[i % 2]:
@@ -289,8 +289,8 @@ def test_normalized_qk_of_any_size(backend):
 
 
 @every_backend
-def test_normalized_qk_of_any_size_in_float64(backend):
-    """Powers of two, which change no digit of what does not depend on the size."""
+def test_normalized_qk_of_every_scale_in_float64(backend):
+    """Scaling z by a power of two changes no digit, as eps is 0."""
     case = normalized_qk_case(B=1, L=3, K=6, eps=0.0, dtype=torch.float64)
     expected = evaluate(mo.normalized_qk, case)
     for size in (2.0**-900, 2.0**900):
@@ -300,7 +300,7 @@ def test_normalized_qk_of_any_size_in_float64(backend):
 
 @each_isa
 @pytest.mark.parametrize("norm", ["layer_norm", "rms_norm"])
-def test_norms_of_rows_of_any_size(norm, name):
+def test_norms_of_rows_of_every_scale(norm, name):
     with every_case() as each, isa(name):
         for D, scale, eps in itertools.product((7, 300), SCALES, (0.0, 1e-5)):
             with each(D, scale, eps):
@@ -326,10 +326,10 @@ def assert_norm_is_right(norm, D, scale, eps):
 @every_backend
 @given(data=st.data())
 def test_timestep_norm_within_its_bounds(backend, data):
-    """Spreads from 1e-18 (with eps 0; any with eps 1e-5) to 1e19 divided by the channels of a group."""
+    """With eps 0, standard deviations from 1e-18 to 1e19 divided by the channels of a group."""
     G, width = data.draw(st.sampled_from([1, 3])), data.draw(st.sampled_from([2, 8, 17, 64]))
     exponent = data.draw(st.floats(-18, 19))
-    std = min(10.0**exponent, 1e19 / width) / 4  # normal values of 4 times std are rare
+    std = min(10.0**exponent, 1e19 / width) / 4  # normal values beyond 4 std are rare
     case = timestep_norm_case(
         B=1, L=data.draw(st.sampled_from([1, 5, 40])), G=G, width=width, mean=0.0, std=std, eps=0.0
     )
@@ -353,7 +353,7 @@ def slow_poles():
     return cema_case(B=1, L=4500, D=2, N=2, radius=(1.0, 1.0), angle=(-0.01, 0.01), state=True)
 
 
-# CEMA without fused multiply-adds, where errors of one sign would add up.
+# Without fused multiply-adds, errors of one sign would add up.
 @every_backend
 def test_slow_poles_are_as_accurate_as_the_direct_form(backend):
     case, same, exact = slow_poles()

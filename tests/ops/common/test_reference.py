@@ -1,4 +1,4 @@
-"""The reference itself: its hand-derived backward against autograd, golden data of the released code, closed forms."""
+"""The reference: hand-derived backward against autograd, closed forms, random numbers."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ FLOAT64 = st.just(torch.float64)
 
 
 def explicit_gradients(case, incoming):
-    """The gradients of `<op>_bwd`, named as evaluate names those of autograd."""
+    """Gradients of `<op>_bwd`, with the names that `evaluate` gives."""
     op = OPS[case.op]
     backward = getattr(reference, f"{case.op}_bwd")
     inputs = [case.tensors[name] for name in op.tokens + op.parameters]
@@ -86,7 +86,7 @@ def test_cema_is_a_convolution():
 
 
 def test_timestep_norm_is_group_norm_of_the_prefix():
-    """Closed form: statistics over all channels of the group and all steps so far."""
+    """Closed form: statistics over all channels of the group and all positions so far."""
     case = timestep_norm_case(B=2, L=20, G=3, width=4, dtype=torch.float64, eps=1e-3)
     x, weight, bias = case.tensors.values()
     for t in range(20):

@@ -1,4 +1,4 @@
-"""What the bindings check of a tensor's memory before a kernel reads or writes it."""
+"""Checks of a tensor's memory in the bindings."""
 
 import pytest
 import torch
@@ -22,7 +22,7 @@ def resized_away(*shape: int, offset: int = 0) -> Tensor:
 
 
 @pytest.mark.parametrize("offset", [0, 5])
-def test_a_storage_that_was_resized_away_is_not_read(offset):
+def test_a_tensor_without_storage_is_not_read(offset):
     x, zeros = torch.ones(1, 4, 8), torch.zeros(8)
     away = resized_away(8, offset=offset)
     assert_refuses(ValueError, "timestep_norm", "bias", lambda: mo.timestep_norm(x, zeros, away, num_groups=2))
@@ -30,7 +30,7 @@ def test_a_storage_that_was_resized_away_is_not_read(offset):
         assert_refuses(ValueError, "linear", "bias", lambda: linear.linear(x, torch.ones(8, 8), away))
 
 
-def test_a_shape_that_is_no_tuple_is_refused():
+def test_a_shape_that_is_not_a_tuple_is_refused():
     zeros = torch.zeros(8).as_subclass(ListShape)
     x = torch.ones(1, 4, 8)
     assert_refuses(ValueError, "timestep_norm", "weight", lambda: mo.timestep_norm(x, zeros, zeros, num_groups=2))
@@ -44,7 +44,7 @@ def test_a_state_that_is_written_in_place_shares_no_memory(overlapping):
     tensors = {"k": k, "v": apart, "position": torch.ones(1, dtype=torch.int64)}
     tokens = [torch.ones(1, 1, H, K) for _ in range(3)]
     options = {"chunk_size": C, "inplace_state": True, "return_state": True}
-    _, state = mo.chunked_attention(*tokens, state=mo.AttentionState(**tensors), **options)  # neighbours are apart
+    _, state = mo.chunked_attention(*tokens, state=mo.AttentionState(**tensors), **options)  # adjacent, without overlap
     assert state.position == 2
     inside = {"position": memory[4:6].view(torch.int64), "v": memory[4 : 4 + C * H * K].view(1, C, H, K)}
     before = memory.clone()

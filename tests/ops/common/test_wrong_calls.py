@@ -1,7 +1,6 @@
-"""Wrong calls: each argument of each public function, with what it cannot take, gets an error in the house's words.
+"""Wrong arguments of public functions: each gets an error of the form "function: `argument` must be ..., got ...".
 
-The words are "function: `argument` must be what was expected, got what came": neither torch's, nor those of a Python
-attribute or comparison that happened to fail. A number of NumPy's is as good as one of Python's.
+The error is neither torch's nor that of a Python attribute or comparison. NumPy numbers are accepted like Python's.
 """
 
 from __future__ import annotations
@@ -35,14 +34,14 @@ from megalodon_ops.training.run_checkpoint import load_any, load_checkpoint, sav
 
 @dataclass(frozen=True)
 class Call:
-    """A call that works, and for each argument what it does not take: values, or functions that spoil the right one."""
+    """A valid call, and for each argument wrong values, or functions that spoil the right value."""
 
     function: Callable[..., Any]
     arguments: dict[str, Any]
     wrong: dict[str, dict[str, Any]]
     name: str = ""
-    speakers: tuple[str, ...] = ()  # ops that the function is made of, which may also name a wrong shape
-    numbers: dict[str, Any] = field(default_factory=dict)  # arguments as NumPy's numbers
+    inner_names: tuple[str, ...] = ()  # ops called by the function, whose name an error may give
+    numbers: dict[str, Any] = field(default_factory=dict)  # arguments as NumPy numbers
 
     @property
     def op(self) -> str:
@@ -90,7 +89,7 @@ NO_TOKENS = {
 
 
 def usual_call(op: Op) -> Call:
-    """A call of an op that takes and returns a state, from its case."""
+    """A call of an op that takes and returns a state."""
     case = op.case(lengths=[5, 2], **op.with_state)
     wrong = {name: COMPLEX_TENSOR if t.is_complex() else TENSOR for name, t in case.tensors.items()}
     wrong["state"] = {kind: value for kind, value in wrong["state"].items() if kind != "none"}
@@ -201,7 +200,7 @@ CALLS = {
         numbers=dict(eps=np.float64(1e-5)),
     ),
     "rms_norm on two devices": Call(
-        mo.rms_norm, dict(x=x, weight=torch.zeros(D)), dict(weight={"meta": REAL["meta"]}), speakers=("layer_norm",)
+        mo.rms_norm, dict(x=x, weight=torch.zeros(D)), dict(weight={"meta": REAL["meta"]}), inner_names=("layer_norm",)
     ),
     "cema_coefficients": Call(
         mo.cema_coefficients,
@@ -250,17 +249,17 @@ CALLS = {
         dict(tokens=tokens, state=model_state, lengths=lengths),
         dict(tokens=TOKENS, state=NO_MODEL_STATE, return_state=NO_FLAG, inplace_state=NO_FLAG, features=NO_FLAG,
              lengths=OPTIONAL_INTEGERS),
-        "Megalodon", speakers=("timestep_norm",),
+        "Megalodon", inner_names=("timestep_norm",),
     ),
     "features": Call(
         model.features,
         dict(tokens=tokens, state=model_state, lengths=lengths),
         dict(tokens=TOKENS, state=NO_MODEL_STATE, return_state=NO_FLAG, inplace_state=NO_FLAG, lengths=OPTIONAL_INTEGERS),
-        "Megalodon", speakers=("timestep_norm",),
+        "Megalodon", inner_names=("timestep_norm",),
     ),
     "forward of packed sequences": Call(
         model.forward, dict(tokens=tokens[:1], **packed), dict(cu_seqlens=OPTIONAL_INTEGERS), "Megalodon",
-        speakers=("timestep_norm",),
+        inner_names=("timestep_norm",),
     ),
     "loss": Call(
         model.loss,
@@ -268,7 +267,7 @@ CALLS = {
         dict(tokens=TOKENS, targets={**TOKENS, "shorter": SHAPES["shorter"]}, state=NO_MODEL_STATE, return_state=NO_FLAG,
              reduction={"none": None, "other": "median", "list": []}, ignore_index={**NO_NUMBER, "float": 1.0},
              lengths=OPTIONAL_INTEGERS),
-        "Megalodon", speakers=("timestep_norm", "linear_cross_entropy"), numbers=dict(ignore_index=np.int64(-100)),
+        "Megalodon", inner_names=("timestep_norm", "linear_cross_entropy"), numbers=dict(ignore_index=np.int64(-100)),
     ),
     "MegalodonEncoder": Call(
         mo.MegalodonEncoder,
@@ -287,16 +286,16 @@ CALLS = {
         encoder.forward,
         dict(inputs=tokens, lengths=lengths),
         dict(inputs=TOKENS, features=NO_FLAG, state={"a model's": model_state, **NO_TENSOR}, return_state=NO_FLAG, lengths=OPTIONAL_INTEGERS),
-        "MegalodonEncoder", speakers=("sequence_norm",),
+        "MegalodonEncoder", inner_names=("sequence_norm",),
     ),
     "encoder of numbers": Call(
         partial(encoder_of_numbers.forward, lengths=lengths), dict(inputs=x), dict(inputs=TENSOR), "MegalodonEncoder",
-        speakers=("sequence_norm",),
+        inner_names=("sequence_norm",),
     ),
     "pool": Call(
         mo.MegalodonEncoder.pool, dict(x=x, lengths=lengths),
         dict(x={k: w for k, w in TENSOR.items() if k not in ("longer", "shorter", "meta")}, lengths=OPTIONAL_INTEGERS),
-        "MegalodonEncoder.pool", speakers=("timestep_norm_end_state",),
+        "MegalodonEncoder.pool", inner_names=("timestep_norm_end_state",),
     ),
     "generate": Call(
         model.generate,
@@ -312,7 +311,7 @@ CALLS = {
                    "of floats": [1.0, 2.0], "tensor": torch.tensor([1, 2]), "nan": math.nan},
              padding={"none": None, "bool": True, "other": "both", "list": []},
              return_state=NO_FLAG, return_lengths=NO_FLAG),
-        speakers=("Megalodon", "timestep_norm"),
+        inner_names=("Megalodon", "timestep_norm"),
         numbers=dict(max_new_tokens=np.int64(2), temperature=np.float32(0), top_k=np.int64(3), top_p=np.float32(0.5),
                      min_p=np.float32(0.5), repetition_penalty=np.float64(1.5), stop_tokens=np.int64(3),
                      num_samples=np.int64(1)),
@@ -322,7 +321,7 @@ CALLS = {
         dict(prompt=tokens, lengths=lengths, max_new_tokens=2),
         dict(prompt=TOKENS, max_new_tokens={k: w for k, w in NO_SIZE.items() if k not in ("none", "zero")}, lengths=OPTIONAL_INTEGERS, temperature=NO_NUMBER, top_k={"zero": 0, "float": 2.0},
              stop_tokens=NO_TOKENS),
-        "generate", speakers=("Megalodon",),
+        "generate", inner_names=("Megalodon",),
         numbers=dict(temperature=np.float32(0.5), seed=np.int64(3)),
     ),
     "MegalodonState.fresh": Call(
@@ -346,7 +345,7 @@ CALLS = {
     ),
     "decoder": Call(
         decoder.__call__, dict(tokens=tokens[:, :1]), dict(tokens={k: w for k, w in TOKENS.items()}), "Decoder",
-        speakers=("Megalodon",),
+        inner_names=("Megalodon",),
     ),
     "wide_parameters": Call(mo.wide_parameters, dict(model=model), dict(model={"none": None, **NO_TENSOR})),
     "load_official": Call(
@@ -399,18 +398,19 @@ CALLS = {
     ),
     "SequenceNorm of x": Call(
         mo.SequenceNorm(D, num_groups=G).forward, dict(x=x), dict(x={**TENSOR, "wide": Tensor.double}), "SequenceNorm",
-        speakers=("sequence_norm",),
+        inner_names=("sequence_norm",),
     ),
     "TimestepNorm of x": Call(
         mo.TimestepNorm(D, num_groups=G).forward, dict(x=x), dict(x={**TENSOR, "wide": Tensor.double}), "TimestepNorm",
-        speakers=("timestep_norm",),
+        inner_names=("timestep_norm",),
     ),
     "ComplexEMA of x": Call(
-        mo.ComplexEMA(D, ndim=N).forward, dict(x=x), dict(x={**TENSOR, "wide": Tensor.double}), "ComplexEMA", speakers=("cema",)
+        mo.ComplexEMA(D, ndim=N).forward, dict(x=x), dict(x={**TENSOR, "wide": Tensor.double}), "ComplexEMA",
+        inner_names=("cema",),
     ),
     "MegalodonBlock of x": Call(
         model.layers[0].forward, dict(x=torch.randn(2, 5, TINY["model_dim"])), dict(x={**TENSOR, "wide": Tensor.double}),
-        "MegalodonBlock", speakers=("TimestepNorm", "timestep_norm"),
+        "MegalodonBlock", inner_names=("TimestepNorm", "timestep_norm"),
     ),
     "MegalodonBlock of an encoder": Call(
         encoder.layers[0].forward, dict(x=torch.randn(2, 5, TINY["model_dim"])),
@@ -421,12 +421,12 @@ CALLS = {
 
 
 def spoiled(call: Call, argument: str, wrong: Any) -> dict[str, Any]:
-    """The call's arguments, one of them wrong."""
+    """The call's arguments with one wrong value."""
     return {**call.arguments, argument: wrong(call.arguments[argument]) if inspect.isroutine(wrong) else wrong}
 
 
 @pytest.mark.parametrize("name", [name for name, call in CALLS.items() if call.arguments])
-def test_what_is_spoiled_works(name):
+def test_valid_calls_work(name):
     CALLS[name].function(**CALLS[name].arguments)
 
 
@@ -446,13 +446,13 @@ def assert_refused(call: Call, argument: str, wrong: Any, gradients: bool) -> No
     arguments = spoiled(call, argument, wrong)
     with torch.set_grad_enabled(gradients), pytest.raises((TypeError, ValueError, IndexError)) as caught:
         call.function(**arguments)
-    assert_house_words(str(caught.value), call, argument, wrong)
+    assert_error_form(str(caught.value), call, argument, wrong)
 
 
-def assert_house_words(message: str, call: Call, argument: str, wrong: Any) -> None:
-    speaker = "|".join((call.op, *call.speakers))
+def assert_error_form(message: str, call: Call, argument: str, wrong: Any) -> None:
+    names = "|".join((call.op, *call.inner_names))
     named = r"[\w.]+" if inspect.isroutine(wrong) else argument + r"(\.\w+)?"
-    assert re.fullmatch(rf"({speaker}): `{named}`.* (must|needs) .*, got .*\.", message, re.DOTALL), message
+    assert re.fullmatch(rf"({names}): `{named}`.* (must|needs) .*, got .*\.", message, re.DOTALL), message
     assert not re.search(r"NoneType|attribute|torch\.ops|megalodon_ops::|Expected|not supported between", message), (
         message
     )
@@ -460,7 +460,7 @@ def assert_house_words(message: str, call: Call, argument: str, wrong: Any) -> N
 
 
 @pytest.mark.parametrize("name", [name for name, call in CALLS.items() if call.numbers])
-def test_numbers_of_numpy_are_as_good_as_those_of_python(name):
+def test_numpy_numbers_are_accepted_like_pythons(name):
     call = CALLS[name]
     python = {argument: number.item() for argument, number in call.numbers.items()}
     expected = call.function(**{**call.arguments, **python})

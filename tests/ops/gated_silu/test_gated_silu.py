@@ -1,4 +1,4 @@
-"""gated_silu: values over all magnitudes, gradients, layouts, threads, what torch is left with."""
+"""gated_silu: values over all magnitudes, gradients, layouts, threads, fallback to torch."""
 
 from __future__ import annotations
 
@@ -57,17 +57,17 @@ def test_large_outputs_have_the_bits_of_small_ones(name, gated):
     """Outputs of 32 MiB and more are stored past the caches."""
     few = 4099
     x, value, dy = inputs(few, dtype=torch.float32)
-    inputs_of = (x, value if gated else None, dy)
-    which = torch.arange(1 << 23) % few
+    small_inputs = (x, value if gated else None, dy)
+    index = torch.arange(1 << 23) % few
     with isa(name):
-        large = results(gated_silu, *(t if t is None else t[which] for t in inputs_of))
-        small = results(gated_silu, *inputs_of)
+        large = results(gated_silu, *(t if t is None else t[index] for t in small_inputs))
+        small = results(gated_silu, *small_inputs)
     assert len(large) == (3 if gated else 2)
-    assert all(torch.equal(large[key], small[key][which]) for key in large)
+    assert all(torch.equal(large[key], small[key][index]) for key in large)
 
 
 def spread_over_magnitudes(dtype):
-    """Values of either sign and any exponent, more of them where the sigmoid bends."""
+    """Values of both signs and all exponents, more of them where the sigmoid bends."""
     gen = torch.Generator().manual_seed(0)
     info = torch.finfo(dtype)
     low, high = math.log2(info.tiny), math.log2(info.max)
@@ -90,8 +90,8 @@ def test_sigmoid_is_accurate_to_the_last_digits_at_every_magnitude(name, dtype):
     expected = torch.where(wide < 0, wide * (wide.exp() / (1 + wide.exp())), wide / (1 + (-wide).exp()))
     sigmoid_vanishes = torch.sigmoid(wide) < torch.finfo(real).tiny
     eps, least = torch.finfo(dtype).eps, torch.finfo(dtype).smallest_normal
-    # An ulp is at most eps of the value; below the smallest normal number the spacing is fixed. What is expected in
-    # float64 has an error of its own.
+    # An ulp is at most eps of the value; below the smallest normal number the spacing is fixed. The expected value in
+    # float64 has an error, too.
     ulps = {torch.float32: 3, torch.float64: 6}.get(dtype, 0.5)
     bound = (ulps * eps + 3 * torch.finfo(real).eps * (ulps < 1)) * expected.abs() + 0.5 * eps * least
     assert ((found - expected).abs() <= bound)[~sigmoid_vanishes].all()
@@ -115,8 +115,8 @@ def test_gradients_equal_the_explicit_backward():
     found = results(reference.gated_silu, x, value, dy)
     dx, dvalue = reference.gated_silu_bwd(dy, x, value)
     torch.testing.assert_close((dx, dvalue), (found["dx"], found["dvalue"]), rtol=1e-13, atol=1e-13)
-    alone, nothing = reference.gated_silu_bwd(dy, x)
-    torch.testing.assert_close(alone, results(reference.gated_silu, x, None, dy)["dx"], rtol=1e-13, atol=1e-13)
+    ungated, nothing = reference.gated_silu_bwd(dy, x)
+    torch.testing.assert_close(ungated, results(reference.gated_silu, x, None, dy)["dx"], rtol=1e-13, atol=1e-13)
     assert nothing is None
 
 
@@ -153,7 +153,7 @@ def test_opcheck_and_compile():
     assert all(torch.equal(compiled[key], grad) for key, grad in results(gated_silu, x, value, dy).items())
 
 
-def test_what_torch_is_left_with(monkeypatch):
+def test_fallback_to_torch(monkeypatch):
     x, value = inputs(2, 5, dtype=torch.float32, count=2)
     expected = gated_silu(x, value)
     assert gated_silu(x.to("meta"), value.to("meta")).shape == x.shape

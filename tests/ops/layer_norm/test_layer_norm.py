@@ -1,4 +1,4 @@
-"""layer_norm and rms_norm: values, gradients, hard values, layouts, threads, what torch is left with."""
+"""layer_norm and rms_norm: values, gradients, hard values, layouts, threads, fallback to torch."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ pytestmark = pytest.mark.usefixtures("poisoned_memory")
 
 
 def inputs(norm, *shape, dtype=torch.float64, mean=0.5, std=1.0):
-    """x, weight, bias where the norm has one; and dy."""
+    """x, weight and bias, if the norm has one; dy."""
     gen = torch.Generator().manual_seed(0)
     real = torch.float64 if dtype == torch.float64 else torch.float32
     x, dy = (torch.randn(shape, generator=gen, dtype=torch.float64) for _ in range(2))
@@ -55,13 +55,13 @@ def assert_matches_the_reference(norm, tensors, dy, **scale):
 @each_isa
 @each_norm
 def test_results_and_gradients_match_the_reference(norm, name):
-    """Each width in each dtype, each of these with each number of rows."""
+    """Each width in each dtype; numbers of rows take turns."""
     with every_case() as each, isa(name):
         for (i, width), (j, dtype) in itertools.product(enumerate(WIDTHS), enumerate(DTYPES)):
             rows = (1, 5, 67)[(i + j) % 3]
             with each(rows, width, dtype):
                 tensors, dy = inputs(norm, rows, width, dtype=dtype)
-                # With one channel nothing is left: terms of size 1 / sqrt(eps) cancel.
+                # With one channel, dx is 0: terms of size 1 / sqrt(eps) cancel.
                 assert_matches_the_reference(norm, tensors, dy, terms=320.0 if width == 1 else 4.0)
 
 
@@ -71,12 +71,12 @@ def test_results_and_gradients_match_the_reference(norm, name):
 def test_large_outputs_have_the_bits_of_small_ones(norm, name, dtype, rows):
     """Outputs of 32 MiB and more are stored past the caches."""
     (x, *parameters), dy = inputs(norm, 67, 1024, dtype=dtype)
-    which = torch.arange(rows) % 67
+    index = torch.arange(rows) % 67
     with isa(name):
-        large = results(getattr(module, norm), [x[which], *parameters], dy[which])
+        large = results(getattr(module, norm), [x[index], *parameters], dy[index])
         small = results(getattr(module, norm), [x, *parameters], dy)
     for key in ("y", "dx"):
-        assert torch.equal(large[key], small[key][which])
+        assert torch.equal(large[key], small[key][index])
 
 
 @each_isa
@@ -193,7 +193,7 @@ def test_opcheck_and_compile(norm):
 
 @each_norm
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_what_torch_is_left_with(norm, dtype, monkeypatch):
+def test_fallback_to_torch(norm, dtype, monkeypatch):
     tensors, dy = inputs(norm, 6, 40, dtype=dtype)
     function = getattr(module, norm)
     expected = results(function, tensors, dy)
@@ -230,7 +230,6 @@ def test_errors():
 
 
 def test_layers_take_the_kernels(monkeypatch):
-    """The layers take no slower way of computing the norms."""
     from megalodon_ops.model.layers import LayerNorm, RMSNorm
 
     names = []

@@ -1,4 +1,4 @@
-"""linear: which way of computing it is taken, what is left to torch, and the switch."""
+"""linear: choice of the implementation, fallback to torch, environment variable."""
 
 from __future__ import annotations
 
@@ -18,23 +18,25 @@ from megalodon_ops.ops.linear import linear as module
 from megalodon_ops.ops.linear.linear import KernelChoice, choices, linear, linear_fwd
 
 
-def taken(monkeypatch) -> list[str]:
-    """The ops that are called from now on, by name."""
+def record_calls(monkeypatch) -> list[str]:
+    """Record the names of ops that linear calls from now on."""
     calls: list[str] = []
     for name in ("linear_few_rows", "linear_fwd"):
         monkeypatch.setattr(module, name, lambda *args, name=name: calls.append(name) or F.linear(*args))
     return calls
 
 
-def expected(way: KernelChoice, rows: int, size: int, gradients: bool) -> list[str]:
+def expected(choice: KernelChoice, rows: int, size: int, gradients: bool) -> list[str]:
     if gradients:
-        return ["linear_fwd"] if way.training_from is not None and size >= way.training_from else []
-    return ["linear_few_rows"] if rows <= way.few_rows_to else [] if way.many_rows_from is None else ["linear_fwd"]
+        return ["linear_fwd"] if choice.training_from is not None and size >= choice.training_from else []
+    if rows <= choice.few_rows_to:
+        return ["linear_few_rows"]
+    return [] if choice.many_rows_from is None else ["linear_fwd"]
 
 
 @pytest.mark.parametrize("gradients", [False, True])
 @pytest.mark.parametrize(
-    "way",
+    "choice",
     [
         KernelChoice(32),
         KernelChoice(32, 129, 33 * 24 * 40),
@@ -43,13 +45,13 @@ def expected(way: KernelChoice, rows: int, size: int, gradients: bool) -> list[s
     ],
     ids=["torch", "many rows", "AMX", "AMX, bfloat16"],
 )
-def test_which_way_is_taken(monkeypatch, way, gradients):
-    monkeypatch.setitem(module.CHOICES, torch.float32, way)
-    calls, weight = taken(monkeypatch), torch.randn(40, 24)
+def test_choice_of_the_op(monkeypatch, choice, gradients):
+    monkeypatch.setitem(module.CHOICES, torch.float32, choice)
+    calls, weight = record_calls(monkeypatch), torch.randn(40, 24)
     with torch.set_grad_enabled(gradients):
         for rows in (1, 8, 9, 15, 16, 32, 33, 200):
             linear(torch.randn(rows, 24), weight)
-            assert calls == expected(way, rows, rows * 24 * 40, gradients), rows
+            assert calls == expected(choice, rows, rows * 24 * 40, gradients), rows
             calls.clear()
         for rows, inner in ((0, 24), (16, 0)):
             linear(torch.randn(rows, inner), weight[:, :inner])
@@ -59,8 +61,8 @@ def test_which_way_is_taken(monkeypatch, way, gradients):
         assert not calls
 
 
-def test_ways_of_processors():
-    """Each row of the table once, as the docstring of `linear` tells it."""
+def test_choices_by_processor():
+    """One case for each row of the table in the docstring of `linear`."""
     float32, bfloat16, float16, float64 = torch.float32, torch.bfloat16, torch.float16, torch.float64
     for isa, mkl_is_slow, has_many, worth_of_bfloat16 in [
         ("generic", False, set(), None),
@@ -73,14 +75,14 @@ def test_ways_of_processors():
         ("v4_amx", False, {float32}, 1 << 26),
     ]:
         table = choices(isa, mkl_is_slow)
-        assert {dtype for dtype, way in table.items() if way.many_rows_from is not None} == has_many
+        assert {dtype for dtype, choice in table.items() if choice.many_rows_from is not None} == has_many
         assert table[bfloat16].training_from == worth_of_bfloat16 and table[float64] == KernelChoice(32)
         assert table[float16].casts_here == (float16 in has_many) and table[float32].casts_here is False
         assert table[bfloat16].casts_here == (isa in ("v2", "v3", "v4"))
 
 
 @torch.no_grad()
-def test_which_kernel_is_taken(monkeypatch):
+def test_choice_of_the_kernel(monkeypatch):
     launched: list[str] = []
     monkeypatch.setattr(module, "launch", lambda name, *args: launched.append(name) or getattr(_C, name)(*args))
     monkeypatch.setitem(module.CHOICES, torch.float32, KernelChoice(32, 129, 1))
@@ -93,18 +95,18 @@ def test_which_kernel_is_taken(monkeypatch):
 
 @torch.no_grad()
 @pytest.mark.parametrize("casts", [False, True])
-def test_when_autocast_without_gradients_takes_the_kernel(monkeypatch, casts):
+def test_autocast_without_gradients_may_take_the_kernel(monkeypatch, casts):
     monkeypatch.setitem(module.CHOICES, torch.bfloat16, KernelChoice(32, 64, 1, casts))
-    calls, x, weight = taken(monkeypatch), torch.randn(64, 24), torch.randn(40, 24)
+    calls, x, weight = record_calls(monkeypatch), torch.randn(64, 24), torch.randn(40, 24)
     with torch.autocast("cpu", torch.bfloat16):
         assert linear(x, weight).dtype == linear(x[:63], weight).dtype == torch.bfloat16
     assert calls == ["linear_fwd"] * casts
 
 
 @torch.no_grad()
-def test_what_torch_is_left_with(monkeypatch):
+def test_fallback_to_torch(monkeypatch):
     monkeypatch.setattr(module, "CHOICES", choices("generic", mkl_is_slow=True))
-    calls, x, weight = taken(monkeypatch), torch.randn(33, 24), torch.randn(40, 24)
+    calls, x, weight = record_calls(monkeypatch), torch.randn(33, 24), torch.randn(40, 24)
     for dtype in (torch.bfloat16, torch.float64):
         assert linear(x.to(dtype), weight.to(dtype)).dtype == dtype
     assert linear(x[:0], weight).shape == (0, 40)
@@ -117,7 +119,7 @@ def test_what_torch_is_left_with(monkeypatch):
 
 
 class Doubled(torch.Tensor):
-    """Twice what it wraps, as a quantised weight is something else than what it stores."""
+    """Twice the tensor that it wraps: like a quantised weight, its value is not what it stores."""
 
     @classmethod
     def __torch_dispatch__(cls, func, types, args=(), kwargs=None):
@@ -138,7 +140,7 @@ def test_tensors_of_other_types_are_left_to_torch(rows, gradients):
 
 
 class ReadsOn(torch.autograd.Function):
-    """F.linear as torch 2.13 computes it with AMX: what follows each row, up to a multiple of 32 numbers, counts times 0."""
+    """F.linear as torch 2.13 computes it with AMX: it reads rows up to a multiple of 32 numbers, with weight 0."""
 
     @staticmethod
     def product(x, weight):
@@ -172,7 +174,7 @@ def in_nan(t):
 
 @pytest.mark.parametrize("product", [F.linear, reading_on], ids=["torch's", "AMX's"])
 @pytest.mark.parametrize("gradients", [False, True])
-def test_what_lies_between_rows_is_not_read(monkeypatch, product, gradients):
+def test_memory_between_rows_is_not_read(monkeypatch, product, gradients):
     if product is reading_on:
         monkeypatch.setattr(module, "_READS_ON", True)
         monkeypatch.setattr(module, "CHOICES", choices("v4_amx", mkl_is_slow=False))
@@ -196,7 +198,7 @@ def test_what_lies_between_rows_is_not_read(monkeypatch, product, gradients):
 
 
 def imported_again(monkeypatch, variable):
-    """The module as a process with this variable has it, but for the ops, which torch takes once."""
+    """Import the module with this environment variable, without defining its ops again."""
     monkeypatch.setenv("MEGALODON_OPS_LINEAR", variable)
     monkeypatch.setattr(library, "define_op", lambda *_, **__: None)
     spec = importlib.util.spec_from_file_location("megalodon_ops.ops.linear.linear_again", module.__file__)
@@ -205,19 +207,19 @@ def imported_again(monkeypatch, variable):
     return again
 
 
-def test_variable_leaves_all_to_torch(monkeypatch):
+def test_environment_variable_keeps_torch(monkeypatch):
     assert imported_again(monkeypatch, "torch").CHOICES == {}
     assert imported_again(monkeypatch, "auto").CHOICES == module.CHOICES
 
 
-def test_a_wrong_choice_is_refused(monkeypatch):
+def test_a_wrong_environment_variable_is_refused(monkeypatch):
     with pytest.raises(ImportError, match="megalodon_ops: MEGALODON_OPS_LINEAR must be auto or torch, got blas"):
         imported_again(monkeypatch, "blas")
 
 
 @pytest.mark.parametrize(("vendor", "mkl", "expected"), [("GenuineIntel", True, False), ("AuthenticAMD", True, True),
                                                          ("AuthenticAMD", False, False)])  # fmt: skip
-def test_mkl_is_slow_on_other_makers_processors(monkeypatch, tmp_path, vendor, mkl, expected):
+def test_mkl_is_slow_on_processors_of_other_vendors(monkeypatch, tmp_path, vendor, mkl, expected):
     cpuinfo = tmp_path / "cpuinfo"
     cpuinfo.write_text(f"vendor_id : {vendor}\n")
     monkeypatch.setattr(module, "_CPUINFO", cpuinfo)

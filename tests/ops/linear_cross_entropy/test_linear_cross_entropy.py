@@ -1,4 +1,4 @@
-"""linear_cross_entropy: that blocks give torch's cross-entropy of all logits, and never hold all logits."""
+"""linear_cross_entropy: blocks give torch's cross-entropy and never hold all logits."""
 
 from __future__ import annotations
 
@@ -16,19 +16,19 @@ from megalodon_ops.ops.linear_cross_entropy.linear_cross_entropy import linear_c
 
 D, V = 24, 150
 DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
-ROWS = 64  # of the smallest block: three slabs of the weight's gradient
+ROWS = 64  # tokens of the smallest block: three slabs of the weight's gradient
 REDUCTIONS = ["mean", "sum", "none"]
 
 
 @pytest.fixture
 def small_blocks(monkeypatch):
-    """Blocks of 64 tokens, however few logits there are."""
+    """Blocks of 64 tokens, also for few logits."""
     monkeypatch.setattr(module, "_CPU_BLOCK", 1)
 
 
 @pytest.fixture(params=["kernel", "torch"])
 def either(request, monkeypatch):
-    """The kernel of a block, and what other devices take instead."""
+    """The kernel of a block, and the torch code of other devices."""
     if request.param == "torch":
         monkeypatch.setattr(module, "has_cpu_kernel", lambda tensor: False)
 
@@ -47,7 +47,7 @@ def expected_loss(hidden, weight, targets, **options):
 
 
 def results(function, hidden, weight, targets, **options):
-    """The loss and its gradients; those of "none" for losses weighted each by itself."""
+    """The loss and its gradients; losses of "none" have different weights."""
     loss = function(hidden, weight, targets, **options)
     scales = torch.linspace(-1, 2, loss.numel(), dtype=loss.dtype).reshape(loss.shape) if loss.dim() else 3.0
     dhidden, dweight = torch.autograd.grad((loss * scales).sum(), (hidden, weight))
@@ -125,7 +125,7 @@ def test_kernel_of_a_block(name, dtype, classes, monkeypatch):
 @each_isa
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_logits_that_are_not_finite(name, dtype):
-    """As torch has it: minus infinity is a class that cannot be, all else gives NaN."""
+    """As in torch: a logit of minus infinity has probability 0; other non-finite logits give NaN."""
     inf, nan = float("inf"), float("nan")
     rows = [[0, -inf, 1], [-inf, 2, -inf], [inf, 0, 0], [-inf] * 3, [nan, 0, 0], [0, 0, nan], [3e4, -3e4, 0]]
     logits, index = torch.tensor(rows, dtype=dtype), torch.tensor([0, 1, 0, 0, 1, 0, 0])
@@ -159,7 +159,7 @@ def test_float16_gradients_under_a_loss_scale_do_not_vanish(small_blocks):
     weight = torch.randn(V, D, generator=torch.Generator().manual_seed(0)).mul(1e-4).half()
     exact = hidden.detach().double().requires_grad_()
     (wanted,) = torch.autograd.grad(expected_loss(exact, weight.double(), targets), exact)
-    assert wanted.abs().max() < 1e-5  # of which float16 keeps a digit or two
+    assert wanted.abs().max() < 1e-5  # float16 keeps a digit or two of these
     (found,) = torch.autograd.grad(65536 * linear_cross_entropy(hidden, weight, targets), hidden)
     assert (found.double() / 65536 - wanted).norm() < 2e-3 * wanted.norm()
 
@@ -178,7 +178,7 @@ def test_ignored_targets(ignore_index, reduction, small_blocks):
 
 @pytest.mark.parametrize("reduction", REDUCTIONS)
 @pytest.mark.parametrize("T", [0, ROWS + 1])
-def test_nothing_counts(T, reduction, small_blocks):
+def test_no_targets(T, reduction, small_blocks):
     tensors = inputs(T, ignored=T)
     found = results(linear_cross_entropy, *tensors, reduction=reduction)
     torch.testing.assert_close(found, results(expected_loss, *tensors, reduction=reduction), equal_nan=True)
@@ -194,7 +194,7 @@ def test_no_channels(reduction, small_blocks):
 
 
 @pytest.mark.parametrize("reduction", REDUCTIONS)
-def test_any_shape_strides_and_integers(reduction, small_blocks):
+def test_batches_strides_and_integer_types(reduction, small_blocks):
     hidden, weight, targets = inputs(4 * ROWS)
     strided = hidden.detach().reshape(4, ROWS, D).transpose(0, 1).requires_grad_()
     index = targets.reshape(4, ROWS).t().int()
@@ -209,7 +209,7 @@ def test_any_shape_strides_and_integers(reduction, small_blocks):
 
 
 class Largest(TorchDispatchMode):
-    """Records how many elements the largest tensor has that any operation returns, those within our ops included."""
+    """Record the number of elements of the largest tensor that an operation returns, also inside our ops."""
 
     KERNELS = {module.linear_cross_entropy_fwd: module._fwd, module.linear_cross_entropy_sum: module._sum}
 
@@ -257,8 +257,8 @@ def test_never_holds_all_logits(reduction, small_blocks):
     assert seen.elements <= bound and seen.kernels == [module.linear_cross_entropy_fwd]
 
 
-def test_few_logits_are_kept(monkeypatch):
-    """With gradients, logits of a quarter of hidden's size or less are kept; without, one block at most."""
+def test_few_logits_are_saved(monkeypatch):
+    """With gradients, logits are saved if at most a quarter of hidden's size; without, if they are one block."""
     monkeypatch.setattr(module, "_CPU_BLOCK", ROWS * V)
     hidden, weight, targets = torch.randn(2 * ROWS, 4 * V), torch.randn(V, 4 * V), torch.zeros(2 * ROWS).long()
     assert largest(linear_cross_entropy, hidden, weight, targets, backward=False).kernels
@@ -329,7 +329,7 @@ def test_compiles_to_one_graph(reduction, blocks, monkeypatch):
 def test_opcheck(small_blocks):
     hidden, weight, targets = inputs(ROWS + 1, torch.float32, ignored=4)
     torch.library.opcheck(module.linear_cross_entropy_fwd, (hidden, weight, targets, -100))
-    scales, frozen = torch.ones(ROWS + 1), [t.detach() for t in (hidden, weight)]  # its gradients have no gradients
+    scales, frozen = torch.ones(ROWS + 1), [t.detach() for t in (hidden, weight)]  # no second derivatives
     for wants in ((True, True), (True, False), (False, True)):
         torch.library.opcheck(module.linear_cross_entropy_sum, (*frozen, targets.clamp(min=0), scales, *wants))
 

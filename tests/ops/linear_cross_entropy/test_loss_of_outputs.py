@@ -1,4 +1,4 @@
-"""Megalodon.loss of an output module that somebody has changed: that it is the cross-entropy of the model's logits."""
+"""Megalodon.loss with a modified output module is the cross-entropy of the model's logits."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ B, L, V, D = 3, 45, TINY["vocab_size"], TINY["model_dim"]
 
 
 class Adapter(nn.Module):
-    """A low-rank adapter as fine-tuning libraries put it in the place of a layer."""
+    """A low-rank adapter that replaces a layer, as in fine-tuning libraries."""
 
     def __init__(self, layer: nn.Module) -> None:
         super().__init__()
@@ -94,10 +94,10 @@ def loss_and_gradients(function, model, **options):
     return found.detach(), {name: parameter.grad for name, parameter in model.named_parameters()}
 
 
-@pytest.mark.parametrize(("steps", "reduction"), [(L, "mean"), (7, "sum"), (7, "none")])
+@pytest.mark.parametrize(("columns", "reduction"), [(L, "mean"), (7, "sum"), (7, "none")])
 @pytest.mark.parametrize("change", CHANGES)
-def test_is_the_cross_entropy_of_the_logits(change, steps, reduction, monkeypatch):
-    monkeypatch.setattr(loss, "_CPU_BLOCK", B * V * steps)
+def test_is_the_cross_entropy_of_the_logits(change, columns, reduction, monkeypatch):
+    monkeypatch.setattr(loss, "_CPU_BLOCK", B * V * columns)
     model, tokens, targets = tiny_model(), tokens_of(B, L), tokens_of(B, L + 1)[:, 1:].clone()
     targets[0, 3:19] = -100
     plain = model.loss(tokens, targets, reduction=reduction)
@@ -115,23 +115,23 @@ def test_is_the_cross_entropy_of_the_logits(change, steps, reduction, monkeypatc
         torch.testing.assert_close(model.loss(tokens, targets, reduction=reduction), wanted, rtol=1e-12, atol=1e-12)
 
 
-def test_only_an_output_as_it_was_made_is_plain(monkeypatch):
+def test_only_an_unmodified_output_is_plain(monkeypatch):
     assert is_plain_linear(tiny_model().output.output) and is_plain_linear(Linear(3, 4))
     for change in CHANGES:
         model = tiny_model()
         change(model.output)
-        assert is_plain_linear(model.output.output) == (change is biased)  # whose bias is for the caller to see
+        assert is_plain_linear(model.output.output) == (change is biased)  # the caller checks the bias
     handle = nn.modules.module.register_module_forward_hook(lambda module, args, y: None)
-    assert is_plain_linear(Linear(3, 4))  # a hook of all modules only looks on
+    assert is_plain_linear(Linear(3, 4))  # a global hook changes nothing
     handle.remove()
     monkeypatch.setattr(Linear, "forward", lambda self, x: x)
     assert not is_plain_linear(Linear(3, 4))
 
 
 def test_a_changed_output_holds_the_logits_of_one_block(monkeypatch):
-    """Neither the forward keeps logits for the backward, nor does the backward hold those of two blocks."""
-    steps, sizes = 7, []
-    monkeypatch.setattr(loss, "_CPU_BLOCK", B * V * steps)
+    """The forward saves no logits for the backward; the backward holds those of one block at a time."""
+    columns, sizes = 7, []
+    monkeypatch.setattr(loss, "_CPU_BLOCK", B * V * columns)
     model = tiny_model()
     adapted(model.output)
     model.output.output.register_forward_hook(lambda module, args, logits: sizes.append(tuple(logits.shape)))
@@ -141,7 +141,7 @@ def test_a_changed_output_holds_the_logits_of_one_block(monkeypatch):
         found = model.loss(tokens, targets)
     assert not [shape for shape in kept if shape[-1:] == (V,) and shape.numel() > V]
     found.backward()
-    blocks = [(B, min(steps, L - start), V) for start in range(0, L, steps)]
+    blocks = [(B, min(columns, L - start), V) for start in range(0, L, columns)]
     assert sizes == blocks + blocks[::-1]
 
 

@@ -29,7 +29,7 @@ def test_angles_keep_their_digits_far_into_a_chunk(dtype, backend):
 
 
 def test_rotation_by_complex_numbers():
-    """Pairs (2i, 2i + 1) turn by pos * base^(-2i/K): the same through complex multiplication."""
+    """Pairs (2i, 2i + 1) rotate by pos * base^(-2i/K), here by complex multiplication."""
     case = normalized_qk_case(B=1, L=10, H=2, K=6, C=7, dtype=torch.float64, position=True)
     start = int(case.options["position"][0])
     unrotated = forward(mo.normalized_qk, case.with_options(chunk_size=1, position=None))

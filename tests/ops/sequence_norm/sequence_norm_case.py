@@ -14,7 +14,7 @@ from timestep_norm.timestep_norm_case import timestep_norm_case, timestep_norm_s
 
 
 def sequence_norm_case(**sizes: Any) -> Case:
-    """The inputs that `timestep_norm_case` has for these sizes."""
+    """Inputs of `timestep_norm_case`."""
     return replace(timestep_norm_case(**sizes), op="sequence_norm")
 
 

@@ -25,6 +25,6 @@ def test_sequence_norm_is_torchs_group_norm(G, implementation, backend):
 
 @pytest.mark.parametrize("backend", DEVICES, indirect=True)
 def test_a_mean_that_dwarfs_the_spread(backend):
-    """Statistics keep their digits, and the many steps of the second pass's state move neither of them."""
+    """Statistics keep their digits through both passes."""
     case = sequence_norm_case(B=2, L=70, G=2, width=8, mean=1e4, std=1e-2, lengths=[70, 33])
     assert_matches_reference(evaluate(mo.sequence_norm, case), case)

@@ -28,7 +28,7 @@ pytestmark = pytest.mark.usefixtures("poisoned_memory")
 @pytest.mark.parametrize("name", golden_config("timestep_norm"))
 @each_implementation
 def test_golden(name, implementation, backend):
-    """Rows with padding are packed: the released code skips masked steps wherever they are."""
+    """Rows with padding are packed, since the released code skips masked positions anywhere in a row."""
     t, config = golden_case("timestep_norm", name), golden_config("timestep_norm")[name]
     padding = t.get("padding_mask_true_is_pad", torch.zeros(t["x"].shape[:2], dtype=torch.uint8)).bool()
     kept = ~padding
@@ -55,7 +55,7 @@ def test_golden(name, implementation, backend):
 
 @with_references
 def hard_case(shape, values):
-    """The reference takes its statistics in float64, so an error of cancellation has no room here."""
+    """The reference computes statistics in float64, so the bounds leave no room for cancellation."""
     return timestep_norm_case(**SHAPES[shape], **HARD_VALUES[values])
 
 
@@ -77,10 +77,10 @@ def test_large_outputs_have_the_bits_of_small_ones(backend):
     dy[:, half:] = 0
     weight, bias = torch.randn(2, 1024, generator=generator(1))
     results = []
-    for steps in (2 * half, half):
-        leaf = x[:, :steps].clone().requires_grad_()
+    for L in (2 * half, half):
+        leaf = x[:, :L].clone().requires_grad_()
         y = mo.timestep_norm(leaf, weight, bias, num_groups=32)
-        y.backward(dy[:, :steps])
+        y.backward(dy[:, :L])
         results.append({"y": y.detach()[:, :half], "dx": leaf.grad[:, :half]})
     assert_bit_equal(*results)
 
@@ -96,7 +96,7 @@ def test_constant_input_gives_the_bias(dtype):
 
 @every_backend
 def test_bfloat16_results_round_as_torch_rounds(backend):
-    """With a gain of zero y is the bias: ties, denormals, infinities, NaNs, and what rounds up to infinity."""
+    """With a gain of zero, y is the bias: ties, denormals, infinities, NaNs, values that round up to infinity."""
     edges = torch.tensor([0x7F7F, 0x0000, 0x007F, 0x3F80, 0x7F80, 0x7FFF])
     bits = torch.cat([torch.arange(0, 0x8000, 5), edges]).repeat_interleave(4)
     low = torch.tensor([0x0001, 0x7FFF, 0x8000, 0x8001])[torch.arange(bits.numel()) % 4]
@@ -109,7 +109,7 @@ def test_bfloat16_results_round_as_torch_rounds(backend):
     assert torch.equal(y[~y.isnan()].view(torch.int16), expected[~y.isnan()].view(torch.int16))
 
 
-def test_what_a_fresh_state_holds_does_not_matter():
+def test_values_of_a_fresh_state_do_not_matter():
     case = timestep_norm_case(B=2, L=9, G=3, width=4)
     count, mean, var = torch.zeros(2, dtype=torch.int64), torch.full((2, 3), torch.nan), torch.full((2, 3), torch.inf)
     state = TimestepNormState(count, mean, var, torch.ones(2, 2, 3))
@@ -117,9 +117,9 @@ def test_what_a_fresh_state_holds_does_not_matter():
     assert torch.equal(mo.timestep_norm(**case.tensors, num_groups=3, state=state), expected)
 
 
-@pytest.mark.parametrize("steps", [10_000, pytest.param(100_000, marks=pytest.mark.slow)])
-def test_a_stream_of_single_steps_does_not_drift(steps):
-    x = (1e4 + 1e-2 * randn(generator(0), 1, steps, 4)).float()
+@pytest.mark.parametrize("L", [10_000, pytest.param(100_000, marks=pytest.mark.slow)])
+def test_a_stream_of_single_tokens_does_not_drift(L):
+    x = (1e4 + 1e-2 * randn(generator(0), 1, L, 4)).float()
     weight, bias, state = torch.zeros(4), torch.zeros(4), None
     with torch.inference_mode():
         for t in range(x.shape[1]):
@@ -135,7 +135,7 @@ def test_a_stream_of_single_steps_does_not_drift(steps):
 
 
 def test_a_residual_counts():
-    """The mean is mean + residual, also where the residual is less than half a unit in the mean's last place."""
+    """The mean is mean + residual, even if the residual is less than half a unit in the mean's last place."""
     case = timestep_norm_case(B=1, L=5, G=1, width=4, mean=1e4, std=1e-2, count=1000)
     residual = torch.tensor([[[4e-4], [0.0]]])
     exact = evaluate(mo.reference.timestep_norm, case.with_options(residual=residual).double())["y"]
@@ -147,7 +147,7 @@ def test_a_residual_counts():
 
 @every_backend
 def test_rows_of_a_state_are_those_of_its_sequences(backend):
-    """Each row of every tensor, the residual's, too, is what its sequence alone starts from and ends with."""
+    """Row s of each tensor, including the residual, is the state of sequence s."""
     case = timestep_norm_case(B=3, L=5, G=2, width=4, mean=1e4, std=1e-2, count=1000)
     x, weight, bias, mean, var = case.tensors.values()
     residual = torch.tensor([[4e-4], [2e-5]]) * uniform(generator(0), -1, 1, 3, 2, 2).float()

@@ -18,7 +18,7 @@ def timestep_norm_case(
     mean: float = 0.5, std: float = 1.0, eps: float = 1e-5, count: int | None = None,
     cu_seqlens: Sequence[int] | None = None, lengths: Sequence[int] | None = None,
 ) -> Case:  # fmt: skip
-    """G groups of `width` channels around `mean`; a state of about `count` steps if given."""
+    """G groups of `width` channels around `mean`; with `count`, a state of about as many positions."""
     gen, real, D = generator(seed), real_dtype(dtype), G * width
     tensors = {
         "x": (mean + std * randn(gen, B, L, D)).to(dtype),
@@ -33,7 +33,7 @@ def timestep_norm_case(
         options["count"] = count + torch.arange(S)
         halves = torch.stack([tensors["mean"], tensors["var"]], 1) * torch.finfo(real).eps / 2
         options["residual"] = halves * uniform(gen, -1, 1, S, 2, G).to(real)
-    rstd = 1 / max(eps, std**2 / 100 if width > 1 else 0.0) ** 0.5  # of a first step, whose variance may be small
+    rstd = 1 / max(eps, std**2 / 100 if width > 1 else 0.0) ** 0.5  # at a first position, whose variance may be small
     return Case("timestep_norm", tensors, options, dtype, terms=rstd, mean_terms=0.1 * std)
 
 
@@ -44,7 +44,7 @@ def timestep_norm_sizes(
     """Means that dwarf the spread; groups of one channel."""
     dtype = draw(dtypes)
     values = [(0.0, 1.0), (3.0, 0.5), (0.0, 30.0)]
-    if dtype == torch.float32:  # narrower types lose the spread; float64 has no better reference
+    if dtype == torch.float32:  # 16-bit types lose the spread; float64 has no better reference
         values += [(1e4, 1e-2), (-1e3, 1.0), (0.0, 1e-4)]
     mean, std = draw(st.sampled_from(values))
     return dict(
@@ -57,7 +57,7 @@ def timestep_norm_sizes(
 def timestep_norm_cases(
     draw: st.DrawFn, dtypes: st.SearchStrategy[torch.dtype] = DTYPES, kinds: tuple[str, ...] = KINDS
 ) -> Case:
-    """Fresh and old states."""
+    """Fresh states and states of long sequences."""
     return timestep_norm_case(
         **draw(timestep_norm_sizes(dtypes, kinds)), count=draw(st.sampled_from([None, 0, 1, 1000, 10**6])),
         eps=draw(st.sampled_from([1e-5, 1e-3])),
@@ -65,7 +65,7 @@ def timestep_norm_cases(
 
 
 def _with_state(tensors: Tensors, options: dict[str, Any]) -> dict[str, Any]:
-    """The options, with the state that the case has in parts."""
+    """The options, with a state put together from its parts."""
     options = dict(options)
     count, residual = options.pop("count", None), options.pop("residual", None)
     state = None if count is None else TimestepNormState(count, tensors["mean"], tensors["var"], residual)
@@ -78,7 +78,7 @@ def call(function, inputs: list, tensors: Tensors, options: dict[str, Any]) -> T
 
 
 def gradients(backward, case: Case, inputs: list, incoming: Tensors) -> Tensors:
-    """Of a sequence without steps and without a state, mean and var depend on nothing."""
+    """mean and var have no gradient for an empty sequence without a state."""
     given = [incoming.get(name) for name in ("y", "mean", "var")]
     grads = backward(*given, *inputs, **_with_state(case.tensors, case.options))
     return dict(zip(("dx", "dweight", "dbias", "dmean", "dvar"), grads, strict=True))

@@ -13,7 +13,7 @@ from timestep_norm.timestep_norm_case import timestep_norm_case, timestep_norm_s
 
 
 def timestep_norm_end_state_case(**sizes: Any) -> Case:
-    """The inputs that `timestep_norm_case` has for these sizes, less what only an output needs."""
+    """Inputs of `timestep_norm_case` without weight, bias and eps."""
     case = timestep_norm_case(**sizes)
     options = {name: value for name, value in case.options.items() if name != "eps"}
     return Case("timestep_norm_end_state", {"x": case.tensors["x"]}, options, case.dtype, mean_terms=case.mean_terms)
