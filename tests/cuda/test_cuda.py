@@ -1,4 +1,4 @@
-"""CUDA tensors on a GPU: dispatch, streams, devices, graphs, compilation, the model. Numbers: test_ops.py."""
+"""CUDA tensors on a GPU: dispatch, streams, devices, graphs, compilation, the model. Results: test_ops.py."""
 
 from __future__ import annotations
 
@@ -27,23 +27,23 @@ def to(device, values):
     return tree_map_only(torch.Tensor, lambda t: t.to(device), values)
 
 
-def moved(device: str, case: Case) -> Case:
+def case_on(device: str, case: Case) -> Case:
     return case.with_tensors(**to(device, case.tensors)).with_options(**to(device, case.options))
 
 
-def on(device: str, op: str, **sizes) -> Case:
-    return moved(device, BUILDERS[op](B=3, L=11, **WITH_STATE.get(op, {}), **sizes))
+def build_on(device: str, op: str, **sizes) -> Case:
+    return case_on(device, BUILDERS[op](B=3, L=11, **WITH_STATE.get(op, {}), **sizes))
 
 
 def run(op: str, case: Case):
-    """Outputs and gradients, given random incoming gradients."""
+    """Outputs and gradients for random incoming gradients."""
     device = next(iter(case.tensors.values())).device
     return evaluate(getattr(mo, op), case, lambda _, grad: grad.to(device))
 
 
 @pytest.fixture
 def no_synchronisation():
-    """Whatever waits for the GPU raises."""
+    """Waiting for the GPU raises an error."""
     torch.cuda.set_sync_debug_mode("error")
     yield
     torch.cuda.set_sync_debug_mode("default")
@@ -51,41 +51,41 @@ def no_synchronisation():
 
 @all_ops
 def test_results_are_on_the_device_and_equal_the_cpus(op):
-    found = run(op, on("cuda", op, dtype=torch.float64))
+    found = run(op, build_on("cuda", op, dtype=torch.float64))
     assert all(value.is_cuda for value in found.values())
-    assert_all_close(to("cpu", found), run(op, on("cpu", op, dtype=torch.float64)), tolerance=1e-10, terms=1.0)
+    assert_all_close(to("cpu", found), run(op, build_on("cpu", op, dtype=torch.float64)), tolerance=1e-10, terms=1.0)
 
 
-# What the emulator's sanitizers run as well, and a chunk of several tiles of the backward.
+# The cases of the emulator's sanitizers, and a chunk of several tiles of the backward.
 CASES = [*small_cases(), ("chunked_attention", {"B": 1, "L": 150, "K": 8, "V": 160, "C": 140, "scale": 8**-0.5})]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("op", sorted({op for op, _ in CASES}))
 def test_every_kernel_of_a_narrow_type_is_right(op, dtype):
-    """Within the bounds that the CPU's kernels keep; aligned or not. bench/gpu.sh runs these under compute-sanitizer."""
+    """Bounds as for CPU kernels; aligned or not. bench/gpu.sh runs this test under compute-sanitizer."""
     with every_case() as each:
         for options in (options for name, options in CASES if name == op):
             case = BUILDERS[op](dtype=dtype, **options)
             for shift in (0, 1):
                 with each(options, shift):
-                    found = to("cpu", run(op, shifted(moved("cuda", case), shift)))
+                    found = to("cpu", run(op, with_offset(case_on("cuda", case), shift)))
                     assert_matches_reference(found, case)
 
 
-def shifted(case: Case, elements: int) -> Case:
-    """The case with tensors that begin so many elements past an aligned address."""
+def with_offset(case: Case, elements: int) -> Case:
+    """The case with tensors that begin `elements` past an aligned address."""
 
-    def shift(tensor: torch.Tensor) -> torch.Tensor:
+    def copy_with_offset(tensor: torch.Tensor) -> torch.Tensor:
         room = tensor.new_empty(tensor.numel() + elements)[elements:]
         return room.view(tensor.shape).copy_(tensor)
 
-    return case.with_tensors(**{name: shift(tensor) for name, tensor in case.tensors.items()})
+    return case.with_tensors(**{name: copy_with_offset(tensor) for name, tensor in case.tensors.items()})
 
 
 @all_ops
 def test_a_call_does_not_wait_for_the_gpu(op, request):
-    case = on("cuda", op)
+    case = build_on("cuda", op)
     call = partial(evaluate, getattr(mo, op), case, lambda _, grad: torch.ones_like(grad, device="cuda"))
     call()
     request.getfixturevalue("no_synchronisation")
@@ -94,8 +94,8 @@ def test_a_call_does_not_wait_for_the_gpu(op, request):
 
 @all_ops
 def test_the_current_stream_is_used(op):
-    """The inputs are computed on a stream that is busy; nothing else orders the op after them."""
-    case = on("cuda", op)
+    """Inputs are computed late on the current stream, which alone orders the op after them."""
+    case = build_on("cuda", op)
     expected = run(op, case)
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
@@ -110,15 +110,15 @@ def test_the_current_stream_is_used(op):
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
 @all_ops
 def test_the_tensors_device_is_used(op):
-    expected = to("cpu", run(op, on("cuda:0", op)))
-    found = run(op, on("cuda:1", op))
+    expected = to("cpu", run(op, build_on("cuda:0", op)))
+    found = run(op, build_on("cuda:1", op))
     assert all(value.device == torch.device("cuda:1") for value in found.values())
     assert_bit_equal(to("cpu", found), expected)
 
 
 @pytest.mark.parametrize("op", [op for op in OPS if OPS[op].parameters or len(OPS[op].tokens) > 1])
 def test_tensors_on_two_devices_are_refused(op):
-    case = on("cuda", op)
+    case = build_on("cuda", op)
     first, *_ = OPS[op].parameters or OPS[op].tokens[1:]
     with pytest.raises((ValueError, RuntimeError), match="device|cuda"):
         forward(getattr(mo, op), case.with_tensors(**{first: case.tensors[first].cpu()}))
@@ -127,7 +127,7 @@ def test_tensors_on_two_devices_are_refused(op):
 @all_ops
 def test_compiles_into_one_graph(op):
     torch.compiler.reset()
-    case = on("cuda", op)
+    case = build_on("cuda", op)
     compiled = torch.compile(getattr(mo, op), fullgraph=True, backend="aot_eager")
     outputs = forward(getattr(mo, op), case)
     assert_bit_equal(forward(compiled, case), outputs)
@@ -136,7 +136,7 @@ def test_compiles_into_one_graph(op):
 @all_ops
 def test_a_captured_call_repeats(op):
     """Forward and backward in a CUDA graph, replayed on new inputs."""
-    case, other = on("cuda", op, seed=1), on("cuda", op, seed=2)
+    case, other = build_on("cuda", op, seed=1), build_on("cuda", op, seed=2)
     expected = run(op, other.with_options(**case.options))
     held = {name: tensor.clone() for name, tensor in case.tensors.items()}
     warm_up(lambda: run(op, case.with_tensors(**held)))
@@ -155,7 +155,7 @@ def test_a_captured_call_repeats(op):
 
 
 def warm_up(call):
-    """Three calls on a side stream, as capturing asks for."""
+    """Three calls on a side stream, as torch requires before a capture."""
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
@@ -166,9 +166,9 @@ def warm_up(call):
 
 FIRST_CAPTURE = """
 import sys, torch
-from test_cuda import OPS, BUILDERS, forward, mo, moved, run
+from test_cuda import OPS, BUILDERS, forward, mo, case_on, run
 for op in OPS:
-    case = moved("cuda", BUILDERS[op](B=2, L=70, dtype=getattr(torch, sys.argv[1])))
+    case = case_on("cuda", BUILDERS[op](B=2, L=70, dtype=getattr(torch, sys.argv[1])))
     expected = run(op, case)  # the one call before: it loads the kernels
     with torch.cuda.graph(graph := torch.cuda.CUDAGraph()):
         outputs = forward(getattr(mo, op), case)
@@ -178,16 +178,16 @@ for op in OPS:
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_one_call_before_makes_ready_for_capture(dtype):
-    """In a new process, whose driver has loaded no kernel yet."""
+def test_one_call_prepares_for_capture(dtype):
+    """In a new process, whose driver has not loaded any kernels."""
     ran = run_python(FIRST_CAPTURE, dtype, CUDA_MODULE_LOADING="LAZY", PYTHONPATH=TEST_PATH)
     assert ran.stdout.splitlines() == [f"{op} True" for op in OPS], ran.stderr
 
 
 def test_a_captured_call_takes_a_new_table():
-    """The captured call's rotary table comes from the device, and no other call or table touches it afterwards."""
-    case = on("cuda", "normalized_qk", rope_base=123.0)
-    warm_up(lambda: run("normalized_qk", on("cuda", "normalized_qk")))
+    """The captured call computes its rotary table on the device; later calls do not overwrite it."""
+    case = build_on("cuda", "normalized_qk", rope_base=123.0)
+    warm_up(lambda: run("normalized_qk", build_on("cuda", "normalized_qk")))
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         outputs = forward(mo.normalized_qk, case)
@@ -216,9 +216,9 @@ def test_a_captured_model_keeps_its_rotary_table():
 
 
 def test_graphs_of_a_compiled_call_hold_no_table():
-    """torch checks after each graph that nothing but the graph's outputs lives in its pool."""
+    """torch checks after each graph that its pool holds only the graph's outputs."""
     torch.compiler.reset()
-    case = on("cuda", "normalized_qk", rope_base=321.0)
+    case = build_on("cuda", "normalized_qk", rope_base=321.0)
     compiled = torch.compile(mo.normalized_qk, mode="reduce-overhead")
     for _ in range(4):
         outputs = {name: value.clone() for name, value in forward(compiled, case).items()}
@@ -255,7 +255,7 @@ def test_a_captured_decode_step_follows_the_text():
     ],
     ids=str,
 )
-def test_libraries_give_what_the_kernels_give(path, dtype, H, V, monkeypatch):
+def test_libraries_give_the_results_of_the_kernels(path, dtype, H, V, monkeypatch):
     """Dense attention of more than 16,384 tokens, whose last chunk is short."""
     monkeypatch.setattr(dense_attention, "_tf32_is_allowed", lambda: True)
     case, found, peaks = chunked_attention_case(B=1, L=17000, H=H, K=64, V=V, C=1024, dtype=dtype, scale=0.125), [], []

@@ -1,4 +1,4 @@
-"""Which drivers run the CUDA kernels, and where that is said: by `info`, and by a launch that failed; what they load."""
+"""Drivers that run the CUDA kernels; messages of `info` and of failed launches; kernels that a call loads."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ def test_a_driver_runs_kernels_of_its_major_version_and_older_ones(driver, runti
         ("kernel: an illegal memory access was encountered", 13000, 13000, None),
     ],
 )  # fmt: skip
-def test_what_a_failed_launch_is_due_to(message, driver, runtime, problem):
+def test_the_cause_of_a_failed_launch(message, driver, runtime, problem):
     assert launch_problem(message, driver, runtime, "90", (8, 0)) == problem
 
 
@@ -79,7 +79,7 @@ def fake_kernels(error: str, driver: int, runtime: int) -> types.SimpleNamespace
 
 @pytest.fixture
 def no_device(monkeypatch):
-    """torch.cuda without a GPU, as far as a launch asks it."""
+    """Replace the functions of torch.cuda that a launch calls."""
     monkeypatch.setattr(torch.cuda, "device", lambda device: pytest.MonkeyPatch.context())
     monkeypatch.setattr(torch.cuda, "current_stream", lambda device: types.SimpleNamespace(cuda_stream=0))
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 0))
@@ -97,7 +97,7 @@ def test_a_launch_names_the_driver_that_is_too_old(monkeypatch, no_device):
     assert str(raised.value) == f"{error}: {TOO_OLD}."
 
 
-def test_errors_that_the_driver_does_not_explain_stay_as_they_are(monkeypatch, no_device):
+def test_errors_with_another_cause_are_not_changed(monkeypatch, no_device):
     monkeypatch.setattr(library, "cuda_extension", lambda: fake_kernels("kernel: out of memory", 13000, 13000))
     with pytest.raises(RuntimeError, match=r"^kernel: out of memory$"):
         launch()
@@ -129,8 +129,8 @@ def test_versions_of_this_build():
     assert (driver == 0) == (ctypes.util.find_library("cuda") is None)
 
 
-# A driver that is nothing but its version and says so when a runtime goes on to use it. It has no device, so that a
-# runtime which accepts it fails later, for another reason.
+# A driver with a version only, which prints a line when a runtime initialises it. It has no device, so that a runtime
+# that accepts it fails later, for another reason.
 DRIVER = """
 #include <stdio.h>
 #include <stdlib.h>
@@ -139,7 +139,7 @@ int cuInit(unsigned flags) { (void)flags; puts("initialised"); fflush(stdout); r
 """
 DRIVERS = (10020, 11080, 12000, 12080, 12090, 13000)
 
-# A process of its own for each driver, as a process asks for the version once.
+# One process per driver, as a process asks for the version only once.
 LAUNCHES = f"""
 import contextlib, os, types, torch
 from emulator.emulator import DeviceTensor
@@ -193,8 +193,8 @@ def test_the_runtime_in_the_kernels_refuses_drivers_of_older_major_versions(tmp_
 
 
 def test_values_do_not_choose_kernels(emulator):
-    """One call before makes ready for a captured one: the driver has then loaded every kernel that a graph takes."""
-    for op in (op for op in OPS if op != "adaptive_working_memory"):  # which is made of torch's products
+    """So one call before a capture loads every kernel that the graph needs."""
+    for op in (op for op in OPS if op != "adaptive_working_memory"):  # composed of torch's products
         launched = []
         for seed, lengths in enumerate(([9, 0], [20, 20])):
             emulator.reset()

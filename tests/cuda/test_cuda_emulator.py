@@ -1,4 +1,4 @@
-"""The CUDA emulator: it sees each planted bug at its line, raises no false alarm, and counts what is moved."""
+"""The CUDA emulator finds each planted bug at its line, raises no false alarm, and counts memory traffic."""
 
 from __future__ import annotations
 
@@ -69,8 +69,8 @@ def test_every_planted_bug_is_tested(emulator):
     assert set(emulator.module.planted.bugs) == set(BUGS)
 
 
-def what_is_wrong_with_the_report(emulator, name: str) -> str | None:
-    """Whether the bug is reported as what it is, at its line, in a thread that the launch has."""
+def report_problem(emulator, name: str) -> str | None:
+    """Return what is wrong with a bug's report: its kind, its line or its thread."""
     try:
         run_bug(emulator, name, bug=True)
     except emulator.Error as error:
@@ -93,9 +93,9 @@ def what_is_wrong_with_the_report(emulator, name: str) -> str | None:
 
 @pytest.mark.parametrize("order", ORDERS)
 def test_every_bug_is_reported_at_its_line(emulator, order):
-    """Every order of the threads shows the bug, orders included in which the result happens to be right."""
+    """In every order of the threads, even if the result happens to be right."""
     emulator.set_order(order)
-    problems = {name: what_is_wrong_with_the_report(emulator, name) for name in BUGS}
+    problems = {name: report_problem(emulator, name) for name in BUGS}
     assert {name: problem for name, problem in problems.items() if problem} == {}
 
 
@@ -144,13 +144,13 @@ def test_an_invalid_launch_is_refused(emulator):
         run(emulator, "reduce", x, y, y, y, 0, 64)
 
 
-@pytest.mark.parametrize(("as_template", "most"), [(False, 64), (True, 96)])
-def test_launch_bounds_are_kept(emulator, as_template, most):
+@pytest.mark.parametrize(("as_template", "bound"), [(False, 64), (True, 96)])
+def test_launch_bounds_are_checked(emulator, as_template, bound):
     y = emulator.empty(128)
-    run(emulator, "bounded", y, most, as_template)
-    assert (y[:most] == 1).all()
-    with pytest.raises(emulator.Error, match=f"a block of {most + 32} threads, beyond its __launch_bounds__"):
-        run(emulator, "bounded", y, most + 32, as_template)
+    run(emulator, "bounded", y, bound, as_template)
+    assert (y[:bound] == 1).all()
+    with pytest.raises(emulator.Error, match=f"a block of {bound + 32} threads, beyond its __launch_bounds__"):
+        run(emulator, "bounded", y, bound + 32, as_template)
 
 
 def test_unwritten_results_are_nan(emulator):

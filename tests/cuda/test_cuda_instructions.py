@@ -1,4 +1,4 @@
-"""What cuda/common wraps: on the emulator its instructions do what the PTX manual says, and conversions round as torch."""
+"""Wrappers of cuda/common on the emulator: instructions follow the PTX manual, conversions round like torch."""
 
 from __future__ import annotations
 
@@ -9,9 +9,8 @@ from torch import Tensor
 
 from megalodon_ops.ops.common.philox import philox
 
-# Fragments as the PTX ISA gives them ("Matrix Fragments for mma.m16n8k16" and "... mma.m16n8k8"): the row and the
-# column of the elements a0, a1, ... that a lane holds, two to a register for 16-bit types, the first in the lower
-# half.
+# Fragments of the PTX ISA ("Matrix Fragments for mma.m16n8k16" and "... mma.m16n8k8"): row and column of each lane's
+# elements a0, a1, ...; registers hold two 16-bit elements, the first in the lower half.
 LANE = torch.arange(32)[:, None]
 GROUP, IN_GROUP = LANE >> 2, LANE % 4
 A16 = torch.arange(8)
@@ -52,7 +51,7 @@ def test_mma_multiplies_the_fragments_of_the_ptx_manual(emulator, product):
 
 
 def test_a_wrong_fragment_gives_a_wrong_product(emulator):
-    """Two registers of A exchanged, as a kernel that takes them for row-major quarters would."""
+    """Two registers of A are exchanged, as if they were row-major quarters."""
     a, b = torch.arange(256.0).reshape(16, 16).bfloat16(), torch.eye(16)[:, :8].bfloat16()
     a_registers, b_registers = fragments("bf16", a, b)
     exchanged = a_registers[:, [0, 2, 1, 3]].contiguous()
@@ -87,14 +86,14 @@ def test_ldmatrix_distributes_rows_as_the_ptx_manual_says(emulator, count, trans
 def test_cp_async_copies_and_fills_with_zeros(emulator, size):
     source = torch.arange(1, 32 * size + 1, dtype=torch.int32).to(torch.uint8)
     for valid in (0, size // 2, size):
-        end = 31 * size + valid  # what lies beyond need not exist
+        end = 31 * size + valid  # memory beyond may not exist
         target = emulator.empty(32 * size, dtype=torch.uint8)
         run(emulator, "cp_async", size, valid, emulator.tensor(source[:end]), target)
         assert torch.equal(target, torch.cat([source[:end], source.new_zeros(size - valid)]))
 
 
 def narrow_inputs() -> Tensor:
-    """Every 16-bit float's neighbourhood: random bits, halfway cases, denormals, overflow, infinities and NaN."""
+    """Random bits, halfway cases between 16-bit floats, denormals, overflow, infinities and NaN."""
     gen = torch.Generator().manual_seed(0)
     bits = torch.randint(-(2**31), 2**31, (4096,), generator=gen, dtype=torch.int64).to(torch.int32)
     halfway = (torch.randint(-(2**15), 2**15, (2048,), generator=gen) * 65536 + 32768).to(torch.int32)
@@ -164,7 +163,7 @@ def test_a_tile_is_loaded_with_zeros_around(emulator, whole, rows, width, valid)
     assert torch.equal(tile, expected)
 
 
-# The elements that each loader takes from a tile, in the order of the registers.
+# Elements that each loader takes from a tile, in the order of the registers.
 FRAGMENTS = {
     "a": lambda tile: tile[A16_ROW, A16_COLUMN],
     "a_trans": lambda tile: tile.mT[A16_ROW, A16_COLUMN],
@@ -186,7 +185,7 @@ def test_a_tile_gives_fragments_without_bank_conflicts(emulator, fragment, row, 
     assert shared and all(site["transactions"] == site["ideal"] for site in shared)
 
 
-def test_a_tile_takes_results(emulator):
+def test_a_tile_stores_results(emulator):
     d = torch.randint(-100, 100, (16, 8)).float()
     tile, a = emulator.empty(32, 64, dtype=torch.bfloat16), emulator.empty(32, 8, dtype=torch.bfloat16)
     run(emulator, "tile_store", emulator.tensor(d[C_ROW, C_COLUMN]), 8, 24, tile, a)

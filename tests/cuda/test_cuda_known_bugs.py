@@ -1,31 +1,31 @@
-"""Bugs of the CUDA kernels that tests once missed: planted again, the test that was written for each notices it."""
+"""Planted bugs that tests once missed: the test written for each bug finds it."""
 
 from __future__ import annotations
 
 import pytest
 from emulator.emulator import ROOT
-from emulator.known_bugs import BUGS, planted
+from emulator.known_bugs import BUGS, with_known_bugs
 from emulator.mutate import SURVIVED, Session, path_of
 
 
 def node_of(test: str) -> str:
-    """Pytest's name of a test that is given as "test_file.py::test"."""
+    """Pytest's node id of "test_file.py::test"."""
     file, _, rest = test.partition("::")
     return f"{path_of(file)}::{rest}"
 
 
 def test_every_bug_can_be_planted():
-    """The kernels still have the bugs' places, and the tests that notice are there."""
+    """The kernels still have the code to replace, and the tests exist."""
     for number, bug in enumerate(BUGS.values(), start=1):
         text = (ROOT / "cuda" / bug.file).read_text()
-        assert text.count(bug.right) == 1 and f"(gpu_mutant == {number})" in planted(bug.file, text), bug
+        assert text.count(bug.right) == 1 and f"(gpu_mutant == {number})" in with_known_bugs(bug.file, text), bug
         file, _, test = bug.test.partition("::")
         assert f"def {test.partition('[')[0]}(" in (ROOT / path_of(file)).read_text(), bug.test
 
 
 @pytest.mark.slow
 def test_every_known_bug_is_noticed(tmp_path):
-    """The emulator has all bugs compiled in, and one of them on or none; without a bug the tests pass."""
+    """All bugs are compiled in; each is turned on alone. Without a bug, the tests pass."""
     session = Session(ROOT, tmp_path / "session.txt", {bug.test.partition("::")[0] for bug in BUGS.values()})
     tests = {node_of(bug.test): 600.0 for bug in BUGS.values()}
     assert tests.keys() <= set(session.tests), tests.keys() - set(session.tests)

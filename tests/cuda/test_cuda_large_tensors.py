@@ -1,4 +1,4 @@
-"""Offsets beyond 2^31 elements in the CUDA kernels: tensors of gigabytes that take no memory, of which the ends are computed."""
+"""Offsets beyond 2^31 elements in CUDA kernels: sparse tensors of gigabytes, of which only the ends are computed."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ T = 2**31 // D + 72  # tokens: the last rows lie beyond 2^31 elements
 
 @pytest.fixture
 def large(emulator, monkeypatch):
-    """large(*shape): a tensor of any size. Workspaces are such tensors as well; the two ends of each grid run.
+    """large(*shape): a sparse tensor. Workspaces are sparse, too; only the two ends of each grid run.
 
-    An offset that has lost its upper half is off by 4 GiB, and must not end in another tensor.
+    Tensors are far apart, since an offset without its upper half is off by 4 GiB.
     """
     monkeypatch.setattr(emulator, "empty", lambda *shape, dtype, name: emulator.sparse(*shape, dtype=dtype, name=name))
     with emulator.only_bounds(apart=2**33, ends=1):
@@ -26,7 +26,7 @@ def cema_parameters(large, channels, modes=1):
     return [large(channels, modes, dtype=dtype) for dtype in (F32, C64, C64)] + [large(channels)]
 
 
-# More than 32 modes are taken in groups, whose outputs are summed in the workspace.
+# More than 32 modes are computed in groups, whose outputs are summed in the workspace.
 @pytest.mark.parametrize("modes", [1, 33])
 def test_cema_scans_offsets_beyond_31_bits(emulator, large, modes):
     x, y = large(1, T, D, dtype=BF16), large(1, T, D, dtype=BF16)
@@ -34,7 +34,7 @@ def test_cema_scans_offsets_beyond_31_bits(emulator, large, modes):
 
 
 def test_cema_steps_at_offsets_beyond_31_bits(emulator, large):
-    """Sequences of one step take a kernel of their own."""
+    """Sequences of one token take a kernel of their own."""
     channels, count = 2**26, 40
     x, y = large(count, 1, channels, dtype=BF16), large(count, 1, channels, dtype=BF16)
     before, after = large(count, channels, 1, dtype=C64), large(count, channels, 1, dtype=C64)
@@ -52,7 +52,7 @@ def test_cema_differentiates_on_tensor_cores_at_offsets_beyond_31_bits(emulator,
     channels = 2**22
     x, dy, dx = (large(1, 640, channels, dtype=BF16) for _ in range(3))
     inputs, gradients = cema_parameters(large, channels), cema_parameters(large, channels)
-    emulator.set_order("random", shared_limit=163 * 1024)  # a small card keeps the scan
+    emulator.set_order("random", shared_limit=163 * 1024)  # with less, the scan runs
     with emulator.launch_sizes(cema_tile=128, cema_shares=1):
         emulator.launch("cema_bwd", x, *inputs, None, None, None, dy, None, dx, *gradients, None)
 
@@ -93,7 +93,7 @@ def test_end_states_of_timestep_norm_at_offsets_beyond_31_bits(emulator, large):
 
 @pytest.mark.parametrize("K", [256, 520])
 def test_normalized_qk_at_offsets_beyond_31_bits(emulator, large, K):
-    """A warp takes a token of one head, a block of the other; the rotary table has such offsets as well."""
+    """Kernels by warp and by block; the rotary table has large offsets, too."""
     heads, tokens, C, position = 64, 2**25 // K + 40, 2**32 // K, large(1, dtype=torch.int64)
     position[0] = C - tokens
     z, dz = (large(1, tokens, heads * K, dtype=BF16) for _ in range(2))
@@ -104,7 +104,7 @@ def test_normalized_qk_at_offsets_beyond_31_bits(emulator, large, K):
     emulator.launch("normalized_qk_bwd", z, gamma, beta, *options, q, k, dz, dgamma, dbeta)
 
 
-ATTENTION = 256, True, 1.0, 0.0, None, None, None  # the chunk's size, and options
+ATTENTION = 256, True, 1.0, 0.0, None, None, None  # chunk size and options
 
 
 @pytest.mark.parametrize("dtype", [BF16, F32], ids=str)
@@ -124,22 +124,22 @@ def test_steps_of_attention_at_offsets_beyond_31_bits(emulator, large):
 @pytest.mark.parametrize("L", [1, 256])
 @pytest.mark.parametrize("K", [256, 255], ids=["vectors", "elements"])
 def test_states_of_attention_at_offsets_beyond_31_bits(emulator, large, K, L):
-    """The last sequence goes on from position 200 of its cache, by one token or by a whole chunk."""
+    """The last sequence continues from position 200 by one token or a whole chunk."""
     S = 2**15 + 300
     *cache, new_k, new_v = (large(S, 256, 1, K, dtype=BF16) for _ in range(4))
     position, new_position = large(S, dtype=torch.int64), large(S, dtype=torch.int64)
     position[-1] = 200
     q, k, v, o = (large(S, L, 1, K, dtype=BF16) for _ in range(4))
     emulator.launch("chunked_attention_fwd", q, k, v, *cache, position, *ATTENTION, o, large(S, L, 1))
-    with emulator.only_bounds(apart=2**33, ends=60):  # the rows of the last cache from 196 on
+    with emulator.only_bounds(apart=2**33, ends=60):  # rows of the last cache from 196 on
         new = new_k, new_v, new_position
         emulator.launch("chunked_attention_state", k, v, *cache, position, 256, None, None, *new)
 
 
 def test_attention_differentiates_at_offsets_beyond_31_bits(emulator, large):
-    """A chunk has two tiles. The first round ends, and the second begins, beyond 2^31 elements.
+    """A chunk has two tiles. The second round begins beyond 2^31 elements.
 
-    Tiles of P and dS lie 3.6 times as far, so that an offset without its upper half is negative.
+    Offsets of P and dS are 3.6 times as large: without their upper half they are negative.
     """
     tokens = 58_833 * 256
     q, k, v, o, do, dq, dk, dv = (large(1, tokens, 1, 144, dtype=BF16) for _ in range(8))

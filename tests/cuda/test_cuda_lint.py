@@ -1,4 +1,4 @@
-"""The rules of kernel files that no compiler checks: kernels obey them, and lint.py finds each breach."""
+"""Rules of kernel files: kernels obey them, and lint.py finds each breach."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Every op on emulated CUDA kernels: misaligned tensors, all orders of threads, many sequences. test_ops.py has the rest."""
+"""Every op on emulated CUDA kernels: misaligned tensors, orders of threads, many sequences. See also test_ops.py."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ ORDERS = ("forward", "reverse", "random")
 @pytest.mark.slow
 @pytest.mark.parametrize("op", OPS)
 def test_ops_on_misaligned_memory_in_every_order(emulated_module, op):
-    """The public function reaches kernel, launcher and binding. Aligned memory: test_ops.py."""
+    """All orders give equal bits. Aligned memory: test_ops.py."""
     emulator = Emulator(emulated_module)
 
     @settings(max_examples=5)
@@ -41,13 +41,13 @@ def test_ops_on_misaligned_memory_in_every_order(emulated_module, op):
 
 CUDA = {name: op.cuda for name, op in OPS.items() if op.cuda}
 
-# Attention in float32 has a forward of its own; its backward has no vectors.
-ALONE = [*((op, torch.bfloat16) for op in CUDA), ("chunked_attention", torch.float32)]
+# Attention in float32 has its own forward kernel; its backward has no vectors.
+MISALIGNED = [*((op, torch.bfloat16) for op in CUDA), ("chunked_attention", torch.float32)]
 
 
-@pytest.mark.parametrize(("op", "dtype"), ALONE, ids=str)
+@pytest.mark.parametrize(("op", "dtype"), MISALIGNED, ids=str)
 def test_each_tensor_alone_may_be_misaligned(emulator, monkeypatch, op, dtype):
-    """A launcher looks at the address of every tensor that its kernels read or write in vectors."""
+    """A launcher checks the address of every tensor that its kernels access in vectors."""
     call, launches = emulator.call, []
 
     def record(name, *arguments, offset):
@@ -74,15 +74,15 @@ def test_each_tensor_alone_may_be_misaligned(emulator, monkeypatch, op, dtype):
                         assert_close(actual, right, tolerance=tolerance, terms=case.terms, name=f"{label}: {result}")
 
 
-# Attention that goes on from a state, a few tokens a sequence, takes other kernels than attention from the start.
+# Attention with an initial state and few tokens takes other kernels than attention without.
 @pytest.mark.slow
-@pytest.mark.parametrize(("op", "goes_on"), [*((op, True) for op in CUDA), ("chunked_attention", False)])
-def test_more_sequences_than_1024(emulator, op, goes_on):
-    """Each token finds its sequence: of 1,100 the first and the last have tokens, those between none."""
+@pytest.mark.parametrize(("op", "from_state"), [*((op, True) for op in CUDA), ("chunked_attention", False)])
+def test_more_sequences_than_1024(emulator, op, from_state):
+    """Of 1,100 sequences only the first and some of the last 30 have tokens."""
     lengths = [2] + [0] * 1069 + [(s % 3 + 1) // 2 for s in range(30)]
     lengths[1090] = 40
     cu_seqlens = [sum(lengths[:s]) for s in range(1101)]
-    with_state = WITH_STATE.get(op, {}) if goes_on else {}
+    with_state = WITH_STATE.get(op, {}) if from_state else {}
     case = BUILDERS[op](B=1, L=cu_seqlens[-1] + 3, cu_seqlens=cu_seqlens, **CUDA[op].smallest, **with_state)
     with emulator.replacing(_C):
         results = evaluate(getattr(mo, op), case)

@@ -1,4 +1,4 @@
-"""How tests/cuda/emulator/reached.py counts the turns of loops, and what it finds in the counts."""
+"""Iteration counts of loops by tests/cuda/emulator/reached.py, and the gaps that it finds in them."""
 
 from __future__ import annotations
 
@@ -71,20 +71,20 @@ void finish_loop(Loop& loop, int64_t turns) noexcept { std::printf("[%%d: %%d] "
 }
 %s
 """
-TURNS = "[0: 1] 0 [0: 3] 2 [2: 2] [0: 4] -1\n[1: 2] [3: 2] [4: 0] 1\n"  # [loop: turns]
+ITERATIONS = "[0: 1] 0 [0: 3] 2 [2: 2] [0: 4] -1\n[1: 2] [3: 2] [4: 0] 1\n"  # [loop: iterations]
 
 
 @pytest.mark.skipif(shutil.which("g++") is None, reason="needs g++")
-def test_a_counted_program_does_what_it_did(tmp_path):
-    """The turns of each entry are counted, whether the loop ends by itself, by `break` or by `return`."""
+def test_counting_does_not_change_a_program(tmp_path):
+    """Iterations are counted for each entry of a loop, also if it ends by `break` or `return`."""
     builtins = (FOLDER / "runtime" / "builtins.h").read_text()
     counter = "struct Loop {" + builtins.partition("struct Loop {")[2].partition("// A kernel and its arguments")[0]
     macros = "#define EMU_LOOP" + builtins.partition("#define EMU_LOOP")[2]
     path = tmp_path / "program.cpp"
-    path.write_text(COUNTER % (counter, macros) + reached.counted(path, PROGRAM))
+    path.write_text(COUNTER % (counter, macros) + reached.with_counters(path, PROGRAM))
     subprocess.run(["g++", "-std=c++17", path, "-o", "counted"], cwd=tmp_path, check=True)
     printed = subprocess.run([tmp_path / "counted"], capture_output=True, text=True, check=True).stdout
-    assert printed == TURNS
+    assert printed == ITERATIONS
 
 
 ROW = Place("kernel", "a.cuh", "for (;;)", 1)
@@ -109,35 +109,35 @@ def found(turns: str) -> dict[Place, Reached]:
         (None, (":1", "why"), ["1"]),
     ],
 )
-def test_a_hole_is_what_has_no_reason(turns, row, missing):
+def test_a_gap_without_a_reason_is_a_problem(turns, row, missing):
     table = {} if row is None else {ROW: Reached(row[0], 3, row[1])}
-    problems = list(reached.holes({} if turns is None else found(turns), table))
+    problems = list(reached.gaps({} if turns is None else found(turns), table))
     assert [problem.partition("no test reaches ")[2] for problem in problems] == [", ".join(missing)] * bool(missing)
 
 
 def test_the_table_knows_every_loop():
-    """A row is of a loop that there is; a reason is where something is missing, and nowhere else."""
+    """Rows name existing loops; exactly the rows with gaps have reasons."""
     table = reached.read_table(reached.TABLE.read_text())
     loops = set(reached.places().values())
     assert {place[1:] for place in table if place.file} == loops
     assert [place for place, row in table.items() if bool(row.lacks()) != bool(row.why)] == []
 
 
-def test_the_emulator_tells_what_it_reached(emulator, tmp_path, monkeypatch):
-    """One token takes one turn of the loop over steps."""
+def test_the_emulator_records_iterations(emulator, tmp_path, monkeypatch):
+    """One token takes one iteration of the loop over positions."""
     monkeypatch.setenv("MEGALODON_OPS_REACHED", str(tmp_path))
     case = cema_case(B=1, L=1, D=3, N=2, dtype=torch.float32)
     with emulator.replacing(_C):
         forward(mo.cema, case)
     reached.write_record(emulator.module)
     result = reached.merge(tmp_path)
-    steps = Place("cema_step_kernel", "cema_step.cuh", "for (int64_t t = begin; t < end; t += kSteps)", 1)
-    assert 1 in result[steps].turns["wide"] and result[steps].most >= 1
+    loop = Place("cema_step_kernel", "cema_step.cuh", "for (int64_t t = begin; t < end; t += kSteps)", 1)
+    assert 1 in result[loop].turns["wide"] and result[loop].most >= 1
     assert 1 in result[Place("cema_step_kernel", "", "grid.x", 1)].turns[""]
 
 
-# Numbers of turns and blocks that no test of an op takes for another reason: the builder of a case, sizes of launches,
-# and sizes of the case. `NINE`: searches among sequences halve three times and more.
+# Numbers of iterations and blocks that no other test reaches: builder of the case, launch sizes, sizes of the case.
+# `NINE`: a binary search among nine sequences takes three steps or more.
 BF16, NINE = torch.bfloat16, list(range(10))
 CASES = {
     "two-groups-of-modes": (cema_case, {}, {"D": 3, "N": 40}),
@@ -176,7 +176,7 @@ CASES = {
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_sizes_that_are_reached_for_themselves(emulator, name):
+def test_sizes_that_no_other_test_reaches(emulator, name):
     build, launch_sizes, sizes = CASES[name]
     case = build(**sizes)
     with emulator.replacing(_C), emulator.launch_sizes(**launch_sizes):

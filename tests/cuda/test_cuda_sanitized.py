@@ -1,4 +1,4 @@
-"""The emulated kernels under AddressSanitizer and UndefinedBehaviorSanitizer: a thread's own arrays and integers."""
+"""Emulated kernels under AddressSanitizer and UndefinedBehaviorSanitizer: local arrays and integers of a thread."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""How launchers allow kernels shared memory: cuda/common/shared_limit.cuh, compiled against a CUDA runtime that counts."""
+"""Limits of dynamic shared memory: cuda/common/shared_limit.cuh, compiled against a fake CUDA runtime."""
 
 from __future__ import annotations
 
@@ -73,7 +73,7 @@ int main() {
 
 @pytest.mark.skipif(shutil.which("g++") is None, reason="needs g++")
 def test_a_kernel_is_allowed_all_shared_memory_once_on_each_device(tmp_path):
-    """Many threads ask, one again after a failure; the kernel's static memory counts."""
+    """Calls from many threads, one repeated after a failure; static shared memory is subtracted."""
     (tmp_path / "cuda_runtime.h").write_text("#pragma once\n" + RUNTIME)
     (tmp_path / "main.cpp").write_text(MAIN)
     include = [f"-I{tmp_path}", f"-I{CUDA / 'common'}"]

@@ -1,7 +1,6 @@
-"""Emulated kernels at the sizes of real work: what a constant of a kernel bounds takes one, two and three of its units.
+"""Emulated kernels at larger sizes: each dimension that a kernel constant bounds takes one, two and three units.
 
-The other tests of an op go through its paths at sizes near one unit, where the second slice of V, the third round or the
-ninth panel does not exist: what goes wrong there alone is noticed here alone.
+Other tests stay near one unit, without a second slice of V, a third round or a ninth panel.
 """
 
 from __future__ import annotations
@@ -27,13 +26,13 @@ from megalodon_ops import _C, AttentionState
 BF16, F16, F32, F64 = torch.bfloat16, torch.float16, torch.float32, torch.float64
 
 
-def emulated(emulator, case, run=evaluate):
+def run_emulated(emulator, case, run=evaluate):
     with emulator.replacing(_C):
         return run(getattr(mo, case.op), case)
 
 
 def one_sequence(position=None, **shape):
-    """Goes on from a state at `position`, if given."""
+    """A case of one sequence; its state, if any, is at `position`."""
     case = scaled_case(B=1, state=position is not None, **shape)
     if position is None:
         return case
@@ -41,8 +40,8 @@ def one_sequence(position=None, **shape):
     return case.with_options(state=AttentionState(k, v, torch.tensor([position])))
 
 
-def rising(case, slope=0.05):
-    """The case with scores that rise along the keys: every tile raises the maxima, and at this slope all tiles count."""
+def with_rising_scores(case, slope=0.05):
+    """The case with scores that rise along the keys: each tile raises the maxima, and all tiles contribute."""
     scale, q, k = case.options["scale"], case.tensors["q"].clone(), case.tensors["k"].clone()
     state = case.options.get("state")
     before = 0 if state is None else state.k.shape[1]
@@ -57,8 +56,8 @@ def rising(case, slope=0.05):
     return case.with_options(state=AttentionState(cache, state.v, state.position))
 
 
-# Kernel, then shapes. A block has 128 rows in 16 bits, else 64. Queries and keys come in slabs of 64 channels in 16
-# bits, else of 128 bytes; keys in tiles of 32 to 64; V in slices of 64 to 512 columns.
+# A block has 128 rows (16-bit types) or 64. Slabs of queries and keys have 64 channels (16-bit types) or 128 bytes,
+# tiles of keys 32 to 64 rows, slices of V 64 to 512 columns.
 FORWARD = {
     "three-slices-of-values": {
         "L": 130, "H": 2, "K": 136, "V": 520, "C": 110, "dtype": BF16, "dropkey": 0.2, "lengths": [121]
@@ -77,11 +76,11 @@ FORWARD = {
 
 @pytest.mark.parametrize("shape", FORWARD.values(), ids=FORWARD)
 def test_forward(emulator, shape):
-    case = rising(one_sequence(**shape))
+    case = with_rising_scores(one_sequence(**shape))
     assert_accurate(run_attention(emulator, case), case)
 
 
-STEPS = {  # slices of 512 columns, of 256 in float64, of 128 without vectors; 128 threads take 64 keys of a span
+FEW_QUERIES = {  # slices of 512 columns, in float64 256, without vectors 128; spans of 64 keys
     "vectors": ({"K": 520, "V": 1032, "dtype": BF16}, 0),
     "float": ({"K": 36, "V": 1028, "dtype": F32}, 0),
     "double": ({"K": 6, "V": 514, "dtype": F64}, 0),
@@ -89,13 +88,13 @@ STEPS = {  # slices of 512 columns, of 256 in float64, of 128 without vectors; 1
 }
 
 
-@pytest.mark.parametrize(("shape", "offset"), STEPS.values(), ids=STEPS)
+@pytest.mark.parametrize(("shape", "offset"), FEW_QUERIES.values(), ids=FEW_QUERIES)
 def test_steps(emulator, shape, offset):
-    case = rising(scaled_case(B=2, L=2, H=2, C=150, state=True, dropkey=0.2, **shape))
+    case = with_rising_scores(scaled_case(B=2, L=2, H=2, C=150, state=True, dropkey=0.2, **shape))
     assert_accurate(run_attention(emulator, case, offset), case)
 
 
-STEEP = {  # on tensor cores, without, and in steps
+STEEP = {  # on tensor cores, without them, and few queries
     "bfloat16": {"L": 130, "K": 8, "V": 16, "C": 130, "dtype": BF16},
     "float": {"L": 70, "K": 4, "V": 8, "C": 70, "dtype": F32},
     "steps": {"L": 2, "K": 8, "V": 8, "C": 150, "dtype": BF16, "position": 140},
@@ -103,13 +102,13 @@ STEEP = {  # on tensor cores, without, and in steps
 
 
 @pytest.mark.parametrize("shape", STEEP.values(), ids=STEEP)
-def test_no_key_but_the_greatest_is_a_maximum(emulator, shape):
-    """exp(88) is more than a float: relative to a maximum of some keys alone, scores of a tile overflow."""
-    case = rising(one_sequence(H=1, **shape), slope=4)
+def test_the_maximum_is_over_all_keys(emulator, shape):
+    """exp(89) overflows float32: relative to a maximum of some keys, scores of a tile would overflow."""
+    case = with_rising_scores(one_sequence(H=1, **shape), slope=4)
     assert_accurate(run_attention(emulator, case), case)
 
 
-# Tiles of 128 rows, in float64 64.
+# Tiles have 128 rows, in float64 64.
 BACKWARD = {
     "nine-slices-of-values": {"L": 20, "H": 2, "K": 264, "V": 1032, "C": 16, "dtype": BF16},
     "nine-panels": {"L": 70, "H": 1, "K": 8, "V": 8, "C": 1100, "dtype": BF16, "position": 990},
@@ -129,7 +128,7 @@ def test_backward(gradients, shape):  # noqa: F811
 
 @pytest.mark.parametrize(("dtype", "K", "edge"), [(BF16, 136, 128), (F64, 66, 64)], ids=["vectors", "double"])
 def test_three_rounds_hand_on_wide_sums(emulator, gradients, dtype, K, edge):  # noqa: F811
-    """A chunk of three blocks whose sums of dq pass from the first round to the second, and on to the third."""
+    """A chunk of three blocks, whose sums of dq pass through three rounds."""
     case = scaled_case(B=1, L=2 * edge + 20, H=1, K=K, V=8, C=2 * edge + 20, dtype=dtype)
     with emulator.launch_sizes(attention_panels=1):
         assert_right(gradients(case), case)
@@ -137,13 +136,13 @@ def test_three_rounds_hand_on_wide_sums(emulator, gradients, dtype, K, edge):  #
 
 @pytest.mark.slow
 def test_attention_of_a_released_model(emulator):
-    """K 256 and V 2048: four slabs of channels, eight slices of values, five tiles of keys; both passes draw one mask."""
+    """K 256 and V 2048: four slabs of channels, eight slices of values, five tiles of keys; with DropKey."""
     case = chunked_attention_case(B=1, L=150, H=2, K=256, V=2048, C=140, scale=1 / 16, dtype=BF16, dropkey=0.2)
-    assert_matches_reference(emulated(emulator, case), case)
+    assert_matches_reference(run_emulated(emulator, case), case)
 
 
 def backward(emulator, case, results, do, offset=0):
-    """Gradients of q, k and v by the kernels alone, from o and lse, and the gradient of o."""
+    """Gradients of q, k and v by the kernels alone, from o, lse and do."""
     found = {name: torch.empty_like(case.tensors[name[1]]) for name in GRADIENTS}
     rest = case.options["chunk_size"], True, case.options["scale"], 0.0, None, None, None
     inputs = *case.tensors.values(), *case.options["state"], *rest, *results.values(), do
@@ -153,13 +152,13 @@ def backward(emulator, case, results, do, offset=0):
 
 @pytest.mark.parametrize(("dtype", "offset", "K"), [(BF16, 0, 136), (BF16, 1, 136), (F64, 0, 70)], ids=str)
 def test_a_nan_of_a_row_stays_with_the_keys_that_it_sees(emulator, dtype, offset, K):
-    """And a key's with the rows that see it. In all slices of channels, with rows in the cache: zeros of P and dS times
-    the NaN are repaired."""
+    """And a NaN of a key with the rows that see it, in all slices of channels, with a cache. Zeros of P and dS times
+    NaN are repaired."""
     case = one_sequence(L=30, H=1, K=K, V=K, C=60, dtype=dtype, position=20)
     results, do, spoilt = run_attention(emulator, case), case.tensors["v"], case.tensors["v"].clone()
     spoilt[:, 7] = torch.nan
     right, found = (backward(emulator, case, results, gradient, offset) for gradient in (do, spoilt))
-    later = [{name: gradient[:, 8:] for name, gradient in of.items()} for of in (found, right)]
+    later = [{name: gradient[:, 8:] for name, gradient in grads.items()} for grads in (found, right)]
     assert_all_close(*later, tolerance=1e-2 if dtype == BF16 else 1e-12)
     assert torch.equal(found["dq"][:, :7], right["dq"][:, :7]) and found["dq"][:, 7].isnan().all()
     assert found["dk"][:, :8].isnan().all() and found["dv"][:, :8].isnan().all()
@@ -172,7 +171,7 @@ def test_a_nan_of_a_row_stays_with_the_keys_that_it_sees(emulator, dtype, offset
 
 
 def test_a_cached_key_of_nan_makes_all_gradients_nan(emulator):
-    """Cached rows have no queries: their probabilities, though NaN, multiply nothing."""
+    """Cached rows have no queries, so that their NaN probabilities multiply nothing."""
     case = one_sequence(L=10, H=1, K=70, V=70, C=60, dtype=F64, position=20)
     case.options["state"].k[:, 3] = torch.nan
     found = backward(emulator, case, run_attention(emulator, case), case.tensors["v"])
@@ -181,7 +180,7 @@ def test_a_cached_key_of_nan_makes_all_gradients_nan(emulator):
 
 @pytest.mark.parametrize(("dtype", "offset", "K", "V"), [(BF16, 0, 1032, 2056), (F32, 1, 65, 130)], ids=str)
 def test_rows_of_a_state_of_several_turns(emulator, dtype, offset, K, V):
-    """A turn of a block is 128 units, of 16 bytes or of an element."""
+    """An iteration of a block copies 128 units of 16 bytes or of one element."""
     case = chunked_attention_case(B=2, L=3, H=2 if offset else 1, K=K, V=V, C=4, dtype=dtype, state=True)
     state, expected = case.options["state"], forward(mo.reference.chunked_attention, case)
     copied = [torch.empty_like(t) for t in state]
@@ -192,7 +191,7 @@ def test_rows_of_a_state_of_several_turns(emulator, dtype, offset, K, V):
 
 
 def test_states_in_place_of_more_sequences_than_two_blocks_take(emulator):
-    """A block takes 128 positions. Sequences at each position get three rows, or begin a chunk."""
+    """A block takes 128 sequences. At each position, three rows are added, or a new chunk begins."""
     case = chunked_attention_case(B=300, L=3, H=1, K=2, V=2, C=6, state=True)
     state, expected = case.options["state"], forward(mo.reference.chunked_attention, case)
     k, v, position = state = AttentionState(*(t.clone() for t in state))
@@ -202,7 +201,7 @@ def test_states_in_place_of_more_sequences_than_two_blocks_take(emulator):
     assert torch.equal(k[live], expected["state.k"][live]) and torch.equal(v[live], expected["state.v"][live])
 
 
-QK = {  # an item and a lookup have 8 tokens, a block four items; a turn of a large head has 256 vectors
+QK = {  # an item has 8 tokens, a block four items; an iteration of a large head has 256 vectors
     "heads": {"L": 17, "H": 9, "K": 16, "dtype": BF16},
     "heads-of-blocks": {"L": 17, "H": 5, "K": 264, "dtype": BF16},
     "three-turns": {"L": 18, "H": 1, "K": 2056, "dtype": F32},
@@ -213,31 +212,31 @@ QK = {  # an item and a lookup have 8 tokens, a block four items; a turn of a la
 @pytest.mark.parametrize("shape", QK.values(), ids=QK)
 def test_normalized_qk(emulator, shape):
     case = normalized_qk_case(B=1, C=7, position=True, **shape)
-    assert_matches_reference(emulated(emulator, case), case)
+    assert_matches_reference(run_emulated(emulator, case), case)
 
 
 @pytest.mark.parametrize(("part", "L"), [(8, 530), (136, 300)])
 def test_parts_of_normalized_qk(emulator, part, L):
-    """67 shares, of which a warp adds three; parts in which a warp looks up its tokens three times."""
+    """67 shares, three for each warp; parts in which a warp looks up its tokens three times."""
     case = normalized_qk_case(B=1, L=L, H=1, K=2, C=100, dtype=F64, position=True, lengths=[L - 9])
     with emulator.launch_sizes(qk_part=part):
-        assert_matches_reference(emulated(emulator, case), case)
+        assert_matches_reference(run_emulated(emulator, case), case)
 
 
 def test_rows_of_the_rotary_table_beyond_16_bits(emulator):
     case = normalized_qk_case(B=2, L=20, H=1, K=4, C=200_000, dtype=F64)
     case = case.with_options(position=torch.tensor([65_530, 199_990]))
-    assert_matches_reference(emulated(emulator, case), case)
+    assert_matches_reference(run_emulated(emulator, case), case)
 
 
 @pytest.mark.parametrize("K", [2, 1026])
 def test_squares_that_vanish(emulator, K):
-    """z is of 2^-60, eps less than its square."""
+    """z is about 2^-60, eps is less than its square."""
     case = normalized_qk_case(B=1, L=3, H=1, K=K, eps=2.0**-125, size=2.0**-60)
-    assert_matches_reference(emulated(emulator, case), case)
+    assert_matches_reference(run_emulated(emulator, case), case)
 
 
-NORM = {  # lanes, vectors and groups: 32 of them a turn or a slice
+NORM = {  # vectors of a group by 32 lanes, slices of 32 groups
     "three-turns-of-a-group": {"L": 66, "G": 2, "width": 520, "dtype": BF16},
     "elements-of-three-turns": {"L": 3, "G": 3, "width": 69, "dtype": F16},
     "three-slices-of-groups": {"L": 66, "G": 70, "width": 8, "dtype": BF16},
@@ -248,43 +247,43 @@ NORM = {  # lanes, vectors and groups: 32 of them a turn or a slice
 @pytest.mark.parametrize("shape", NORM.values(), ids=NORM)
 def test_timestep_norm(emulator, shape):
     for case in (timestep_norm_case(B=1, count=3, **shape), timestep_norm_end_state_case(B=1, **shape)):
-        assert_matches_reference(emulated(emulator, case), case)
+        assert_matches_reference(run_emulated(emulator, case), case)
 
 
-def test_groups_of_many_sequences_without_steps(emulator):
-    """A block has 256 of them."""
+def test_groups_of_many_empty_sequences(emulator):
+    """A block takes 256 of them."""
     case = timestep_norm_case(B=180, L=1, G=3, width=1, dtype=F64, count=2, lengths=[0] * 179 + [1])
-    assert_matches_reference(emulated(emulator, case), case)
+    assert_matches_reference(run_emulated(emulator, case), case)
 
 
 def test_tiles_of_timestep_norm(emulator):
-    """20 tiles of 64 steps, three a share and three a thread of the scan, and groups for two blocks of the scan."""
+    """20 tiles of 64 tokens, three for each share and each thread of the scan; groups for two blocks of the scan."""
     case = timestep_norm_case(B=1, L=19 * 64 + 9, G=5, width=1, dtype=F64, count=3, cu_seqlens=[5, 200, 1220])
     with emulator.launch_sizes(norm_shares=7, norm_carry_threads=32):
-        assert_matches_reference(emulated(emulator, case), case)
+        assert_matches_reference(run_emulated(emulator, case), case)
 
 
 @pytest.mark.parametrize(("D", "L"), [(2056, 5), (520, 9)])
 def test_cema_over_blocks_of_channels(emulator, D, L):
-    """Nine blocks of 256 channels; three blocks, and two tiles. A sequence without tokens follows."""
+    """Nine blocks of 256 channels; three blocks and two tiles. The second sequence is empty."""
     case = cema_case(B=1, L=L, D=D, N=1, state=True, cu_seqlens=[0, L, L])
     with emulator.launch_sizes(cema_tile=8):
-        assert_matches_reference(emulated(emulator, case), case)
+        assert_matches_reference(run_emulated(emulator, case), case)
 
 
 def test_end_states_of_cema_over_three_blocks_of_channels(emulator):
     case = cema_end_state_case(B=1, L=5, D=520, N=2, dtype=F64)
-    assert_matches_reference(emulated(emulator, case), case)
+    assert_matches_reference(run_emulated(emulator, case), case)
 
 
 def test_three_rounds_of_the_carry(emulator):
-    """A round has 128 tiles; poles remember all of them."""
+    """A round has 128 tiles; poles on the unit circle remember all of them."""
     sizes = {"B": 1, "L": 8 * 260, "D": 2, "N": 2, "cu_seqlens": [0, 300, 8 * 260]}
     case = cema_case(**sizes, radius=(1.0, 1.0), angle=(-0.01, 0.01), state=True, dtype=F64)
     with emulator.launch_sizes(cema_tile=8):
-        assert_matches_reference(emulated(emulator, case), case)
+        assert_matches_reference(run_emulated(emulator, case), case)
 
 
 def test_steps_of_cema_over_nine_blocks_of_channels(emulator):
     case = cema_case(B=2, L=1, D=2056, N=1, state=True, dtype=F64)
-    assert_all_close(emulated(emulator, case, forward), forward(mo.reference.cema, case), tolerance=1e-12)
+    assert_all_close(run_emulated(emulator, case, forward), forward(mo.reference.cema, case), tolerance=1e-12)

@@ -1,4 +1,4 @@
-"""What nvcc has made of the installed CUDA kernels, for each architecture: no spills, the promised instructions.
+"""Machine code of the installed CUDA kernels, for each architecture: no spills, the promised instructions.
 
 Without CUDA kernels, or without nvcc for the planted ones, these tests are skipped. The tests of the installed kernels
 are slow ones: nvdisasm takes 18 s for one architecture. static/README.md says how to read and add promises.
@@ -112,8 +112,8 @@ def test_what_a_promise_allows_is_no_breach(planted):
     assert breaches([planted["calculates_in_double<double>"]], [Promise(r"calculates_in_double<double>", 24)]) == []
 
 
-def test_what_one_compiler_is_allowed_is_allowed_to_no_other():
-    """Wider promises are for the compiler that `_cuda` names: of nvcc 13 a kernel may take no more than PROMISES says."""
+def test_exceptions_of_one_compiler_hold_for_no_other():
+    """Exceptions of nvcc 12 do not hold for nvcc 13."""
     assert promises_of("nvcc 13.0.88") == promises_of("nvcc 14.0.1") == list(PROMISES)
     name = "chunked_attention_bwd_products_kernel<PlainProduct<float, 64, 64>>"
     takes_216 = Kernel(name, architecture=80, registers=216)
@@ -122,9 +122,9 @@ def test_what_one_compiler_is_allowed_is_allowed_to_no_other():
         assert len(breaches([takes_216], own)) == problems, compiler
 
 
-# What the wrappers of cuda/common are to become, by the PTX ISA, where words are numbered as in its figures of fragments
-# and the first word of "cvt.rn.bf16x2.f32 d, a, b" is the upper half. The emulator has branches of its own, which
-# test_cuda_instructions.py holds against the same manual: nothing but this table looks at nvcc's.
+# Instructions of the wrappers in cuda/common, from the PTX ISA: words are numbered as in its figures of fragments, and
+# the first word of "cvt.rn.bf16x2.f32 d, a, b" is the upper half. Only this table checks nvcc's branch of a wrapper;
+# test_cuda_instructions.py checks the emulator's.
 VALUES = {"unsigned short": ("b16", "{}0"), "Pack<unsigned int, 1>": ("b32", "{}0")} | {
     f"Pack<unsigned int, {n}>": (f"v{n}.b32", "{{" + ",".join(f"{{0}}{i}" for i in range(n)) + "}}") for n in (2, 4)
 }
@@ -162,16 +162,16 @@ INSTRUCTIONS = {
 WRAPPERS = PLANTED.parent / "wrappers.cu"
 
 
-def test_wrappers_become_the_instructions_that_the_emulator_takes_them_for():
+def test_wrappers_compile_to_their_instructions():
     assert or_skip(lambda: assembly(WRAPPERS)) == INSTRUCTIONS
     sources = "".join(file.read_text() for file in (ROOT / "cuda" / "common").glob("*.cuh"))
     written = re.findall(r'\basm(?: volatile)?\(\s*"([\w.]+)', sources)
     assert len(written) > 20
-    for opcode in written:  # of a macro only the beginning
+    for opcode in written:  # in a macro, only its beginning
         assert any(instruction.startswith(opcode) for instruction in INSTRUCTIONS.values()), f"{opcode} has no kernel"
 
 
-BUGS = {  # file, right, wrong -> the kernels of wrappers.cu that change
+BUGS = {  # (file, right, wrong): kernels of wrappers.cu that change
     ("async.cuh", "[%1], 16, %2;", "[%1], 16;"): {"copies<16>"},
     ("async.cuh", "[%1], %2, %3;", "[%1], %3, %3;"): {"copies<4>", "copies<8>"},
     ("async.cuh", '"n"(kPending)', '"n"(kPending + 1)'): {"waits<0>", "waits<2>"},
@@ -187,8 +187,8 @@ BUGS = {  # file, right, wrong -> the kernels of wrappers.cu that change
 }  # fmt: skip
 
 
-def test_what_only_nvcc_sees_is_seen(tmp_path):
-    """All bugs are compiled at once: each is in kernels of its own."""
+def test_bugs_in_the_branch_for_nvcc_are_found(tmp_path):
+    """All bugs are compiled at once; each changes other kernels."""
     shutil.copytree(ROOT / "cuda" / "common", tmp_path, dirs_exist_ok=True)
     shutil.copy(WRAPPERS, tmp_path)
     for file, right, wrong in BUGS:
@@ -199,7 +199,7 @@ def test_what_only_nvcc_sees_is_seen(tmp_path):
     assert {name for name in found if found[name] != INSTRUCTIONS[name]} == set().union(*BUGS.values())
 
 
-def test_names_are_short():
+def test_demangled_names_are_short():
     mangled = [
         "_ZN9megalodon13normalized_qk29normalized_qk_fwd_warp_kernelINS_4bf16ELi8ELb1EEEvNS_21NormalizedQkFwdParamsE",
         "_ZN12_GLOBAL__N_16kernelIfLi4EEEvPKfPf",

@@ -1,7 +1,6 @@
-"""Offsets, lengths and positions that contradict their tensors, which nobody can check before a CUDA kernel reads them.
+"""Offsets, lengths and positions out of range, which cannot be checked before a CUDA kernel reads them.
 
-Whatever the numbers are, a kernel stays inside of its buffers. Offsets beyond the row count as its end, and a sequence
-whose position is out of range as padding.
+Kernels never leave their buffers. Offsets beyond a row count as its end, sequences with a wrong position as padding.
 """
 
 from __future__ import annotations
@@ -45,7 +44,7 @@ def run(emulator: Emulator, case: Case) -> dict[str, torch.Tensor]:
 
 @st.composite
 def wrong_cases(draw: st.DrawFn, op: str) -> Case:
-    """Of a case's numbers some are right, some near what is right, some far."""
+    """Cases whose numbers are right, slightly wrong or far out of range."""
     L = draw(st.sampled_from([1, 3, 8, 40] if op in WITH_POSITIONS else [1, 3, 8, 70, 140]))
     numbers = st.integers(0, L) | st.integers(-3, L + 3) | WRONG
     kind = draw(st.sampled_from(["packed", "padded", "dense"] if op in WITH_POSITIONS else ["packed", "padded"]))
@@ -78,7 +77,7 @@ def test_kernels_stay_inside_their_buffers(emulated_module, op):
 
 
 @pytest.mark.parametrize(("op", "L"), [(op, L) for op in SMALL for L in (2, 9 if op in WITH_POSITIONS else 75)])
-def test_what_lies_beyond_the_row_ends_with_it(emulator, op, L):
+def test_offsets_beyond_the_row_count_as_its_end(emulator, op, L):
     padded = build(op, B=4, L=L, lengths=[L, 0, 0, 1])
     wrong = padded.with_options(lengths=torch.tensor([L + 1, -1, -(2**63), 1]))
     assert_bit_equal(run(emulator, wrong), run(emulator, padded))
@@ -89,8 +88,8 @@ def test_what_lies_beyond_the_row_ends_with_it(emulator, op, L):
 
 @pytest.mark.parametrize(("L", "dtype"), [(2, F32), (9, BF16)], ids=str)
 @pytest.mark.parametrize("op", WITH_POSITIONS)
-def test_a_sequence_whose_position_is_none_counts_as_padding(emulator, op, L, dtype):
-    """The results are as if the sequence had no tokens, but for the end state, whose position says so."""
+def test_a_sequence_with_a_wrong_position_counts_as_padding(emulator, op, L, dtype):
+    """As if the sequence were empty, except that its end state has position -1."""
     positions = torch.tensor([2, -1, 6, 2**62, 5])
     case = at_positions(build(op, B=5, L=L, dtype=dtype), positions)
     right = at_positions(case.with_options(lengths=torch.tensor([L, 0, 0, 0, L])), positions % 6)
@@ -105,7 +104,7 @@ def test_a_sequence_whose_position_is_none_counts_as_padding(emulator, op, L, dt
             assert torch.equal(actual[name][::4], expected[name][::4])
 
 
-def test_a_state_in_place_whose_position_is_none_stays_as_it_is(emulator):
+def test_a_state_in_place_with_a_wrong_position_is_not_changed(emulator):
     case = at_positions(build("chunked_attention", B=3, L=4), torch.tensor([6, 1, -7]))
     state = AttentionState(*(t.clone() for t in case.options["state"]))
     k, v = case.tensors["k"], case.tensors["v"]

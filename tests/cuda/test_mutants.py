@@ -1,4 +1,4 @@
-"""What tests/cuda/emulator/mutate.py breaks in a kernel, and how it reads what the tests said."""
+"""Mutants of kernels by tests/cuda/emulator/mutate.py, and its reading of test output."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import subprocess
 import pytest
 from emulator import mutate
 from emulator.emulator import FOLDER
-from emulator.mutants import SWITCH, mutants, switched
+from emulator.mutants import SWITCH, mutants, with_mutants
 
 MUTANTS = {
     "  __syncthreads();": ["`__syncthreads()` deleted"],
@@ -45,7 +45,7 @@ MUTANTS = {
     "  g(p.state ? *p.state : 0);": ["`p.state` becomes `true`", "`p.state` becomes `false`"],
     "  for (int i = 0; valid && i < n; ++i) sum += x[i];": [
         "`i <` becomes `i <=`",
-        "`valid` becomes `true`",  # without the other bound the loop would not end
+        "`valid` becomes `true`",  # a mutant of the other bound would loop forever
     ],
     "  GPU_UNROLL\n  for (int i = 0; i < 4; ++i) sum += x[i];": [],
     "  // if (i < n) __syncthreads();": [],
@@ -112,10 +112,10 @@ int main(int, char** arguments) {
 
 
 @pytest.mark.skipif(shutil.which("g++") is None, reason="needs g++")
-def test_a_switch_does_what_the_mutants_do(tmp_path):
-    """One program that holds all of them prints what each of them prints by itself, and knows which matter."""
+def test_a_switched_program_behaves_like_its_mutants(tmp_path):
+    """One program with all mutants prints what each of them prints alone, and records which of them matter."""
     found = list(enumerate(mutants(PROGRAM), start=1))
-    text = switched(PROGRAM, found)
+    text = with_mutants(PROGRAM, found)
     assert text.count("\n") == PROGRAM.count("\n")
     programs = [PROGRAM, *(mutant.text for _, mutant in found), SWITCH + text]  # each in a namespace of its own
     switch = len(programs) - 1
@@ -141,9 +141,9 @@ def test_a_switch_does_what_the_mutants_do(tmp_path):
     assert plain == output(0)[0]
     assert len(mattered.split()) == len(found) - 1  # n > 99 is never true
     for number, mutant in found:
-        alone = output(number)[0]
-        assert output(switch, number)[0] == alone, mutant.change
-        assert (alone != plain) == (str(number) in mattered.split()), mutant.change
+        expected = output(number)[0]
+        assert output(switch, number)[0] == expected, mutant.change
+        assert (expected != plain) == (str(number) in mattered.split()), mutant.change
 
 
 OUTPUTS = {
@@ -159,7 +159,7 @@ OUTPUTS = {
 
 
 @pytest.mark.parametrize("output", OUTPUTS)
-def test_what_killed_a_mutant(output):
+def test_the_cause_of_a_mutants_death(output):
     assert mutate._cause(1, output) == OUTPUTS[output]
 
 
@@ -171,7 +171,7 @@ def test_a_mutant_that_hangs_or_crashes_is_dead():
 
 
 def test_the_table_keeps_explanations(tmp_path, monkeypatch):
-    """An explanation belongs to a file and a mutation, wherever its line is; rows of mutants that were not run stay."""
+    """Explanations belong to a file and a mutation, not to a line; rows of mutants that were not run stay."""
     texts = {
         "a.cu": "f(a || b);\n__syncthreads();\n__syncthreads();\n",
         "b.cu": "__syncwarp();\n",
@@ -182,7 +182,7 @@ def test_the_table_keeps_explanations(tmp_path, monkeypatch):
     monkeypatch.setattr(mutate, "kernel_files", lambda only: [mutate.Path(name) for name in texts])
 
     def write(dead: dict[str, int], only: str = "") -> str:
-        """The table after a run of what `only` stands in, of these files, in which the first `dead` of each died."""
+        """The table after a run of mutants that contain `only`; the first `dead[file]` of each file died."""
         done = []
         for name, count in dead.items():
             found = enumerate(mutate.numbered(mutate.Path(name)))
@@ -218,8 +218,8 @@ def test_the_table_keeps_explanations(tmp_path, monkeypatch):
     assert mutate.rows_of(write({})) == [mutate.Row("b.cu", "`__syncwarp()` deleted", 1, "")]
 
 
-def test_the_table_names_mutants_that_there_are():
-    """Every row has a reason; no row is of an expression that has gone from the kernels."""
+def test_the_table_names_existing_mutants():
+    """Every row has a reason and names an expression that the kernels have."""
     found = {
         (file.name, mutant.change, nth) for file in mutate.kernel_files([]) for mutant, nth in mutate.numbered(file)
     }

@@ -1,4 +1,4 @@
-"""What CMake decides: CUDA or not, the architectures, the instruction set that a kernel runs in."""
+"""The build: choice of nvcc and architectures by CMake, dispatch of instruction sets, wheels, releases."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from paths import ROOT
 
 from megalodon_ops.ops.common import cuda_driver
 
-ARCHITECTURES = [75, 80, 86, 90, 100, 110, 120]  # that the fake nvcc knows
+ARCHITECTURES = [75, 80, 86, 90, 100, 110, 120]  # of the fake nvcc
 
 
 def program(path: Path, text: str) -> Path:
@@ -43,7 +43,7 @@ def fake_nvidia_smi(folder: Path, *capabilities: str) -> Path:
 
 
 def cmake(*arguments, path: Path, **environment: str) -> subprocess.CompletedProcess[str]:
-    """Runs CMake with the programs in the folder `path` before all others."""
+    """Run CMake with the folder `path` first on the PATH."""
     variables = {k: v for k, v in os.environ.items() if k not in ("CUDACXX", "CUDAARCHS")}
     variables |= {"PATH": f"{path}{os.pathsep}{os.environ['PATH']}", **environment}
     command = [shutil.which("cmake", path=f"{Path(sys.executable).parent}:{os.environ['PATH']}"), *map(str, arguments)]
@@ -51,7 +51,7 @@ def cmake(*arguments, path: Path, **environment: str) -> subprocess.CompletedPro
 
 
 def evaluate(code: str, folder: Path, **environment: str) -> str:
-    """What a CMake script prints that has read cmake/cuda.cmake."""
+    """Output of a CMake script that includes cmake/cuda.cmake."""
     script = folder / "script.cmake"
     script.write_text(f"cmake_policy(VERSION 3.20)\ninclude({ROOT}/cmake/cuda.cmake)\n{code}")
     run = cmake("-P", script, path=folder / "bin", **environment)
@@ -68,7 +68,7 @@ GPUS = {  # compute capabilities of a machine's cards: architectures of its kern
     ("8.9",): "86",  # the fake nvcc does not know 89
     ("12.0", "8.0"): "120;80",
     ("13.0",): "120",  # newer than nvcc: it compiles PTX
-    ("7.5",): "80",  # on which the kernels do not run
+    ("7.5",): "80",  # the kernels do not run on it
     ("7.5", "9.0"): "90",
     (): "80",
 }
@@ -110,7 +110,7 @@ def test_architectures_whose_ptx_is_the_same_share_it(tmp_path):
 
 
 def test_the_version_of_nvcc_is_read(tmp_path):
-    """Of the one on the PATH, unless CUDACXX names another."""
+    """nvcc is on the PATH, unless CUDACXX names another one."""
     other = fake_nvcc(tmp_path / "other", "9.1.85")
     code, wanted = "", []
     for version in ("13.0.88", "11.5.119", "8.0"):
@@ -129,7 +129,7 @@ def configure(folder: Path, *options: str) -> subprocess.CompletedProcess[str]:
     )  # fmt: skip
 
 
-def test_an_nvcc_that_is_too_old_or_does_not_work_leaves_cuda_out(tmp_path):
+def test_cuda_is_left_out_if_nvcc_is_old_or_broken(tmp_path):
     fake_nvcc(tmp_path / "bin", "11.5.119")
     run = configure(tmp_path)
     assert run.returncode == 0, run.stderr
@@ -149,7 +149,7 @@ def test_an_nvcc_that_is_too_old_or_does_not_work_leaves_cuda_out(tmp_path):
 VERSION = "from typing import Optional\n__version__ = '2.13.0'\ndebug = False\ncuda: Optional[str] = {}\nhip: Optional[str] = None\n"
 
 
-def test_an_nvcc_of_a_later_cuda_than_torchs_is_said(tmp_path):
+def test_a_warning_for_an_nvcc_newer_than_torchs_cuda(tmp_path):
     code, built_for = "", ["'12.8'", "'13.0'", "'13.2'", "None", None]
     for number, cuda in enumerate(built_for):
         folder = tmp_path / str(number)
@@ -157,8 +157,8 @@ def test_an_nvcc_of_a_later_cuda_than_torchs_is_said(tmp_path):
             (folder / "torch").mkdir(parents=True)
             (folder / "torch" / "version.py").write_text(VERSION.format(cuda))
         code += f'message("torch of CUDA {cuda}:")\ncompare_with_torch("13.0.88" "{folder}")\n'
-    said = " ".join(evaluate(code, tmp_path).split())
-    first, *others = re.split(r"torch of CUDA (?:'[\d.]+'|None):", said)[1:]
+    output = " ".join(evaluate(code, tmp_path).split())
+    first, *others = re.split(r"torch of CUDA (?:'[\d.]+'|None):", output)[1:]
     assert "need an NVIDIA driver that supports CUDA 13. torch is built for CUDA 12.8" in first
     assert len(others) == len(built_for) - 1 and not "".join(others).strip()
 
@@ -196,21 +196,13 @@ needs_x86 = pytest.mark.skipif("x86_64" not in sysconfig.get_platform(), reason=
 def compile_and_link(folder: Path, code: str) -> subprocess.CompletedProcess[str]:
     (folder / "dispatch.cpp").write_text(code)
     compiler = os.environ.get("CXX", "g++")
-    command = [
-        compiler,
-        "-std=c++17",
-        "-fPIC",
-        "-pie",
-        f"-I{ROOT / 'cpp' / 'common'}",
-        "dispatch.cpp",
-        "-o",
-        "dispatch",
-    ]
+    flags = ["-std=c++17", "-fPIC", "-pie", f"-I{ROOT / 'cpp' / 'common'}"]
+    command = [compiler, *flags, "dispatch.cpp", "-o", "dispatch"]
     return subprocess.run(command, cwd=folder, capture_output=True, text=True)
 
 
 @needs_x86
-def test_a_kernel_runs_as_compiled_for_the_best_suitable_instruction_set_up_to_the_active_one(tmp_path):
+def test_a_kernel_runs_in_its_best_instruction_set_up_to_the_active_one(tmp_path):
     compiled = compile_and_link(tmp_path, DISPATCH)
     assert compiled.returncode == 0, compiled.stderr
     lines = subprocess.run([tmp_path / "dispatch"], capture_output=True, text=True, check=True).stdout.splitlines()
@@ -242,7 +234,7 @@ def tool(name: str) -> ModuleType:
 
 
 @needs_x86
-def test_a_wheel_with_avx_in_code_that_every_processor_runs_is_refused(tmp_path):
+def test_a_wheel_with_avx_outside_of_kernels_is_refused(tmp_path):
     build_wheel = tool("build_wheel")
     (tmp_path / "doubles.cpp").write_text("void f(float* x) { for (int i = 0; i < 64; ++i) x[i] *= 2; }")
 
@@ -261,7 +253,7 @@ def test_a_wheel_with_avx_in_code_that_every_processor_runs_is_refused(tmp_path)
         build_wheel.check_instructions(tmp_path)
 
 
-def test_the_table_of_wheels_says_what_a_release_is_built_with(tmp_path):
+def test_the_table_of_wheels_agrees_with_the_build(tmp_path):
     names = ("pyproject.toml", "CMakeLists.txt", "tools/install_nvcc.sh", "docs/start.md")
     project, build, installer, page = ((ROOT / name).read_text() for name in names)
     (image,) = set(re.findall(r'manylinux-\w+-image = "manylinux_(\w+)"', project))
@@ -291,8 +283,8 @@ def test_the_table_of_wheels_says_what_a_release_is_built_with(tmp_path):
 # The project's address
 
 
-def test_a_release_says_where_the_project_is(tmp_path):
-    """Every relative link of the README becomes one to a file of the commit, and nothing else changes."""
+def test_a_release_links_to_the_repository(tmp_path):
+    """Relative links of the README become links to files of the commit; nothing else changes."""
     shutil.copy(ROOT / "README.md", tmp_path)
     shutil.copy(ROOT / "pyproject.toml", tmp_path)
     for name in ("docs", "bench"):

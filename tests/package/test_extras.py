@@ -1,4 +1,4 @@
-"""What a user is told whose call needs a package that an extra brings: the words to type, for an installation like his."""
+"""Errors about a missing package name the pip command that installs it."""
 
 import importlib.metadata
 import json
@@ -26,7 +26,7 @@ class Installed:
     ],
     ids=["from an index", "from a checkout", "from a wheel", "damaged"],
 )
-def test_a_missing_package_is_told_with_the_words_that_install_it(monkeypatch, origin, named):
+def test_the_error_for_a_missing_package_has_the_pip_command(monkeypatch, origin, named):
     monkeypatch.setattr(importlib.metadata, "distribution", lambda name: Installed(origin))
     with pytest.raises(ModuleNotFoundError) as error:
         extras.load("no_such_package.part", "train")
@@ -34,7 +34,7 @@ def test_a_missing_package_is_told_with_the_words_that_install_it(monkeypatch, o
     assert error.value.name == "no_such_package"
 
 
-def test_a_fault_inside_a_package_is_not_taken_for_its_absence(tmp_path, monkeypatch):
+def test_a_failed_import_inside_a_package_is_another_error(tmp_path, monkeypatch):
     (tmp_path / "half_a_package.py").write_text("import what_it_needs")
     monkeypatch.syspath_prepend(tmp_path)
     with pytest.raises(ModuleNotFoundError, match="what_it_needs"):

@@ -30,9 +30,9 @@ ROOMS = [
         megalodon_ops.extras megalodon_ops.torchrun megalodon_ops._C megalodon_ops_startup
     """.strip().splitlines()
 ]
-"""A room imports from itself and from those further down."""
+"""Packages by level: each imports from itself and from lower levels."""
 PLAIN = {f"megalodon_ops.ops.common.{name}" for name in ("checks", "philox", "states")}
-"""Files without kernels, from which references may import"""
+"""Modules without kernels, which references may import"""
 
 Imports = dict[str, set[str]]
 
@@ -54,7 +54,7 @@ def imported(source: str, module: str, is_package: bool = False) -> Iterator[tup
 
 
 def read_imports(folder: Path) -> tuple[Imports, Imports]:
-    """Of each module of the packages in a folder, the modules there that it imports, and the packages elsewhere."""
+    """Imports of each module of the packages in a folder: modules in that folder, and other packages."""
     paths = {}
     for path in sorted(folder.glob("megalodon_ops*/**/*.py*")):
         if path.suffix in (".py", ".pyi"):
@@ -80,7 +80,7 @@ def is_reference(module: str) -> bool:
 
 
 def faults(folder: Path) -> Iterator[str]:
-    """What is wrong in the imports of the packages in a folder."""
+    """Describe wrong imports of the packages in a folder."""
     inside, outside = read_imports(folder)
     try:
         TopologicalSorter(inside).prepare()

@@ -48,7 +48,7 @@ def _random_gradient(gen: torch.Generator, output: Tensor, rounding: torch.dtype
     return torch.view_as_complex(grad) if output.is_complex() else grad
 
 
-def carried(op: str, results: Tensors) -> Tensors:
+def invariant_results(op: str, results: Tensors) -> Tensors:
     """The results that do not change when a sequence is cut: all, or only the outputs if the state is a constant."""
     names = [name for name in results if not (OPS[op].constant_state and name.startswith("d"))]
     return {name: results[name] for name in names}
@@ -73,7 +73,8 @@ def streamed(function: Function, op: str, pieces: Sequence[int]) -> Function:
                 first = first % options["chunk_size"]
                 outputs.append(function(*part, *parameters, lengths=ends, position=first, **options))
             elif not OPS[op].outputs:
-                state = merged(op, parameters, state, function(*part, *parameters, lengths=ends, **options), size, ends)
+                end_state = function(*part, *parameters, lengths=ends, **options)
+                state = merge_states(op, parameters, state, end_state, size, ends)
             else:
                 output, state = function(*part, *parameters, lengths=ends, state=state, **options)
                 outputs.append(output)
@@ -85,7 +86,7 @@ def streamed(function: Function, op: str, pieces: Sequence[int]) -> Function:
     return run
 
 
-def merged(op: str, parameters: Sequence[Tensor], before: Any, after: Any, size: int, ends: Tensor | None) -> Any:
+def merge_states(op: str, parameters: Sequence[Tensor], before: Any, after: Any, size: int, ends: Tensor | None) -> Any:
     """Merge the end states of two pieces; the second has `size` positions, or `ends` by row; `before` may be None."""
     if before is None:
         return after

@@ -1,4 +1,4 @@
-"""The CUDA kernels of cema, emulated: every path and template, orders of threads, bytes moved, bank conflicts."""
+"""Emulated CUDA kernels of cema: every path and template, orders of threads, bytes moved, bank conflicts."""
 
 from __future__ import annotations
 
@@ -13,19 +13,19 @@ from megalodon_ops import _C
 
 ORDERS = ("forward", "reverse", "random")
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
-MODES = (3, 8, 11, 17)  # of the templates of 4, 8, 16 and 32
+MODES = (3, 8, 11, 17)  # for the templates of 4, 8, 16 and 32 modes
 # (factor, floor) of assert_as_accurate_as for results in 32 and in 16 bits.
 LIMITS = {4: (4, 8), 2: (2, 0.5)}
 SCAN = {"cema_table_kernel", "cema_local_kernel", "cema_carry_kernel", "cema_output_kernel"}
 GRADIENTS = {"cema_sums_kernel", "cema_finish_kernel"}
 
 
-def emulated(emulator, case, offset=0):
+def run_emulated(emulator, case, offset=0):
     with emulator.replacing(_C, offset=offset):
         return evaluate(mo.cema, case)
 
 
-def launched(emulator):
+def launched_kernels(emulator):
     return set(emulator.module.traffic())
 
 
@@ -44,13 +44,13 @@ def assert_matches_reference(actual, case, run=evaluate):
 @pytest.mark.parametrize("N", MODES)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_every_number_of_modes_and_type(emulator, dtype, N):
-    """Over several tiles; pairs of channels, by vector and by scalar accesses; with a state and without."""
+    """Several tiles; vector and scalar accesses; half of the cases have a state."""
     state = (DTYPES.index(dtype) + MODES.index(N)) % 2 == 0
     case = cema_case(B=1, L=67, D=4, N=N, dtype=dtype, state=state)
-    actual = emulated(emulator, case)
-    assert launched(emulator) == SCAN | GRADIENTS
+    actual = run_emulated(emulator, case)
+    assert launched_kernels(emulator) == SCAN | GRADIENTS
     assert_matches_reference(actual, case)
-    assert_bit_equal(emulated(emulator, case, offset=1), actual)
+    assert_bit_equal(run_emulated(emulator, case, offset=1), actual)
 
 
 MANY_MODES = {
@@ -61,20 +61,20 @@ MANY_MODES = {
 
 @pytest.mark.parametrize(("dtype", "sequences"), MANY_MODES.values(), ids=MANY_MODES)
 def test_more_modes_than_a_launch_takes(emulator, dtype, sequences):
-    """Groups of 32 modes, whose outputs are summed in the workspace."""
+    """Outputs of groups of 32 modes are summed in the workspace."""
     case = cema_case(**sequences, D=3, N=70, dtype=dtype, state=True)
-    assert_matches_reference(emulated(emulator, case), case)
+    assert_matches_reference(run_emulated(emulator, case), case)
 
 
-def test_outputs_of_many_modes_and_steps_have_room(emulator):
-    """More bytes of outputs' sums than of all else that a workspace holds there."""
+def test_outputs_of_many_modes_and_tokens_have_room(emulator):
+    """The sums of outputs are most of the workspace here."""
     case = cema_case(B=1, L=1200, D=2, N=33)
     with emulator.replacing(_C):
         actual = forward(mo.cema, case)
     assert_matches_reference(actual, case, run=forward)
 
 
-# Tiles are of 32 tokens.
+# A tile has 32 tokens.
 SEQUENCES = {
     "tiles-that-match": {"B": 3, "L": 64},
     "starts-in-tiles": {"B": 3, "L": 77},
@@ -91,17 +91,17 @@ SEQUENCES = {
 @pytest.mark.parametrize("sequences", SEQUENCES.values(), ids=SEQUENCES)
 def test_sequences_against_tiles(emulator, sequences, D, state):
     case = cema_case(**sequences, D=D, N=5, state=state)
-    assert_matches_reference(emulated(emulator, case), case)
+    assert_matches_reference(run_emulated(emulator, case), case)
 
 
 def test_several_blocks_a_tile(emulator):
     case = cema_case(B=1, L=35, D=70, N=32)
-    assert_matches_reference(emulated(emulator, case), case)
+    assert_matches_reference(run_emulated(emulator, case), case)
 
 
 @pytest.mark.parametrize("only", ["y", "state"])
 def test_the_gradient_of_one_output(emulator, only):
-    """One output alone, y or the state, has a gradient that is not 0."""
+    """Only y, or only the state, has a gradient."""
     case = cema_case(B=2, L=75, D=4, N=4, state=True, dtype=torch.float64)
     run = lambda function: evaluate(function, case, lambda name, grad: grad * (name == only))  # noqa: E731
     with emulator.replacing(_C):
@@ -110,7 +110,7 @@ def test_the_gradient_of_one_output(emulator, only):
 
 
 def test_the_gradient_of_y_without_states(emulator):
-    """Without states all of u is made of x, and dp is a sum over y."""
+    """Without a state, dp is a sum over y."""
     case = cema_case(B=2, L=75, D=4, N=4, dtype=torch.float64)
 
     def gradients(function):
@@ -126,20 +126,20 @@ def test_the_gradient_of_y_without_states(emulator):
 
 
 def test_nothing_is_launched_for_no_channels(emulator):
-    emulated(emulator, cema_case(B=1, L=5, D=0, N=3, state=True))
-    assert not launched(emulator)
+    run_emulated(emulator, cema_case(B=1, L=5, D=0, N=3, state=True))
+    assert not launched_kernels(emulator)
 
 
-TILES = (32, 64, 128, 256, 512)  # steps; tensors of real sizes take the longer ones
+TILES = (32, 64, 128, 256, 512)  # tokens; large tensors take the longer tiles
 
 
 def test_every_tile_is_as_accurate_as_the_direct_form(emulator):
-    """Poles on the circle that turn slowly: rounding errors of one sign would add up along a tile."""
+    """Slow poles on the unit circle: rounding errors of one sign would add up along a tile."""
     case = cema_case(B=1, L=2100, D=2, N=2, radius=(1.0, 1.0), angle=(-0.01, 0.01), state=True)
     exact, same = evaluate(mo.reference.cema, case.double()), evaluate(mo.reference.cema, case)
     for tile in TILES:
         with emulator.launch_sizes(cema_tile=tile):
-            actual = emulated(emulator, case)
+            actual = run_emulated(emulator, case)
         for name, value in actual.items():
             where = f"{name} in tiles of {tile}"
             assert_as_accurate_as(value, same[name], exact[name], factor=1, floor=4, name=where)
@@ -150,14 +150,14 @@ LONGER_TILES = list(zip(TILES[1:], 2 * (torch.float32, torch.float64), strict=Tr
 
 @pytest.mark.parametrize(("tile", "dtype"), LONGER_TILES, ids=str)
 def test_sequences_against_longer_tiles(emulator, tile, dtype):
-    """A sequence that fills tiles, some that begin and end inside of one, padding, and a last tile that is cut short."""
+    """A sequence that fills tiles, sequences inside one tile, padding, and a short last tile."""
     ends = [3, 2 * tile + 9, 2 * tile + 9, 2 * tile + 20, 3 * tile + 5]
     case = cema_case(B=1, L=3 * tile + 7, D=2, N=3, dtype=dtype, radius=(0.9, 1.0), state=True, cu_seqlens=ends)
     with emulator.launch_sizes(cema_tile=tile):
-        assert_matches_reference(emulated(emulator, case), case)
+        assert_matches_reference(run_emulated(emulator, case), case)
 
 
-STEPS = {
+FEW_TOKENS = {
     "decode": {"B": 3, "L": 1},
     "one-sequence": {"B": 1, "L": 61},
     "short": {"B": 1, "L": 12, "cu_seqlens": [1, 4, 4, 5, 11]},
@@ -166,18 +166,19 @@ STEPS = {
 }
 
 
-STEP_TYPES = {1: torch.float64, 6: torch.bfloat16, 32: torch.float32}  # by number of modes
-STEP_CASES = [(name, N) for name in STEPS for N in STEP_TYPES if N == 6 or name != "more-sequences-than-blocks"]
+TYPES = {1: torch.float64, 6: torch.bfloat16, 32: torch.float32}  # by number of modes
+TOKEN_CASES = [(name, N) for name in FEW_TOKENS for N in TYPES if N == 6 or name != "more-sequences-than-blocks"]
 
 
-@pytest.mark.parametrize(("steps", "N"), STEP_CASES)
-def test_few_steps_take_one_launch(emulator, steps, N):
-    """Half of them go on from a state."""
-    sequences, dtype, state = STEPS[steps], STEP_TYPES[N], STEP_CASES.index((steps, N)) % 2 == 0
+@pytest.mark.parametrize(("tokens", "N"), TOKEN_CASES)
+def test_few_tokens_take_one_launch(emulator, tokens, N):
+    """Half of the cases have an initial state."""
+    sequences, dtype = FEW_TOKENS[tokens], TYPES[N]
+    state = TOKEN_CASES.index((tokens, N)) % 2 == 0
     case = cema_case(**sequences, D=1 if sequences["B"] > 4 else 9, N=N, dtype=dtype, state=state)
     with emulator.replacing(_C):
         actual = forward(mo.cema, case)
-    assert launched(emulator) == {"cema_step_kernel"}
+    assert launched_kernels(emulator) == {"cema_step_kernel"}
     exact, same = (forward(mo.reference.cema, c) for c in (case.double(), case))
     for name, value in actual.items():
         if dtype == torch.float64:
@@ -189,13 +190,13 @@ def test_few_steps_take_one_launch(emulator, steps, N):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("shape", [(1, 8300, 32), (66_000, 1, 1)], ids=["channels", "sequences"])
-def test_few_steps_of_more_than_fills_a_gpu(emulator, shape):
-    """There are more blocks of channels, or sequences, than a grid may have rows."""
+def test_few_tokens_of_more_than_fills_a_gpu(emulator, shape):
+    """More blocks of channels, or sequences, than a grid may have rows."""
     B, D, N = shape
     case = cema_case(B=B, L=1, D=D, N=N)
     with emulator.replacing(_C):
         y = mo.cema(**case.tensors)
-    assert launched(emulator) == {"cema_step_kernel"}
+    assert launched_kernels(emulator) == {"cema_step_kernel"}
     assert_all_close({"y": y.double()}, {"y": mo.reference.cema(**case.double().tensors)}, tolerance=1e-5)
 
 
@@ -210,10 +211,10 @@ def test_orders_of_threads_give_equal_bits(emulator):
 
 
 def evaluate_both_paths(emulator, case):
-    results = emulated(emulator, case)
+    results = run_emulated(emulator, case)
     with emulator.replacing(_C):
         y = mo.cema(**case.tensors | {"x": case.tensors["x"][:, :3], "state": None})
-    return results | {"steps": y}
+    return results | {"few tokens": y}
 
 
 POLES = {
@@ -225,38 +226,38 @@ POLES = {
 
 @pytest.mark.parametrize("poles", POLES.values(), ids=POLES)
 def test_long_memory_is_as_accurate_as_the_direct_form(emulator, poles):
-    """Coefficients are rounded once: no phase that drifts, whatever the length."""
+    """Coefficients are rounded once, so that phases do not drift with the length."""
     case = cema_case(B=1, L=1503, D=3, N=4, **poles, state=True)
     exact, same = evaluate(mo.reference.cema, case.double()), evaluate(mo.reference.cema, case)
-    for name, value in emulated(emulator, case).items():
+    for name, value in run_emulated(emulator, case).items():
         assert_as_accurate_as(value, same[name], exact[name], factor=1, floor=4, name=name)
 
 
 def test_long_memory_ends_with_its_sequence(emulator):
-    """The second sequence starts amid the tiles of the carry's second warp, and goes on in the third's."""
+    """The second sequence starts in the tiles of the carry's second warp and continues in those of the third."""
     case = cema_case(B=1, L=700, D=2, N=4, **POLES["by-the-circle"], cu_seqlens=[0, 300, 700], state=True)
-    assert_matches_reference(emulated(emulator, case), case)
+    assert_matches_reference(run_emulated(emulator, case), case)
 
 
 @pytest.mark.parametrize("state", [False, True], ids=["fresh", "state"])
 def test_weights_and_phases_of_zero_keep_the_state(emulator, state):
-    """p, gamma and Im(q) of 0, by which a carried state cannot be divided."""
+    """p, gamma and Im(q) near 0: the kernel must not divide a state by them."""
     case = cema_case(B=1, L=100, D=3, N=4, state=state)
     zero = torch.tensor([0.0, 1e-30, 1e-6, 1.0])
     q = torch.complex(case.tensors["q"].real, case.tensors["q"].imag * zero)
     case = case.with_tensors(p=case.tensors["p"] * zero.flip(0), gamma=case.tensors["gamma"] * zero, q=q)
-    assert_matches_reference(emulated(emulator, case), case)
+    assert_matches_reference(run_emulated(emulator, case), case)
 
 
 def test_weights_along_the_axes_keep_the_state(emulator):
-    """Gammas of which one part is 0 count as they are."""
+    """Gammas with a real or imaginary part of 0 are not changed."""
     case = cema_case(B=1, L=70, D=3, N=4, state=True)
     axes = torch.tensor([1, -1, 1j, -1j], dtype=torch.complex64).expand(3, 4).contiguous()
     case = case.with_tensors(gamma=axes)
-    assert_matches_reference(emulated(emulator, case), case)
+    assert_matches_reference(run_emulated(emulator, case), case)
 
 
-def test_small_weights_without_states_count_as_they_are(emulator):
+def test_small_weights_without_a_state_are_not_changed(emulator):
     case = cema_case(B=1, L=300, D=3, N=4)
     case = case.with_tensors(gamma=case.tensors["gamma"] * 1e-15, omega=torch.zeros(3))
     with emulator.replacing(_C):
@@ -264,12 +265,12 @@ def test_small_weights_without_states_count_as_they_are(emulator):
     assert_all_close({"y": y.double() * 1e15}, {"y": mo.reference.cema(**case.double().tensors) * 1e15}, tolerance=1e-5)
 
 
-@pytest.mark.parametrize("L", [3, 400], ids=["steps", "scan"])
-def test_states_that_nobody_wants(emulator, L):
-    """Null pointers for the final state and the first one's gradient; one sequence is empty."""
+@pytest.mark.parametrize("L", [3, 400], ids=["few-tokens", "scan"])
+def test_null_pointers_for_states(emulator, L):
+    """No final state, no gradient of the initial state; one sequence is empty."""
     case = cema_case(B=2, L=L, D=4, N=4, state=True, lengths=[L, 0])
     x, *parameters, state = case.tensors.values()
-    expected, lengths = emulated(emulator, case), case.options["lengths"]
+    expected, lengths = run_emulated(emulator, case), case.options["lengths"]
     y, grads = torch.empty_like(x), [torch.empty_like(t) for t in (x, *parameters)]
     emulator.call("cema_fwd", x, *parameters, state, None, lengths, y, None)
     dy, dstate_out = torch.ones_like(x), torch.ones_like(state)
@@ -283,13 +284,13 @@ def test_states_that_nobody_wants(emulator, L):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_bytes_moved(emulator, dtype):
-    """x is read once for the states and once for y; x and dy once each for the states, and once for the gradients."""
+    """The forward reads x twice, for states and for y; the backward reads x and dy for states and for gradients."""
     case = cema_case(B=2, L=96, D=32, N=16, dtype=dtype)
     x = case.tensors["x"].requires_grad_()
     with emulator.replacing(_C):
         mo.cema(**case.tensors).backward(torch.ones_like(x))
     expected = {
-        "cema_local_kernel": {("x", "load"): 2, ("dy", "load"): 1},  # forward, and again with dy in the backward
+        "cema_local_kernel": {("x", "load"): 2, ("dy", "load"): 1},  # forward and backward
         "cema_output_kernel": {("x", "load"): 1, ("y", "store"): 1, ("dy", "load"): 1, ("dx", "store"): 1},
         "cema_sums_kernel": {("x", "load"): 1, ("dy", "load"): 1},
     }
@@ -297,7 +298,7 @@ def test_bytes_moved(emulator, dtype):
         traffic = emulator.traffic(kernel)
         for (name, way), times in buffers.items():
             assert traffic[name][f"{way}_sectors"] * 32 == times * x.nbytes, (kernel, name)
-    # States and sums, 8 and 16 bytes a mode, channel and tile of 32 steps.
+    # States and sums: 8 and 16 bytes for each mode, channel and tile of 32 tokens.
     states = 8 * 16 * 32 * 6
     assert emulator.traffic("cema_carry_kernel")["workspace"]["store_sectors"] * 32 == 3 * states
     assert emulator.traffic("cema_local_kernel")["workspace"]["store_bytes"] == 3 * (states + 4 * 6)
@@ -315,7 +316,7 @@ def test_bytes_moved_in_decoding(emulator):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
 def test_no_bank_conflicts(emulator, dtype):
-    emulated(emulator, cema_case(B=1, L=35, D=34, N=16, dtype=dtype, state=True))
+    run_emulated(emulator, cema_case(B=1, L=35, D=34, N=16, dtype=dtype, state=True))
     shared = [site for kernel in SCAN | GRADIENTS for site in emulator.sites(kernel) if site["shared"]]
     assert {site["kernel"] for site in shared} == (SCAN | GRADIENTS) - {"cema_table_kernel"}
     for site in shared:

@@ -1,6 +1,6 @@
-"""The CUDA kernels of cema_end_state, emulated: every template, sequences against tiles, orders of threads, bytes moved.
+"""Emulated CUDA kernels of cema_end_state: every template, sequences against tiles, bytes moved.
 
-test_ops.py and test_end_states.py show that the public op on these kernels keeps what it promises.
+The public op on these kernels: test_ops.py, test_end_states.py. Orders of threads: test_cuda_ops.py.
 """
 
 from __future__ import annotations
@@ -19,35 +19,35 @@ FORWARD = {f"cema_{name}_kernel" for name in ("table", "local", "carry", "ends")
 BACKWARD = {f"cema_{name}_kernel" for name in ("table", "local", "carry", "output", "sums", "finish")}
 
 
-def emulated(emulator, case, offset=0, run=evaluate):
+def run_emulated(emulator, case, offset=0, run=evaluate):
     with emulator.replacing(_C, offset=offset):
         return run(mo.cema_end_state, case)
 
 
-def launched(emulator):
+def launched_kernels(emulator):
     return set(emulator.module.traffic())
 
 
 @pytest.mark.parametrize("N", MODES)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_every_number_of_modes_and_type(emulator, dtype, N):
-    """Over several tiles; pairs of channels, by vector and by scalar accesses."""
+    """Several tiles; vector and scalar accesses."""
     case = cema_end_state_case(B=1, L=67, D=4, N=N, dtype=dtype)
-    actual = emulated(emulator, case)
-    assert launched(emulator) == FORWARD | BACKWARD
+    actual = run_emulated(emulator, case)
+    assert launched_kernels(emulator) == FORWARD | BACKWARD
     assert_matches_reference(actual, case)
-    assert_bit_equal(emulated(emulator, case, offset=1), actual)
+    assert_bit_equal(run_emulated(emulator, case, offset=1), actual)
 
 
-def test_the_forward_alone_and_few_steps_take_the_scan(emulator):
-    emulated(emulator, cema_end_state_case(B=3, L=1, D=4, N=4), run=forward)
-    assert launched(emulator) == {"cema_table_kernel", "cema_ends_kernel"}
+def test_few_tokens_take_the_scan(emulator):
+    run_emulated(emulator, cema_end_state_case(B=3, L=1, D=4, N=4), run=forward)
+    assert launched_kernels(emulator) == {"cema_table_kernel", "cema_ends_kernel"}
 
 
 @pytest.mark.parametrize(("dtype", "sequences"), MANY_MODES.values(), ids=MANY_MODES)
 def test_more_modes_than_a_launch_takes(emulator, dtype, sequences):
     case = cema_end_state_case(**sequences, D=3, N=70, dtype=dtype)
-    assert_matches_reference(emulated(emulator, case), case)
+    assert_matches_reference(run_emulated(emulator, case), case)
 
 
 CHANNELS = [(1, "starts-in-tiles"), *((6, sequences) for sequences in SEQUENCES), (70, "several-in-a-tile")]
@@ -57,44 +57,43 @@ CHANNELS = [(1, "starts-in-tiles"), *((6, sequences) for sequences in SEQUENCES)
 def test_sequences_against_tiles(emulator, D, sequences):
     sequences = SEQUENCES[sequences]
     case = cema_end_state_case(**sequences, D=D, N=5)
-    assert_matches_reference(emulated(emulator, case), case)
+    assert_matches_reference(run_emulated(emulator, case), case)
 
 
 @pytest.mark.parametrize("tile", TILES[1:])
 def test_sequences_against_longer_tiles(emulator, tile):
-    """A sequence that fills tiles, some that begin and end inside of one, padding, and a last tile that is cut short."""
+    """A sequence that fills tiles, sequences inside one tile, padding, and a short last tile."""
     ends = [3, 2 * tile + 9, 2 * tile + 9, 2 * tile + 20, 3 * tile + 5]
     case = cema_end_state_case(B=1, L=3 * tile + 7, D=2, N=3, radius=(0.9, 1.0), cu_seqlens=ends)
     with emulator.launch_sizes(cema_tile=tile):
-        assert_matches_reference(emulated(emulator, case), case)
+        assert_matches_reference(run_emulated(emulator, case), case)
 
 
 def test_small_weights_keep_their_gradients(emulator):
-    """p and Im(q) of 0, by which a state's gradient cannot be divided."""
+    """p and Im(q) near 0: the kernel must not divide a gradient by them."""
     case = cema_end_state_case(B=1, L=100, D=3, N=4)
     zero = torch.tensor([0.0, 1e-30, 1e-6, 1.0])
     q = torch.complex(case.tensors["q"].real, case.tensors["q"].imag * zero)
     case = case.with_tensors(p=case.tensors["p"] * zero.flip(0), q=q)
-    assert_matches_reference(emulated(emulator, case), case)
+    assert_matches_reference(run_emulated(emulator, case), case)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_bytes_moved_by_the_forward(emulator, dtype):
-    """x is read once, and again in the two of six tiles in which the sequences end; nothing of x's size is written."""
+    """x is read once, and again in the two of six tiles where sequences end; only states are written."""
     case = cema_end_state_case(B=2, L=96, D=32, N=16, dtype=dtype)
-    emulated(emulator, case, run=forward)
+    run_emulated(emulator, case, run=forward)
     x, state = case.tensors["x"].nbytes, 2 * 32 * 16 * 8
     assert emulator.sectors("cema_local_kernel", "x", "load") == x
     assert emulator.sectors("cema_ends_kernel", "x", "load") == x // 3
     assert emulator.traffic("cema_ends_kernel")["state_out"]["store_bytes"] == state
-    written = {
-        name for kernel in launched(emulator) for name, t in emulator.traffic(kernel).items() if t["store_bytes"]
-    }
+    traffic = [item for kernel in launched_kernels(emulator) for item in emulator.traffic(kernel).items()]
+    written = {name for name, t in traffic if t["store_bytes"]}
     assert written == {"workspace", "state_out"}
 
 
 def test_bytes_moved_by_the_backward(emulator):
-    """No dy: x is read for the states, for dp and for dq; dx is written once."""
+    """x is read for the states, for dp and for dq; dx is written once."""
     case = cema_end_state_case(B=2, L=64, D=32, N=16, dtype=torch.bfloat16)
     with emulator.replacing(_C):
         leaves = {name: t.clone().requires_grad_() for name, t in case.tensors.items()}
@@ -107,19 +106,9 @@ def test_bytes_moved_by_the_backward(emulator):
     assert emulator.sectors("cema_output_kernel", "dx", "store") == x
 
 
-def test_orders_of_threads_give_equal_bits(emulator):
-    case = cema_end_state_case(B=1, L=130, D=5, N=16, cu_seqlens=[2, 40, 40, 105, 125])
-    results = []
-    for order in ("forward", "reverse", "random"):
-        emulator.set_order(order)
-        results.append(emulated(emulator, case))
-    assert_bit_equal(results[1], results[0])
-    assert_bit_equal(results[2], results[0])
-
-
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
 def test_no_bank_conflicts(emulator, dtype):
-    emulated(emulator, cema_end_state_case(B=1, L=35, D=34, N=16, dtype=dtype))
+    run_emulated(emulator, cema_end_state_case(B=1, L=35, D=34, N=16, dtype=dtype))
     for kernel in FORWARD - {"cema_table_kernel"}:
         sites = [site for site in emulator.sites(kernel) if site["shared"]]
         assert sites

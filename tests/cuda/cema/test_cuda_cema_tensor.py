@@ -1,4 +1,4 @@
-"""The backward's sums of cema on tensor cores, emulated: cuda/cema/cema_mma.cuh."""
+"""Sums of cema's backward on emulated tensor cores: cuda/cema/cema_mma.cuh."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import megalodon_ops as mo
 from megalodon_ops import _C
 
 TENSOR, SCAN = {"cema_tiles_kernel", "cema_cross_kernel"}, {"cema_sums_kernel"}
-A100 = 163 * 1024  # shared memory of a block; smaller cards keep the scan
+A100 = 163 * 1024  # bytes of shared memory of a block; cards with less take the scan
 LIMITS = {4: (4, 8), 2: (2, 0.5)}  # (factor, floor) of assert_as_accurate_as for results in 32 and in 16 bits
 
 
@@ -28,15 +28,15 @@ def gradients(function, case):
     return {f"d{name}": grad for name, grad in zip(leaves, torch.autograd.grad(y, leaves.values(), dy), strict=True)}
 
 
-def launched_by(emulator):
+def launched_kernels(emulator):
     return set(emulator.module.traffic())
 
 
-def emulated(emulator, case, offset=0, order="random", shared_limit=A100, **sizes):
+def run_emulated(emulator, case, offset=0, order="random", shared_limit=A100, **sizes):
     emulator.set_order(order, shared_limit=shared_limit)
     with emulator.replacing(_C, offset=offset), emulator.launch_sizes(cema_tile=128, **sizes):
         found = gradients(mo.cema, case)
-    return found, launched_by(emulator)
+    return found, launched_kernels(emulator)
 
 
 def assert_matches_reference(actual, case, limits=LIMITS, run=gradients):
@@ -60,30 +60,30 @@ SIZES = {
 @pytest.mark.parametrize("sizes", SIZES.values(), ids=SIZES)
 def test_gradients(emulator, sizes):
     case = tensor_case(**sizes)
-    actual, launched = emulated(emulator, case)
+    actual, launched = run_emulated(emulator, case)
     assert launched >= TENSOR and not launched & SCAN
     assert_matches_reference(actual, case)
 
 
 @pytest.mark.parametrize("tiles", [9, 17])
 def test_a_share_takes_several_groups_of_tiles(emulator, tiles):
-    """The share's sums for each lag go on from its first eight tiles to the ninth and the seventeenth."""
+    """One share adds up groups of eight tiles."""
     case = tensor_case(B=1, L=tiles * 128, N=1)
-    actual, _ = emulated(emulator, case, cema_shares=1)
+    actual, _ = run_emulated(emulator, case, cema_shares=1)
     assert_matches_reference(actual, case)
 
 
-def test_three_shares_of_which_one_is_empty(emulator):
+def test_three_shares_one_of_them_empty(emulator):
     case = tensor_case(B=1, L=9 * 128, N=2)
-    actual, _ = emulated(emulator, case, cema_shares=3)
+    actual, _ = run_emulated(emulator, case, cema_shares=3)
     assert_matches_reference(actual, case)
 
 
 @pytest.mark.slow
 def test_two_rounds_of_the_carry(emulator):
-    """More than 128 tiles, and poles whose memory spans all of them: as the scan, which misaligned tensors take."""
+    """More than 128 tiles, poles that remember all of them; compared with the scan, which misaligned tensors take."""
     case = tensor_case(B=1, L=129 * 128, N=1, radius=(1.0, 1.0), angle=(-0.01, 0.01))
-    (actual, launched), (expected, others) = emulated(emulator, case), emulated(emulator, case, offset=1)
+    (actual, launched), (expected, others) = run_emulated(emulator, case), run_emulated(emulator, case, offset=1)
     assert launched >= TENSOR and others >= SCAN
     for name, value in actual.items():
         close = 1e-2 if value.dtype == torch.bfloat16 else 1e-4
@@ -100,11 +100,11 @@ POLES = {
 @pytest.mark.parametrize("poles", POLES.values(), ids=POLES)
 def test_long_memory_is_as_accurate_as_the_direct_form(emulator, poles):
     case = tensor_case(B=1, L=640, N=4, **poles)
-    actual, _ = emulated(emulator, case)
+    actual, _ = run_emulated(emulator, case)
     assert_matches_reference(actual, case, limits={4: (1, 4), 2: (1, 0.6)})
 
 
-# What keeps the scan: sizes, and how `emulated` runs them.
+# Cases that take the scan: sizes, options of `run_emulated`.
 SCANNED = {
     "fp16": ({"dtype": torch.float16}, {}),
     "float32": ({"dtype": torch.float32}, {}),
@@ -120,35 +120,35 @@ SCANNED = {
 
 
 @pytest.mark.parametrize(("sizes", "options"), SCANNED.values(), ids=SCANNED)
-def test_what_keeps_the_scan(emulator, sizes, options):
+def test_cases_that_take_the_scan(emulator, sizes, options):
     case = tensor_case(**{"B": 2, "L": 128, "N": 3, **sizes})
-    actual, launched = emulated(emulator, case, **options)
+    actual, launched = run_emulated(emulator, case, **options)
     assert launched >= SCAN and not launched & TENSOR
     assert_matches_reference(actual, case)
 
 
-def test_a_gradient_of_the_final_state_keeps_the_scan(emulator):
-    """Of sizes at which the gradients of y alone, and dx among them, would be tensor cores' work."""
+def test_a_gradient_of_the_final_state_takes_the_scan(emulator):
+    """At a size for which the gradient of y alone takes tensor cores."""
     case = tensor_case(B=8, L=128, N=5)
     emulator.set_order("random", shared_limit=A100)
     with emulator.replacing(_C), emulator.launch_sizes(cema_tile=128):
         actual = evaluate(mo.cema, case)
-    assert launched_by(emulator) >= SCAN and not launched_by(emulator) & TENSOR
+    assert launched_kernels(emulator) >= SCAN and not launched_kernels(emulator) & TENSOR
     assert_matches_reference(actual, case, run=evaluate)
 
 
 def test_orders_of_threads_give_equal_bits(emulator):
     case, results = tensor_case(B=2, L=128, D=24, N=3), []
     for order in ("forward", "reverse", "random"):
-        results.append(emulated(emulator, case, order=order, cema_shares=1)[0])
+        results.append(run_emulated(emulator, case, order=order, cema_shares=1)[0])
     assert_bit_equal(results[1], results[0])
     assert_bit_equal(results[2], results[0])
 
 
 def test_bytes_moved_and_bank_conflicts(emulator):
-    """x and dy are read once for all sums; ends and slopes of both scans are written once, and read once."""
+    """x and dy are read once; ends and slopes of both scans are written once and read once."""
     case = tensor_case(B=1, L=1024, D=32, N=16)
-    emulated(emulator, case)
+    run_emulated(emulator, case)
     tiles, cross = emulator.traffic("cema_tiles_kernel"), emulator.traffic("cema_cross_kernel")
     assert tiles["x"]["load_sectors"] * 32 == tiles["dy"]["load_sectors"] * 32 == case.tensors["x"].nbytes
     pairs = 8 * 32 * 16 * 8  # bytes of the states of one scan
@@ -157,6 +157,6 @@ def test_bytes_moved_and_bank_conflicts(emulator):
     assert cross["workspace"]["store_sectors"] * 32 == pairs + 4 * 16 * 32 // 2 * 32  # two channels a sector
     shared = [site for kernel in TENSOR for site in emulator.sites(kernel) if site["shared"]]
     assert {site["kernel"] for site in shared} == TENSOR
-    # Lanes that read nothing before a tile's start are counted with others' earlier blocks of steps: one load of x.
+    # One load of x: lanes that skip reads before a tile's start are counted with earlier loads of other lanes.
     conflicts = [site for site in shared if site["transactions"] != site["ideal"]]
     assert len(conflicts) == 1 and not conflicts[0]["store"], conflicts

@@ -1,4 +1,4 @@
-"""Outputs of cema, and dx, on tensor cores, emulated: cuda/cema/cema_mma_scan.cuh."""
+"""Outputs of cema, and dx, on emulated tensor cores: cuda/cema/cema_mma_scan.cuh."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from megalodon_ops import _C
 
 LOCAL, OUTPUT = "cema_mma_local_kernel", "cema_mma_output_kernel"
 SCAN = {"cema_local_kernel", "cema_output_kernel"}
-A100 = 163 * 1024  # shared memory of a block; smaller cards keep the scan
+A100 = 163 * 1024  # bytes of shared memory of a block; cards with less take the scan
 
 
 def tensor_case(**sizes):
@@ -31,8 +31,8 @@ def dx_of_y(function, case, dy=None):
     return {"dx": torch.autograd.grad(y, leaf, dy.to(y.dtype))[0]}
 
 
-def emulated(emulator, case, run=output, *, offset=0, order="random", shared_limit=A100):
-    """The results of `run`, and the kernels that it launched."""
+def run_emulated(emulator, case, run=output, *, offset=0, order="random", shared_limit=A100):
+    """The results of `run` and the launched kernels."""
     emulator.reset()
     emulator.set_order(order, shared_limit=shared_limit)
     with emulator.replacing(_C, offset=offset), emulator.launch_sizes(cema_tile=128):
@@ -47,9 +47,9 @@ def beyond_rounding(actual, exact):
 
 
 def assert_as_accurate_as_the_scan(emulator, case, run=output):
-    """Each result is rounded once, but for what two parts of bf16 lose; the scan, of misaligned tensors, is the measure."""
-    actual, launched = emulated(emulator, case, run)
-    scanned, others = emulated(emulator, case, run, offset=1)
+    """Errors beyond one rounding are at most 2^-15, and at most twice the scan's, which misaligned tensors take."""
+    actual, launched = run_emulated(emulator, case, run)
+    scanned, others = run_emulated(emulator, case, run, offset=1)
     assert OUTPUT in launched and "cema_output_kernel" not in launched and "cema_output_kernel" in others
     exact, same = run(mo.reference.cema, case.double()), run(mo.reference.cema, case)
     for name, value in actual.items():
@@ -96,16 +96,16 @@ def test_long_and_short_memory(emulator, poles):
 
 
 @pytest.mark.parametrize("value", [torch.nan, torch.inf])
-def test_what_is_not_finite_reaches_later_steps_of_its_channel_alone(emulator, value):
-    """One number in each sequence: at the ends of a block of steps, of a tile, and amid them; the last has none."""
+def test_non_finite_values_reach_later_tokens_of_their_channel_only(emulator, value):
+    """One value in each sequence, at the ends of blocks and tiles and between; the last sequence has none."""
     case = tensor_case(L=256)
     dy = randn(generator(1), 8, 256, 8, dtype=torch.bfloat16)
-    steps, channels = torch.tensor([0, 5, 15, 16, 77, 127, 200]), torch.arange(7)
+    tokens, channels = torch.tensor([0, 5, 15, 16, 77, 127, 200]), torch.arange(7)
     x, later = case.tensors["x"].clone(), torch.zeros(8, 256, 8, dtype=torch.bool)
-    x[range(7), steps, channels] = value
-    later[:7].diagonal(dim1=0, dim2=2)[:] = torch.arange(256)[:, None] >= steps
-    clean, _ = emulated(emulator, case)
-    struck, _ = emulated(emulator, case.with_tensors(x=x))
+    x[range(7), tokens, channels] = value
+    later[:7].diagonal(dim1=0, dim2=2)[:] = torch.arange(256)[:, None] >= tokens
+    clean, _ = run_emulated(emulator, case)
+    struck, _ = run_emulated(emulator, case.with_tensors(x=x))
     assert torch.equal(struck["y"][~later], clean["y"][~later])
     assert not struck["y"][later].isfinite().any()
     ends = later[:, -1, :, None].expand(8, 8, 5)
@@ -113,15 +113,15 @@ def test_what_is_not_finite_reaches_later_steps_of_its_channel_alone(emulator, v
     assert not struck["state"][ends].isfinite().any()
 
     reversed_dy = torch.where(x.isfinite(), dy.flip(1), x).flip(1)
-    clean, _ = emulated(emulator, case, lambda *call: dx_of_y(*call, dy))
-    struck, _ = emulated(emulator, case, lambda *call: dx_of_y(*call, reversed_dy))
+    clean, _ = run_emulated(emulator, case, lambda *call: dx_of_y(*call, dy))
+    struck, _ = run_emulated(emulator, case, lambda *call: dx_of_y(*call, reversed_dy))
     assert torch.equal(struck["dx"][~later.flip(1)], clean["dx"][~later.flip(1)])
     assert not struck["dx"][later.flip(1)].isfinite().any()
 
 
-def test_what_keeps_the_scan(emulator):
-    """Too few tiles or modes, too many modes, and what cema_mma.cuh leaves to it."""
-    kept = {
+def test_cases_that_take_the_scan(emulator):
+    """Too few tiles or modes, too many modes, and the conditions of cema_mma.cuh."""
+    cases = {
         "four-modes": ({"N": 4}, {}),
         "seventeen-modes": ({"N": 17}, {}),
         "seven-tiles": ({"B": 7}, {}),
@@ -136,34 +136,34 @@ def test_what_keeps_the_scan(emulator):
         "small-card": ({}, {"shared_limit": 99 * 1024}),
     }
     with every_case() as each:
-        for name, (sizes, options) in kept.items():
+        for name, (sizes, options) in cases.items():
             with each(name):
-                _, launched = emulated(emulator, tensor_case(**sizes), **options)
+                _, launched = run_emulated(emulator, tensor_case(**sizes), **options)
                 assert launched >= SCAN and not launched & {LOCAL, OUTPUT}
         for name in ("dy", "dx"):
             with each(f"{name}-misaligned"):
-                _, launched = emulated(emulator, tensor_case(), dx_of_y, offset={name: 1})
+                _, launched = run_emulated(emulator, tensor_case(), dx_of_y, offset={name: 1})
                 assert "cema_output_kernel" in launched
 
 
 def test_orders_of_threads_give_equal_bits(emulator):
     case = tensor_case(D=24)
-    results = [emulated(emulator, case, order=order)[0] for order in ("forward", "reverse", "random")]
+    results = [run_emulated(emulator, case, order=order)[0] for order in ("forward", "reverse", "random")]
     assert_bit_equal(results[1], results[0])
     assert_bit_equal(results[2], results[0])
 
 
 def test_bytes_moved_and_bank_conflicts(emulator):
-    """x is read once by each phase, y written once; states are written and read once, those of starts never read."""
+    """Both phases read x once, y is written once; states are written once."""
     case = tensor_case(B=4, L=512, D=32, N=16)
     with torch.no_grad():
-        emulated(emulator, case, lambda function, case: function(**case.tensors))
+        run_emulated(emulator, case, lambda function, case: function(**case.tensors))
     local, outputs = emulator.traffic(LOCAL), emulator.traffic(OUTPUT)
     x, pairs = case.tensors["x"].nbytes, 16 * 32 * 16 * 8
     assert (
         local["x"]["load_sectors"] * 32 == outputs["x"]["load_sectors"] * 32 == outputs["y"]["store_sectors"] * 32 == x
     )
-    assert local["workspace"]["store_sectors"] * 32 == pairs + 2 * 32  # and which tiles start a sequence
+    assert local["workspace"]["store_sectors"] * 32 == pairs + 2 * 32  # and flags of tiles that start a sequence
     assert "store_sectors" not in outputs["workspace"] or outputs["workspace"]["store_sectors"] == 0
     shared = [site for kernel in (LOCAL, OUTPUT) for site in emulator.sites(kernel) if site["shared"]]
     assert {site["kernel"] for site in shared} == {LOCAL, OUTPUT}

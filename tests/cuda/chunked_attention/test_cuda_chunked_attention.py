@@ -19,7 +19,7 @@ from megalodon_ops.ops.common.reference_helpers import sequences
 BF16, F16, F32, F64 = torch.bfloat16, torch.float16, torch.float32, torch.float64
 ORDERS = ("forward", "reverse", "random")
 
-# Kernel, then shapes: each tiling and each way to a tail. Sequences, chunks and tiles end at any row.
+# Shapes by kernel: each tiling and each kind of tail. Sequences, chunks and tiles end at arbitrary rows.
 ON_TENSOR_CORES = {
     "64-columns": {"L": 75, "H": 2, "K": 40, "V": 24, "C": 67, "dtype": BF16, "state": True, "dropkey": 0.3},
     "64-columns-chunk-before-the-tiles-end": {"B": 1, "L": 70, "H": 1, "K": 8, "V": 8, "C": 47, "dtype": BF16},
@@ -28,16 +28,8 @@ ON_TENSOR_CORES = {
     "128-columns-short-tiles": {"B": 1, "L": 66, "H": 1, "K": 136, "V": 120, "C": 64, "dtype": F16, "dropkey": 0.5},
     "128-columns-with-dropkey": {"B": 1, "L": 140, "H": 1, "K": 8, "V": 72, "C": 140, "dtype": BF16, "dropkey": 0.3},
     "256-columns": {"L": 34, "H": 1, "K": 16, "V": 136, "C": 33, "dtype": BF16, "state": True},
-    "256-columns-twice": {
-        "L": 35,
-        "H": 2,
-        "K": 250,
-        "V": 258,
-        "C": 20,
-        "dtype": BF16,
-        "dropkey": 0.2,
-        "lengths": [35, 20],
-    },
+    "256-columns-twice": {"L": 35, "H": 2, "K": 250, "V": 258, "C": 20, "dtype": BF16, "dropkey": 0.2,
+                          "lengths": [35, 20]},
     "one-channel": {"L": 20, "H": 3, "K": 1, "V": 1, "C": 7, "dtype": F16},
     "whole-chunks": {"B": 1, "L": 150, "H": 2, "K": 8, "V": 8, "C": 47, "dtype": BF16, "causal": False},
     "whole-chunks-of-two-blocks": {"L": 150, "H": 1, "K": 8, "V": 8, "C": 141, "dtype": F16, "causal": False,
@@ -45,7 +37,7 @@ ON_TENSOR_CORES = {
     "whole-chunks-packed": {"B": 1, "L": 70, "H": 1, "K": 8, "V": 8, "C": 9, "dtype": BF16, "causal": False,
                             "cu_seqlens": [1, 8, 8, 40, 67]},
 }  # fmt: skip
-WITHOUT = {
+WITHOUT_TENSOR_CORES = {
     "float-64-columns": {"B": 1, "L": 70, "H": 1, "K": 20, "V": 24, "C": 67, "dtype": F32, "state": True,
                          "dropkey": 0.3},
     "float-256-columns": {"L": 33, "H": 1, "K": 37, "V": 100, "C": 48, "dtype": F32, "lengths": [30, 17]},
@@ -58,7 +50,7 @@ WITHOUT = {
     "double-whole-chunk-of-two-blocks": {"L": 70, "H": 1, "K": 6, "V": 8, "C": 2**33, "dtype": F64, "causal": False,
                                          "lengths": [70, 66]},
 }  # fmt: skip
-STEPS = {
+FEW_QUERIES = {
     "decode": {"B": 3, "L": 1, "H": 2, "K": 32, "V": 40, "C": 200, "dtype": BF16, "state": True},
     "wide": {"B": 2, "L": 2, "H": 1, "K": 264, "V": 520, "C": 70, "dtype": F16, "state": True, "dropkey": 0.5},
     "float": {"B": 3, "L": 8, "H": 2, "K": 36, "V": 44, "C": 70, "dtype": F32, "state": True, "lengths": [1, 0, 8]},
@@ -68,14 +60,14 @@ STEPS = {
 }  # fmt: skip
 KERNELS = {
     "chunked_attention_fwd_mma_kernel": ON_TENSOR_CORES,
-    "chunked_attention_fwd_fma_kernel": WITHOUT,
-    "chunked_attention_step_kernel": STEPS,
+    "chunked_attention_fwd_fma_kernel": WITHOUT_TENSOR_CORES,
+    "chunked_attention_step_kernel": FEW_QUERIES,
 }
 PATHS = {name: (kernel, shape) for kernel, shapes in KERNELS.items() for name, shape in shapes.items()}
 
 
 MISALIGNED = ("64-columns", "128-columns", "256-columns-twice", "one-channel", "float-64-columns", "float-512-columns",
-              "double-64-columns", *STEPS)  # fmt: skip
+              "double-64-columns", *FEW_QUERIES)  # fmt: skip
 ALIGNMENTS = {f"{name}-0": (*path, 0) for name, path in PATHS.items()}
 ALIGNMENTS |= {f"{name}-1": (*PATHS[name], 1) for name in MISALIGNED}
 
@@ -100,16 +92,16 @@ def test_the_order_of_threads_changes_no_bit(emulator, path):
     assert_bit_equal(finite[2], finite[0])
 
 
-@pytest.mark.parametrize(("dtype", "most"), [(BF16, 600), (F32, 200)], ids=str)
-def test_blocks_of_rows_cover_every_token_once(emulated_module, dtype, most):
-    """Many sequences, empty ones, chunks that end anywhere; padding, here NaN, gives zeros and touches nothing."""
+@pytest.mark.parametrize(("dtype", "longest"), [(BF16, 600), (F32, 200)], ids=str)
+def test_blocks_of_rows_cover_every_token_once(emulated_module, dtype, longest):
+    """Many sequences, empty sequences, arbitrary chunk ends; padding is NaN and gives zeros."""
     emulator = Emulator(emulated_module)
 
     @settings(max_examples=8)
     @given(data=st.data())
     def check(data):
         packed, C = data.draw(st.booleans()), data.draw(st.sampled_from([1, 7, 32, 100, 128, 300]))
-        L = data.draw(st.sampled_from([n for n in (1, 63, 64, 65, 127, 128, 129, 200, 257, 600) if n <= most]))
+        L = data.draw(st.sampled_from([n for n in (1, 63, 64, 65, 127, 128, 129, 200, 257, 600) if n <= longest]))
         ends = st.lists(st.integers(0, L), min_size=1, max_size=5)
         kind = {"B": 1, "cu_seqlens": sorted(data.draw(ends))} if packed else {"B": 2, "lengths": [data.draw(
             st.integers(0, L)), L]}  # fmt: skip
@@ -128,7 +120,7 @@ def test_blocks_of_rows_cover_every_token_once(emulated_module, dtype, most):
 
 
 def test_rows_begin_anywhere_in_a_tile(emulator):
-    """A warp whose last row is the first column of a tile, and every other alignment."""
+    """Every alignment of a warp's rows with a tile of keys."""
     case = scaled_case(B=48, L=17, H=1, K=8, V=8, C=100, dtype=BF16, state=True)
     k, v, _ = (t.nan_to_num() for t in case.options["state"])
     case = case.with_options(state=AttentionState(k, v, torch.arange(48)))
@@ -151,8 +143,8 @@ def test_a_sequence_does_not_see_its_neighbours(emulator, dtype, L):
 
 @pytest.mark.parametrize("dtype", [BF16, F32], ids=str)
 def test_a_whole_chunk_does_not_see_its_neighbours(emulator, dtype):
-    """The three chunks share a block of rows and tiles of keys. Of the four rows that are made again at once, the last
-    token has the first; the rest would be of one more chunk."""
+    """Three chunks share a block of rows and tiles of keys. Four rows are recomputed at once: after the last token, the
+    other three would belong to another chunk."""
     case = scaled_case(B=1, L=57, H=1, K=8, V=8, C=19, dtype=dtype, causal=False)
     clean = run(emulator, case)["o"]
     for token in (25, 50):
@@ -166,7 +158,7 @@ def test_a_whole_chunk_does_not_see_its_neighbours(emulator, dtype):
 
 @pytest.mark.parametrize(("dtype", "rows", "C"), [(BF16, 128, 110), (F32, 64, 50)], ids=str)
 def test_a_block_does_not_see_the_chunk_before_its_first(emulator, dtype, rows, C):
-    """Columns are counted from a multiple of 4, which is in the chunk before."""
+    """Columns are counted from a multiple of 4, here in the chunk before."""
     case = scaled_case(B=1, L=rows + 10, H=1, K=8, V=8, C=C, dtype=dtype)
     spoilt = {name: tensor.clone() for name, tensor in case.tensors.items()}
     for tensor in spoilt.values():
@@ -177,7 +169,7 @@ def test_a_block_does_not_see_the_chunk_before_its_first(emulator, dtype, rows, 
 
 
 @pytest.mark.parametrize("dtype", [BF16, F32], ids=str)
-def test_a_chunk_of_any_size(emulator, dtype):
+def test_a_chunk_beyond_32_bits(emulator, dtype):
     case = scaled_case(B=1, L=20, H=1, K=8, V=8, C=2**32 + 5, dtype=dtype)
     assert_bit_equal(run(emulator, case), run(emulator, case.with_options(chunk_size=20)))
 
@@ -190,14 +182,14 @@ def test_nothing_is_launched_for_no_heads(emulator):
 @pytest.mark.parametrize("dtype", [BF16, F32], ids=str)
 @pytest.mark.parametrize("span", [None, 48, 200, 512])
 def test_steps_over_many_and_over_long_spans(emulator, dtype, span):
-    """More spans than the merge has in flight at once, and spans that real batches take, of more than 64 keys."""
+    """More spans than the merge loads at once; spans of more than 64 keys, as in real batches."""
     case = scaled_case(B=2, L=1, H=1, K=16, V=24, C=1200, dtype=dtype, state=True, dropkey=0.2)
     with emulator.launch_sizes(**({} if span is None else {"attention_span": span})):
         assert_accurate(run(emulator, case), case)
 
 
-def test_spans_of_many_steps_have_a_limit(emulator):
-    """2048 keys: the workspace of 2048 sequences has a maximum, a sum and a value of each of two spans."""
+def test_the_largest_span(emulator):
+    """It has 2048 keys: for 2049, the workspace has a maximum, a sum and a value of two spans."""
     tokens, cache, sizes = torch.zeros(2048, 1, 1, 1), torch.zeros(2048, 2049, 1, 1), []
     inputs = tokens, tokens, tokens, cache, cache, torch.zeros(2048).long(), 2049, True, 1.0, 0.0, None, None, None
     with emulator.only_asking(sizes), pytest.raises(InterruptedError):
@@ -207,36 +199,36 @@ def test_spans_of_many_steps_have_a_limit(emulator):
 
 @pytest.mark.parametrize(("dtype", "offset"), [(BF16, 0), (BF16, 1), (F32, 0), (F64, 1)], ids=str)
 def test_steps_refuse_queries_that_shared_memory_does_not_hold(emulator, dtype, offset):
-    """A query has, in planes of eight vectors and four more, what a span of scores and the partial sums leave."""
+    """The limit is the shared memory minus a span of scores and the partial sums, in planes of 8 + 4 vectors."""
     emulator.set_order("random", shared_limit=24 * 1024)
     size, width = (8 if dtype == F64 else 4), (1 if offset else 16 // dtype.itemsize)
     left = 24 * 1024 // size - 64 - (128 + 4) * width
-    most = (left // width - 4) // 8 * 8 * width
+    largest = (left // width - 4) // 8 * 8 * width
     shape = {"B": 2, "L": 1, "H": 1, "V": 8, "C": 3, "dtype": dtype, "state": True}
-    run(emulator, scaled_case(**shape, K=most), offset)
-    more = most + width
-    with pytest.raises(ValueError, match=rf"`q` must have at most {most} channels .*, got {more}; split K"):
+    run(emulator, scaled_case(**shape, K=largest), offset)
+    more = largest + width
+    with pytest.raises(ValueError, match=rf"`q` must have at most {largest} channels .*, got {more}; split K"):
         run(emulator, scaled_case(**shape, K=more), offset)
 
 
 def test_a_chunk_is_read_once_for_each_block_of_rows(emulator):
-    """Queries and keys are read for each 256 columns of V, keys and values for each 128 rows, up to those rows."""
+    """Q and K are read for each 256 columns of V; K and V for each 128 rows, up to these rows."""
     case = scaled_case(B=1, L=256, H=1, K=32, V=512, C=256, dtype=BF16)
     run(emulator, case)
     traffic = emulator.traffic("chunked_attention_fwd_mma_kernel")
-    bytes_of = {name: tensor.numel() * 2 for name, tensor in case.tensors.items()}
-    assert traffic["q"]["load_sectors"] * 32 == 2 * bytes_of["q"]
-    assert traffic["k"]["load_sectors"] * 32 == 2 * bytes_of["k"] * 3 // 2
-    assert traffic["v"]["load_sectors"] * 32 == bytes_of["v"] * 3 // 2
-    assert traffic["o"]["store_sectors"] * 32 == traffic["o"]["store_footprint"] == bytes_of["v"]
+    nbytes = {name: tensor.nbytes for name, tensor in case.tensors.items()}
+    assert traffic["q"]["load_sectors"] * 32 == 2 * nbytes["q"]
+    assert traffic["k"]["load_sectors"] * 32 == 2 * nbytes["k"] * 3 // 2
+    assert traffic["v"]["load_sectors"] * 32 == nbytes["v"] * 3 // 2
+    assert traffic["o"]["store_sectors"] * 32 == traffic["o"]["store_footprint"] == nbytes["v"]
 
 
 @pytest.mark.parametrize(("dtype", "key_dim", "value_dim", "reads"), [(BF16, 256, 512, 1), (F32, 64, 1024, 2)])
 def test_a_step_reads_the_cached_rows_once(emulator, dtype, key_dim, value_dim, reads):
-    """Keys are read again for each 512 columns, rows beyond the position not at all."""
+    """Keys are read for each 512 columns; rows beyond the position are not read."""
     case = scaled_case(B=2, L=1, H=1, K=key_dim, V=value_dim, C=150, dtype=dtype, state=True)
     run(emulator, case)
-    rows, size = int(case.options["state"].position.sum()) + 2, dtype.itemsize  # of the cache, and two tokens
+    rows, size = int(case.options["state"].position.sum()) + 2, dtype.itemsize  # rows of the cache, and two tokens
     traffic = emulator.traffic("chunked_attention_step_kernel")
     for name, width in (("k", reads * key_dim), ("v", value_dim)):
         assert (traffic[f"cache_{name}"]["load_sectors"] + traffic[name]["load_sectors"]) * 32 == rows * width * size
@@ -250,25 +242,25 @@ def test_a_step_reads_the_cached_rows_once(emulator, dtype, key_dim, value_dim, 
     ids=str,
 )
 def test_values_of_nan_cost_a_few_forwards(emulator, K, V, dtype):
-    """Rows before a NaN in their tile are made again, or all rows; all sectors and shared memory's turns count. Of the
-    last four rows that are made again at once there are two."""
+    """Rows before a NaN in their tile, or all rows, are recomputed, four at a time, two in the last group. The cost
+    counts sectors and shared-memory wavefronts."""
     case, key, chunk = scaled_case(B=1, L=126, H=1, K=K, V=V, C=122, dtype=dtype, dropkey=0.1), 119, 122
     kernel = f"chunked_attention_fwd_{'mma' if dtype == F16 else 'fma'}_kernel"
 
-    def forward_of(v):
+    def output_and_cost(v):
         emulator.reset()
         o = run(emulator, case.with_tensors(v=v))["o"]
         return o, sum(site["transactions"] for site in emulator.sites(kernel))
 
     v = case.tensors["v"].clone()
     v[:, key, :, ::2] = torch.nan
-    (expected, usual), (found, cost), (lost, most) = map(
-        forward_of, (case.tensors["v"], v, torch.full_like(v, torch.nan))
+    (expected, usual), (found, cost), (lost, largest_cost) = map(
+        output_and_cost, (case.tensors["v"], v, torch.full_like(v, torch.nan))
     )
     assert found[:, key:chunk, :, ::2].isnan().all() and lost.isnan().all()
     found[:, key:chunk, :, ::2] = expected[:, key:chunk, :, ::2]
     assert_close(found, expected, tolerance=1e-5 if dtype == F32 else 2e-3)
-    assert usual < cost < 5 * usual and 2 * usual < most < 8 * usual
+    assert usual < cost < 5 * usual and 2 * usual < largest_cost < 8 * usual
 
 
 @pytest.mark.parametrize("path", ["64-columns-one-head", "128-columns", "float-64-columns", "float-512-columns",
@@ -282,7 +274,7 @@ def test_no_bank_conflicts(emulator, path):
 
 
 def test_pieces_through_every_kernel_give_the_whole(emulator):
-    """A prompt, single tokens into the state in place, a few tokens at once."""
+    """A prompt, single tokens, a few tokens; the state is updated in place."""
     case = chunked_attention_case(B=2, L=31, H=1, K=8, V=8, C=12, dtype=F64)
     whole = forward(mo.reference.chunked_attention, case)
     empty = torch.zeros(2, 12, 1, 8, dtype=F64)

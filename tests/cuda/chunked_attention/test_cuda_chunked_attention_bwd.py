@@ -1,6 +1,6 @@
 """Backward kernels of chunked_attention on the emulated device: every path, determinism, bytes moved, bank conflicts.
 
-The forward is the CPU's, so what is wrong here is wrong in the backward.
+The forward runs on the CPU.
 """
 
 from __future__ import annotations
@@ -18,11 +18,10 @@ import megalodon_ops as mo
 from megalodon_ops.ops.common.philox import dropkey_mask
 
 KERNELS = "chunked_attention_bwd_{}_kernel"
-EDGE = 128  # of a tile of 16-bit elements
-
+EDGE = 128  # rows of a tile of 16-bit elements
 
 SHAPES = {
-    # A tile is 128 rows wide, in float64 64; a slab 64 elements deep, in float32 and float64 16.
+    # A tile has 128 rows (float64: 64), a slab 64 elements (float32 and float64: 16).
     "a-chunk-in-a-tile": {"B": 1, "L": 50, "H": 2, "K": 24, "V": 40, "C": 40},
     "tiles-of-a-chunk": {"B": 1, "L": 150, "H": 1, "K": 8, "V": 16, "C": 140},
     "slabs-and-slices": {"B": 1, "L": 20, "H": 1, "K": 136, "V": 264, "C": 16},
@@ -66,7 +65,7 @@ def test_gradients(gradients, shape, path):
 
 @pytest.mark.parametrize("panels", [4, pytest.param(32, marks=pytest.mark.slow)])
 def test_a_chunk_that_rounds_share(emulator, gradients, panels):
-    """Each empty sequence takes two numbers, so that of the chunk's three panels a round has two, the next round one.
+    """Each empty sequence takes two panel numbers, so that the chunk's three panels are in two rounds.
 
     In a chunk of 2048 a panel is 32 tiles of P and of dS, 2 MiB, and the launcher chooses rounds of 32.
     """
@@ -76,7 +75,7 @@ def test_a_chunk_that_rounds_share(emulator, gradients, panels):
     with emulator.launch_sizes(**({} if panels == 32 else {"attention_panels": panels})):
         assert_right(gradients(case), case)
     sums = {line for line in stored_lines(emulator, "products") if "after[at] =" in line}
-    assert sums, "no sum was handed from one round to the next"
+    assert sums, "no sum passed from one round to the next"
 
 
 SLOW_ROUNDS = [pytest.param("vectors", 1, marks=pytest.mark.slow), pytest.param("single", 3, marks=pytest.mark.slow)]
@@ -84,7 +83,7 @@ SLOW_ROUNDS = [pytest.param("vectors", 1, marks=pytest.mark.slow), pytest.param(
 
 @pytest.mark.parametrize(("path", "panels"), [("vectors", 2), ("vectors", 3), *SLOW_ROUNDS])
 def test_a_chunk_of_many_tiles_in_many_rounds(emulator, gradients, path, panels):
-    """Four row blocks a chunk, so that a round may begin and end with each; the second chunk and head follow."""
+    """Four row blocks in a chunk, so that rounds begin and end at each; a second chunk and head follow."""
     dtype, offset = PATHS[path]
     case = chunked_attention_case(B=1, L=500, H=1, K=8, V=8, C=3 * EDGE + 20, dtype=dtype, dropkey=0.1)
     with emulator.launch_sizes(attention_panels=panels):
@@ -95,7 +94,7 @@ def test_a_chunk_of_many_tiles_in_many_rounds(emulator, gradients, path, panels)
     ("path", "panels"), [("double", 1), ("double", 3), pytest.param("vectors", 3, marks=pytest.mark.slow)]
 )
 def test_whole_chunks_in_many_rounds(emulator, gradients, path, panels):
-    """Every query block takes part in every round of its chunk, also in those of keys after the block."""
+    """Every query block takes part in all rounds of its chunk, also for later keys."""
     dtype, offset = PATHS[path]
     C = 3 * (EDGE if dtype == torch.bfloat16 else 64) + 20
     case = chunked_attention_case(B=1, L=2 * C - 30, H=2, K=4, V=4, C=C, dtype=dtype, causal=False)
@@ -103,8 +102,8 @@ def test_whole_chunks_in_many_rounds(emulator, gradients, path, panels):
         assert_right(gradients(case, offset), case)
 
 
-def test_a_round_has_a_panel_whatever_its_size(emulator):
-    """A panel of 137 MiB, whose products would take an hour; the size of the workspace tells."""
+def test_a_round_has_a_panel_of_every_size(emulator):
+    """A panel of 137 MiB: only the size of the workspace is checked, as the products would take an hour."""
     x, lse, sizes = torch.zeros(1, 70_000, 1, 1, dtype=torch.float64), torch.zeros(1, 70_000, 1).double(), []
     inputs = x, x, x, None, None, None, 70_000, True, 1.0, 0.0, None, None, None, x, lse, x
     with emulator.only_asking(sizes), pytest.raises(InterruptedError):
@@ -117,8 +116,8 @@ def test_a_round_has_a_panel_whatever_its_size(emulator):
     [(2, 64, 128, None, 2), (1, 128, 64, [0, 64, 128], 6)],  # packed, two more for each sequence
     ids=["dense", "packed"],
 )
-def test_the_workspace_has_no_more_panels_than_there_may_be(emulator, B, L, C, cu_seqlens, panels):
-    """A panel is 64 x 64 of P and of dS, where a chunk is one block and needs nothing else."""
+def test_the_workspace_has_no_unused_panels(emulator, B, L, C, cu_seqlens, panels):
+    """Chunks of one block need only panels, of 64 x 64 elements of P and of dS."""
     x, lse, sizes = torch.zeros(B, L, 1, 3, dtype=torch.float64), torch.zeros(B, L, 1).double(), []
     packed = None if cu_seqlens is None else torch.tensor(cu_seqlens)
     inputs = x, x, x, None, None, None, C, True, 1.0, 0.0, None, packed, None, x, lse, x
@@ -128,23 +127,23 @@ def test_the_workspace_has_no_more_panels_than_there_may_be(emulator, B, L, C, c
 
 
 def backward(emulator, case, chunk_size, v=None):
-    """Gradients by the kernels alone, without a state; `v` takes the place of the forward's."""
-    q, k, of_case = (case.tensors[name] for name in "qkv")
-    o, lse, rest = torch.empty_like(of_case), torch.empty(q.shape[:-1]), (chunk_size, True, 1.0, 0.0, None, None, None)
-    emulator.call("chunked_attention_fwd", q, k, of_case, None, None, None, *rest, o, lse)
+    """Gradients by the kernels alone, without a state; `v`, if given, replaces the forward's values."""
+    q, k, fwd_v = (case.tensors[name] for name in "qkv")
+    o, lse, rest = torch.empty_like(fwd_v), torch.empty(q.shape[:-1]), (chunk_size, True, 1.0, 0.0, None, None, None)
+    emulator.call("chunked_attention_fwd", q, k, fwd_v, None, None, None, *rest, o, lse)
     found = {name: torch.empty_like(case.tensors[name[1]]) for name in GRADIENTS}
-    inputs = q, k, of_case if v is None else v, None, None, None, *rest, o, lse, torch.ones_like(o)
+    inputs = q, k, fwd_v if v is None else v, None, None, None, *rest, o, lse, torch.ones_like(o)
     emulator.call("chunked_attention_bwd", *inputs, *found.values())
     return found
 
 
-def test_a_chunk_of_any_size(emulator):
+def test_a_chunk_beyond_32_bits(emulator):
     case = chunked_attention_case(B=1, L=20, H=1, K=3, V=5, dtype=torch.float32)
     assert_bit_equal(backward(emulator, case, 2**33), backward(emulator, case, 20))
 
 
 def test_sequences_that_begin_at_the_end_of_a_large_chunk(gradients):
-    """Each sequence takes three panels: two of the chunk that the cache ends in, and one of the next."""
+    """Each sequence takes three panels: two of the cached chunk and one of the next."""
     shape = {"B": 1, "L": 6, "H": 1, "K": 8, "V": 8, "C": 140}
     case = chunked_attention_case(**shape, cu_seqlens=[0, 2, 4, 6], dtype=torch.float32, state=True)
     k, v, position = (t.nan_to_num() for t in case.options["state"])
@@ -153,8 +152,8 @@ def test_sequences_that_begin_at_the_end_of_a_large_chunk(gradients):
 
 
 @pytest.mark.parametrize("L", [40, 140], ids=["a-tile", "several-tiles"])
-def test_what_is_not_seen_may_be_nan(emulator, L):
-    """The last value, which the last query alone sees, and the first query, which sees the first key alone."""
+def test_hidden_values_may_be_nan(emulator, L):
+    """Only the last query sees the last value; the first query sees only the first key."""
     case = chunked_attention_case(B=1, L=L, H=1, K=8, V=16, dtype=torch.bfloat16)
     expected = backward(emulator, case, L)
     q, v = case.tensors["q"].clone(), case.tensors["v"].clone()
@@ -166,8 +165,8 @@ def test_what_is_not_seen_may_be_nan(emulator, L):
 
 
 @pytest.mark.parametrize("path", ["vectors", "elements", "single"])
-def test_what_is_not_finite_in_do_reaches_what_depends_on_it(emulator, gradients, path):
-    """Of few keys that DropKey leaves each query, in any tile and both rounds: dv by channel, dk and dq in all channels."""
+def test_non_finite_do_reaches_only_dependent_results(emulator, gradients, path):
+    """DropKey leaves few keys, in all tiles and both rounds: dv by channel, dk and dq in all channels."""
     dtype, offset = PATHS[path]
     L = 2 * EDGE + 20 if dtype == torch.bfloat16 else EDGE + 20
     case = chunked_attention_case(B=1, L=L, H=1, K=8, V=8, C=L, dtype=dtype, dropkey=0.95)
@@ -198,8 +197,8 @@ def test_what_is_not_finite_in_do_reaches_what_depends_on_it(emulator, gradients
 
 
 @pytest.mark.parametrize("path", ["half", "single"])
-def test_a_step_that_overflowed_costs_three_products(emulator, gradients, path):
-    """No gradient is finite, as when GradScaler's factor is too large; all sectors and shared memory's turns count."""
+def test_an_overflow_costs_three_products(emulator, gradients, path):
+    """No gradient is finite, as after an overflow under GradScaler; cost: sectors and shared-memory wavefronts."""
     dtype, offset = PATHS[path]
     case = chunked_attention_case(B=1, L=70, H=1, K=EDGE, V=EDGE, C=70, dtype=dtype, scale=EDGE**-0.5)
 
@@ -220,7 +219,7 @@ def test_nothing_is_launched_for_no_elements(emulator, gradients, shape):
     assert emulator.module.traffic() == {}
 
 
-def test_no_sequences_with_a_cache_of_some_address(emulator):
+def test_no_sequences_with_a_nonzero_cache_pointer(emulator):
     """The state's tensors are empty, but their pointers need not be null."""
 
     def at_some_address(*shape, dtype=torch.float32):
@@ -238,7 +237,7 @@ def test_no_sequences_with_a_cache_of_some_address(emulator):
 
 
 def stored_lines(emulator, kernel):
-    """The source lines at which the kernel stored to global memory."""
+    """Source lines of the kernel's stores to global memory."""
     source = (ROOT / "cuda" / "chunked_attention" / "chunked_attention_bwd.cuh").read_text().split("\n")
     for site in emulator.sites(KERNELS.format(kernel)):
         file, line = site["where"].split(" < ")[0].split(":")
@@ -248,7 +247,7 @@ def stored_lines(emulator, kernel):
 
 @pytest.mark.parametrize("path", ["vectors", "single"])
 def test_the_order_of_threads_changes_nothing(emulator, gradients, path):
-    """Two chunks, the first of which begins in the cache."""
+    """Two chunks; the first begins in the cache."""
     dtype, offset = PATHS[path]
     sizes = {"B": 1, "L": 40, "H": 1, "K": 24, "V": 40, "C": 48}
     case = chunked_attention_case(**sizes, state=True, dropkey=0.2, dtype=dtype)
@@ -260,7 +259,7 @@ def test_the_order_of_threads_changes_nothing(emulator, gradients, path):
 
 
 def test_bytes_moved(emulator, gradients):
-    """A chunk of two tiles by two, of which three are made: each reads its operands once and is written once."""
+    """A chunk of 2 x 2 tiles, three of them computed: each reads its operands once and is written once."""
     K, V, L = 64, 192, 256
     gradients(chunked_attention_case(B=1, L=L, H=1, K=K, V=V, C=L, dtype=torch.bfloat16))
     row = {"q": K, "k": K, "v": V, "do": V, "o": V, "dq": K, "dk": K, "dv": V}
@@ -273,7 +272,7 @@ def test_bytes_moved(emulator, gradients):
     assert scores["workspace"]["store_sectors"] * 32 == tiles
     assert all(products[name]["load_sectors"] * 32 == once[name] * 3 // 2 for name in ("q", "k", "do"))
     assert all(products[name]["store_sectors"] * 32 == once[name] for name in ("dq", "dk", "dv"))
-    # P is read for each of two slices of dv, dS for the slice of dk and the slice of dq.
+    # P is read for two slices of dv, dS for dk and for dq.
     assert products["workspace"]["load_sectors"] * 32 == 2 * tiles
 
 

@@ -1,4 +1,4 @@
-"""chunked_attention's states on emulated CUDA kernels: copied, in place, half in place and fresh, and bytes moved."""
+"""States of chunked_attention on emulated CUDA kernels: copied, in place, half in place, fresh; bytes moved."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ STATES = {
 @pytest.mark.parametrize("dtype", [BF16, F16, F32, F64], ids=str)
 @pytest.mark.parametrize("shape", STATES.values(), ids=STATES)
 def test_state(emulator, shape, dtype, offset):
-    """A copied state equals the reference's, zeros included; in place, rows up to the position do, other rows stay."""
+    """A copied state equals the reference's; in place, rows up to the position do, and other rows do not change."""
     case = chunked_attention_case(**shape, C=6, dtype=dtype, state=True)
     state = case.options["state"]
     expected = forward(mo.reference.chunked_attention, case)
@@ -68,7 +68,7 @@ def test_a_state_in_place_after_no_tokens(emulator):
     assert torch.equal(state.position, case.options["state"].position)
 
 
-def test_a_fresh_state_needs_no_old_one(emulator):
+def test_a_fresh_state_needs_no_initial_state(emulator):
     case = chunked_attention_case(B=2, L=8, H=1, K=8, V=16, C=5, dtype=BF16)
     expected = forward(mo.reference.chunked_attention, case)
     with emulator.replacing(_C):
@@ -78,7 +78,7 @@ def test_a_fresh_state_needs_no_old_one(emulator):
 
 
 def test_bytes_moved_by_the_state(emulator):
-    """In place, the new rows alone move; copied, kept rows and zeros as well. The first sequence ends its chunk."""
+    """In place, only new rows move; a copy also moves old rows and zeros. The first sequence ends its chunk."""
     case = chunked_attention_case(B=3, L=1, H=1, K=64, V=256, C=40, dtype=BF16, state=True)
     state, k, v = case.options["state"], case.tensors["k"], case.tensors["v"]
     in_place = AttentionState(*(t.clone() for t in state))

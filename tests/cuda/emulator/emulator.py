@@ -1,4 +1,4 @@
-"""Builds and drives the emulated device: memory as torch tensors, launches, reports and counters."""
+"""Build and drive the emulated device: memory as torch tensors, launches, reports, counters."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from emulator import reached
-from emulator.known_bugs import planted
+from emulator.known_bugs import with_known_bugs
 from emulator.mutants import SWITCH
 
 FOLDER = Path(__file__).parent
@@ -28,7 +28,7 @@ ROOT = FOLDER.parents[2]
 
 
 def bindings(module: ModuleType) -> dict[str, tuple[list[str], list[str]]]:
-    """The functions of `_C`, `_cuda` or `_cuda_emulated` that launch kernels: names of arguments and of results.
+    """Functions of `_C`, `_cuda` or `_cuda_emulated` that launch kernels: names of arguments and of results.
 
     The caller allocates the results. A tensor may be both argument and result.
     """
@@ -37,10 +37,10 @@ def bindings(module: ModuleType) -> dict[str, tuple[list[str], list[str]]]:
 
 
 def build(target: str = "_cuda_emulated", verbose: bool = False) -> Path:
-    """Compiles `_cuda_emulated` or `_cuda_emulated_sanitized` where a source has changed since the last time.
+    """Compile `_cuda_emulated` or `_cuda_emulated_sanitized` if a source has changed.
 
-    The build lives in MEGALODON_OPS_EMULATOR_CACHE, by default ~/.cache/megalodon_ops/emulator, in a folder for each
-    checkout, interpreter and compiler.
+    MEGALODON_OPS_EMULATOR_CACHE, by default ~/.cache/megalodon_ops/emulator, has a build folder for each checkout,
+    interpreter and compiler.
     """
     cache = Path(os.environ.get("MEGALODON_OPS_EMULATOR_CACHE", "~/.cache/megalodon_ops/emulator")).expanduser()
     compiler = shutil.which(os.environ.get("CXX", "g++"))
@@ -57,7 +57,7 @@ def build(target: str = "_cuda_emulated", verbose: bool = False) -> Path:
 
 
 def load(library: Path) -> ModuleType:
-    """Imports a module that `build` has compiled."""
+    """Import a module that `build` has compiled."""
     spec = importlib.util.spec_from_file_location("_cuda_emulated", library)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
@@ -66,7 +66,7 @@ def load(library: Path) -> ModuleType:
 
 def _compile(folder: Path, compiler: str, target: str, verbose: bool) -> None:
     _copy_kernels(ROOT / "cuda", folder / "cuda")
-    if not any((folder / made).exists() for made in ("build.ninja", "Makefile")):
+    if not any((folder / name).exists() for name in ("build.ninja", "Makefile")):
         generator = ["-G", "Ninja"] if shutil.which("ninja") else []
         _run(
             ["cmake", "-S", str(FOLDER), "-B", str(folder), *generator, f"-DCMAKE_CXX_COMPILER={compiler}",
@@ -76,12 +76,12 @@ def _compile(folder: Path, compiler: str, target: str, verbose: bool) -> None:
 
 
 def _copy_kernels(source: Path, to: Path) -> None:
-    """Copies the kernel files, with known bugs, all off, and counters. A file that has not changed keeps its time."""
+    """Copy the kernel files with counters and known bugs, all off. Unchanged files keep their time stamps."""
     paths = {path.relative_to(source): path for path in source.rglob("*.cu*")}
     for stale in {path.relative_to(to) for path in to.rglob("*.cu*")} - paths.keys():
         (to / stale).unlink()
     for name, path in paths.items():
-        text = SWITCH + reached.counted(path, planted(name.as_posix(), path.read_text()))
+        text = SWITCH + reached.with_counters(path, with_known_bugs(name.as_posix(), path.read_text()))
         if not (to / name).exists() or (to / name).read_text() != text:
             (to / name).parent.mkdir(parents=True, exist_ok=True)
             (to / name).write_text(text)
@@ -95,7 +95,7 @@ def _run(command: list[str], verbose: bool) -> None:
 
 
 class DeviceTensor:
-    """What the bindings read of a tensor, for one that lies in the emulated device's memory."""
+    """The attributes that bindings read, for a tensor in the emulated device's memory."""
 
     is_cuda = True
 
@@ -105,7 +105,7 @@ class DeviceTensor:
 
 
 class Emulator:
-    """The emulated device. A launch that goes wrong raises `Emulator.Error`, which names each bug's line and thread."""
+    """The emulated device. A faulty launch raises `Emulator.Error` with the line and thread of each bug."""
 
     def __init__(self, module: ModuleType) -> None:
         self.module = module
@@ -118,12 +118,12 @@ class Emulator:
         self.module.reset_counters()
 
     def set_order(self, order: str, seed: int = 1, shared_limit: int = 99 * 1024) -> None:
-        """Sets the order of the threads between barriers: "forward", "reverse", or "random"."""
+        """Set the order of the threads between barriers: "forward", "reverse" or "random"."""
         self.module.set_options(getattr(self.module.Order, order), seed, shared_limit)
 
     @contextmanager
     def launch_sizes(self, **sizes: int) -> Iterator[None]:
-        """Within the context, launchers take these sizes instead of their own: LAUNCH_SIZE in the kernels' files."""
+        """Within the context, these sizes replace those of LAUNCH_SIZE in launchers."""
         self.module.set_launch_sizes(sizes)
         try:
             yield
@@ -133,10 +133,10 @@ class Emulator:
 
     @contextmanager
     def only_bounds(self, apart: int = 1 << 22, ends: int = 0) -> Iterator[None]:
-        """Within the context, races and reads of unwritten memory are no errors: contradictory inputs lead to both.
+        """Within the context, ignore races and reads of unwritten memory, to which inconsistent inputs lead.
 
-        Buffers lie `apart` bytes from each other, so that an access far out of bounds does not end in another one.
-        Of each row of a grid only `ends` blocks at either end run, or all if 0, for tensors too large to be computed.
+        Buffers are `apart` bytes from each other, so that an access far out of bounds does not reach another one. In
+        each row of a grid only `ends` blocks at both ends run, or all if 0, for tensors too large to be computed.
         """
         self.module.set_bounds(True, apart, ends)
         try:
@@ -145,20 +145,20 @@ class Emulator:
             self.module.set_bounds(False, 256, 0)
 
     def sparse(self, *shape: int, dtype: torch.dtype = torch.float32, name: str = "sparse") -> Tensor:
-        """A tensor of zeros that takes memory where it is written, for offsets beyond 2^31.
+        """A tensor of zeros that takes memory only where it is written, for offsets beyond 2^31.
 
-        Of accesses to the tensor the emulator checks the bounds alone.
+        The emulator checks only the bounds of its accesses.
         """
         count = torch.Size(shape).numel()
         buffer = self.module.DeviceBuffer(count * dtype.itemsize, name, 0, True)
         return torch.frombuffer(buffer, dtype=dtype, count=count).reshape(shape)
 
     def empty(self, *shape: int, dtype: torch.dtype = torch.float32, name: str = "output", offset: int = 0) -> Tensor:
-        """A tensor in the device's memory, `offset` elements past an aligned address, unwritten: all NaN."""
+        """An unwritten tensor (all NaN) in the device's memory, `offset` elements past an aligned address."""
         return self._allocate(shape, dtype, name, offset)[1]
 
     def tensor(self, values: Tensor, name: str = "input", offset: int = 0, read_only: bool = True) -> Tensor:
-        """A copy in the device's memory, which kernels may not write unless `read_only` is False."""
+        """A copy in the device's memory, read-only for kernels by default."""
         buffer, tensor = self._allocate(values.shape, values.dtype, name, offset)
         tensor.copy_(values)
         if buffer is not None:
@@ -174,7 +174,7 @@ class Emulator:
 
     @contextmanager
     def only_asking(self, sizes: list[int]) -> Iterator[None]:
-        """Within the context, a launch adds the bytes of its workspace to `sizes` and raises InterruptedError."""
+        """Within the context, a launch appends the bytes of its workspace to `sizes` and raises InterruptedError."""
         empty = self.empty
 
         def ask(*shape: int, name: str = "output", **options: Any) -> Tensor:
@@ -190,7 +190,7 @@ class Emulator:
             self.empty = empty
 
     def launch(self, name: str, *arguments: Any) -> None:
-        """Calls a binding as the package calls `_cuda`'s, with tensors in the device's memory."""
+        """Call a binding like those of `_cuda`, with tensors in the device's memory."""
 
         def wrap(argument: Any) -> Any:
             return DeviceTensor(argument) if isinstance(argument, Tensor) else argument
@@ -201,15 +201,14 @@ class Emulator:
         getattr(self.module, name)(0, allocate, *map(wrap, arguments))
 
     def call(self, name: str, *arguments: Any, offset: int | dict[str, int] = 0) -> None:
-        """Launches with CPU tensors, as the package calls `_C`: moves them to the device and the results back.
+        """Call a binding like those of `_C`, with CPU tensors: move them to the device and the results back.
 
-        On the device each tensor, or each that `offset` names as the binding does, begins `offset` elements past a
-        multiple of 256 bytes.
+        On the device, each tensor begins `offset` elements past a multiple of 256 bytes; a dict gives offsets by name.
         """
         inputs, results = self.bindings[name]
         given, wanted = arguments[: len(inputs)], arguments[len(inputs) :]
         in_place = {id(a) for a in given if isinstance(a, Tensor)} & {id(a) for a in wanted}
-        moved: dict[int, Tensor] = {}  # by id: an argument that is also a result is one tensor here, too
+        moved: dict[int, Tensor] = {}  # by id, as an argument may also be a result
 
         def move(label: str, argument: Any) -> Any:
             if isinstance(argument, Tensor) and id(argument) not in moved:
@@ -228,7 +227,7 @@ class Emulator:
 
     @contextmanager
     def replacing(self, compiled: ModuleType, offset: int | dict[str, int] = 0) -> Iterator[None]:
-        """Within the context, bindings of `compiled` (megalodon_ops._C) launch emulated kernels where there are any."""
+        """Within the context, bindings of `compiled` (megalodon_ops._C) launch emulated kernels, if there are any."""
         originals = {name: getattr(compiled, name) for name in self.bindings}
         try:
             for name in self.bindings:
@@ -242,23 +241,23 @@ class Emulator:
         return lambda *arguments: self.call(name, *arguments, offset=offset)
 
     def traffic(self, kernel: str) -> dict[str, dict[str, int]]:
-        """What `kernel` has moved since the last reset, by buffer.
+        """Memory traffic of `kernel` since the last reset, by buffer.
 
-        Bytes, requests (of warps), sectors (of 32 bytes), and the footprint: the bytes of all different sectors.
+        Bytes, requests of warps, sectors of 32 bytes, and the footprint: bytes of all different sectors.
         """
         return self.module.traffic()[kernel]
 
     def sectors(self, kernel: str, name: str, access: str) -> int:
-        """Bytes of the sectors of every single request for a buffer; `access` is "read" or "write"."""
+        """Bytes of the sectors of all requests for a buffer; `access` is "load" or "store"."""
         return 32 * self.traffic(kernel)[name][f"{access}_sectors"]
 
     def sites(self, kernel: str) -> list[dict[str, Any]]:
-        """Each load and store instruction of `kernel`: its line, requests, transactions and their ideal number.
+        """Load and store instructions of `kernel`: line, requests, transactions and their ideal number.
 
-        Transactions are sectors, or in shared memory wavefronts: more than the ideal are bank conflicts.
+        Transactions are sectors or, in shared memory, wavefronts: more than the ideal number are bank conflicts.
         """
         return [site for site in self.module.sites() if site["kernel"] == kernel]
 
     def reports(self) -> list[dict[str, Any]]:
-        """What the last launch that raised had found."""
+        """Reports of the last launch that raised."""
         return self.module.reports()

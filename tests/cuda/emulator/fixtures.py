@@ -1,4 +1,4 @@
-"""Pytest fixture of the emulated device, built once a session where a source has changed."""
+"""Pytest fixture of the emulated device, built once per session if a source has changed."""
 
 from __future__ import annotations
 

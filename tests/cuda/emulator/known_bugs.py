@@ -1,7 +1,7 @@
-"""Bugs that only real sizes show: each was planted by hand once, went unnoticed, and has a test now.
+"""Bugs that only show at large sizes: tests once missed each of them, and now one test finds it.
 
-test_cuda_known_bugs.py turns them on again, one at a time: emulator.py compiles all of them into every build, where none
-is on, so that they need no build of their own. `{on}` asks for the number of the bug that is on.
+emulator.py compiles all of them into every build, turned off; test_cuda_known_bugs.py turns them on, one at a time.
+`{on}` is true if the bug is on.
 """
 
 from __future__ import annotations
@@ -12,9 +12,9 @@ from dataclasses import dataclass
 @dataclass(frozen=True)
 class Bug:
     file: str
-    right: str  # which the file has once
+    right: str  # occurs once in the file
     wrong: str
-    test: str  # which notices, by its file and name
+    test: str  # that finds the bug: file and name
 
 
 BUGS = {
@@ -75,8 +75,8 @@ BUGS = {
         "cema/cema_bwd.cu", "{params.x, params.dy, params.dx}", "{params.x, {on} ? params.x : params.dy, {on} ? params.x : params.dx}",
         "test_cuda_ops.py::test_each_tensor_alone_may_be_misaligned[cema-torch.bfloat16]",
     ),
-    # A first step's mean may lose its residual where walk_rows begins: the step's change, its difference from that
-    # mean, is then the residual. Only what is stored counts.
+    # In walk_rows a first position's mean may lose its residual, which is then the change at this position. Only the
+    # stored value counts.
     "the-residual-of-a-mean-from-count-0": Bug(
         "timestep_norm/timestep_norm_fwd.cuh", "residual[0] = state.mean.lo;", "residual[0] = {on} && initial_count(p, s) == 0 ? 0 : state.mean.lo;",
         "test_cuda_timestep_norm.py::test_a_state_of_count_0_keeps_the_residual_of_a_large_mean[0.0]",
@@ -234,10 +234,10 @@ BUGS = {
 }  # fmt: skip
 
 
-def planted(file: str, text: str) -> str:
-    """The text of a kernel file with its bugs, line for line, each under its number: its place in BUGS, from 1.
+def with_known_bugs(file: str, text: str) -> str:
+    """Add its bugs to the text of a kernel file, line for line. Numbers of bugs are places in BUGS, from 1.
 
-    A bug whose place is gone is left out; test_cuda_known_bugs.py says so.
+    Skips bugs whose `right` is not found once, which test_cuda_known_bugs.py reports.
     """
     for number, bug in enumerate(BUGS.values(), start=1):
         if file == bug.file and text.count(bug.right) == 1:

@@ -1,7 +1,7 @@
-"""Rules of kernel files that no compiler checks. `python lint.py [folder]` prints what breaks them.
+"""Rules of kernel files that no compiler checks. `python lint.py [folder]` prints breaches.
 
-Everything the two compilers see differently stays in cuda/common; everything that depends on how blocks are scheduled,
-or that hides an access from the emulator, is banned.
+Code that differs between compilers belongs in cuda/common. Code that depends on the scheduling of blocks, or hides an
+access from the emulator, is banned.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ NARROW_PRODUCT = (
     r"\b(?:block|grid)(?:Idx|Dim)\.[xyz]\s*\*\s*(?:k[A-Z]|\d|block|grid|thread|static_cast<int>)"
     r"|(?:\bk[A-Z]\w*|\d|Dim\.[xyz])\s*\*\s*(?:blockIdx|gridDim)\."
 )
-# What kernel files may not contain; cuda/common may.
+# Patterns allowed only in cuda/common.
 ONLY_IN_COMMON = {
     r"\basm\b": "inline PTX belongs in cuda/common",
     r"__shared__": "declare shared memory with SMEM_ARRAY or SMEM_DYN",
@@ -41,14 +41,13 @@ EVERYWHERE = {
     r"\bstatic\b(?!.*\bconstexpr\b)[^;(){}]*(?:=|\{|\([^)]*\)\s*;)":
         "a static initialised at run time does not link in the emulator",
 }  # fmt: skip
-# Sizes of tensors and their products are 64-bit: a product that is cast to 32 bits loses its upper half. The products
-# below stay small: they count the elements of one token, or of one head.
+# A cast of a 64-bit product of tensor sizes loses its upper half. Exceptions: elements of one token or head.
 SMALL_PRODUCTS = ("p.heads * width",)
-MOST_LINES = 400
+MAX_LINES = 400
 
 
 def lint(folder: Path = CUDA) -> list[str]:
-    """Returns "file:line: reason" for each breach in the .cu and .cuh files of `folder` and the folders in it."""
+    """Return "file:line: reason" for each breach in the .cu and .cuh files under `folder`."""
     return [problem for file in sorted(folder.rglob("*.cu*")) for problem in _lint_file(file, folder)]
 
 
@@ -56,8 +55,8 @@ def _lint_file(file: Path, folder: Path) -> Iterator[str]:
     common = file.parent.name == "common"
     rules = EVERYWHERE if common else ONLY_IN_COMMON | EVERYWHERE
     lines = _without_comments(file.read_text()).split("\n")
-    if len(lines) > MOST_LINES + 1:
-        yield f"{file.name}:{len(lines)}: more than {MOST_LINES} lines"
+    if len(lines) > MAX_LINES + 1:
+        yield f"{file.name}:{len(lines)}: more than {MAX_LINES} lines"
     for number, stream in _streams("\n".join(lines)):
         if not common and stream != "stream":
             yield f"{file.name}:{number}: a launch on {stream or 'no stream'}; it is given `stream`"
@@ -88,7 +87,7 @@ def _streams(text: str) -> Iterator[tuple[int, str]]:
 
 
 def _narrowed_products(text: str) -> Iterator[tuple[int, str]]:
-    """The line and the argument of each cast to int or unsigned, outside of launchers' grids, that multiplies."""
+    """Line and argument of each cast of a product to int or unsigned, except in grid sizes of launchers."""
     for cast in re.finditer(r"static_cast<(?:int|unsigned|int32_t)>\(", text):
         depth, end = 1, cast.end()
         while depth:
@@ -101,24 +100,24 @@ def _narrowed_products(text: str) -> Iterator[tuple[int, str]]:
 
 
 def _may_include(file: Path, header: str, folder: Path) -> bool:
-    """A file includes cuda/common and the headers of its own op: cema_fwd.cu cema.h, cema.cuh and cema_scan.cuh."""
+    """Return True for headers of cuda/common and of the file's own op: cema_fwd.cu may include cema_scan.cuh."""
     return (folder / "common" / header).exists() or op_of(Path(header).stem) in (None, op_of(file.stem))
 
 
 @functools.cache
 def ops() -> list[str]:
-    """The ops that have CUDA kernels, the longest name first."""
+    """Ops with CUDA kernels, longest names first."""
     headers = (CUDA.parent / "cpp").glob("*/*.h")
     return sorted((h.stem for h in headers if "MEGALODON_CUDA_KERNEL(" in h.read_text()), key=len, reverse=True)
 
 
 def op_of(stem: str) -> str | None:
-    """The op whose file has this name without its extension, None if several ops share it."""
+    """The op of a kernel file with this stem, or None if several ops share it."""
     return next((op for op in ops() if stem == op or stem.startswith(op + "_")), None)
 
 
 def _without_comments(text: str) -> str:
-    """The text with comments and the insides of strings removed, line for line. Paths of includes stay."""
+    """The text without comments and contents of strings, line for line. Paths of includes stay."""
 
     def blank(match: re.Match[str]) -> str:
         token = match[0]

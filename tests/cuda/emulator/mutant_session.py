@@ -1,9 +1,9 @@
-"""A pytest process that collects the tests once and forks for each mutant: for mutate.py.
+"""A pytest process for mutate.py that collects the tests once and forks for each mutant.
 
-It reads a request a line, {"mutant": number, "tests": [[name, seconds], ...], "output": path}, runs these tests in this
-order on that mutant of the kernels until one fails, and answers with {"code": exit status, "tests": {name: [seconds,
-numbers of the mutants that would have changed something]}}. A test that takes more processor time than its seconds ends
-the fork. The first answer lists all tests.
+Each line of input is a request, {"mutant": number, "tests": [[name, seconds], ...], "output": path}. A fork runs these
+tests in this order on the mutant until one fails; the answer is {"code": exit status, "tests": {name: [seconds, numbers
+of mutants that would have changed something]}}. A test that exceeds its seconds of processor time ends the fork. The
+first answer lists all tests.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ import pytest
 
 
 class Session:
-    """The plugin that reads the requests."""
+    """Pytest plugin that answers requests."""
 
     def __init__(self, requests: TextIO, answers: TextIO) -> None:
         self.requests, self.answers = requests, answers
@@ -33,7 +33,7 @@ class Session:
         self.module: Any = None
 
     def pytest_sessionstart(self) -> None:
-        """Runs after conftest.py, before the tests are read. Failing examples need not be shrunk."""
+        """Run after conftest.py, before the tests are collected. Failing examples are not shrunk."""
         from emulator import fixtures
         from emulator.emulator import build, load
         from hypothesis import Phase, settings
@@ -46,17 +46,17 @@ class Session:
 
     @pytest.hookimpl(tryfirst=True)
     def pytest_runtestloop(self, session: pytest.Session) -> bool | None:
-        """Returns True after the last request, None in a fork, in which pytest goes on."""
+        """Return True after the last request; None in a fork, where pytest continues."""
         tests = {item.nodeid: item for item in session.items}
         gc.collect()
-        gc.freeze()  # so that a fork's collections do not copy the objects
+        gc.freeze()  # so that garbage collection in a fork copies no objects
         self._answer(list(tests))
         for line in self.requests:
             request = json.loads(line)
             read, self.record = os.pipe()
             sys.stdout.flush()
             with warnings.catch_warnings():
-                warnings.simplefilter("ignore")  # of forks with threads: there are none
+                warnings.simplefilter("ignore")  # about forks with threads: there are no threads
                 child = os.fork()
             if child == 0:
                 self._become(request)
@@ -82,7 +82,7 @@ class Session:
 
     @pytest.hookimpl(wrapper=True)
     def pytest_runtest_protocol(self, item: pytest.Item) -> Iterator[None]:
-        """Runs a test; SIGPROF ends the process at the test's limit."""
+        """Run a test; SIGPROF ends the process at the test's time limit."""
         start = time.process_time()
         self.module.mutants_that_matter()
         signal.setitimer(signal.ITIMER_PROF, self.limits[item.nodeid])
@@ -103,7 +103,7 @@ def main() -> None:
     log = os.open(sys.argv[1], os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
     for standard in (1, 2):
         os.dup2(log, standard)
-    # Slow tests, too.
+    # All tests, also slow ones.
     options = ["-n", "0", "-x", "-q", "--tb=short", "-p", "no:cacheprovider", "--capture=sys", "-m", ""]
     code = pytest.main([*options, *sys.argv[2:]], plugins=[Session(requests, answers)])
     sys.stdout.flush()

@@ -1,9 +1,9 @@
-"""Small breakages of a kernel file, each of which some test should notice.
+"""Mutants of a kernel file, each of which some test should notice.
 
-Every barrier, wait for a copy and commit is deleted; a wait also leaves one group more in flight. Conditions of `if`
-and `?:` and operands of `&&` and `||` become constants. Loops run once more.
+Barriers, waits for copies and commits are deleted; a wait may also leave one more group in flight. Conditions of `if`
+and `?:` and operands of `&&` and `||` become constants. Loops take one more iteration.
 
-A file can be rewritten so that it holds all of its mutants, of which a number chooses one at run time.
+A file can be rewritten to contain all of its mutants; a number chooses one at run time.
 """
 
 from __future__ import annotations
@@ -15,11 +15,11 @@ from dataclasses import dataclass
 from emulator.source import CLOSING, OPENING, closing, loop_heads, without_comments
 
 SYNCHRONISATION = r"(?:gpu::)?\b(?:__sync(?:threads|warp)|named_barrier|cp_async_(?:commit|wait))\b(?:<[^<>;]*>)?\("
-# Where an operand of && or || or the condition of ?: ends at the latest.
+# Ends of an operand of && and || and of the condition of ?:.
 BOUNDARY = r"&&|\|\||\?|(?<!:):(?!:)|;|,|(?<![=<>!])=(?!=)|\breturn\b|[{}]"
 
-# What emulator.py writes before each kernel file: the emulator has the number of the mutant that runs, and functions
-# that note which mutants would have mattered.
+# Written before each kernel file by emulator.py: the number of the active mutant, and functions that record mutants
+# that would change a value.
 SWITCH = """
 extern "C" {
 extern const int gpu_mutant;
@@ -33,15 +33,15 @@ int gpu_turns(int mutant);
 @dataclass(frozen=True)
 class Mutant:
     line: int
-    change: str  # what stands in the table
-    text: str  # of the whole file
-    start: int  # text[start:end] of the original became `new`
+    change: str  # for the table
+    text: str  # whole file
+    start: int  # text[start:end] of the original is replaced by `new`
     end: int
     new: str
 
 
 def mutants(text: str) -> list[Mutant]:
-    """All mutants of a kernel file, in the order of their lines."""
+    """All mutants of a kernel file, sorted by line."""
     code, found = without_comments(text), {}
     for start, end, new in _edits(code):
         changed = text[:start] + new + text[end:]
@@ -52,10 +52,10 @@ def mutants(text: str) -> list[Mutant]:
     return sorted(found.values(), key=lambda mutant: mutant.line)
 
 
-def switched(text: str, numbered: Iterable[tuple[int, Mutant]]) -> str:
-    """The file with all these mutants, line for line: it behaves as the one whose number is in gpu_mutant.
+def with_mutants(text: str, numbered: Iterable[tuple[int, Mutant]]) -> str:
+    """The file with all these mutants, line for line; it behaves like the mutant with number gpu_mutant.
 
-    To kernels gpu_mutant is a constant, so that they read it without the emulator's notice.
+    gpu_mutant is declared as a constant, so that the emulator does not check reads of it.
     """
     code = without_comments(text)
     inserted = []
@@ -68,7 +68,7 @@ def switched(text: str, numbered: Iterable[tuple[int, Mutant]]) -> str:
         elif mutant.new.endswith("<="):  # i <= n, of integers: i - 1 < n
             start = end = text.index(" <", start)
             before, after = f" - gpu_turns({number})", ""
-        else:  # the number of groups that a wait leaves in flight
+        else:  # groups that a wait leaves in flight
             name = text.rindex("cp_async_wait", 0, start)
             start = name - len(re.search(r"(gpu::)?$", code[:name])[0])
             call_end = closing(code, text.index("(", end)) + 1
@@ -76,7 +76,7 @@ def switched(text: str, numbered: Iterable[tuple[int, Mutant]]) -> str:
             before, after, end = f"({is_on} ? {more} : (gpu_reached({number}), ", "))", call_end
         length = end - start
         inserted += [((start, 1, -length, number), before), ((end, 0, length, -number), after)]
-    # At one place the inner expression ends before the outer one does, and what begins there comes after.
+    # At one place, inner expressions end before outer ones, and ends come before beginnings.
     pieces, at = [], 0
     for (place, *_), piece in sorted(inserted):
         pieces += [text[at:place], piece]
@@ -85,7 +85,7 @@ def switched(text: str, numbered: Iterable[tuple[int, Mutant]]) -> str:
 
 
 def _edits(code: str) -> Iterator[tuple[int, int, str]]:
-    """Yields (start, end, replacement)."""
+    """Yield (start, end, replacement)."""
     for call in re.finditer(SYNCHRONISATION, code):
         end = closing(code, call.end() - 1) + 1
         if re.match(r"\s*;", code[end:]):
@@ -98,7 +98,7 @@ def _edits(code: str) -> Iterator[tuple[int, int, str]]:
         yield condition.end(), end, "false" if leaves else "true"
     for definition in re.finditer(r"\bbool (?=\w+ = )", code):
         at = definition.end()
-        while name := re.compile(r"\s*\w+ = ").match(code, at):  # several definitions, between commas
+        while name := re.compile(r"\s*\w+ = ").match(code, at):  # several definitions, separated by commas
             start, end = _right_operand(code, name.end(), r",(?=\s+\w+ = )|;")
             yield start, end, "true"
             at = end + 1
@@ -107,7 +107,7 @@ def _edits(code: str) -> Iterator[tuple[int, int, str]]:
         constant = "true" if operator[1] == "&&" else "false"
         for start, end in (_left_operand(code, operator.start(1)), _right_operand(code, operator.end(1))):
             if not any(a <= start < b and set(re.findall(r"\w+", code[start:end])) & names for a, b, names in loops):
-                yield start, end, constant  # else the loop would never end
+                yield start, end, constant  # otherwise the loop would never end
     for choice in re.finditer(r"\s\?\s", code):
         start, end = _left_operand(code, choice.start() + 1, through_logic=True)
         yield start, end, "true"
@@ -119,7 +119,7 @@ def _edits(code: str) -> Iterator[tuple[int, int, str]]:
 
 
 def _loops(code: str) -> Iterator[tuple[int, int, set[str]]]:
-    """The condition of each `for` that is not unrolled: start, end, and the names that its step changes."""
+    """Conditions of `for` loops that are not unrolled: start, end, names that the increment changes."""
     for start, end in loop_heads(code):
         first, *rest = code[start : end - 1].split(";")
         if first.startswith("for") and len(rest) == 2:
@@ -128,7 +128,7 @@ def _loops(code: str) -> Iterator[tuple[int, int, set[str]]]:
 
 
 def _left_operand(code: str, end: int, through_logic: bool = False) -> tuple[int, int]:
-    """The operand that ends before `end`; `through_logic`: all that && and || join."""
+    """The operand that ends before `end`; with `through_logic`, the whole chain of && and ||."""
     depth, start = 0, end
     while start > 0:
         character = code[start - 1]
@@ -140,7 +140,7 @@ def _left_operand(code: str, end: int, through_logic: bool = False) -> tuple[int
 
 
 def _boundary_before(code: str, at: int, through_logic: bool) -> bool:
-    if code[at - 1] == "{":  # the brace closes in the operand
+    if code[at - 1] == "{":  # its closing brace is in the operand
         return False
     if code[at - 1] in CLOSING:
         return code[at - 1] == "}" and not re.search(r"[\w>]\{[^{}]*\}$", code[:at])  # R{0} is part of an operand
@@ -166,7 +166,7 @@ def _trimmed(code: str, start: int, end: int) -> tuple[int, int]:
 
 
 def _is_constant(code: str, at: int) -> bool:
-    """Whether `at` lies in a statement that the compiler evaluates."""
+    """Return True if `at` is in a statement that the compiler evaluates."""
     start = max(code.rfind(c, 0, at) for c in ";{}") + 1
     size_of_array = r"^\s*(?!return\b)\w[\w:<>, ]* \w+\[[^=(]*$"
     return bool(re.search(rf"\b(constexpr|static_assert|template|using)\b|{size_of_array}", code[start:at]))

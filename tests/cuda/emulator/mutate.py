@@ -1,15 +1,15 @@
-"""Breaks the kernels of cuda/ in small ways, one at a time, and writes what no test notices to survivors.tsv.
+"""Mutation tests of the kernels in cuda/: mutants that no test notices are written to survivors.tsv.
 
     python tests/cuda/emulator/mutate.py                 all kernels
-    python tests/cuda/emulator/mutate.py --only cema     files whose name begins so; rows of other files stay
+    python tests/cuda/emulator/mutate.py --only cema     files with this prefix; rows of other files stay
     python tests/cuda/emulator/mutate.py --barriers      barriers, waits and commits; rows of other mutations stay
-    python tests/cuda/emulator/mutate.py --list          what would be run
+    python tests/cuda/emulator/mutate.py --list          print the mutants
 
-All mutants are compiled at once, in a copy of cuda/, cpp/ and tests/, and a number chooses one at run time. Each job is
-a process that has collected the tests and forks for each mutant (mutant_session.py). The fork runs the tests that, without
-a mutant, came to the mutant's place and found values that the mutant would change; no other test could notice it. Outcomes
-are kept in the scratch folder, so that a run that was stopped goes on; a change of a kernel, of cuda/common or of the tests
-begins anew. The last column of survivors.tsv is written by hand: why a mutant that survives does no harm.
+All mutants are compiled at once, in a copy of cuda/, cpp/ and tests/; a number chooses one at run time. Workers collect
+the tests and fork for each mutant (mutant_session.py). A fork runs only tests that, without a mutant, reach its place
+with values that it would change. Outcomes are saved in the scratch folder, so that a run can be resumed; after a change
+of a kernel, of cuda/common or of the tests, a mutant runs again. The last column of survivors.tsv, why a mutant is
+harmless, is written by hand.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ from typing import Any, NamedTuple
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from emulator.lint import op_of
-from emulator.mutants import Mutant, mutants, switched
+from emulator.mutants import Mutant, mutants, with_mutants
 
 ROOT = Path(__file__).parents[3]
 TABLE = Path(__file__).parent / "survivors.tsv"
@@ -43,9 +43,9 @@ KINDS = (
     "invalid operation", "misaligned", "copy in flight", "copy never waited for", "copy never committed",
     "wrong memory", "not device memory", "wrong mma fragment", "invalid launch",
 )  # fmt: skip
-BARRIERS = r"sync|named_barrier|_wait|_commit"  # in what a mutant changes
-WRAPPER_TESTS = "test_cuda_instructions.py"  # of cuda/common
-OP_TESTS = {  # of all ops
+BARRIERS = r"sync|named_barrier|_wait|_commit"  # in Mutant.change
+WRAPPER_TESTS = "test_cuda_instructions.py"  # tests of cuda/common
+OP_TESTS = {  # tests of all ops
     "test_cuda_ops.py": [], "test_cuda_wrong_offsets.py": [], "test_ops.py": ["cuda-emulated"],
     "test_range.py": ["cuda-emulated"],
 }  # fmt: skip
@@ -55,7 +55,7 @@ OP_TESTS = {  # of all ops
 class Job:
     file: Path  # relative to ROOT
     mutant: Mutant
-    nth: int  # of the file's mutants that read alike, in the order of lines
+    nth: int  # among the file's mutants with the same text, by line
     key: str  # a hash of the kernels and of the tests
 
     def __str__(self) -> str:
@@ -63,8 +63,8 @@ class Job:
 
 
 def kernel_files(only: list[str]) -> list[Path]:
-    """The files of cuda/, and those of cuda/common that the emulator compiles as nvcc does: the rest has tests of its
-    own. Files in which there is nothing to break are left out."""
+    """Files of cuda/ that have mutants. Skips files of cuda/common with a branch for the emulator, which have their own
+    tests."""
     files = sorted((ROOT / "cuda").rglob("*.cu*"))
     differ = re.compile(r"GPU_EMULATED|cuda_runtime\.h")
     portable = [file for file in files if not differ.search(text := file.read_text()) and mutants(text)]
@@ -72,9 +72,10 @@ def kernel_files(only: list[str]) -> list[Path]:
 
 
 def test_files(file: Path) -> list[tuple[str, list[str]]]:
-    """Test files of a kernel file and words of the tests' names: an op's own tests, then those that all ops share."""
+    """Test files for a kernel file, with words of test names: tests of the op, then tests of all ops."""
     op, tests = op_of(file.stem), sorted((ROOT / "tests" / "cuda").rglob("test_cuda_*.py"))
-    own = [(test.name, []) for test in tests if (of := op_of(test.stem[len("test_cuda_") :])) and op in (None, of)]
+    tested = {test.name: op_of(test.stem[len("test_cuda_") :]) for test in tests}
+    own = [(name, []) for name, tested_op in tested.items() if tested_op and op in (None, tested_op)]
     shared = [(test, words + [op] * (op is not None)) for test, words in OP_TESTS.items()]
     return [*[(WRAPPER_TESTS, [])] * (op is None), *own, *shared]
 
@@ -99,21 +100,21 @@ def jobs_of(file: Path) -> list[Job]:
 
 
 def numbered(file: Path) -> list[tuple[Mutant, int]]:
-    """Each mutant of a file, and how many that read alike there are up to it."""
+    """Each mutant of a file, with its number among those with the same text."""
     found = mutants((ROOT / file).read_text())
     changes = [mutant.change for mutant in found]
     return [(mutant, changes[: i + 1].count(mutant.change)) for i, mutant in enumerate(found)]
 
 
 class Workshop:
-    """A copy of the sources to break, with a build of the emulator of its own."""
+    """A copy of the sources with mutants, with its own build of the emulator."""
 
     def __init__(self, folder: Path, broken: dict[Path, str]) -> None:
         self.folder = folder
         sources, copies = (self._files(root) for root in (ROOT, folder))
         for file in copies - sources:
             (folder / file).unlink()
-        for file in sources:  # an unchanged file keeps its time, and is not compiled again
+        for file in sources:  # unchanged files keep their time stamps and are not compiled again
             content = broken[file].encode() if file in broken else (ROOT / file).read_bytes()
             if file not in copies or (folder / file).read_bytes() != content:
                 (folder / file).parent.mkdir(parents=True, exist_ok=True)
@@ -134,14 +135,14 @@ class Workshop:
 
 
 class Trace(NamedTuple):
-    """What one test took without a mutant."""
+    """Run of one test without a mutant."""
 
     seconds: float
-    mattered: Collection[int]  # the mutants that would have changed something, whether or not the result
+    mattered: Collection[int]  # mutants that would have changed a value, not necessarily the result
 
 
 class Session:
-    """A process of mutant_session.py in a checkout or workshop. `tests` are all that the process has collected."""
+    """A process of mutant_session.py in a checkout or workshop; `tests` are those that it has collected."""
 
     def __init__(self, folder: Path, output: Path, files: set[str]) -> None:
         self.output = output
@@ -149,7 +150,7 @@ class Session:
         environment = os.environ | {
             "PYTHONPATH": os.pathsep.join(os.path.abspath(entry) for entry in path if entry),
             "OMP_NUM_THREADS": "1",  # a fork has no threads
-            "MEGALODON_OPS_REACHED": "",  # what broken kernels reach does not count
+            "MEGALODON_OPS_REACHED": "",  # do not record iterations of mutants
         }
         command = [sys.executable, "tests/cuda/emulator/mutant_session.py", str(self.output.with_suffix(".log"))]
         self.process = subprocess.Popen(
@@ -165,7 +166,7 @@ class Session:
         return json.loads(line)
 
     def run(self, number: int, tests: list[tuple[str, float]]) -> tuple[str, dict[str, Trace]]:
-        """What the first test that failed saw, or SURVIVED, and what each test took."""
+        """Return the failure of the first failed test, or SURVIVED, and the trace of each test."""
         request = {"mutant": number, "tests": tests, "output": str(self.output)}
         self.process.stdin.write(json.dumps(request) + "\n")
         self.process.stdin.flush()
@@ -192,7 +193,7 @@ def _cause(code: int, output: str) -> str:
 
 
 class Row(NamedTuple):
-    """A mutant that survives: of those of a file that read alike, the `nth` in the order of lines."""
+    """A surviving mutant, the `nth` of those of the file with the same text."""
 
     file: str
     change: str
@@ -204,14 +205,14 @@ HEADER = "file\tmutation\tnumber\twhy it survives"
 
 
 def rows_of(text: str) -> list[Row]:
-    """The survivors that a table names."""
+    """The rows of a table."""
     _, _, rows = text.partition(HEADER + "\n")
     cells = (line.split("\t") for line in rows.splitlines())
     return [Row(file, change, int(nth), why) for file, change, nth, why in cells]
 
 
 def write_table(done: list[tuple[Job, str]]) -> None:
-    """Writes the survivors. Rows of mutants that were not run stay; those of mutants that are no more go."""
+    """Write the survivors. Rows of mutants that were not run stay; rows of mutants that no longer exist are removed."""
     before = TABLE.read_text() if TABLE.exists() else ""
     known = {row[:3]: row.why for row in rows_of(before)}
     outcomes = {(job.file.name, job.mutant.change, job.nth): outcome for job, outcome in done}
@@ -239,8 +240,8 @@ def run(jobs: list[Job], scratch: Path, workers: int) -> list[tuple[Job, str]]:
     scratch.mkdir(parents=True, exist_ok=True)
     done = dict(json.loads(line) for line in record.read_text().splitlines()) if record.exists() else {}
     left = [job for job in jobs if job.key not in done]
-    left.sort(key=lambda job: not re.search(BARRIERS, job.mutant.change))  # first what breaks memory
-    print(f"{len(jobs)} mutants, {len(jobs) - len(left)} of them known from before", flush=True)
+    left.sort(key=lambda job: not re.search(BARRIERS, job.mutant.change))  # memory errors first
+    print(f"{len(jobs)} mutants, {len(jobs) - len(left)} of them run before", flush=True)
     if left:
         files = {name for job in left for name, _ in test_files(job.file)}
         workshop, numbers = workshop_of_all(scratch / "copy")
@@ -257,7 +258,7 @@ def run(jobs: list[Job], scratch: Path, workers: int) -> list[tuple[Job, str]]:
             try:
                 number = numbers[job.file, job.mutant.text]
                 tests = in_order(job.file, session.tests, traces)
-                tests = [(test, most) for test, most in tests if number in traces[test].mattered]
+                tests = [(test, limit) for test, limit in tests if number in traces[test].mattered]
                 done[job.key], _ = session.run(number, tests)
             finally:
                 free.put(session)
@@ -279,12 +280,12 @@ def workshop_of_all(folder: Path) -> tuple[Workshop, dict[tuple[Path, str], int]
         text = (ROOT / file).read_text()
         numbered = [(1000 * i + j, mutant) for j, mutant in enumerate(mutants(text))]
         numbers |= {(file, mutant.text): number for number, mutant in numbered}
-        broken[file] = switched(text, numbered)
+        broken[file] = with_mutants(text, numbered)
     return Workshop(folder, broken), numbers
 
 
 def _baseline(sessions: list[Session], jobs: list[Job], key: str, scratch: Path) -> dict[str, Trace]:
-    """Traces of the tests without a mutant. A test that fails without a mutant kills nothing."""
+    """Traces of the tests without a mutant, all of which must pass."""
     record = scratch / "traces.json"
     known = json.loads(record.read_text()) if record.exists() else {}
     traces = {test: Trace(*trace) for test, trace in known.get(key, {}).items()}
@@ -305,7 +306,7 @@ def _baseline(sessions: list[Session], jobs: list[Job], key: str, scratch: Path)
 
 
 def in_order(file: Path, collected: list[str], traces: dict[str, Trace]) -> list[tuple[str, float]]:
-    """The tests of a kernel file, the quick ones of each test file first, and the most seconds each may take."""
+    """Tests of a kernel file with time limits, fastest first within each test file."""
     found: list[tuple[str, float]] = []
     for name, words in test_files(file):
         chosen = [test for test in collected if test.startswith(f"{path_of(name)}::") and all(w in test for w in words)]

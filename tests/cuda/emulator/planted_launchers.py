@@ -1,4 +1,4 @@
-"""Launches the planted kernels of planted/wrappers.cu."""
+"""Launch the kernels of planted/wrappers.cu."""
 
 from __future__ import annotations
 
@@ -6,6 +6,6 @@ from torch import Tensor
 
 
 def run(emulator, name: str, *arguments) -> None:
-    """Calls a planted launcher with tensors as addresses."""
+    """Call a launcher with addresses of tensors."""
     addresses = [a.data_ptr() if isinstance(a, Tensor) else a for a in arguments]
     getattr(emulator.module.planted, f"run_{name}")(*addresses)

@@ -1,15 +1,14 @@
-"""How often each loop of the kernels turned in the tests, and over how many blocks each kernel was launched.
+"""Iterations of each kernel loop, and blocks of each kernel, that the tests reach.
 
-    export MEGALODON_OPS_REACHED=FOLDER       tests add to it what they reach: the default ones and the slow ones
-    python tests/cuda/emulator/reached.py FOLDER           writes reached.tsv
-    python tests/cuda/emulator/reached.py --check FOLDER   fails where the tests reached less
+    export MEGALODON_OPS_REACHED=FOLDER                    each test process adds a file
+    python tests/cuda/emulator/reached.py FOLDER           write reached.tsv, after the default and the slow tests
+    python tests/cuda/emulator/reached.py --check FOLDER   fail if the tests reach less
 
-What a constant bounds is right for one unit and wrong for three, or the reverse: each loop whose bound is not a constant
-is to turn at most once, twice, and three times or more, in kernels of 16-bit types and in those of wider types, and each
-grid is to have one, two, and three blocks or more. A row of reached.tsv is a loop in a kernel, or a dimension of its
-launches ("warps": of a block): for each type ("16", "wide", or none) the numbers of turns that there were, 3 for more as
-well, and the most of all. A row that lacks some is a hole, and says at its end why it may stay. Launches whose results
-nobody looks at (`only_bounds`) do not count.
+A loop that is right for one unit may be wrong for three. Tests must run each loop with a variable bound for at most
+one, two, and three or more iterations, in kernels of 16-bit types and of wider types, and each grid with one, two, and
+three or more blocks. A row of reached.tsv is a loop of a kernel, or a dimension of its launches ("warps": of a block).
+It has the numbers of iterations by type ("16", "wide" or none), where 3 stands for more, the largest number and, if
+there is a gap, a reason. Launches with unchecked results (`only_bounds`) do not count.
 """
 
 from __future__ import annotations
@@ -36,8 +35,7 @@ TABLE = Path(__file__).parent / "reached.tsv"
 HEADER = "kernel\tfile\tloop\tnumber\tturns\tmost\twhy it may lack some"
 LAUNCHER = "(launcher)"
 KINDS = {"16": r"\b(bf16|fp16)\b", "wide": r"\b(float|double)\b"}  # of types, by a kernel's template arguments
-# Names in a loop's start and condition, besides its file's own constants, whose values are known to nvcc or say which
-# of the block's threads turns it.
+# Names in the start and condition of a loop that nvcc knows, or of a thread's index, besides the file's constants.
 CONSTANTS = r"int|int64_t|k[A-Z]\w*|gpu|Tiling|Product|thread|threadIdx"
 
 
@@ -47,7 +45,7 @@ class Loop(NamedTuple):
     start: int
     end: int
     head: str  # with single spaces
-    is_constant: bool  # whether all of it is known when it is compiled
+    is_constant: bool  # known at compile time
 
 
 def loops_of(text: str) -> list[Loop]:
@@ -63,8 +61,8 @@ def loops_of(text: str) -> list[Loop]:
     return found
 
 
-def counted(path: Path, text: str) -> str:
-    """A kernel file's text, counting the turns of its loops, line for line."""
+def with_counters(path: Path, text: str) -> str:
+    """Add counters of loop iterations to the text of a kernel file, line for line."""
     pieces, at = [f'#line 1 "{path}"\n'], 0
     for nth, loop in enumerate(loops_of(text)):
         pieces += [text[at : loop.start], f'EMU_LOOP("{path.name}", {nth}) {text[loop.start : loop.end]} EMU_TURN']
@@ -73,7 +71,7 @@ def counted(path: Path, text: str) -> str:
 
 
 def write_record(module: ModuleType) -> None:
-    """Adds what the process has reached to the folder that MEGALODON_OPS_REACHED names."""
+    """Write the counts of this process to the folder MEGALODON_OPS_REACHED, if set."""
     folder = os.environ.get("MEGALODON_OPS_REACHED")
     if folder:
         symbols = subprocess.run(["nm", module.__file__], capture_output=True, text=True, check=True).stdout
@@ -84,7 +82,7 @@ def write_record(module: ModuleType) -> None:
 
 
 class Place(NamedTuple):
-    """A loop in a kernel: of those of a file that read alike, the `nth`. Or a dimension: of no file."""
+    """A loop in a kernel, the `nth` of those of the file with the same text; or a dimension, without a file."""
 
     kernel: str
     file: str
@@ -93,7 +91,7 @@ class Place(NamedTuple):
 
 
 class Reached:
-    """The numbers of turns in a place, by type of the kernel; 3 stands for more."""
+    """Numbers of iterations at a place, by type of the kernel; 3 stands for more."""
 
     def __init__(self, turns: str = "", most: int = 0, why: str = "") -> None:
         cells = (cell.split(":") for cell in turns.split())
@@ -104,25 +102,25 @@ class Reached:
         return " ".join(f"{kind}:{''.join(map(str, sorted(numbers)))}" for kind, numbers in sorted(self.turns.items()))
 
     def lacks(self, kinds: Iterable[str] = ()) -> set[tuple[str, int]]:
-        """What is missing of one (or none), two and three turns, by type: each that is here, and `kinds`."""
+        """Missing numbers among one (or none), two and three, for the types that occur and `kinds`."""
         wanted = ((kind, unit) for kind in {*self.turns, *kinds} or {""} for unit in (1, 2, 3))
         return {(kind, unit) for kind, unit in wanted if not {unit, unit - (unit == 1)} & self.turns.get(kind, set())}
 
 
 def places() -> dict[str, tuple[str, str, int]]:
-    """Each loop that is no constant, by what the emulator calls it: file, head, and which of those that read alike."""
+    """File, head and number of each loop with a variable bound, by its name in the emulator."""
     found = {}
     for path in sorted(CUDA.rglob("*.cu*")):
         loops = loops_of(path.read_text())
         for i, loop in enumerate(loops):
             if not loop.is_constant:
-                alike = sum(other.head == loop.head for other in loops[: i + 1])
-                found[f"{path.name} {i}"] = path.name, loop.head, alike
+                nth = sum(other.head == loop.head for other in loops[: i + 1])
+                found[f"{path.name} {i}"] = path.name, loop.head, nth
     return found
 
 
 def merge(folder: Path) -> dict[Place, Reached]:
-    """What all processes have reached."""
+    """Merge the counts of all processes."""
     rows = [row for path in sorted(folder.glob("*.json")) for row in json.loads(path.read_text())]
     mangled = sorted({kernel for kernel, *_ in rows if kernel})
     kernels, loops = dict(zip(mangled, demangle(mangled), strict=True)), places()
@@ -148,15 +146,15 @@ def read_table(text: str) -> dict[Place, Reached]:
     return {Place(kernel, file, loop, int(nth)): Reached(*rest) for kernel, file, loop, nth, *rest in rows}
 
 
-def holes(found: dict[Place, Reached], table: dict[Place, Reached]) -> Iterator[str]:
-    """Where the tests reached less than they are to, and less than a row of the table with a reason says."""
+def gaps(found: dict[Place, Reached], table: dict[Place, Reached]) -> Iterator[str]:
+    """Describe places with gaps for which the table gives no reason."""
     for place in sorted(found.keys() | table.keys()):
         row, reached = table.get(place, Reached()), found.get(place, Reached())
         missing = reached.lacks(row.turns) - (row.lacks() if row.why else set())
         if missing:
             wanted = ", ".join(f"{unit} of {kind}" if kind else str(unit) for kind, unit in sorted(missing))
             where = f"{place.kernel}: {place.file} `{place.loop}` ({place.nth})"
-            yield f"{where}: turns {str(reached) or 'none'}; no test reaches {wanted}"
+            yield f"{where}: iterations {str(reached) or 'none'}; no test reaches {wanted}"
 
 
 def write_table(found: dict[Place, Reached]) -> None:
@@ -180,8 +178,8 @@ def main() -> None:
     found = merge(arguments.folder)
     if not arguments.check:
         write_table(found)
-    problems = list(holes(found, read_table(TABLE.read_text())))
-    print(*problems, f"{TABLE.name}: {len(found)} places, {len(problems)} holes without a reason", sep="\n")
+    problems = list(gaps(found, read_table(TABLE.read_text())))
+    print(*problems, f"{TABLE.name}: {len(found)} places, {len(problems)} gaps without a reason", sep="\n")
     sys.exit(bool(problems))
 
 

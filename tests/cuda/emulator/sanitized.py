@@ -1,10 +1,10 @@
-"""Runs kernels built with AddressSanitizer and UndefinedBehaviorSanitizer, which end the process at an error.
+"""Run kernels built with AddressSanitizer and UndefinedBehaviorSanitizer, which end the process at an error.
 
-They see what the emulator does not: a thread's access past the end of an array of its own, overflow of its integers.
+They find errors that the emulator misses: accesses past the end of a thread's local array, integer overflow.
 
     run(library, "plant", name...)      kernels of planted/overruns.cu with their bug
-    run(library, "correct", name...)    and without
-    run(library, "ops", op...)          every kernel of the ops, or of these, at small shapes
+    run(library, "correct", name...)    the same kernels without their bug
+    run(library, "ops", op...)          every kernel of all ops, or of these ops, at small shapes
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ TARGET = "_cuda_emulated_sanitized"
 
 
 def runtime() -> Path | None:
-    """libasan of the compiler that builds the emulator, if it has one."""
+    """Path of libasan of the emulator's compiler, if it exists."""
     compiler = shutil.which(os.environ.get("CXX", "g++"))
     if compiler is None:
         return None
@@ -31,8 +31,8 @@ def runtime() -> Path | None:
 
 
 def run(library: Path, *arguments: str, timeout: float = 300) -> subprocess.CompletedProcess[str]:
-    """Runs this file in a process that AddressSanitizer was loaded into first, as it must be."""
-    preload = f"{runtime()} libstdc++.so.6"  # which must be there when libasan looks for __cxa_throw
+    """Run this file in a process that loads AddressSanitizer first, as it requires."""
+    preload = f"{runtime()} libstdc++.so.6"  # must be loaded when libasan looks for __cxa_throw
     options = {"ASAN_OPTIONS": "detect_leaks=0:detect_stack_use_after_return=0", "LD_PRELOAD": preload}
     path = os.pathsep.join(filter(None, [TEST_PATH, os.environ.get("PYTHONPATH")]))
     return subprocess.run(
@@ -54,7 +54,7 @@ def run_plants(library: Path, names: list[str], *, bug: bool) -> None:
 
 
 def run_ops(library: Path, names: list[str]) -> None:
-    """Outputs and gradients of each op's cases, in each dtype, on aligned and unaligned memory, but not in each on both."""
+    """Compute outputs and gradients of each op's cases in each dtype, on memory of the alignments in `memory`."""
     from calls import evaluate
     from cases import BUILDERS
     from emulator.emulator import Emulator, load
@@ -86,14 +86,14 @@ def run_ops(library: Path, names: list[str]) -> None:
 
 
 def small_cases() -> list[tuple[str, dict]]:
-    """The small sizes of every op with CUDA kernels."""
+    """Small sizes of every op with CUDA kernels."""
     from cases import OPS
 
     return [(name, sizes) for name, op in OPS.items() if op.cuda for sizes in op.cuda.sanitized]
 
 
 if __name__ == "__main__":
-    os.environ.pop("LD_PRELOAD", None)  # not for the programs that this one calls
+    os.environ.pop("LD_PRELOAD", None)  # not for child processes
     library, command, *names = sys.argv[1:]
     if command == "ops":
         run_ops(Path(library), names)

@@ -1,4 +1,4 @@
-"""Kernel files as text: what stands in them where."""
+"""Kernel files as text: comments, parentheses, loops."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ OPENING, CLOSING = "([{", ")]}"
 
 
 def without_comments(text: str) -> str:
-    """The text with comments, strings and preprocessor lines blanked, at the same places."""
+    """The text with comments, strings and preprocessor lines replaced by spaces."""
     return re.sub(
         r'"(?:\\.|[^"\\\n])*"|//[^\n]*|/\*.*?\*/|^[ \t]*#(?:\\\n|[^\n])*',
         lambda token: re.sub(r"[^\n]", " ", token[0]), text, flags=re.DOTALL | re.MULTILINE,
@@ -17,7 +17,7 @@ def without_comments(text: str) -> str:
 
 
 def closing(code: str, opening: int) -> int:
-    """Where the parenthesis closes that opens at `opening`."""
+    """Index of the parenthesis that closes the one at `opening`."""
     depth = 0
     for i in range(opening, len(code)):
         depth += (code[i] in OPENING) - (code[i] in CLOSING)

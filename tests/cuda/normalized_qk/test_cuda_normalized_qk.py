@@ -1,6 +1,6 @@
-"""The CUDA kernels of normalized_qk on the emulator: every path, order of threads, bytes moved, bank conflicts.
+"""Emulated CUDA kernels of normalized_qk: every path, orders of threads, bytes moved, bank conflicts.
 
-test_ops.py shows that the public op on these kernels keeps what it promises.
+The public op on these kernels: test_ops.py.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ def run(emulator, case: Case, offset: int = 0, run=evaluate):
         return run(mo.normalized_qk, case)
 
 
-KEY_DIMS = {  # K, of v elements a vector
+KEY_DIMS = {  # K for vectors of v elements
     "idle-lanes": lambda v: 3 * v,
     "a-warp-of-vectors": lambda v: 32 * v,
     "two-vectors-a-lane": lambda v: 64 * v,
@@ -32,8 +32,8 @@ KEY_DIMS = {  # K, of v elements a vector
 
 @pytest.mark.parametrize("key_dim", KEY_DIMS.values(), ids=KEY_DIMS)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_each_way_to_share_a_head(emulator, dtype, key_dim):
-    """Two parts of the backward; a warp, and a block, has more than one token and fewer than it could."""
+def test_each_division_of_a_head(emulator, dtype, key_dim):
+    """Two parts of the backward; warps and blocks with several tokens, but not full."""
     case = normalized_qk_case(B=1, L=29, H=1, K=key_dim(16 // dtype.itemsize), C=7, dtype=dtype, cu_seqlens=[1, 9, 27])
     assert_matches_reference(run(emulator, case), case)
 
@@ -42,13 +42,13 @@ def test_each_way_to_share_a_head(emulator, dtype, key_dim):
     ("key_dim", "dtype"), [*zip((6, 98, 134, 514), DTYPES, strict=True), (64, torch.bfloat16)], ids=str
 )
 def test_misaligned_tensors(emulator, dtype, key_dim):
-    """Pairs of elements take the paths that vectors take in aligned tensors."""
+    """Pairs of elements replace the vectors of aligned tensors."""
     case = normalized_qk_case(B=1, L=19, H=2, K=key_dim, C=7, dtype=dtype, position=True, lengths=[18])
     assert_matches_reference(run(emulator, case, offset=1), case)
 
 
 @pytest.mark.parametrize("key_dim", [32, 520])
-def test_any_order_of_threads_gives_equal_bits(emulator, key_dim):
+def test_orders_of_threads_give_equal_bits(emulator, key_dim):
     case = normalized_qk_case(B=3, L=5, H=1, K=key_dim, C=3, lengths=[5, 0, 2], dtype=torch.bfloat16)
     results = []
     for order in ("forward", "reverse", "random"):
@@ -62,7 +62,7 @@ WIDE = [(torch.bfloat16, 256), (torch.float32, 128), (torch.float32, 64)]
 
 
 def assert_moved_once(emulator, kernel: str, nbytes: int, **names: str) -> None:
-    """Each named buffer is loaded, or stored, once, in whole sectors."""
+    """Assert that each named buffer is loaded, or stored, once, in whole sectors."""
     traffic = emulator.traffic(kernel)
     for name, access in names.items():
         assert traffic[name][f"{access}_sectors"] * 32 == traffic[name][f"{access}_footprint"] == nbytes, name
@@ -80,7 +80,7 @@ def test_bytes_moved_by_the_forward(emulator, dtype, key_dim):
 
 @pytest.mark.parametrize(("dtype", "key_dim"), [*WIDE, (torch.float32, 256)])
 def test_bytes_moved_by_the_backward(emulator, dtype, key_dim):
-    """A share of dgamma and dbeta from each part of 16 tokens is moved, too."""
+    """Each part of 16 tokens also writes a share of dgamma and dbeta."""
     case = normalized_qk_case(B=2, L=40, H=2, K=key_dim, C=16, dtype=dtype)
     run(emulator, case)
     kernel, shares = "normalized_qk_bwd_warp_kernel", 80 // 16 * 4 * 2 * key_dim * 4
@@ -106,7 +106,7 @@ def test_the_boundary_between_the_kernels(emulator, dtype, key_dim, kernel):
 
 
 @pytest.mark.parametrize("name", ["z", "gamma", "beta", "rotary", "q", "k", "dq", "dk", "dz"])
-def test_one_unaligned_tensor_is_enough_for_narrow_accesses(emulator, monkeypatch, name):
+def test_one_unaligned_tensor_leads_to_narrow_accesses(emulator, monkeypatch, name):
     allocate = emulator._allocate
     monkeypatch.setattr(
         emulator, "_allocate", lambda shape, dtype, label, _: allocate(shape, dtype, label, label == name)

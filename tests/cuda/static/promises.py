@@ -1,6 +1,6 @@
-"""What each kernel promises about its instructions, and the rules that all kernels keep.
+"""Promises of each kernel about its machine code, and rules for all kernels.
 
-A kernel of cuda/ is matched by exactly one entry of PROMISES.
+Each kernel of cuda/ matches exactly one entry of PROMISES.
 """
 
 from __future__ import annotations
@@ -12,14 +12,14 @@ from typing import Any
 
 from bench.sass import Kernel
 
-# Accesses of 16 and of 8 bytes, and of less; products of tensor cores, and the loads that feed them.
+# Accesses of 16, 8 and fewer bytes; products on tensor cores and their loads.
 LOAD_128, STORE_128, COPY_128 = r"LDG\.(\w+\.)*128\b", r"STG\.(\w+\.)*128\b", r"LDGSTS\.(\w+\.)*128\b"
 LOAD_64, STORE_64 = r"LDG\.(\w+\.)*64\b", r"STG\.(\w+\.)*64\b"
 NOT_STORE_128 = r"STG\.(?!(\w+\.)*128\b)"
 MMA_BF16, MMA_FP16, MMA_TF32 = r"HMMA\.16816\.F32\.BF16", r"HMMA\.16816\.F32$", r"HMMA\.1688\.F32\.TF32"
 LDMATRIX = r"LDSM\."
 
-DOUBLE_ARITHMETIC = r"D(ADD|MUL|FMA|SETP|MNMX|MMA)\b|MUFU\.R(CP|SQ)64H"  # conversions are allowed: `eps` is a double
+DOUBLE_ARITHMETIC = r"D(ADD|MUL|FMA|SETP|MNMX|MMA)\b|MUFU\.R(CP|SQ)64H"  # conversions are allowed, as `eps` is a double
 LOCAL_ACCESS = r"(LD|ST)L\b"
 RULES = {
     r"(LD|ST)G?\.(\w+\.)*[US]8\b": "global accesses of single bytes",
@@ -29,21 +29,21 @@ RULES = {
 
 @dataclass(frozen=True)
 class Promise:
-    kernel: str  # a regular expression for the whole name, as `sass.py` prints it
+    kernel: str  # regular expression for the whole name, as `sass.py` prints it
     registers: int  # at most, on every architecture
-    uses: tuple[str, ...] = ()  # regular expressions for the beginning of an opcode; each finds one
-    avoids: tuple[str, ...] = ()  # expressions that find no opcode
-    doubles: str = ""  # why a kernel of narrower types calculates in fp64
-    stack: dict[int, str] = field(default_factory=dict)  # why it spills or has an array in memory, by architecture
-    nvcc_12: dict[str, Any] = field(default_factory=dict)  # fields that differ where CUDA 12 compiled it
+    uses: tuple[str, ...] = ()  # regular expressions for beginnings of opcodes, each of which occurs
+    avoids: tuple[str, ...] = ()  # regular expressions for opcodes that do not occur
+    doubles: str = ""  # reason for fp64 arithmetic in a kernel of narrower types
+    stack: dict[int, str] = field(default_factory=dict)  # reason for spills or local arrays, by architecture
+    nvcc_12: dict[str, Any] = field(default_factory=dict)  # fields that differ with CUDA 12
 
 
-_SCAN = "the scan over time: two numbers a group of channels and warp of rows"
-_DROPKEY = "the threshold of DropKey, a product a thread"
-_LAST_SEEN = "four registers spill with 64 columns and 48 keys: the last column that a row sees is one number more"
-_LATER = "2 to 4 registers spill with float, read outside of loops over groups of steps; on 120 with fp16, too"
-_TOO_LITTLE = "four registers spill; cards of sm_120 have too little shared memory to take it"
-_AGAIN = "a number that its end needs spills, once a thread: two blocks on a multiprocessor leave 128 registers"
+_SCAN = "the scan over time: two values for each group of channels and warp of rows"
+_DROPKEY = "the threshold of DropKey, one product per thread"
+_LAST_COLUMN = "four registers spill with 64 columns and 48 keys, because of the last visible column of a row"
+_FLOAT_SPILLS = "2 to 4 registers spill with float, on 120 also with fp16; read outside of loops over groups of tokens"
+_UNUSED_ON_120 = "four registers spill; sm_120 has too little shared memory to use this kernel"
+_ONE_SPILL = "one value for the end spills, once per thread: two blocks per multiprocessor leave 128 registers"
 
 PROMISES = (
     Promise(
@@ -54,7 +54,7 @@ PROMISES = (
     Promise(r"normalized_qk_bwd_(warp|block)_kernel<(bf16|fp16|float), .*, true>", 128, uses=(LOAD_128, STORE_128)),
     Promise(r"normalized_qk_bwd_(warp|block)_kernel<double, .*, true>", 160, uses=(LOAD_128, STORE_128)),
     Promise(r"normalized_qk_bwd_(warp|block)_kernel<.*, false>", 160),
-    Promise(r"sum_shares_kernel<\w+>", 40, doubles="few sums of many terms each"),
+    Promise(r"sum_shares_kernel<\w+>", 40, doubles="few sums of many terms"),
     Promise(
         r"timestep_norm_fwd_kernel<(?!fp16, 8, true)\w+, [248], \w+>", 128, uses=(LOAD_128, STORE_128), doubles=_SCAN
     ),
@@ -63,7 +63,7 @@ PROMISES = (
         128,
         uses=(LOAD_128, STORE_128),
         doubles=_SCAN,
-        stack={80: "3 registers spill, once a thread; a second block on a multiprocessor is worth more"},
+        stack={80: "3 registers spill, once per thread; a second block per multiprocessor is worth more"},
     ),
     Promise(r"timestep_norm_fwd_kernel<\w+, 1, false>", 128, doubles=_SCAN),
     Promise(r"timestep_norm_fwd_moments_kernel<\w+, [248], \w+>", 128, uses=(LOAD_128,), doubles=_SCAN),
@@ -76,7 +76,7 @@ PROMISES = (
         r"timestep_norm_bwd_kernel<\w+, [248]>",
         128,
         uses=(LOAD_128, STORE_128),
-        nvcc_12={"stack": {100: "two registers of <fp16, 8> spill, read once a tile of steps"}},
+        nvcc_12={"stack": {100: "two registers of <fp16, 8> spill, read once per tile"}},
     ),
     Promise(r"timestep_norm_bwd_kernel<\w+, 1>", 128),
     Promise(r"timestep_norm_bwd_sums_kernel<(float|bf16|fp16), [48], true>", 128, uses=(LOAD_128,), doubles=_SCAN),
@@ -90,7 +90,7 @@ PROMISES = (
         r"cema_(output|sums)_kernel<(bf16|fp16|float)\b.*>",
         168,
         uses=(LOAD_64, STORE_64),
-        nvcc_12={"stack": {100: _LATER, 120: _LATER}},
+        nvcc_12={"stack": {100: _FLOAT_SPILLS, 120: _FLOAT_SPILLS}},
     ),
     Promise(r"cema_(local|output|sums)_kernel<double\b.*>", 255, uses=(LOAD_128,)),
     Promise(r"cema_ends_kernel<(bf16|fp16|float)\b.*>", 168, uses=(LOAD_64, STORE_64)),
@@ -99,28 +99,28 @@ PROMISES = (
         r"cema_tiles_kernel<[12]>",
         128,
         uses=(MMA_BF16, LOAD_128, STORE_64),
-        stack={120: _TOO_LITTLE},
-        nvcc_12={"stack": {100: "two registers spill, read once a tile", 120: _TOO_LITTLE}},
+        stack={120: _UNUSED_ON_120},
+        nvcc_12={"stack": {100: "two registers spill, read once per tile", 120: _UNUSED_ON_120}},
     ),
     Promise(r"cema_mma_local_kernel<[24]>", 128, uses=(MMA_BF16, LOAD_128, STORE_64)),
     Promise(r"cema_mma_output_kernel<[24]>", 128, uses=(MMA_BF16, LOAD_128, STORE_128)),
     Promise(r"cema_finish_kernel<\w+, false>", 64, doubles="sums of parameter gradients"),
     Promise(r"cema_finish_kernel<float, true>", 80, doubles="sums of parameter gradients and polynomials in q"),
-    Promise(r"cema_table_kernel<\w+>", 128, doubles="coefficients and their powers, once a mode and channel"),
+    Promise(r"cema_table_kernel<\w+>", 128, doubles="coefficients and their powers, once per mode and channel"),
     Promise(r"cema_(carry|cross|empty|step)_kernel<\w+>", 128),
     Promise(
         r"chunked_attention_fwd_mma_kernel<bf16, .*>",
         255,
         uses=(MMA_BF16, LDMATRIX, COPY_128),
         doubles=_DROPKEY,
-        stack={100: _LAST_SEEN},
+        stack={100: _LAST_COLUMN},
     ),
     Promise(
         r"chunked_attention_fwd_mma_kernel<fp16, .*>",
         255,
         uses=(MMA_FP16, LDMATRIX, COPY_128),
         doubles=_DROPKEY,
-        stack={100: _LAST_SEEN},
+        stack={100: _LAST_COLUMN},
     ),
     Promise(r"chunked_attention_fwd_fma_kernel<.*>", 255, doubles=_DROPKEY),
     Promise(
@@ -140,13 +140,13 @@ PROMISES = (
         r"chunked_attention_bwd_products_kernel<TensorProduct<bf16, .*>>",
         168,
         uses=(MMA_BF16, LDMATRIX, COPY_128),
-        stack={80: _AGAIN, 90: _AGAIN},
+        stack={80: _ONE_SPILL, 90: _ONE_SPILL},
     ),
     Promise(
         r"chunked_attention_bwd_products_kernel<TensorProduct<fp16, .*>>",
         168,
         uses=(MMA_FP16, LDMATRIX, COPY_128),
-        stack={80: _AGAIN, 90: _AGAIN},
+        stack={80: _ONE_SPILL, 90: _ONE_SPILL},
     ),
     Promise(r"chunked_attention_bwd_products_kernel<PlainProduct<.*>>", 200, nvcc_12={"registers": 216}),
     Promise(r"chunked_attention_bwd_prepare_kernel<.*>", 64),
@@ -157,12 +157,12 @@ PROMISES = (
 
 
 def promises_of(compiler: str) -> list[Promise]:
-    """PROMISES as they are kept by a compiler, "nvcc 13.0.88"."""
+    """PROMISES for a compiler such as "nvcc 13.0.88"."""
     return [replace(p, **p.nvcc_12) if compiler.startswith("nvcc 12.") else p for p in PROMISES]
 
 
 def breaches(kernels: Iterable[Kernel], promises: Sequence[Promise] = PROMISES) -> list[str]:
-    """What the kernels do against the rules and their promises: "kernel (sm_90): what", and promises of no kernel."""
+    """Breaches of rules and promises, "kernel (sm_90): problem", and promises that match no kernel."""
     found, kept = [], set()
     for kernel in kernels:
         own = [promise.kernel for promise in promises if re.fullmatch(promise.kernel, kernel.name)]

@@ -1,6 +1,6 @@
-"""The CUDA kernels of timestep_norm on the emulator: every path, sequences across tiles, order of threads, bytes moved.
+"""Emulated CUDA kernels of timestep_norm: every path, sequences across tiles, orders of threads, bytes moved.
 
-test_ops.py shows that the public op on these kernels keeps what it promises.
+The public op on these kernels: test_ops.py.
 """
 
 from __future__ import annotations
@@ -42,8 +42,8 @@ WIDTHS = {  # channels of a group
 
 @pytest.mark.parametrize("width", WIDTHS.values(), ids=WIDTHS)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_each_way_to_share_a_row(emulator, dtype, width):
-    """Three groups, which leave lanes of a warp over; two tiles, of which the second is cut short."""
+def test_each_division_of_a_row(emulator, dtype, width):
+    """Three groups, which leave lanes of a warp idle; two tiles, the second one short."""
     case = timestep_norm_case(B=1, L=TILE + 5, G=3, width=width(vector(dtype)), dtype=dtype, count=2)
     assert_matches_reference(run(emulator, case), case)
 
@@ -55,7 +55,7 @@ def test_misaligned_tensors(emulator, dtype):
 
 
 def test_a_state_counts_with_its_residual(emulator):
-    """In float32, after a million steps at 10^4 with a spread of 0.01, a mean's rounding error is as large as x's."""
+    """A million values at 10^4 with spread 0.01: rounding the mean to float32 would cost as much as rounding x."""
     case = timestep_norm_case(B=2, L=5, G=3, width=8, mean=1e4, std=1e-2, count=10**6)
 
     def results(function, case):
@@ -75,7 +75,7 @@ def test_a_state_counts_with_its_residual(emulator):
 
 @pytest.mark.parametrize("garbage", [0.0, 1e6])
 def test_a_state_of_count_0_keeps_the_residual_of_a_large_mean(emulator, garbage):
-    """The steps are at 10^4, with a spread of 0.01. Mean and variance of a state of no steps do not count."""
+    """Values at 10^4 with spread 0.01. Mean and variance of a state with count 0 do not count."""
     case = timestep_norm_case(B=1, L=5, G=3, width=8, mean=1e4, std=1e-2)
     x, weight, bias = (case.tensors[name] for name in ("x", "weight", "bias"))
     state = mo.TimestepNormState(
@@ -97,8 +97,8 @@ def test_a_state_may_lack_its_residual(emulator):
     assert_bit_equal(run(emulator, case.with_options(residual=None)), run(emulator, zero))
 
 
-def test_gradients_of_states_that_nobody_wants(emulator):
-    """The gradients' pointers are null; one sequence is empty."""
+def test_null_pointers_for_gradients_of_states(emulator):
+    """One sequence is empty."""
     case = timestep_norm_case(B=2, L=9, G=2, width=4, count=3, lengths=[9, 0])
     launches = []
     call = emulator.call
@@ -124,8 +124,7 @@ def test_no_channels(emulator):
 
 
 @pytest.mark.parametrize("L", [0, TILE + 5])
-def test_outputs_that_nobody_wants(emulator, L):
-    """Nobody wants statistics or the end state, of sequences with and without steps."""
+def test_null_pointers_for_statistics_and_the_end_state(emulator, L):
     case = timestep_norm_case(B=2, L=L, G=2, width=4)
     x, weight, bias = (case.tensors[name] for name in ("x", "weight", "bias"))
     y = torch.full_like(x, torch.nan)
@@ -134,7 +133,7 @@ def test_outputs_that_nobody_wants(emulator, L):
 
 
 def test_the_workspace_of_many_channels(emulator):
-    """Where D exceeds what all shares hold, there are still some shares."""
+    """There is a share even if D exceeds the room for all shares."""
     case = timestep_norm_case(B=1, L=1, G=1, width=2**18 + 1)
     x, weight, bias = (case.tensors[name] for name in ("x", "weight", "bias"))
     stats, dy, shares = torch.ones(3, 1, 1, 1), torch.ones_like(x), []
@@ -151,7 +150,7 @@ def test_more_groups_than_a_warp_holds(emulator, dtype):
     assert_matches_reference(run(emulator, case), case)
 
 
-# Ends of warps and tiles, and their neighbours.
+# Multiples of warps and tiles, and their neighbours.
 LENGTHS = st.sampled_from([0, 1, 2, 7, 8, 9, 56, 63, 64, 65, 120, 127, 128, 129, 200])
 
 
@@ -178,8 +177,8 @@ def test_sequences_that_begin_and_end_anywhere_in_tiles(emulated_module):
 
 
 @pytest.mark.slow
-def test_more_tiles_than_threads_that_scan_them_and_than_shares(emulator):
-    """The CPU kernels, in float64, are the reference: plain torch takes long for so many steps."""
+def test_more_tiles_than_scan_threads_and_shares(emulator):
+    """The CPU kernels in float64 are the reference, since plain torch is slow at this length."""
     tokens = 257 * TILE + 70  # two tiles a share, one in the last
     case = timestep_norm_case(
         B=1, L=tokens, G=1, width=1, dtype=torch.float64, count=3, cu_seqlens=[5, 40 * TILE + 3, tokens - 1]
@@ -188,7 +187,7 @@ def test_more_tiles_than_threads_that_scan_them_and_than_shares(emulator):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_any_order_of_threads_gives_equal_bits(emulator, dtype):
+def test_orders_of_threads_give_equal_bits(emulator, dtype):
     case = timestep_norm_case(B=3, L=TILE + 9, G=3, width=16, lengths=[TILE + 9, 0, 30], dtype=dtype, count=2)
     results = []
     for order in ("forward", "reverse", "random"):
@@ -199,7 +198,7 @@ def test_any_order_of_threads_gives_equal_bits(emulator, dtype):
 
 
 @pytest.mark.parametrize(("B", "L"), [(70, 1), (3, 32), (1, TILE)])
-def test_one_launch_where_no_sequence_passes_from_tile_to_tile(emulator, B, L):
+def test_one_launch_where_no_sequence_crosses_tiles(emulator, B, L):
     case = timestep_norm_case(B=B, L=L, G=2, width=8, count=5)
     run(emulator, case, run=forward)
     (traffic,) = emulator.module.traffic().values()
@@ -207,7 +206,7 @@ def test_one_launch_where_no_sequence_passes_from_tile_to_tile(emulator, B, L):
 
 
 def footprint(emulator, kernel: str) -> int:
-    """Bytes of all different sectors that `kernel` loads, and that it stores: what it moves if caches hold the rest."""
+    """Bytes of all different sectors that `kernel` loads or stores: its traffic with perfect caches."""
     return sum(t["load_footprint"] + t["store_footprint"] for t in emulator.traffic(kernel).values())
 
 
@@ -216,7 +215,7 @@ WIDE = [pytest.param(torch.bfloat16, 64, id="bfloat16-64"), pytest.param(torch.f
 
 @pytest.mark.parametrize(("dtype", "width"), WIDE)
 def test_bytes_moved_by_the_forward(emulator, dtype, width):
-    """y is written once, x is read once by each of two kernels; all else is small."""
+    """y is written once, x is read once by each of two kernels; other traffic is small."""
     case = timestep_norm_case(B=1, L=6 * TILE, G=8, width=width, dtype=dtype)
     run(emulator, case, run=forward)
     x, stats = case.tensors["x"].nbytes, 3 * 6 * TILE * 8 * 4
@@ -229,7 +228,7 @@ def test_bytes_moved_by_the_forward(emulator, dtype, width):
 
 @pytest.mark.parametrize(("dtype", "width"), WIDE)
 def test_bytes_moved_by_the_backward(emulator, dtype, width):
-    """dx is written once; x, dy and the statistics are read once by each of two kernels; all else is small."""
+    """dx is written once; x, dy and the statistics are read once by each of two kernels; other traffic is small."""
     case = timestep_norm_case(B=1, L=6 * TILE, G=8, width=width, dtype=dtype)
     run(emulator, case)
     x, stats = case.tensors["x"].nbytes, 3 * 6 * TILE * 8 * 4

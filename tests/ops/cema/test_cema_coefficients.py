@@ -40,7 +40,7 @@ def results(function, parameters, grads):
     return dict(zip(names, (*(o.detach() for o in outputs), *found), strict=True))
 
 
-def wide(tensors):
+def in_double(tensors):
     return [t.to(torch.complex128 if t.is_complex() else torch.float64) for t in tensors]
 
 
@@ -59,7 +59,7 @@ def terms(parameters, grads):
 def check(channels, modes, dtype, seed=0):
     parameters, grads = inputs(channels, modes, dtype, seed)
     found = results(cema_coefficients, parameters, grads)
-    exact = results(reference.cema_coefficients, wide(parameters), wide(grads))
+    exact = results(reference.cema_coefficients, in_double(parameters), in_double(grads))
     same = results(reference.cema_coefficients, parameters, grads)
     largest = terms(parameters, grads)
     # The float64 reference has an error, too: a whole turn rounds by up to 2 pi eps. The largest error seen was 10.3.

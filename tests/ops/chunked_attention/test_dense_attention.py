@@ -38,7 +38,7 @@ SUMS_IN_FLOAT32 = pytest.mark.skipif(
 
 
 @pytest.fixture
-def take(monkeypatch):
+def force_path(monkeypatch):
     """Force a path for all shapes: chunks of 40 positions have three strips, two chunks are computed at once."""
     aten = torch.ops.aten
 
@@ -48,7 +48,7 @@ def take(monkeypatch):
             do, q, k, v, o, lse, dropout, is_causal, scale=scale
         )
 
-    def take(path, dtype=torch.float64):
+    def force_path(path, dtype=torch.float64):
         for name, value in {"_STRIP": 8, "_STRIPS": 4, "_ROWS": 1, "WORKSPACE": 2 * 40 * 40 * dtype.itemsize}.items():
             monkeypatch.setattr(module, name, value)
         monkeypatch.setattr(module, "path_of", lambda *_: path)
@@ -56,7 +56,7 @@ def take(monkeypatch):
             monkeypatch.setattr(module, "_flash", aten._scaled_dot_product_flash_attention_for_cpu)
             monkeypatch.setattr(module, "_flash_backward", flash_bwd)
 
-    return take
+    return force_path
 
 
 def case_of(path: str, dtype: torch.dtype = torch.float64, **sizes) -> Case:
@@ -86,36 +86,36 @@ SIZES = {  # other types than float64 take the first three
 
 
 @pytest.mark.parametrize("path", PATHS)
-def test_results_and_gradients_are_the_references(path, take):
+def test_results_and_gradients_are_the_references(path, force_path):
     with every_case() as each:
         for dtype in DTYPES[path]:
-            take(path, dtype)
+            force_path(path, dtype)
             for name, sizes in list(SIZES.items())[: None if dtype == torch.float64 else 3]:
                 with each(dtype, name):
                     case = case_of(path, dtype, **sizes)
                     assert_accurate(case)
         if path == "flash":
             with each("whole chunks"):
-                take(path)
+                force_path(path)
                 assert_accurate(case_of(path, L=103, causal=False))
         with each("normalized_attention"):
-            take(path)
+            force_path(path)
             case = normalized_attention_case(L=80, K=8, V=8, C=40, dtype=torch.float64)
             assert_matches_reference(evaluate(mo.normalized_attention, case), case)
 
 
 @SUMS_IN_FLOAT32
 @every_backend
-def test_products_around_each_kernel_of_the_log_sum_exp(backend, take):
-    take("products", torch.bfloat16)
+def test_products_around_each_kernel_of_the_log_sum_exp(backend, force_path):
+    force_path("products", torch.bfloat16)
     assert_accurate(case_of("products", torch.bfloat16, L=100, K=16, V=32))
 
 
 @pytest.mark.parametrize("path", PATHS)
-def test_forward_and_backward_may_take_different_paths(path, take, monkeypatch):
+def test_forward_and_backward_may_take_different_paths(path, force_path, monkeypatch):
     """A setting of torch may change between them: o and lse of all paths are the same."""
     case, found = case_of(path, L=103), {}
-    take(path)
+    force_path(path)
     for name, paths in {"kernels": [None] * 2, "kernels first": [None, path], "path first": [path, None]}.items():
         paths = iter(paths)
         monkeypatch.setattr(module, "path_of", lambda *_, paths=paths: next(paths))
@@ -126,16 +126,16 @@ def test_forward_and_backward_may_take_different_paths(path, take, monkeypatch):
 
 
 @SUMS_IN_FLOAT32
-def test_log_probabilities_are_rounded_instead_of_scores(take):
+def test_log_probabilities_are_rounded_instead_of_scores(force_path):
     """Scores of up to 100, rounded to bfloat16, would be off by a quarter."""
-    take("products", torch.bfloat16)
+    force_path("products", torch.bfloat16)
     assert_accurate(case_of("products", torch.bfloat16, K=64, scale=3.0))
 
 
 @pytest.mark.parametrize("L", [80, 103])
 @pytest.mark.parametrize("path", PATHS)
-def test_the_fake_kernels_know_shapes_and_strides(path, L, take):
-    take(path, torch.float32)
+def test_the_fake_kernels_know_shapes_and_strides(path, L, force_path):
+    force_path(path, torch.float32)
     case = case_of(path, torch.float32, L=L)
     inputs, rest = [t.clone().requires_grad_() for t in case.tensors.values()], (40, True, 1.0, 0.0, None, None, None)
     fwd = torch.ops.megalodon_ops.chunked_attention_fwd.default
@@ -147,10 +147,10 @@ def test_the_fake_kernels_know_shapes_and_strides(path, L, take):
 
 
 @pytest.mark.parametrize("path", PATHS)
-def test_operations_and_saved_tensors_are_those_of_the_kernels(path, take):
+def test_operations_and_saved_tensors_are_those_of_the_kernels(path, force_path):
     case, found = case_of(path, torch.float32), []
     for choice in (path, None):
-        take(choice, torch.float32)
+        force_path(choice, torch.float32)
         kept = []
         with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t.shape), lambda t: t):
             leaves = {name: t.clone().requires_grad_() for name, t in case.tensors.items()}
@@ -159,9 +159,9 @@ def test_operations_and_saved_tensors_are_those_of_the_kernels(path, take):
     assert found[0] == found[1]
 
 
-def test_autocast_does_not_change_the_paths(take):
+def test_autocast_does_not_change_the_paths(force_path):
     """They compute in the dtype of their tensors, not in autocast's."""
-    take("products", torch.float16)
+    force_path("products", torch.float16)
     case = case_of("products", torch.float16)
     expected = evaluate(mo.chunked_attention, case)
     ops, rest = torch.ops.megalodon_ops, (None, None, None, 40, True, 1.0, 0.0, None, None, None)
@@ -171,8 +171,8 @@ def test_autocast_does_not_change_the_paths(take):
     assert torch.equal(o, expected["o"]) and all(grad.dtype == torch.float16 for grad in grads)
 
 
-def test_the_workspace_does_not_grow_with_the_length(take):
-    take("products", torch.float32)
+def test_the_workspace_does_not_grow_with_the_length(force_path):
+    force_path("products", torch.float32)
 
     def workspace(L: int, backward: bool) -> int:
         case = case_of("products", torch.float32, B=1, L=L, K=64, V=128)
@@ -192,9 +192,9 @@ def test_the_workspace_does_not_grow_with_the_length(take):
 
 
 @pytest.mark.parametrize("last", [40, 33])
-def test_values_that_are_not_finite_stay_in_their_strip(last, take):
+def test_values_that_are_not_finite_stay_in_their_strip(last, force_path):
     """As docs/semantics.md says: NaN reaches outputs from the start of its strip (v) or from its own position (k)."""
-    take("products")
+    force_path("products")
     case = case_of("products", L=80 + last)
     plain = evaluate(mo.chunked_attention, case)
     for name in ("v", "k"):
@@ -211,7 +211,7 @@ def test_values_that_are_not_finite_stay_in_their_strip(last, take):
         assert torch.equal(found["dq"][1, before, 0], plain["dq"][1, before, 0])
 
 
-def fake(*shape, dtype=torch.bfloat16):
+def fake_tensor(*shape, dtype=torch.bfloat16):
     return torch.empty(*shape, dtype=dtype, device="cuda")
 
 
@@ -250,7 +250,7 @@ def test_shapes_take_their_path(flash_available):
     with FakeTensorMode(), every_case() as each:
         for (dtype, B, L, H, K, V, C), path in SHAPES.items():
             with each(dtype, B, L, H, K, V, C):
-                q, v = (fake(B, L, H, width, dtype=getattr(torch, dtype)) for width in (K, V))
+                q, v = (fake_tensor(B, L, H, width, dtype=getattr(torch, dtype)) for width in (K, V))
                 assert module.path_of(q, q, v, C, True, 1.0) == path
 
 
@@ -262,7 +262,7 @@ def test_largest_chunks_fit_the_workspace():
 
 def test_settings_of_torch_decide(flash_available):
     with FakeTensorMode():
-        q, v = fake(8, 2048, 8, 64), fake(8, 2048, 8, 2048)
+        q, v = fake_tensor(8, 2048, 8, 64), fake_tensor(8, 2048, 8, 2048)
         assert module.path_of(q, q, q, 2048, True, 1.0) == "flash"
         assert all(module.path_of(q, q, v, 2048, True, scale) is None for scale in (-1.0, 0.0, 2.0**-11))
         assert (module.path_of(q, q, q, 2048, False, 1.0), module.path_of(q, q, v, 2048, False, 1.0)) == ("flash", None)
@@ -296,8 +296,9 @@ def test_calls_that_are_not_dense_keep_the_kernels(monkeypatch):
 
 def test_wrong_arguments_keep_the_kernels(flash_available):
     with FakeTensorMode():
-        q, half, meta = fake(8, 2048, 8, 64), fake(8, 2048, 8, 64, dtype=torch.float16), torch.empty(1, device="meta")
-        fewer, one_head, row = fake(1, 2048, 8, 64), fake(8, 2048, 1, 64), fake(2048, 8, 64)
+        q, half = (fake_tensor(8, 2048, 8, 64, dtype=dtype) for dtype in (torch.bfloat16, torch.float16))
+        meta = torch.empty(1, device="meta")
+        fewer, one_head, row = fake_tensor(1, 2048, 8, 64), fake_tensor(8, 2048, 1, 64), fake_tensor(2048, 8, 64)
         for k, v in (fewer, q), (q, fewer), (q, one_head), (q, row), (half, q), (q, half), (q, meta.expand(q.shape)):
             assert module.path_of(q, k, v, 2048, True, 1.0) is None
         assert module.path_of(row, row, row, 2048, True, 1.0) is None

@@ -9,7 +9,7 @@ import pytest
 import torch
 from assertions import TOLERANCE, assert_all_close, assert_bit_equal, assert_matches_reference, every_case
 from backends import DEVICES, EVERY_BACKEND, FAST, WIDE_DEVICES
-from calls import OPS, carried, evaluate, forward, packed, streamed
+from calls import OPS, invariant_results, evaluate, forward, packed, streamed
 from cases import BUILDERS, SMALL, WITH_STATE, chunked_attention_case
 from hypothesis import given
 from hypothesis import strategies as st
@@ -63,7 +63,7 @@ def test_pieces_give_the_whole(op, data):
     whole = evaluate(getattr(mo.reference, op), case)
     length = case.tensors[OPS[op].tokens[0]].shape[1]
     cut = evaluate(streamed(function(op), op, data.draw(pieces(length))), case)
-    assert_all_close(carried(op, cut), carried(op, whole), tolerance=TOLERANCE, terms=case.terms)
+    assert_all_close(invariant_results(op, cut), invariant_results(op, whole), tolerance=TOLERANCE, terms=case.terms)
 
 
 @each_op_on(WIDE_DEVICES)

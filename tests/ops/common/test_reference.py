@@ -8,7 +8,7 @@ import pytest
 import torch
 from assertions import assert_all_close, assert_close
 from case import call_with_state
-from calls import OPS, carried, evaluate, forward, packed, streamed
+from calls import OPS, invariant_results, evaluate, forward, packed, streamed
 from cases import BUILDERS, cema_case, chunked_attention_case, generator, randn, timestep_norm_case
 from hypothesis import given
 from hypothesis import strategies as st
@@ -67,7 +67,7 @@ def test_pieces_and_packing_give_the_whole(op):
     whole = evaluate(function, case)
     if not OPS[op].whole:
         pieces = evaluate(streamed(function, op, [1, 0, 6, 4]), case)
-        assert_all_close(carried(op, pieces), carried(op, whole), tolerance=1e-12)
+        assert_all_close(invariant_results(op, pieces), invariant_results(op, whole), tolerance=1e-12)
     assert_all_close(evaluate(packed(function, op, before=2, after=3), case), whole, tolerance=1e-12)
 
 

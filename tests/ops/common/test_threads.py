@@ -74,7 +74,7 @@ def gradients(function, *tensors):
     return {str(i): value.detach() for i, value in enumerate((*outputs, *found))}
 
 
-def drawn(*shapes, dtype=torch.float32):
+def tensors(*shapes, dtype=torch.float32):
     gen = generator(0)
     return [randn(gen, *shape, dtype=dtype) for shape in shapes]
 
@@ -92,16 +92,16 @@ def logits_to_gradients(logits, scales):
 
 
 OTHERS = {
-    "layer_norm": lambda dtype: gradients(layer_norm, *drawn((641, 67), dtype=dtype), *drawn((67,), (67,))),
-    "rms_norm": lambda dtype: gradients(rms_norm, *drawn((67, 1031), dtype=dtype), *drawn((1031,))),
-    "gated_silu": lambda dtype: gradients(gated_silu, *drawn((333, 131), (333, 131), dtype=dtype)),
+    "layer_norm": lambda dtype: gradients(layer_norm, *tensors((641, 67), dtype=dtype), *tensors((67,), (67,))),
+    "rms_norm": lambda dtype: gradients(rms_norm, *tensors((67, 1031), dtype=dtype), *tensors((1031,))),
+    "gated_silu": lambda dtype: gradients(gated_silu, *tensors((333, 131), (333, 131), dtype=dtype)),
     "cema_coefficients": lambda _: gradients(
-        cema_coefficients, *drawn((517, 5, 1), (517, 5, 1), (517, 1, 1), (517, 5, 2))
+        cema_coefficients, *tensors((517, 5, 1), (517, 5, 1), (517, 1, 1), (517, 5, 2))
     ),
-    "linear_few_rows": lambda dtype: {"y": linear_few_rows(*drawn((7, 333), (517, 333), dtype=dtype), None)},
-    "linear_many_rows": lambda dtype: many_rows(*drawn((300, 530), (700, 530), dtype=dtype)),
-    "linear_many_rows-deep": lambda dtype: many_rows(*drawn((67, 2003), (35, 2003), dtype=dtype)),
-    "cross_entropy": lambda dtype: logits_to_gradients(*drawn((203, 517), dtype=dtype), *drawn((203,))),
+    "linear_few_rows": lambda dtype: {"y": linear_few_rows(*tensors((7, 333), (517, 333), dtype=dtype), None)},
+    "linear_many_rows": lambda dtype: many_rows(*tensors((300, 530), (700, 530), dtype=dtype)),
+    "linear_many_rows-deep": lambda dtype: many_rows(*tensors((67, 2003), (35, 2003), dtype=dtype)),
+    "cross_entropy": lambda dtype: logits_to_gradients(*tensors((203, 517), dtype=dtype), *tensors((203,))),
 }
 
 

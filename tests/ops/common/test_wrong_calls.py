@@ -420,7 +420,7 @@ CALLS = {
 }  # fmt: skip
 
 
-def spoiled(call: Call, argument: str, wrong: Any) -> dict[str, Any]:
+def with_wrong_argument(call: Call, argument: str, wrong: Any) -> dict[str, Any]:
     """The call's arguments with one wrong value."""
     return {**call.arguments, argument: wrong(call.arguments[argument]) if inspect.isroutine(wrong) else wrong}
 
@@ -443,7 +443,7 @@ def test_an_error_names_function_argument_expected_and_got(name):
 
 
 def assert_refused(call: Call, argument: str, wrong: Any, gradients: bool) -> None:
-    arguments = spoiled(call, argument, wrong)
+    arguments = with_wrong_argument(call, argument, wrong)
     with torch.set_grad_enabled(gradients), pytest.raises((TypeError, ValueError, IndexError)) as caught:
         call.function(**arguments)
     assert_error_form(str(caught.value), call, argument, wrong)

@@ -165,7 +165,7 @@ def reading_on(x, weight, bias=None):
     return ReadsOn.apply(x, weight, bias)
 
 
-def in_nan(t):
+def between_nan(t):
     """t between columns of NaN."""
     wide = t.new_full((len(t), t.shape[1] + 64), torch.nan)
     wide[:, 32:-32] = t
@@ -193,7 +193,7 @@ def test_memory_between_rows_is_not_read(monkeypatch, product, gradients):
     with torch.set_grad_enabled(gradients), every_case() as case:
         for sizes in itertools.product((1, 9, 64), (24, 33, 64, 100), (24, 64, 100)):
             with case(sizes):
-                for found, wanted in zip(results(in_nan, *sizes), results(torch.clone, *sizes), strict=True):
+                for found, wanted in zip(results(between_nan, *sizes), results(torch.clone, *sizes), strict=True):
                     torch.testing.assert_close(found, wanted)
 
 

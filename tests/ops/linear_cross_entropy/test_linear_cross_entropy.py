@@ -27,7 +27,7 @@ def small_blocks(monkeypatch):
 
 
 @pytest.fixture(params=["kernel", "torch"])
-def either(request, monkeypatch):
+def block_code(request, monkeypatch):
     """The kernel of a block, and the torch code of other devices."""
     if request.param == "torch":
         monkeypatch.setattr(module, "has_cpu_kernel", lambda tensor: False)
@@ -56,7 +56,7 @@ def results(function, hidden, weight, targets, **options):
 
 @pytest.mark.parametrize("reduction", REDUCTIONS)
 @pytest.mark.parametrize("T", [1, ROWS - 1, ROWS, ROWS + 1, 3 * ROWS + 7])
-def test_equals_cross_entropy_at_the_edges_of_blocks(T, reduction, small_blocks, either):
+def test_equals_cross_entropy_at_the_edges_of_blocks(T, reduction, small_blocks, block_code):
     tensors = inputs(T, ignored=T // 5)
     found = results(linear_cross_entropy, *tensors, reduction=reduction)
     torch.testing.assert_close(found, results(expected_loss, *tensors, reduction=reduction), rtol=1e-12, atol=1e-14)
@@ -82,7 +82,7 @@ def test_gradcheck(reduction, small_blocks):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("reduction", REDUCTIONS)
-def test_as_accurate_as_torch(dtype, reduction, small_blocks, either):
+def test_as_accurate_as_torch(dtype, reduction, small_blocks, block_code):
     hidden, weight, targets = inputs(5 * ROWS + 1, dtype, ignored=11)
     exact = [t.detach().double().requires_grad_() for t in (hidden, weight)]
     found = results(linear_cross_entropy, hidden, weight, targets, reduction=reduction)
@@ -337,7 +337,7 @@ def test_opcheck(small_blocks):
 @pytest.mark.parametrize("target", [V, -1, -101])
 @pytest.mark.parametrize("reduction", REDUCTIONS)
 @pytest.mark.parametrize("T", [5, ROWS + 1])
-def test_targets_out_of_bounds(target, reduction, T, monkeypatch, either):
+def test_targets_out_of_bounds(target, reduction, T, monkeypatch, block_code):
     monkeypatch.setattr(module, "_CPU_BLOCK", ROWS * V)
     hidden, weight, targets = inputs(T)
     targets[-1] = target

@@ -46,44 +46,44 @@ class Doubling(nn.Parameter):
         return 2 * result if function is F.linear else result
 
 
-def adapted(output):
+def add_adapter(output):
     output.output = Adapter(output.output)
 
 
-def parametrized(output):
+def add_gain(output):
     parametrize.register_parametrization(output.output, "weight", Gain())
 
 
-def hooked(output):
+def add_hook(output):
     scale = output.output.scale = nn.Parameter(torch.tensor(1.5, dtype=torch.float64))
     output.output.register_forward_hook(lambda module, args, logits: scale * logits)
 
 
-def hooked_before(output):
+def add_pre_hook(output):
     output.output.register_forward_pre_hook(lambda module, args: (args[0].tanh(),))
 
 
-def hooked_backward(output):
+def add_backward_hook(output):
     output.output.register_full_backward_hook(lambda module, dx, dy: (3 * dx[0],))
 
 
-def patched(output):
+def patch_forward(output):
     forward = output.output.forward
     output.output.forward = lambda x: forward(x).tanh()
 
 
-def doubled(output):
+def double_weight(output):
     output.output.weight = Doubling(output.output.weight.detach())
 
 
-def biased(output):
+def add_bias(output):
     weight = output.output.weight
     output.output = Linear(D, V).double()
     output.output.weight = weight
     nn.init.normal_(output.output.bias)
 
 
-CHANGES = [adapted, parametrized, hooked, hooked_before, hooked_backward, patched, doubled, biased]
+CHANGES = [add_adapter, add_gain, add_hook, add_pre_hook, add_backward_hook, patch_forward, double_weight, add_bias]
 
 
 def loss_and_gradients(function, model, **options):
@@ -108,7 +108,7 @@ def test_is_the_cross_entropy_of_the_logits(change, columns, reduction, monkeypa
 
     wanted, grads = loss_and_gradients(expected, model, reduction=reduction)
     found, found_grads = loss_and_gradients(lambda **o: model.loss(tokens, targets, **o), model, reduction=reduction)
-    assert change is hooked_backward or not torch.allclose(wanted, plain)
+    assert change is add_backward_hook or not torch.allclose(wanted, plain)
     torch.testing.assert_close(found, wanted, rtol=1e-12, atol=1e-12)
     torch.testing.assert_close(found_grads, grads, rtol=1e-9, atol=1e-11)
     with torch.no_grad():
@@ -120,7 +120,7 @@ def test_only_an_unmodified_output_is_plain(monkeypatch):
     for change in CHANGES:
         model = tiny_model()
         change(model.output)
-        assert is_plain_linear(model.output.output) == (change is biased)  # the caller checks the bias
+        assert is_plain_linear(model.output.output) == (change is add_bias)  # the caller checks the bias
     handle = nn.modules.module.register_module_forward_hook(lambda module, args, y: None)
     assert is_plain_linear(Linear(3, 4))  # a global hook changes nothing
     handle.remove()
@@ -133,7 +133,7 @@ def test_a_changed_output_holds_the_logits_of_one_block(monkeypatch):
     columns, sizes = 7, []
     monkeypatch.setattr(loss, "_CPU_BLOCK", B * V * columns)
     model = tiny_model()
-    adapted(model.output)
+    add_adapter(model.output)
     model.output.output.register_forward_hook(lambda module, args, logits: sizes.append(tuple(logits.shape)))
     kept = []
     tokens, targets = tokens_of(B, L), tokens_of(B, L + 1)[:, 1:]
@@ -147,7 +147,7 @@ def test_a_changed_output_holds_the_logits_of_one_block(monkeypatch):
 
 def test_no_targets_and_wrong_reductions():
     model = tiny_model(torch.float32)
-    adapted(model.output.float())
+    add_adapter(model.output.float())
     model.output.float()
     tokens, none = tokens_of(2, 5), torch.full((2, 5), -100)
     found = model.loss(tokens, none)

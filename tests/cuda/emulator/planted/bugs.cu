@@ -1,5 +1,5 @@
-// Small kernels that are correct, or hold one bug each: <true>. The line that the emulator must name ends in "// at
-// <kernel>", the other side of a race in "// other <kernel>". Two blocks of 64 threads; in and out hold 128 floats.
+// Small kernels, each correct or, as <true>, with one bug. The line that the emulator must name ends in "// at
+// <kernel>", the other side of a race in "// other <kernel>". Two blocks of 64 threads; in and out have 128 floats.
 #include "bugs.h"
 
 #include "async.cuh"
@@ -36,7 +36,7 @@ __global__ void missing_second_syncthreads(const float* in, float* out) {
   out[position()] = sum;
 }
 
-// In these two, threads that run in order reach a half of a word after the whole word.
+// In order, threads access half of a word after the whole word in these two kernels.
 template <bool kBug>
 __global__ void half_of_a_word_read(const float* in, float* out) {
   SMEM_ARRAY(float, tile, 1);

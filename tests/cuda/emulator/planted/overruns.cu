@@ -1,5 +1,5 @@
-// Kernels that overrun an array of one thread, or its integers, with <true>: for the sanitized build. The line that it
-// must name ends in "// at <kernel>".
+// Kernels that, as <true>, overrun a local array or overflow an integer, for the sanitized build. The line that it must
+// name ends in "// at <kernel>".
 #include "bugs.h"
 
 #include "portable.cuh"
@@ -16,7 +16,7 @@ __global__ void local_array(const float* in, float* out) {
   out[threadIdx.x] = values[threadIdx.x % 4];
 }
 
-// Through a pointer, whose array the compiler does not see; between two switches of threads.
+// Through a pointer, so that the compiler does not see the array; between two switches of threads.
 GPU_INLINE void shift(float* values, int count) {
   for (int i = 0; i < count; ++i) values[i] = values[i + 1];  // at local_array_by_pointer
 }
@@ -30,7 +30,7 @@ __global__ void local_array_by_pointer(const float* in, float* out) {
   out[threadIdx.x] = values[threadIdx.x % 8];
 }
 
-// Row 1 is the row after row 0, so that this stays within the array.
+// Row 1 follows row 0, so that this stays within the array.
 template <bool kBug>
 __global__ void row_of_local_array(const float* in, float* out) {
   float values[2][4] = {};

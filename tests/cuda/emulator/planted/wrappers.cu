@@ -1,4 +1,4 @@
-// The wrappers of cuda/common, each alone in a kernel that takes and returns what the lanes hold.
+// Wrappers of cuda/common, each in a kernel of its own that takes and returns the lanes' registers.
 #include "bugs.h"
 
 #include "async.cuh"

@@ -1,9 +1,7 @@
-// CUDA's built-in names for kernel files that the host compiler builds: portable.cuh includes this where nvcc is not
-// at work.
+// CUDA's built-in names, for kernel files built by the host compiler: portable.cuh includes this without nvcc.
 //
 // Kernel files are compiled with -fsanitize=thread, which calls a hook at each load and store (tsan_hooks.cpp). The
-// functions here are exempt, and not inlined where the runtime asks for the caller's address, by which reports name the
-// line.
+// functions here are exempt, and not inlined if the runtime needs the caller's address for the line of a report.
 #pragma once
 
 #include <math.h>  // not <cmath>: sqrt of a float is a float's without std::, too
@@ -20,7 +18,7 @@
 #define __device__
 #define __host__
 #define __forceinline__ inline __attribute__((always_inline))
-// The kernel begins with as many no-ops as its blocks may have warps; launch() counts them.
+// The kernel begins with one no-op for each warp that its blocks may have; launch_bound() counts them.
 #define __launch_bounds__(...) __attribute__((patchable_function_entry(emu::warps_of(__VA_ARGS__))))
 #define __grid_constant__
 #define __align__(n) __attribute__((aligned(n)))
@@ -45,7 +43,7 @@ struct dim3 {
 
 namespace emu {
 
-// A place in a kernel: the address after a call, and where known the source line of the call.
+// A place in a kernel: the address after a call, and the call's source line, if known.
 struct Place {
   const void* address;
   const char* file;
@@ -59,11 +57,11 @@ uint3 block_size() __attribute__((const));
 uint3 grid_size() __attribute__((const));
 int lane() __attribute__((const));
 
-bool block_barrier(bool vote, Place place);  // whether any thread's vote is true
+bool block_barrier(bool vote, Place place);  // returns true if some thread's vote is true
 void named_barrier(int id, int threads);
 void warp_barrier(unsigned mask, Place place);
 
-// Every lane of `mask` gives `size` bytes and gets all lanes' bytes back: lane l's at result + l * kSlotBytes.
+// Every lane of `mask` passes `size` bytes and gets those of all lanes: lane l's are at result + l * kSlotBytes.
 constexpr size_t kSlotBytes = 64;
 const unsigned char* exchange(unsigned mask, const void* value, size_t size, const char* what, Place place);
 unsigned ballot(unsigned mask, bool vote, Place place);
@@ -91,19 +89,19 @@ void* shared_array(const void* key, const char* name, size_t bytes);
 void* dynamic_shared();
 size_t max_shared_bytes();
 
-// What a test has set for the size of that name, or `chosen`: LAUNCH_SIZE of portable.cuh.
+// The size of that name set by a test, or `chosen`: LAUNCH_SIZE of portable.cuh.
 int64_t launch_size(const char* name, int64_t chosen);
 template <class T>
 T launch_size(const char* name, T chosen) {
   return static_cast<T>(launch_size(name, int64_t{chosen}));
 }
 
-// The most threads of a block by the kernel's __launch_bounds__; 1024 where it has none.
+// Most threads of a block by the kernel's __launch_bounds__; 1024 if it has none.
 int launch_bound(const void* kernel);
 void run(const char* name, const void* kernel, dim3 grid, dim3 block, size_t shared, void (*call)(const void*),
          const void* arguments);
 
-// The nth loop of a kernel file. Bit n of `turns` says that it has turned n times, bit 3 that three times or more.
+// The nth loop of a kernel file. Bit n of `turns`: it had n iterations; bit 3: three or more.
 struct Loop {
   const char* file;
   int nth;
@@ -210,7 +208,7 @@ inline int __clz(unsigned x) { return x ? __builtin_clz(x) : 32; }
 inline int __ffs(unsigned x) { return __builtin_ffs(static_cast<int>(x)); }
 inline int __ffsll(long long x) { return __builtin_ffsll(x); }
 
-// What reached.py writes before a loop and before its body.
+// Written by reached.py before a loop and before its body.
 #define EMU_LOOP(file, nth)                                                             \
   if (::emu::Turns emu_turns([]() -> ::emu::Loop& {                                     \
         static ::emu::Loop loop(file, nth);                                             \

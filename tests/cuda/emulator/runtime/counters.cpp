@@ -1,5 +1,5 @@
-// What the kernels move. The accesses that the lanes of a warp make with one instruction, each for the same time, are
-// one request, as they are on the GPU where the lanes run together.
+// Memory traffic of kernels. The nth accesses of a warp's lanes by one instruction are one request, as on a GPU, where
+// lanes run together.
 #include <sys/mman.h>
 
 #include <map>
@@ -16,7 +16,7 @@ struct Request {
   uint32_t lanes = 0;
   uint32_t offset[kWarpSize];
 };
-// Requests of a warp that some lanes have made and others may still make; the first `done` of them have been counted.
+// Requests of a warp that more lanes may join; the first `done` of them have been counted.
 struct OpenRequests {
   uint32_t done = 0;
   uint32_t made[kWarpSize] = {};
@@ -50,7 +50,7 @@ std::map<std::pair<std::string, std::string>, Traffic> totals;  // by kernel and
 std::map<std::pair<std::string, SiteKey>, Site> all_sites;
 std::map<const Buffer*, Traffic> traffic_of_launch;
 
-// One entry remembers the last site: loops access the same few in turn.
+// Direct-mapped cache of sites: loops access the same few.
 constexpr size_t kCache = 256;
 struct CacheEntry {
   SiteKey key;
@@ -69,7 +69,7 @@ Site& find_site(const void* address, size_t size, bool store, bool shared) {
   return *entry.site;
 }
 
-// Number of different values of offset / unit that the lanes [from, to) touch.
+// Calls `each` with the different values of offset / unit of the lanes [from, to); returns their number.
 template <class F>
 int collect(const Request& request, size_t size, size_t unit, int from, int to, F&& each) {
   uint32_t units[kWarpSize * 4 + kWarpSize];
@@ -88,8 +88,8 @@ void finish_request(Site& site, const Request& request) {
   const int lanes = __builtin_popcount(request.lanes);
   site.bytes += lanes * site.size;
   if (site.shared) {
-    // 128 bytes a wavefront: lanes that read 8 or 16 bytes go by halves or quarters of the warp. Different words of one
-    // bank take turns.
+    // A wavefront has 128 bytes: with 8 or 16 bytes per lane, half or a quarter of the warp. Different words of one
+    // bank take separate wavefronts.
     const int at_once = site.size > kBankBytes ? static_cast<int>(kBanks * kBankBytes / site.size) : kWarpSize;
     for (int from = 0; from < kWarpSize; from += at_once) {
       int of_bank[kBanks] = {}, most = 0;
@@ -115,7 +115,7 @@ void finish_request(Site& site, const Request& request) {
 
 void count(size_t offset, size_t size, Access access, const void* address) {
   const bool store = access == Access::write, shared = is_shared(offset);
-  if (size > 16) return;  // a struct that is copied; the compiler splits it
+  if (size > 16) return;  // copy of a struct, which the compiler splits
   if (!shared) {
     if (!touched) {
       void* p = mmap(nullptr, kArenaBytes / kSectorBytes, PROT_READ | PROT_WRITE,

@@ -7,8 +7,8 @@
 
 #if defined(__x86_64__)
 
-// Saves the callee-saved registers on the old stack and takes them from the new one. swapcontext is several times
-// slower: it also makes a system call for the signal mask.
+// Saves the callee-saved registers on the old stack and loads them from the new one. swapcontext is several times
+// slower, as it makes a system call for the signal mask.
 extern "C" void emu_switch_stack(void** save, void* next);
 asm(R"(
 .text
@@ -80,7 +80,7 @@ Fiber* left = nullptr;  // the fiber that switched to the running one
 
 }  // namespace
 
-// AddressSanitizer is told whose stack is in use. Only the scheduler's stack, the process's first, is asked for.
+// Tells AddressSanitizer which stack is in use, and learns the scheduler's stack, which is the process's first.
 void Fiber::arrive() {
   const void* stack;
   size_t bytes;
@@ -91,7 +91,7 @@ void Fiber::arrive() {
 void Fiber::prepare(char* stack, size_t bytes, void (*entry)()) {
   stack_ = stack;
   bytes_ = bytes;
-  __asan_unpoison_memory_region(stack, bytes);  // what an abandoned thread has left
+  __asan_unpoison_memory_region(stack, bytes);  // after an abandoned thread
   entry_of_fibers = entry;
   start(stack, bytes, [] {
     arrive();

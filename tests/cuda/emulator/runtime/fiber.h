@@ -1,4 +1,4 @@
-// A stack of its own for each CUDA thread, and the switch from one to another.
+// Stacks of CUDA threads and switches between them.
 #pragma once
 
 #include <cstddef>
@@ -9,12 +9,12 @@
 
 namespace emu {
 
-// Whether AddressSanitizer watches the kernels, in place of this runtime.
+// True if AddressSanitizer checks the kernels instead of this runtime.
 extern const bool kSanitized;
 
 class Fiber {
  public:
-  // Makes the next switch to this fiber call `entry`, which never returns, on `stack`.
+  // The next switch to this fiber calls `entry`, which never returns, on `stack`.
   void prepare(char* stack, size_t bytes, void (*entry)());
   // Saves the running context in *this and continues `next`.
   void switch_to(Fiber& next);

@@ -1,5 +1,5 @@
-// What the wrappers of cuda/common do here: vector accesses, cp.async, ldmatrix, mma.sync, with the PTX manual's
-// layouts.
+// Instructions behind the wrappers of cuda/common: vector accesses, cp.async, ldmatrix, mma.sync, with the layouts of
+// the PTX manual.
 #include "state.h"
 
 namespace emu {
@@ -7,7 +7,7 @@ namespace {
 
 #define EMU_RETURN_ADDRESS __builtin_return_address(0)
 
-// An instruction on a misaligned address does nothing; on the GPU it ends the program.
+// Reports a misaligned address, on which the instruction then does nothing; on a GPU it ends the program.
 bool misaligned(const void* p, size_t size, const char* what, const void* address) {
   if (reinterpret_cast<uintptr_t>(p) % size == 0) return false;
   const std::string bytes = std::to_string(size);
@@ -49,7 +49,7 @@ struct Operands {
 };
 static_assert(sizeof(Operands) <= kSlotBytes);
 
-// Elements of a register: two 16-bit ones, or one tf32, whose low 13 bits the hardware ignores.
+// Elements of a register: two of 16 bits, or one tf32, whose low 13 bits the hardware ignores.
 int unpack(Mma type, uint32_t bits, float (&element)[2]) {
   if (type == Mma::tf32) {
     element[0] = as_float(bits & 0xffffe000);
@@ -62,7 +62,7 @@ int unpack(Mma type, uint32_t bits, float (&element)[2]) {
   return 2;
 }
 
-// The row and column of element e, 0 or 1, in register i of a lane: the table of matrix.cuh.
+// Row and column of element e, 0 or 1, in register i of a lane: the table of matrix.cuh.
 struct Coordinates {
   int row, column;
 };
@@ -73,7 +73,7 @@ Coordinates coordinates_of(Operand operand, size_t element_size, int lane, int i
   return {element_size == 2 ? 2 * t + 8 * i + e : t + 4 * i, g};
 }
 
-// Whether a register's half, or the register as tf32 (as it is, or rounded), is the element at `p`.
+// Returns true if half e of a register, or the register as tf32 (truncated or rounded), is the element at `p`.
 bool holds(uint32_t bits, size_t element_size, int e, const void* p) {
   uint32_t element = 0;
   if (p) std::memcpy(&element, p, element_size);
@@ -107,7 +107,7 @@ __attribute__((noinline)) void cp_async(void* to, const void* from, int size, in
     return report("wrong memory", "cp_async to an address outside shared memory", address);
   check_space(from, Space::global, "cp_async", address);
   if (valid) access(from, valid, Access::read, address);
-  // The copy may land at any time from now on, so it must be ordered after the other threads' accesses already.
+  // The copy may land at any time from now on, so it must be ordered after earlier accesses of other threads.
   access(to, size, Access::write, address);
   set_in_flight(static_cast<char*>(to) - arena, size, true);
   current->open_copies.push_back({static_cast<char*>(to), static_cast<const char*>(from), size, valid, address});
@@ -153,7 +153,7 @@ __attribute__((noinline)) void ldmatrix(uint32_t* r, int count, const void* row,
   }
 }
 
-// Products of the inputs are exact and their sum is rounded once an addition; the hardware's order is not documented.
+// Products are exact, each addition rounds; the hardware's order is not documented.
 __attribute__((noinline)) void mma(Mma type, float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
   Operands mine;
   std::copy_n(a, 4, mine.a);
@@ -177,7 +177,7 @@ __attribute__((noinline)) void mma(Mma type, float (&d)[4], const uint32_t (&a)[
   }
 }
 
-// Reads the elements at `element` past all checks, as a debugger would: their load has been checked already.
+// Reads elements without checks, like a debugger: their load has been checked.
 __attribute__((noinline)) void check_fragment(Operand operand, size_t element_size, const uint32_t* registers,
                                               ElementAt element, const void* functor) {
   const char name = operand == Operand::a ? 'a' : 'b';

@@ -29,7 +29,7 @@ size_t shared_top, static_shared_bytes;
 
 uint64_t repeated(uint8_t flag) { return flag * 0x0101010101010101ull; }
 
-// Flags that all bytes have, in every byte of `all`, and flags that some bytes have, somewhere in `any`.
+// Every byte of `all` has only flags that all bytes have; some byte of `any` has each flag that some byte has.
 struct FlagSummary {
   uint64_t all, any;
 };
@@ -57,7 +57,7 @@ FlagSummary summarise(size_t offset, size_t size) {
 }
 
 void check_outside(const void* p, Access access, const void* address) {
-  // Constants of the program are what a kernel's literals and constexpr tables become.
+  // A kernel's literals and constexpr tables are constants of the program.
   struct Search {
     uintptr_t address;
     bool found;
@@ -82,7 +82,7 @@ void check_outside(const void* p, Access access, const void* address) {
 
 void set_flags(size_t offset, size_t size, uint8_t value) { std::memset(flags + offset, value, size); }
 
-// Where an address lies, in a buffer or beside it.
+// Describes the place of an address in or next to a buffer.
 std::string describe_in(const Buffer& buffer, size_t offset, const char* kind) {
   const std::string name = std::string(kind) + " '" + buffer.name + "' (" + std::to_string(buffer.size) + " bytes)";
   if (offset < buffer.offset) return std::to_string(buffer.offset - offset) + " bytes before " + name;

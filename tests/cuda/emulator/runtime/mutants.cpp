@@ -1,4 +1,4 @@
-// What kernel files that hold their mutants (mutants.py) ask at run time, and whether a mutant would have mattered.
+// Functions called by kernel files with mutants (mutants.py); records mutants that would have changed a value.
 #include "state.h"
 
 namespace emu {
@@ -7,7 +7,7 @@ std::vector<unsigned char> mattered(1 << 16);
 
 extern "C" {
 
-int gpu_mutant = 0;  // the number of the one that runs; kernels take it for a constant
+int gpu_mutant = 0;  // number of the active mutant; a constant for kernels
 
 void gpu_reached(int mutant) { emu::mattered[mutant] = 1; }
 

@@ -1,11 +1,11 @@
 // Finds pairs of accesses, one of them a write, that no barrier orders. Vector clocks, as in FastTrack (Flanagan and
 // Freund, 2009).
 //
-// Each thread numbers its intervals between synchronisations. A barrier passes on to its participants what all of them
-// have seen. A cell, two bytes of memory, keeps the interval of its last write and of the reads since then: one
-// reader, or a clock for each thread of the block. Of a word's two cells the first stands for both, until an access goes
-// to one half alone, and again after a write of the whole word. An access is ordered after an earlier one if its thread
-// has seen the earlier one's interval. Blocks of one launch see nothing of each other; launches follow each other.
+// Each thread numbers its intervals between synchronisations. After a barrier, its participants have seen all that any
+// of them had seen. A cell, two bytes of memory, keeps the interval of its last write and of the reads since then: one
+// reader, or a clock for each thread of the block. The first of a word's two cells stands for both, until an access to
+// one half, and again after a write of the whole word. An access is ordered after an earlier one if its thread has seen
+// the earlier one's interval. Blocks of one launch see nothing of each other; launches are ordered.
 #include <sys/mman.h>
 
 #include "state.h"
@@ -17,23 +17,23 @@ constexpr size_t kCellBytes = 2;
 constexpr uint16_t kMany = 0xffff;
 
 struct Event {
-  uint32_t block;   // its number; 0: nothing happened
-  uint32_t clock;   // for many readers: which clocks of `readers`
+  uint32_t block;   // number; 0: no event
+  uint32_t clock;   // for many readers: index in `readers`
   uint16_t thread;  // or kMany
   uint16_t site;
 };
 struct Cell {
   Event write, read;
-  uint32_t other_block_launch;  // launch in which a block before the last reader's read this cell
+  uint32_t other_block_launch;  // launch in which an earlier block than the last reader's read this cell
   uint16_t other_block_site;
 };
 
 Cell* cells = nullptr;
-bool* halved = nullptr;  // by word: whether each half has its own cell
-bool raced;  // the access being checked; it is reported once
+bool* halved = nullptr;  // by word: true if each half has its own cell
+bool raced;  // true once the current access has been reported
 struct Readers {
   Clocks clocks;  // of this block's threads; 0: has not read
-  int unseen;     // a reader whose read the last one after it had not seen
+  int unseen;     // a reader whose read the last reader had not seen
 };
 std::vector<Readers> readers;
 std::vector<uint32_t> free_readers;
@@ -70,7 +70,7 @@ bool seen(int thread, uint32_t clock) {
   return clock <= (*self.seen)[thread];
 }
 
-// Whether `event`, which is not of many readers, is ordered before what the current thread does now.
+// Returns true if `event`, which is not of many readers, is ordered before the current access.
 bool ordered(const Event& event, bool shared) {
   if (event.block == block_number) return seen(event.thread, event.clock);
   return shared || event.block < launch_.first_block;
@@ -121,8 +121,8 @@ void record_read(Cell& cell, const Event& now, bool shared) {
   auto& [clocks, unseen] = readers[read.clock];
   if (clocks[now.thread] == now.clock) return;
   clocks[now.thread] = now.clock;
-  // After a barrier the first reader replaces all readers before it. Most readers have not seen the one that the reader
-  // before them had not seen, so that the other threads need not be looked at.
+  // The first reader after a barrier replaces all earlier readers. Most readers have not seen `unseen` either, which
+  // avoids a search of the other threads.
   if (!seen(unseen, clocks[unseen])) return;
   for (int t = 0; t < launch_.threads; ++t)
     if (clocks[t] && !seen(t, clocks[t])) {

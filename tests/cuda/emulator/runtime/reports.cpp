@@ -1,4 +1,4 @@
-// Collects what went wrong in a launch, and turns instruction addresses into source lines.
+// Collects the errors of a launch, and turns instruction addresses into source lines.
 #include <dlfcn.h>
 #include <fcntl.h>
 #include <unistd.h>
@@ -22,7 +22,7 @@ std::map<const void*, std::string> known_lines;
 
 constexpr size_t kMostReports = 20;  // in one error's text
 
-// Frames of these files say where a wrapper is, not who called it.
+// Frames in these files are wrappers, not their callers.
 bool is_wrapper(const std::string& line) {
   for (const char* file : {"portable.cuh:", "async.cuh:", "matrix.cuh:", "tile.cuh:", "builtins.h:"})
     if (line.rfind(file, 0) == 0) return true;
@@ -36,9 +36,9 @@ std::string join_frames(const std::vector<std::string>& frames) {
   return text;
 }
 
-// A process of addr2line, which answers one question after another: it takes longer to read a file than to answer.
+// A process of addr2line for many questions, as reading the file takes longer than an answer.
 struct Addr2line {
-  pid_t asker;  // a fork of this process asks one of its own
+  pid_t asker;  // a fork starts its own process
   std::FILE *questions, *answers;
 };
 
@@ -57,7 +57,7 @@ Addr2line start_addr2line(const char* file) {
   return {getpid(), fdopen(questions[1], "w"), fdopen(answers[0], "r")};
 }
 
-// Asks addr2line about addresses of one loaded file. The question about 0, which is no code, ends the answer to each.
+// Asks addr2line about addresses of one loaded file. A question about 0, which is no code, ends each answer.
 void look_up(const char* file, const char* base, const std::vector<const void*>& addresses) {
   static std::map<std::string, Addr2line> running;
   const auto found = running.find(file);

@@ -1,4 +1,4 @@
-// Runs a grid block by block and the threads of a block as fibers, one at a time, until each waits or returns.
+// Runs a grid block by block, and the threads of a block as fibers: one at a time, until it waits or returns.
 #include <sys/mman.h>
 #include <unistd.h>
 

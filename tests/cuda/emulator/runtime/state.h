@@ -1,4 +1,4 @@
-// The launch, the block and the thread that are running, and what the parts of the runtime call of each other.
+// The running launch, block and thread, and the functions that parts of the runtime call.
 #pragma once
 
 #include <cstdint>
@@ -35,11 +35,11 @@ struct Thread {
   int index, lane, warp;
   uint3 coordinates;
   bool finished;
-  const char* waits_for;  // null: it can run
+  const char* waits_for;  // null: ready
   Place waits_at;
 
-  // Vector clock (races.cpp). Of the threads of other warps, this one has seen what they did up to `seen`; of the lanes
-  // of its own warp, up to `seen_lanes`. `clock` numbers its own intervals between two synchronisations.
+  // Vector clock (races.cpp): last intervals that this thread has seen of threads in other warps (`seen`) and of lanes
+  // in its own warp (`seen_lanes`). `clock` numbers its own intervals between synchronisations.
   uint32_t clock;
   std::shared_ptr<const Clocks> seen;
   uint32_t seen_lanes[kWarpSize];
@@ -56,16 +56,15 @@ struct Options {
   size_t shared_limit = 99 * 1024;  // of the smallest architecture that the kernels are built for
 };
 
-// What a test of hostile inputs sets: races and reads of what nobody has written are no errors, and buffers lie so far
-// apart that an access far out of one is in no other. If `ends` is not 0, of each row of a grid only the first and the
-// last `ends` blocks run.
+// For tests of inconsistent inputs. `only`: ignore races and reads of unwritten memory. `red_zone`: bytes between
+// buffers. `ends`: if not 0, only the first and the last `ends` blocks of each row of a grid run.
 struct Bounds {
   bool only = false;
   size_t red_zone = 256;
   unsigned ends = 0;
 };
 
-// Sizes that a test has set, by name, and whether a launcher has asked for them (LAUNCH_SIZE of portable.cuh).
+// Sizes set by a test, by name; `asked` after a launcher has used one (LAUNCH_SIZE of portable.cuh).
 struct LaunchSize {
   int64_t value;
   bool asked = false;
@@ -80,7 +79,7 @@ struct Launch {
   void (*call)(const void*);
   const void* arguments;
   uint32_t number;
-  uint32_t first_block;  // its global number
+  uint32_t first_block;  // global number
   int threads;           // of a block
 };
 
@@ -93,7 +92,7 @@ extern std::vector<Thread> threads;
 extern Thread* current;          // null: host code is running
 
 // scheduler.cpp
-void wait(const char* what, Place place);  // lets other threads run until somebody wakes this one
+void wait(const char* what, Place place);  // runs other threads until one of them wakes this one
 void wake(Thread& thread);
 [[noreturn]] void end_launch();            // after a report; the running thread is abandoned
 char* stack_of(const Thread& thread);
@@ -101,7 +100,7 @@ constexpr size_t kStackBytes = 256 * 1024;
 
 // synchronise.cpp
 void reset_synchronisation();
-bool report_waiting();  // reports threads that wait though none can run; returns whether there are any
+bool report_waiting();  // reports threads that wait while none can run; returns true if there are any
 
 // races.cpp
 enum class Access { read, write };
@@ -111,8 +110,8 @@ void check_race(size_t offset, size_t size, Access access, const void* address);
 
 // memory.cpp
 constexpr size_t kArenaBytes = size_t{1} << 30;
-// Behind the arena lie sparse buffers, gigabytes of zeros that take no memory until they are written. Accesses to
-// sparse buffers are held against their bounds alone.
+// Sparse buffers follow the arena: gigabytes of zeros that take no memory until they are written. Only the bounds of
+// accesses to them are checked.
 constexpr size_t kSparseBytes = size_t{256} << 30;
 constexpr size_t kSharedWindow = size_t{1} << 20;  // the arena begins with the block's shared memory; buffers follow
 extern char* arena;
@@ -165,17 +164,17 @@ struct Report {
   uint64_t count;
 };
 void report(const char* kind, const std::string& message, const void* address, const void* other = nullptr);
-// The source lines of the instructions before these addresses, innermost first: "reduce.cuh:21 < norm_fwd.cu:40".
+// Source lines of the instructions before these addresses, innermost first: "reduce.cuh:21 < norm_fwd.cu:40".
 std::vector<std::string> source_lines(const std::vector<const void*>& addresses);
 std::string source_line(Place place);
 void throw_reports();  // if there are any
 std::vector<Report> last_reports();
 
 // turns.cpp
-void start_turns();   // what has turned until now, has turned in the launcher
-void finish_turns();  // what has turned since then, in the kernel
+void start_turns();   // iterations until now are the launcher's
+void finish_turns();  // iterations since then are the kernel's
 struct Reached {
-  size_t kernel;     // its code's offset in the module, or 0: a launcher
+  size_t kernel;     // offset of its code in the module; 0: a launcher
   std::string what;  // a loop, "file number", or a dimension of the launch
   unsigned turns;    // as in Loop
   int64_t most;

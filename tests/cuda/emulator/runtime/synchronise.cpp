@@ -1,4 +1,4 @@
-// Barriers of blocks and warps, exchange of values between lanes: who waits for whom, and who never comes.
+// Barriers of blocks and warps, exchange of values between lanes, deadlocks.
 #include <map>
 #include <utility>
 
@@ -10,11 +10,11 @@ namespace {
 struct Barrier {
   std::vector<Thread*> arrived;
   Place first;
-  bool vote = false, result = false;  // of those that have arrived, and of those before them
+  bool vote = false, result = false;  // of the threads that have arrived; of the last barrier
 };
 std::map<int, Barrier> barriers;  // by number; 0 is __syncthreads
 
-// The lanes of a warp that meet under one mask. Two sets of values in turn: lanes read one while the next meeting fills
+// Lanes of a warp that meet under one mask. Two sets of values alternate: lanes read one while the next meeting fills
 // the other, and no lane can be two meetings ahead.
 struct Meeting {
   unsigned mask = 0, arrived = 0;
@@ -103,7 +103,7 @@ __attribute__((noinline)) void named_barrier(int id, int count) {
 
 void warp_barrier(unsigned mask, Place place) { meet(mask, nullptr, 0, "__syncwarp", place); }
 
-// Lanes that exchange values learn nothing of each other's memory: only a barrier orders accesses.
+// An exchange of values does not order memory accesses; a barrier does.
 const unsigned char* exchange(unsigned mask, const void* value, size_t size, const char* what, Place place) {
   return meet(mask, value, size, what, place);
 }
@@ -126,7 +126,7 @@ bool report_waiting() {
   for (const Thread& thread : threads) {
     std::string what = "returned";
     if (!thread.finished) {
-      if (!current) current = &threads[thread.index];  // whom the report names
+      if (!current) current = &threads[thread.index];  // named in the report
       at_barrier |= std::strcmp(thread.waits_for, "__syncthreads") == 0;
       what = std::string("in ") + thread.waits_for + " at " + source_line(thread.waits_at);
     }

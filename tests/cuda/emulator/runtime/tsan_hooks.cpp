@@ -1,4 +1,4 @@
-// The functions that code compiled with -fsanitize=thread calls before each load and store. libtsan is not linked.
+// Functions that code compiled with -fsanitize=thread calls before loads and stores. libtsan is not linked.
 #include "state.h"
 
 using emu::Access;

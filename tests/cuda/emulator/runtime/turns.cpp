@@ -1,4 +1,4 @@
-// How often each loop of the kernel files turned, and how many blocks and warps each kernel was launched with.
+// Iterations of each loop of the kernel files; numbers of blocks and warps of each kernel's launches.
 #include <dlfcn.h>
 
 #include <map>
@@ -8,15 +8,15 @@
 namespace emu {
 namespace {
 
-Loop* turned = nullptr;  // the loops that have turned and are not in `all` yet
+Loop* turned = nullptr;  // loops with iterations that are not in `all` yet
 std::map<std::pair<const void*, std::string>, Reached> all;
 
-constexpr unsigned kNotAll = 16;  // of the warps that a block may have
+constexpr unsigned kNotAll = 16;  // fewer warps than the launch bound
 
 unsigned bit_of(int64_t turns) { return 1u << std::min<int64_t>(turns, 3); }
 
 void record(const void* kernel, const std::string& what, unsigned turns, int64_t most) {
-  if (bounds.only) return;  // nobody looks at the results
+  if (bounds.only) return;  // results are not checked
   Reached& entry = all[{kernel, what}];
   entry.turns |= turns;
   entry.most = std::max(entry.most, most);
