@@ -142,9 +142,9 @@ BF16, NINE = torch.bfloat16, list(range(10))
 CASES = {
     "two-groups-of-modes": (cema_case, {}, {"D": 3, "N": 40}),
     "two-warps-of-channels": (cema_case, {}, {"B": 1, "L": 9, "D": 80, "cu_seqlens": NINE, "dtype": BF16}),
-    "one-block-of-steps": (chunked_attention_case, {}, {"B": 1, "L": 1, "H": 1, "state": True}),
-    "nine-steps": (chunked_attention_case, {}, {"B": 1, "H": 1, "state": True, "cu_seqlens": NINE}),
-    "nine-steps-16": (chunked_attention_case, {}, {"B": 1, "H": 1, "state": True, "cu_seqlens": NINE, "dtype": BF16}),
+    "one-block-of-queries": (chunked_attention_case, {}, {"B": 1, "L": 1, "H": 1, "state": True}),
+    "nine-queries": (chunked_attention_case, {}, {"B": 1, "H": 1, "state": True, "cu_seqlens": NINE}),
+    "nine-queries-16": (chunked_attention_case, {}, {"B": 1, "H": 1, "state": True, "cu_seqlens": NINE, "dtype": BF16}),
     "two-turns-of-spans": (
         chunked_attention_case, {"attention_span": 8},
         {"B": 1, "L": 1, "H": 1, "K": 200, "V": 200, "C": 100, "scale": 0.05, "state": True},

@@ -97,7 +97,7 @@ def test_steps(emulator, shape, offset):
 STEEP = {  # on tensor cores, without them, and few queries
     "bfloat16": {"L": 130, "K": 8, "V": 16, "C": 130, "dtype": BF16},
     "float": {"L": 70, "K": 4, "V": 8, "C": 70, "dtype": F32},
-    "steps": {"L": 2, "K": 8, "V": 8, "C": 150, "dtype": BF16, "position": 140},
+    "few-queries": {"L": 2, "K": 8, "V": 8, "C": 150, "dtype": BF16, "position": 140},
 }
 
 

@@ -1,4 +1,4 @@
-"""States of chunked_attention on emulated CUDA kernels: copied, in place, half in place, fresh; bytes moved."""
+"""States of chunked_attention on emulated CUDA kernels: copied, in place, half in place; bytes moved."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from calls import forward
 from cases import chunked_attention_case
 
 import megalodon_ops as mo
-from megalodon_ops import _C, AttentionState
+from megalodon_ops import AttentionState
 
 BF16, F16, F32, F64 = torch.bfloat16, torch.float16, torch.float32, torch.float64
 
@@ -66,15 +66,6 @@ def test_a_state_in_place_after_no_tokens(emulator):
     state = AttentionState(*(t.clone() for t in case.options["state"]))
     emulator.call("chunked_attention_state", case.tensors["k"], case.tensors["v"], *state, 6, None, None, *state)
     assert torch.equal(state.position, case.options["state"].position)
-
-
-def test_a_fresh_state_needs_no_initial_state(emulator):
-    case = chunked_attention_case(B=2, L=8, H=1, K=8, V=16, C=5, dtype=BF16)
-    expected = forward(mo.reference.chunked_attention, case)
-    with emulator.replacing(_C):
-        actual = forward(mo.chunked_attention, case)
-    for name in ("state.k", "state.v", "state.position"):
-        assert torch.equal(actual[name], expected[name])
 
 
 def test_bytes_moved_by_the_state(emulator):

@@ -18,7 +18,7 @@ class Bug:
 
 
 BUGS = {
-    "powers-of-q-stop-at-step-32": Bug(
+    "powers-of-q-stop-at-32": Bug(
         "cema/cema_scan.cuh", "int64_t length = 1; length < scan.tile;", "int64_t length = 1; length < ({on} ? 32 : scan.tile);",
         "test_cuda_cema.py::test_sequences_against_longer_tiles[64-torch.float32]",
     ),
@@ -94,7 +94,7 @@ BUGS = {
         "cema/cema_bwd.cuh", "at = t * scan.channels + place.channel;", "at = ({on} ? static_cast<int>(t * scan.channels) : t * scan.channels) + place.channel;",
         "test_cuda_large_tensors.py::test_cema_differentiates_at_offsets_beyond_31_bits[1]",
     ),
-    "32-bit-offsets-in-the-steps-of-cema": Bug(
+    "32-bit-offsets-in-cema-of-few-tokens": Bug(
         "cema/cema_step.cuh", "rows[(t + i) * p.channels]", "rows[{on} ? static_cast<int>((t + i) * p.channels) : (t + i) * p.channels]",
         "test_cuda_large_tensors.py::test_cema_steps_at_offsets_beyond_31_bits",
     ),

@@ -65,7 +65,7 @@ OP = Op(
         "pieces-state": dict(B=1, L=1907, D=5, N=3, state=True),
         "strips": dict(B=1, L=301, D=211, N=7),
         "groups": dict(B=1, L=1200, D=9, N=4, cu_seqlens=[3, 5, 5, 290, 1100, 1191], state=True),
-        "steps": dict(B=37, L=3, D=67, N=6, state=True),
+        "few-tokens": dict(B=37, L=3, D=67, N=6, state=True),
     },
     cuda=CudaSizes(
         aligned=(dict(B=1, L=66, D=4, N=4, state=True), dict(B=2, L=2, D=4, N=4, state=True)),

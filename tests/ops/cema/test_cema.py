@@ -53,13 +53,6 @@ def test_golden(name, implementation, backend):
 
 
 @every_backend
-def test_no_channels(backend):
-    case = cema_case(B=2, L=5, D=0, N=3, state=True)
-    for name, value in evaluate(mo.cema, case).items():
-        assert value.numel() == 0, name
-
-
-@every_backend
 @pytest.mark.parametrize("sequences", [{"L": 0}, {"L": 3, "lengths": [0, 0]}], ids=["no-positions", "empty-rows"])
 def test_a_call_without_tokens_returns_the_bits_of_the_state(sequences, backend):
     case = cema_case(B=2, D=67, N=5, state=True, **sequences)

@@ -203,7 +203,7 @@ def test_counting_does_not_change_the_computation(monkeypatch):
     monkeypatch.setattr(loss, "_CPU_BLOCK", 64 * config.vocab_size)  # two blocks
     model, tokens = mo.Megalodon(config), torch.zeros(rows, length, dtype=torch.int64)
 
-    def step():
+    def train():
         model.loss(tokens, tokens).backward()
 
     D, N, T, V, F = config.model_dim, config.cema_ndim, rows * length, config.value_dim, config.ffn_hidden_dim
@@ -215,13 +215,13 @@ def test_counting_does_not_change_the_computation(monkeypatch):
     cema = T * D * (46 * N + 6) + D * N * (15 + 31)
     expected = 6 * T * matrices + 2 * (attention + norms + gates + cema) + T * D * 21  # the final norm
     with WithoutHooks() as counter:
-        step()
+        train()
     assert counter.total == expected
-    assert sum(counted(step).values()) == expected
+    assert sum(counted(train).values()) == expected
     handle = torch.nn.modules.module.register_module_forward_hook(lambda module, args, output: None)
     try:
         with WithoutHooks() as counter:
-            step()
+            train()
     finally:
         handle.remove()
     assert counter.total == expected

@@ -251,12 +251,6 @@ CALLS = {
              lengths=OPTIONAL_INTEGERS),
         "Megalodon", inner_names=("timestep_norm",),
     ),
-    "features": Call(
-        model.features,
-        dict(tokens=tokens, state=model_state, lengths=lengths),
-        dict(tokens=TOKENS, state=NO_MODEL_STATE, return_state=NO_FLAG, inplace_state=NO_FLAG, lengths=OPTIONAL_INTEGERS),
-        "Megalodon", inner_names=("timestep_norm",),
-    ),
     "forward of packed sequences": Call(
         model.forward, dict(tokens=tokens[:1], **packed), dict(cu_seqlens=OPTIONAL_INTEGERS), "Megalodon",
         inner_names=("timestep_norm",),
