@@ -113,7 +113,7 @@ def description(svg: Path) -> str:
 
 
 def test_pictures_of_the_readme_are_what_their_scripts_draw(tmp_path):
-    """Byte-identical under the matplotlib that drew them, else by their figures, which the alternative texts have, too."""
+    """Bytes are equal under the same matplotlib, else the figures; alternative texts contain these figures."""
     matplotlib = pytest.importorskip("matplotlib")
     if not (ROOT / "bench" / "results").exists():
         pytest.skip("needs bench/results, which a source distribution does not hold")

@@ -1,4 +1,4 @@
-"""The configuration: what it takes, and what a model of it would have."""
+"""The configuration: valid fields, and the parameters of its model."""
 
 import json
 import math
@@ -21,7 +21,6 @@ PARAMETERS = {
 
 
 def test_preset_parameter_counts():
-    """That `config.num_parameters` counts what a model has is the next test."""
     presets = {name: mo.MegalodonConfig.preset(name, vocab_size=32000) for name in mo.MegalodonConfig.presets()}
     assert {name: config.num_parameters() for name, config in presets.items()} == PARAMETERS
     with torch.device("meta"):
@@ -32,10 +31,10 @@ SWITCHES = ("norm_affine", "swiglu", "rescale_nffn", "share_emb")
 
 
 @pytest.mark.parametrize(
-    "on", [[name for i, name in enumerate(SWITCHES) if bits >> i & 1] for bits in range(16)], ids="-".join
+    "enabled", [[name for i, name in enumerate(SWITCHES) if bits >> i & 1] for bits in range(16)], ids="-".join
 )
-def test_shapes_without_the_model(on):
-    config = mo.MegalodonConfig(**TINY, **{name: name in on for name in SWITCHES})
+def test_shapes_without_the_model(enabled):
+    config = mo.MegalodonConfig(**TINY, **{name: name in enabled for name in SWITCHES})
     with torch.device("meta"):
         model = mo.Megalodon(config)
     assert [(name, tuple(p.shape)) for name, p in model.named_parameters()] == list(config.parameter_shapes())

@@ -1,4 +1,4 @@
-"""`Decoder`: the bits of the layers, whatever the configuration; see test_decoder_changes.py for changed modules."""
+"""`Decoder` has the bits of the layers in every configuration; see test_decoder_changes.py for changed modules."""
 
 from __future__ import annotations
 
@@ -36,8 +36,8 @@ pytestmark = pytest.mark.usefixtures("poisoned_memory")
 
 @each_isa
 @pytest.mark.parametrize("variant", VARIANTS)
-def test_it_gives_the_bits_of_the_layers(name, variant):
-    """In each instruction set with each variant and, in turn, with each dtype; with all pairs in the set in use."""
+def test_bits_are_those_of_the_layers(name, variant):
+    """Each instruction set runs each variant, with one dtype in turn; the default set with all dtypes."""
     turn = [*VARIANTS].index(variant) % len(DTYPES)
     with isa(name):
         for dtype in DTYPES if name == DEFAULT_ISA else [DTYPES[turn]]:
@@ -47,7 +47,7 @@ def test_it_gives_the_bits_of_the_layers(name, variant):
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize(("rows", "length"), [(1, 1), (2, 3), (1, 8), (8, 1)])
 @pytest.mark.parametrize("working_memory", [False, True])
-def test_it_gives_the_bits_of_the_layers_for_any_few_tokens(dtype, rows, length, working_memory):
+def test_bits_are_those_of_the_layers_for_few_tokens(dtype, rows, length, working_memory):
     assert_bits_of_layers(*model_and_state(dtype, rows, working_memory=working_memory), rows, length)
 
 
@@ -66,25 +66,25 @@ def test_more_rows_than_the_kernels_for_few_take_run_through_the_layers():
     assert_bits_of_layers(*model_and_state(rows=most), rows=most)
 
 
-def test_the_state_given_and_the_state_taken_stay_as_they_are():
+def test_given_and_returned_states_do_not_change():
     model, state = model_and_state()
     before = tree_map_only(torch.Tensor, torch.clone, state)
     decoder = mo.Decoder(model, state)
     decoder(tokens_of(1, 1))
-    taken = decoder.state
-    held = tree_map_only(torch.Tensor, torch.clone, taken)
+    returned = decoder.state
+    copied = tree_map_only(torch.Tensor, torch.clone, returned)
     decoder(tokens_of(1, 1))
-    for kept, now in ((before, state), (held, taken)):
-        assert all(torch.equal(a, b) for a, b in zip(tree_leaves(kept), tree_leaves(now), strict=True))
+    for old, new in ((before, state), (copied, returned)):
+        assert all(torch.equal(a, b) for a, b in zip(tree_leaves(old), tree_leaves(new), strict=True))
 
 
 def test_a_state_without_residuals_counts_them_as_zero():
     model, state = model_and_state()
-    without = lambda norm: norm._replace(residual=None)  # noqa: E731
-    layers = tuple(layer._replace(norm=without(layer.norm)) for layer in state.layers)
-    bare = mo.MegalodonState(layers, without(state.norm))
+    drop_residual = lambda norm: norm._replace(residual=None)  # noqa: E731
+    layers = tuple(layer._replace(norm=drop_residual(layer.norm)) for layer in state.layers)
+    incomplete = mo.MegalodonState(layers, drop_residual(state.norm))
     token = tokens_of(1, 1)
-    found, expected = by_decoder(mo.Decoder(model, bare), [token]), by_layers(model, bare, [token])
+    found, expected = by_decoder(mo.Decoder(model, incomplete), [token]), by_layers(model, incomplete, [token])
     assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
 
 
@@ -107,7 +107,7 @@ def test_matrices_changed_in_place_are_seen():
     assert torch.equal(decoder(token), by_layers(model, state, [token])[0])
 
 
-def test_one_made_in_inference_mode_goes_on_outside_and_the_other_way_round():
+def test_a_decoder_made_in_inference_mode_works_outside():
     model, tokens = tiny_model(torch.float32).eval(), tokens_of(1, 8)
     with torch.inference_mode():
         _, state = model(tokens[:, :5], return_state=True)
@@ -118,7 +118,7 @@ def test_one_made_in_inference_mode_goes_on_outside_and_the_other_way_round():
     assert torch.equal(first, expected[0]) and torch.equal(second, expected[1])
 
 
-def test_it_keeps_autocast_as_it_was_when_it_was_made():
+def test_autocast_is_that_of_the_constructor():
     model, state = model_and_state()
     token = tokens_of(1, 1)
     with torch.autocast("cpu", torch.bfloat16):
@@ -153,7 +153,7 @@ def test_threads_that_call_one_decoder_wait_for_each_other(hooked):
     assert all(torch.equal(a, b) for a, b in zip(tree_leaves(decoder.state), expected, strict=True))
 
 
-def test_a_decoder_and_its_state_go_with_its_last_reference():
+def test_memory_is_freed_with_the_last_reference():
     gc.disable()
     try:
         decoder = mo.Decoder(*model_and_state())
@@ -164,13 +164,13 @@ def test_a_decoder_and_its_state_go_with_its_last_reference():
         gc.enable()
 
 
-def test_layers_in_another_order_are_still_calls_of_kernels():
+def test_layers_in_another_order_still_run_in_kernels():
     model, state = model_and_state(num_layers=3)
     model.layers = model.layers[::-1]
     assert_bits_of_layers(model, state)
 
 
-def test_biases_may_come_and_go():
+def test_biases_may_be_added_and_removed():
     model, state = model_and_state()
     model.layers[0].mega.wz.bias = None
     model.layers[0].mega.wh2.bias = torch.nn.Parameter(torch.randn(TINY["model_dim"]))

@@ -1,4 +1,4 @@
-"""`Decoder` of a model of which somebody has wrapped, hooked, quantised or replaced modules: they run, and all else as before."""
+"""`Decoder` with wrapped, hooked, quantised or replaced modules: these run, and the rest runs as before."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ class OtherLinear(torch.nn.Linear):
 
 
 class Doubled(torch.Tensor):
-    """Counts twice in every function of torch."""
+    """Tensor that counts twice in `torch.nn.functional.linear`."""
 
     @classmethod
     def __torch_function__(cls, func, types, args=(), kwargs=None):
@@ -30,7 +30,7 @@ class Doubled(torch.Tensor):
         return func(*tree_map_only(cls, lambda tensor: factor * plain(tensor), args), **(kwargs or {}))
 
 
-def replaced(block):
+def replace_linear(block):
     other = OtherLinear(*reversed(block.mega.wz.weight.shape))
     other.load_state_dict(block.mega.wz.state_dict())
     with torch.no_grad():
@@ -38,34 +38,34 @@ def replaced(block):
     block.mega.wz = other
 
 
-def with_subclass(block):
+def use_subclass(block):
     block.mega.wv._parameters["weight"] = block.mega.wv.weight.detach().as_subclass(Doubled)
 
 
-def wrapped(block):
+def wrap_forward(block):
     forward = block.nffn.fc2.forward
     block.nffn.fc2.forward = lambda x: forward(x) + 1
 
 
-def as_attribute(block):
+def weight_as_attribute(block):
     tensor = block.mega.wz.weight.detach() + 1
     del block.mega.wz.weight
     block.mega.wz.weight = tensor
 
 
-def as_buffer(block):
+def bias_as_buffer(block):
     tensor = block.mega.wv.bias.detach() + 1
     del block.mega.wv.bias
     block.mega.wv.register_buffer("bias", tensor)
 
 
-def as_function(block):
+def norm_as_function(block):
     norm = block.mega.rmsnorm
     del block.mega.rmsnorm
     block.mega.rmsnorm = lambda x: norm(x) + 1
 
 
-def parametrized(block):
+def parametrize_weight(block):
     class AddOne(torch.nn.Module):
         def forward(self, weight):
             return weight + 1
@@ -77,13 +77,13 @@ BLOCK_CHANGES = {
     "hook": (lambda block: block.mega.wv.register_forward_hook(lambda module, args, y: y + 1), ".mega.wv"),
     "pre-hook": (lambda block: block.nffn.register_forward_pre_hook(lambda module, args: (args[0] + 1,)), ".nffn"),
     "hook of the block": (lambda block: block.register_forward_hook(lambda module, args, out: (out[0] + 1, out[1])), ""),
-    "replaced": (replaced, ".mega.wz"),
-    "subclass": (with_subclass, ".mega.wv"),
-    "wrapped": (wrapped, ".nffn.fc2"),
-    "attribute": (as_attribute, ".mega.wz"),
-    "buffer": (as_buffer, ".mega.wv"),
-    "function": (as_function, ".mega"),
-    "parametrized": (parametrized, ".mega.wr"),
+    "replaced": (replace_linear, ".mega.wz"),
+    "subclass": (use_subclass, ".mega.wv"),
+    "wrapped": (wrap_forward, ".nffn.fc2"),
+    "attribute": (weight_as_attribute, ".mega.wz"),
+    "buffer": (bias_as_buffer, ".mega.wv"),
+    "function": (norm_as_function, ".mega"),
+    "parametrized": (parametrize_weight, ".mega.wr"),
     "eps": (lambda block: setattr(block.mega.rmsnorm, "eps", 0.1), ".mega.rmsnorm"),
     "config": (
         lambda block: setattr(block.mega, "config", dataclasses.replace(block.mega.config, rope_base=10.0)), ".mega"
@@ -96,12 +96,12 @@ ALL_LINEAR_LAYERS = [*(f"layers.{i}.{name}" for i in (0, 2) for name in LINEAR_L
 
 @pytest.mark.parametrize("change", BLOCK_CHANGES)
 def test_a_changed_block_runs_as_changed(change):
-    """A linear layer is called amid the kernels; after any other change, the model runs by its modules."""
-    make, where = BLOCK_CHANGES[change]
+    """A linear layer is called between the kernels; after another change, the model runs its modules."""
+    apply, where = BLOCK_CHANGES[change]
     model, state = model_and_state(num_layers=4, swiglu=True)
     pieces = tokens_of(1, 3).split(1, 1)
-    as_made = by_decoder(mo.Decoder(model, state), pieces)
-    make(model.layers[1])
+    original = by_decoder(mo.Decoder(model, state), pieces)
+    apply(model.layers[1])
     expected = by_layers(model, state, pieces)
     with pytest.warns(UserWarning, match=f"`layers.1{where}` is"):
         decoder = mo.Decoder(model, state)
@@ -109,7 +109,7 @@ def test_a_changed_block_runs_as_changed(change):
     is_linear = where.removeprefix(".") in LINEAR_LAYERS and change != "no gate"
     assert not decoder.fused and (decoder._kernels is not None) == is_linear
     assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
-    assert not torch.equal(found[0], as_made[0])
+    assert not torch.equal(found[0], original[0])
 
 
 @pytest.mark.parametrize(
@@ -137,13 +137,13 @@ def test_every_linear_layer_is_called_in_its_place(names, dtype):
     assert all(len(seen) == len(pieces) for seen in calls.values())
     expected = by_layers(model, state, pieces)
     assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
-    for seen in calls.values():  # what the hooks have kept, too: no tensor was overwritten since
-        ours, of_layers = tree_leaves(seen[: len(pieces)]), tree_leaves(seen[len(pieces) :])
-        assert all(torch.equal(a, b) for a, b in zip(ours, of_layers, strict=True))
+    for seen in calls.values():  # tensors that the hooks kept were not overwritten
+        ours, theirs = tree_leaves(seen[: len(pieces)]), tree_leaves(seen[len(pieces) :])
+        assert all(torch.equal(a, b) for a, b in zip(ours, theirs, strict=True))
 
 
 @pytest.mark.parametrize("inference_mode", [False, True])
-def test_what_a_hook_writes_to_an_input_reaches_the_other_layers(inference_mode):
+def test_other_layers_see_an_input_that_a_hook_changed(inference_mode):
     model, state = model_and_state(swiglu=True)
 
     def write(module, args):
@@ -171,9 +171,9 @@ ADAPTERS = {
 
 
 @pytest.mark.parametrize("kind", ADAPTERS)
-def test_adapters_are_called_amid_the_kernels(kind):
+def test_adapters_are_called_between_the_kernels(kind):
     """PEFT's LoRA around a linear layer of each block, until `merge_and_unload` has made one layer of both."""
-    pytest.importorskip("megalodon_ops.hf", exc_type=ImportError)  # PEFT imports transformers, as far as it can
+    pytest.importorskip("megalodon_ops.hf", exc_type=ImportError)  # PEFT imports parts of transformers
     peft, (options, change) = pytest.importorskip("peft"), ADAPTERS[kind]
     model, state = model_and_state(rows=2, swiglu=True)
     peft.inject_adapter_in_model(peft.LoraConfig(r=2, target_modules=["wv"], **options), model)
@@ -190,7 +190,7 @@ def test_adapters_are_called_amid_the_kernels(kind):
     assert all(torch.equal(a, b) for a, b in zip(by_decoder(decoder, pieces), expected, strict=True))
 
 
-def test_modules_run_under_the_autocast_of_the_decoders_making():
+def test_modules_run_under_the_autocast_of_the_constructor():
     model, state = model_and_state()
     model.layers[0].mega.wv.register_forward_hook(lambda module, args, y: y @ torch.eye(y.shape[-1]))
     model.output.output.register_forward_hook(lambda module, args, y: y @ torch.eye(y.shape[-1]))
@@ -241,18 +241,18 @@ def test_the_warning_stands_where_the_decoder_is_made():
     assert [warning.filename for warning in caught] == [__file__]
 
 
-def taken_out(model, name, instead):
-    """Puts something that is no module in the place of one."""
+def replace_module(model, name, instead):
+    """Replace a module by an object that is none."""
     module = getattr(model, name)
     delattr(model, name)
     setattr(model, name, instead(module))
 
 
-def hooked_output(model):
+def hook_output(model):
     model.output.output.register_forward_hook(lambda module, args, y: y + 1)
 
 
-def wrapped_output(model):
+def wrap_output(model):
     forward = model.output.output.forward
     model.output.output.forward = lambda x: forward(x) + 1
 
@@ -268,30 +268,30 @@ MODEL_CHANGES = {
     "renormalised embedding": (lambda model: setattr(model.embed, "max_norm", 0.5), "`embed`"),
     "eps of the final norm": (lambda model: setattr(model.output.final_norm, "eps", 0.1), "`output.final_norm`"),
     "other output": (lambda model: setattr(model, "output", OtherOutput(model.output)), "`output`"),
-    "hooked output": (hooked_output, "`output.output`"),
-    "wrapped output": (wrapped_output, "`output.output`"),
+    "hooked output": (hook_output, "`output.output`"),
+    "wrapped output": (wrap_output, "`output.output`"),
     "hooked model": (lambda model: model.register_forward_hook(lambda module, args, out: (out[0] + 1, out[1])), "`model`"),
-    "list of layers": (lambda model: taken_out(model, "layers", lambda layers: list(layers)[::-1]), "`model`"),
+    "list of layers": (lambda model: replace_module(model, "layers", lambda layers: list(layers)[::-1]), "`model`"),
     "embedding a function": (
-        lambda model: taken_out(model, "embed", lambda embed: lambda tokens: embed(tokens) + 1), "`model`"
+        lambda model: replace_module(model, "embed", lambda embed: lambda tokens: embed(tokens) + 1), "`model`"
     ),
 }  # fmt: skip
 
 
 @pytest.mark.parametrize("change", MODEL_CHANGES)
 def test_a_changed_model_runs_as_changed(change):
-    make, named = MODEL_CHANGES[change]
+    apply, name = MODEL_CHANGES[change]
     model, state = model_and_state()
     pieces = tokens_of(1, 3).split(1, 1)
-    as_made = by_decoder(mo.Decoder(model, state), pieces)
-    make(model)
+    original = by_decoder(mo.Decoder(model, state), pieces)
+    apply(model)
     expected = by_layers(model, state, pieces)
-    with pytest.warns(UserWarning, match=named):
+    with pytest.warns(UserWarning, match=name):
         decoder = mo.Decoder(model, state)
     found = by_decoder(decoder, pieces)
     assert not decoder.fused
     assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
-    assert not torch.equal(found[0], as_made[0])
+    assert not torch.equal(found[0], original[0])
 
 
 def test_a_hook_on_every_module_sees_every_module():
@@ -316,5 +316,5 @@ def test_generation_decodes_and_says_what_runs_as_a_module():
     with pytest.warns(UserWarning, match="`layers.1.mega.wv`"):
         found = model.generate(prompt, max_new_tokens=4, temperature=0)
     assert torch.equal(found, expected)
-    prompts, new_tokens = 2, 4  # pieces of the prompt but its last token; calls after that one and three new ones
-    assert len(seen) == prompts + new_tokens
+    prompt_calls, decoder_calls = 2, 4  # chunks of the prompt without its last token; that one and three new ones
+    assert len(seen) == prompt_calls + decoder_calls

@@ -30,7 +30,7 @@ KINDS = {
 
 
 def tiny_encoder(dtype=torch.float64, **overrides) -> mo.MegalodonEncoder:
-    """An encoder with every parameter random: offsets, which begin as zeros, have an effect, too."""
+    """Return an encoder with random parameters, even offsets, which are initially zero."""
     torch.manual_seed(0)
     encoder = mo.MegalodonEncoder(mo.MegalodonEncoderConfig(**{**TINY, **overrides})).to(dtype)
     with torch.no_grad():
@@ -44,8 +44,10 @@ def inputs_of(encoder: mo.MegalodonEncoder, *shape: int) -> Tensor:
     return tokens_of(*shape) if size is None else torch.randn(*shape, size, dtype=torch.float64, generator=generator)
 
 
-def plain(encoder: mo.MegalodonEncoder, p: dict[str, Tensor], inputs: Tensor, lengths: Tensor) -> dict[str, Tensor]:
-    """Features and logits by plain torch and the reference ops, from the paper's formulas and parameters by name."""
+def plain_results(
+    encoder: mo.MegalodonEncoder, p: dict[str, Tensor], inputs: Tensor, lengths: Tensor
+) -> dict[str, Tensor]:
+    """Compute features and logits by plain torch and the reference ops, from parameters by name."""
     c, rows = encoder.config, dict(lengths=lengths)
     norm = dict(num_groups=c.norm_num_groups, eps=c.norm_eps, **rows)
     if c.num_features is None:
@@ -85,7 +87,7 @@ def test_values_and_gradients_are_those_of_a_plain_model(kind):
     found = {"features": encoder.features(inputs, lengths=lengths)}
     if encoder.classifier is not None:
         found["logits"] = encoder(inputs, lengths=lengths)
-    expected = plain(encoder, parameters, inputs, lengths)
+    expected = plain_results(encoder, parameters, inputs, lengths)
     assert_all_close(found, expected, tolerance=1e-11)
     generator = torch.Generator().manual_seed(2)
     weights = {name: torch.randn(y.shape, dtype=y.dtype, generator=generator) for name, y in expected.items()}
@@ -99,23 +101,23 @@ def test_values_and_gradients_are_those_of_a_plain_model(kind):
 
 @torch.no_grad()
 def swap_directions(encoder: mo.MegalodonEncoder) -> None:
-    """Makes the encoder one that reads from the end what the given one reads from the beginning.
+    """Change the encoder so that it computes from a reversed row what it computed from the row.
 
-    The forward direction of CEMA begins at the step itself, the other at the next step: the weight of the step itself
-    goes from gamma to omega and back. Angles of positions turn round where each pair of z and beta is conjugated.
+    CEMA's forward direction includes the current position, the other begins at the next one, so the current position's
+    weight moves between gamma and omega. Conjugating each pair of z and beta reverses rotary angles.
     """
     for layer in encoder.layers:
         cema, D = layer.mega.cema, layer.mega.cema.omega.shape[0]
         p, q, _, _ = cema.coefficients()
         gamma, scale = torch.view_as_complex(cema.gamma.detach().clone()), p.shape[1] ** -0.5
         first, second = gamma[:D], gamma[D:] / q[D:]
-        now = scale * ((first * p[:D]).real.sum(1) - (second * p[D:]).real.sum(1))
+        current = scale * ((first * p[:D]).real.sum(1) - (second * p[D:]).real.sum(1))
         cema.gamma.copy_(torch.view_as_real(torch.cat([second, first * q[:D]])))
-        cema.omega.add_(now[:, None])
+        cema.omega.add_(current[:, None])
         for parameter in (cema.alpha, cema.delta, cema.theta):
             parameter.copy_(parameter.roll(D, 0))
-        for of_z in (layer.mega.wz.weight, layer.mega.wz.bias, layer.mega.beta.T):
-            of_z[1::2] *= -1
+        for z_rows in (layer.mega.wz.weight, layer.mega.wz.bias, layer.mega.beta.T):
+            z_rows[1::2] *= -1
 
 
 @pytest.mark.parametrize("L", [24, 7], ids=["whole chunks", "less than a chunk"])
@@ -123,27 +125,27 @@ def test_a_reversed_row_with_swapped_directions_gives_the_reversed_features(L):
     encoder = tiny_encoder(**CONTINUOUS)
     inputs = inputs_of(encoder, 2, L)
     features, logits = encoder.features(inputs), encoder(inputs)
-    assert (encoder.features(inputs.flip(1)).flip(1) - features).abs().max() > 0.1  # directions count
+    assert (encoder.features(inputs.flip(1)).flip(1) - features).abs().max() > 0.1  # directions differ
     swap_directions(encoder)
     assert_close(encoder.features(inputs.flip(1)).flip(1), features, tolerance=1e-9)
     assert_close(encoder(inputs.flip(1)), logits, tolerance=1e-9)
 
 
-def test_every_step_sees_the_whole_row_and_no_other():
+def test_every_position_sees_its_whole_row_and_no_other():
     encoder = tiny_encoder(**CONTINUOUS)
     inputs = inputs_of(encoder, 2, 21).requires_grad_()
-    seen = torch.autograd.grad(encoder.features(inputs)[0, 10].square().sum(), inputs)[0].abs().sum(-1) > 0
-    assert seen[0].all() and not seen[1].any()
+    is_seen = torch.autograd.grad(encoder.features(inputs)[0, 10].square().sum(), inputs)[0].abs().sum(-1) > 0
+    assert is_seen[0].all() and not is_seen[1].any()
 
 
 @pytest.mark.parametrize("kind", ["tokens", "numbers, swiglu, gains"])
 def test_padding_and_packing_change_nothing(kind):
-    """Values and gradients: the batch's loss is the sum of the losses of its sequences, whatever lies in the padding."""
+    """Values and gradients: the batch's loss is the sum of its sequences' losses, whatever is in the padding."""
     encoder, lengths = tiny_encoder(**KINDS[kind]), [21, 1, 13, 8]
     inputs = inputs_of(encoder, 4, 24)
-    alone = [inputs[s : s + 1, :n] for s, n in enumerate(lengths)]
+    singles = [inputs[s : s + 1, :n] for s, n in enumerate(lengths)]
     before, after = inputs[:1, -2:], inputs[1:2, -3:]
-    packed = torch.cat([before, *alone, after], 1), dict(cu_seqlens=torch.tensor([0, *lengths]).cumsum(0) + 2)
+    packed = torch.cat([before, *singles, after], 1), dict(cu_seqlens=torch.tensor([0, *lengths]).cumsum(0) + 2)
     noise = inputs if kind == "tokens" else inputs.where(
         torch.arange(24)[None, :, None] < torch.tensor(lengths)[:, None, None], 1e3 * inputs
     )  # fmt: skip
@@ -153,16 +155,16 @@ def test_padding_and_packing_change_nothing(kind):
         gradients = torch.autograd.grad(logits.square().sum(), [*encoder.parameters()])
         return {"logits": logits, **{str(i): gradient for i, gradient in enumerate(gradients)}}
 
-    expected = results(*((row, {}) for row in alone))
+    expected = results(*((row, {}) for row in singles))
     assert_all_close(results((noise, dict(lengths=torch.tensor(lengths)))), expected, tolerance=1e-10)
     assert_all_close(results(packed), expected, tolerance=1e-10)
     features = encoder.features(noise, lengths=torch.tensor(lengths))
     for s, n in enumerate(lengths):
-        assert_close(features[s : s + 1, :n], encoder.features(alone[s]), tolerance=1e-10)
+        assert_close(features[s : s + 1, :n], encoder.features(singles[s]), tolerance=1e-10)
         assert not features[s, n:].any()
 
 
-def test_the_mean_of_steps():
+def test_pooling_is_the_mean_over_positions():
     x, lengths = torch.randn(3, 5, 4, dtype=torch.float64), torch.tensor([5, 2, 0])
     found = mo.MegalodonEncoder.pool(x, lengths=lengths)
     assert_close(found, torch.stack([x[0].mean(0), x[1, :2].mean(0), torch.zeros(4).double()]), tolerance=1e-14)
@@ -186,7 +188,7 @@ def test_save_and_load(kind, tmp_path):
     assert mo.MegalodonEncoderConfig.from_dict(encoder.config.to_dict()) == encoder.config
 
 
-def test_folders_of_the_two_models_are_not_taken_for_each_other(tmp_path):
+def test_each_model_refuses_the_other_models_folder(tmp_path):
     encoder, model = tiny_encoder(), tiny_model()
     encoder.save(tmp_path / "encoder")
     model.save(tmp_path / "model")
@@ -204,23 +206,20 @@ def test_checkpoints_of_a_training(tmp_path):
     encoder(inputs).sum().backward()
     optimizer.step()
     training.save_checkpoint(tmp_path, 7, encoder, optimizer=optimizer, record={"position": 3})
-    found, again = training.load_checkpoint(tmp_path), mo.MegalodonEncoder(encoder.config)
-    found.load_weights(again)
-    of_again = training.adamw(again, lr=1e-3)
-    found.load_optimizer(of_again, again)
-    assert (found.step, found.record["position"]) == (7, 3) and torch.equal(again(inputs), encoder(inputs))
-    for one, parameters in ((optimizer, encoder), (of_again, again)):
+    found, loaded = training.load_checkpoint(tmp_path), mo.MegalodonEncoder(encoder.config)
+    found.load_weights(loaded)
+    loaded_optimizer = training.adamw(loaded, lr=1e-3)
+    found.load_optimizer(loaded_optimizer, loaded)
+    assert (found.step, found.record["position"]) == (7, 3) and torch.equal(loaded(inputs), encoder(inputs))
+    for one, model in ((optimizer, encoder), (loaded_optimizer, loaded)):
         one.zero_grad()
-        parameters(inputs).square().sum().backward()
+        model(inputs).square().sum().backward()
         one.step()
-    assert all(torch.equal(a, b) for a, b in zip(encoder.parameters(), again.parameters(), strict=True))
+    assert all(torch.equal(a, b) for a, b in zip(encoder.parameters(), loaded.parameters(), strict=True))
 
 
-def test_what_is_for_language_models_says_so(tmp_path):
-    encoder, no_encoder = (
-        tiny_encoder(torch.float32),
-        r"must be a Megalodon\w*, got megalodon_ops\.model\.encoder\.\w+\.$",
-    )
+def test_functions_of_language_models_refuse_an_encoder(tmp_path):
+    encoder, refusal = tiny_encoder(torch.float32), r"must be a Megalodon\w*, got megalodon_ops\.model\.encoder\.\w+\.$"
     encoder.save(tmp_path / "encoder")
     calls = {
         "plan: `config`": lambda: plan(encoder.config, {"data": 2}, context=64),
@@ -231,28 +230,28 @@ def test_what_is_for_language_models_says_so(tmp_path):
     }
     with every_case() as case:
         for argument, call in calls.items():
-            with case(argument), pytest.raises(TypeError, match=f"^{argument} {no_encoder}"):
+            with case(argument), pytest.raises(TypeError, match=f"^{argument} {refusal}"):
                 call()
     assert not (tmp_path / "official").exists()
     with pytest.raises(FileError, match='`model_type` must be "megalodon", got .megalodon_encoder'):
         training.load_any(tmp_path / "encoder")  # as the commands do
 
 
-def test_layers_computed_again_built_without_memory_and_pickled():
+def test_recomputed_layers_meta_construction_and_pickling():
     encoder = tiny_encoder(**CONTINUOUS)
     inputs = inputs_of(encoder, 2, 21)
     expected = torch.autograd.grad(encoder(inputs).sum(), [*encoder.parameters()])
-    again = tiny_encoder(**CONTINUOUS, layerwise_ckpt=True)
+    recomputing = tiny_encoder(**CONTINUOUS, layerwise_ckpt=True)
     calls = []
-    again.layers[0].register_forward_pre_hook(lambda *_: calls.append(1))
-    for a, b in zip(torch.autograd.grad(again(inputs).sum(), [*again.parameters()]), expected, strict=True):
-        assert torch.equal(a, b)
+    recomputing.layers[0].register_forward_pre_hook(lambda *_: calls.append(1))
+    found = torch.autograd.grad(recomputing(inputs).sum(), [*recomputing.parameters()])
+    assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
     assert len(calls) == 2
     with torch.device("meta"):
-        made = mo.MegalodonEncoder(encoder.config)
-    made.to_empty(device="cpu").reset_parameters()
-    theta = made.layers[1].mega.cema.theta.flatten()
-    assert made(inputs).isfinite().all() and torch.equal(theta[:32], theta[32:]) and len(theta) == 64
+        new = mo.MegalodonEncoder(encoder.config)
+    new.to_empty(device="cpu").reset_parameters()
+    theta = new.layers[1].mega.cema.theta.flatten()
+    assert new(inputs).isfinite().all() and torch.equal(theta[:32], theta[32:]) and len(theta) == 64
     assert torch.equal(pickle.loads(pickle.dumps(encoder))(inputs), encoder(inputs))
 
 
@@ -285,16 +284,16 @@ def test_sixteen_bits_keep_wide_parameters():
 
 
 def test_it_learns_which_of_two_marks_comes_first():
-    """They lie up to 23 steps, in three chunks, apart; rows of both classes hold the same tokens."""
+    """They are up to 23 positions, three chunks, apart; rows of both classes have the same tokens."""
     torch.manual_seed(0)
     encoder = mo.MegalodonEncoder(mo.MegalodonEncoderConfig(**TINY, num_classes=2))
     optimizer = torch.optim.AdamW(encoder.parameters(), lr=1e-2)
 
     def batch(rows: int) -> tuple[Tensor, Tensor, Tensor]:
         tokens, lengths = torch.randint(3, 6, (rows, 24)), torch.randint(12, 25, (rows,))
-        places = torch.stack([torch.randperm(int(n))[:2] for n in lengths])
-        tokens.scatter_(1, places, torch.tensor([[1, 2]]).expand(rows, 2))
-        return tokens, lengths, (places[:, 0] < places[:, 1]).long()
+        positions = torch.stack([torch.randperm(int(n))[:2] for n in lengths])
+        tokens.scatter_(1, positions, torch.tensor([[1, 2]]).expand(rows, 2))
+        return tokens, lengths, (positions[:, 0] < positions[:, 1]).long()
 
     for _ in range(70):
         tokens, lengths, classes = batch(32)
@@ -304,16 +303,16 @@ def test_it_learns_which_of_two_marks_comes_first():
         optimizer.zero_grad()
     with torch.no_grad():
         tokens, lengths, classes = batch(256)
-        right = (encoder(tokens, lengths=lengths).argmax(1) == classes).float().mean()
-    assert right > 0.9
+        accuracy = (encoder(tokens, lengths=lengths).argmax(1) == classes).float().mean()
+    assert accuracy > 0.9
 
 
-def test_rows_without_a_step_are_refused():
+def test_empty_rows_are_refused():
     encoder, inputs = tiny_encoder(num_classes=3), tokens_of(2, 13)
     calls = {
-        "`lengths` .* row 1": lambda **how: encoder(inputs, lengths=torch.tensor([13, 0]), **how),
-        "`cu_seqlens` .* row 2": lambda **how: encoder(inputs[:1], cu_seqlens=torch.tensor([0, 4, 9, 9, 13]), **how),
-        "`inputs` .* row 0": lambda **how: encoder(inputs[:, :0], **how),
+        "`lengths` .* row 1": lambda **kw: encoder(inputs, lengths=torch.tensor([13, 0]), **kw),
+        "`cu_seqlens` .* row 2": lambda **kw: encoder(inputs[:1], cu_seqlens=torch.tensor([0, 4, 9, 9, 13]), **kw),
+        "`inputs` .* row 0": lambda **kw: encoder(inputs[:, :0], **kw),
     }
     with every_case() as case:
         for argument, call in calls.items():

@@ -1,4 +1,4 @@
-"""What is drawn from logits, and by which random numbers."""
+"""Sampling: filters, draws and random numbers."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ OPTIONS = [
 
 
 def expected_probabilities(logits, seen, options):
-    """By the definitions, one filter after the other, of one row."""
+    """Apply the definitions of the filters to one row, one after the other."""
     logits = logits.double().clone()
     penalty = options.get("repetition_penalty", 1.0)
     logits[seen] = torch.where(logits[seen] < 0, logits[seen] * penalty, logits[seen] / penalty)
@@ -51,8 +51,8 @@ def test_evenly_spaced_numbers_draw_each_token_by_its_probability(monkeypatch, o
 
 @pytest.mark.parametrize("options", OPTIONS, ids=str)
 @pytest.mark.parametrize("neighbours", [0.0, 0.01, 30.0])
-def test_a_row_is_drawn_alike_whatever_its_neighbours_are(monkeypatch, options, neighbours):
-    """Neighbours decide whether a few of the likeliest suffice; equal logits, as of bfloat16, have no order of their own."""
+def test_a_draw_does_not_depend_on_the_other_rows(monkeypatch, options, neighbours):
+    """Other rows decide whether a few tokens are sorted or all; ties, as in bfloat16, have no order."""
     monkeypatch.setattr(sampling, "_FEW_TOKENS", 8)
     random = torch.Generator().manual_seed(0)
     logits = torch.randn(20, 40, generator=random)
@@ -73,10 +73,10 @@ def test_a_large_vocabulary_is_sorted_only_where_it_must_be(monkeypatch):
     assert Sampling(top_p=0.9).choose(logits, iter([number])) == drawn
     monkeypatch.undo()
 
-    def refused(*args, **options):
+    def fail(*args, **options):
         raise AssertionError("sorted")
 
-    monkeypatch.setattr(torch.Tensor, "sort", refused)
+    monkeypatch.setattr(torch.Tensor, "sort", fail)
     for options in ({"top_p": 0.9}, {"top_k": 50}, {"min_p": 0.1}, {}):
         Sampling(**options).choose(logits, iter([number]))
     with pytest.raises(AssertionError, match="sorted"):
@@ -109,7 +109,7 @@ def test_numbers_of_a_seed_depend_on_seed_and_position_alone():
     counts = (everything.flatten() * 100).long().bincount(minlength=100)
     assert ((counts - 1000) ** 2 / 1000).sum() < 160  # chi-squared, 99 degrees of freedom
     for shifted in (everything[:-1] * everything[1:], everything[:, :-1] * everything[:, 1:]):
-        assert abs(shifted.mean() - 0.25) < 4 * 0.22 / shifted.numel() ** 0.5  # neighbours do not know each other
+        assert abs(shifted.mean() - 0.25) < 4 * 0.22 / shifted.numel() ** 0.5  # neighbours are not correlated
 
 
 def test_tokens_are_drawn_by_their_probabilities():
@@ -123,7 +123,7 @@ def test_tokens_are_drawn_by_their_probabilities():
         assert ((share - probability).abs() <= 5 * (probability * (1 - probability) / draws).sqrt()).all()
 
 
-def test_draws_depend_on_the_seed_alone_or_on_torch_s():
+def test_draws_depend_on_the_seed_or_on_torchs_generator():
     model, prompt = tiny_model(), tokens_of(1, 1).expand(200, 1)
     torch.manual_seed(1)
     before = torch.get_rng_state()
@@ -140,7 +140,7 @@ def test_draws_depend_on_the_seed_alone_or_on_torch_s():
 @pytest.mark.parametrize("options", OPTIONS, ids=str)
 @pytest.mark.filterwarnings("ignore")
 def test_filters_are_those_of_transformers(options):
-    """Up to tokens as likely as the last that stays: transformers keeps those for top_k, and not for top_p."""
+    """Logits have no ties: transformers keeps those with the last kept token for top_k, and not for top_p."""
     processors = pytest.importorskip("transformers.generation.logits_process")
     logits = 2 * torch.randn(1, 31, generator=torch.Generator().manual_seed(5))
     prompt, scores = torch.tensor([[3, 5, 3, 30]]), logits.clone()

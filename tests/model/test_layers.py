@@ -70,7 +70,7 @@ def rotary_of(model):
 
 
 def test_the_rotary_table_is_the_layers_own():
-    """A CUDA graph knows a table's address alone: the table must outlive those that other calls make."""
+    """A CUDA graph keeps the table's address, so the table must outlive those of other calls."""
     model = tiny_model()
     (first, *_) = rotary_of(model)
     address, values = first.data_ptr(), first.clone()
@@ -94,7 +94,7 @@ def test_a_layer_gives_its_rotary_table_to_the_op(monkeypatch):
     assert not torch.allclose(model(tokens), expected)
 
 
-ROADS = {
+CASTS = {
     "cast": lambda model: model.to(torch.bfloat16),
     "widened": lambda model: model.to(torch.bfloat16).double(),
     "emptied": lambda model: model.to_empty(device="cpu"),
@@ -102,9 +102,9 @@ ROADS = {
 }
 
 
-@pytest.mark.parametrize("road", ROADS.values(), ids=ROADS)
-def test_a_rotary_table_is_exact_whatever_becomes_of_its_model(road):
-    model = road(mo.Megalodon(mo.MegalodonConfig(**TINY)))
+@pytest.mark.parametrize("cast", CASTS.values(), ids=CASTS)
+def test_a_rotary_table_is_exact_after_casts(cast):
+    model = cast(mo.Megalodon(mo.MegalodonConfig(**TINY)))
     dtype = model.layers[0].mega.gamma.dtype
     angle = torch.arange(8).double()[:, None] * 10000.0 ** (-torch.arange(0, 8, 2).double() / 8)
     for table in rotary_of(model):
@@ -130,7 +130,7 @@ def test_a_very_long_chunk_has_no_table_of_its_own():
     assert torch.equal(model(tokens_of(1, 20)), tiny_model(chunk_size=32)(tokens_of(1, 20)))
 
 
-def test_a_table_made_in_inference_mode_or_of_fake_tensors_serves_no_other_model():
+def test_a_table_of_inference_mode_or_of_fake_tensors_is_not_shared():
     config = mo.MegalodonConfig(**{**TINY, "rope_base": 77.0})
     with FakeTensorMode():
         table = normalized_qk_module.rotary_table(8, 8, 77.0, torch.float32, torch.device("cpu"))
@@ -161,7 +161,7 @@ def test_a_table_made_in_inference_mode_or_of_fake_tensors_serves_no_other_model
         (lambda: mo.gated_silu(torch.ones(3), torch.ones(3).long()), TypeError, "`value` must be floating point"),
     ],
 )
-def test_a_layer_s_function_refuses_what_torch_broadcasts_or_does_not_name(call, error, match):
+def test_functions_of_layers_refuse_wrong_arguments(call, error, match):
     for gradients in (True, False):
         with torch.set_grad_enabled(gradients), pytest.raises(error, match=match):
             call()

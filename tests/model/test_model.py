@@ -44,8 +44,8 @@ def test_golden_hidden_states_logits_and_gradients(golden, backend):
         assert error < 1e-10, f"{name}: relative error {error:.1e}"
 
 
-def test_features_are_what_logits_and_losses_are_made_of():
-    """Of padded rows, of packed documents, and in pieces with the state passed on."""
+def test_logits_are_computed_from_features():
+    """In padded rows, in packed documents, and in pieces with the state passed on."""
     model, tokens = tiny_model(), tokens_of(2, 21)
     logits = model.output.output
     for options in ({}, dict(lengths=torch.tensor([21, 9]))):
@@ -114,7 +114,7 @@ def test_golden_logits_float32(golden, isa, monkeypatch):
 @given(
     cuts=st.lists(st.integers(0, 37), max_size=6), options=st.sampled_from([{}, {"swiglu": True, "rescale_nffn": True}])
 )
-def test_any_split_streams_the_same(cuts, options):
+def test_streaming_does_not_depend_on_the_split(cuts, options):
     model, tokens = tiny_model(**options), tokens_of(2, 37)
     whole = model(tokens)
     bounds = [0, *sorted(cuts), 37]
@@ -125,15 +125,15 @@ def test_any_split_streams_the_same(cuts, options):
     torch.testing.assert_close(torch.cat(pieces, 1), whole, rtol=0, atol=1e-12)
 
 
-def test_rows_of_a_state_are_picked_by_tree_map():
+def test_rows_of_a_state_are_selected_by_tree_map():
     model, tokens, rows = tiny_model(), tokens_of(3, 21), torch.tensor([2, 0])
     with torch.no_grad():
         _, state = model(tokens[:, :10], return_state=True)
         whole, end = model(tokens[:, 10:], state=state, return_state=True)
-        picked = tree_map(lambda tensor: tensor[rows], state)
-        logits, end_of_picked = model(tokens[rows, 10:], state=picked, return_state=True)
+        selected = tree_map(lambda tensor: tensor[rows], state)
+        logits, end_of_selected = model(tokens[rows, 10:], state=selected, return_state=True)
     torch.testing.assert_close(logits, whole[rows], rtol=0, atol=1e-12)
-    torch.testing.assert_close(end_of_picked, tree_map(lambda tensor: tensor[rows], end), rtol=0, atol=1e-12)
+    torch.testing.assert_close(end_of_selected, tree_map(lambda tensor: tensor[rows], end), rtol=0, atol=1e-12)
 
 
 def test_packed_documents_equal_separate_ones():
@@ -144,9 +144,9 @@ def test_packed_documents_equal_separate_ones():
     for s, length in enumerate(lengths):
         part = slice(int(cu_seqlens[s]), int(cu_seqlens[s + 1]))
         if length:
-            alone, alone_state = model(tokens[:, part], return_state=True)
-            torch.testing.assert_close(packed[:, part], alone, rtol=0, atol=1e-12)
-            torch.testing.assert_close(state.layers[1].cema[s], alone_state.layers[1].cema[0], rtol=0, atol=1e-12)
+            single, single_state = model(tokens[:, part], return_state=True)
+            torch.testing.assert_close(packed[:, part], single, rtol=0, atol=1e-12)
+            torch.testing.assert_close(state.layers[1].cema[s], single_state.layers[1].cema[0], rtol=0, atol=1e-12)
     assert packed.isfinite().all()
 
 
@@ -216,7 +216,7 @@ def test_16_bit_model_keeps_wide_parameters_and_states(dtype):
         }
         assert parameter.dtype == (dtype if linear else torch.float32), name
         if not linear:
-            assert torch.equal(parameter, wide.get_parameter(name)), f"{name} was rounded on the way"
+            assert torch.equal(parameter, wide.get_parameter(name)), f"{name} was rounded"
     logits, state = model(tokens, return_state=True)
     assert logits.dtype == torch.float32
     assert state.layers[0].cema.dtype == torch.complex64 and state.layers[0].norm.mean.dtype == torch.float32
@@ -237,7 +237,7 @@ def test_autocast():
     assert all(p.grad.dtype == torch.float32 for p in model.parameters())
 
 
-@pytest.mark.slow  # test_programs.py compiles a step, test_model_loss.py the loss with its gradients
+@pytest.mark.slow  # test_programs.py compiles decoding, test_model_loss.py the loss with its gradients
 def test_compiles_to_one_graph():
     model, tokens = tiny_model(torch.float32, num_layers=1), tokens_of(2, 20)
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager")

@@ -1,4 +1,4 @@
-"""Folders in the format of the released code: what is read, and what is refused."""
+"""Folders in the format of the released code: valid and faulty ones."""
 
 import json
 import os
@@ -36,52 +36,54 @@ def test_load_official_errors(tmp_path):
     """Each line names the file and the fault."""
     model = tiny_model(torch.float32)
 
-    def refused(message, error=ValueError):
+    def assert_refused(message, error=ValueError):
         with pytest.raises(error, match=message) as raised:
             mo.load_official(tmp_path / "f")
         text = str(raised.value)
         assert text.startswith(f"load_official: {tmp_path / 'f'}") and text.isprintable() and "Errno" not in text
 
-    refused("f: no such folder", FileNotFoundError)
+    assert_refused("f: no such folder", FileNotFoundError)
     folder = tmp_path / "f"
     folder.mkdir()
-    refused("f: no config.json in this folder", FileNotFoundError)
+    assert_refused("f: no config.json in this folder", FileNotFoundError)
     save_released(model, folder)
     (folder / "consolidated.pth").unlink()
-    refused("consolidated.pth: no such file", FileNotFoundError)
+    assert_refused("consolidated.pth: no such file", FileNotFoundError)
     save_released(model, folder)
     save_released(model, folder, num_layers=3)
-    refused("consolidated.pth: must hold the parameters of config.json; 'layers.2.mega.gamma' is missing")
+    assert_refused("consolidated.pth: must hold the parameters of config.json; 'layers.2.mega.gamma' is missing")
     save_released(model, folder, num_layers=1)
-    refused("must hold the parameters of config.json; 'layers.1.mega.beta' is none of them")
+    assert_refused("must hold the parameters of config.json; 'layers.1.mega.beta' is none of them")
     save_released(model, folder, num_layers=10**9)
-    refused("a model of its configuration takes .* GiB of memory")
+    assert_refused("a model of its configuration takes .* GiB of memory")
     save_released(model, folder, ffn_hidden_dim=41)
-    refused("consolidated.pth: `layers.0.nffn.fc1.weight` must be floating-point numbers of shape")
+    assert_refused("consolidated.pth: `layers.0.nffn.fc1.weight` must be floating-point numbers of shape")
     for field, value in (("swiglu", "no"), ("num_layers", True), ("norm_eps", "1"), ("new", 1)):
         save_released(model, folder, **{field: value})
-        refused(f"config.json: MegalodonConfig: .*{field}")
+        assert_refused(f"config.json: MegalodonConfig: .*{field}")
     save_released(model, folder, shards=2)
-    refused("holds both consolidated.pth and consolidated.00.pth; one of them must go")
+    assert_refused("holds both consolidated.pth and consolidated.00.pth; one of them must go")
     (folder / "consolidated.pth").unlink()
     part = torch.load(folder / "consolidated.01.pth", weights_only=True)
     torch.save({k: v for k, v in part.items() if k != "layers.0.mega.wv.weight"}, folder / "consolidated.01.pth")
-    refused("consolidated.01.pth: must hold parts as consolidated.00.pth does, got another 'layers.0.mega.wv.weight'")
+    assert_refused(
+        "consolidated.01.pth: must hold parts as consolidated.00.pth does, got another 'layers.0.mega.wv.weight'"
+    )
     torch.save({**part, "layers.0.mega.rmsnorm.weight": torch.ones(32)}, folder / "consolidated.01.pth")
-    refused("f: `layers.0.mega.rmsnorm.weight` must be equal in every shard")
+    assert_refused("f: `layers.0.mega.rmsnorm.weight` must be equal in every shard")
     (folder / "consolidated.01.pth").unlink()
-    refused("consolidated.00.pth: `embed.weight` must be floating-point numbers of shape")
+    assert_refused("consolidated.00.pth: `embed.weight` must be floating-point numbers of shape")
     save_released(model, folder, shards=2)
     (folder / "consolidated.00.pth").rename(folder / "first")
     (folder / "consolidated.01.pth").rename(folder / "consolidated.00.pth")
     (folder / "first").rename(folder / "consolidated.01.pth")
-    refused("consolidated.00.pth: was written as consolidated.01.pth, another shard")
+    assert_refused("consolidated.00.pth: was written as consolidated.01.pth, another shard")
     for rank in range(2):
         torch.save({k: v for k, v in part.items() if k != "embed.weight"}, folder / f"consolidated.{rank:02d}.pth")
-    refused("'embed.weight' is missing")
+    assert_refused("'embed.weight' is missing")
     for content in ("{}", '{"model": 3}', '{"model": [1]}'):
         (folder / "config.json").write_text(content)
-        refused("config.json: must hold an object `model`, got")
+        assert_refused("config.json: must hold an object `model`, got")
 
 
 PARAMETERS = {
@@ -126,15 +128,15 @@ def test_a_changed_byte_of_a_parameter_is_noticed(tmp_path):
     save_released(model, tmp_path)
     path = tmp_path / "consolidated.pth"
     content = bytearray(path.read_bytes())
-    place = content.find(model.layers[0].mega.wz.weight.detach().numpy().tobytes())
-    assert place > 0
-    content[place + 101] ^= 1
+    offset = content.find(model.layers[0].mega.wz.weight.detach().numpy().tobytes())
+    assert offset > 0
+    content[offset + 101] ^= 1
     path.write_bytes(content)
     with pytest.raises(ValueError, match="consolidated.pth: is damaged: the checksum of 'consolidated/data/"):
         mo.load_official(tmp_path)
 
 
-def zipped_again(path):
+def rezip(path):
     with zipfile.ZipFile(path) as archive:
         records = {record.filename: archive.read(record) for record in archive.infolist()}
     with zipfile.ZipFile(path, "w") as archive:
@@ -171,10 +173,10 @@ def test_files_that_are_no_archives(tmp_path, kind):
 
 
 def test_an_archive_by_another_name_is_read(tmp_path):
-    """What counts is the file's content: a link to it, other padding, a whole checkpoint saved under another name."""
+    """Only the content counts: the file here is a link, with other padding, to another name."""
     model = tiny_model(torch.float32)
     save_released(model, tmp_path)
-    zipped_again(tmp_path / "consolidated.pth")
+    rezip(tmp_path / "consolidated.pth")
     (tmp_path / "consolidated.pth").rename(tmp_path / "elsewhere")
     (tmp_path / "consolidated.pth").symlink_to(tmp_path / "elsewhere")
     loaded = mo.load_official(tmp_path)
@@ -182,7 +184,7 @@ def test_an_archive_by_another_name_is_read(tmp_path):
 
 
 @pytest.mark.parametrize("same", [True, False])
-def test_a_shared_embedding_that_stands_there_twice(tmp_path, same):
+def test_a_shared_embedding_that_is_stored_twice(tmp_path, same):
     model = tiny_model(torch.float32, share_emb=True)
     save_released(model, tmp_path)
     second = model.embed.weight.detach() + (0 if same else 1)
@@ -209,7 +211,7 @@ JSONS = {
 
 
 @pytest.mark.parametrize("kind", JSONS)
-def test_json_that_is_none(tmp_path, kind):
+def test_invalid_json(tmp_path, kind):
     save_released(tiny_model(torch.float32), tmp_path)
     content, message = JSONS[kind]
     (tmp_path / "config.json").write_text(content, encoding="latin1")

@@ -1,4 +1,4 @@
-"""What programs do with a model: export, copy, save, call it with other parameters, transform, compile."""
+"""Models in programs: export, copies, calls with other parameters, transforms, compilation."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ EACH_MODE = pytest.mark.parametrize("strict", [False, pytest.param(True, marks=p
 CANNOT_TRACE = pytest.mark.skipif(torch.__version__ < (2, 6), reason="torch 2.5 cannot trace it")
 SLOW = pytest.mark.slow
 EACH_GRAD = pytest.mark.parametrize("grad", [False, True], ids=["no_grad", "grad"])
-SIZES = [(1, 1), (2, 7), (3, 60)]  # 1 to 180 tokens: products of these take each of the kernels
+SIZES = [(1, 1), (2, 7), (3, 60)]  # 1 to 180 tokens, so that products use each of the kernels
 ALL = dict(swiglu=True, rescale_nffn=True, scale_emb=True, share_emb=True)
 
 
@@ -41,8 +41,8 @@ def state_of(model, rows=2, seen=5):
         return model(tokens_of(rows, seen), return_state=True)[1]
 
 
-def others_parameters(model, factor=1.1):
-    """A model of the same configuration with other parameters, and these by name."""
+def other_model(model, factor=1.1):
+    """Return a model of the same configuration with other parameters, and these by name."""
     other = copy.deepcopy(model)
     with torch.no_grad():
         for parameter in other.parameters():
@@ -66,14 +66,14 @@ def assert_near(found, expected, tolerance=1e-5) -> None:
 # Export
 
 
-@pytest.mark.parametrize(  # each two of the three together
+@pytest.mark.parametrize(  # each pair of the three
     ("grad", "dtype", "strict"),
     [
         (False, torch.float32, False), (True, torch.bfloat16, False),
         pytest.param(True, torch.float32, True, marks=SLOW), pytest.param(False, torch.bfloat16, True, marks=SLOW),
     ],
 )  # fmt: skip
-def test_an_exported_forward_takes_any_batch_and_length(strict, grad, dtype):
+def test_an_exported_forward_takes_other_batches_and_lengths(strict, grad, dtype):
     model = small_model(dtype, **ALL)
     with torch.set_grad_enabled(grad):
         shapes = dict(tokens=dims("rows", "length"))
@@ -82,8 +82,8 @@ def test_an_exported_forward_takes_any_batch_and_length(strict, grad, dtype):
             assert_near(program(tokens_of(*size)), model(tokens_of(*size)), 1e-5 if dtype == torch.float32 else 0.05)
 
 
-def test_an_exported_program_of_a_wider_model_takes_any_length():
-    """Products of this model's layers pass the sizes from which, with gradients, the op for many rows is worth its call."""
+def test_an_exported_program_of_a_wider_model_takes_other_lengths():
+    """Its products pass the size from which, with gradients, the op for many rows is faster."""
     model = small_model(model_dim=512, value_dim=1024, ffn_hidden_dim=2048)
     program = torch.export.export(
         model, (tokens_of(1, 9),), dynamic_shapes=dict(tokens={1: dims("length")[0]})
@@ -97,21 +97,21 @@ def test_an_exported_program_of_a_wider_model_takes_any_length():
 def test_an_exported_forward_takes_padded_and_packed_batches(strict, kind):
     model = small_model()
     if kind == "lengths":
-        made_with, runs_with = (tokens_of(2, 9), [9, 4]), (tokens_of(3, 20), [1, 20, 8])
+        example, inputs = (tokens_of(2, 9), [9, 4]), (tokens_of(3, 20), [1, 20, 8])
         shapes = dict(tokens=dims("rows", "length"), lengths=dims("rows"))
         shapes["lengths"] = {0: shapes["tokens"][0]}
     else:
-        made_with, runs_with = (tokens_of(1, 9), [0, 4, 9]), (tokens_of(1, 20), [0, 1, 13, 20])
+        example, inputs = (tokens_of(1, 9), [0, 4, 9]), (tokens_of(1, 20), [0, 1, 13, 20])
         shapes = dict(tokens={1: dims("length")[0]}, cu_seqlens={0: torch.export.Dim("ends", min=3)})
-    options = {kind: torch.tensor(made_with[1])}
-    program = torch.export.export(model, made_with[:1], options, dynamic_shapes=shapes, strict=strict).module()
-    tokens, options = runs_with[0], {kind: torch.tensor(runs_with[1])}
+    options = {kind: torch.tensor(example[1])}
+    program = torch.export.export(model, example[:1], options, dynamic_shapes=shapes, strict=strict).module()
+    tokens, options = inputs[0], {kind: torch.tensor(inputs[1])}
     assert_near(program(tokens, **options), model(tokens, **options))
 
 
 @EACH_MODE
-def test_an_exported_step_decodes_any_batch_from_a_file(strict):
-    """Over a chunk's end, from a program that was saved and loaded."""
+def test_an_exported_model_decodes_other_batches_from_a_file(strict):
+    """Tokens pass the end of a chunk; the program is saved and loaded."""
     model = small_model(**ALL)
     state, rows = state_of(model), dims("rows")
     shapes = dict(tokens=rows, state=tree_map(lambda _: rows, state), return_state=None)
@@ -121,38 +121,38 @@ def test_an_exported_step_decodes_any_batch_from_a_file(strict):
         file = io.BytesIO()
         torch.export.save(program, file)
         file.seek(0)
-        step = torch.export.load(file).module()
+        loaded = torch.export.load(file).module()
         for batch in (1, 3):
             found = expected = state_of(model, batch)
             for token in tokens_of(batch, 6).split(1, 1):
-                found_logits, found = step(token, state=found, return_state=True)
+                found_logits, found = loaded(token, state=found, return_state=True)
                 logits, expected = model(token, state=expected, return_state=True)
                 assert_near((found_logits, found), (logits, expected))
                 assert isinstance(found, mo.MegalodonState)
 
 
 @CANNOT_TRACE
-def test_an_exported_step_may_write_its_state_in_place():
+def test_an_exported_model_may_write_its_state_in_place():
     model = small_model()
     token, state = tokens_of(2, 1), state_of(model)
     options = dict(return_state=True, inplace_state=True)
     with torch.no_grad():
-        step = torch.export.export(model, (token,), dict(state=state.clone(), **options)).module()
+        program = torch.export.export(model, (token,), dict(state=state.clone(), **options)).module()
         written = state.clone()
-        found = step(token, state=written, **options)
+        found = program(token, state=written, **options)
         assert_near(found, model(token, state=state, return_state=True))
         assert_equal(written.layers[0].attention, found[1].layers[0].attention)
 
 
-@pytest.mark.parametrize(  # each two of the three together
+@pytest.mark.parametrize(  # each pair of the three
     ("grad", "hooked", "strict"),
     [
         (True, False, False), (False, True, False),
         pytest.param(True, True, True, marks=SLOW), pytest.param(False, False, True, marks=SLOW),
     ],
 )  # fmt: skip
-def test_an_exported_loss_takes_any_batch_and_length(strict, grad, hooked, monkeypatch):
-    """Both its kinds, and with fewer and with more logits than are one block."""
+def test_an_exported_loss_takes_other_batches_and_lengths(strict, grad, hooked, monkeypatch):
+    """With and without a hook, and with fewer and more logits than one block has."""
     model = small_model()
     if hooked:
         model.output.output.register_forward_hook(lambda module, args, y: 2 * y)
@@ -176,13 +176,13 @@ def test_an_exported_loss_takes_any_batch_and_length(strict, grad, hooked, monke
 
 
 @EACH_MODE
-def test_layers_that_would_be_recomputed_are_exported_as_they_are(strict):
+def test_recomputed_layers_are_exported_without_recomputation(strict):
     model, tokens = small_model(layerwise_ckpt=True).train(), tokens_of(2, 12)
     program = torch.export.export(model, (tokens,), strict=strict).module()
     assert_near(program(tokens), model(tokens))
 
 
-class Decodes(torch.nn.Module):
+class DecoderModule(torch.nn.Module):
     def __init__(self, model: mo.Megalodon) -> None:
         super().__init__()
         self.decoder = mo.Decoder(model, state_of(model))
@@ -191,7 +191,7 @@ class Decodes(torch.nn.Module):
         return self.decoder(tokens)
 
 
-class Generates(torch.nn.Module):
+class GeneratorModule(torch.nn.Module):
     def __init__(self, model: mo.Megalodon) -> None:
         super().__init__()
         self.model = model
@@ -200,7 +200,7 @@ class Generates(torch.nn.Module):
         return self.model.generate(tokens, max_new_tokens=2, temperature=0)
 
 
-@pytest.mark.parametrize(("function", "kind"), [("Decoder", Decodes), ("generate", Generates)])
+@pytest.mark.parametrize(("function", "kind"), [("Decoder", DecoderModule), ("generate", GeneratorModule)])
 def test_a_decoder_is_not_exported(function, kind):
     refused = f"{function}: expected a call outside of torch.export, got one inside; call the model there"
     with pytest.raises(NotImplementedError, match=refused):
@@ -210,27 +210,27 @@ def test_a_decoder_is_not_exported(function, kind):
 # Copies
 
 
-def pickled(value):
+def by_pickle(value):
     return pickle.loads(pickle.dumps(value))
 
 
-def saved(value):
+def by_torch_save(value):
     file = io.BytesIO()
     torch.save(value, file)
     file.seek(0)
     return torch.load(file, weights_only=False)
 
 
-COPIES = {"copy": copy.copy, "deepcopy": copy.deepcopy, "pickle": pickled, "torch.save": saved}
+COPIES = {"copy": copy.copy, "deepcopy": copy.deepcopy, "pickle": by_pickle, "torch.save": by_torch_save}
 
 
-@pytest.mark.parametrize("how", COPIES)
+@pytest.mark.parametrize("method", COPIES)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_a_copied_model_computes_what_the_model_does(how, dtype):
+def test_a_copied_model_has_the_results_of_the_model(method, dtype):
     model, tokens = small_model(dtype, share_emb=True), tokens_of(2, 12)
-    copied = COPIES[how](model)
+    copied = COPIES[method](model)
     assert copied.embed.weight is copied.output.output.weight
-    assert (copied.embed.weight is model.embed.weight) == (how == "copy")
+    assert (copied.embed.weight is model.embed.weight) == (method == "copy")
     assert mo.wide_parameters(copied).keys() == mo.wide_parameters(model).keys()
     assert_equal(copied(tokens), model(tokens))
     copied.loss(tokens, tokens).backward()
@@ -240,22 +240,22 @@ def test_a_copied_model_computes_what_the_model_does(how, dtype):
     )
 
 
-@pytest.mark.parametrize("how", COPIES)
-def test_a_copied_state_is_a_state(how):
+@pytest.mark.parametrize("method", COPIES)
+def test_a_copied_state_is_a_state(method):
     model = small_model()
     state = state_of(model)
-    copied = COPIES[how](state)
+    copied = COPIES[method](state)
     assert isinstance(copied, mo.MegalodonState)
     assert_equal(copied, state)
     assert_equal(mo.Decoder(model, copied)(tokens_of(2, 1)), mo.Decoder(model, state)(tokens_of(2, 1)))
 
 
-@pytest.mark.parametrize("how", COPIES)
-def test_a_decoder_is_not_copied(how):
+@pytest.mark.parametrize("method", COPIES)
+def test_a_decoder_is_not_copied(method):
     model = small_model()
     decoder = mo.Decoder(model, state_of(model))
     with pytest.raises(TypeError, match=r"Decoder: expected no copy.*`decoder.state`"):
-        COPIES[how](decoder)
+        COPIES[method](decoder)
 
 
 # Other parameters, and torch.func
@@ -263,7 +263,7 @@ def test_a_decoder_is_not_copied(how):
 
 def test_functional_call_computes_with_the_parameters_given():
     model, tokens = small_model(**ALL), tokens_of(2, 12)
-    other, parameters = others_parameters(model)
+    other, parameters = other_model(model)
     options = dict(state=state_of(model), return_state=True)
     assert_equal(functional_call(model, parameters, (tokens,)), other(tokens))
     assert_equal(functional_call(model, parameters, (tokens,), options), other(tokens, **options))
@@ -273,7 +273,7 @@ def test_functional_call_computes_with_the_parameters_given():
 
 def test_the_gradients_of_functional_calls_reach_the_parameters_given():
     model, tokens = small_model(), tokens_of(2, 12)
-    other, parameters = others_parameters(model)
+    other, parameters = other_model(model)
     named = {f"model.{name}": parameter for name, parameter in parameters.items()}
     found, expected = functional_call(Loss(model), named, (tokens, tokens)), other.loss(tokens, tokens)
     assert_equal(found, expected)
@@ -314,7 +314,7 @@ def test_differentiating_with_torch_func_is_refused(transform, output):
 @EACH_GRAD
 def test_vmap_computes_sequences_and_models_side_by_side(grad):
     model, tokens = small_model(), tokens_of(2, 12)
-    other, parameters = others_parameters(model)
+    other, parameters = other_model(model)
     models = {name: torch.stack([own, parameters[name]]) for name, own in model.named_parameters()}
     with torch.set_grad_enabled(grad):
         sequences = torch.func.vmap(lambda row: model(row[None])[0])(tokens)
@@ -338,14 +338,14 @@ def test_vmap_of_a_decoder_is_refused():
 
 
 @CANNOT_TRACE
-def test_a_compiled_step_decodes_over_the_end_of_a_chunk():
+def test_a_compiled_model_decodes_past_the_end_of_a_chunk():
     model = small_model(**ALL)
     torch.compiler.reset()
-    step = torch.compile(model, fullgraph=True, backend="aot_eager")
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
     found = expected = state_of(model)
     with torch.no_grad():
         for token in tokens_of(2, 6).split(1, 1):
-            found_logits, found = step(token, state=found, return_state=True)
+            found_logits, found = compiled(token, state=found, return_state=True)
             logits, expected = model(token, state=expected, return_state=True)
             assert_near((found_logits, found), (logits, expected))
 

@@ -1,4 +1,4 @@
-"""Models whose linear layers are quantised, by a tool or by a program: they compute with those layers, in training and decoding."""
+"""Models with quantised linear layers, by a tool or by a program, train and decode with these layers."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ def linear_layers(model: torch.nn.Module) -> dict[str, torch.nn.Module]:
 
 
 def assert_works(model: mo.Megalodon, quantised: mo.Megalodon) -> None:
-    """The quantised model gives other logits, but not by much, and its loss, generation and decoder are of its logits."""
+    """Its logits are near the model's but not equal; its loss, generation and decoder agree with its logits."""
     tokens = tokens_of(2, 20)
     with torch.no_grad():
         expected, logits = model(tokens), quantised(tokens)
@@ -35,14 +35,14 @@ def assert_works(model: mo.Megalodon, quantised: mo.Megalodon) -> None:
 
 
 def assert_near(found: torch.Tensor, expected: torch.Tensor) -> None:
-    """The results are steps of int8 apart; activations, too, may be quantised, by the largest of a call."""
+    """Results differ by the rounding of int8; activations may be quantised, too, with one scale a call."""
     assert (found - expected).square().mean().sqrt() < 0.05 * expected.std()
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning", "ignore:.*deprecated:UserWarning")
 @pytest.mark.skipif("fbgemm" not in torch.backends.quantized.supported_engines, reason="needs torch's int8 kernels")
 def test_dynamic_quantisation_by_torch():
-    """It looks for exactly `nn.Linear`."""
+    """It quantises `nn.Linear`, but no subclass."""
     model = tiny_model(torch.float32).eval()
     changed = copy.deepcopy(model)
     for layer in linear_layers(changed).values():
@@ -92,7 +92,7 @@ class Int8WithAdapter(torch.nn.Module):
 
 
 def test_wrapped_int8_layers_train_and_decode():
-    """Training lowers the loss through frozen int8 layers, decoding has the bits of the layers, merging changes nothing."""
+    """The loss falls through frozen int8 layers, decoding has the layers' bits, merging changes nothing."""
     model, tokens = tiny_model(torch.float32, dropout=0.0), tokens_of(4, 25)
     model.requires_grad_(False)
     names = [name for name, module in model.named_modules() if isinstance(module, torch.nn.Linear)]

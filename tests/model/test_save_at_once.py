@@ -1,4 +1,4 @@
-"""Several processes that save one path at once end with what one of them wrote, whole, and none of them fails."""
+"""Of processes that save one path at once, none fails, and the path holds what one of them wrote, whole."""
 
 import errno
 import fcntl
@@ -35,7 +35,7 @@ def model_of(value, config=CONFIG):
 
 
 def value_of(model):
-    """The number that all weights are."""
+    """Return the one value of all weights."""
     (value,) = torch.cat([weight.flatten() for weight in model.state_dict().values()]).unique().tolist()
     return value
 
@@ -46,21 +46,21 @@ def save_state(path, value):
 
 
 def save_tokenizer(path, value):
-    """Each names a token of its own as the one that opens a document, in the second file."""
+    """Save a tokenizer whose second file names another start token for each value."""
     content = Tokenizer.train([b"to be or not to be %d " % value * 20], vocab_size=260 + value).content
     path.with_name(f"{value}.json").write_bytes(content)
     Tokenizer.from_file(path.with_name(f"{value}.json"), start="abcdefgh"[value]).save(path)
     path.with_name(f"{value}.json").unlink()
 
 
-def saved_tokenizer(path):
+def tokenizer_value(path):
     tokenizer = load_tokenizer(path)
     value = tokenizer.vocab_size - 260
     assert tokenizer.start_token == "abcdefgh"[value]
     return value
 
 
-def saved_checkpoint(path):
+def checkpoint_value(path):
     found, model = load_checkpoint(path), model_of(0)
     found.load_weights(model)
     assert found.record["value"] == value_of(model)
@@ -70,24 +70,24 @@ def saved_checkpoint(path):
 KINDS = {
     "model": (lambda path, value: model_of(value).save(path), lambda path: value_of(mo.Megalodon.load(path))),
     "released": (lambda path, value: mo.save_official(model_of(value), path), lambda path: value_of(mo.load_official(path))),
-    "checkpoint": (lambda path, value: save_checkpoint(path, 7, model_of(value), record={"value": value}), saved_checkpoint),
+    "checkpoint": (lambda path, value: save_checkpoint(path, 7, model_of(value), record={"value": value}), checkpoint_value),
     "state": (save_state, lambda path: mo.MegalodonState.load(path, CONFIG).num_sequences),
-    "tokenizer": (save_tokenizer, saved_tokenizer),
+    "tokenizer": (save_tokenizer, tokenizer_value),
 }  # fmt: skip
 
 
-def remains(folder):
+def drafts(folder):
     return [*folder.rglob(".*")]
 
 
-def _save_at_once(save, paths, value, ready, said):
+def _save_at_once(save, paths, value, ready, messages):
     for path in paths:
         ready.wait(60)
         try:
             save(path, value)
         except BaseException as error:
-            said.put(f"{path.name}: {error}")
-    said.put(None)
+            messages.put(f"{path.name}: {error}")
+    messages.put(None)
 
 
 @pytest.mark.slow
@@ -96,57 +96,57 @@ def _save_at_once(save, paths, value, ready, said):
 @pytest.mark.parametrize("processes", [2, 4])
 @pytest.mark.parametrize("exchange", [True, False])
 def test_processes_that_save_one_path(tmp_path, monkeypatch, kind, processes, exchange):
-    """Over what another has saved, and where nothing is."""
+    """Over an existing path and a new one."""
     if not exchange:
         monkeypatch.setattr(files, "_exchange", lambda one, other: False)
-    save, saved = KINDS[kind]
+    save, read_value = KINDS[kind]
     paths = [tmp_path / f"{i}" / "it" for i in range(20)]
     for i, path in enumerate(paths):
         path.parent.mkdir()
         if i % 2:
             save(path, 5)
     context = multiprocessing.get_context("fork")
-    ready, said = context.Barrier(processes), context.Queue()
+    ready, messages = context.Barrier(processes), context.Queue()
     values = range(1, processes + 1)
-    started = [context.Process(target=_save_at_once, args=(save, paths, value, ready, said)) for value in values]
-    for process in started:
+    workers = [context.Process(target=_save_at_once, args=(save, paths, value, ready, messages)) for value in values]
+    for process in workers:
         process.start()
-    errors = [error for _ in started for error in iter(lambda: said.get(timeout=60), None)]
-    for process in started:
+    errors = [error for _ in workers for error in iter(lambda: messages.get(timeout=60), None)]
+    for process in workers:
         process.join(60)
     assert not errors
-    assert {saved(path) for path in paths} <= {*values}
-    assert not remains(tmp_path)
+    assert {read_value(path) for path in paths} <= {*values}
+    assert not drafts(tmp_path)
 
 
-def interrupt(monkeypatch, place, name, interruption, at=0):
-    """Has a function call `interruption` before its own work, at one of its calls."""
-    real, calls = getattr(place, name), itertools.count()
+def interrupt(monkeypatch, module, name, interruption, call=0):
+    """Make call number `call` of a function call `interruption` first."""
+    real, calls = getattr(module, name), itertools.count()
 
     def interrupted(*arguments, **options):
-        if next(calls) == at:
+        if next(calls) == call:
             interruption()
         return real(*arguments, **options)
 
-    monkeypatch.setattr(place, name, interrupted)
+    monkeypatch.setattr(module, name, interrupted)
 
 
 @pytest.mark.parametrize("kind", ["model", "released", "checkpoint", "state"])
 def test_another_save_while_one_writes(tmp_path, monkeypatch, kind):
-    """The draft stays where it is, and replaces what the other process has written."""
-    save, saved = KINDS[kind]
+    """The second save leaves the first one's draft, which then replaces its result."""
+    save, read_value = KINDS[kind]
     for before in (False, True):
         path = tmp_path / str(before)
         if before:
             save(path, 1)
         interrupt(monkeypatch, files, "flush", lambda path=path: save(path, 2))
         save(path, 3)
-        assert saved(path) == 3
+        assert read_value(path) == 3
         monkeypatch.undo()
-    assert not remains(tmp_path)
+    assert not drafts(tmp_path)
 
 
-def without_locks(monkeypatch):
+def disable_locks(monkeypatch):
     def flock(file, operation):
         raise OSError(errno.ENOSYS, os.strerror(errno.ENOSYS))
 
@@ -154,32 +154,31 @@ def without_locks(monkeypatch):
 
 
 def test_folders_that_cannot_be_exchanged_nor_locked(tmp_path, monkeypatch):
-    """Another process takes the name in the moment in which it is free."""
-    without_locks(monkeypatch)
+    """Another process takes the name while it is free."""
+    disable_locks(monkeypatch)
     monkeypatch.setattr(files, "_exchange", lambda one, other: False)
     model_of(1).save(tmp_path / "it")
-    interrupt(monkeypatch, os, "rename", lambda: model_of(2).save(tmp_path / "it"), at=1)
+    interrupt(monkeypatch, os, "rename", lambda: model_of(2).save(tmp_path / "it"), call=1)
     model_of(3).save(tmp_path / "it")
     assert value_of(mo.Megalodon.load(tmp_path / "it")) == 3
-    assert not remains(tmp_path)
+    assert not drafts(tmp_path)
 
 
-def test_a_folder_that_was_moved_away_comes_back(tmp_path, monkeypatch):
-    """Where the new one cannot take the name."""
+def test_the_old_folder_comes_back_if_the_new_one_cannot_be_renamed(tmp_path, monkeypatch):
     monkeypatch.setattr(files, "_exchange", lambda one, other: False)
     model_of(1).save(tmp_path / "it")
     rename = os.rename
 
-    def full(source, target):
+    def rename_on_full_disk(source, target):
         if source.name == "new":
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         rename(source, target)
 
-    monkeypatch.setattr(os, "rename", full)
+    monkeypatch.setattr(os, "rename", rename_on_full_disk)
     with pytest.raises(OSError, match="it: could not be written: No space left"):
         model_of(2).save(tmp_path / "it")
     assert value_of(mo.Megalodon.load(tmp_path / "it")) == 1
-    assert not remains(tmp_path)
+    assert not drafts(tmp_path)
 
 
 def test_two_processes_remove_one_checkpoint(tmp_path, monkeypatch):
@@ -193,58 +192,58 @@ def test_two_processes_remove_one_checkpoint(tmp_path, monkeypatch):
 def test_a_model_is_replaced_while_it_is_read(tmp_path, monkeypatch):
     """All of its shards are those of one model."""
     model_of(1).save(tmp_path / "it", max_shard_bytes=100)
-    interrupt(monkeypatch, weights, "load_file", lambda: model_of(2).save(tmp_path / "it", max_shard_bytes=100), at=3)
+    interrupt(monkeypatch, weights, "load_file", lambda: model_of(2).save(tmp_path / "it", max_shard_bytes=100), call=3)
     assert value_of(mo.Megalodon.load(tmp_path / "it")) == 2
 
 
 def test_without_locks_files_are_written_and_no_draft_is_removed(tmp_path, monkeypatch):
-    without_locks(monkeypatch)
+    disable_locks(monkeypatch)
     interrupt(monkeypatch, files, "flush", lambda: files.write_whole(tmp_path / "it", b"2"))
     files.write_whole(tmp_path / "it", b"3")
     assert (tmp_path / "it").read_bytes() == b"3"
-    assert not remains(tmp_path)
+    assert not drafts(tmp_path)
 
 
-def test_a_lock_that_its_last_holder_removes_is_made_again(tmp_path, monkeypatch):
+def test_a_lock_that_its_last_holder_removes_is_recreated(tmp_path, monkeypatch):
     lock = tmp_path / ".it.draft-turn.lock"
     interrupt(monkeypatch, fcntl, "flock", lock.unlink)
     with files.drafting(tmp_path / "it", "turn"):
         assert lock.exists()
 
 
-def beside(monkeypatch, save, *arguments):
-    """A thread that saves, and a function that starts it and returns once it has saved or waits for a lock."""
-    thread, waits, flock = threading.Thread(target=save, args=arguments), threading.Event(), fcntl.flock
+def saving_thread(monkeypatch, save, *arguments):
+    """Return a thread that saves, and a function that starts it and returns once it has saved or waits for a lock."""
+    thread, is_waiting, flock = threading.Thread(target=save, args=arguments), threading.Event(), fcntl.flock
 
-    def noted(file, operation):
+    def flock_with_event(file, operation):
         try:
             flock(file, operation | fcntl.LOCK_NB)
         except BlockingIOError:
-            waits.set()
+            is_waiting.set()
             flock(file, operation)
 
-    def begin():
+    def start():
         thread.start()
-        while thread.is_alive() and not waits.is_set():
+        while thread.is_alive() and not is_waiting.is_set():
             time.sleep(0.001)
 
-    monkeypatch.setattr(fcntl, "flock", noted)
-    return thread, begin
+    monkeypatch.setattr(fcntl, "flock", flock_with_event)
+    return thread, start
 
 
 def test_a_tokenizer_has_both_files_of_one_process(tmp_path, monkeypatch):
     """While one process writes them, another one waits."""
-    other, begin = beside(monkeypatch, save_tokenizer, tmp_path / "it", 2)
-    interrupt(monkeypatch, files, "flush", begin, at=1)
+    other, start = saving_thread(monkeypatch, save_tokenizer, tmp_path / "it", 2)
+    interrupt(monkeypatch, files, "flush", start, call=1)
     save_tokenizer(tmp_path / "it", 3)
     other.join()
-    assert saved_tokenizer(tmp_path / "it") == 2
+    assert tokenizer_value(tmp_path / "it") == 2
 
 
-def test_another_process_makes_the_folder_while_save_looks_at_it(tmp_path, monkeypatch):
+def test_another_process_creates_the_folder_while_save_checks_it(tmp_path, monkeypatch):
     """It is not taken for a folder that holds other files."""
-    other, begin = beside(monkeypatch, model_of(1).save, tmp_path / "it")
-    interrupt(monkeypatch, checkpoint, "kept_files", begin)
+    other, start = saving_thread(monkeypatch, model_of(1).save, tmp_path / "it")
+    interrupt(monkeypatch, checkpoint, "kept_files", start)
     model_of(2).save(tmp_path / "it")
     other.join()
     assert value_of(mo.Megalodon.load(tmp_path / "it")) in (1, 2)

@@ -1,4 +1,4 @@
-"""A model's folder is whole, whatever happens to the process that writes it."""
+"""A model's folder is whole, even if the disk is full or the process that writes it is killed."""
 
 import itertools
 import multiprocessing
@@ -27,7 +27,7 @@ def test_a_full_disk_leaves_the_folder_as_it_was(tmp_path, file_size_limit):
         assert [path.name for path in tmp_path.iterdir()] == ["m"]
 
 
-def _save_for_ever(folder):
+def _save_repeatedly(folder):
     model = mo.Megalodon(mo.MegalodonConfig(**TINY))
     for number in itertools.count():
         for parameter in model.parameters():
@@ -37,14 +37,14 @@ def _save_for_ever(folder):
 
 @pytest.mark.slow
 def test_killed_at_any_time_the_folder_is_the_old_or_the_new(tmp_path):
-    """A process that saves again and again is killed 12 times; a whole folder is always there."""
+    """A process that saves repeatedly is killed 12 times; the folder is always whole."""
     folder = tmp_path / "m"
     model = mo.Megalodon(mo.MegalodonConfig(**TINY))
     for parameter in model.parameters():
         torch.nn.init.constant_(parameter, 0)
     model.save(folder)
     for i in range(12):
-        process = multiprocessing.get_context("fork").Process(target=_save_for_ever, args=(folder,))
+        process = multiprocessing.get_context("fork").Process(target=_save_repeatedly, args=(folder,))
         process.start()
         time.sleep(0.1 + 0.0237 * i)
         os.kill(process.pid, signal.SIGKILL)
@@ -58,24 +58,24 @@ def test_killed_at_any_time_the_folder_is_the_old_or_the_new(tmp_path):
 @pytest.mark.parametrize("counts", COUNTS)
 @pytest.mark.parametrize("call", ["rename", "fsync"])
 @pytest.mark.parametrize("exchange", [True, False])
-def test_killed_at_each_step(tmp_path, monkeypatch, counts, call, exchange):
-    """The folder is the old one or the new one; without an exchange, between two renames, the old one stands beside."""
+def test_killed_at_each_call(tmp_path, monkeypatch, counts, call, exchange):
+    """The folder is the old or the new one; between the two renames without an exchange, the old one is in a draft."""
     if not exchange:
         monkeypatch.setattr(files, "_exchange", lambda one, other: False)
     old, new = tiny_model(torch.float32), tiny_model(torch.float32, swiglu=True)
     for count in counts:
-        beside = tmp_path / str(count)
-        beside.mkdir()
-        old.save(beside / "m")
+        parent = tmp_path / str(count)
+        parent.mkdir()
+        old.save(parent / "m")
         with killed_at(monkeypatch, call, count):
-            new.save(beside / "m")
-        if (beside / "m").exists():
-            allowed = [new.config] if exchange and call == "rename" else [old.config, new.config]  # nothing is renamed
-            assert mo.Megalodon.load(beside / "m").config in allowed, count
+            new.save(parent / "m")
+        if (parent / "m").exists():
+            allowed = [new.config] if exchange and call == "rename" else [old.config, new.config]  # no rename, no kill
+            assert mo.Megalodon.load(parent / "m").config in allowed, count
         else:
             assert not exchange
-            (moved,) = beside.glob(".m.draft-*/old-*")
+            (moved,) = parent.glob(".m.draft-*/old-*")
             assert mo.Megalodon.load(moved).config == old.config, count
-        new.save(beside / "m")
-        assert mo.Megalodon.load(beside / "m").config == new.config, count
-        assert [path.name for path in beside.iterdir()] == ["m"], count
+        new.save(parent / "m")
+        assert mo.Megalodon.load(parent / "m").config == new.config, count
+        assert [path.name for path in parent.iterdir()] == ["m"], count

@@ -21,7 +21,7 @@ CONFIGS = {
 DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
 
 
-def same(one, other):
+def equal_parameters(one, other):
     return all(
         torch.equal(a, b) and a.dtype == b.dtype for a, b in zip(one.parameters(), other.parameters(), strict=True)
     )
@@ -36,7 +36,7 @@ def test_round_trip(tmp_path, config, dtype):
     model.save(tmp_path / "m", max_shard_bytes=shard)
     loaded = mo.Megalodon.load(tmp_path / "m")
     assert loaded.config == model.config and not loaded.training
-    assert same(loaded, model)
+    assert equal_parameters(loaded, model)
     assert list(loaded.state_dict()) == list(model.state_dict())
     assert (loaded.output.output.weight is loaded.embed.weight) == model.config.share_emb
     assert all(parameter.requires_grad for parameter in loaded.parameters())
@@ -49,16 +49,16 @@ def test_round_trip(tmp_path, config, dtype):
 @pytest.mark.parametrize("stored", DTYPES, ids=str)
 @pytest.mark.parametrize("asked", DTYPES, ids=str)
 def test_another_dtype(tmp_path, stored, asked):
-    """The linear layers take the dtype asked for; what stays wide does not lose digits that the file has."""
+    """Linear layers take the dtype asked for; wide parameters keep the file's digits."""
     model = tiny_model(torch.float64).to(stored)
     model.save(tmp_path / "m")
     loaded = mo.Megalodon.load(tmp_path / "m", dtype=asked)
-    assert same(loaded, tiny_model(torch.float64).to(stored).to(asked))
+    assert equal_parameters(loaded, tiny_model(torch.float64).to(stored).to(asked))
     for name, parameter in mo.wide_parameters(loaded).items():
         assert parameter.dtype == (torch.float64 if asked == torch.float64 else torch.float32), name
 
 
-def test_what_the_folder_holds(tmp_path):
+def test_content_of_the_folder(tmp_path):
     """The layout of Hugging Face's hub: names without prefix, an index of shards no larger than asked for."""
     model = tiny_model(torch.float32, share_emb=True)
     model.save(tmp_path / "m", max_shard_bytes=9000)
@@ -75,7 +75,7 @@ def test_what_the_folder_holds(tmp_path):
     assert shards == [f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors" for i in range(len(shards))]
     for shard in shards:
         tensors = load_file(tmp_path / "m" / shard)
-        assert set(tensors) == {name for name, place in index["weight_map"].items() if place == shard}
+        assert set(tensors) == {name for name, file in index["weight_map"].items() if file == shard}
         assert sum(tensor.nbytes for tensor in tensors.values()) <= 9000 or len(tensors) == 1
 
 
@@ -87,7 +87,7 @@ def test_loading_draws_no_random_numbers(tmp_path):
 
 
 def test_a_loaded_model_trains_and_the_file_stays(tmp_path):
-    """Weights are mapped privately: a step changes the model as it changes one in plain memory, and not the file."""
+    """Weights are mapped privately: an optimizer step changes the model as in plain memory, but not the file."""
     model = tiny_model(torch.float32).eval()
     model.save(tmp_path / "m")
     content = (tmp_path / "m" / "model.safetensors").read_bytes()
@@ -96,10 +96,10 @@ def test_a_loaded_model_trains_and_the_file_stays(tmp_path):
         optimizer = torch.optim.AdamW(each.parameters(), lr=0.1)
         each.loss(tokens_of(2, 9), tokens_of(2, 9)).backward()
         optimizer.step()
-    assert same(loaded, model)
+    assert equal_parameters(loaded, model)
     assert (tmp_path / "m" / "model.safetensors").read_bytes() == content
     loaded.save(tmp_path / "m")  # over the file that the model is mapped from
-    assert same(mo.Megalodon.load(tmp_path / "m"), model)
+    assert equal_parameters(mo.Megalodon.load(tmp_path / "m"), model)
 
 
 class Tokenizer:
@@ -110,8 +110,8 @@ class Tokenizer:
         (folder / self.name).write_text("{}")
 
 
-def test_what_stays_when_a_checkpoint_is_replaced(tmp_path):
-    """Files of others stay, weights of the model before do not, and a tokenizer gives way to a tokenizer only."""
+def test_files_kept_when_a_checkpoint_is_replaced(tmp_path):
+    """Other files stay, old weights do not, and only a tokenizer replaces a tokenizer."""
     model, folder = tiny_model(torch.float32), tmp_path / "m"
     model.save(folder, max_shard_bytes=5000, tokenizer=Tokenizer("tokenizer.model"))
     (folder / "README.md").write_text("a card")
@@ -131,39 +131,39 @@ def test_a_link_to_a_folder_stays_a_link(tmp_path):
     (tmp_path / "link").symlink_to(tmp_path / "real")
     model.save(tmp_path / "link")
     model.save(tmp_path / "link")
-    assert (tmp_path / "link").is_symlink() and same(mo.Megalodon.load(tmp_path / "real"), model)
+    assert (tmp_path / "link").is_symlink() and equal_parameters(mo.Megalodon.load(tmp_path / "real"), model)
 
 
-def test_folders_that_are_none_of_ours_are_left_alone(tmp_path, monkeypatch):
+def test_folders_of_others_are_not_changed(tmp_path, monkeypatch):
     model = tiny_model(torch.float32)
 
-    def refused(message, folder):
+    def assert_refused(message, folder):
         before = sorted(tmp_path.rglob("*"))
         with pytest.raises(ValueError, match=f"^save: `directory` must be a new folder or .* got .*{message}"):
             model.save(folder)
         assert sorted(tmp_path.rglob("*")) == before
 
     (tmp_path / "file").write_text("")
-    refused("/file, a file", tmp_path / "file")
+    assert_refused("/file, a file", tmp_path / "file")
     (tmp_path / "work").mkdir()
     (tmp_path / "work" / "thesis.tex").write_text("")
-    refused("which holds other files", tmp_path / "work")
+    assert_refused("which holds other files", tmp_path / "work")
     (tmp_path / "other").mkdir()
     (tmp_path / "other" / "config.json").write_text('{"model_type": "llama"}')
-    refused("which holds other files", tmp_path / "other")
+    assert_refused("which holds other files", tmp_path / "other")
     model.save(tmp_path / "m")
     (tmp_path / "m" / ".git").mkdir()
-    refused(r"which holds \.git/", tmp_path / "m")
+    assert_refused(r"which holds \.git/", tmp_path / "m")
     (tmp_path / "m" / ".git").rmdir()
     (tmp_path / "m" / "training.json").write_text("{}")
-    refused("a training run's", tmp_path / "m")
+    assert_refused("a training run's", tmp_path / "m")
     (tmp_path / "empty").mkdir()
     monkeypatch.chdir(tmp_path / "empty")
-    refused("the working directory", ".")
+    assert_refused("the working directory", ".")
 
 
-def test_models_that_no_file_can_hold(tmp_path):
-    def refused(message, model):
+def test_models_that_cannot_be_saved(tmp_path):
+    def assert_refused(message, model):
         with pytest.raises(ValueError, match=f"^save: {message}"):
             model.save(tmp_path / "m")
         assert not list(tmp_path.iterdir())
@@ -171,15 +171,17 @@ def test_models_that_no_file_can_hold(tmp_path):
     model = tiny_model(torch.float32)
     with torch.no_grad():
         model.layers[1].mega.wv.weight[3, 4] = float("nan")
-    refused("`layers.1.mega.wv.weight` must be finite", model)
+    assert_refused("`layers.1.mega.wv.weight` must be finite", model)
     with torch.device("meta"):
-        refused("`embed.weight` must be a tensor .* with values, got a meta tensor", mo.Megalodon(model.config))
+        assert_refused("`embed.weight` must be a tensor .* with values, got a meta tensor", mo.Megalodon(model.config))
     model = tiny_model(torch.float32)
     model.layers[0].mega.wv = torch.nn.Sequential(model.layers[0].mega.wv)
-    refused("`model` must have the parameters of its configuration, got no `layers.0.mega.wv.weight`; merge", model)
+    assert_refused(
+        "`model` must have the parameters of its configuration, got no `layers.0.mega.wv.weight`; merge", model
+    )
     model = tiny_model(torch.float32)
     model.embed = torch.nn.Embedding(32, 32)
-    refused(r"`embed.weight` must have shape \(31, 32\), got \(32, 32\)", model)
+    assert_refused(r"`embed.weight` must have shape \(31, 32\), got \(32, 32\)", model)
 
 
 def test_matrices_that_share_memory_without_share_emb(tmp_path):
@@ -206,7 +208,7 @@ print((resident("VmHWM") - before) / sum(parameter.nbytes for parameter in model
 @pytest.mark.slow
 @pytest.mark.parametrize(("kind", "dtype"), [("own", "float32"), ("own", "bfloat16"), ("official", "float32")])
 def test_loading_takes_the_weights_memory_once(tmp_path, kind, dtype):
-    """In a process of its own, whose peak is compared with what it had before; the model has 86M parameters."""
+    """A new process compares its peak with its memory before loading; the model has 86M parameters."""
     config = mo.MegalodonConfig(
         num_layers=6, model_dim=1024, z_dim=256, value_dim=2048, ffn_hidden_dim=2560, chunk_size=512, vocab_size=4000
     )
@@ -225,13 +227,13 @@ TRANSFORMERS = {
 }  # fmt: skip
 
 
-def test_what_transformers_writes_beside_it_is_accepted(tmp_path):
+def test_fields_and_files_of_transformers_are_accepted(tmp_path):
     model = tiny_model(torch.float32)
     model.save(tmp_path / "m")
     path = tmp_path / "m" / "config.json"
     path.write_text(json.dumps({**json.loads(path.read_text()), **TRANSFORMERS}))
     (tmp_path / "m" / "generation_config.json").write_text("{}")
-    assert same(mo.Megalodon.load(tmp_path / "m"), model)
+    assert equal_parameters(mo.Megalodon.load(tmp_path / "m"), model)
 
 
 def fields(**changes):
@@ -308,7 +310,7 @@ def test_faults_are_one_line(tmp_path, kind):
     assert str(raised.value).isprintable()
 
 
-def test_folders_that_are_none(tmp_path):
+def test_missing_folders(tmp_path):
     with pytest.raises(FileNotFoundError, match=f"^load: {tmp_path}/m: no such folder$"):
         mo.Megalodon.load(tmp_path / "m")
     with pytest.raises(FileNotFoundError, match=f"^load: {tmp_path}: no config.json in this folder$"):
@@ -319,15 +321,15 @@ def test_folders_that_are_none(tmp_path):
 
 
 def test_a_subclass_loads_itself(tmp_path):
-    class Mine(mo.Megalodon):
+    class Subclass(mo.Megalodon):
         pass
 
     tiny_model(torch.float32).save(tmp_path / "m")
-    assert type(Mine.load(tmp_path / "m")) is Mine
+    assert type(Subclass.load(tmp_path / "m")) is Subclass
 
 
 def test_reset_parameters_after_to_empty():
-    """A model from `meta` begins as one that was made at once, and every parameter of every module has a beginning."""
+    """A model from `meta` is initialised as any other, in every parameter of every module."""
     config = mo.MegalodonConfig(
         **{**TINY, "model_dim": 256, "vocab_size": 300}, rescale_nffn=True, swiglu=True, share_emb=True
     )
@@ -351,7 +353,7 @@ def test_reset_parameters_after_to_empty():
 
 
 def test_module_by_module_resets_all():
-    """The way of FSDP and others: `reset_parameters` of every module that owns parameters, in any order."""
+    """As FSDP does: `reset_parameters` of every module that owns parameters, in arbitrary order."""
     with torch.device("meta"):
         model = mo.Megalodon(mo.MegalodonConfig(**TINY))
     model.to_empty(device="cpu")
@@ -376,8 +378,8 @@ def test_a_shared_embedding_stays_shared_when_it_leaves_meta():
     assert len(list(model.parameters())) == len(dict(model.named_parameters(remove_duplicate=False))) - 1
 
 
-def test_a_folder_without_an_end_of_documents(tmp_path):
-    """Of a run that was begun before models learnt to end, and in the released format, which knows no such field."""
+def test_a_folder_without_eos_token_id(tmp_path):
+    """Older folders and the released format do not have this field."""
     model = tiny_model(torch.float32, eos_token_id=3)
     model.save(tmp_path / "own")
     path = tmp_path / "own" / "config.json"

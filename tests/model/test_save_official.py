@@ -1,4 +1,4 @@
-"""`save_official`: what `load_official`, the released code and megalodon-jax read."""
+"""`save_official`: folders for `load_official`, the released code and megalodon-jax."""
 
 import json
 
@@ -37,7 +37,7 @@ def test_round_trip(tmp_path, config):
 
 @pytest.mark.parametrize("dtype, name", [(torch.float32, "fp32"), (torch.bfloat16, "bf16"), (torch.float16, "fp16")])
 def test_round_trip_of_dtypes(tmp_path, dtype, name):
-    """The linear layers are written in the model's dtype, the parameters that stay wide in float32."""
+    """Linear layers are written in the model's dtype, wide parameters in float32."""
     model = model_of("shared", dtype)
     mo.save_official(model, tmp_path / "m")
     loaded = mo.load_official(tmp_path / "m", dtype=dtype)
@@ -48,7 +48,7 @@ def test_round_trip_of_dtypes(tmp_path, dtype, name):
 
 
 def test_names_shapes_dtypes_and_buffers_are_the_released_codes(tmp_path):
-    """Compared with the state dict of a model that the released code made."""
+    """Compare with the state dict of a model of the released code."""
     model, _ = golden_model()
     mo.save_official(model.float(), tmp_path / "m")
     found = torch.load(tmp_path / "m" / "consolidated.pth", weights_only=True)
@@ -70,12 +70,12 @@ def test_a_shared_embedding_is_written_once(tmp_path):
     assert (tmp_path / "m" / "consolidated.pth").stat().st_size < 1.5 * model.embed.weight.nbytes
 
 
-def test_models_that_are_none(tmp_path):
+def test_float64_models_are_refused(tmp_path):
     with pytest.raises(ValueError, match="^save_official: `model` must be torch.float32, .* got torch.float64"):
         mo.save_official(tiny_model(torch.float64), tmp_path / "m")
 
 
-def test_a_folder_with_other_things_is_left_alone(tmp_path):
+def test_a_folder_with_other_files_is_not_changed(tmp_path):
     model = model_of("plain")
     (tmp_path / "m").mkdir()
     (tmp_path / "m" / "thesis.tex").write_text("")
@@ -83,7 +83,7 @@ def test_a_folder_with_other_things_is_left_alone(tmp_path):
         mo.save_official(model, tmp_path / "m")
 
 
-def test_weights_of_any_number_of_ranks_are_replaced(tmp_path):
+def test_weights_of_several_ranks_are_replaced(tmp_path):
     model = model_of("plain")
     mo.save_official(model, tmp_path / "m")
     for rank in range(2):
@@ -100,7 +100,7 @@ def test_weights_of_any_number_of_ranks_are_replaced(tmp_path):
 
 @pytest.mark.parametrize("config", CONFIGS)
 def test_megalodon_jax_reads_it_and_computes_the_same(tmp_path, config):
-    """Where megalodon-jax is installed: its strict loader takes the folder, its logits agree, and what it exports is ours."""
+    """It loads the folder strictly, computes the same logits, and exports what `load_official` reads."""
     pytest.importorskip("megalodon_jax")
     import jax
     import numpy

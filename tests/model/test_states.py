@@ -1,4 +1,4 @@
-"""A model's state as its users handle it: sequences picked, joined and begun anew, moved, kept in a file."""
+"""A model's state: selecting, joining and resetting sequences, moving, files."""
 
 from __future__ import annotations
 
@@ -31,12 +31,12 @@ def state(model):
         return model(tokens_of(3, 11), lengths=torch.tensor([5, 8, 11]), return_state=True)[1]
 
 
-def goes_on(model, state, tokens):
+def next_logits(model, state, tokens):
     with torch.no_grad():
         return model(tokens, state=state)
 
 
-def close(a, b):
+def is_close(a, b):
     return torch.allclose(a, b, rtol=0, atol=1e-12)
 
 
@@ -61,11 +61,11 @@ ROWS = {
 
 
 @pytest.mark.parametrize("rows, wanted", ROWS.values(), ids=ROWS)
-def test_rows_of_a_state_go_on_as_those_rows(model, state, rows, wanted):
+def test_rows_of_a_state_continue_as_those_rows(model, state, rows, wanted):
     more = tokens_of(3, 6)
-    picked = state[rows]
-    assert picked.num_sequences == len(wanted)
-    assert close(goes_on(model, picked, more[wanted]), goes_on(model, state, more)[wanted])
+    selected = state[rows]
+    assert selected.num_sequences == len(wanted)
+    assert is_close(next_logits(model, selected, more[wanted]), next_logits(model, state, more)[wanted])
 
 
 @pytest.mark.parametrize(
@@ -83,7 +83,7 @@ def test_rows_of_a_state_go_on_as_those_rows(model, state, rows, wanted):
         ([-4], IndexError, r"\[-3, 3\)"),
     ],
 )
-def test_what_names_no_rows_is_refused(state, rows, error, match):
+def test_wrong_rows_are_refused(state, rows, error, match):
     for function in (state.__getitem__, state.reset):
         with pytest.raises(error, match=f"MegalodonState: `rows` must be .*{match}"):
             function(rows)
@@ -95,21 +95,21 @@ def test_an_integer_is_the_index_of_a_field_as_in_every_tuple(state):
         state.reset(0)
 
 
-def test_reset_rows_begin_a_new_document_and_the_others_go_on(model, state):
+def test_reset_rows_begin_a_new_document_and_the_others_continue(model, state):
     more = tokens_of(3, 6)
-    logits = goes_on(model, state.reset([1]), more)
-    assert close(logits[1:2], model(more[1:2]))
+    logits = next_logits(model, state.reset([1]), more)
+    assert is_close(logits[1:2], model(more[1:2]))
     kept = torch.tensor([0, 2])
-    assert close(logits[kept], goes_on(model, state, more)[kept])
+    assert is_close(logits[kept], next_logits(model, state, more)[kept])
 
 
 def test_fresh_is_the_state_before_the_first_token(model):
     tokens = tokens_of(2, 9)
     fresh = mo.MegalodonState.fresh(model.config, 2, dtype=torch.float64)
-    assert close(goes_on(model, fresh, tokens), model(tokens))
+    assert is_close(next_logits(model, fresh, tokens), model(tokens))
 
 
-def test_cat_joins_what_rows_took_apart(model, state):
+def test_cat_joins_selected_rows(model, state):
     assert_equal(mo.MegalodonState.cat([state[[0]], state[1:]]), state)
     without_residual = state._replace(norm=state.norm._replace(residual=None))
     assert mo.MegalodonState.cat([without_residual, state]).num_sequences == 6
@@ -130,7 +130,7 @@ def test_cat_refuses_states_that_do_not_belong_together(state):
             mo.MegalodonState.cat(states)
 
 
-def test_no_result_shares_memory_but_a_detached_one(state):
+def test_only_a_detached_state_shares_memory(state):
     def memory(one):
         return {tensor.data_ptr() for tensor in tree_leaves(one)}
 
@@ -147,8 +147,8 @@ def test_to_a_dtype_gives_the_state_that_a_model_of_that_dtype_takes(model, stat
     wanted = dict((name, kind) for name, kind, _ in layout(model.config, 3, dtype))
     for name, tensor in named_tensors(moved).items():
         assert (torch.float32 if tensor.is_complex() else tensor.dtype) == wanted[name]
-    logits = goes_on(copy.deepcopy(model).to(dtype), moved, tokens_of(3, 6))
-    error = (logits - goes_on(model, state, tokens_of(3, 6))).abs().max()
+    logits = next_logits(copy.deepcopy(model).to(dtype), moved, tokens_of(3, 6))
+    error = (logits - next_logits(model, state, tokens_of(3, 6))).abs().max()
     assert error < (1e-4 if dtype == torch.float32 else 0.3)
 
 
@@ -167,12 +167,12 @@ def test_nbytes_counts_every_tensor(model, state):
 
 def test_gradients_flow_through_rows_cat_and_clone(model):
     _, state = model(tokens_of(2, 5), return_state=True)
-    again = mo.MegalodonState.cat([state[[1]], state[[0]]]).clone()
-    model(tokens_of(2, 3), state=again).sum().backward()
-    alone = tiny_model().eval()
-    _, state = alone(tokens_of(2, 5), return_state=True)
-    alone(tokens_of(2, 3).flip(0), state=state).flip(0).sum().backward()
-    for ours, theirs in zip(model.parameters(), alone.parameters(), strict=True):
+    swapped = mo.MegalodonState.cat([state[[1]], state[[0]]]).clone()
+    model(tokens_of(2, 3), state=swapped).sum().backward()
+    other = tiny_model().eval()
+    _, state = other(tokens_of(2, 5), return_state=True)
+    other(tokens_of(2, 3).flip(0), state=state).flip(0).sum().backward()
+    for ours, theirs in zip(model.parameters(), other.parameters(), strict=True):
         assert torch.allclose(ours.grad, theirs.grad, rtol=1e-9, atol=1e-10)
     model.zero_grad()
 
@@ -188,14 +188,14 @@ def test_a_state_is_a_pytree_of_tensors_that_pickles(state):
 
 @pytest.mark.slow
 def test_a_compiled_model_takes_and_returns_states(model, state):
-    step = torch.compile(lambda tokens, past: model(tokens, state=past, return_state=True), backend="aot_eager")
-    logits, after = step(tokens_of(3, 6), state)
+    compiled = torch.compile(lambda tokens, past: model(tokens, state=past, return_state=True), backend="aot_eager")
+    logits, after = compiled(tokens_of(3, 6), state)
     assert isinstance(after, mo.MegalodonState)
-    assert close(logits, goes_on(model, state, tokens_of(3, 6)))
+    assert is_close(logits, next_logits(model, state, tokens_of(3, 6)))
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
-def test_a_file_brings_the_state_back_bit_for_bit(tmp_path, model, state, dtype):
+def test_a_file_restores_the_state_bit_for_bit(tmp_path, model, state, dtype):
     saved = state.to(dtype)
     saved.save(tmp_path / "state.safetensors", model.config)
     loaded = mo.MegalodonState.load(str(tmp_path / "state.safetensors"), model.config)
@@ -204,7 +204,7 @@ def test_a_file_brings_the_state_back_bit_for_bit(tmp_path, model, state, dtype)
     assert [path.name for path in tmp_path.iterdir()] == ["state.safetensors"]
 
 
-def test_a_model_that_was_trained_on_with_dropout_takes_the_state(tmp_path, model, state):
+def test_a_model_with_other_dropout_takes_the_state(tmp_path, model, state):
     state.save(tmp_path / "state", model.config)
     mo.MegalodonState.load(tmp_path / "state", replace(model.config, dropout=0.1, layerwise_ckpt=True))
 
@@ -228,7 +228,7 @@ SPOILED = {
 
 
 @pytest.mark.parametrize("spoil, match", SPOILED.values(), ids=SPOILED)
-def test_a_file_that_is_no_state_gets_one_line_with_its_path(tmp_path, model, state, spoil, match):
+def test_the_error_of_a_faulty_file_is_one_line_with_its_path(tmp_path, model, state, spoil, match):
     path = tmp_path / "state"
     state.save(path, model.config)
     spoil(path)

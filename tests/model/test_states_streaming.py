@@ -1,7 +1,7 @@
-"""Any way of feeding documents gives each document's logits: pieces, rows that are picked, joined and begun anew, files.
+"""A document's logits do not depend on its pieces, on selected, joined and reset rows of the state, or on files of it.
 
-A run feeds a batch piece by piece and does things to the state between pieces. It keeps, for each row, the document's
-tokens so far and the logits that came for them; in the end the model reads every document in one call.
+A run feeds a batch piece by piece and changes the state between pieces. For each row it records the document's tokens
+and their logits; in the end the model reads every document in one call.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ VARIANTS = {
 
 @dataclass
 class Document:
-    """What a row has read since it began, and the logits that it got."""
+    """Tokens of a row since its beginning, and their logits."""
 
     tokens: list[int] = field(default_factory=list)
     logits: list[torch.Tensor] = field(default_factory=list)
@@ -41,11 +41,11 @@ class Document:
 
 
 class Run:
-    """A batch of documents that a model reads; `act` does one thing, `check` compares with one call for each document."""
+    """Batch of documents that a model reads; `act` runs one method, `check` compares with one call per document."""
 
     def __init__(self, model: mo.Megalodon, dtype: torch.dtype, rows: int, seed: int):
         self.model, self.dtype, self.random = model, dtype, torch.Generator().manual_seed(seed)
-        self.state, self.documents, self.ended = None, [Document() for _ in range(rows)], []
+        self.state, self.documents, self.finished = None, [Document() for _ in range(rows)], []
 
     def number(self, least: int, most: int) -> int:
         return int(torch.randint(least, most + 1, (1,), generator=self.random))
@@ -53,78 +53,78 @@ class Run:
     def tokens(self, *shape: int) -> torch.Tensor:
         return torch.randint(TINY["vocab_size"], shape, generator=self.random)
 
-    def needs_state(self) -> mo.MegalodonState:
+    def current_state(self) -> mo.MegalodonState:
         if self.state is None:
             self.state = mo.MegalodonState.fresh(self.model.config, len(self.documents), dtype=self.dtype)
         return self.state
 
-    def note(self, row: int, tokens: torch.Tensor, logits: torch.Tensor) -> None:
+    def record(self, row: int, tokens: torch.Tensor, logits: torch.Tensor) -> None:
         self.documents[row].tokens += tokens.tolist()
         self.documents[row].logits += logits.unbind(0)
 
     def feed(self) -> None:
-        """A piece of one length."""
+        """Feed pieces of one length."""
         tokens = self.tokens(len(self.documents), self.number(0, 20))
         inplace = self.state is not None and self.number(0, 1) == 1
         logits, self.state = self.model(tokens, state=self.state, return_state=True, inplace_state=inplace)
         for row in range(len(tokens)):
-            self.note(row, tokens[row], logits[row])
+            self.record(row, tokens[row], logits[row])
 
     def feed_padded(self) -> None:
-        """Pieces of several lengths, some of them 0, in right-padded rows."""
+        """Feed pieces of several lengths, some of them 0, in right-padded rows."""
         tokens = self.tokens(len(self.documents), 17)
         lengths = torch.tensor([self.number(0, 17) for _ in self.documents])
         logits, self.state = self.model(tokens, state=self.state, return_state=True, lengths=lengths)
         for row, length in enumerate(lengths.tolist()):
-            self.note(row, tokens[row, :length], logits[row, :length])
+            self.record(row, tokens[row, :length], logits[row, :length])
 
     def feed_packed(self) -> None:
-        """Pieces of several lengths in one row."""
+        """Feed pieces of several lengths in one row."""
         bounds = [0]
         for _ in self.documents:
             bounds.append(bounds[-1] + self.number(0, 11))
         tokens = self.tokens(1, bounds[-1])
         logits, self.state = self.model(tokens, state=self.state, return_state=True, cu_seqlens=torch.tensor(bounds))
         for row, (start, end) in enumerate(zip(bounds, bounds[1:], strict=False)):
-            self.note(row, tokens[0, start:end], logits[0, start:end])
+            self.record(row, tokens[0, start:end], logits[0, start:end])
 
     def decode(self) -> None:
-        """Tokens one by one."""
-        decoder = mo.Decoder(self.model, self.needs_state())
+        """Feed tokens one by one."""
+        decoder = mo.Decoder(self.model, self.current_state())
         for _ in range(self.number(1, 4)):
             tokens = self.tokens(len(self.documents), 1)
             logits = decoder(tokens)
             for row in range(len(tokens)):
-                self.note(row, tokens[row], logits[row])
+                self.record(row, tokens[row], logits[row])
         self.state = decoder.state
 
     def select(self) -> None:
-        """Rows in any order, any number of times; the others end."""
+        """Select rows in arbitrary order, with repetitions; the others end."""
         count = len(self.documents)
         rows = [self.number(0, count - 1) for _ in range(self.number(1, 4))]
-        self.ended += self.documents
-        self.state = self.needs_state()[torch.tensor(rows) if self.number(0, 1) else rows]
+        self.finished += self.documents
+        self.state = self.current_state()[torch.tensor(rows) if self.number(0, 1) else rows]
         self.documents = [self.documents[row].copy() for row in rows]
 
     def join(self) -> None:
-        """Fresh rows and copies of rows beside those that there are."""
-        state, rows = self.needs_state(), [self.number(0, len(self.documents) - 1)]
+        """Add a fresh row and a copy of a row."""
+        state, rows = self.current_state(), [self.number(0, len(self.documents) - 1)]
         fresh = mo.MegalodonState.fresh(self.model.config, 1, dtype=self.dtype)
         self.state = mo.MegalodonState.cat([fresh, state, state[rows]])
         self.documents = [Document(), *self.documents, self.documents[rows[0]].copy()][:6]
         self.state = self.state[: len(self.documents)]
 
     def reset(self) -> None:
-        """New documents in some of the rows."""
+        """Begin new documents in some of the rows."""
         rows = [row for row in range(len(self.documents)) if self.number(0, 1)]
-        self.state = self.needs_state().reset(rows)
-        self.ended += [self.documents[row] for row in rows]
+        self.state = self.current_state().reset(rows)
+        self.finished += [self.documents[row] for row in rows]
         self.documents = [Document() if row in rows else old for row, old in enumerate(self.documents)]
 
     def through_file(self) -> None:
         with tempfile.TemporaryDirectory() as folder:
             path = Path(folder, "state.safetensors")
-            self.needs_state().save(path, self.model.config)
+            self.current_state().save(path, self.model.config)
             self.state = mo.MegalodonState.load(path, self.model.config)
 
     @torch.no_grad()
@@ -133,7 +133,7 @@ class Run:
 
     @torch.no_grad()
     def check(self) -> None:
-        for document in filter(lambda document: document.tokens, self.ended + self.documents):
+        for document in filter(lambda document: document.tokens, self.finished + self.documents):
             whole = self.model(torch.tensor([document.tokens]))[0]
             error = (torch.stack(document.logits) - whole).abs().max().item()
             assert error <= TOLERANCE[self.dtype], f"{error:.1e} after {len(document.tokens)} tokens"
@@ -174,16 +174,16 @@ def check_a_run(config, dtype, rows, actions, seed):
     run.check()
 
 
-ANY_RUN = given(
+RANDOM_RUNS = given(
     config=configurations(), dtype=st.sampled_from(list(TOLERANCE)), rows=st.integers(1, 4),
     actions=st.lists(st.sampled_from(FEEDS + CHANGES), min_size=1, max_size=12), seed=st.integers(0, 2**32 - 1),
 )  # fmt: skip
-test_any_run = ANY_RUN(check_a_run)
-test_many_runs = pytest.mark.slow(settings(max_examples=300)(ANY_RUN(check_a_run)))
+test_random_runs = RANDOM_RUNS(check_a_run)
+test_many_runs = pytest.mark.slow(settings(max_examples=300)(RANDOM_RUNS(check_a_run)))
 
 
-def test_a_run_that_is_wrong_is_found():
-    """The state of one row taken for another's, and a piece that is fed twice."""
+def test_a_wrong_run_is_found():
+    """Swapped rows of the state, and a piece that is not recorded."""
     model = tiny_model().eval()
     for wrong in (
         lambda run: run.state[[1, 0]],

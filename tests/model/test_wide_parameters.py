@@ -1,4 +1,4 @@
-"""Parameters that stay float32 beside 16-bit activations, and what of the model's edges gives an error that says why."""
+"""Parameters that stay float32 in 16-bit models, and errors of wrong calls that say why."""
 
 import copy
 import io
@@ -11,7 +11,7 @@ from models import TINY, tiny_model, tokens_of
 import megalodon_ops as mo
 from megalodon_ops.ops.layer_norm.layer_norm import layer_norm, rms_norm
 
-SHORT = [torch.bfloat16, torch.float16]
+HALF_DTYPES = [torch.bfloat16, torch.float16]
 
 
 def assert_wide_and_runs(model, dtype):
@@ -23,13 +23,13 @@ def assert_wide_and_runs(model, dtype):
     model.loss(tokens_of(1, 9), tokens_of(1, 9)).backward()
 
 
-@pytest.mark.parametrize("dtype", SHORT, ids=str)
+@pytest.mark.parametrize("dtype", HALF_DTYPES, ids=str)
 def test_a_cast_keeps_them_wide(dtype):
     assert_wide_and_runs(tiny_model(torch.float32, rescale_nffn=True).to(dtype), dtype)
 
 
-@pytest.mark.parametrize("dtype", SHORT, ids=str)
-def test_a_short_default_dtype_makes_them_wide(dtype):
+@pytest.mark.parametrize("dtype", HALF_DTYPES, ids=str)
+def test_a_16_bit_default_dtype_makes_them_wide(dtype):
     torch.set_default_dtype(dtype)
     try:
         model = mo.Megalodon(mo.MegalodonConfig(**TINY))
@@ -38,8 +38,8 @@ def test_a_short_default_dtype_makes_them_wide(dtype):
     assert_wide_and_runs(model, dtype)
 
 
-@pytest.mark.parametrize("dtype", SHORT, ids=str)
-def test_a_short_checkpoint_that_is_assigned_becomes_wide(dtype):
+@pytest.mark.parametrize("dtype", HALF_DTYPES, ids=str)
+def test_an_assigned_16_bit_checkpoint_becomes_wide(dtype):
     weights = {name: tensor.to(dtype) for name, tensor in tiny_model(torch.float32).state_dict().items()}
     with torch.device("meta"):
         model = mo.Megalodon(mo.MegalodonConfig(**TINY))
@@ -49,14 +49,14 @@ def test_a_short_checkpoint_that_is_assigned_becomes_wide(dtype):
         assert torch.equal(tensor, weights[name].to(tensor.dtype))
 
 
-def test_one_set_as_an_attribute_becomes_wide_and_keeps_whether_it_is_trained():
+def test_a_parameter_set_as_an_attribute_becomes_wide_and_keeps_requires_grad():
     norm = mo.TimestepNorm(8, num_groups=2)
     norm.weight = torch.nn.Parameter(torch.ones(8, dtype=torch.bfloat16), requires_grad=False)
     assert norm.weight.dtype == torch.float32 and not norm.weight.requires_grad
     assert copy.deepcopy(norm).weight.dtype == torch.float32
 
 
-def test_a_short_one_that_got_past_its_module_is_refused_with_where_to_look():
+def test_the_error_of_a_16_bit_parameter_names_wide_parameters():
     model = tiny_model(torch.float32).to(torch.bfloat16)
     norm = model.layers[0].mega.timenorm
     norm._parameters["weight"] = torch.nn.Parameter(norm.weight.detach().bfloat16())
@@ -140,8 +140,8 @@ def test_norms_of_integers_are_refused(norm):
     assert_refuses(TypeError, norm.__name__, "x", lambda: norm(torch.ones(2, 4, dtype=torch.int64)))
 
 
-def sharded(model, shard_all_in_bfloat16):
-    """Shards a model on one rank."""
+def shard(model, shard_all_in_bfloat16):
+    """Shard a model on one rank."""
     from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
     mesh = torch.distributed.device_mesh.init_device_mesh("cpu", (1,))
@@ -167,10 +167,10 @@ def one_rank(tmp_path):
 
 
 @pytest.mark.filterwarnings("ignore")
-def test_sharded_in_bfloat16_they_are_wide(one_rank):
+def test_they_stay_wide_when_sharded_in_bfloat16(one_rank):
     model = tiny_model(torch.float32)
     wanted = copy.deepcopy(model).to(torch.bfloat16).loss(tokens_of(2, 20), tokens_of(2, 20))
-    sharded(model, shard_all_in_bfloat16=False)
+    shard(model, shard_all_in_bfloat16=False)
     loss = model.loss(tokens_of(2, 20), tokens_of(2, 20))
     torch.testing.assert_close(loss, wanted, rtol=1e-5, atol=0)
     loss.backward()
@@ -178,14 +178,14 @@ def test_sharded_in_bfloat16_they_are_wide(one_rank):
 
 
 @pytest.mark.filterwarnings("ignore")
-def test_sharded_in_bfloat16_with_all_others_they_are_refused_with_where_to_look(one_rank):
+def test_the_error_of_sharding_all_parameters_in_bfloat16_names_wide_parameters(one_rank):
     model = tiny_model(torch.float32)
-    sharded(model, shard_all_in_bfloat16=True)
+    shard(model, shard_all_in_bfloat16=True)
     with pytest.raises(TypeError, match=r"wide_parameters\(model\)"):
         model(tokens_of(1, 5))
 
 
-def test_a_matrix_that_lacks_an_axis_is_not_told_of_batches():
+def test_the_error_of_a_matrix_without_an_axis_does_not_mention_batches():
     x, q = torch.randn(1, 4, 2), torch.ones(2, 1, dtype=torch.complex64)
     with pytest.raises(ValueError, match=r"cema: `p` must have shape \(D, N\), got \(2,\)\.$"):
         mo.cema(x, torch.ones(2), q, q, torch.ones(2))
