@@ -33,7 +33,7 @@ def train(encoder: mo.MegalodonEncoder) -> dict[str, torch.Tensor]:
 
 def train_on_ranks(data: str, folder: str):
     encoder = parallelize(new_encoder(), mesh_of_all(), data=data)
-    with pytest.raises(ValueError, match="must give every row a position"):
+    with pytest.raises(ValueError, match="must leave a position to every row"):
         encoder(tokens_of(1, 4), lengths=torch.tensor([0]))
     found = train(encoder)
     encoder.save(folder)

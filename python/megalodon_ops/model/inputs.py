@@ -62,7 +62,7 @@ def check_not_empty(op: str, argument: str, x: Tensor, sequences: Sequences) -> 
         argument, lengths = "lengths", sequences.lengths
     if lengths.device.type == "cpu" and len(empty := (lengths == 0).nonzero()):
         raise ValueError(
-            f"{op}: `{argument}` must give every row a position, got none for row {empty[0].item()}; leave the row out."
+            f"{op}: `{argument}` must leave a position to every row, got none for row {empty[0].item()}; leave the row out."
         )
 
 
