@@ -140,7 +140,7 @@ def test_draws_depend_on_the_seed_or_on_torchs_generator():
 @pytest.mark.parametrize("options", OPTIONS, ids=str)
 @pytest.mark.filterwarnings("ignore")
 def test_filters_are_those_of_transformers(options):
-    """Logits have no ties: transformers keeps those with the last kept token for top_k, and not for top_p."""
+    """The logits have no ties, of which transformers keeps those for top_k and drops those for top_p."""
     processors = pytest.importorskip("transformers.generation.logits_process")
     logits = 2 * torch.randn(1, 31, generator=torch.Generator().manual_seed(5))
     prompt, scores = torch.tensor([[3, 5, 3, 30]]), logits.clone()

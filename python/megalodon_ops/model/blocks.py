@@ -102,7 +102,7 @@ class NormalizedAttention(WideParameters):
         return config.chunk_size, key_dim, config.rotary_base, dtype, like.device
 
     def _keep_rotary(self) -> None:
-        """Rebuild the buffer `rotary` for the parameters' device and dtype; calls recompute a very large table."""
+        """Rebuild the buffer `rotary` for the parameters' device and dtype; each call recomputes a very large table."""
         rows, key_dim, *_ = arguments = self._rotary_for(self.gamma)
         if rows * key_dim <= _MAX_ROTARY_SIZE and arguments != self._rotary_made_for:
             self.rotary, self._rotary_made_for = rotary_table(*arguments), arguments

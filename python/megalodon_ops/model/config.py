@@ -23,7 +23,7 @@ class MegalodonConfig:
     """
 
     causal: ClassVar[bool] = True
-    """True: a position sees earlier ones alone; False, for encoders: all of them"""
+    """True: a position sees itself and earlier ones; False, for encoders: all positions"""
     model_type: ClassVar[str] = "megalodon"
     architecture: ClassVar[str] = "MegalodonForCausalLM"
     num_layers: int = 8
@@ -220,7 +220,7 @@ class MegalodonConfig:
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> MegalodonConfig:
-        """Build a configuration from a released `model` object or from :meth:`to_dict`; an unknown field raises."""
+        """Build a configuration from a released config's `model` object or :meth:`to_dict`; an unknown field raises."""
         if not isinstance(values, dict):
             raise ValueError(f"{cls.__name__}: `values` must be a dictionary of fields, got {shown(values)}.")
         known = {field.name for field in dataclasses.fields(cls)}

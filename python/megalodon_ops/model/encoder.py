@@ -155,7 +155,7 @@ class MegalodonEncoder(nn.Module):
         cu_seqlens: Tensor | None = None,
         lengths: Tensor | None = None,
     ) -> Tensor:
-        """Compute the class logits of every row, or, if asked for or without a head, the features of every position.
+        """Compute the class logits of every row; with `features` or without a head, the features of every position.
 
         Args:
             inputs: (B, L) integers, the tokens; with `num_features` (B, L, F) floating-point numbers of any type.
@@ -204,7 +204,7 @@ class MegalodonEncoder(nn.Module):
     def pool(x: Tensor, *, cu_seqlens: Tensor | None = None, lengths: Tensor | None = None) -> Tensor:
         """Mean (S, D) of x (B, L, D) over each sequence, summed in float64; zero for an empty sequence."""
         check_rank("MegalodonEncoder.pool", "x", x, "(B, L, D)", 3)
-        each_channel = dict(num_groups=x.shape[-1])  # the statistics of a group include its mean
+        each_channel = dict(num_groups=x.shape[-1])  # the statistics of a channel include its mean
         return timestep_norm_end_state(x, **each_channel, cu_seqlens=cu_seqlens, lengths=lengths).mean.to(x.dtype)
 
     def _embed(self, inputs: Tensor) -> Tensor:

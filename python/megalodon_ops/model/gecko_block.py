@@ -134,4 +134,4 @@ class GeckoAttention(NormalizedAttention):
         return table, {"chunk_size": rows, "position": starts.clamp(max=rows - 1)}
 
 
-NormalizedAttention.other_forms.append(GeckoAttention)  # blocks.py, which this file imports, cannot import the class
+NormalizedAttention.other_forms.append(GeckoAttention)  # `NormalizedAttention(config)` then creates it

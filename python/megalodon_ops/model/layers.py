@@ -80,7 +80,7 @@ def wide_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
 
 
 def _with_state_options(op: Callable[..., Tensor]) -> Callable[..., Any]:
-    """Give an op without a state the options of one with it: `state` must be None, and `return_state` returns None."""
+    """Give an op without a state the options of one with it: `state` must be None, and `return_state` adds None."""
 
     def wrapper(*tensors: Tensor, state: None = None, return_state: bool = False, **options) -> Any:
         check_no_state(op.__name__, state, False)
