@@ -254,7 +254,7 @@ def test_wrong_calls() -> None:
     calls = {
         "padding between tokens": lambda: model(ids, attention_mask=hole),
         "`attention_mask` must leave a token to every row, got a row without": lambda: model(ids, attention_mask=empty),
-        "`cu_seqlens` must give": lambda: model(ids[:1], cu_seq_lens_q=torch.tensor([0, 3, 3, 6])),
+        "`cu_seqlens` must leave": lambda: model(ids[:1], cu_seq_lens_q=torch.tensor([0, 3, 3, 6])),
         f"`use_cache` {no_state}": lambda: model(ids, use_cache=True),
         f"`past_key_values` {no_state}": lambda: predictor(ids, past_key_values=hf.MegalodonCache()),
         f"`cache` {no_state}": lambda: numbers(input_values=torch.randn(2, 6, 2), cache=hf.MegalodonCache()),
