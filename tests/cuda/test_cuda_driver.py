@@ -142,7 +142,7 @@ DRIVERS = (10020, 11080, 12000, 12080, 12090, 13000)
 # One process per driver, as a process asks for the version only once.
 LAUNCHES = f"""
 import contextlib, os, types, torch
-from emulator.emulator import DeviceTensor
+from emulator.device import DeviceTensor
 from megalodon_ops.cli import info
 from megalodon_ops.ops.common import definition as library
 

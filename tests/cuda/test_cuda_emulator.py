@@ -6,7 +6,7 @@ import re
 
 import pytest
 import torch
-from emulator.emulator import FOLDER
+from emulator.device import FOLDER
 from emulator.planted_launchers import run
 
 BUGS = {

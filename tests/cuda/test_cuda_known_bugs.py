@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from emulator.emulator import ROOT
+from emulator.device import ROOT
 from emulator.known_bugs import BUGS, with_known_bugs
 from emulator.mutate import SURVIVED, Session, path_of
 

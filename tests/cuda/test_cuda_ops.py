@@ -7,7 +7,7 @@ import torch
 from assertions import assert_bit_equal, assert_close, assert_matches_reference
 from calls import OPS, evaluate
 from cases import BUILDERS, WITH_STATE
-from emulator.emulator import Emulator
+from emulator.device import Emulator
 from hypothesis import given, settings
 from strategies import CASES
 from torch import Tensor

@@ -11,7 +11,7 @@ from assertions import assert_matches_reference
 from calls import evaluate, forward
 from cases import cema_case, chunked_attention_case, normalized_qk_case, timestep_norm_case
 from emulator import reached
-from emulator.emulator import FOLDER
+from emulator.device import FOLDER
 from emulator.reached import Place, Reached
 
 import megalodon_ops as mo

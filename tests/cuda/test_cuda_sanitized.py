@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 from emulator import sanitized
-from emulator.emulator import FOLDER, build
+from emulator.device import FOLDER, build
 
 OVERRUNS = {
     "local_array": "index 4 out of bounds for type 'float [4]'",

@@ -10,7 +10,7 @@ import torch
 from assertions import assert_bit_equal
 from calls import evaluate
 from cases import BUILDERS, OPS, WITH_STATE, Case
-from emulator.emulator import Emulator
+from emulator.device import Emulator
 from hypothesis import given, settings
 from hypothesis import strategies as st
 

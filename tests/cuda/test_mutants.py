@@ -8,7 +8,7 @@ import subprocess
 
 import pytest
 from emulator import mutate
-from emulator.emulator import FOLDER
+from emulator.device import FOLDER
 from emulator.mutants import SWITCH, mutants, with_mutants
 
 MUTANTS = {

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from emulator.emulator import DeviceTensor, bindings
+from emulator.device import DeviceTensor, bindings
 from backends import needs_cuda_kernels
 from paths import ROOT
 from programs import run_python

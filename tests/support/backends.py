@@ -11,7 +11,7 @@ from contextlib import contextmanager
 
 import pytest
 import torch
-from emulator.emulator import bindings
+from emulator.device import bindings
 from torch import Tensor
 
 import megalodon_ops as mo

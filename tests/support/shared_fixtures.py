@@ -11,7 +11,7 @@ from contextlib import AbstractContextManager, contextmanager
 import backends
 import pytest
 import torch
-from emulator.emulator import Emulator
+from emulator.device import Emulator
 from hypothesis import HealthCheck, settings
 from ranks import Ranks
 

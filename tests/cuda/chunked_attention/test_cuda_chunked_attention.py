@@ -8,7 +8,7 @@ from assertions import assert_all_close, assert_bit_equal, assert_close
 from calls import forward
 from cases import chunked_attention_case
 from emulated_attention import assert_accurate, run, scaled_case
-from emulator.emulator import Emulator
+from emulator.device import Emulator
 from hypothesis import given, settings
 from hypothesis import strategies as st
 

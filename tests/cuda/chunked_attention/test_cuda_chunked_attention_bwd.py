@@ -12,7 +12,7 @@ from assertions import assert_bit_equal
 from calls import evaluate
 from cases import chunked_attention_case
 from emulated_attention import GRADIENTS, assert_right, gradients  # noqa: F401, a fixture
-from emulator.emulator import ROOT, DeviceTensor
+from emulator.device import ROOT, DeviceTensor
 
 import megalodon_ops as mo
 from megalodon_ops.ops.common.philox import dropkey_mask

@@ -8,7 +8,7 @@ from types import ModuleType
 import pytest
 
 from emulator import reached
-from emulator.emulator import Emulator, build, load
+from emulator.device import Emulator, build, load
 
 
 @pytest.fixture(scope="session")

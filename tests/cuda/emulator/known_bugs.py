@@ -1,6 +1,6 @@
 """Bugs that only show at large sizes: tests once missed each of them, and now one test finds it.
 
-emulator.py compiles all of them into every build, turned off; test_cuda_known_bugs.py turns them on, one at a time.
+device.py compiles all of them into every build, turned off; test_cuda_known_bugs.py turns them on, one at a time.
 `{on}` is true if the bug is on.
 """
 

@@ -35,7 +35,7 @@ class Session:
     def pytest_sessionstart(self) -> None:
         """Run after conftest.py, before the tests are collected. Failing examples are not shrunk."""
         from emulator import fixtures
-        from emulator.emulator import build, load
+        from emulator.device import build, load
         from hypothesis import Phase, settings
 
         settings.register_profile("mutants", parent=settings.default, phases=[Phase.explicit, Phase.generate])

@@ -18,7 +18,7 @@ SYNCHRONISATION = r"(?:gpu::)?\b(?:__sync(?:threads|warp)|named_barrier|cp_async
 # Ends of an operand of && and || and of the condition of ?:.
 BOUNDARY = r"&&|\|\||\?|(?<!:):(?!:)|;|,|(?<![=<>!])=(?!=)|\breturn\b|[{}]"
 
-# Written before each kernel file by emulator.py: the number of the active mutant, and functions that record mutants
+# Written before each kernel file by device.py: the number of the active mutant, and functions that record mutants
 # that would change a value.
 SWITCH = """
 extern "C" {

@@ -42,7 +42,7 @@ def run(library: Path, *arguments: str, timeout: float = 300) -> subprocess.Comp
 
 
 def run_plants(library: Path, names: list[str], *, bug: bool) -> None:
-    from emulator.emulator import Emulator, load
+    from emulator.device import Emulator, load
 
     import torch
 
@@ -57,7 +57,7 @@ def run_ops(library: Path, names: list[str]) -> None:
     """Compute outputs and gradients of each op's cases in each dtype, on memory of the alignments in `memory`."""
     from calls import evaluate
     from cases import BUILDERS
-    from emulator.emulator import Emulator, load
+    from emulator.device import Emulator, load
 
     import megalodon_ops as mo
     import torch

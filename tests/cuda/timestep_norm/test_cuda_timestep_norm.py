@@ -10,7 +10,7 @@ import torch
 from assertions import assert_all_close, assert_bit_equal, assert_close, assert_matches_reference
 from calls import evaluate, forward
 from cases import Case, timestep_norm_case
-from emulator.emulator import Emulator
+from emulator.device import Emulator
 from hypothesis import given
 from hypothesis import strategies as st
 

@@ -10,7 +10,7 @@ import torch
 from assertions import assert_matches_reference
 from calls import evaluate, forward
 from cases import timestep_norm_end_state_case
-from emulator.emulator import Emulator
+from emulator.device import Emulator
 from hypothesis import given
 from hypothesis import strategies as st
 from test_cuda_timestep_norm import DTYPES, TILE, WIDE, WIDTHS, footprint, tiled_cases, vector
