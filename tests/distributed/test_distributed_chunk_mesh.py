@@ -30,7 +30,7 @@ def batch() -> tuple[torch.Tensor, torch.Tensor]:
     )
 
 
-def trained(sizes: str | None, data: str, config: dict[str, Any]) -> tuple[list[float], dict[str, list]]:
+def train(sizes: str | None, data: str, config: dict[str, Any]) -> tuple[list[float], dict[str, list]]:
     """Losses of two optimizer steps in float64, with the state carried, and the parameters after them."""
     model = tiny_model(torch.float64, **config)
     (tokens, targets), state = batch(), None
@@ -64,15 +64,15 @@ def trained(sizes: str | None, data: str, config: dict[str, Any]) -> tuple[list[
     ids=["shard", "replicate", "chunk alone"],
 )
 def test_trains_as_one_process(ranks, sizes, data, config):
-    losses, parameters = trained(None, data, config)
-    for found, values in ranks.run(trained, 4, sizes, data, config):
+    losses, parameters = train(None, data, config)
+    for found, values in ranks.run(train, 4, sizes, data, config):
         assert found == pytest.approx(losses, rel=1e-10)
         assert values.keys() == parameters.keys()
         for name, value in values.items():
             torch.testing.assert_close(torch.tensor(value), torch.tensor(parameters[name]), rtol=1e-7, atol=1e-8)
 
 
-def generated() -> tuple[list, float]:
+def generate() -> tuple[list, float]:
     """Tokens of this rank's prompts, and the nats of a document, which every rank computes."""
     mesh = make_mesh("data=2,chunk=2", device_type="cpu")
     model = parallelize(tiny_model(torch.float64).eval(), mesh)
@@ -85,12 +85,12 @@ def test_generates_and_evaluates_as_one_process(ranks):
     model = tiny_model(torch.float64).eval()
     tokens = model.generate(tokens_of(ROWS, LENGTH), max_new_tokens=5, seed=0).tolist()
     nats = evaluate(model, [tokens_of(1, 40)[0]])[0].nats
-    for rank, (found, found_nats) in enumerate(ranks.run(generated, 4)):
+    for rank, (found, found_nats) in enumerate(ranks.run(generate, 4)):
         half = rank // 2 * (ROWS // 2)
         assert found == tokens[half : half + ROWS // 2] and found_nats == pytest.approx(nats, rel=1e-10)
 
 
-def splits() -> tuple[list, list[str]]:
+def split_batches() -> tuple[list, list[str]]:
     """This rank's parts of two batches, and the errors of wrong calls."""
     mesh = make_mesh("data=2,chunk=2", device_type="cpu")
     row, pair = torch.arange(40).view(1, 40), torch.arange(80).view(2, 40)
@@ -117,7 +117,7 @@ def splits() -> tuple[list, list[str]]:
 
 
 def test_split(ranks):
-    results = ranks.run(splits, 4)
+    results = ranks.run(split_batches, 4)
     for rank, ((piece, transposed, packed, shifted), errors) in enumerate(results):
         first, columns = rank // 2 * 40, (range(16), range(16, 40))[rank % 2]
         assert piece == [[first + column for column in columns]]
@@ -146,7 +146,7 @@ def test_streams_through_layers_that_are_split_too(ranks):
     assert max(ranks.run(stream_through_split_layers, 4)) < 1e-10
 
 
-def with_ddp() -> float:
+def compare_with_ddp() -> float:
     """Largest difference between a gradient that DDP averages over both pieces and that of one process."""
     unsharded, model = tiny_model(), cut_over_all_ranks(tiny_model())
     tokens, targets = batch()
@@ -159,7 +159,7 @@ def with_ddp() -> float:
 
 
 def test_with_ddp(ranks):
-    assert max(ranks.run(with_ddp, 2)) < 1e-10
+    assert max(ranks.run(compare_with_ddp, 2)) < 1e-10
 
 
 class Subclass(mo.Megalodon):

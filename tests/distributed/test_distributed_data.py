@@ -7,7 +7,7 @@ import data_parallel
 import pytest
 import torch
 import torch.distributed as dist
-from data_parallel import WITH_ALL, batch_of, mesh_of_all, own_rows, train, train_parallel, whole
+from data_parallel import WITH_ALL, batch_of, gather, mesh_of_all, own_rows, train, train_parallel
 from models import TINY, tiny_model, tokens_of
 
 import megalodon_ops as mo
@@ -60,7 +60,7 @@ def gradients(data):
         loss = model.loss(tokens[rows], targets[rows], reduction=reduction)
         ranks = dist.get_world_size()  # gradients are averaged over them
         (loss if reduction != "none" else ranks * (loss * weights_of(loss, rows)).sum()).backward()
-        found.append((loss.detach(), {name: whole(p.grad) for name, p in model.named_parameters()}))
+        found.append((loss.detach(), {name: gather(p.grad) for name, p in model.named_parameters()}))
     return found
 
 
@@ -145,7 +145,7 @@ def initialise_on_meta(overrides):
     with torch.device("meta"):
         model = mo.Megalodon(mo.MegalodonConfig(**{**TINY, **overrides}))
     model = parallelize(model, mesh_of_all(), param_dtype=torch.bfloat16)
-    initial = {name: whole(parameter) for name, parameter in model.named_parameters()}
+    initial = {name: gather(parameter) for name, parameter in model.named_parameters()}
     assert torch.equal(torch.get_rng_state(), before)
     local, total = (sum(f(p) for p in model.parameters()) for f in (lambda p: p.to_local().numel(), torch.numel))
     assert local == pytest.approx(total / 2, rel=0.02)
@@ -176,10 +176,10 @@ def shard_every_linear_layer():
     loss = model.loss(tokens, targets)
     loss.backward()
     dist.all_reduce(loss.detach())
-    return loss.item() / 2, {name: whole(parameter.grad) for name, parameter in model.named_parameters()}
+    return loss.item() / 2, {name: gather(parameter.grad) for name, parameter in model.named_parameters()}
 
 
-def with_ddp():
+def train_with_ddp():
     model = torch.nn.parallel.DistributedDataParallel(tiny_model(torch.float64))
     loss = model(tokens_of(4, 9)[own_rows()], targets=tokens_of(4, 10)[:, 1:][own_rows()])
     loss.backward()
@@ -187,7 +187,7 @@ def with_ddp():
     return loss.item() / 2, {name: parameter.grad for name, parameter in model.module.named_parameters()}
 
 
-@pytest.mark.parametrize("function", [shard_every_linear_layer, with_ddp])
+@pytest.mark.parametrize("function", [shard_every_linear_layer, train_with_ddp])
 def test_torchs_own_wrappers_train_the_loss(ranks, function):
     model = tiny_model(torch.float64)
     wanted = model.loss(tokens_of(4, 9), tokens_of(4, 10)[:, 1:])
@@ -198,7 +198,7 @@ def test_torchs_own_wrappers_train_the_loss(ranks, function):
             torch.testing.assert_close(gradients[name], parameter.grad, rtol=1e-10, atol=1e-12)
 
 
-def over_a_mesh(sizes, overrides):
+def train_on_mesh(sizes, overrides):
     mesh = make_mesh(sizes, device_type="cpu")
     model = parallelize(tiny_model(torch.float64, **overrides), mesh)
     pieces = [split(tensor, mesh, chunk_size=TINY["chunk_size"]) for tensor in batch_of(1)]
@@ -206,7 +206,7 @@ def over_a_mesh(sizes, overrides):
     loss.backward()
     with torch.no_grad():
         unsharded_loss = model.alone().loss(*batch_of(1)).item()
-    return loss.item(), {name: whole(parameter.grad) for name, parameter in model.named_parameters()}, unsharded_loss
+    return loss.item(), {name: gather(parameter.grad) for name, parameter in model.named_parameters()}, unsharded_loss
 
 
 @pytest.mark.parametrize("sizes", ["chunk=2", pytest.param("data=2,chunk=2", marks=SLOW)])
@@ -214,7 +214,7 @@ def test_split_sequences_have_the_gradients_of_one_process(ranks, sizes):
     model = tiny_model(torch.float64, **WITH_ALL)
     wanted = model.loss(*batch_of(1))
     wanted.backward()
-    for loss, gradients, unsharded_loss in ranks.run(over_a_mesh, 2 if sizes == "chunk=2" else 4, sizes, WITH_ALL):
+    for loss, gradients, unsharded_loss in ranks.run(train_on_mesh, 2 if sizes == "chunk=2" else 4, sizes, WITH_ALL):
         assert [loss, unsharded_loss] == pytest.approx([wanted.item()] * 2, rel=1e-12)
         for name, parameter in model.named_parameters():
             torch.testing.assert_close(gradients[name], parameter.grad, rtol=1e-9, atol=1e-11)

@@ -9,7 +9,7 @@ import time
 import pytest
 import torch
 import torch.distributed as dist
-from data_parallel import WITH_ALL, batch_of, mesh_of_all, own_rows, whole
+from data_parallel import WITH_ALL, batch_of, gather, mesh_of_all, own_rows
 from models import TINY, tiny_model, tokens_of
 
 import megalodon_ops as mo
@@ -33,7 +33,7 @@ def generate(data, param_dtype):
     model = parallelize(model, mesh_of_all(), data=data, param_dtype=param_dtype)
     rows = own_rows()
     tokens = model.generate(PROMPT[rows], max_new_tokens=NEW_TOKENS[dist.get_rank()], seed=list(range(4))[rows])
-    model.loss(*(tensor[rows] for tensor in batch_of(0))).backward()  # training goes on
+    model.loss(*(tensor[rows] for tensor in batch_of(0))).backward()  # training continues
     stream = model.stream(PROMPT[rows], seed=list(range(4))[rows])
     return tokens, stream.state, [next(stream) for _ in range(1 + dist.get_rank())]
 
@@ -58,7 +58,7 @@ def save_and_load(folder, overrides):
     model.save(folder)
     is_written = os.path.exists(f"{folder}/config.json")
     loaded = parallelize(mo.Megalodon.load(folder), mesh_of_all())
-    equal = all(torch.equal(whole(a), whole(b)) for a, b in zip(model.parameters(), loaded.parameters(), strict=True))
+    equal = all(torch.equal(gather(a), gather(b)) for a, b in zip(model.parameters(), loaded.parameters(), strict=True))
     return is_written and equal
 
 
@@ -97,7 +97,7 @@ def train_after_errors():
         model.zero_grad()
         loss = model.loss(tokens, targets)
         loss.backward()
-        losses.append((loss.item(), whole(model.embed.weight.grad), whole(model.layers[0].mega.wz.weight.grad)))
+        losses.append((loss.item(), gather(model.embed.weight.grad), gather(model.layers[0].mega.wz.weight.grad)))
     return losses
 
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from data_parallel import mesh_of_all, own_rows, whole
+from data_parallel import gather, mesh_of_all, own_rows
 from models import TINY, tokens_of
 
 import megalodon_ops as mo
@@ -28,7 +28,7 @@ def train(encoder: mo.MegalodonEncoder) -> dict[str, torch.Tensor]:
         F.cross_entropy(encoder(tokens[rows], lengths=LENGTHS[rows]), CLASSES[rows]).backward()
         optimizer.step()
         optimizer.zero_grad()
-    return {name: whole(parameter) for name, parameter in encoder.named_parameters()}
+    return {name: gather(parameter) for name, parameter in encoder.named_parameters()}
 
 
 def train_on_ranks(data: str, folder: str):
@@ -67,7 +67,7 @@ def test_is_initialised_on_meta_and_refused_when_parallel(parallelize_runs):
         parallel = parallelize(encoder, mesh)
         assert isinstance(parallel, ParallelMegalodonEncoder)
         for found, parameter in zip(parallel.parameters(), wanted.parameters(), strict=True):
-            assert torch.equal(whole(found), parameter)
+            assert torch.equal(gather(found), parameter)
         for model, name in ((parallel, "Parallel"), (encoder, "MegalodonEncoder")):  # the second has no modules left
             with pytest.raises(TypeError, match=f"a MegalodonEncoder that is not parallel yet, got .*{name}"):
                 parallelize(model, mesh)
@@ -78,7 +78,7 @@ def test_is_initialised_on_meta_and_refused_when_parallel(parallelize_runs):
 def refuse_chunk():
     mesh = make_mesh("chunk=2", device_type="cpu")
     with pytest.raises(
-        ValueError, match="^parallelize: `mesh` must have chunk = 1 for an encoder, got 2; it splits rows"
+        ValueError, match="^parallelize: `mesh` must have chunk = 1 for an encoder, got 2; only rows are split"
     ):
         parallelize(new_encoder(), mesh)
 

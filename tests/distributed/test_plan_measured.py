@@ -52,7 +52,7 @@ def model_and_tokens(config: mo.MegalodonConfig, rows: int, length: int, dtype: 
     return model.to(torch.bfloat16) if dtype == "bfloat16" else model, torch.zeros(rows, length, dtype=torch.int64)
 
 
-def saved_by_loss(model: mo.Megalodon, tokens: Tensor) -> tuple[Tensor, int]:
+def loss_and_saved_bytes(model: mo.Megalodon, tokens: Tensor) -> tuple[Tensor, int]:
     return saved(lambda: model.loss(tokens, tokens), (*model.parameters(), *model.buffers(), tokens))
 
 
@@ -66,7 +66,7 @@ def test_saved_bytes_and_operations_of_a_step(name, dtype, monkeypatch):
         model, tokens = model_and_tokens(config, rows, length, dtype)
         with FlopCounterMode(display=False) as counter:
             with torch.autocast("cpu", torch.bfloat16, enabled=dtype == "autocast"):
-                value, found = saved_by_loss(model, tokens)
+                value, found = loss_and_saved_bytes(model, tokens)
             value.backward()
         operations = plan(config, {}, context=length, batch=rows, **DTYPES[dtype]).operations
         assert sum(operations.values()) == counter.get_total_flops() and bool(operations[RECOMPUTED]) == recompute
@@ -95,7 +95,7 @@ def test_a_step_on_a_gpu(name, dtype, monkeypatch):
     predicted = plan(config, {}, context=5000, batch=2, device="cuda", **DTYPES[dtype])
     assert sum(predicted.operations.values()) == counter.get_total_flops()
     monkeypatch.setattr(F, "rms_norm", lambda x, shape, weight, eps: FusedRMSNorm.apply(x, weight))
-    _, found = saved_by_loss(model, tokens)
+    _, found = loss_and_saved_bytes(model, tokens)
     means = config.num_layers * 4 * 2 * 5000  # of layer norms, which are measured in place of RMS norms
     assert abs(found + means - expected) <= SCALARS
 

@@ -32,7 +32,7 @@ def own_rows() -> slice:
     return slice(ROWS // ranks * rank, ROWS // ranks * (rank + 1))
 
 
-def whole(tensor: torch.Tensor) -> torch.Tensor:
+def gather(tensor: torch.Tensor) -> torch.Tensor:
     return (tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor).detach()
 
 
@@ -52,11 +52,11 @@ def train(model: mo.Megalodon, steps: int, accumulate: int = 1) -> tuple[list[fl
             if not last:
                 assert not dist.is_initialized() or all(p.grad is None for p in model.parameters())
             total += loss.item()
-        norms.append(whole(torch.nn.utils.clip_grad_norm_(model.parameters(), 0.5)).item())
+        norms.append(gather(torch.nn.utils.clip_grad_norm_(model.parameters(), 0.5)).item())
         optimizer.step()
         optimizer.zero_grad()
         losses.append(total)
-    return losses, norms, {name: whole(parameter) for name, parameter in model.named_parameters()}
+    return losses, norms, {name: gather(parameter) for name, parameter in model.named_parameters()}
 
 
 def mesh_of_all() -> torch.distributed.device_mesh.DeviceMesh:

@@ -33,9 +33,9 @@ def check_torch() -> None:
 def forget_ended_groups() -> None:
     """Clear DTensor's cache, in which torch keeps the groups of an equal mesh even after they have ended."""
     with contextlib.suppress(ImportError):  # older torch
-        from torch.distributed.tensor.debug import _clear_sharding_prop_cache as forget
+        from torch.distributed.tensor.debug import _clear_sharding_prop_cache as clear_cache
 
-        forget()
+        clear_cache()
 
 
 def shard(model: Megalodon, mesh: DeviceMesh, param_dtype: torch.dtype | None) -> None:

@@ -102,7 +102,7 @@ def _check(model: nn.Module, sizes: dict[str, int], data: object, param_dtype: o
     for name, size in sizes.items():
         if size > 1 and name != "data" and isinstance(model, MegalodonEncoder):
             raise ValueError(
-                f"parallelize: `mesh` must have {name} = 1 for an encoder, got {size}; it splits rows alone."
+                f"parallelize: `mesh` must have {name} = 1 for an encoder, got {size}; only rows are split."
             )
     check_can_split("parallelize", model.config, tensor := sizes.get("tensor", 1))
     if tensor > 1:

@@ -98,7 +98,7 @@ def _spans(
 ) -> tuple[tuple[int, int], ...]:
     """The columns of each sequence."""
     if cu_seqlens is not None and lengths is not None:
-        raise ValueError("Megalodon: `lengths` must be None beside `cu_seqlens`, got both.")
+        raise ValueError("Megalodon: `lengths` must be None with `cu_seqlens`, got both.")
     if cu_seqlens is not None:
         spans = tuple(pairwise(cu_seqlens))
         ordered = all(begin <= end for begin, end in spans)

@@ -128,7 +128,7 @@ def plan(
     chunk_bytes = rows * config.chunk_size * (1 + config.working_memory) * widths * dtype.itemsize
     ends = channels + config.num_outputs * config.model_dim * stream.itemsize
     gathers = 3 * (1 + recompute) * channels + 2 * products
-    scatters = 3 * channels + (2 + recompute * (1 + config.rescale_nffn)) * products  # fc2's again for its gain alone
+    scatters = 3 * channels + (2 + recompute * (1 + config.rescale_nffn)) * products  # fc2's once more, for its gain
     exchanged = {
         "parameters, all-gather": (2 * shards * used, shards),
         "gradients, reduce-scatter": (shards * stored, shards),
