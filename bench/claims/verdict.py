@@ -1,8 +1,8 @@
-"""Rules that decide a claim from its results; written before there were any.
+"""Rules that decide a claim from its results; written before the runs.
 
-The difference of two models is significant if that of their means over the seeds exceeds 3 standard errors, and a smallest
-difference that matters. With fewer than 3 seeds each, nothing is decided. With 3 seeds each, equal models differ by 3 standard
-errors in 1 of 25 comparisons (Student's t, 4 degrees of freedom), and by 5, which many comparisons use, in 1 of 130.
+Two models differ significantly if their means over the seeds differ by more than 3 standard errors and by more than a
+smallest difference that matters. Fewer than 3 seeds each decide nothing. With 3 seeds each, equal models differ by 3
+standard errors in 1 of 25 comparisons (Student's t, 4 degrees of freedom), by 5, for many comparisons, in 1 of 130.
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ def decide_falling(curves: Sequence[Figures], least: float = 0.0) -> str:
 
 
 def group_by_comparison(outcomes: Mapping[tuple[str, str], str]) -> dict[str, str]:
-    """Verdicts by comparison, from those by comparison and length; undecided ones become a single entry."""
+    """Merge each comparison's verdicts over the lengths; undecided ones become a single entry."""
     found: dict[str, dict[str, list[str]]] = {}
     for (comparison, length), outcome in outcomes.items():
         if outcome != UNDECIDED:

@@ -1,7 +1,7 @@
 // Packing of rows at arbitrary addresses into the panels of gemm.h, and back.
 //
-// `row(r)` points to row r of `columns` elements of T, or is null if the row counts as zero. Packed matrices are
-// written up to the edge that products read: columns to a vector or, for the depth, to kDepthStep; rows as asked for.
+// `row(r)` points to row r of `columns` elements of T, or is null if the row counts as zero. Packing writes
+// all that products read: columns up to a whole vector or, for the depth, to kDepthStep; only the rows asked for.
 #pragma once
 
 #include <utility>
@@ -12,7 +12,7 @@
 
 namespace megalodon::MEGALODON_ISA {
 
-// Checks that all elements passed to see() are finite, by the largest of their bits without the signs.
+// Checks that all elements passed to see() are finite; keeps the maximum of their bits without sign.
 template <class T>
 class Finiteness {
   static constexpr bool kPairs = kUnitDepth<Unit<T>> == 2, kDouble = sizeof(T) == 8;
@@ -60,7 +60,7 @@ template <class U> using PackedLeftMatrix = PackedMatrix<U, kLeftColumns<U>>;
 #define MEGALODON_SHUFFLE_(a, b, ...) __builtin_shuffle(a, b, Index{__VA_ARGS__})
 #endif
 
-// Exchanges the blocks of `step` lanes off the diagonal: the high block of a with the low block of b.
+// Exchanges each odd block of `step` lanes of a with the even block to its left in b.
 template <int step, class V, int... lane>
 MEGALODON_INLINE void exchange_blocks(V& a, V& b, std::integer_sequence<int, lane...>) {
   constexpr int n = sizeof...(lane);

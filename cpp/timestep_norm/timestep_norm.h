@@ -48,7 +48,7 @@ struct TimestepNormBwdParams : TimestepNormParams {
   void* dvar;            // (S, G) R, or null: not wanted
 };
 
-// The backward of a call that returned end states alone, of fresh sequences.
+// Backward of a call that returned only the end states of fresh sequences.
 struct TimestepNormEndStateBwdParams {
   DType dtype;               // of x, dx
   Sequences sequences;       // S sequences in T tokens

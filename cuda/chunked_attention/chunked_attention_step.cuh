@@ -9,16 +9,16 @@
 // 1. step_kernel: an item is a token and a head; a block owns `span` keys of its item and kStepColumns columns of V.
 //    a. scores: a group of lanes, a power of two, takes kKeysInFlight keys at a time, 16 bytes of each per lane
 //    b. max, P = exp(S - max) and their sum over the block's keys
-//    c. the columns' sums of P v: a thread takes a vector of columns of every n-th key, kKeysInFlight keys at a time,
-//       and the n threads of a vector add up through shared memory
+//    c. sum of P v: n threads share a vector of columns; each takes every n-th key, kKeysInFlight keys at a time; their
+//       sums are added through shared memory
 //    The results (max, sum, sums of columns) go to the workspace.
 // 2. merge_kernel: a thread takes a column of an item and merges the spans in their order:
 //    m = max_i max_i;  o = sum_i exp(max_i - m) columns_i / sum_i exp(max_i - m) sum_i.
 //
 // Spans have 64 keys, so that the cache of a single sequence is spread over all SMs; more if there are many items.
 // Shared memory: about K + span + 1024 R. Registers: at most 128; no spills.
-// Bytes: keys in use once from memory, and once more from L2 for each further kStepColumns columns; values in use once;
-// both once more from L2 for each further token of the sequence; the workspace, V + 2 numbers per span, written and
+// Bytes: the keys and values in use once from memory; from L2, keys again for each further kStepColumns columns and
+// both again for each further token of the sequence; the workspace, V + 2 numbers per span, written and
 // read: 6 % of the cache at span 64, K 256, V 2048, bf16, less with longer spans.
 // H100 (3.35 TB/s), S 8, H 1, K 256, V 2048, 2048 cached, bf16: 75.5 MB, 22.5 us.
 // Example: 100 cached keys, L = 1: rows 0 .. 99 of the cache and the token itself are 101 keys, spans of 64 and 37.
@@ -30,7 +30,7 @@
 namespace megalodon {
 namespace chunked_attention {
 
-constexpr int kStepTokens = 8;     // maximum tokens per sequence, on average
+constexpr int kStepTokens = 8;     // largest T / S that takes this path
 constexpr int kStepThreads = 128;
 constexpr int kMostStepColumns = 512;
 template <int kWidth>
@@ -66,8 +66,8 @@ inline StepPlan plan_steps(const ChunkedAttentionParams& p) {
   return plan;
 }
 
-// Vectors of kWidth numbers in shared memory, as planes of their parts of 16 bytes, so that neighbouring lanes use
-// different banks. Planes begin 64 bytes past a multiple of 128 from each other, so that neighbouring numbers do, too.
+// Vectors of kWidth numbers in shared memory. A plane holds one 16-byte part of each vector, so that neighbouring lanes
+// use different banks. Planes are 128 n + 64 bytes apart, so that neighbouring numbers of a vector do, too.
 template <class R, int kWidth>
 struct Planes {
   static constexpr int kPart = kWidth < gpu::kVectorWidth<R> ? kWidth : gpu::kVectorWidth<R>;

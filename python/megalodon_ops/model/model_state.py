@@ -231,7 +231,7 @@ class MegalodonState(NamedTuple):
 
 
 def check_state(op: str, state: object, config: MegalodonConfig, rows: int, argument: str) -> None:
-    """Raise unless this is a state of `rows` sequences, as `argument` has, of a model of this configuration."""
+    """Raise unless the state fits this configuration and has `rows` sequences, as `argument` does."""
     if not isinstance(state, MegalodonState):
         raise TypeError(f"{op}: `state` must be a MegalodonState or None, got {described(state)}.")
     if state.num_sequences != rows:

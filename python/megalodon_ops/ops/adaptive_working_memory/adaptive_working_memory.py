@@ -1,4 +1,4 @@
-"""`adaptive_working_memory`: a memory of all earlier chunks, a matrix for each head, which each position reads."""
+"""`adaptive_working_memory`: each position reads a memory of all earlier chunks, a matrix per head."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from ..common.checks import check_device, check_flag, check_rank, check_sequence
 from .working_memory_plan import OP as _NAME, Plan, length
 
 _FEW_TOKENS = 32
-"""most tokens of a call for the CPU kernel, as in a decoder"""
+"""most tokens of a call to the CPU kernel, made for decoding"""
 
 
 def adaptive_working_memory(
@@ -39,8 +39,8 @@ def adaptive_working_memory(
         P &= \mathrm{softmax}_t(k), \quad \Phi = \mathrm{softmax}_K(k), \quad
         r = e^{w - z'}, \quad w = \log \textstyle\sum_t e^{k_t}, \quad z' = \log (e^z + e^w)
 
-    Row i of M is a mean over the past, with weights exp(k_ti), of what M did not predict; z is the logarithm of the sum
-    of these weights. Chunks lie as in :func:`chunked_attention`, which sees the position's own chunk.
+    Row i of M is a mean over the past of what M did not predict, weighted by exp(k_ti); z is the logarithm of the
+    weights' sum. Chunks are those of :func:`chunked_attention`, which attends to the position's own chunk.
 
     Args:
         q, k: (B, L, H, K) float32, float64, bfloat16 or float16, without rotary positions.
@@ -63,7 +63,7 @@ def adaptive_working_memory(
     float32 (float64 for float64), factors of products are rounded to q's dtype. The op is a loop of torch's matrix
     products over chunks: 6 K V operations for each position and head. On the CPU a call of up to 32 tokens with a state
     is one kernel. Only the inputs are kept for the backward, which recomputes the memory. On a GPU the host waits for
-    the sequences' ends, if they are given, and the positions.
+    `cu_seqlens`, `lengths` and the state's positions.
 
     Arrays of other libraries: see :mod:`megalodon_ops.ops.common.arrays`.
 

@@ -1,12 +1,12 @@
-"""`chunked_attention` of dense batches on CUDA by torch's libraries, if by count they are faster than the kernels.
+"""`chunked_attention` of dense batches on CUDA by torch's libraries, where operation counts favour these.
 
 Two paths take whole chunks and return the kernels' results, o and the log-sum-exp, so that forward and backward may
 take different paths.
 
 - "flash", for V = K: torch's flash attention.
 - "products", for V much larger than K and causal attention: matrix products around the probabilities of some chunks.
-  The kernel first computes the rows' log-sum-exp, without values. It enters the product of q and k as three more
-  columns, so that s - lse = log P is rounded to 16 bits, not s, and P is its exponential:
+  The kernel first computes the rows' log-sum-exp, without values. Three more columns of q and k subtract it
+  inside their product, so that log P = s - lse is rounded to 16 bits, not s:
 
       forward, a strip of rows     P = exp(scale [q, -lse / scale] [k, 1]^T), 0 after the diagonal;  o = P V
       backward, a strip of rows    P as above;  dP = dO V^T;  dS = P (dP - rowsum(P dP));  dQ = scale dS K
@@ -34,7 +34,7 @@ from ..common.definition import accumulation_dtype, empty_like, launch
 
 
 class Shapes(NamedTuple):
-    """Shapes of a path: sizes are multiples of 8, from the first number of a pair to the second."""
+    """Shapes of a path: a pair has the smallest and the largest size; sizes are multiples of 8."""
 
     path: str
     dtypes: tuple[torch.dtype, ...]
@@ -59,12 +59,12 @@ if _ENVIRONMENT == "kernels":
 elif _ENVIRONMENT != "auto":
     raise ImportError(f"megalodon_ops: MEGALODON_OPS_ATTENTION must be auto or kernels, got {_ENVIRONMENT}.")
 LEAST_ROWS = 16384
-"""fewest rows of a batch for a path: tokens, for "flash" times heads"""
+"""fewest rows of a batch for a path: tokens x heads for "flash", else tokens"""
 
 WORKSPACE = 128 << 20
-"""bytes of a (C, C) matrix for each of some chunks; the backward of "products" has two, the forward a strip of one"""
+"""bytes of a (C, C) matrix for each chunk computed at once; the backward has two, the forward a strip of one"""
 _STRIP, _STRIPS, _ROWS = 256, 8, 2048  # unit of a strip's rows, most strips of a chunk, fewest rows of a product
-_WIDTH, _UNIT = 8, 256.0  # columns for lse: rows stay aligned, float16 represents lse / scale / 256 up to 1e7
+_WIDTH, _UNIT = 8, 256.0  # columns for lse keep rows aligned; / 256: lse / scale up to 1e7 fits float16
 _LEAST_SCALE = 2.0**-10  # bounds lse / scale; flash attention needs a scale above 0
 
 
@@ -211,7 +211,7 @@ def _matrices(size: int, *tensors: Tensor) -> Iterator[list[Tensor]]:
 
 
 def _columns(lse: Tensor, scale: float, dtype: torch.dtype) -> Tensor:
-    """(N, C, H, 8) with the sum -lse / scale / 256: three bfloat16 (float64: seven), exact in float16 and TF32."""
+    """(N, C, H, 8): three bfloat16 (float64: seven), exact in float16 and TF32, whose sum is -lse / scale / 256."""
     rest, parts = lse / (-_UNIT * scale), []
     for _ in range(3 if lse.dtype == torch.float32 else 7):
         parts.append(rest.bfloat16())

@@ -3,7 +3,7 @@
     q, k = normalized_qk(z, gamma, beta)      o = chunked_attention(q, k, v)
 
 In between, q and k are rounded to the dtype of z. The rotary position of a token is its index inside the chunk: the
-chunk grid and the positions restart together at each sequence, and a state's position is for both.
+chunk grid and the positions restart together at each sequence or continue from a state's position.
 """
 
 from __future__ import annotations
