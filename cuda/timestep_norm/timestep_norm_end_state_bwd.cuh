@@ -4,9 +4,9 @@
 //
 // x, dx (T, D) of type T; mean, dmean, dvar (S, G), residual (S, 2, G) of type R, float or double.
 //
-// Grid: a block takes a tile of kTile tokens and 32 vectors of a row, a lane one of these, a warp kRows rows. A lane
-// loads its vectors of all rows while threads look up the rows' sequences, and its group's numbers when the sequence
-// changes. If F is not a multiple of the vector width, or a tensor is misaligned, a lane's vectors have one element.
+// Grid: a block takes kTile tokens and 32 vectors of each row; a warp takes kRows rows, a lane one vector of each. A
+// lane loads its vectors of all rows while threads look up the rows' sequences. It loads its group's numbers when the
+// sequence changes. If F is no multiple of the vector width, or a tensor is misaligned, vectors have one element.
 //
 // Shared memory: 0.5 KB. Registers: at most 128, two blocks per SM; no spills.
 // Bytes: x and dx once, the minimum, and some numbers of a group for each warp and lane, from L1 or L2.

@@ -2,8 +2,8 @@
 
 A block asks its :class:`Sequences` for the initial states of `timestep_norm` and `cema`. Before an op's own pass, each
 rank computes the end state of its piece from zero, sends it to all ranks, and merges those of earlier pieces
-(merge.py). No rank waits for another one's pass, except for rank 0's over a working memory (shard_memory.py). If
-attention sees two chunks, each rank sends the keys and values of its last chunk to the next rank.
+(merge.py). No rank waits for another one's pass; only with a working memory, all wait for rank 0's (shard_memory.py).
+If attention sees two chunks, each rank sends the keys and values of its last chunk to the next rank.
 """
 
 from __future__ import annotations
@@ -36,8 +36,8 @@ from .shard_states import Block, flat_recurrent, state_of_piece, with_recurrent
 class ShardedSequences(Sequences):
     """The sequences in a rank's piece, and the exchanges that give the rank their initial states.
 
-    States that are passed in are those of all whole sequences. A call's pieces travel with its arguments, so a block
-    that is recomputed in the backward finds those of its own call.
+    The states passed in are those of the whole sequences. The pieces are an argument of the call, so a block that is
+    recomputed in the backward uses those of its call.
     """
 
     pieces: Pieces
@@ -86,7 +86,7 @@ class ShardedSequences(Sequences):
         self, q: Tensor, k: Tensor, v: Tensor, *, chunk_size: int, visible_chunks: int,
         state: AttentionState | WorkingMemoryState | None, **_: Any,
     ) -> tuple[tuple[Tensor, Tensor, Tensor], int, Sequences]:  # fmt: skip
-        """q (zeros), k and v of the last chunk of the previous piece in front of q, k, v; its length; the sequences."""
+        """Put the previous piece's last chunk before q (as zeros), k, v; also return its length and the sequences."""
         if visible_chunks == 1:
             return (q, k, v), 0, self
         last = [_last_chunk(self.pieces, x, state, name, chunk_size) for name, x in (("k", k), ("v", v))]
@@ -103,7 +103,7 @@ class ShardedSequences(Sequences):
         return (x[:, slice(*self.pieces.tail)], {}) if self.pieces.is_packed else (x, {"lengths": self.lengths})
 
     def _open_rows(self, start: Tensor | None) -> Tensor | None:
-        """Of the states of all sequences (S, ...), those of the sequences open where the piece begins (R, ...)."""
+        """States (R, ...) of the sequences open where the piece begins, from those of all sequences (S, ...)."""
         first = self.pieces.first_sequence
         if start is None or not self.pieces.is_packed:
             return start
@@ -123,7 +123,7 @@ class ShardedSequences(Sequences):
 def _last_chunk(
     pieces: Pieces, x: Tensor, cache: AttentionState | WorkingMemoryState | None, name: str, chunk_size: int
 ) -> Tensor:
-    """Last chunk (R, C, ...) of the sequences that are open where the piece ends, in x, the field `name` of `cache`.
+    """Last chunk (R, C, ...) of x, which is k or v (`name`), for the sequences that are open where the piece ends.
 
     The first positions of a chunk that began before the whole batch are in `cache`. For sequences that end in the piece
     the values are arbitrary: no other rank reads them.

@@ -31,7 +31,7 @@ def check_torch() -> None:
 
 
 def forget_ended_groups() -> None:
-    """Clear DTensor's cache, in which torch keeps the groups of an equal mesh even after they have ended."""
+    """Clear DTensor's cache, or a mesh equal to an earlier one would get that one's ended groups."""
     with contextlib.suppress(ImportError):  # older torch
         from torch.distributed.tensor.debug import _clear_sharding_prop_cache as clear_cache
 
@@ -39,7 +39,7 @@ def forget_ended_groups() -> None:
 
 
 def shard(model: Megalodon, mesh: DeviceMesh, param_dtype: torch.dtype | None) -> None:
-    """Shard every parameter over the last dimension of the mesh, in place; over the first of two, replicate the shards.
+    """Shard every parameter over the mesh's last dimension, in place; if it has two, replicate shards over the first.
 
     A block's parameters are gathered by one exchange, or by two if its matrices are cast to another dtype than its few
     wide parameters. The embedding, the output matrix and the final norm are gathered by the model itself, so the loss

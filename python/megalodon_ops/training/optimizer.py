@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from ..ops.common.checks import check_number, check_size, described
 
 PARALLEL_PARAMETER = 1 << 16
-"""Mean number of elements of a parameter from which the optimizer uses all threads: a guess between 2^13 (the default
-run's, where one thread takes a quarter of the time of two) and 2^20 (a large matrix's)"""
+"""The optimizer uses all threads if parameters have this many elements on average: a guess between 2^13 (default run,
+where one thread takes a quarter of the time of two) and 2^20 (a large matrix)"""
 
 
 def parameter_groups(model: nn.Module, *, weight_decay: float = 0.1) -> list[dict[str, Any]]:
@@ -59,7 +59,7 @@ def _adamw(groups: list[dict[str, Any]], lr: float) -> torch.optim.AdamW:
 
 
 STACKED_NUMBERS = 1 << 24
-"""Elements of the matrices that Muon orthogonalizes at once, in four times their memory"""
+"""Limit on the elements that Muon orthogonalizes at once; it needs four times their memory"""
 
 
 class Muon(torch.optim.Optimizer):

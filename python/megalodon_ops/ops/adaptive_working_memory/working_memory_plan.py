@@ -21,7 +21,7 @@ class Chunks:
     """Chunks of W tokens each, in the order of turns: n chunks of a tensor (B, L, H, E) are (n H, W, E)."""
 
     def __init__(self, counts: list[int], spans: list[tuple[int, int, int]], width: int, like: Tensor) -> None:
-        """counts: chunks of each turn. spans: (start, begin, end) of each chunk; its tokens lie in [begin, end)."""
+        """counts: chunks of each turn. spans: (start, begin, end); a chunk is [start, start + W) in [begin, end)."""
         heads, device = like.shape[2], like.device
         self.turns = [slice((end - n) * heads, end * heads) for n, end in zip(counts, accumulate(counts))]
         first, begin, end = torch.tensor(spans, dtype=torch.int64).view(-1, 3, 1).unbind(1)
@@ -54,7 +54,7 @@ class Plan:
     """In turn t, chunk t of each sequence reads; if it is complete, chunk t - visible + 1 is then written.
 
     Chunk 0 is the unfinished chunk of the state. Sequences with more chunks come first. Without `to_end`, chunks that
-    no later token reads are not written. An empty memory is read, too, as a query may be NaN.
+    no later token reads are not written. An empty memory is read, too: NaN in a query gives NaN.
     """
 
     def __init__(
@@ -94,8 +94,8 @@ class Plan:
         self.turns = [*zip(self.reads.turns, self.writes.turns)]
         self._shape = len(spans), H
         self._first_write = lag if from_empty else -1
-        # Number, sequence and first cache row of the chunks that may begin in the cache. For a sequence without such an
-        # early chunk, a chunk of zeros is written with weight 0.
+        # (number, sequence, first cache row) of chunks that may begin in the cache. Row < 0: the sequence has no chunk
+        # this early; zeros are written with weight 0.
         cached = [
             (number, s, (min(seen[s] // C, lag) + turn - lag) * C)
             for turn, sequences in enumerate(writers[:visible] if position is not None else [])

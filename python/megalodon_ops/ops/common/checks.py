@@ -165,7 +165,7 @@ def check_sequences(op: str, x: Tensor, cu_seqlens: Tensor | None, lengths: Tens
 
 
 def sequence_spans(op: str, x: Tensor, cu_seqlens: Tensor | None, lengths: Tensor | None) -> list[tuple[int, int]]:
-    """First token and end of each sequence in x (B, L, ...) with its rows joined; waits for the device."""
+    """(begin, end) of each sequence among the B L tokens of x (B, L, ...); waits for the device."""
     B, L = x.shape[:2]
     if cu_seqlens is not None:
         offsets = cu_seqlens.tolist()
