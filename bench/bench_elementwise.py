@@ -1,8 +1,8 @@
 """Norms and gates around the linear layers: layer_norm, rms_norm and gated_silu, forward and backward.
 
-Bytes per element: norms and silu forward x in, y out, backward x and dy in, dx out; silu with a value forward x and
-value in, y out, backward dy, x and value in, dx and dvalue out. Flops are not counted: all are bound by memory, except
-that bf16 data in the cache is bound by conversions and exponentials.
+Bytes: norms and silu read x and write y; the backward reads x and dy, and writes dx. Silu with a value also reads the
+value in both passes, and writes dvalue in the backward. Flops are not counted: all are bound by memory, except that
+bf16 data in the cache is bound by conversions and exponentials.
 """
 
 from __future__ import annotations

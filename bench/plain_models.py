@@ -134,7 +134,7 @@ def _rotated(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return torch.cat((a * cos - b * sin, a * sin + b * cos), -1)
 
 
-# torch's own path for evaluation keeps all scores in memory, and takes five times as long on a CPU.
+# torch's fast path for inference keeps all scores in memory, and takes five times as long on a CPU.
 torch.backends.mha.set_fastpath_enabled(False)
 
 
@@ -155,7 +155,7 @@ class TransformerEncoder(nn.Module):
         hidden = ((config.num_parameters() - outside) / layers - 4 * D**2 - 9 * D) / (2 * D + 1)
         layer = nn.TransformerEncoderLayer(D, heads, round(hidden), 0.0, "gelu", batch_first=True, norm_first=True)
         self.layers = nn.TransformerEncoder(layer, layers, nn.LayerNorm(D), enable_nested_tensor=False)
-        for parameter in self.layers.parameters():  # copies of one layer's until here
+        for parameter in self.layers.parameters():  # all layers start as equal copies
             if parameter.ndim == 2:
                 nn.init.xavier_uniform_(parameter)
 

@@ -5,18 +5,18 @@
 //
 // (Henry, Tang and Heinecke 2019, arXiv 1904.06376). a0 is rounded to nearest, so the omitted terms have either sign.
 // The six products are exact, and an instruction adds those of 32 indices of the depth to a sum at once, so the sum is
-// rounded less often than by multiply-adds. Six products at 16 times float32's rate leave 2.7 times that rate.
+// rounded less often than by multiply-adds. Six products at 16 times float32's rate take 6 / 16 of its time.
 //
-// Infinity gives NaN, as does a number that bfloat16 rounds to infinity, from 2^128 (1 - 2^-9) on. A number below
+// Infinity gives NaN, and so does a number from 2^128 (1 - 2^-9) on: bfloat16 rounds it to infinity. A number below
 // 2^-110 loses low bits, as bfloat16 has float32's exponents and the instruction treats denormals as zero.
 //
 // Matrices are packed in slices of 16 rows (of x and of weight). A slice is split into steps of 32 along the depth, a
-// step into three tiles of 1 KiB, one for each part. The rows of a tile of x are rows of x. The rows of a tile of
-// weight are pairs of the depth, as in any right operand: 16 rows of weight side by side. A pair is d and d + 16.
+// step into three tiles of 1 KiB, one for each part. Depths d and d + 16 form a pair. A row of a tile of x is a row
+// of x: its 16 pairs. Row d of a tile of weight, a right operand, is pair d of 16 rows of weight, side by side.
 //
-// A job owns kRows rows of y, or some columns of them. For each kDepth of the depth it packs its rows of x, which stay
-// in the L2, and for each kColumns columns the weights, and computes squares of 2 x 2 tiles of y: 24 products and 14
-// loads of tiles per step. Sums follow the order of the depth, for any number of threads.
+// A job owns kRows rows of y, or some columns of them. Every kDepth of the depth, it packs its rows of x, which stay
+// in the L2. Then, every kColumns columns, it packs the weights and computes squares of 2 x 2 tiles of y: 24 products
+// and 14 loads per step. Sums follow the order of the depth, for any number of threads.
 
 #include "linear.h"
 
@@ -97,7 +97,7 @@ struct Matrix {
   int64_t rows, depth;
   bool transposed;
 
-  // Packs slices from `row` to `end`, in whole squares, `steps` steps from depth `first` on; zeros beyond the edge.
+  // Packs rows [row, end), rounded up to squares, and `steps` steps from depth `first` on; zeros beyond the edge.
   void pack(int64_t row, int64_t end, int64_t first, int64_t steps, bool left, Bf16Pair* to) const {
     const int64_t slices = round_up(end - row, kSquare) / kSide;
     const auto pack_one = [&](int64_t slice, int64_t step) {

@@ -42,7 +42,7 @@ class MegalodonEncoderPreTrainedModel(MegalodonPreTrainedModel):
         input_values: Tensor | None = None,
         **arguments: Any,
     ) -> tuple[Batch, Tensor, tuple[Tensor, ...] | None]:
-        """Return the checked arguments, the features with each row from column 0, and the inputs of the layers."""
+        """Return the checked arguments, the features (each row starts in column 0), and the layers' inputs."""
         op, encoder, given = type(self).__name__, self.megalodon, dict(input_ids=input_ids, input_values=input_values)
         batch = read_batch(self, given.pop(self.main_input_name), attention_mask, **given, **arguments)
         x, sequences = batch.shifted(), Sequences(batch.cu_seqlens, batch.lengths)
@@ -133,9 +133,9 @@ class MegalodonEncoderForSequenceClassification(MegalodonEncoderPreTrainedModel)
             attention_mask: (B, L): 1 for a position, 0 for padding before or after all positions of a row.
             input_values: (B, L, F) floating-point numbers instead of `input_ids`, if the configuration has
                 `num_features`.
-            labels: (B,) integers, the class of each row; or (B, num_labels) floating-point numbers, 1 for each class of
-                the row; or, with one label, the values to regress. `config.problem_type` chooses, else the first
-                labels.
+            labels: (B,) integers, each row's class; or (B, num_labels) floating-point numbers, 1 for each class of
+                the row; or, with one label, values to regress. `config.problem_type` decides which, else the
+                first labels do.
             output_hidden_states: also return `hidden_states`, num_layers + 1 tensors (B, L, D): the input of each
                 layer, and the features.
             arguments: `inputs_embeds` (B, L, D), from `get_input_embeddings()`, instead of the inputs; `cu_seq_lens_q`

@@ -1,4 +1,4 @@
-"""`Decoder`: a model's logits of the next tokens, made once from a model and a state."""
+"""`Decoder`: computes logits of the next tokens, from a model and an initial state."""
 
 from __future__ import annotations
 
@@ -27,10 +27,10 @@ _ALTERNATIVE = "call the model there, with its state: model(tokens, state=state,
 class Decoder:
     """Compute the logits after each next token of B sequences, without gradients.
 
-    On the CPU one call runs all kernels of the model, without Python between them and with the bits of the layers. A
+    On the CPU one call runs all kernels of the model, without Python between them, bitwise equal to the layers. A
     linear layer that was wrapped (for instance by an adapter), hooked, quantised or replaced is called between two
     kernels. If another module was changed, the model runs module by module. It also does so on other devices, under
-    torch.autocast, with dropout in training, for more rows than the kernels for few rows take (32; AMX: 15 in float32,
+    torch.autocast, with dropout in training, for more rows than the kernels take (32; AMX: 15 in float32,
     8 in bfloat16), with MEGALODON_OPS_LINEAR=torch, and, if attention sees two chunks, in calls in which a chunk ends.
 
     The decoder chooses once, when it is made. Its kernels keep the addresses of parameters, so they see values that an
@@ -211,7 +211,7 @@ class Decoder:
         return self._like.is_cpu and not autocast and not has_dropout and not has_hooks
 
     def _make_kernels(self) -> tuple[_C.Decoder | None, bool]:
-        """Return the call of kernels and True if it calls no layer; (None, False) if the model must run its modules."""
+        """Return the kernels, and True if they call no layer; (None, False) if the model must run module by module."""
         model, config, reference = self._model, self._model.config, self._model._reference()
         changes = list(_changes(model, reference, ""))
         if changes:

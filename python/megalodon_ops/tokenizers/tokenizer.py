@@ -22,7 +22,7 @@ START_TOKEN = "<|startoftext|>"
 START_TOKENS = ("<s>", "<bos>", "[BOS]", "<|begin_of_text|>", START_TOKEN, "<|endoftext|>")
 """Common names of the token before a document; the first one in the vocabulary is used"""
 END_TOKENS = ("</s>", "<eos>", "[EOS]", "<|end_of_text|>", "<|endoftext|>")
-"""Common names of the token after a document; without any, the token before it serves as both"""
+"""Common names of the token after a document; if there is none, `start` serves as both"""
 
 _BYTES_JSON = Path(__file__).with_name("bytes.json").read_bytes()  # the byte tokenizer in the package's format
 _CHARACTERS = {letter: bytes([byte]) for letter, byte in json.loads(_BYTES_JSON)["model"]["vocab"].items()}
@@ -169,7 +169,7 @@ class Tokenizer:
         folder.mkdir(parents=True, exist_ok=True)
         config: dict[str, Any] = {"bos_token": self.start_token, "eos_token": self.end_token}
         config |= {"clean_up_tokenization_spaces": False}
-        if self.file_name == "tokenizer.json":  # transformers pads with a token that is not learned, if there is one
+        if self.file_name == "tokenizer.json":  # transformers pads with `start`: not learned unless it is `end`, too
             config |= {"tokenizer_class": "PreTrainedTokenizerFast", "pad_token": self.start_token}
             config |= {"padding_side": "left"}
         paths = (folder / self.file_name, folder / "tokenizer_config.json")
@@ -192,7 +192,7 @@ class Tokenizer:
     def _encode_windows(self, windows: list[Window]) -> list[numpy.ndarray]:
         """Return the ids of each window, int32."""
         texts = [window.text.decode(errors="replace") for window in windows]
-        if self._adds_space:  # it replaces the window's own first space
+        if self._adds_space:  # an added space replaces the window's own
             texts = [text if own.is_first else text.removeprefix(" ") for text, own in zip(texts, windows, strict=True)]
         return [numpy.array(ids, numpy.int32) for ids in self._encode(texts)]
 

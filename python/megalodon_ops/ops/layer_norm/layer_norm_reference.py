@@ -46,7 +46,7 @@ def layer_norm_bwd(
 
         y = xn (1 + weight) + bias     ->   e = dy (1 + weight)      dweight = sum_rows dy xn      dbias = sum_rows dy
         xn = (x - m) r                 ->   dx = e r + ...           dm = -r sum e                 dr = sum e (x - m)
-        r = (mean((x - m)^2) + eps)^(-1/2)   ->   dx = ... - dr r^3 (x - m) / D      this gives m no gradient
+        r = (mean((x - m)^2) + eps)^(-1/2)   ->   dx = ... - dr r^3 (x - m) / D    none to m: sum (x - m) = 0
         m = mean(x)                    ->   dx = ... + dm / D
 
     With (x - m) = xn / r this gives dx = r (e - mean(e) - xn mean(e xn)); for RMS norm, without m, dx lacks mean(e).
