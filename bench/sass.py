@@ -93,8 +93,8 @@ def compiled(source: Path, architecture: int = 90) -> list[Kernel]:
 def assembly(source: Path) -> dict[str, str]:
     """Inline PTX of each kernel of a source file; x, y and z are the kernel's parameters.
 
-    An operand is a pointer ("x"), word n of a pointer's target or of a parameter ("x0"), read before the PTX or written
-    after it, or an array in shared memory.
+    "x" is a pointer; "x0" is word 0 of its target (read before the PTX or written after it) or of a parameter. An array
+    in shared memory has its own name.
     """
     with tempfile.TemporaryDirectory() as folder:
         output = Path(folder) / "kernels.ptx"

@@ -88,7 +88,7 @@ MEGALODON_INLINE Vec<R> keep_first(Vec<R> v, int64_t n) {
   return lane < lane - lane + static_cast<LaneInt<R>>(n) ? v : zeros<R>();
 }
 
-// Lanes to be merged: kept[i], other[i] are a[i], a[i ^ bit] if i has the bit clear, else b[i], b[i ^ bit].
+// Lanes to be added: kept[i] = v[i] and other[i] = v[i ^ bit], where v is b if i has the bit, else a.
 template <class R>
 struct LanePairs {
   Vec<R> kept, other;
@@ -124,7 +124,7 @@ struct Terms {
   }
 };
 
-// Lane i of sum k of the result is the sum of the lanes of sum k of group(i). Depth first, so few vectors are live.
+// Sums the lanes of each group: lane i of v[k] is the sum of all lanes of group(i).v[k]. Depth first: few live vectors.
 template <class R, int kSums, int bit = 1, class Group>
 MEGALODON_INLINE Terms<R, kSums> sum_each(int first, Group&& group) {
   if constexpr (bit == kLanes<R>) return group(first);
@@ -140,7 +140,7 @@ MEGALODON_INLINE Terms<R, kSums> sum_each(int first, Group&& group) {
   }
 }
 
-// Lane i of sum k is the sum over the `size` elements of group i, for `groups` <= kLanes groups.
+// Lane i of v[k] is the sum of term k over the `size` elements of group i; `groups` <= kLanes.
 // term(i, offset, n) gives the Terms of n <= kLanes elements of group i, zero in the other lanes.
 template <class R, int kSums, class Term>
 MEGALODON_INLINE Terms<R, kSums> sum_groups(int64_t groups, int64_t size, Term&& term) {

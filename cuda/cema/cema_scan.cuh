@@ -2,8 +2,8 @@
 //
 // Grid of phases 2 and 4: blocks of at most 128 threads; the blocks of a tile are neighbours. A thread owns two
 // neighbouring channels and 8 modes (4 if `modes` is 4), states and coefficients in registers. The lanes that share two
-// channels are also neighbours. They read the same elements and add up y by shuffles, kStored positions at a time, of
-// which each lane stores its own: a warp reads and writes rows 64 bytes or more at a time, 32 for N = 32.
+// channels are also neighbours. They read the same elements and add up y by shuffles, kStored positions at a time, and
+// each lane stores its own. A warp reads and writes 64 bytes or more of a row at a time, 32 for N = 32.
 //
 // Registers: at most 168 (12 warps per SM), 255 for double; no spills. Shared memory: 16 KB for the states of sequences
 // that start or end.
@@ -12,7 +12,7 @@
 // H100, (B 8, L 2048, D 1024, N 16) bf16, tile 128: 2.1 G multiply-adds, 64 us at 67 TFLOP/s. Bytes: x 33.5 MB twice, y
 // 33.5 MB, and states of 17 MB four times, which stay in L2: 30 us at 3.35 TB/s.
 // Example: T = 300, tile 32: 10 tiles, the last of 12 positions; two sequences from 0 and from 100: tiles 0 and 3
-// contain a start, so the states that enter tiles 1 .. 3 come from token 0 on, those of tiles 4 .. 9 from token 100 on.
+// contain a start, so the states that enter tiles 1 .. 3 sum up from token 0, those of tiles 4 .. 9 from token 100.
 #pragma once
 
 #include "cema_carry.cuh"
@@ -34,8 +34,8 @@ GPU_INLINE void store_matrix(const Scan& scan, int plane, int64_t at, double re,
   }
 }
 
-// The powers re + i phase v of a pole as pairs, and the second column of the matrix that multiplies a pair by q^kBlock;
-// the first column is q^kBlock.
+// Powers re + i phase v of a pole as pairs. The last one, q^kBlock, is the first column of the matrix that multiplies a
+// pair by q^kBlock; the second column follows.
 template <class R>
 GPU_INLINE void store_powers(const Scan& scan, int64_t mode, int64_t channel, double pole, double phase2,
                              double shear) {
@@ -79,7 +79,7 @@ __global__ void cema_table_kernel(Scan scan, const R* p, const gpu::Complex<R>* 
     if (fabs(scale) < kLeastScale<R>) scale = kLeastScale<R>;
     if (g.re < least && -g.re < least && g.im < least && -g.im < least) g = {least, 0};
   }
-  // -beta is a number above Im(q)^2, and shear^2 is the difference; Re(q) - shear is exact, being smaller than Re(q).
+  // -beta is slightly above Im(q)^2: by shear^2. Re(q) - shear is exact, because it is smaller than Re(q).
   const double phase2 = phase * phase, ulp = sizeof(R) == 4 ? 0x1p-23 : 0x1p-52;
   const double beta = set(kBeta, -phase2 * (1 + ulp)), gap = -beta - phase2;
   const double root = sqrt(gap > 0 ? gap : 0), alpha = set(kAlpha, pole.re < 0 ? pole.re - root : pole.re + root);
@@ -156,7 +156,7 @@ __global__ void __launch_bounds__(kThreads, kBlocks<Compute<T>>) cema_local_kern
 }
 
 // Adds y over the `split` lanes of two channels; n and split are powers of two. Lane `part` gets the sums of n / split
-// positions in order or, with fewer positions than lanes, split / n neighbours get the sums of one position.
+// positions, in order. If n < split, split / n neighbouring lanes get the sums of one position.
 template <int split, int n, class R>
 GPU_INLINE void add_parts(R (&y)[n][2], int part) {
   GPU_UNROLL

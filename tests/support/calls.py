@@ -23,7 +23,7 @@ def forward(function: Function, case: Case) -> Tensors:
 def evaluate(function: Function, case: Case, incoming: Callable[[str, Tensor], Tensor] | None = None) -> Tensors:
     """Return the outputs by name and the gradient of every tensor as "d<name>", given random incoming gradients.
 
-    Padding has the case's poison. `incoming` may replace an incoming gradient: it gets the output's name and the random
+    Padding holds `case.poison`. `incoming` may replace an incoming gradient: it gets the output's name and the random
     gradient.
     """
     op = OPS[case.op]
@@ -49,7 +49,7 @@ def _random_gradient(gen: torch.Generator, output: Tensor, rounding: torch.dtype
 
 
 def invariant_results(op: str, results: Tensors) -> Tensors:
-    """The results that do not change when a sequence is cut: all, or only the outputs if the state is a constant."""
+    """The results that do not change when a sequence is cut: all, but no gradients if none flows through the state."""
     names = [name for name in results if not (OPS[op].constant_state and name.startswith("d"))]
     return {name: results[name] for name in names}
 

@@ -21,9 +21,9 @@ from megalodon_ops.tokenizers import Tokenizer
 SAMPLES, SAMPLE = 3, 300
 """Continuations shown at the end of a training run, and tokens of each"""
 PROMPT_BYTES, SHOWN_BYTES = 2048, 300
-"""Bytes of a held-out document that prompt them, and bytes of the prompt that are shown"""
+"""Bytes of a held-out document in the prompt, and how many of them are shown"""
 MAX_PROMPT_BYTES = 100_000_000
-"""Longest prompt; reading stops there, since a device may be endless"""
+"""Longest prompt; reading stops there: /dev/zero never ends"""
 UNKNOWN = "\N{REPLACEMENT CHARACTER}".encode()
 """Text of an id that the tokenizer lacks"""
 CONTEXT = 16
@@ -37,7 +37,7 @@ def run(options: Generate) -> int:
     prompt = _prompt(options)
     trained = trained_model(options.checkpoint, device, options.tokenizer, options.dtype)
     try:
-        check_samples(trained.model, options.samples)  # before the prompt is read
+        check_samples(trained.model, options.samples)  # before the model runs
     except ValueError as error:
         raise CommandError(f"--samples: {error}; ask for fewer") from error
     use_huge_pages(trained.model)

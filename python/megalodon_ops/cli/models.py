@@ -24,7 +24,7 @@ WIDTHS = ("z_dim", "value_dim", "ffn_hidden_dim")
 def model_config(
     preset: str, flags: dict[str, Any], tokenizer: Tokenizer | None = None, *, ends: bool = True
 ) -> MegalodonConfig:
-    """Return the preset with flags, for a tokenizer's ids, or bytes; other widths scale with `model_dim`.
+    """Return the preset changed by `flags`, for a tokenizer or bytes; other widths scale with `model_dim`.
 
     ends: predict the tokenizer's `end`, too.
     """
@@ -80,7 +80,7 @@ class TrainedModel(NamedTuple):
 
     @property
     def dtype(self) -> str:
-        """The run's dtype for autocast; "float32", which is none, without a run."""
+        """The run's dtype for autocast; "float32" (no autocast) without a run."""
         return "float32" if self.record is None else self.record.options.dtype
 
 

@@ -25,7 +25,7 @@ from ..model.megalodon import Megalodon
 from ..ops.linear_cross_entropy.linear_cross_entropy import linear_cross_entropy
 
 PRODUCTS, OTHERS, RECOMPUTED = "matrix products, attention", "CEMA, norms, gates", "computed again"
-"""Kinds of operations: of a GPU's matrix units, of its float32 units, and of either for recomputation"""
+"""Kinds of operations: on a GPU's matrix units, on its float32 units, and recomputed ones on either"""
 
 
 class Cost(NamedTuple):
@@ -49,8 +49,8 @@ def measure(
 ) -> tuple[Cost, Cost]:
     """Costs of a block, and of the final norm with the loss, on a batch of (rows, length) tokens; see :func:`plan`.
 
-    Each of `tensor` devices that share a block has a part of its operations and saved tensors, but all channels of
-    gathered tensors, the inputs of norms and products. For the loss, each has a part of the tokens.
+    `tensor` devices share a block: each has a part of its operations and saved tensors, but gathered tensors (inputs of
+    norms and products) with all channels. For the loss, each has a part of the tokens.
     """
     stream, device = torch.float32 if autocast else dtype, "cpu" if on_cpu else "meta"
     with torch.device("meta"):
@@ -83,7 +83,7 @@ def measure(
 
 
 def _saved(call: Callable[[Tensor], Tensor], x: Tensor, inputs: list[Tensor]) -> list[tuple[int, int]]:
-    """Numbers and bytes of each storage that autograd saves for the backward of `call`, except those of `inputs`."""
+    """Elements and bytes of each storage that autograd saves for the backward of `call`, except those of `inputs`."""
     found: dict[int, Tensor] = {}  # keeps the tensors alive, so no address is used twice
     with saved_tensors_hooks(lambda t: found.setdefault(t.untyped_storage()._cdata, t), lambda t: t):
         call(x)
