@@ -141,6 +141,8 @@ def test_the_emulator_records_iterations(emulator, tmp_path, monkeypatch):
 BF16, NINE = torch.bfloat16, list(range(10))
 CASES = {
     "two-groups-of-modes": (cema_case, {}, {"D": 3, "N": 40}),
+    "one-packed-sequence": (cema_case, {}, {"B": 1, "L": 70, "cu_seqlens": [0, 70], "dtype": BF16}),
+    "one-token-of-two-modes": (cema_case, {}, {"L": 1, "N": 2, "dtype": BF16}),
     "two-warps-of-channels": (cema_case, {}, {"B": 1, "L": 9, "D": 80, "cu_seqlens": NINE, "dtype": BF16}),
     "one-block-of-queries": (chunked_attention_case, {}, {"B": 1, "L": 1, "H": 1, "state": True}),
     "nine-queries": (chunked_attention_case, {}, {"B": 1, "H": 1, "state": True, "cu_seqlens": NINE}),
@@ -167,6 +169,7 @@ CASES = {
         normalized_qk_case, {"qk_part": 24},
         {"B": 1, "L": 49, "H": 1, "K": 264, "C": 9, "cu_seqlens": [*NINE, 49], "dtype": BF16},
     ),
+    "nine-sequences-of-queries": (normalized_qk_case, {}, {"B": 1, "cu_seqlens": NINE, "dtype": BF16}),
     "two-blocks-of-empty-groups": (timestep_norm_case, {}, {"B": 1, "L": 2, "G": 300, "width": 1, "lengths": [0]}),
     "nine-sequences-of-the-norm": (
         timestep_norm_case, {}, {"B": 1, "cu_seqlens": NINE, "count": 3, "dtype": BF16}

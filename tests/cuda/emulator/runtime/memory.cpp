@@ -29,7 +29,7 @@ size_t shared_top, static_shared_bytes;
 
 uint64_t repeated(uint8_t flag) { return flag * 0x0101010101010101ull; }
 
-// Every byte of `all` has only flags that all bytes have; some byte of `any` has each flag that some byte has.
+// A flag is in every byte of `all` if all bytes have it, and in some byte of `any` if some byte has it.
 struct FlagSummary {
   uint64_t all, any;
 };
