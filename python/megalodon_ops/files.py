@@ -120,9 +120,8 @@ def write_atomically(path: Path, *, folder: bool = False, token: str | None = No
             flush(path.parent)
         remove_drafts(path.parent, glob.escape(path.name))
     except OSError as error:
-        cause = (
-            error.__cause__ if isinstance(error.__cause__, OSError) else error
-        )  # the error of a file inside the folder
+        # The cause is an error of a file inside the folder.
+        cause = error.__cause__ if isinstance(error.__cause__, OSError) else error
         raise OSError(f"{path}: could not be written: {cause.strerror or cause}") from cause
 
 
