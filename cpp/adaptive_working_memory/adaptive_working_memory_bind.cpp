@@ -41,8 +41,8 @@ MEGALODON_BINDING(working_memory_steps,
   params.mass = state("state.mass", mass, "(S, H, K)", {S, H, K}, real, kRealDtype);
   params.o = TensorView(kMemory, "o", o).like(values).data();
   for (int64_t s = 0; s < S; ++s)
-    if (params.position[s] < 0 || params.position[s] > kMostSteps)
-      throw py::value_error(std::string(kMemory) + ": `state.position` must be in [0, " + std::to_string(kMostSteps) +
+    if (params.position[s] < 0 || params.position[s] > kMaxPositions)
+      throw py::value_error(std::string(kMemory) + ": `state.position` must be in [0, " + std::to_string(kMaxPositions) +
                             "], got " + std::to_string(params.position[s]) + " at " + std::to_string(s) + ".");
   MEGALODON_LAUNCH(target, working_memory_steps, params);
 }

@@ -5,7 +5,7 @@
 
 namespace megalodon {
 
-constexpr int64_t kMostSteps = int64_t{1} << 62;  // limit on a state's position: adding a length never overflows
+constexpr int64_t kMaxPositions = int64_t{1} << 62;  // limit on a state's position: adding a length never overflows
 
 // Sequence s holds the tokens [begin(s), end(s)). Sequences are in order and do not overlap; tokens outside them are
 // padding. Dense: cu_seqlens and lengths are null and S = B. Right-padded: lengths (S). Packed: cu_seqlens (S + 1).

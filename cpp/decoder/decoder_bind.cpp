@@ -33,7 +33,7 @@ TimestepNormFwdParams timestep_norm(const Sizes& s, Tensors& tensors, const std:
   p.eps = s.eps;
   p.weight = tensors.real(name + ".weight", "(D,)", {s.D});
   p.bias = tensors.real(name + ".bias", "(D,)", {s.D});
-  p.count = p.count_out = tensors.integers(state + ".count", kMostSteps + 1);
+  p.count = p.count_out = tensors.integers(state + ".count", kMaxPositions + 1);
   p.mean = p.mean_out = tensors.real(state + ".mean", "(S, G)", {s.B, s.G});
   p.var = p.var_out = tensors.real(state + ".var", "(S, G)", {s.B, s.G});
   p.residual = p.residual_out = tensors.real(state + ".residual", "(S, 2, G)", {s.B, 2, s.G});
@@ -103,17 +103,17 @@ class Block {
     append_.heads = s.H;
     append_.key_dim = s.K;
     append_.value_dim = s.V;
-    append_.chunk_size = s.kept();
+    append_.chunk_size = s.cached_rows();
     append_.scale = 1;
     append_.q = a.q;
     append_.k = a.k;
     append_.v = a.v;
     const std::string cache = state + ".attention";
     append_.cache_k = append_.cache_k_out =
-        tensors.activation(cache + ".k", "(S, visible C, H, K)", {s.B, s.kept(), s.H, s.K});
+        tensors.activation(cache + ".k", "(S, visible C, H, K)", {s.B, s.cached_rows(), s.H, s.K});
     append_.cache_v = append_.cache_v_out =
-        tensors.activation(cache + ".v", "(S, visible C, H, V)", {s.B, s.kept(), s.H, s.V});
-    append_.position_out = tensors.integers(cache + ".position", s.kept());
+        tensors.activation(cache + ".v", "(S, visible C, H, V)", {s.B, s.cached_rows(), s.H, s.V});
+    append_.position_out = tensors.integers(cache + ".position", s.cached_rows());
     qk_.position = append_.position = append_.position_out;
     if (s.memory) make_memory(tensors, state);
 
@@ -193,7 +193,7 @@ class Block {
     memory_append_ = append_;
     memory_append_.value_dim = 0;
     memory_append_.cache_k = memory_append_.cache_k_out =
-        tensors.activation(state + ".memory_k", "(S, visible C, H, K)", {s.B, s.kept(), s.H, s.K});
+        tensors.activation(state + ".memory_k", "(S, visible C, H, K)", {s.B, s.cached_rows(), s.H, s.K});
     memory_append_.position_out = a.ends;
 
     memory_.dtype = s.dtype;

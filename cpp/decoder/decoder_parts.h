@@ -45,7 +45,7 @@ struct Sizes {
   Scalar real() const { return real_of(dtype); }
   int64_t element() const { return dtype == DType::f64 ? 8 : dtype == DType::f32 ? 4 : 2; }
   int64_t real_element() const { return dtype == DType::f64 ? 8 : 4; }
-  int64_t kept() const { return visible * C; }  // rows of a cache
+  int64_t cached_rows() const { return visible * C; }  // rows of a cache
 };
 
 // The model's parameters and "state.<...>" tensors by name; an absent tensor or None is a TensorView of None. The entry

@@ -60,8 +60,8 @@ TensorView fill(TimestepNormParams& params, py::handle x_, py::handle weight_, p
     params.var = var.present().shape("(S, G)", {S, G}).dtype(real, kRealDtype).data();
     params.residual = residual.shape("(S, 2, G)", {S, 2, G}).dtype(real, kRealDtype).data();
     for (int64_t s = 0; kReadable && s < S; ++s)
-      if (params.count[s] < 0 || params.count[s] > kMostSteps)
-        count.fail("in [0, " + std::to_string(kMostSteps) + "], got " + std::to_string(params.count[s]));
+      if (params.count[s] < 0 || params.count[s] > kMaxPositions)
+        count.fail("in [0, " + std::to_string(kMaxPositions) + "], got " + std::to_string(params.count[s]));
   }
   return x;
 }

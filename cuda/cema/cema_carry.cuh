@@ -38,8 +38,8 @@ GPU_INLINE void carry(const Scan& scan, Visit&& visit) {
   SMEM_ARRAY(Pair<R>, ends, kCarryWarps * gpu::kWarp);
   SMEM_ARRAY(int, stopped, kCarryWarps);
   const int warp = threadIdx.x / gpu::kWarp, lane = threadIdx.x % gpu::kWarp;
-  const int64_t pairs = scan.lanes * scan.width, mine = int64_t{blockIdx.x} * gpu::kWarp + lane;
-  const int64_t at = mine < pairs ? mine : 0;
+  const int64_t pairs = scan.lanes * scan.width, pair = int64_t{blockIdx.x} * gpu::kWarp + lane;
+  const int64_t at = pair < pairs ? pair : 0;
   const Matrix<R> over_tile(scan, kTileMatrix, at), over_span(scan, kSpanMatrix, at);
   Pair<R> enters{0, 0};  // the round
   for (int64_t round = 0; round < scan.tiles; round += kCarryWarps * kSpan) {
@@ -51,7 +51,7 @@ GPU_INLINE void carry(const Scan& scan, Visit&& visit) {
     GPU_UNROLL
     for (int i = 0; i < kSpan; ++i) {
       if (i >= count) continue;
-      end[i] = mine < pairs ? gpu::ld<Pair<R>>(scan.pairs<R>(tile(i), at, 0)) : Pair<R>{0, 0};
+      end[i] = pair < pairs ? gpu::ld<Pair<R>>(scan.pairs<R>(tile(i), at, 0)) : Pair<R>{0, 0};
       stops[i] = scan.stops[tile(i)];
     }
     Pair<R> z{0, 0};
@@ -75,7 +75,7 @@ GPU_INLINE void carry(const Scan& scan, Visit&& visit) {
     GPU_UNROLL
     for (int i = 0; i < kSpan; ++i) {
       if (i >= count) continue;
-      if (mine < pairs) gpu::st(scan.pairs<R>(tile(i), at, 0), z);
+      if (pair < pairs) gpu::st(scan.pairs<R>(tile(i), at, 0), z);
       enters_tile[i] = z;
       z = stops[i] ? end[i] : over_tile(z, end[i]);
     }

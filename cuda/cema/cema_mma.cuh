@@ -174,14 +174,14 @@ template <class R>
 __global__ void __launch_bounds__(kCarryWarps* gpu::kWarp) cema_cross_kernel(Gradients p) {
   SMEM_ARRAY(R, sums, kProductFirst * kCarryWarps * gpu::kWarp);
   const int warp = threadIdx.x / gpu::kWarp, lane = threadIdx.x % gpu::kWarp;
-  const int64_t pairs = p.scan.lanes * p.scan.width, mine = int64_t{blockIdx.x} * gpu::kWarp + lane;
-  const int64_t at = mine < pairs ? mine : 0;
+  const int64_t pairs = p.scan.lanes * p.scan.width, pair = int64_t{blockIdx.x} * gpu::kWarp + lane;
+  const int64_t at = pair < pairs ? pair : 0;
   const int64_t mode = at % p.scan.lanes, channel = at / p.scan.lanes;
   const Basis<R> basis(p.scan, mode, channel);
   const Matrix<R> over_tile(p.scan, kTileMatrix, at);
   Pair<R> y_sum{0, 0}, w_sum{0, 0};
   carry<R>(p.adjoint, [&](int64_t k, Pair<R> enters, Pair<R> r) {
-    const auto load = [&](const R* pair) { return gpu::ld<Pair<R>>(pair); };
+    const auto load = [&](const R* source) { return gpu::ld<Pair<R>>(source); };
     auto u = load(p.scan.pairs<R>(k, at, 0));
     const auto e_slope = load(p.slope<R>(0, k, at, 0));
     const auto r_slope = load(p.slope<R>(1, k, at, 0));
@@ -199,7 +199,7 @@ __global__ void __launch_bounds__(kCarryWarps* gpu::kWarp) cema_cross_kernel(Gra
   for (int kind = 0; kind < kProductFirst; ++kind)
     sums[(kind * kCarryWarps + warp) * gpu::kWarp + lane] = totals[kind];
   __syncthreads();
-  if (warp >= kProductFirst || mine >= pairs) return;
+  if (warp >= kProductFirst || pair >= pairs) return;
   R sum = 0;
   for (int w = 0; w < kCarryWarps; ++w) sum += sums[(warp * kCarryWarps + w) * gpu::kWarp + lane];
   p.sums.of<R>()[warp * pairs + mode * p.scan.width + channel] = sum;

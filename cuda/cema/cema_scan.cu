@@ -73,8 +73,8 @@ bool takes_mma(const CemaParams& params, const Scan& scan, const void* from, con
 
 // Half of a product's rows are enough. 4 modes are cheap to scan, 17 would need too many registers.
 bool takes_mma_output(const Scan& scan) {
-  const int64_t tokens = scan.sequences.tokens, of_block = kMmaRows * kMmaTile;
-  return scan.lanes > 4 && scan.modes <= 16 && 2 * tokens >= of_block && tokens <= kMostBlocks * of_block;
+  const int64_t tokens = scan.sequences.tokens, block_tokens = kMmaRows * kMmaTile;
+  return scan.lanes > 4 && scan.modes <= 16 && 2 * tokens >= block_tokens && tokens <= kMostBlocks * block_tokens;
 }
 
 void cut_for_mma(Scan& scan) {

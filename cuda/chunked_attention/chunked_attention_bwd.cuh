@@ -346,16 +346,16 @@ __global__ void __launch_bounds__(Product::kThreads, Product::kVectors ? 2 : 1)
   typename Product::Sum sum;
   constexpr int kEdge = Product::kEdge;
   const int64_t value_slices = (p.value_dim + kEdge - 1) / kEdge, key_slices = (p.key_dim + kEdge - 1) / kEdge;
-  const int64_t of_keys = blockIdx.x - plan.query_blocks * key_slices;
-  if (of_keys < 0) {
+  const int64_t key_block = blockIdx.x - plan.query_blocks * key_slices;
+  if (key_block < 0) {
     const int64_t number = blockIdx.x / key_slices - (p.causal ? 0 : plan.blocks - 1);
     const int column = static_cast<int>(blockIdx.x % key_slices) * kEdge;
     while (!differentiate_queries<Product>(p, plan, round, number, column, sum, pass, slabs)) {}
   } else {
-    const int64_t slices = value_slices + key_slices, slice = of_keys % slices;
+    const int64_t slices = value_slices + key_slices, slice = key_block % slices;
     const bool values = slice < value_slices;
     const int column = static_cast<int>(values ? slice : slice - value_slices) * kEdge;
-    while (!differentiate_keys<Product>(p, plan, round, of_keys / slices, values, column, sum, pass, slabs)) {}
+    while (!differentiate_keys<Product>(p, plan, round, key_block / slices, values, column, sum, pass, slabs)) {}
   }
 }
 

@@ -25,7 +25,7 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
-from .ops.common.checks import described, shown
+from .ops.common.checks import describe, short_text
 
 MAX_JSON_BYTES = 16 << 20
 """Largest JSON file that is read; a configuration takes less than a thousandth of it"""
@@ -39,7 +39,7 @@ class FileError(ValueError):
 def as_path(caller: str, argument: str, value: object) -> Path:
     """Return the value as a path; raise a TypeError if it is none."""
     if not isinstance(value, (str, os.PathLike)):
-        raise TypeError(f"{caller}: `{argument}` must be a path, got {described(value)}.")
+        raise TypeError(f"{caller}: `{argument}` must be a path, got {describe(value)}.")
     return Path(value)
 
 
@@ -95,7 +95,7 @@ def read_json(path: Path) -> dict[str, Any]:
     with opened(path) as file:
         content = json.load(file)
         if not isinstance(content, dict):
-            raise ValueError(f"must hold a JSON object, got {shown(content)}")
+            raise ValueError(f"must hold a JSON object, got {short_text(content)}")
     return content
 
 

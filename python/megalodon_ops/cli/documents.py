@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from megalodon_ops.files import opened
-from megalodon_ops.ops.common.checks import shown
+from megalodon_ops.ops.common.checks import short_text
 
 LINE_SUFFIXES = (".jsonl", ".ndjson")
 READ_BYTES = 1 << 20
@@ -91,7 +91,7 @@ def _text(line: bytes, field: str) -> bytes | str:
     except (ValueError, KeyError, TypeError, RecursionError):
         text = None
     if not isinstance(text, str):
-        return f"lines without a text {shown(field)}"
+        return f"lines without a text {short_text(field)}"
     if not text:
         return "empty documents"
     # JSON can escape half of a surrogate pair, which becomes U+FFFD

@@ -19,7 +19,7 @@ import msgspec
 from msgspec.inspect import BoolType, FloatType, IntType, LiteralType, Metadata, NoneType, UnionType, VarTupleType
 
 from megalodon_ops import __version__, torchrun
-from megalodon_ops.ops.common.checks import shown
+from megalodon_ops.ops.common.checks import short_text
 
 REQUIRED = MISSING
 
@@ -147,7 +147,7 @@ def fault(error: msgspec.ValidationError, found: Mapping[str, Any]) -> str:
     message = message.partition(", got")[0].replace("Expected", "must be").replace(" | null", "")
     for kind, words in {"`int`": "a whole number", "`float`": "a number", "`str` of length >= 1": "text"}.items():
         message = message.replace(kind, words)
-    return f"{flag_of(name)}: {message}, got {shown(value)}"
+    return f"{flag_of(name)}: {message}, got {short_text(value)}"
 
 
 def _lines(kind: type[Options]) -> list[str]:

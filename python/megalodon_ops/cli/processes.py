@@ -18,7 +18,7 @@ import torch
 import torch.distributed as dist
 
 from megalodon_ops.cli.errors import CommandError
-from megalodon_ops.ops.common.checks import shown
+from megalodon_ops.ops.common.checks import short_text
 from megalodon_ops.torchrun import first_line
 
 if TYPE_CHECKING:
@@ -71,7 +71,7 @@ class Processes:
             for name, value in facts.items():
                 if others[name] != value:
                     raise CommandError(
-                        f"{name} must be the same in all processes, got {shown(value)} and in rank {rank} {shown(others[name])}"
+                        f"{name} must be the same in all processes, got {short_text(value)} and in rank {rank} {short_text(others[name])}"
                     )
 
 

@@ -19,7 +19,7 @@ from megalodon_ops.cli.models import model_config, read_tokenizer
 from megalodon_ops.cli.options import MINUTES, LAUNCH_OPTIONS, RATE_TIMES_WIDTH, CONTEXT_ROWS, Train, config_field
 from megalodon_ops.cli.run_record import TrainRecord
 from megalodon_ops.files import read_json
-from megalodon_ops.ops.common.checks import shown
+from megalodon_ops.ops.common.checks import short_text
 from megalodon_ops.tokenizers import ByteTokenizer, Tokenizer
 from megalodon_ops.training.run_checkpoint import Checkpoint
 
@@ -45,7 +45,7 @@ def with_config(options: Train) -> Train:
     if unknown := [name for name in values if name not in names]:
         near = difflib.get_close_matches(unknown[0], names, n=1)
         fix = f"did you mean {near[0]}?" if near else "train --help names them, with - for _"
-        raise CommandError(f"--config {file}: not an option of a run: {shown(unknown[0])}; {fix}")
+        raise CommandError(f"--config {file}: not an option of a run: {short_text(unknown[0])}; {fix}")
     try:
         found = _override(convert(values, Train), options)
     except msgspec.ValidationError as error:

@@ -20,7 +20,7 @@ from torch.distributed import ProcessGroup
 
 from ..model.layers import ComplexEMA, TimestepNorm
 from ..model.sequences import Sequences
-from ..ops.adaptive_working_memory.adaptive_working_memory import kept_rows, read_write_and_keep
+from ..ops.adaptive_working_memory.adaptive_working_memory import num_cached_rows, read_write_and_keep
 from ..ops.cema.cema import cema_end_state
 from ..ops.common.definition import accumulation_dtype
 from ..ops.common.states import AttentionState, TimestepNormState, WorkingMemoryState
@@ -133,7 +133,7 @@ def _last_chunk(
     missing = chunk_size - own.shape[1]
     if cache is None or not missing:
         return F.pad(own, (0, 0, 0, 0, missing, 0))
-    cached, count = getattr(cache, name), kept_rows(cache.position, chunk_size, visible_chunks=2)
+    cached, count = getattr(cache, name), num_cached_rows(cache.position, chunk_size, visible_chunks=2)
     if pieces.is_packed:
         cached, count = cached[-1:], count[-1:]
     rows = (count[:, None] + torch.arange(-missing, 0, device=count.device)).clamp(min=0)

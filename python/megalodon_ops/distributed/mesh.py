@@ -14,7 +14,7 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from .rank_checks import check_same_on_ranks
 from .start import start
-from ..ops.common.checks import check_number, described, is_whole, shown
+from ..ops.common.checks import check_number, describe, is_integer_between, short_text
 
 DIMENSIONS = ("data", "chunk", "tensor")  # in a mesh's order: the ranks of the last one are neighbours
 _EXPECTED = 'sizes of data, chunk and tensor, such as "data=2,chunk=2"'
@@ -49,7 +49,7 @@ def make_mesh(
         >>> torch.distributed.destroy_process_group()
     """
     if not isinstance(sizes, (str, Mapping)):
-        raise TypeError(f"make_mesh: `sizes` must be {_EXPECTED}, or a dictionary, got {described(sizes)}.")
+        raise TypeError(f"make_mesh: `sizes` must be {_EXPECTED}, or a dictionary, got {describe(sizes)}.")
     if timeout is not None:
         timeout = check_number("make_mesh", "timeout", timeout, "a positive number of seconds or None", 1e-3)
     device_type = _device_type(device_type)
@@ -71,7 +71,7 @@ def make_mesh(
 def check_mesh(caller: str, mesh: object) -> dict[str, int]:
     """Return the sizes of a mesh's dimensions by name; raise an error if the package cannot use the mesh."""
     if not isinstance(mesh, DeviceMesh):
-        raise TypeError(f"{caller}: `mesh` must be a torch.distributed DeviceMesh, got {described(mesh)}.")
+        raise TypeError(f"{caller}: `mesh` must be a torch.distributed DeviceMesh, got {describe(mesh)}.")
     names = mesh.mesh_dim_names
     if not names or tuple(name for name in DIMENSIONS if name in names) != tuple(names):
         got = "none" if not names else ", ".join(names)
@@ -101,7 +101,7 @@ def _device_type(wanted: str | None) -> str:
     found = "cuda" if torch.cuda.is_available() else "cpu"
     if wanted not in (None, "cpu", found):
         words = '"cpu", "cuda" or None' if found == "cuda" else '"cpu" or None without a GPU'
-        raise ValueError(f"make_mesh: `device_type` must be {words}, got {described(wanted)}.")
+        raise ValueError(f"make_mesh: `device_type` must be {words}, got {describe(wanted)}.")
     return wanted or found
 
 
@@ -112,8 +112,10 @@ def _shape(sizes: str | Mapping[str, int]) -> dict[str, int]:
         parts = [part.partition("=") for part in sizes.split(",")]
         given = {name.strip(): int(size) for name, _, size in parts if re.fullmatch(r"\s*[0-9]{1,9}\s*", size)}
         given = given if len(given) == len(parts) else {}
-    if not given or not all(name in DIMENSIONS and is_whole(size, 1, 2**31 - 1) for name, size in given.items()):
-        got = shown(sizes) if len(sizes) > 64 else repr(sizes)
+    if not given or not all(
+        name in DIMENSIONS and is_integer_between(size, 1, 2**31 - 1) for name, size in given.items()
+    ):
+        got = short_text(sizes) if len(sizes) > 64 else repr(sizes)
         raise ValueError(f"make_mesh: `sizes` must be {_EXPECTED}, got {got}.")
     shape = {name: int(given[name]) for name in DIMENSIONS if name in given}
     needed, world_size = math.prod(shape.values()), dist.get_world_size()

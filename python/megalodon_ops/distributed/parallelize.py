@@ -17,7 +17,7 @@ from .parallel_model import ParallelMegalodon, ParallelMegalodonEncoder, Ranks
 from .tensor import check_can_split, split_over
 from ..model.encoder import MegalodonEncoder
 from ..model.megalodon import Megalodon
-from ..ops.common.checks import described, shown
+from ..ops.common.checks import describe, short_text
 
 
 def parallelize(
@@ -97,7 +97,7 @@ def _check(model: nn.Module, sizes: dict[str, int], data: object, param_dtype: o
     if type(model) not in (Megalodon, MegalodonEncoder) or not model._modules:
         raise TypeError(
             "parallelize: `model` must be a Megalodon or a MegalodonEncoder that is not parallel yet, got "
-            f"{described(model)}."
+            f"{describe(model)}."
         )
     for name, size in sizes.items():
         if size > 1 and name != "data" and isinstance(model, MegalodonEncoder):
@@ -113,10 +113,10 @@ def _check(model: nn.Module, sizes: dict[str, int], data: object, param_dtype: o
                 f"as {odd[0]}; merge adapters first."
             )
     if not isinstance(data, str) or data not in ("shard", "replicate"):
-        raise ValueError(f'parallelize: `data` must be "shard" or "replicate", got {described(data)}.')
+        raise ValueError(f'parallelize: `data` must be "shard" or "replicate", got {describe(data)}.')
     if param_dtype not in (None, torch.bfloat16, torch.float16, torch.float32):
         raise ValueError(
-            f"parallelize: `param_dtype` must be torch.bfloat16, float16, float32 or None, got {shown(param_dtype)}."
+            f"parallelize: `param_dtype` must be torch.bfloat16, float16, float32 or None, got {short_text(param_dtype)}."
         )
 
 

@@ -10,7 +10,7 @@ import torch
 
 from ..model.config import MegalodonConfig, check_config
 from ..model.megalodon import Megalodon
-from ..ops.common.checks import check_size, shown
+from ..ops.common.checks import check_size, short_text
 from ..ops.linear_cross_entropy import linear_cross_entropy as loss
 from .measure import measure
 from .mesh import DIMENSIONS
@@ -74,14 +74,16 @@ def plan(
     """
     check_config("plan", config)
     if unknown := [name for name in mesh if name not in DIMENSIONS]:
-        raise ValueError(f"plan: `mesh` must have dimensions named data, chunk or tensor, got {shown(unknown[0])}.")
+        raise ValueError(
+            f"plan: `mesh` must have dimensions named data, chunk or tensor, got {short_text(unknown[0])}."
+        )
     sizes = {name: check_size("plan", "mesh", mesh.get(name, 1)) for name in DIMENSIONS}
     data_size, chunk, tensor = sizes.values()
     context = check_size("plan", "context", context)
     batch = data_size if batch is None else check_size("plan", "batch", batch)
     for name, value, choices in (("device", device, ("cpu", "cuda")), ("data", data, ("shard", "replicate"))):
         if value not in choices:
-            raise ValueError(f'plan: `{name}` must be "{choices[0]}" or "{choices[1]}", got {shown(value)}.')
+            raise ValueError(f'plan: `{name}` must be "{choices[0]}" or "{choices[1]}", got {short_text(value)}.')
     if param_dtype != torch.float32 and (autocast or dtype != param_dtype):
         raise ValueError(f"plan: `param_dtype` must be float32, or `dtype` without autocast, got {param_dtype}.")
     if batch % data_size:

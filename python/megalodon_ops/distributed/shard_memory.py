@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
-from ..ops.adaptive_working_memory.adaptive_working_memory import kept_rows, read_and_write, read_write_and_keep
+from ..ops.adaptive_working_memory.adaptive_working_memory import num_cached_rows, read_and_write, read_write_and_keep
 from ..ops.common.definition import accumulation_dtype
 from ..ops.common.states import WorkingMemoryState
 from .exchange import send_to_all
@@ -89,7 +89,7 @@ def _mass(k: Tensor) -> Tensor:
 def _mass_after(k: Tensor, chunk_size: int, visible_chunks: int, state: WorkingMemoryState) -> Tensor:
     """Mass (R, H, K) after keys (R, n, H, K) that follow a state."""
     rows, n, device = state.k.shape[1], k.shape[1], k.device
-    num_kept = kept_rows(state.position, chunk_size, visible_chunks)[:, None]
+    num_kept = num_cached_rows(state.position, chunk_size, visible_chunks)[:, None]
     num_written = ((num_kept + n) // chunk_size - visible_chunks + 1) * chunk_size
     cached, new = torch.arange(rows, device=device), num_kept + torch.arange(n, device=device)
     is_written = torch.cat([(cached < num_kept) & (cached < num_written), new < num_written], 1)

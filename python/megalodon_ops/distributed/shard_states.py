@@ -14,7 +14,7 @@ from ..model.blocks import BlockState
 from ..model.config import MegalodonConfig
 from ..model.gecko_block import MemoryBlockState
 from ..model.model_state import MegalodonState, complete
-from ..ops.adaptive_working_memory.adaptive_working_memory import kept_rows
+from ..ops.adaptive_working_memory.adaptive_working_memory import num_cached_rows
 from ..ops.common.states import AttentionState, TimestepNormState
 from .exchange import gather_rows
 from .pieces import Pieces
@@ -73,20 +73,20 @@ def whole_state(
         """Keys or values of the whole sequences; `filled`: rows of the fullest state."""
         others = new.new_zeros((len(lengths), *new.shape[1:])) if old is None else old
         sent = gather_rows(new[local, :filled], own_rows, others[:, :filled], other_rows, group)
-        return F.pad(sent, (0, 0, 0, 0, 0, config.kept_steps - filled))
+        return F.pad(sent, (0, 0, 0, 0, 0, config.num_cached_positions - filled))
 
     old = None if before is None else complete(before)
     layers = []
     for layer, old_layer in zip(after.layers, (None,) * len(after.layers) if old is None else old.layers):
         norm, block = whole_recurrent(layer.norm, layer, None if old_layer is None else old_layer.norm, old_layer)
         end_position = lengths if old_layer is None else old_layer.attention.position + lengths
-        position = kept_rows(end_position, config.chunk_size, config.visible_chunks)
+        position = num_cached_rows(end_position, config.chunk_size, config.visible_chunks)
         filled = int(position.max())
         caches = zip(_caches(layer), [None] * 3 if old_layer is None else _caches(old_layer))
         k, v, *memory_k = (whole_cache(new, others, filled) for new, others in caches)
         block = block._replace(norm=norm, attention=AttentionState(k, v, position))
         if memory_k:
-            is_written = (norm.count >= config.kept_steps)[:, None, None]
+            is_written = (norm.count >= config.num_cached_positions)[:, None, None]
             block = block._replace(memory_mass=block.memory_mass.where(is_written, 0), memory_k=memory_k[0])
         layers.append(block)
     norm, _ = whole_recurrent(after.norm, None, None if old is None else old.norm, None)

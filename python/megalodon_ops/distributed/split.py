@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
 from ..ops.linear_cross_entropy.linear_cross_entropy import has_integers
-from ..ops.common.checks import check_integer, check_size, check_tensor, described
+from ..ops.common.checks import check_integer, check_size, check_tensor, describe
 
 
 def split(
@@ -49,7 +49,7 @@ def split(
     """
     check_tensor("split", "tokens", tokens)
     if not isinstance(mesh, DeviceMesh):
-        raise TypeError(f"split: `mesh` must be a DeviceMesh with named dimensions, got {described(mesh)}.")
+        raise TypeError(f"split: `mesh` must be a DeviceMesh with named dimensions, got {describe(mesh)}.")
     if mesh.mesh_dim_names is None:
         raise ValueError("split: `mesh` must have names of dimensions such as data and chunk, got none.")
     chunk_size = check_size("split", "chunk_size", chunk_size)

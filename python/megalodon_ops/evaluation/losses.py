@@ -13,7 +13,7 @@ from .results import Context, Evaluation, Tally
 from .windows import Segment, open_documents, segments_of
 from ..model.megalodon import Megalodon
 from ..model.model_state import MegalodonState
-from ..ops.common.checks import check_size, described, is_whole, shown
+from ..ops.common.checks import check_size, describe, is_integer_between, short_text
 
 _UNLIMITED = 2**62  # more tokens than any window holds
 
@@ -156,16 +156,14 @@ class _Reader:
 
 def _check(model: object, documents: object, contexts: object) -> None:
     if not (isinstance(model, nn.Module) and hasattr(model, "loss") and hasattr(model, "alone")):
-        raise TypeError(f"evaluate: `model` must be a Megalodon, got {described(model)}.")
+        raise TypeError(f"evaluate: `model` must be a Megalodon, got {describe(model)}.")
     if isinstance(documents, (str, bytes, Tensor)) or not isinstance(documents, Iterable):
-        raise TypeError(f"evaluate: `documents` must be a list of documents' tokens, got {described(documents)}.")
+        raise TypeError(f"evaluate: `documents` must be a list of documents' tokens, got {describe(documents)}.")
     wanted = 'a list of "all" and of positive integers below 2^62'
     if not isinstance(contexts, Sequence) or isinstance(contexts, (str, bytes)) or not contexts:
-        raise TypeError(f"evaluate: `contexts` must be {wanted}, got {described(contexts)}.")
+        raise TypeError(f"evaluate: `contexts` must be {wanted}, got {describe(contexts)}.")
     for context in contexts:
-        if not (isinstance(context, str) and context == "all") and not is_whole(context, 1, _UNLIMITED - 1):
-            raise ValueError(f"evaluate: `contexts` must be {wanted}, got {shown(context)} among them.")
+        if not (isinstance(context, str) and context == "all") and not is_integer_between(context, 1, _UNLIMITED - 1):
+            raise ValueError(f"evaluate: `contexts` must be {wanted}, got {short_text(context)} among them.")
     if len(set(contexts)) > 1 and iter(documents) is documents:
-        raise ValueError(
-            f"evaluate: `documents` must be iterable again, for every context, got {described(documents)}."
-        )
+        raise ValueError(f"evaluate: `documents` must be iterable again, for every context, got {describe(documents)}.")

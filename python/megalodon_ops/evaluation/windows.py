@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ..ops.linear_cross_entropy.linear_cross_entropy import has_integers
-from ..ops.common.checks import check_integer, described, is_whole
+from ..ops.common.checks import check_integer, describe, is_integer_between
 
 
 class Document(NamedTuple):
@@ -92,14 +92,14 @@ def _pieces(tokens: Any) -> Iterator[Tensor]:
     """Yield tokens, given in one or many pieces, as (n,) int64 on the CPU."""
     is_array = hasattr(tokens, "__array__")  # tensors have it too
     if isinstance(tokens, (str, bytes)) or not (is_array or isinstance(tokens, Iterable)):
-        raise TypeError(f"evaluate: `tokens` must be integers, got {described(tokens)}; encode text with a tokenizer.")
-    if is_array or (isinstance(tokens, Sequence) and all(is_whole(token, 0) for token in tokens[:1])):
+        raise TypeError(f"evaluate: `tokens` must be integers, got {describe(tokens)}; encode text with a tokenizer.")
+    if is_array or (isinstance(tokens, Sequence) and all(is_integer_between(token, 0) for token in tokens[:1])):
         tokens = [tokens]
     for piece in tokens:
         try:
             tensor = piece if isinstance(piece, Tensor) else torch.tensor(piece)
         except (TypeError, ValueError, RuntimeError):
-            raise TypeError(f"evaluate: `tokens` must be integers, got {described(piece)}.") from None
+            raise TypeError(f"evaluate: `tokens` must be integers, got {describe(piece)}.") from None
         if tensor.dim() != 1 or not (has_integers(tensor) or not len(tensor)):
             raise ValueError(
                 f"evaluate: `tokens` must be integers (n,) or pieces of them, got {tensor.dtype} {tuple(tensor.shape)}."

@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 from ..model.config import MegalodonConfig
 from ..model.layers import NO_STATE
 from ..ops.linear_cross_entropy.linear_cross_entropy import has_integers
-from ..ops.common.checks import check_rank, check_tensor, described
+from ..ops.common.checks import check_rank, check_tensor, describe
 from .cache import MegalodonCache
 
 IGNORED = -100
@@ -179,11 +179,11 @@ def read_batch(
     name, letters = model.main_input_name, "(B, L)" if model.main_input_name == "input_ids" else "(B, L, F)"
     for other, value in others.items():
         if other not in _READ_BY_OTHER_MODELS and value is not None:
-            raise TypeError(f"{op}: unexpected argument `{other}`, got {described(value)}; leave it out.")
+            raise TypeError(f"{op}: unexpected argument `{other}`, got {describe(value)}; leave it out.")
     if not model._is_stateful:
         for other, value in dict(cache=cache, past_key_values=past_key_values, use_cache=use_cache or None).items():
             if value is not None:
-                raise ValueError(f"{op}: `{other}` must be None, got {described(value)}; {NO_STATE}.")
+                raise ValueError(f"{op}: `{other}` must be None, got {describe(value)}; {NO_STATE}.")
     if (inputs is None) == (inputs_embeds is None):
         raise ValueError(f"{op}: exactly one of `{name}` and `inputs_embeds` must be given.")
     if output_attentions or (output_attentions is None and config.output_attentions):
@@ -192,7 +192,7 @@ def read_batch(
         raise ValueError(f"{op}: `cache` and `past_key_values` are two names of one argument; give one of them.")
     cache = past_key_values if cache is None else cache
     if cache is not None and not isinstance(cache, MegalodonCache):
-        raise TypeError(f"{op}: `cache` must be a megalodon_ops.hf.MegalodonCache or None, got {described(cache)}.")
+        raise TypeError(f"{op}: `cache` must be a megalodon_ops.hf.MegalodonCache or None, got {describe(cache)}.")
     given = inputs
     if given is None:
         name, given, letters = "inputs_embeds", inputs_embeds, "(B, L, D)"

@@ -14,7 +14,7 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 from ..model.decoder import Decoder
 from ..model.megalodon import Megalodon
 from ..model.model_state import MegalodonState
-from ..ops.common.checks import described
+from ..ops.common.checks import describe
 
 CACHE = next(
     field.name for field in dataclasses.fields(CausalLMOutputWithPast) if field.name in ("cache", "past_key_values")
@@ -43,7 +43,7 @@ class MegalodonCache(Cache):
 
     def __init__(self, state: MegalodonState | None = None) -> None:
         if not (state is None or isinstance(state, MegalodonState)):
-            raise TypeError(f"MegalodonCache: `state` must be a MegalodonState or None, got {described(state)}.")
+            raise TypeError(f"MegalodonCache: `state` must be a MegalodonState or None, got {describe(state)}.")
         super().__init__(layers=[])
         self._state = state
         self._decoder: Decoder | None = None

@@ -17,7 +17,7 @@ from ..model.layers import Embedding, Linear
 from ..model.encoder import MegalodonEncoder
 from ..model.megalodon import Megalodon
 from ..model.model_state import MegalodonState
-from ..ops.common.checks import described
+from ..ops.common.checks import describe
 from .arguments import Batch, select
 from .configuration import MegalodonHFConfig
 
@@ -59,7 +59,7 @@ class MegalodonPreTrainedModel(PreTrainedModel):
     def from_megalodon(cls, model: Megalodon | MegalodonEncoder) -> MegalodonPreTrainedModel:
         """Create a model for transformers that shares the modules of `model`."""
         if not isinstance(model, cls._ours):
-            raise TypeError(f"{cls.__name__}: `model` must be a {cls._ours.__name__}, got {described(model)}.")
+            raise TypeError(f"{cls.__name__}: `model` must be a {cls._ours.__name__}, got {describe(model)}.")
         with torch.device("meta"):
             result = cls(cls.config_class.from_megalodon(model.config))
         for name in result._modules.keys() & model._modules.keys():

@@ -19,7 +19,7 @@ from .sequences import Sequences
 from ..ops.common.definition import accumulation_dtype, is_exporting
 from ..ops.normalized_attention.normalized_attention import attend
 from ..ops.normalized_qk.normalized_qk import rotary_table
-from ..ops.common.states import AttentionState, TimestepNormState, fields_of, named_in_programs
+from ..ops.common.states import AttentionState, TimestepNormState, state_fields, named_in_programs
 
 
 @named_in_programs
@@ -143,7 +143,7 @@ class NormalizedAttention(WideParameters):
         if not config.causal:
             check_no_state("MegalodonBlock", state, return_state)
         sequences = Sequences(cu_seqlens, lengths) if sequences is None else sequences
-        past = self.state_type(*fields_of("MegalodonBlock", state, self.state_type))
+        past = self.state_type(*state_fields("MegalodonBlock", state, self.state_type))
         norm_state = sequences.norm_state(self.timenorm, x, past.norm)
         t, norm_state = self.timenorm(x, state=norm_state, return_state=True, **sequences.keywords)
         sent = sequences.send_end(self.cema, t, past)

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-from ..ops.common.checks import as_float, described, is_whole, shown
+from ..ops.common.checks import as_float, describe, is_integer_between, short_text
 
 
 @dataclass(frozen=True)
@@ -78,13 +78,13 @@ class MegalodonConfig:
             """Raise unless the field is valid; convert a NumPy number to Python's `kind`, for JSON."""
             value = getattr(self, field)
             if not is_valid:
-                raise ValueError(f"{type(self).__name__}: `{field}` must be {expected}, got {shown(value)}.")
+                raise ValueError(f"{type(self).__name__}: `{field}` must be {expected}, got {short_text(value)}.")
             if kind is not None:
                 object.__setattr__(self, field, kind(value))
 
         sizes = "num_layers model_dim z_dim value_dim num_heads ffn_hidden_dim cema_ndim chunk_size vocab_size norm_num_groups"
         for field in sizes.split():
-            check(field, is_whole(getattr(self, field), 1, 2**31 - 1), "a positive integer below 2^31", int)
+            check(field, is_integer_between(getattr(self, field), 1, 2**31 - 1), "a positive integer below 2^31", int)
         for field in ("dropout", "hidden_dropout", "attention_dropout"):
             check(field, 0 <= as_float(getattr(self, field)) < 1, "a probability in [0, 1)", float)
         flags = "norm_affine swiglu rescale_nffn scale_emb share_emb layerwise_ckpt working_memory"
@@ -99,11 +99,11 @@ class MegalodonConfig:
         if base is not None:
             check("rope_base", 0 < as_float(base) <= _LARGEST_FLOAT32, "positive or None, and finite in float32", float)
         wanted = f"a positive integer of at most vocab_size = {self.vocab_size}, or -1"
-        check("output_size", is_whole(size, -1, self.vocab_size) and size != 0, wanted, int)
+        check("output_size", is_integer_between(size, -1, self.vocab_size) and size != 0, wanted, int)
         if self.share_emb:
             check("output_size", size in (-1, self.vocab_size), "-1 or vocab_size where share_emb is set")
         check("working_memory", self.causal or not self.working_memory, "False for an encoder")
-        check("visible_chunks", is_whole(self.visible_chunks, 1, 2), "1 or 2", int)
+        check("visible_chunks", is_integer_between(self.visible_chunks, 1, 2), "1 or 2", int)
         if self.visible_chunks == 2:
             check(
                 "visible_chunks",
@@ -113,7 +113,7 @@ class MegalodonConfig:
         check("init_mode", self.init_mode == "he", '"he"')
         if self.eos_token_id is not None:
             wanted = f"a token that the model can predict, in [0, {self.num_outputs}), or None"
-            check("eos_token_id", is_whole(self.eos_token_id, 0, self.num_outputs - 1), wanted, int)
+            check("eos_token_id", is_integer_between(self.eos_token_id, 0, self.num_outputs - 1), wanted, int)
 
     @property
     def num_outputs(self) -> int:
@@ -126,7 +126,7 @@ class MegalodonConfig:
         return math.sqrt(self.model_dim) if self.scale_emb else 1.0
 
     @property
-    def kept_steps(self) -> int:
+    def num_cached_positions(self) -> int:
         """Positions for which a state holds keys and values."""
         return self.visible_chunks * self.chunk_size
 
@@ -207,7 +207,9 @@ class MegalodonConfig:
             lower = {known.lower(): known for known in _PRESETS}
             near = difflib.get_close_matches(str(name).lower(), lower, n=1)
             fix = f"; did you mean {lower[near[0]]}?" if near else "."
-            raise ValueError(f"MegalodonConfig: `name` must be one of {', '.join(_PRESETS)}, got {shown(name)}{fix}")
+            raise ValueError(
+                f"MegalodonConfig: `name` must be one of {', '.join(_PRESETS)}, got {short_text(name)}{fix}"
+            )
         return cls(**{**_PRESETS[name], **overrides})
 
     def to_dict(self) -> dict[str, Any]:
@@ -222,12 +224,12 @@ class MegalodonConfig:
     def from_dict(cls, values: dict[str, Any]) -> MegalodonConfig:
         """Build a configuration from a released config's `model` object or :meth:`to_dict`; an unknown field raises."""
         if not isinstance(values, dict):
-            raise ValueError(f"{cls.__name__}: `values` must be a dictionary of fields, got {shown(values)}.")
+            raise ValueError(f"{cls.__name__}: `values` must be a dictionary of fields, got {short_text(values)}.")
         known = {field.name for field in dataclasses.fields(cls)}
         # `efficient_attn` chooses between two kernels of the released code with equal results
         fields = {name: value for name, value in values.items() if name != "efficient_attn"}
         if unknown := [name for name in fields if name not in known]:
-            raise ValueError(f"{cls.__name__}: unknown field {', '.join(map(shown, unknown))}.")
+            raise ValueError(f"{cls.__name__}: unknown field {', '.join(map(short_text, unknown))}.")
         return cls(**fields)
 
 
@@ -236,7 +238,7 @@ def check_config(
 ) -> None:
     """Raise a TypeError unless `config` is a `kind`; parts of models accept an encoder's configuration, too."""
     if not isinstance(config, kind) or not (accept_encoder or config.causal == kind.causal):
-        raise TypeError(f"{module}: `config` must be a {kind.__name__}, got {described(config)}.")
+        raise TypeError(f"{module}: `config` must be a {kind.__name__}, got {describe(config)}.")
 
 
 _FIELDS_WITHOUT_EFFECT = set("init_mode dropout hidden_dropout attention_dropout layerwise_ckpt eos_token_id".split())

@@ -17,7 +17,7 @@ from .. import _C
 from ..ops.linear import linear
 from ..ops.common.definition import OWN_TYPES, accumulation_dtype, check_runs_now, is_autocast_enabled
 from ..ops.normalized_qk.normalized_qk import rotary_table, rotary_table_of
-from ..ops.common.checks import check_tensor, described
+from ..ops.common.checks import check_tensor, describe
 from .blocks import at_least_float32
 from .model_state import MegalodonState, complete, named_tensors
 
@@ -67,11 +67,11 @@ class Decoder:
     def __init__(self, model: nn.Module, state: MegalodonState) -> None:
         check_runs_now("Decoder", _ALTERNATIVE)
         if not hasattr(model, "_reference"):
-            raise TypeError(f"Decoder: `model` must be a Megalodon, got {described(model)}.")
+            raise TypeError(f"Decoder: `model` must be a Megalodon, got {describe(model)}.")
         if not isinstance(state, MegalodonState) or len(state.layers) != model.config.num_layers:
             raise ValueError(
                 f"Decoder: `state` must be a MegalodonState of {model.config.num_layers} layers, as the model returns it, "
-                f"got {f'one of {len(state.layers)}' if isinstance(state, MegalodonState) else described(state)}."
+                f"got {f'one of {len(state.layers)}' if isinstance(state, MegalodonState) else describe(state)}."
             )
         self._model, self._state = model, _contiguous_copy(state)
         self._like = self._state.layers[0].attention.v
@@ -184,7 +184,7 @@ class Decoder:
     def _has_room(self, length: int) -> bool:
         """Return True if no sequence fills its cache within `length` positions; a full one drops a chunk."""
         config, position = self._model.config, self._state.layers[0].attention.position
-        return config.visible_chunks == 1 or int(position.max()) + length < config.kept_steps
+        return config.visible_chunks == 1 or int(position.max()) + length < config.num_cached_positions
 
     def _rotary_table(self, tokens: Tensor) -> Tensor | None:
         """Rotary table of these tokens if positions continue from chunk to chunk, else None."""

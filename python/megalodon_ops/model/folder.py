@@ -24,7 +24,7 @@ from .config import MegalodonConfig
 from ..files import FileError, as_path, drafting, read_json, reading, write_atomically
 from .weights import WEIGHT_DTYPES, StoredTensors, is_weight_file, plain_tensors, write_weights
 from ..ops.common.memory import check_fits
-from ..ops.common.checks import as_device, check_integer, described, is_whole, shown
+from ..ops.common.checks import as_device, check_integer, describe, is_integer_between, short_text
 
 Model = TypeVar("Model", bound=nn.Module)
 """Megalodon or MegalodonEncoder"""
@@ -122,12 +122,12 @@ def read_config(
         if "model" in fields:
             raise ValueError("is that of a folder of the released code; megalodon_ops.load_official reads it")
         if fields.get("model_type") != kind.model_type:
-            raise ValueError(f'`model_type` must be "{kind.model_type}", got {shown(fields.get("model_type"))}')
-        if not is_whole(number := fields.get("format", FORMAT), 1, FORMAT):
-            raise ValueError(f"`format` must be {FORMAT}, got {shown(number)}: a newer megalodon_ops wrote it")
+            raise ValueError(f'`model_type` must be "{kind.model_type}", got {short_text(fields.get("model_type"))}')
+        if not is_integer_between(number := fields.get("format", FORMAT), 1, FORMAT):
+            raise ValueError(f"`format` must be {FORMAT}, got {short_text(number)}: a newer megalodon_ops wrote it")
         dtype = fields.get("dtype", fields.get("torch_dtype"))
         if dtype is not None and (not isinstance(dtype, str) or dtype not in _DTYPES):
-            raise ValueError(f"`dtype` must be one of {', '.join(_DTYPES)}, got {shown(dtype)}")
+            raise ValueError(f"`dtype` must be one of {', '.join(_DTYPES)}, got {short_text(dtype)}")
         names = [field.name for field in dataclasses.fields(kind)]
         fields["eos_token_id"] = fields.get("eos_token_id") if kind.causal else None
         if missing := [name for name in names if name not in fields]:
@@ -225,10 +225,12 @@ def kept_files(caller: str, folder: Path, is_checkpoint: bool, written: Iterable
 def check_tokenizer(caller: str, tokenizer: Any) -> None:
     """Raise a TypeError unless the tokenizer has a method `save` or is None."""
     if tokenizer is not None and not callable(getattr(tokenizer, "save", None)):
-        raise TypeError(f"{caller}: `tokenizer` must have `save(folder)` or be None, got {described(tokenizer)}.")
+        raise TypeError(f"{caller}: `tokenizer` must have `save(folder)` or be None, got {describe(tokenizer)}.")
 
 
 def check_dtype(caller: str, dtype: object) -> None:
     """Raise unless the value is None or a dtype that weights can have."""
     if dtype is not None and dtype not in WEIGHT_DTYPES:
-        raise ValueError(f"{caller}: `dtype` must be a torch dtype of 16 bits or more, or None, got {shown(dtype)}.")
+        raise ValueError(
+            f"{caller}: `dtype` must be a torch dtype of 16 bits or more, or None, got {short_text(dtype)}."
+        )

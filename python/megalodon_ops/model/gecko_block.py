@@ -12,7 +12,7 @@ from .config import MegalodonConfig
 from .sequences import Sequences
 from ..ops.adaptive_working_memory.adaptive_working_memory import read_write_and_keep
 from ..ops.chunked_attention.chunked_attention import chunked_attention
-from ..ops.common.definition import autocast, num_steps
+from ..ops.common.definition import autocast, num_positions
 from ..ops.common.states import AttentionState, TimestepNormState, WorkingMemoryState, named_in_programs
 from ..ops.gated_silu.gated_silu import gated_silu
 from ..ops.normalized_qk.normalized_qk import normalized_qk, rotary_table_of, rotated_queries_and_keys
@@ -91,7 +91,7 @@ class GeckoAttention(NormalizedAttention):
             read, *memory = self._read_and_write(z, v, past, return_state, inplace_state, sequences)
         grid = {"chunk_size": config.chunk_size, "position": None if past.attention is None else past.attention[2]}
         if config.visible_chunks > 1:
-            past_count = norm_state.count - num_steps(z, **keywords)
+            past_count = norm_state.count - num_positions(z, **keywords)
             rotary, grid = self._rotary_over_chunks(z, past_count, sequences.cu_seqlens)
         q, k = rotated_queries_and_keys(
             z, self.gamma[:2], self.beta[:2], rotary, num_heads=config.num_heads, rope_base=config.rotary_base,

@@ -18,7 +18,7 @@ from .stops import StopDetector, check_stops
 from ..ops.common.definition import check_runs_now
 from ..ops.linear_cross_entropy.linear_cross_entropy import has_integers
 from ..ops.common.memory import check_fits
-from ..ops.common.checks import check_flag, check_integer, check_size, check_tensor, shown
+from ..ops.common.checks import check_flag, check_integer, check_size, check_tensor, short_text
 
 _STOPPED_TOKEN = -1
 
@@ -307,7 +307,7 @@ def _check_lengths(prompt: Tensor, lengths: Tensor | None, padding: str) -> Tens
     """Check the lengths of the prompts; return (B,)."""
     B, L = prompt.shape
     if padding not in ("right", "left"):
-        raise ValueError(f'generate: `padding` must be "right" or "left", got {shown(padding)}.')
+        raise ValueError(f'generate: `padding` must be "right" or "left", got {short_text(padding)}.')
     if lengths is None and padding == "left":
         raise ValueError('generate: `lengths` must be given with padding "left", got None; else padding would be read.')
     if lengths is None:

@@ -17,7 +17,7 @@ from ..ops.linear.linear import KERNEL_TYPES, linear
 from ..ops.sequence_norm.sequence_norm import sequence_norm
 from ..ops.common.states import TimestepNormState
 from ..ops.timestep_norm.timestep_norm import timestep_norm
-from ..ops.common.checks import check_channels, check_flag, check_number, check_size, described
+from ..ops.common.checks import check_channels, check_flag, check_number, check_size, describe
 
 NO_STATE = "an encoder has no state: it reads the whole row"
 
@@ -26,7 +26,7 @@ def check_no_state(op: str, state: object, return_state: object) -> None:
     """Raise a ValueError if an encoder, or a part of one, is given a state or asked for one."""
     for name, value, expected in (("state", state, None), ("return_state", return_state, False)):
         if value is not expected:
-            raise ValueError(f"{op}: `{name}` must be {expected}, got {described(value)}; {NO_STATE}.")
+            raise ValueError(f"{op}: `{name}` must be {expected}, got {describe(value)}; {NO_STATE}.")
 
 
 _HALF_DTYPES = (torch.bfloat16, torch.float16)
@@ -70,7 +70,7 @@ def wide_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
         True
     """
     if not isinstance(model, nn.Module):
-        raise TypeError(f"wide_parameters: `model` must be a torch.nn.Module, got {described(model)}.")
+        raise TypeError(f"wide_parameters: `model` must be a torch.nn.Module, got {describe(model)}.")
     owners = ((name, module) for name, module in model.named_modules() if isinstance(module, WideParameters))
     return {
         f"{name}.{own}".removeprefix("."): parameter

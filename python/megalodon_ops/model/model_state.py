@@ -22,7 +22,7 @@ from .gecko_block import MemoryBlockState, block_state_type
 from ..ops.common.definition import accumulation_dtype
 from ..ops.common.memory import check_fits, is_finite
 from ..ops.common.states import AttentionState, TimestepNormState, named_in_programs
-from ..ops.common.checks import as_device, check_size, described, is_whole, shown
+from ..ops.common.checks import as_device, check_size, describe, is_integer_between, short_text
 
 FILE_FORMAT = "megalodon_ops.state"
 FILE_VERSION = "1"
@@ -213,11 +213,11 @@ class MegalodonState(NamedTuple):
         count, device = self.num_sequences, self.norm.count.device
         if isinstance(rows, slice):
             rows = range(count)[rows]
-        if isinstance(rows, (list, tuple, range)) and all(is_whole(row, -(2**63)) for row in rows):
+        if isinstance(rows, (list, tuple, range)) and all(is_integer_between(row, -(2**63)) for row in rows):
             rows = torch.tensor([int(row) for row in rows], dtype=torch.int64)
         if not isinstance(rows, Tensor) or rows.is_floating_point() or rows.is_complex():
             hint = f"; [{rows}] names one sequence" if isinstance(rows, int) else ""
-            raise TypeError(f"MegalodonState: `rows` must be {_ROWS}, got {described(rows)}{hint}.")
+            raise TypeError(f"MegalodonState: `rows` must be {_ROWS}, got {describe(rows)}{hint}.")
         if rows.dim() != 1 or (rows.dtype == torch.bool and len(rows) != count):
             raise ValueError(
                 f"MegalodonState: `rows` must be {_ROWS} (of bools: ({count},)), got {rows.dtype} {tuple(rows.shape)}."
@@ -233,7 +233,7 @@ class MegalodonState(NamedTuple):
 def check_state(op: str, state: object, config: MegalodonConfig, rows: int, argument: str) -> None:
     """Raise unless the state fits this configuration and has `rows` sequences, as `argument` does."""
     if not isinstance(state, MegalodonState):
-        raise TypeError(f"{op}: `state` must be a MegalodonState or None, got {described(state)}.")
+        raise TypeError(f"{op}: `state` must be a MegalodonState or None, got {describe(state)}.")
     if state.num_sequences != rows:
         raise ValueError(
             f"{op}: `state` must be of {rows} rows, those of `{argument}`, got one of {state.num_sequences}; "
@@ -308,20 +308,22 @@ def _check_metadata(metadata: dict[str, str], config: MegalodonConfig) -> None:
     if metadata.get("format") != FILE_FORMAT:
         raise ValueError("must be a file of MegalodonState.save")
     if (version := metadata.get("version")) != FILE_VERSION:
-        raise ValueError(f"its version is {shown(version)}, and this version of megalodon_ops reads {FILE_VERSION}")
+        raise ValueError(
+            f"its version is {short_text(version)}, and this version of megalodon_ops reads {FILE_VERSION}"
+        )
     saved = json.loads(metadata.get("config", "{}"))
     for name, value in config.meaning().items():
         if saved.get(name) != value:
             raise ValueError(
-                f"is the state of another configuration: its `{name}` is {shown(saved.get(name))}, "
-                f"the model's {shown(value)}"
+                f"is the state of another configuration: its `{name}` is {short_text(saved.get(name))}, "
+                f"the model's {short_text(value)}"
             )
 
 
 def _check_activations(function: str, dtype: object) -> None:
     if dtype not in ACTIVATIONS:
         raise ValueError(
-            f"{function}: `dtype` must be torch.float32, float64, bfloat16 or float16, got {shown(dtype)}."
+            f"{function}: `dtype` must be torch.float32, float64, bfloat16 or float16, got {short_text(dtype)}."
         )
 
 
@@ -341,13 +343,13 @@ def layout(config: MegalodonConfig, rows: int, activations: torch.dtype) -> Layo
         yield from norm(f"{prefix}norm.")
         yield f"{prefix}cema", real, (rows, config.model_dim, config.cema_ndim, 2)
         for name, dim in (("k", config.z_dim), ("v", config.value_dim)):
-            yield f"{prefix}attention.{name}", activations, (rows, config.kept_steps, heads, dim // heads)
+            yield f"{prefix}attention.{name}", activations, (rows, config.num_cached_positions, heads, dim // heads)
         yield f"{prefix}attention.position", torch.int64, (rows,)
         if block_state_type(config) is MemoryBlockState:
             K, V = config.z_dim // heads, config.value_dim // heads
             yield f"{prefix}memory", real, (rows, heads, K, V)
             yield f"{prefix}memory_mass", real, (rows, heads, K)
-            yield f"{prefix}memory_k", activations, (rows, config.kept_steps, heads, K)
+            yield f"{prefix}memory_k", activations, (rows, config.num_cached_positions, heads, K)
     yield from norm("norm.")
 
 
@@ -357,7 +359,7 @@ def check_layout(tensors: dict[str, Tensor], wanted: Layout) -> None:
     found = {name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in tensors.items()}
     for name in [*expected, *found]:
         if (got := found.get(name)) != (want := expected.get(name)):
-            raise ValueError(f"its tensors are not those of its config: {shown(name)} must be {want}, got {got}")
+            raise ValueError(f"its tensors are not those of its config: {short_text(name)} must be {want}, got {got}")
 
 
 def check_values(tensors: dict[str, Tensor], config: MegalodonConfig) -> None:
@@ -367,7 +369,7 @@ def check_values(tensors: dict[str, Tensor], config: MegalodonConfig) -> None:
             raise ValueError(f"`{name}` must be finite, got NaN or infinity")
         if tensor.numel() and name.endswith((".count", ".position", ".var")):
             smallest, largest = (bound.item() for bound in torch.aminmax(tensor))
-            limit = config.kept_steps if name.endswith(".position") else math.inf
+            limit = config.num_cached_positions if name.endswith(".position") else math.inf
             if smallest < 0 or largest >= limit:
                 raise ValueError(f"`{name}` must be in [0, {limit}), got values from {smallest} to {largest}")
 

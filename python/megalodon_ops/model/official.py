@@ -22,7 +22,7 @@ from .megalodon import Megalodon
 from .weights import StoredTensors, plain_tensors
 from ..ops.common.definition import OWN_TYPES
 from ..ops.common.memory import check_fits
-from ..ops.common.checks import as_device, described, is_whole, shown
+from ..ops.common.checks import as_device, describe, is_integer_between, short_text
 
 # How a model-parallel checkpoint splits its parameters: along dim 1, along dim 0, or not at all.
 _SPLIT_DIM_1 = re.compile(r"embed\.weight|.*\.mega\.(gamma|beta)|.*\.(wh2|fc2)\.weight|output\.output\.weight")
@@ -85,7 +85,7 @@ def save_official(model: Megalodon, directory: str | os.PathLike, *, tokenizer: 
         True
     """
     if not isinstance(model, Megalodon):
-        raise TypeError(f"save_official: `model` must be a Megalodon, got {described(model)}.")
+        raise TypeError(f"save_official: `model` must be a Megalodon, got {describe(model)}.")
     folder, config = as_path("save_official", "directory", directory), model.config
     check_tokenizer("save_official", tokenizer)
     if GeckoAttention.serves(config):
@@ -160,7 +160,9 @@ class _Shards(StoredTensors):
         kinds = [{name: (t.dtype, *t.shape) for name, t in shard.items()} for shard in self._shards]
         for path, kind in zip(paths, kinds, strict=True):
             if different := sorted(name for name, _ in kind.items() ^ kinds[0].items()):
-                raise FileError(f"{path}: must hold parts as {paths[0].name} does, got another {shown(different[0])}")
+                raise FileError(
+                    f"{path}: must hold parts as {paths[0].name} does, got another {short_text(different[0])}"
+                )
         for name, part in self._shards[0].items():
             shape = [size * len(paths) if dim == _split_dim(name) else size for dim, size in enumerate(part.shape)]
             self.tensors[name] = torch.empty(shape, dtype=part.dtype, device="meta")
@@ -194,7 +196,7 @@ def _read_shard(path: Path) -> dict[str, Tensor]:
             raise ValueError("is no archive of torch.save, or is cut short")
         with zipfile.ZipFile(path) as archive:
             if damaged := archive.testzip():
-                raise ValueError(f"is damaged: the checksum of {shown(damaged)} in it is another")
+                raise ValueError(f"is damaged: the checksum of {short_text(damaged)} in it is another")
             written_as = min(archive.namelist()).partition("/")[0]
         if _SHARD.fullmatch(written_as) and written_as != path.stem:
             raise ValueError(f"was written as {written_as}.pth, another shard")
@@ -207,11 +209,11 @@ def _read_shard(path: Path) -> dict[str, Tensor]:
                     "holds something else than tensors, or is damaged: weights_only=True refuses it"
                 ) from error
         if not isinstance(content, dict) or not all(isinstance(name, str) for name in content):
-            raise ValueError(f"must hold a dictionary of tensors by name, got {shown(content)}")
+            raise ValueError(f"must hold a dictionary of tensors by name, got {short_text(content)}")
         content = {name: value for name, value in content.items() if not _BUFFERS.fullmatch(name)}
         for name, value in content.items():
             if type(value) not in OWN_TYPES or value.is_meta or value.layout != torch.strided or value.is_quantized:
-                raise ValueError(f"{shown(name)} must be a dense tensor, got {described(value)}")
+                raise ValueError(f"{short_text(name)} must be a dense tensor, got {describe(value)}")
     return content
 
 
@@ -220,8 +222,8 @@ def _read_config(path: Path, embedding: Tensor | None) -> MegalodonConfig:
     fields = read_json(path).get("model")
     with reading(path):
         if not isinstance(fields, dict):
-            raise ValueError(f"must hold an object `model`, got {shown(fields)}")
-        if is_whole(fields.get("vocab_size", -1), -1, 0) and embedding is not None and embedding.dim() == 2:
+            raise ValueError(f"must hold an object `model`, got {short_text(fields)}")
+        if is_integer_between(fields.get("vocab_size", -1), -1, 0) and embedding is not None and embedding.dim() == 2:
             fields = {**fields, "vocab_size": len(embedding)}
         return MegalodonConfig.from_dict(fields)
 

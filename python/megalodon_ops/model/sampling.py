@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..ops.common.checks import LARGEST, LEAST_POSITIVE, check_integer, check_number, check_size
+from ..ops.common.checks import MAX_FLOAT, MIN_POSITIVE, check_integer, check_number, check_size
 from ..ops.common.philox import philox
 
 _FEW_TOKENS = 1024
@@ -34,14 +34,14 @@ class Sampling:
     repetition_penalty: float | None = None
 
     def __post_init__(self) -> None:
-        def check(field: str, expected: str, low: float, high: float = LARGEST) -> None:
+        def check(field: str, expected: str, low: float, high: float = MAX_FLOAT) -> None:
             if (value := getattr(self, field)) is not None or field == "temperature":
                 setattr(self, field, check_number("generate", field, value, expected, low, high))
 
         check("temperature", "a finite number of at least 0", 0.0)
-        check("top_p", "a probability in (0, 1]", LEAST_POSITIVE, 1.0)
+        check("top_p", "a probability in (0, 1]", MIN_POSITIVE, 1.0)
         check("min_p", "a probability in [0, 1]", 0.0, 1.0)
-        check("repetition_penalty", "a positive finite number", LEAST_POSITIVE)
+        check("repetition_penalty", "a positive finite number", MIN_POSITIVE)
         if self.top_k is not None:
             self.top_k = check_size("generate", "top_k", self.top_k)
 

@@ -20,7 +20,7 @@ from torch.distributed.checkpoint import DefaultLoadPlanner, FileSystemReader, F
 
 from ..files import file_size, opened, reading
 from .weights import StoredTensors
-from ..ops.common.checks import shown
+from ..ops.common.checks import short_text
 
 
 class Archive(StoredTensors):
@@ -97,5 +97,5 @@ class _Unpickler(pickle.Unpickler):
         if (module, name) == ("builtins", "getattr"):  # Python 3.11.2 pickles members of enumerations so
             return lambda kind, member: kind.__members__[member]
         if name not in _CLASSES.get(module, ()):
-            raise pickle.UnpicklingError(f"{shown(f'{module}.{name}')} does not belong here")
+            raise pickle.UnpicklingError(f"{short_text(f'{module}.{name}')} does not belong here")
         return super().find_class(module, name)

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Sequence
 import torch
 from torch import Tensor
 
-from ..ops.common.checks import described, is_whole
+from ..ops.common.checks import describe, is_integer_between
 
 _NO_TOKEN, _WILDCARD = -2, -3  # a row without a token so far; matches every token
 _REPLACEMENT = "\N{REPLACEMENT CHARACTER}".encode()
@@ -42,7 +42,11 @@ def check_stops(tokens: object, sequences: object, vocab_size: int) -> list[list
     }
     for argument, stops in arguments.items():
         for stop in stops:
-            if not isinstance(stop, Sequence) or not stop or not all(is_whole(t, 0, vocab_size - 1) for t in stop):
+            if (
+                not isinstance(stop, Sequence)
+                or not stop
+                or not all(is_integer_between(t, 0, vocab_size - 1) for t in stop)
+            ):
                 raise ValueError(f"generate: `{argument}` must hold tokens in [0, {vocab_size}), got {str(stop):.80}.")
     return [[int(token) for token in stop] for stops in arguments.values() for stop in stops]
 
@@ -71,10 +75,10 @@ class StopStrings:
         strings = [strings] if isinstance(strings, (str, bytes)) else list(strings)
         for string in strings:
             if not isinstance(string, (str, bytes)) or not string:
-                raise ValueError(f"StopStrings: `strings` must be text or bytes, not empty, got {described(string)}.")
+                raise ValueError(f"StopStrings: `strings` must be text or bytes, not empty, got {describe(string)}.")
         if not callable(decode):
             raise TypeError(
-                f"StopStrings: `decode` must be a function of a list of tokens, got {described(decode)}; a tokenizer's "
+                f"StopStrings: `decode` must be a function of a list of tokens, got {describe(decode)}; a tokenizer's "
                 "is its `decode`."
             )
         self._strings = [string.encode() if isinstance(string, str) else string for string in strings]
@@ -116,7 +120,7 @@ class StopStrings:
         """Return the text of the kept tokens, without a character at its end that may be unfinished."""
         text = self._decode(self._tokens)
         if not isinstance(text, bytes):
-            raise TypeError(f"StopStrings: `decode` must give bytes, got {described(text)}; encode a text.")
+            raise TypeError(f"StopStrings: `decode` must give bytes, got {describe(text)}; encode a text.")
         while text.endswith(_REPLACEMENT):
             text = text.removesuffix(_REPLACEMENT)
         return text

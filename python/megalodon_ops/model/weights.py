@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from ..files import FileError, file_size, read_json, reading, write_safetensors
 from ..ops.common.definition import OWN_TYPES
 from ..ops.common.memory import is_finite
-from ..ops.common.checks import shown
+from ..ops.common.checks import short_text
 
 WHOLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 WEIGHT_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
@@ -73,10 +73,10 @@ class StoredTensors:
         index = read_json(folder / INDEX).get("weight_map")
         with reading(folder / INDEX):
             if not isinstance(index, dict) or not index:
-                raise ValueError(f"must hold an object `weight_map`, got {shown(index)}")
+                raise ValueError(f"must hold an object `weight_map`, got {short_text(index)}")
             for file in index.values():
                 if not isinstance(file, str) or not _SHARD.fullmatch(file):
-                    raise ValueError(f"files must be named as model-00001-of-00002.safetensors, got {shown(file)}")
+                    raise ValueError(f"files must be named as model-00001-of-00002.safetensors, got {short_text(file)}")
         return cls(*(folder / file for file in sorted(set(index.values()))), path=folder / INDEX)
 
     def get(self, name: str, dtype: torch.dtype | None = None, device: torch.device | str | None = None) -> Tensor:
@@ -100,12 +100,14 @@ class StoredTensors:
         for name, shape in wanted:
             tensor = left.pop(name, None)
             if tensor is None:
-                raise FileError(f"{self.path}: must hold the parameters of config.json; {shown(name)} is missing")
+                raise FileError(f"{self.path}: must hold the parameters of config.json; {short_text(name)} is missing")
             if tensor.dtype not in WEIGHT_DTYPES or tensor.shape != shape:
                 got = f"{tensor.dtype} {tuple(tensor.shape)}"
                 raise FileError(f"{self.path}: `{name}` must be floating-point numbers of shape {shape}, got {got}")
         if left:
-            raise FileError(f"{self.path}: must hold the parameters of config.json; {shown(min(left))} is none of them")
+            raise FileError(
+                f"{self.path}: must hold the parameters of config.json; {short_text(min(left))} is none of them"
+            )
 
 
 @torch.no_grad()

@@ -6,7 +6,7 @@ import re
 from collections.abc import Iterable, Iterator
 from typing import NamedTuple
 
-from ..ops.common.checks import described
+from ..ops.common.checks import describe
 
 WINDOW = 1 << 16
 """Most bytes to encode at once"""
@@ -51,8 +51,8 @@ def _cut(text: bytes) -> int:
 def as_texts(function: str, argument: str, texts: Iterable[bytes | str]) -> Iterator[bytes]:
     """Yield the texts as bytes; refuse a single text, since iterating over it would yield its letters."""
     if isinstance(texts, _TEXT) or not isinstance(texts, Iterable):
-        raise TypeError(f"{function}: `{argument}` must be a list of texts, got {described(texts)}; put it in a list.")
+        raise TypeError(f"{function}: `{argument}` must be a list of texts, got {describe(texts)}; put it in a list.")
     for text in texts:
         if not isinstance(text, _TEXT):
-            raise TypeError(f"{function}: `{argument}` must hold bytes or str, got {described(text)}.")
+            raise TypeError(f"{function}: `{argument}` must hold bytes or str, got {describe(text)}.")
         yield text.encode() if isinstance(text, str) else bytes(text)

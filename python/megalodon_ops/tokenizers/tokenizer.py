@@ -15,7 +15,7 @@ import numpy
 from .text import Window, as_texts, windows_of
 from ..files import FileError, as_path, drafting, opened, read_json, reading, write_atomically
 from ..extras import load
-from ..ops.common.checks import check_integer, described, shown
+from ..ops.common.checks import check_integer, describe, short_text
 
 START_TOKEN = "<|startoftext|>"
 """The token before a document, in the byte tokenizer and in tokenizers without one"""
@@ -151,11 +151,9 @@ class Tokenizer:
             try:
                 number = index(given)
             except TypeError:
-                raise TypeError(
-                    f"decode: `ids` must be a row of integers, got {described(given)} among them."
-                ) from None
+                raise TypeError(f"decode: `ids` must be a row of integers, got {describe(given)} among them.") from None
             if not 0 <= number < self.vocab_size:
-                raise ValueError(f"decode: `ids` must be in [0, {self.vocab_size}), got {shown(number)}.")
+                raise ValueError(f"decode: `ids` must be in [0, {self.vocab_size}), got {short_text(number)}.")
             text = self._table.get(number, b"")  # unused ids have none
             yield text.removeprefix(b" ") if is_first else text
             is_first = is_first and not text
@@ -251,7 +249,9 @@ class JSONTokenizer(Tokenizer):
             kinds = {part["type"] for part in decoder.get("decoders", [decoder]) if part}
             if not (_BYTE_LEVEL <= kinds or (kinds and kinds <= _SPACED)):
                 got = ", ".join(sorted(kinds)) or "none"
-                raise ValueError(f"its decoder must be ByteLevel, or of {', '.join(sorted(_SPACED))}, got {shown(got)}")
+                raise ValueError(
+                    f"its decoder must be ByteLevel, or of {', '.join(sorted(_SPACED))}, got {short_text(got)}"
+                )
             bytes_of = _character_bytes if _BYTE_LEVEL <= kinds else _spaced_bytes
             table = {number: bytes_of(token) for token, number in ids.items()}
             self._set_vocabulary(
@@ -317,7 +317,7 @@ def _config_tokens(path: Path) -> dict[str, str | None]:
         token = fields.get(field)
         token = token.get("content") if isinstance(token, dict) else token
         if not (token is None or isinstance(token, str)):
-            raise FileError(f"{path}: `{field}` must be a token's text or null, got {shown(token)}")
+            raise FileError(f"{path}: `{field}` must be a token's text or null, got {short_text(token)}")
         found[argument] = token
     return found
 
@@ -325,7 +325,7 @@ def _config_tokens(path: Path) -> dict[str, str | None]:
 def _edge_token(edge: str, wanted: str | None, ids: dict[str, int], usual: Iterable[str], default: str) -> str:
     """Return a document's start or end token: the wanted one, else the first usual one, else the default."""
     if wanted not in (None, default, *ids):
-        raise ValueError(f"the {edge} of a document, {shown(wanted)}, must be a token of its vocabulary")
+        raise ValueError(f"the {edge} of a document, {short_text(wanted)}, must be a token of its vocabulary")
     return wanted or next((token for token in usual if token in ids), default)
 
 
@@ -333,7 +333,7 @@ def _check_ids(ids: dict[str, int]) -> None:
     tokens = {number: token for token, number in ids.items()}
     for token, number in ids.items():
         if tokens[number] != token:
-            raise ValueError(f"two tokens have the id {number}, {shown(token)} and {shown(tokens[number])}")
+            raise ValueError(f"two tokens have the id {number}, {short_text(token)} and {short_text(tokens[number])}")
         if number >= 1 << 31:
             raise ValueError(f"ids must be below 2^31, got {number}")
 

@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 
 from .corpus import Parts
-from ..ops.common.checks import check_integer, check_size, described, shown
+from ..ops.common.checks import check_integer, check_size, describe, short_text
 
 START = 256
 """The id before a document of bytes"""
@@ -113,7 +113,7 @@ class Batches:
         if self.end is not None:
             check_integer("Batches", "end", self.end, 'an id, an integer of at least 0, "start" or None', 0)
         if context not in ("streamed", "packed"):
-            raise ValueError(f'Batches: `context` must be "streamed" or "packed", got {shown(context)}.')
+            raise ValueError(f'Batches: `context` must be "streamed" or "packed", got {short_text(context)}.')
         self.seed, self.streamed = seed, context == "streamed"
         ends = self.end is not None
         self.documents, self.lengths = _with_tokens(documents)
@@ -252,7 +252,7 @@ def _check_rows(rows: int | range, batch: int | None) -> tuple[int, range]:
 def _with_tokens(documents: Sequence[Document]) -> tuple[Sequence[Document], numpy.ndarray]:
     """Return the documents that have tokens, and their lengths."""
     if isinstance(documents, (str, bytes)) or not isinstance(documents, Sequence):
-        raise TypeError(f"Batches: `documents` must be a list of documents, got {described(documents)}.")
+        raise TypeError(f"Batches: `documents` must be a list of documents, got {describe(documents)}.")
     lengths = getattr(documents, "lengths", None)
     if lengths is None:
         documents = [document for document in documents if len(document)]

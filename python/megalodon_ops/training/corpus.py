@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 import numpy
 
-from ..ops.common.checks import described
+from ..ops.common.checks import describe
 
 HELD_OUT_FRACTION = 0.05
 
@@ -60,7 +60,7 @@ def hold_out(documents: Iterable[bytes]) -> Corpus:
     texts = [document for document in documents if document]
     for document in texts:
         if not isinstance(document, bytes):
-            raise TypeError(f"hold_out: `documents` must be of bytes, got {described(document)}; encode text.")
+            raise TypeError(f"hold_out: `documents` must be of bytes, got {describe(document)}; encode text.")
     keys = numpy.array([key_of(hashlib.sha256(text)) for text in texts], numpy.uint64)
     sizes = numpy.array([len(text) for text in texts], numpy.int64)
     corpus = split(texts.__getitem__, keys, sizes, sizes, bytes)

@@ -9,7 +9,7 @@ import numpy
 
 from .. import extras
 from ..files import as_path, write_atomically
-from ..ops.common.checks import described
+from ..ops.common.checks import describe
 
 
 def draw_metrics(
@@ -21,7 +21,7 @@ def draw_metrics(
     held-out text. references: figures to compare with, by name.
     """
     if not isinstance(rows, list | tuple) or not all(isinstance(row, dict) for row in rows):
-        raise TypeError(f"draw_metrics: `rows` must be a list of `read_metrics`, got {described(rows)}.")
+        raise TypeError(f"draw_metrics: `rows` must be a list of `read_metrics`, got {describe(rows)}.")
     figure = extras.load("matplotlib.figure", "train").Figure(figsize=(8, 5), dpi=120, layout="constrained")
     axes = figure.add_subplot(xlabel="step", ylabel="bits per byte", title="bits per byte of a run")
     train = [(row["step"], row["bits_per_byte"]) for row in rows if "bits_per_byte" in row]

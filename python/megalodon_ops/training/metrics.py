@@ -9,7 +9,7 @@ import os
 from typing import Any
 
 from ..files import as_path, opened, write_whole
-from ..ops.common.checks import is_whole
+from ..ops.common.checks import is_integer_between
 
 _log = logging.getLogger("megalodon_ops")
 
@@ -68,7 +68,7 @@ def read_metrics(path: str | os.PathLike) -> list[dict[str, Any]]:
             row = json.loads(line)
         except (ValueError, RecursionError):
             continue
-        if isinstance(row, dict) and is_whole(row.get("step"), 0):
+        if isinstance(row, dict) and is_integer_between(row.get("step"), 0):
             rows.append(row)
     if len(rows) < len(lines):
         _log.warning("%s: damaged lines left out: %d", path, len(lines) - len(rows))

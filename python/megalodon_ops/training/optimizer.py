@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..ops.common.checks import check_number, check_size, described
+from ..ops.common.checks import check_number, check_size, describe
 
 PARALLEL_PARAMETER = 1 << 16
 """The optimizer uses all threads if parameters have this many elements on average: a guess between 2^13 (default run,
@@ -31,7 +31,7 @@ def parameter_groups(model: nn.Module, *, weight_decay: float = 0.1) -> list[dic
         [(0.1, 9), (0.0, 18)]
     """
     if not isinstance(model, nn.Module):
-        raise TypeError(f"parameter_groups: `model` must be a module, got {described(model)}; give the model itself.")
+        raise TypeError(f"parameter_groups: `model` must be a module, got {describe(model)}; give the model itself.")
     weight_decay = check_number("parameter_groups", "weight_decay", weight_decay, "a number of at least 0", 0.0)
     named = [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
     matrices = {name for name, parameter in named if name.endswith("weight") and parameter.ndim == 2}
@@ -173,7 +173,7 @@ def _local_part(parameter: nn.Parameter, whole: Tensor) -> Tensor:
 def optimizer_threads(model: nn.Module) -> int:
     """Return the number of threads with which an optimizer step is fastest."""
     if not isinstance(model, nn.Module):
-        raise TypeError(f"optimizer_threads: `model` must be a module, got {described(model)}.")
+        raise TypeError(f"optimizer_threads: `model` must be a module, got {describe(model)}.")
     sizes = [parameter.numel() for parameter in model.parameters()]
     return 1 if sum(sizes) < PARALLEL_PARAMETER * len(sizes) else torch.get_num_threads()
 

@@ -10,7 +10,7 @@ from torch import Tensor
 from .batches import Batch
 from ..model.megalodon import Megalodon
 from ..model.model_state import MegalodonState
-from ..ops.common.checks import check_integer, check_size, described
+from ..ops.common.checks import check_integer, check_size, describe
 
 
 class Reader:
@@ -33,7 +33,7 @@ class Reader:
     def __init__(self, model: Megalodon, carries: bool = True, *, rank: int = 0, ranks: int = 1):
         """rank, ranks: this process's rank among the `ranks` processes that split the sequences."""
         if not hasattr(model, "loss"):
-            raise TypeError(f"Reader: `model` must be a Megalodon, got {described(model)}.")
+            raise TypeError(f"Reader: `model` must be a Megalodon, got {describe(model)}.")
         self.model, self.carries = model, carries
         self.ranks = check_size("Reader", "ranks", ranks)
         self.rank = check_integer("Reader", "rank", rank, f"an integer in [0, {ranks}), below `ranks`", 0, ranks - 1)

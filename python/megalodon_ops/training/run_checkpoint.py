@@ -34,7 +34,7 @@ from ..model.official import is_official, read_official
 from ..model.model_state import MegalodonState, as_real, batch_of, check_layout
 from ..model.model_state import complete, from_named, layout, named_tensors
 from ..tokenizers import Tokenizer, load_tokenizer
-from ..ops.common.checks import as_device, check_integer, described
+from ..ops.common.checks import as_device, check_integer, describe
 
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
@@ -159,7 +159,7 @@ def save_checkpoint(
     run = as_path("save_checkpoint", "run", run)
     keep = check_integer("save_checkpoint", "keep", keep, "a positive integer", 1)
     if not (isinstance(model, nn.Module) and hasattr(model, "config")):
-        raise TypeError(f"save_checkpoint: `model` must be a Megalodon or a MegalodonEncoder, got {described(model)}.")
+        raise TypeError(f"save_checkpoint: `model` must be a Megalodon or a MegalodonEncoder, got {describe(model)}.")
     check_tokenizer("save_checkpoint", tokenizer)
     content, kinds = new_record(step, optimizer, record), training_tensors(model, optimizer, state)
     folder = checkpoint_folder(run, step)
@@ -191,7 +191,7 @@ def training_tensors(
     has_state = not isinstance(model, MegalodonEncoder)
     if state is not None and not (has_state and isinstance(state, MegalodonState)):
         wanted = "a MegalodonState or None" if has_state else "None for an encoder"
-        raise TypeError(f"save_checkpoint: `state` must be {wanted}, got {described(state)}.")
+        raise TypeError(f"save_checkpoint: `state` must be {wanted}, got {describe(state)}.")
     if state is not None:
         rows = {name: as_real(tensor.detach()) for name, tensor in named_tensors(complete(state)).items()}
         try:

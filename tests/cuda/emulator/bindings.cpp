@@ -66,8 +66,8 @@ py::dict traffic() {
     d["store_requests"] = t.store_requests;
     d["store_sectors"] = t.store_sectors;
     d["store_footprint"] = t.store_footprint;
-    py::dict of_kernel = kernels[kernel.c_str()];
-    of_kernel[buffer.c_str()] = d;
+    py::dict buffers = kernels[kernel.c_str()];
+    buffers[buffer.c_str()] = d;
   }
   return kernels;
 }

@@ -8,9 +8,9 @@ from torch import Tensor
 from ..common.arrays import call_with_arrays
 from ..chunked_attention.chunked_attention import chunked_attention_state, chunked_attention_state_
 from ..common.definition import accumulation_dtype, autocast, call, define_op, empty_like
-from ..common.definition import int64_or_none, launch, num_sequences, num_steps
+from ..common.definition import int64_or_none, launch, num_sequences, num_positions
 from ..common.flops import lengths_of, readable_values
-from ..common.states import WorkingMemoryState, fields_of
+from ..common.states import WorkingMemoryState, state_fields
 from ..chunked_attention.two_chunk_attention import two_chunk_attention_state
 from ..common.checks import check_device, check_flag, check_rank, check_sequences, check_size, check_tensor
 from .working_memory_plan import OP as _NAME, Plan, length
@@ -95,7 +95,11 @@ def adaptive_working_memory(
     o, memory, mass = read_and_write(q, k, v, chunk_size, visible_chunks, state, cu_seqlens, lengths, return_state)
     if not return_state:
         return o
-    cached = (None,) * 3 if state is None else (state.k, state.v, kept_rows(state.position, chunk_size, visible_chunks))
+    cached = (
+        (None,) * 3
+        if state is None
+        else (state.k, state.v, num_cached_rows(state.position, chunk_size, visible_chunks))
+    )
     append = two_chunk_attention_state if visible_chunks == 2 else chunked_attention_state
     k, v, _ = call(append, k.detach(), v.detach(), *cached, chunk_size, cu_seqlens, lengths)
     return o, WorkingMemoryState(memory, mass, k, end_position(q, state, cu_seqlens, lengths), v)
@@ -122,7 +126,7 @@ def read_write_and_keep(
         return o, memory, mass, k[:, :0]
     cached = (None,) * 3
     if state is not None:
-        cached = state.k, state.v[..., :0].contiguous(), kept_rows(state.position, chunk_size, visible_chunks)
+        cached = state.k, state.v[..., :0].contiguous(), num_cached_rows(state.position, chunk_size, visible_chunks)
     new = k.detach(), v[..., :0].detach()
     if inplace and state is not None and visible_chunks == 1:
         chunked_attention_state_(*new, *cached, chunk_size, cu_seqlens, lengths)
@@ -131,7 +135,7 @@ def read_write_and_keep(
     return o, memory, mass, append(*new, *cached, chunk_size, cu_seqlens, lengths)[0]
 
 
-def kept_rows(position: Tensor, chunk_size: int, visible_chunks: int) -> Tensor:
+def num_cached_rows(position: Tensor, chunk_size: int, visible_chunks: int) -> Tensor:
     """(S,) number of valid rows of keys and values in a state after `position` positions."""
     return torch.minimum(position, (visible_chunks - 1) * chunk_size + position % chunk_size)
 
@@ -140,7 +144,7 @@ def end_position(
     q: Tensor, state: WorkingMemoryState | None, cu_seqlens: Tensor | None, lengths: Tensor | None
 ) -> Tensor:
     """(S,) number of positions of each sequence so far, those of its state included."""
-    counts = num_steps(q, cu_seqlens, lengths)
+    counts = num_positions(q, cu_seqlens, lengths)
     return counts.clone() if state is None else state.position + counts  # counts may be the caller's lengths
 
 
@@ -340,7 +344,7 @@ def _check(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor | None, lengths: 
 def _check_state(state: WorkingMemoryState | None, q: Tensor, v: Tensor, C: int, S: int) -> WorkingMemoryState | None:
     if state is None:
         return None
-    state = WorkingMemoryState(*fields_of(_NAME, state, WorkingMemoryState))
+    state = WorkingMemoryState(*state_fields(_NAME, state, WorkingMemoryState))
     (H, K), V, real = q.shape[2:], v.shape[3], accumulation_dtype(q.dtype)
     wanted = {
         "memory": ((S, H, K, V), real),

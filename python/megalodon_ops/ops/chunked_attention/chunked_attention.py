@@ -11,7 +11,7 @@ from ..common.definition import (
     accumulation_dtype, autocast, call, contiguous_or_none, define_op, empty_gradients, empty_like, int64_or_none,
     launch, num_sequences,
 )  # fmt: skip
-from ..common.states import AttentionState, fields_of
+from ..common.states import AttentionState, state_fields
 from .attention_flops import attention_bwd_flops, attention_flops, pairs_in_chunk
 from .two_chunk_attention import two_chunk_attention_fwd, two_chunk_attention_state
 from ..common.checks import LARGEST_BELOW_1, check_flag, check_number, check_size, check_tensor
@@ -107,7 +107,7 @@ def chunked_attention(
             "chunked_attention: `visible_chunks` must be 1, or 2 where attention is causal and `dropkey` is 0, got "
             f"{visible_chunks}."
         )
-    cache_k, cache_v, position = fields_of("chunked_attention", state, AttentionState)
+    cache_k, cache_v, position = state_fields("chunked_attention", state, AttentionState)
     constants = state[:2] if state and torch.is_grad_enabled() else ()
     if any(cache.requires_grad for cache in constants):
         raise ValueError(

@@ -31,7 +31,7 @@ import numpy
 import torch
 from torch import Tensor
 
-from .checks import check_tensor, described
+from .checks import check_tensor, describe
 
 _ARRAY_WORDS = {  # patterns in errors about tensors, and their replacements
     r"\.to\(torch\.(\w+)\)": r'.astype("\1")',
@@ -50,7 +50,7 @@ def call_with_arrays(op: Callable[..., Any], /, **arguments: Any) -> Any:
         label = f"{op.__name__}: `{name}`"
         if isinstance(value, Tensor):
             raise TypeError(
-                f"{label} must be an array, as `{first}` is ({described(array)}), got a torch tensor; "
+                f"{label} must be an array, as `{first}` is ({describe(array)}), got a torch tensor; "
                 f"pass torch.from_dlpack({first}) to work on tensors."
             )
         if not hasattr(type(value), "__dlpack__"):
@@ -101,7 +101,7 @@ def _tensor_over(array: Any, label: str, write: bool) -> Tensor:
     except Exception as error:
         raise (ValueError if isinstance(error, ValueError) else TypeError)(
             f"{label} must be an array that torch can {'write' if write else 'read'} through DLPack, got "
-            f"{described(array)} of {getattr(array, 'dtype', 'some dtype')} ({error}); pass a contiguous copy in native "
+            f"{describe(array)} of {getattr(array, 'dtype', 'some dtype')} ({error}); pass a contiguous copy in native "
             "byte order and in a dtype of the op."
         ) from error
 

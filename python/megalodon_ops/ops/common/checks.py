@@ -11,8 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-LARGEST = sys.float_info.max
-LEAST_POSITIVE = math.ulp(0.0)
+MAX_FLOAT = sys.float_info.max
+MIN_POSITIVE = math.ulp(0.0)
 LARGEST_BELOW_1 = math.nextafter(1.0, 0.0)
 _LARGEST_SIZE = 2**31 - 1
 
@@ -30,7 +30,7 @@ def as_float(value: object) -> float:
         return math.inf
 
 
-def is_whole(value: object, least: int, most: int = 2**63 - 1) -> bool:
+def is_integer_between(value: object, least: int, most: int = 2**63 - 1) -> bool:
     """Return True if the value is an integer from `least` to `most`, NumPy's included; True, False and 4.0 are not."""
     return isinstance(value, Integral) and not isinstance(value, bool) and least <= value <= most
 
@@ -47,14 +47,14 @@ def check_integer(op: str, argument: str, value: object, expected: str, least: i
     if isinstance(value, torch.SymInt):
         return value
     if not isinstance(value, Integral) or isinstance(value, bool):
-        raise TypeError(f"{op}: `{argument}` must be {expected}, got {described(value)}.")
+        raise TypeError(f"{op}: `{argument}` must be {expected}, got {describe(value)}.")
     if not least <= value <= most:
-        raise ValueError(f"{op}: `{argument}` must be {expected}, got {shown(value)}.")
+        raise ValueError(f"{op}: `{argument}` must be {expected}, got {short_text(value)}.")
     return int(value)
 
 
 def check_number(
-    op: str, argument: str, value: object, expected: str, least: float = -LARGEST, most: float = LARGEST
+    op: str, argument: str, value: object, expected: str, least: float = -MAX_FLOAT, most: float = MAX_FLOAT
 ) -> float:
     """Return the value as a float, or raise unless it is from `least` to `most`; `expected` is for the error."""
     if type(value) is float and least <= value <= most:
@@ -62,24 +62,24 @@ def check_number(
     if isinstance(value, (torch.SymInt, torch.SymFloat)):
         return value
     if not is_number(value):
-        raise TypeError(f"{op}: `{argument}` must be {expected}, got {described(value)}.")
+        raise TypeError(f"{op}: `{argument}` must be {expected}, got {describe(value)}.")
     number = as_float(value)
     if not least <= number <= most:
-        raise ValueError(f"{op}: `{argument}` must be {expected}, got {shown(value)}.")
+        raise ValueError(f"{op}: `{argument}` must be {expected}, got {short_text(value)}.")
     return number
 
 
 def check_flag(op: str, argument: str, value: object) -> None:
     """Raise a TypeError unless the value is True or False."""
     if value is not True and value is not False:
-        raise TypeError(f"{op}: `{argument}` must be True or False, got {described(value)}.")
+        raise TypeError(f"{op}: `{argument}` must be True or False, got {describe(value)}.")
 
 
 def check_tensor(op: str, argument: str, value: object) -> None:
     """Raise a TypeError unless the value is a torch tensor."""
     if not isinstance(value, Tensor):
         raise TypeError(
-            f"{op}: `{argument}` must be a torch tensor, got {described(value)}; "
+            f"{op}: `{argument}` must be a torch tensor, got {describe(value)}; "
             "make it one, as torch.from_dlpack does of an array."
         )
 
@@ -144,7 +144,7 @@ def as_device(caller: str, value: object) -> torch.device:
     try:
         return torch.device(value)
     except (RuntimeError, TypeError):
-        raise ValueError(f"{caller}: `device` must be one of torch's, such as cpu, got {shown(value)}.") from None
+        raise ValueError(f"{caller}: `device` must be one of torch's, such as cpu, got {short_text(value)}.") from None
 
 
 def check_sequences(op: str, x: Tensor, cu_seqlens: Tensor | None, lengths: Tensor | None) -> None:
@@ -170,22 +170,24 @@ def sequence_spans(op: str, x: Tensor, cu_seqlens: Tensor | None, lengths: Tenso
     if cu_seqlens is not None:
         offsets = cu_seqlens.tolist()
         if offsets != sorted(offsets) or not 0 <= offsets[0] <= offsets[-1] <= L:
-            raise ValueError(f"{op}: `cu_seqlens` must be non-decreasing offsets in [0, {L}], got {shown(offsets)}.")
+            raise ValueError(
+                f"{op}: `cu_seqlens` must be non-decreasing offsets in [0, {L}], got {short_text(offsets)}."
+            )
         return [*zip(offsets, offsets[1:])]
     ends = [L] * B if lengths is None else lengths.tolist()
     if any(not 0 <= end <= L for end in ends):
-        raise ValueError(f"{op}: `lengths` must be row lengths in [0, {L}], got {shown(ends)}.")
+        raise ValueError(f"{op}: `lengths` must be row lengths in [0, {L}], got {short_text(ends)}.")
     return [(row * L, row * L + end) for row, end in enumerate(ends)]
 
 
-def described(value: object) -> str:
+def describe(value: object) -> str:
     """Text for a value of a wrong type in an error: a number or a string itself, else the name of its type."""
     if value is None or isinstance(value, (bool, int, float, complex, str, bytes)):
-        return shown(value)
+        return short_text(value)
     return f"{type(value).__module__}.{type(value).__qualname__}".removeprefix("builtins.")
 
 
-def shown(value: object) -> str:
+def short_text(value: object) -> str:
     """Short text of the value on one line."""
     if isinstance(value, (dict, list, tuple, set)):
         return f"a {type(value).__name__} of {len(value)}"

@@ -329,7 +329,7 @@ def num_sequences(batch: int, cu_seqlens: Tensor | None) -> int:
     return batch if cu_seqlens is None else max(cu_seqlens.numel() - 1, 0)
 
 
-def num_steps(x: Tensor, cu_seqlens: Tensor | None = None, lengths: Tensor | None = None) -> Tensor:
+def num_positions(x: Tensor, cu_seqlens: Tensor | None = None, lengths: Tensor | None = None) -> Tensor:
     """(S,) number of positions of each sequence of x (B, L, ...)."""
     if cu_seqlens is not None:
         return cu_seqlens.diff()

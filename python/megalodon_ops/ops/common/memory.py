@@ -10,7 +10,7 @@ import resource
 import torch
 from torch import Tensor, nn
 
-from .checks import described
+from .checks import describe
 
 _HUGE_PAGE = 2 << 20
 _M_TRIM_THRESHOLD, _M_MMAP_MAX, _M_ARENA_MAX = -1, -4, -8  # mallopt(3)
@@ -58,7 +58,7 @@ def use_huge_pages(model: nn.Module) -> bool:
         >>> moved = mo.use_huge_pages(model)
     """
     if not isinstance(model, nn.Module):
-        raise TypeError(f"use_huge_pages: `model` must be a torch.nn.Module, got {described(model)}.")
+        raise TypeError(f"use_huge_pages: `model` must be a torch.nn.Module, got {describe(model)}.")
     if not hasattr(mmap, "MADV_HUGEPAGE"):
         return False
     for parameter in model.parameters():

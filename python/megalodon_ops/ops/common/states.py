@@ -7,18 +7,18 @@ from typing import NamedTuple
 from torch import Tensor
 from torch.utils._pytree import _register_namedtuple
 
-from .checks import check_tensor, described
+from .checks import check_tensor, describe
 
 _NESTED_STATES = ("norm", "attention")  # fields of a block's state that are states themselves
 
 
-def fields_of(op: str, state: tuple | None, kind: type[tuple]) -> tuple:
+def state_fields(op: str, state: tuple | None, kind: type[tuple]) -> tuple:
     """Fields of a state; None for a field that was left out, and for every field if `state` is None."""
     fields, defaults = kind._fields, kind._field_defaults
     if state is None:
         return (None,) * len(fields)
     if not isinstance(state, tuple) or not len(fields) - len(defaults) <= len(state) <= len(fields):
-        got = f"a tuple of {len(state)}" if isinstance(state, tuple) else described(state)
+        got = f"a tuple of {len(state)}" if isinstance(state, tuple) else describe(state)
         raise TypeError(f"{op}: `state` must be a {kind.__name__} ({', '.join(fields)}) or None, got {got}.")
     for name, part in zip(fields, state):
         if part is None and name not in defaults:

@@ -12,7 +12,7 @@ from torch.utils.checkpoint import checkpoint
 from ..common.definition import accumulation_dtype, autocast, call, contiguous_or_none, define_op, has_cpu_kernel
 from ..common.definition import is_autocast_enabled, is_exporting, launch
 from ..linear.linear import linear, put_product_
-from ..common.checks import check_device, check_integer, check_tensor, described
+from ..common.checks import check_device, check_integer, check_tensor, describe
 
 # Values in a block. On the CPU, a block is just under 32 MiB, from which on glibc returns freed memory to the system.
 _CPU_BLOCK, _GPU_BLOCK = (1 << 23) - 1024, 1 << 26
@@ -183,7 +183,7 @@ def has_integers(tensor: Tensor) -> bool:
 def check_reduction(reduction: str) -> None:
     if not isinstance(reduction, str) or reduction not in ("mean", "sum", "none"):
         raise ValueError(
-            f'linear_cross_entropy: `reduction` must be "mean", "sum" or "none", got {described(reduction)}.'
+            f'linear_cross_entropy: `reduction` must be "mean", "sum" or "none", got {describe(reduction)}.'
         )
 
 

@@ -10,7 +10,7 @@ from ..common.arrays import call_with_arrays
 from ..chunked_attention.chunked_attention import chunked_attention
 from ..common.definition import autocast
 from ..normalized_qk.normalized_qk import rotated_queries_and_keys
-from ..common.states import AttentionState, fields_of
+from ..common.states import AttentionState, state_fields
 from ..common.checks import check_size, check_tensor
 
 _PARTS = re.compile("^(normalized_qk|chunked_attention): ")
@@ -114,7 +114,7 @@ def attend(
         raise ValueError(f"normalized_attention: `num_heads` must divide v's last axis {v.shape[-1]}, got {num_heads}.")
     q, k = rotated_queries_and_keys(
         z, gamma, beta, rotary, num_heads=num_heads, chunk_size=chunk_size, rope_base=rope_base, eps=eps,
-        position=fields_of("normalized_attention", state, AttentionState)[2], cu_seqlens=cu_seqlens, lengths=lengths,
+        position=state_fields("normalized_attention", state, AttentionState)[2], cu_seqlens=cu_seqlens, lengths=lengths,
     )  # fmt: skip
     result = chunked_attention(
         q, k, v.unflatten(-1, (num_heads, -1)), chunk_size=chunk_size, causal=causal, state=state,

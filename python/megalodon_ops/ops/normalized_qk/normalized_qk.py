@@ -13,7 +13,7 @@ from ..common.definition import (
     accumulation_dtype, autocast, call, contiguous_or_none, define_op, empty_gradients, int64_or_none, launch,
 )  # fmt: skip
 from ..common.flops import num_tokens
-from ..common.checks import LEAST_POSITIVE, check_number, check_rank, check_size
+from ..common.checks import MIN_POSITIVE, check_number, check_rank, check_size
 
 
 def normalized_qk(
@@ -90,7 +90,7 @@ def rotated_queries_and_keys(
     check_rank("normalized_qk", "z", z, "(B, L, H * K)", 3)
     num_heads = check_size("normalized_qk", "num_heads", num_heads)
     chunk_size = check_size("normalized_qk", "chunk_size", chunk_size)
-    rope_base = check_number("normalized_qk", "rope_base", rope_base, "a positive finite number", LEAST_POSITIVE)
+    rope_base = check_number("normalized_qk", "rope_base", rope_base, "a positive finite number", MIN_POSITIVE)
     eps = check_number("normalized_qk", "eps", eps, "a finite number of at least 0", 0.0)
     (z,) = autocast(z)
     sequences = (int64_or_none(position), int64_or_none(cu_seqlens), int64_or_none(lengths))

@@ -14,7 +14,7 @@ from ..common.definition import (
     num_sequences,
 )  # fmt: skip
 from ..common.flops import num_tokens
-from ..common.states import TimestepNormState, fields_of
+from ..common.states import TimestepNormState, state_fields
 from ..common.checks import check_flag, check_number, check_rank, check_size, check_width
 
 
@@ -69,7 +69,7 @@ def timestep_norm(
         return call_with_arrays(timestep_norm, **locals())
     check_rank("timestep_norm", "x", x, "(B, L, D)", 3)
     check_width("timestep_norm", x, weight=weight, bias=bias)
-    count, mean, var, residual = fields_of("timestep_norm", state, TimestepNormState)
+    count, mean, var, residual = state_fields("timestep_norm", state, TimestepNormState)
     num_groups = check_size("timestep_norm", "num_groups", num_groups)
     eps = check_number("timestep_norm", "eps", eps, "a finite number of at least 0", 0.0)
     check_flag("timestep_norm", "return_state", return_state)

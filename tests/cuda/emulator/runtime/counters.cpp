@@ -92,9 +92,9 @@ void finish_request(Site& site, const Request& request) {
     // bank take separate wavefronts.
     const int at_once = site.size > kBankBytes ? static_cast<int>(kBanks * kBankBytes / site.size) : kWarpSize;
     for (int from = 0; from < kWarpSize; from += at_once) {
-      int of_bank[kBanks] = {}, most = 0;
+      int bank_loads[kBanks] = {}, most = 0;
       collect(request, site.size, kBankBytes, from, std::min(from + at_once, kWarpSize),
-              [&](uint32_t word) { most = std::max(most, ++of_bank[word % kBanks]); });
+              [&](uint32_t word) { most = std::max(most, ++bank_loads[word % kBanks]); });
       site.transactions += most;
       site.ideal += most > 0;
     }
