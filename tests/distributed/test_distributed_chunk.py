@@ -6,7 +6,8 @@ from dataclasses import replace
 
 import pytest
 import torch
-from chunk_parallel import Work, compare, worst_error
+from assertions import every_case
+from chunk_parallel import Work, compare, compare_numbers, worst_error
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -66,6 +67,19 @@ SLOW = ("dense, one head", "packed with a state", "the last rank without columns
 def test_equals_one_process(ranks, case):
     error, where = worst_error(ranks.run(compare, len(CASES[case].pieces), CASES[case]))
     assert error < EXACT, where
+
+
+def test_a_model_of_numbers_equals_one_process(ranks):
+    works = {
+        "dense": Work((16, 8, 11), rows=2),
+        "padded with a state": Work((13, 8, 5), rows=3, lengths=(26, 14, 0), past=(3, C + 3, 2)),
+        "packed with a state": Work((12, 8, 10), cu_seqlens=(1, 6, 6, 29), past=(3, 5, 2)),
+    }
+    with every_case() as case:
+        for name, work in works.items():
+            with case(name):
+                error, where = worst_error(ranks.run(compare_numbers, 3, work))
+                assert error < EXACT, where
 
 
 def test_equals_one_process_in_float32(ranks):

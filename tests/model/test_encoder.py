@@ -53,7 +53,9 @@ def plain_results(
     if c.num_features is None:
         x = p["embed.weight"][inputs] * (math.sqrt(c.model_dim) if c.scale_emb else 1)
     else:
-        x = inputs @ p["embed.weight"].T + p["embed.bias"]
+        scale = dict(num_groups=c.num_features, eps=1e-30, **rows)
+        scaled = reference.sequence_norm(inputs, *inputs.new_zeros(2, c.num_features), **scale)
+        x = scaled @ p["embed.weight"].T + p["embed.bias"]
     for layer in range(c.num_layers):
         b = {name.removeprefix(f"layers.{layer}."): value for name, value in p.items()}
 

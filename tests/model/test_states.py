@@ -90,7 +90,7 @@ def test_wrong_rows_are_refused(state, rows, error, match):
 
 
 def test_an_integer_is_the_index_of_a_field_as_in_every_tuple(state):
-    assert state[0] is state.layers and state[-1] is state.norm
+    assert state[0] is state.layers and state[1] is state.norm and state[-1] == ()
     with pytest.raises(TypeError, match=r"got 0; \[0\] names one sequence"):
         state.reset(0)
 

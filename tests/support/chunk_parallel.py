@@ -166,3 +166,35 @@ def _error(got: Tensor, expected: Tensor) -> float:
     difference = (got - expected).abs().max().item()
     scale = max(expected.abs().max().item(), 1e-3)
     return difference / scale if difference == difference else float("inf")
+
+
+def compare_numbers(work: Work) -> dict[str, float]:
+    """As :func:`compare`, for a model that reads numbers: outputs, state and gradients of the sum of squared outputs."""
+    rank = dist.get_rank()
+    unsharded = tiny_model(num_features=2, output_size=3)
+    model = cut_over_all_ranks(tiny_model(num_features=2, output_size=3))
+    x = 5 + torch.randn(work.rows, sum(work.pieces), 2, generator=torch.Generator().manual_seed(3))
+    options = {name: torch.tensor(getattr(work, name)) for name in ("cu_seqlens", "lengths") if getattr(work, name)}
+    end = list(accumulate(work.pieces))[rank]
+    columns = slice(end - work.pieces[rank], end)
+    state = None
+    if work.past is not None:
+        before = torch.randn(work.sequences, max(work.past), 2, generator=torch.Generator().manual_seed(5))
+        with torch.no_grad():
+            _, state = unsharded(before, lengths=torch.tensor(work.past), return_state=True)
+
+    def results(model: mo.Megalodon, columns: slice) -> dict[str, Tensor]:
+        y, after = model(x[:, columns], state=state, return_state=True, **options)
+        y = y.where(_inside(work, columns), 0)
+        model.zero_grad()
+        y.square().sum().backward()
+        grads = {f"d {name}": parameter.grad.clone() for name, parameter in model.named_parameters()}
+        kept = {name: t.detach() for name, t in named_tensors(after).items() if name.startswith(("inputs.", "norm."))}
+        return {"y": y.detach(), **grads, **kept}
+
+    whole, piece = results(unsharded, slice(None)), results(model, columns)
+    whole["y"] = whole["y"][:, columns]
+    for name, value in piece.items():
+        if name.startswith("d "):
+            dist.all_reduce(value)
+    return {name: _error(piece[name], value) for name, value in whole.items() if not name.endswith("residual")}

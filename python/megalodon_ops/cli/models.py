@@ -96,6 +96,8 @@ def trained_model(
         model, found, record = load_any(path, dtype=wanted, device=device)
     except (FileError, FileNotFoundError) as error:
         raise CommandError(f"--checkpoint {error}") from error
+    if model.config.num_features is not None:
+        raise CommandError(f"--checkpoint {path}: the model reads numbers, not text; call it from Python")
     if tokenizer is not None:
         given = read_tokenizer(tokenizer)
         if found is not None and found.fingerprint != given.fingerprint:

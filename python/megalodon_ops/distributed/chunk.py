@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
-from ..model.layers import ComplexEMA, TimestepNorm
+from ..model.layers import ComplexEMA
 from ..model.sequences import Sequences
 from ..ops.adaptive_working_memory.adaptive_working_memory import num_cached_rows, read_write_and_keep
 from ..ops.cema.cema import cema_end_state
@@ -43,11 +43,11 @@ class ShardedSequences(Sequences):
     pieces: Pieces
     group: ProcessGroup
 
-    def norm_state(self, norm: TimestepNorm, x: Tensor, given: TimestepNormState | None) -> TimestepNormState:
+    def norm_state(self, num_groups: int, x: Tensor, given: TimestepNormState | None) -> TimestepNormState:
         """Initial state of a norm over the piece x; every rank sends its end state and waits for the others'."""
         pieces, dtype = self.pieces, accumulation_dtype(x.dtype)
         part, options = self._carried_part(x)
-        ends = timestep_norm_end_state(part, num_groups=norm.num_groups, **options)
+        ends = timestep_norm_end_state(part, num_groups=num_groups, **options)
         start, count = (None, None) if given is None else (norm_in_float64(given), given.count)
         ends, start, work = send_to_all(norm_in_float64(ends), start, self.group)
         work.wait()

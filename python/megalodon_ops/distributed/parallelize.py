@@ -104,6 +104,11 @@ def _check(model: nn.Module, sizes: dict[str, int], data: object, param_dtype: o
             raise ValueError(
                 f"parallelize: `mesh` must have {name} = 1 for an encoder, got {size}; only rows are split."
             )
+    if sizes.get("chunk", 1) > 1 and model.config.missing_values:
+        raise ValueError(
+            f"parallelize: `mesh` must have chunk = 1 for a model with missing_values, got {sizes['chunk']}; pieces do "
+            "not exchange counts of single features."
+        )
     check_can_split("parallelize", model.config, tensor := sizes.get("tensor", 1))
     if tensor > 1:
         wanted = {name for name, _ in model.config.parameter_shapes()}

@@ -90,7 +90,10 @@ def whole_state(
             block = block._replace(memory_mass=block.memory_mass.where(is_written, 0), memory_k=memory_k[0])
         layers.append(block)
     norm, _ = whole_recurrent(after.norm, None, None if old is None else old.norm, None)
-    return tree_map(torch.clone, MegalodonState(tuple(layers), norm))  # FSDP2 warns of outputs that are views
+    inputs = after.inputs
+    if inputs:
+        inputs, _ = whole_recurrent(inputs, None, None if old is None else old.inputs, None)
+    return tree_map(torch.clone, MegalodonState(tuple(layers), norm, inputs))  # FSDP2 warns of outputs that are views
 
 
 def flat_recurrent(block: Block) -> Tensor:

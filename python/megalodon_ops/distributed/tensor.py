@@ -129,6 +129,8 @@ def check_can_split(caller: str, config: MegalodonConfig, ranks: int) -> None:
     if GeckoAttention.serves(config):
         unsplit = "a working memory or attention to two chunks"
         raise ValueError(f"{caller}: `mesh` must have tensor = 1 for a model with {unsplit}, got {ranks}.")
+    if config.num_features is not None:
+        raise ValueError(f"{caller}: `mesh` must have tensor = 1 for a model of numbers (num_features), got {ranks}.")
     for field in ("norm_num_groups", "value_dim", "ffn_hidden_dim"):
         if (size := getattr(config, field)) % ranks:
             raise ValueError(f"{caller}: `mesh` must have a size of tensor that divides {field} = {size}, got {ranks}.")
@@ -184,4 +186,4 @@ def _map_state(
         cema = torch.view_as_complex(map_tensor(torch.view_as_real(block.cema), 1))
         return BlockState(map_norm(block.norm), cema, map_attention(block.attention))
 
-    return MegalodonState(tuple(map(map_block, state.layers)), map_norm(state.norm))
+    return state._replace(layers=tuple(map(map_block, state.layers)), norm=map_norm(state.norm))

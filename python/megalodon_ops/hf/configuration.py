@@ -10,6 +10,7 @@ from transformers import PreTrainedConfig
 from .. import _C
 from ..model.folder import FORMAT
 from ..model.config import MegalodonConfig, check_config
+from ..model.inputs import check_reads_tokens
 from ..model.encoder import MegalodonEncoderConfig
 
 
@@ -51,7 +52,9 @@ class MegalodonHFConfig(PreTrainedConfig):
         self.use_cache = use_cache
         self.format, self.megalodon_ops_version = FORMAT, _C.build_info()["version"]
         super().__init__(eos_token_id=self.eos_token_id, **fields)
-        self.to_megalodon()
+        ours = self.to_megalodon()
+        if ours.causal:
+            check_reads_tokens(type(self).__name__, ours)
 
     def __eq__(self, other: object) -> bool:
         """Compare all fields; transformers' comparison ignores those of MegalodonConfig."""

@@ -47,8 +47,8 @@ class MegalodonEncoderPreTrainedModel(MegalodonPreTrainedModel):
         batch = read_batch(self, given.pop(self.main_input_name), attention_mask, **given, **arguments)
         x, sequences = batch.shifted(), Sequences(batch.cu_seqlens, batch.lengths)
         if not batch.holds_embeddings:
-            check_inputs(op, batch.name, x, encoder, sequences, encoder.config.num_features)
-            x = encoder._embed(x)
+            check_inputs(op, batch.name, x, encoder, sequences)
+            x = encoder._embed(x, sequences)
         elif self.main_input_name == "input_ids":
             x = x * encoder.config.embedding_scale
         with self._record_layers(output_hidden_states, batch) as layers:

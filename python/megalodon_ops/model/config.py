@@ -72,6 +72,13 @@ class MegalodonConfig:
     this field nor the next"""
     visible_chunks: int = 1
     """chunks that attention sees, a position's own among them: 1 or 2"""
+    num_features: int | None = None
+    """F, numbers per position of continuous input; None: the input is tokens"""
+    scale_inputs: bool = True
+    """standardise each of the F numbers by the mean and deviation of its own sequence: up to the position, or, for an
+    encoder, of the whole sequence"""
+    missing_values: bool = False
+    """NaN among the F numbers is a missing value: the model reads the mean and a flag; needs scale_inputs"""
 
     def __post_init__(self) -> None:
         def check(field: str, is_valid: bool, expected: str, kind: type | None = None) -> None:
@@ -87,7 +94,7 @@ class MegalodonConfig:
             check(field, is_integer_between(getattr(self, field), 1, 2**31 - 1), "a positive integer below 2^31", int)
         for field in ("dropout", "hidden_dropout", "attention_dropout"):
             check(field, 0 <= as_float(getattr(self, field)) < 1, "a probability in [0, 1)", float)
-        flags = "norm_affine swiglu rescale_nffn scale_emb share_emb layerwise_ckpt working_memory"
+        flags = "norm_affine swiglu rescale_nffn scale_emb share_emb layerwise_ckpt working_memory scale_inputs missing_values"
         for field in flags.split():
             check(field, isinstance(getattr(self, field), bool), "True or False")
         heads, groups, size = self.num_heads, self.norm_num_groups, self.output_size
@@ -98,8 +105,17 @@ class MegalodonConfig:
         check("norm_eps", 0 <= eps <= _LARGEST_FLOAT32, "at least 0 and finite in float32", float)
         if base is not None:
             check("rope_base", 0 < as_float(base) <= _LARGEST_FLOAT32, "positive or None, and finite in float32", float)
-        wanted = f"a positive integer of at most vocab_size = {self.vocab_size}, or -1"
-        check("output_size", is_integer_between(size, -1, self.vocab_size) and size != 0, wanted, int)
+        if self.num_features is None:
+            wanted, most = f"a positive integer of at most vocab_size = {self.vocab_size}, or -1", self.vocab_size
+        else:
+            wanted, most = "a positive integer below 2^31, or -1", 2**31 - 1
+            is_size = is_integer_between(self.num_features, 1, most)
+            check("num_features", is_size, "a positive integer below 2^31, or None", int)
+            check("share_emb", not self.share_emb, "False with num_features: there is no embedding of tokens")
+            check("eos_token_id", self.eos_token_id is None, "None with num_features: there are no tokens")
+        is_scaled = self.num_features is not None and self.scale_inputs
+        check("missing_values", is_scaled or not self.missing_values, "False without num_features and scale_inputs")
+        check("output_size", is_integer_between(size, -1, most) and size != 0, wanted, int)
         if self.share_emb:
             check("output_size", size in (-1, self.vocab_size), "-1 or vocab_size where share_emb is set")
         check("working_memory", self.causal or not self.working_memory, "False for an encoder")
@@ -117,8 +133,10 @@ class MegalodonConfig:
 
     @property
     def num_outputs(self) -> int:
-        """Logits per position."""
-        return self.vocab_size if self.output_size == -1 else self.output_size
+        """Logits or, with `num_features`, numbers per position of the output."""
+        if self.output_size != -1:
+            return self.output_size
+        return self.vocab_size if self.num_features is None else self.num_features
 
     @property
     def embedding_scale(self) -> float:
@@ -163,8 +181,15 @@ class MegalodonConfig:
         )
         return input_size + self.num_layers * layer_size + output_size
 
+    @property
+    def input_width(self) -> int:
+        """Numbers per position that the input layer reads: F, and F flags with `missing_values`."""
+        return (self.num_features or 0) * (1 + self.missing_values)
+
     def _input_shapes(self) -> dict[str, tuple[int, ...]]:
-        return {"embed.weight": (self.vocab_size, self.model_dim)}
+        if self.num_features is None:
+            return {"embed.weight": (self.vocab_size, self.model_dim)}
+        return {"embed.weight": (self.model_dim, self.input_width), "embed.bias": (self.model_dim,)}
 
     def _layer_shapes(self) -> dict[str, tuple[int, ...]]:
         D, N, Z, V, F = self.model_dim, self.cema_ndim, self.z_dim, self.value_dim, self.ffn_hidden_dim

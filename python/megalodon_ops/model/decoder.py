@@ -19,6 +19,7 @@ from ..ops.common.definition import OWN_TYPES, accumulation_dtype, check_runs_no
 from ..ops.normalized_qk.normalized_qk import rotary_table, rotary_table_of
 from ..ops.common.checks import check_tensor, describe
 from .blocks import at_least_float32
+from .inputs import check_reads_tokens
 from .model_state import MegalodonState, complete, named_tensors
 
 _ALTERNATIVE = "call the model there, with its state: model(tokens, state=state, return_state=True)"
@@ -68,6 +69,7 @@ class Decoder:
         check_runs_now("Decoder", _ALTERNATIVE)
         if not hasattr(model, "_reference"):
             raise TypeError(f"Decoder: `model` must be a Megalodon, got {describe(model)}.")
+        check_reads_tokens("Decoder", model.config)
         if not isinstance(state, MegalodonState) or len(state.layers) != model.config.num_layers:
             raise ValueError(
                 f"Decoder: `state` must be a MegalodonState of {model.config.num_layers} layers, as the model returns it, "

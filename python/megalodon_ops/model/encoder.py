@@ -13,12 +13,12 @@ from torch.utils.checkpoint import checkpoint
 from .blocks import MegalodonBlock, at_least_float32, recomputes_layers
 from .config import MegalodonConfig, check_config
 from .folder import load_model, save_model
-from .inputs import check_inputs, check_not_empty, embed_tokens
-from .layers import Embedding, Linear, SequenceNorm, check_no_state, reset_all_parameters
+from .inputs import check_inputs, check_not_empty, embed_numbers, embed_tokens, input_layer
+from .layers import Linear, SequenceNorm, check_no_state, reset_all_parameters
 from .sequences import Sequences
 from ..ops.gated_silu.gated_silu import gated_silu
 from ..ops.timestep_norm.timestep_norm import timestep_norm_end_state
-from ..ops.common.checks import check_device, check_flag, check_rank, check_size
+from ..ops.common.checks import check_flag, check_rank, check_size
 
 
 @dataclass(frozen=True)
@@ -40,27 +40,19 @@ class MegalodonEncoderConfig(MegalodonConfig):
     causal: ClassVar[bool] = False
     model_type: ClassVar[str] = "megalodon_encoder"
     architecture: ClassVar[str] = "MegalodonEncoder"
-    num_features: int | None = None
-    """F, numbers per position of continuous input; None: the input is tokens"""
     num_classes: int | None = None
     """None: no head, a call returns the features"""
     scale_emb: bool = True
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for field in ("num_features", "num_classes"):
-            if (size := getattr(self, field)) is not None:
-                object.__setattr__(self, field, check_size(type(self).__name__, field, size))
+        if self.num_classes is not None:
+            object.__setattr__(self, "num_classes", check_size(type(self).__name__, "num_classes", self.num_classes))
         for field, value in (("output_size", -1), ("share_emb", False), ("eos_token_id", None)):
             if (given := getattr(self, field)) != value:
                 raise ValueError(
                     f"{type(self).__name__}: `{field}` must be {value}, got {given}; an encoder predicts no tokens."
                 )
-
-    def _input_shapes(self) -> dict[str, tuple[int, ...]]:
-        if self.num_features is None:
-            return super()._input_shapes()
-        return {"embed.weight": (self.model_dim, self.num_features), "embed.bias": (self.model_dim,)}
 
     def _output_shapes(self) -> dict[str, tuple[int, ...]]:
         D, classes = self.model_dim, self.num_classes
@@ -112,8 +104,8 @@ class MegalodonEncoder(nn.Module):
         check_config("MegalodonEncoder", config, MegalodonEncoderConfig)
         super().__init__()
         self.config = config
-        D, F, classes = config.model_dim, config.num_features, config.num_classes
-        self.embed = Embedding(config.vocab_size, D) if F is None else Linear(F, D)
+        D, classes = config.model_dim, config.num_classes
+        self.embed = input_layer(config)
         self.layers = nn.ModuleList(MegalodonBlock(config, layer) for layer in range(config.num_layers))
         self.final_norm = SequenceNorm(D, config.norm_num_groups, config.norm_eps)
         self.classifier = None if classes is None else _Head(D, classes)  # peft trains and saves a head of this name
@@ -174,8 +166,8 @@ class MegalodonEncoder(nn.Module):
         check_flag("MegalodonEncoder", "features", features)
         check_no_state("MegalodonEncoder", state, return_state)
         sequences = Sequences(cu_seqlens, lengths)
-        check_inputs("MegalodonEncoder", "inputs", inputs, self, sequences, self.config.num_features)
-        x = self._hidden(self._embed(inputs), sequences)
+        check_inputs("MegalodonEncoder", "inputs", inputs, self, sequences)
+        x = self._hidden(self._embed(inputs, sequences), sequences)
         check_not_empty("MegalodonEncoder", "inputs", x, sequences)  # here: the ops have checked offsets and lengths
         return x if features or self.classifier is None else at_least_float32(self.classifier(x, **sequences.keywords))
 
@@ -207,10 +199,8 @@ class MegalodonEncoder(nn.Module):
         each_channel = dict(num_groups=x.shape[-1])  # the statistics of a channel include its mean
         return timestep_norm_end_state(x, **each_channel, cu_seqlens=cu_seqlens, lengths=lengths).mean.to(x.dtype)
 
-    def _embed(self, inputs: Tensor) -> Tensor:
+    def _embed(self, inputs: Tensor, sequences: Sequences) -> Tensor:
         """Embed the inputs as (B, L, D), in the dtype that the encoder computes in."""
         if self.config.num_features is None:
             return embed_tokens("MegalodonEncoder", "inputs", inputs, self)
-        weight = self.embed.weight
-        check_device("MegalodonEncoder", "inputs", inputs, weight)
-        return self.embed(inputs.to(weight.dtype))
+        return embed_numbers("MegalodonEncoder", "inputs", inputs, self, (), False, sequences)[0]

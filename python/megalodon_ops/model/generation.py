@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from .decoder import Decoder
+from .inputs import check_reads_tokens
 from .sampling import Sampling, check_seeds, numbers_of_seeds
 from .model_state import MegalodonState
 from .sequences import Sequences
@@ -202,6 +203,7 @@ def stream(
     """
     if max_new_tokens is not None:
         check_integer("generate", "max_new_tokens", max_new_tokens, "an integer in [0, 2^31)", 0, 2**31 - 1)
+    check_reads_tokens("generate", self.config)
     _check_prompt(self, prompt, state)
     rows = len(prompt) * check_size("generate", "num_samples", num_samples)
     if prompt.is_cpu:

@@ -5,8 +5,35 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from .config import MegalodonConfig
+from .layers import Embedding, Linear
+from .scale import ScaleState, standardize
 from .sequences import Sequences
-from ..ops.common.checks import check_optional_tensor, check_tensor
+from ..ops.common.checks import check_device, check_optional_tensor, check_tensor
+
+
+def input_layer(config: MegalodonConfig) -> Embedding | Linear:
+    """Build the layer from inputs to D channels: an embedding of tokens, or a linear layer of numbers."""
+    if config.num_features is None:
+        return Embedding(config.vocab_size, config.model_dim)
+    return Linear(config.input_width, config.model_dim)
+
+
+def embed_numbers(
+    op: str,
+    argument: str,
+    numbers: Tensor,
+    model: nn.Module,
+    state: ScaleState,
+    return_state: bool,
+    sequences: Sequences,
+) -> tuple[Tensor, ScaleState]:
+    """Scale and embed numbers (B, L, F), the `argument` of `op`, as (B, L, D); also return the scale's new state."""
+    config, weight = model.config, model.embed.weight
+    check_device(op, argument, numbers, weight)
+    if config.scale_inputs:
+        numbers, state = standardize(numbers, config, state, return_state, sequences)
+    return model.embed(numbers.to(weight.dtype)), state
 
 
 def embed_tokens(op: str, argument: str, tokens: Tensor, model: nn.Module) -> Tensor:
@@ -29,13 +56,12 @@ def embed_tokens(op: str, argument: str, tokens: Tensor, model: nn.Module) -> Te
     return x * config.embedding_scale if config.scale_emb else x
 
 
-def check_inputs(
-    op: str, argument: str, inputs: Tensor, model: nn.Module, sequences: Sequences, num_features: int | None = None
-) -> None:
-    """Raise unless the `argument` of `op` is tokens or, with `num_features`, numbers (B, L, F)."""
+def check_inputs(op: str, argument: str, inputs: Tensor, model: nn.Module, sequences: Sequences) -> None:
+    """Raise unless the `argument` of `op` is tokens or, for a model with `num_features`, numbers (B, L, F)."""
     check_tensor(op, argument, inputs)
     for name, tensor in sequences.keywords.items():
         check_optional_tensor(op, name, tensor)
+    num_features = model.config.num_features
     if num_features is None:
         fits = inputs.dim() == 2 and inputs.dtype in (torch.int64, torch.int32)
         wanted = "integers (B, L), int64 or int32"
@@ -46,6 +72,30 @@ def check_inputs(
         raise ValueError(f"{op}: `{argument}` must be {wanted}, got {inputs.dtype} {tuple(inputs.shape)}.")
     if inputs.is_meta and not any(parameter.is_meta for parameter in model.parameters()):
         raise ValueError(f"{op}: `{argument}` must have values, got a tensor on the device meta; move the model there.")
+    if num_features is not None:
+        _check_finite(op, argument, inputs, model.config.missing_values, sequences)
+
+
+def _check_finite(op: str, argument: str, x: Tensor, missing_values: bool, sequences: Sequences) -> None:
+    """Raise for the first infinity or, without `missing_values`, NaN in a sequence of x (B, L, F) on the CPU."""
+    if torch.compiler.is_compiling() or not x.is_cpu or type(x) not in (Tensor, nn.Parameter):
+        return
+    is_wrong = x.detach().isinf() if missing_values else ~x.detach().isfinite()
+    if not is_wrong.any():
+        return
+    for row, position, feature in is_wrong.nonzero().tolist():
+        if sequences.contains(row, position):
+            fix = "" if missing_values else "; a model with missing_values=True takes NaN"
+            got = f"{x[row, position, feature].item()} at [{row}, {position}, {feature}]"
+            raise ValueError(f"{op}: `{argument}` must be finite, got {got}{fix}.")
+
+
+def check_reads_tokens(op: str, config: MegalodonConfig) -> None:
+    """Raise unless the model of this configuration reads tokens, as text has them."""
+    if config.num_features is not None:
+        raise ValueError(
+            f"{op}: `num_features` of the model must be None, got {config.num_features}; it reads numbers."
+        )
 
 
 def check_not_empty(op: str, argument: str, x: Tensor, sequences: Sequences) -> None:

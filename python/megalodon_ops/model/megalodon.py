@@ -15,9 +15,10 @@ from .blocks import MegalodonBlock, Output, at_least_float32, recomputes_layers
 from .config import MegalodonConfig, check_config
 from .folder import load_model, save_model
 from .generation import generate, stream
-from .inputs import check_inputs, embed_tokens, own_weight
-from .layers import Embedding, is_plain_linear, reset_all_parameters
-from .model_state import MegalodonState, check_state
+from .inputs import check_inputs, check_reads_tokens, embed_numbers, embed_tokens, input_layer, own_weight
+from .layers import is_plain_linear, reset_all_parameters
+from .model_state import MegalodonState, check_state, scales_inputs
+from .scale import running_scale
 from .sequences import Sequences
 from ..ops.linear_cross_entropy.linear_cross_entropy import blockwise_cross_entropy, has_integers, linear_cross_entropy
 from ..ops.common.checks import check_flag, check_integer, check_tensor
@@ -51,7 +52,7 @@ class Megalodon(nn.Module):
         check_config("Megalodon", config)
         super().__init__()
         self.config = config
-        self.embed = Embedding(config.vocab_size, config.model_dim)
+        self.embed = input_layer(config)
         self.layers = nn.ModuleList(MegalodonBlock(config, layer) for layer in range(config.num_layers))
         self.output = Output(config)
         self.tie_weights()
@@ -170,7 +171,7 @@ class Megalodon(nn.Module):
         """Compute the logits of the next token after every token or, with `targets`, their loss, as :meth:`loss`.
 
         Args:
-            tokens: (B, L) integers.
+            tokens: (B, L) integers or, with the configuration's `num_features`, (B, L, F) floating-point numbers.
             features: return the features instead, as :meth:`features` does.
             targets, reduction, ignore_index: as in :meth:`loss`; None: return logits.
             state: as an earlier call returned it; None: the tokens begin their sequences.
@@ -182,7 +183,7 @@ class Megalodon(nn.Module):
             lengths: (B,) tokens in each right-padded row.
 
         Returns:
-            logits (B, L, num_outputs), float32 (float64 for a float64 model); meaningless at padding. Or the loss, or
+            logits or, with `num_features`, numbers (B, L, num_outputs), float32 (float64 for a float64 model); arbitrary at padding. Or the loss, or
             the features. With `return_state` also the state, a :class:`MegalodonState`.
 
         Raises:
@@ -195,6 +196,7 @@ class Megalodon(nn.Module):
         check_flag("Megalodon", "inplace_state", inplace_state)
         check_flag("Megalodon", "features", features)
         if targets is not None:
+            check_reads_tokens("Megalodon.loss", self.config)
             ignore_index = check_targets(tokens, targets, ignore_index)
             if features:
                 raise ValueError("Megalodon: `targets` must be None where features are wanted, got a tensor.")
@@ -208,7 +210,14 @@ class Megalodon(nn.Module):
         state: MegalodonState | None, return_state: bool, inplace_state: bool, sequences: Sequences,
     ) -> tuple[Tensor, MegalodonState | None]:  # fmt: skip
         """Compute features, logits or the loss, and the state, from checked arguments."""
-        hidden, state = self._hidden(self._embed(tokens), state, return_state, inplace_state, sequences)
+        if self.config.num_features is None:
+            x, scale_state = self._embed(tokens), ()
+        else:
+            past = () if state is None else state.inputs
+            x, scale_state = embed_numbers("Megalodon", "tokens", tokens, self, past, return_state, sequences)
+        hidden, state = self._hidden(x, state, return_state, inplace_state, sequences)
+        if return_state:
+            state = state._replace(inputs=scale_state)
         if features:
             return hidden, state
         if targets is None:
@@ -269,6 +278,42 @@ class Megalodon(nn.Module):
         check_tensor("Megalodon", "targets", targets)
         return self(tokens, targets, **options)
 
+    @torch.no_grad()
+    def input_scale(
+        self,
+        inputs: Tensor,
+        *,
+        state: MegalodonState | None = None,
+        cu_seqlens: Tensor | None = None,
+        lengths: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        """Mean and deviation by which a model with `num_features` and `scale_inputs` standardises each position.
+
+        A model that predicts its own series in these units gets back to the data's by `mean + deviation * output`.
+
+        Args:
+            inputs, state, cu_seqlens, lengths: as in :meth:`forward`, whose call this does not replace.
+
+        Returns:
+            mean and deviation (B, L, F), float64: those of the positions up to and including each one, of the values
+            that are not missing; zero at padding. The deviation is 1e-15 where all values so far are equal.
+
+        Raises:
+            as :meth:`forward` does; ValueError: the model does not scale its inputs.
+
+        Example:
+            >>> import torch, megalodon_ops as mo
+            >>> config = mo.MegalodonConfig(num_layers=1, model_dim=32, z_dim=16, value_dim=32, ffn_hidden_dim=32, num_features=1)
+            >>> mean, deviation = mo.Megalodon(config).input_scale(torch.tensor([[[1.0], [3.0], [5.0]]]))
+            >>> mean[0, 1:, 0], deviation[0, 1:, 0]
+            (tensor([2., 3.], dtype=torch.float64), tensor([1.0000, 1.6330], dtype=torch.float64))
+        """
+        sequences = Sequences(cu_seqlens, lengths)
+        if not scales_inputs(self.config):
+            raise ValueError("Megalodon.input_scale: the model must have num_features and scale_inputs.")
+        self._check("Megalodon.input_scale", "inputs", inputs, state, sequences)
+        return running_scale(inputs, self.config, () if state is None else state.inputs, sequences)
+
     def _cross_entropy(
         self, hidden: Tensor, targets: Tensor, reduction: str, ignore_index: int, sequences: Sequences
     ) -> Tensor:
@@ -310,7 +355,7 @@ class Megalodon(nn.Module):
                 x, layer_state = x
                 layer_states.append(layer_state)
         norm = self.output.final_norm
-        norm_state = sequences.norm_state(norm, x, None if state is None else state.norm)
+        norm_state = sequences.norm_state(norm.num_groups, x, None if state is None else state.norm)
         x, norm_state = norm(x, state=norm_state, return_state=True, **sequences.keywords)
         return x, MegalodonState(tuple(layer_states), norm_state) if return_state else None
 

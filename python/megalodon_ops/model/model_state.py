@@ -59,6 +59,8 @@ class MegalodonState(NamedTuple):
     layers: tuple[BlockState, ...] | tuple[MemoryBlockState, ...]
     norm: TimestepNormState
     """the final norm's"""
+    inputs: TimestepNormState | tuple[()] = ()
+    """that of the inputs' scale, F groups in float64; with `missing_values` count is (S, F); (): inputs are not scaled"""
 
     @staticmethod
     def fresh(
@@ -97,7 +99,7 @@ class MegalodonState(NamedTuple):
         one sequence.
         """
         if isinstance(rows, int) and not isinstance(rows, bool):
-            return (self.layers, self.norm)[rows]
+            return tuple(self)[rows]
         index = self._index(rows)
         return _map(lambda tensor: tensor.index_select(0, index), self)
 
@@ -136,7 +138,7 @@ class MegalodonState(NamedTuple):
         real = accumulation_dtype(dtype)
 
         def convert(name: str, tensor: Tensor) -> Tensor:
-            if tensor.dtype == torch.int64:
+            if tensor.dtype == torch.int64 or name.startswith("inputs."):
                 return tensor.to(device)
             if name.endswith((".attention.k", ".attention.v", ".memory_k")):
                 return tensor.to(device, dtype)
@@ -239,6 +241,9 @@ def check_state(op: str, state: object, config: MegalodonConfig, rows: int, argu
             f"{op}: `state` must be of {rows} rows, those of `{argument}`, got one of {state.num_sequences}; "
             "state[rows] selects and repeats."
         )
+    features = config.num_features if scales_inputs(config) else None
+    if (got := state.inputs.mean.shape[1] if state.inputs else None) != features:
+        raise ValueError(f"{op}: `state` must be of this model, with {features} scaled features, got one with {got}.")
     shapes = [(config.model_dim, config.cema_ndim)] * config.num_layers
     wanted = "with" if block_state_type(config) is MemoryBlockState else "without"
     if any(isinstance(layer, MemoryBlockState) != (wanted == "with") for layer in state.layers):
@@ -262,7 +267,8 @@ def complete(state: MegalodonState) -> MegalodonState:
             return norm_state
         return norm_state._replace(residual=torch.stack([torch.zeros_like(norm_state.mean)] * 2, dim=1))
 
-    return MegalodonState(tuple(layer._replace(norm=norm(layer.norm)) for layer in state.layers), norm(state.norm))
+    layers = tuple(layer._replace(norm=norm(layer.norm)) for layer in state.layers)
+    return MegalodonState(layers, norm(state.norm), norm(state.inputs) if state.inputs else ())
 
 
 def named_tensors(state: MegalodonState) -> dict[str, Tensor]:
@@ -276,6 +282,8 @@ def named_tensors(state: MegalodonState) -> dict[str, Tensor]:
             f"layers.{i}.{field}": tensor for field, tensor in layer._asdict().items() if field.startswith("memory")
         }
     tensors |= {f"norm.{field}": tensor for field, tensor in state.norm._asdict().items()}
+    if state.inputs:
+        tensors |= {f"inputs.{field}": tensor for field, tensor in state.inputs._asdict().items()}
     return {name: tensor for name, tensor in tensors.items() if tensor is not None}
 
 
@@ -296,7 +304,8 @@ def from_named(tensors: dict[str, Tensor]) -> MegalodonState:
         return state if memory[0] is None else MemoryBlockState(*state, *memory)
 
     num_layers = sum(name.endswith(".cema") for name in tensors)
-    return MegalodonState(tuple(block(f"layers.{i}.") for i in range(num_layers)), norm("norm."))
+    inputs = norm("inputs.") if "inputs.mean" in tensors else ()
+    return MegalodonState(tuple(block(f"layers.{i}.") for i in range(num_layers)), norm("norm."), inputs)
 
 
 def as_real(tensor: Tensor) -> Tensor:
@@ -331,16 +340,16 @@ def layout(config: MegalodonConfig, rows: int, activations: torch.dtype) -> Layo
     """Yield name, dtype and shape of the tensors of a state of `rows` sequences."""
     real, heads = accumulation_dtype(activations), config.num_heads
 
-    def norm(prefix: str) -> Layout:
-        groups = config.norm_num_groups
-        yield f"{prefix}count", torch.int64, (rows,)
+    def norm(prefix: str, groups: int, real: torch.dtype) -> Layout:
+        counts_groups = prefix == "inputs." and config.missing_values
+        yield f"{prefix}count", torch.int64, (rows, groups) if counts_groups else (rows,)
         yield f"{prefix}mean", real, (rows, groups)
         yield f"{prefix}var", real, (rows, groups)
         yield f"{prefix}residual", real, (rows, 2, groups)
 
     for layer in range(config.num_layers):
         prefix = f"layers.{layer}."
-        yield from norm(f"{prefix}norm.")
+        yield from norm(f"{prefix}norm.", config.norm_num_groups, real)
         yield f"{prefix}cema", real, (rows, config.model_dim, config.cema_ndim, 2)
         for name, dim in (("k", config.z_dim), ("v", config.value_dim)):
             yield f"{prefix}attention.{name}", activations, (rows, config.num_cached_positions, heads, dim // heads)
@@ -350,7 +359,14 @@ def layout(config: MegalodonConfig, rows: int, activations: torch.dtype) -> Layo
             yield f"{prefix}memory", real, (rows, heads, K, V)
             yield f"{prefix}memory_mass", real, (rows, heads, K)
             yield f"{prefix}memory_k", activations, (rows, config.num_cached_positions, heads, K)
-    yield from norm("norm.")
+    yield from norm("norm.", config.norm_num_groups, real)
+    if scales_inputs(config):
+        yield from norm("inputs.", config.num_features, torch.float64)
+
+
+def scales_inputs(config: MegalodonConfig) -> bool:
+    """Return True if a state has the running statistics of the inputs."""
+    return config.num_features is not None and config.scale_inputs
 
 
 def check_layout(tensors: dict[str, Tensor], wanted: Layout) -> None:

@@ -18,6 +18,7 @@ from .folder import CONFIG, check_dtype, check_tokenizer, kept_files, model_of
 from .config import MegalodonConfig
 from ..files import FileError, as_path, drafting, file_size, read_json, reading, write_atomically
 from .gecko_block import GeckoAttention
+from .inputs import check_reads_tokens
 from .megalodon import Megalodon
 from .weights import StoredTensors, plain_tensors
 from ..ops.common.definition import OWN_TYPES
@@ -33,7 +34,14 @@ _BUFFERS = re.compile(r"(.*\.)?(rope\.freqs|prior_(count|mean|logv))")
 _CONSOLIDATE_CONFIG = "consolidate_config.json"
 _SHARD, _WEIGHT_FILE = re.compile(r"consolidated\.\d\d"), re.compile(r"consolidated(\.\d\d)?\.pth")
 _DTYPE_NAMES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
-_OWN_FIELDS = ("eos_token_id", "working_memory", "visible_chunks")  # fields that the released code does not have
+_OWN_FIELDS = (
+    "eos_token_id",
+    "working_memory",
+    "visible_chunks",
+    "num_features",
+    "scale_inputs",
+    "missing_values",
+)  # fields that the released code does not have
 _EMBEDDING, _OUTPUT = "embed.weight", "output.output.weight"
 
 
@@ -92,6 +100,7 @@ def save_official(model: Megalodon, directory: str | os.PathLike, *, tokenizer: 
         raise ValueError(
             "save_official: `model` must have no working memory and see one chunk: the released code knows neither."
         )
+    check_reads_tokens("save_official", config)
     weights = plain_tensors(model, config.parameter_shapes(), "save_official")
     if (dtype := weights[_EMBEDDING].dtype) not in _DTYPE_NAMES:
         raise ValueError(f"save_official: `model` must be {', '.join(map(str, _DTYPE_NAMES))}, got {dtype}.")

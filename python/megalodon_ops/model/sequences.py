@@ -27,7 +27,13 @@ class Sequences:
         """Return the fields as keywords of an op."""
         return {"cu_seqlens": self.cu_seqlens, "lengths": self.lengths}
 
-    def norm_state(self, norm: nn.Module, x: Tensor, given: Any) -> Any:
+    def contains(self, row: int, position: int) -> bool:
+        """Return True if a position belongs to a sequence, False at padding."""
+        if self.cu_seqlens is not None:
+            return int(self.cu_seqlens[0]) <= position < int(self.cu_seqlens[-1])
+        return self.lengths is None or position < int(self.lengths[row])
+
+    def norm_state(self, num_groups: int, x: Tensor, given: Any) -> Any:
         """Return the initial state of a timestep norm over x (B, L, D); `given`: the caller's."""
         return given
 

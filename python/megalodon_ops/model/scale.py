@@ -1,0 +1,107 @@
+"""Numbers standardised by the statistics of their own sequence, with or without missing values."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .config import MegalodonConfig
+from .sequences import Sequences
+from ..ops.common.definition import call
+from ..ops.common.states import TimestepNormState
+from ..ops.sequence_norm.sequence_norm import sequence_norm
+from ..ops.timestep_norm.timestep_norm import timestep_norm, timestep_norm_fwd
+
+ScaleState = TimestepNormState | tuple[()]
+"""Statistics of the inputs so far, or () where there are none: a pytree without leaves"""
+_EPS = 1e-30
+"""Added to a variance. A constant feature has x - mean = 0 in float64, so it gives zeros, not noise."""
+
+
+def standardize(
+    x: Tensor, config: MegalodonConfig, state: ScaleState, return_state: bool, sequences: Sequences
+) -> tuple[Tensor, ScaleState]:
+    """Standardise each feature of x (B, L, F) by its own mean and deviation, in float64.
+
+    A causal model takes those up to and including the position, and gets the new state; an encoder takes those of the
+    whole sequence. With `missing_values`, NaN does not count, becomes 0, and F flags are appended.
+    """
+    x = x.double()
+    rows, options, restore = _feature_rows(x, config, sequences)
+    parameters = x.new_zeros(2, rows.shape[-1])
+    common = dict(num_groups=rows.shape[-1], eps=_EPS, **options)
+    if config.causal:
+        initial = _initial(rows, config, state, sequences)
+        y, end = timestep_norm(rows, *parameters, state=initial, return_state=True, **common)
+    else:
+        y, end = sequence_norm(rows, *parameters, **common), None
+    y = restore(y)
+    if config.missing_values:
+        y = torch.cat([y, x.isnan().to(y.dtype)], -1)
+    return y, _by_sequence(end, config) if return_state else ()
+
+
+def running_scale(x: Tensor, config: MegalodonConfig, state: ScaleState, sequences: Sequences) -> tuple[Tensor, Tensor]:
+    """Return the mean and deviation (B, L, F), float64, by which :func:`standardize` scales a causal model's x."""
+    rows, options, restore = _feature_rows(x.double(), config, sequences)
+    groups, state = rows.shape[-1], _initial(rows, config, state, sequences)
+    before = (None,) * 4 if state is None else tuple(state)
+    stats = call(
+        timestep_norm_fwd, rows, *rows.new_zeros(2, groups), groups, _EPS, *before, *options.values(), True, False
+    )[1]
+    mean, deviation = stats[0] + stats[1], torch.where(stats[2] > 0, 1 / stats[2], 0.0)
+    return restore(mean), restore(deviation)
+
+
+def _feature_rows(
+    x: Tensor, config: MegalodonConfig, sequences: Sequences
+) -> tuple[Tensor, dict[str, Tensor | None], Callable[[Tensor], Tensor]]:
+    """Return what the norm reads: its input, options that name the sequences, and a function from its output to x's.
+
+    Without missing values, the features are groups of x. With them, each feature of each sequence becomes a sequence of
+    its own, packed without the missing values, so that its statistics count what is there.
+    """
+    if not config.missing_values:
+        return x, sequences.keywords, lambda y: y
+    B, L, num_features = x.shape
+    position, offsets = torch.arange(L, device=x.device), sequences.cu_seqlens
+    if offsets is None:
+        S, sequence = B, torch.arange(B, device=x.device)[:, None].expand(B, L)
+        is_inside = L if sequences.lengths is None else sequences.lengths[:, None]
+        sequence = sequence.where(position < is_inside, S)
+    else:
+        S = len(offsets) - 1
+        sequence = torch.searchsorted(offsets.to(torch.int64), position, right=True)[None] - 1
+        sequence = sequence.where(sequence >= 0, S)
+    key = sequence[..., None] * num_features + torch.arange(num_features, device=x.device)
+    key = key.where((sequence[..., None] < S) & ~x.isnan(), S * num_features).flatten()  # the last: in no sequence
+    order = key.argsort(stable=True)
+    counts = torch.zeros(S * num_features + 1, dtype=torch.int64, device=x.device).index_add(
+        0, key, torch.ones_like(key)
+    )
+    rows = x.flatten()[order].view(1, -1, 1)
+    options = {"cu_seqlens": F.pad(counts[:-1].cumsum(0), (1, 0)), "lengths": None}
+    return rows, options, lambda y: torch.zeros_like(y.flatten()).index_copy(0, order, y.flatten()).view(x.shape)
+
+
+def _initial(
+    rows: Tensor, config: MegalodonConfig, state: ScaleState, sequences: Sequences
+) -> TimestepNormState | None:
+    """Return the norm's initial state; with missing values it has a row for each feature of each sequence."""
+    if not config.missing_values:
+        return sequences.norm_state(rows.shape[-1], rows, state or None)
+    if not state:
+        return None
+    residual = None if state.residual is None else state.residual.movedim(1, 2).reshape(-1, 2, 1)
+    return TimestepNormState(state.count.flatten(), state.mean.view(-1, 1), state.var.view(-1, 1), residual)
+
+
+def _by_sequence(state: TimestepNormState, config: MegalodonConfig) -> TimestepNormState:
+    """Return the state of S sequences from the norm's, the inverse of :func:`_initial`."""
+    if not config.missing_values:
+        return state
+    count, mean, var = (field.view(-1, config.num_features) for field in state[:3])
+    return TimestepNormState(count, mean, var, state.residual.view(*count.shape, 2).movedim(2, 1))

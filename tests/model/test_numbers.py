@@ -1,0 +1,211 @@
+"""Models that read numbers: their scale, missing values, states and refusals.
+
+tests/distributed has them on several ranks, tests/model/test_encoder.py the encoder beside a plain model.
+"""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from assertions import assert_close, every_case
+from models import TINY, tiny_model, tokens_of
+from torch import Tensor
+
+import megalodon_ops as mo
+from megalodon_ops.evaluation import evaluate
+from megalodon_ops.model.model_state import named_tensors
+
+FORMS = {
+    "scaled": {},
+    "missing values": dict(missing_values=True),
+    "as they are": dict(scale_inputs=False),
+    "memory, two chunks": dict(working_memory=True, visible_chunks=2, missing_values=True),
+}
+CHANGES = {
+    "x + 10": lambda x: x + 10,
+    "1000 x": lambda x: 1000 * x,
+    "0.001 x": lambda x: 0.001 * x,
+    "-3e4 + 1e-4 x": lambda x: -3e4 + 1e-4 * x,
+}
+
+
+def model_of_numbers(**options) -> mo.Megalodon:
+    return tiny_model(num_features=3, output_size=5, **options)
+
+
+def encoder_of_numbers(**options) -> mo.MegalodonEncoder:
+    torch.manual_seed(0)
+    return mo.MegalodonEncoder(mo.MegalodonEncoderConfig(**TINY, num_features=3, num_classes=4, **options)).double()
+
+
+def series(model: torch.nn.Module, *shape: int, seed: int = 1) -> Tensor:
+    """Random walks, with gaps if the model takes them."""
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.randn(*shape, 3, dtype=torch.float64, generator=generator).cumsum(1)
+    if model.config.missing_values:
+        x[torch.rand(x.shape, generator=generator) < 0.3] = torch.nan
+    return x
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_pieces_padding_and_packing_equal_whole_rows(form):
+    model, lengths = model_of_numbers(**FORMS[form]), torch.tensor([30, 17])
+    x = series(model, 2, 30)
+    whole, end = model(x, lengths=lengths, return_state=True)
+    assert whole.shape == (2, 30, 5) and model.features(x).shape == (2, 30, TINY["model_dim"])
+    padded = x.clone()
+    padded[1, 17:] = torch.inf
+    assert torch.equal(model(padded, lengths=lengths)[1, :17], whole[1, :17])
+    first, state = model(x[:, :13], return_state=True)
+    second, after = model(x[:, 13:], state=state, return_state=True, lengths=lengths - 13)
+    assert_close(torch.cat([first, second], 1)[1, :17], whole[1, :17], tolerance=1e-11)
+    for (name, found), expected in zip(named_tensors(after).items(), named_tensors(end).values(), strict=True):
+        if name.startswith(("inputs.", "norm.")):
+            assert_close(found, expected, tolerance=1e-11)
+    packed, offsets = torch.cat([x[0], x[1, :17]])[None], torch.tensor([0, 30, 47])
+    found, states = model(packed, cu_seqlens=offsets, return_state=True)
+    assert_close(found[0, 30:], whole[1, :17], tolerance=1e-11)
+    rows = states[[1, 0]].reset([1])  # the second sequence goes on, a new one begins
+    more = series(model, 2, 4, seed=2)
+    expected = torch.cat([model(more[:1], state=states[[1]]), model(more[1:])])
+    assert_close(model(more, state=rows), expected, tolerance=1e-11)
+
+
+def test_outputs_do_not_depend_on_the_units_of_the_inputs():
+    with every_case() as case:
+        for form in ("scaled", "missing values"):
+            for model in (model_of_numbers(**FORMS[form]), encoder_of_numbers(**FORMS[form])):
+                x, lengths = series(model, 2, 30), torch.tensor([30, 17])
+                expected = model(x, lengths=lengths)[:, :17]
+                for name, change in CHANGES.items():
+                    with case(type(model).__name__, form, name):
+                        found = model(change(x), lengths=lengths)[:, :17]
+                        assert (found - expected).abs().max() < 1e-5 * expected.abs().max()
+        with case("as they are"):
+            model = model_of_numbers(scale_inputs=False)
+            x = series(model, 1, 30)
+            assert (model(x + 10) - model(x)).abs().max() > 0.01
+
+
+def test_a_constant_feature_reads_as_zeros():
+    """So its value does not matter, however large, and float32 data have no noise of their own."""
+    with every_case() as case:
+        for model in (model_of_numbers(), encoder_of_numbers(), model_of_numbers(missing_values=True)):
+            x = series(model, 2, 100)
+            x[..., 1] = 0
+            expected = model(x)
+            for value in (0.1, 1e6 + 0.1, -1e12 / 7, 1e-9):
+                with case(type(model).__name__, value):
+                    x[..., 1] = value
+                    assert torch.equal(model(x), expected)
+
+
+def test_missing_values_count_in_no_statistic_and_get_no_gradient():
+    model = model_of_numbers(missing_values=True)
+    x = series(model, 1, 40)
+    mean, deviation = model.input_scale(x)
+    present = [column[~column.isnan()] for column in x[0].T]
+    assert_close(mean[0, -1], torch.stack([column.mean() for column in present]), tolerance=1e-12)
+    assert_close(deviation[0, -1], torch.stack([column.std(correction=0) for column in present]), tolerance=1e-12)
+    leaf = x.clone().requires_grad_()
+    model(leaf).square().sum().backward()
+    assert torch.equal(leaf.grad == 0, x.isnan() | (leaf.grad == 0)) and (leaf.grad[~x.isnan()] != 0).any()
+    assert leaf.grad.isfinite().all()
+    assert (model(torch.where(x.isnan(), mean, x)) - model(x)).abs().max() > 1e-3  # a flag tells them apart
+    assert model(torch.full_like(x, torch.nan)).isfinite().all()
+
+
+def test_outputs_return_to_the_units_of_the_data():
+    """The scale of a piece is that of the whole row, with a state as well."""
+    model = model_of_numbers()
+    x = 7 + 3 * series(model, 2, 30)
+    mean, deviation = model.input_scale(x)
+    assert_close(mean[:, 9], x[:, :10].mean(1), tolerance=1e-12)
+    assert_close(deviation[:, 9], x[:, :10].std(1, correction=0), tolerance=1e-12)
+    _, state = model(x[:, :13], return_state=True)
+    again = model.input_scale(x[:, 13:], state=state)
+    assert_close(again[0], mean[:, 13:], tolerance=1e-12)
+    assert_close(again[1], deviation[:, 13:], tolerance=1e-12)
+    scaled = torch.where(deviation > 1e-12, (x - mean) / deviation, 0)
+    same = model_of_numbers(scale_inputs=False)
+    assert_close(same(scaled), model(x), tolerance=1e-10)
+
+
+def test_files_hold_models_and_states(tmp_path):
+    for form, options in FORMS.items():
+        model = model_of_numbers(**options)
+        model.save(tmp_path / form)
+        again = mo.Megalodon.load(tmp_path / form)
+        x = series(model, 2, 20)
+        expected, state = model(x, return_state=True)
+        assert again.config == model.config and torch.equal(again(x), expected)
+        assert model.num_parameters() == model.config.num_parameters()
+        state.save(tmp_path / "state", model.config)
+        read = mo.MegalodonState.load(tmp_path / "state", model.config)
+        assert torch.equal(model(x, state=read), model(x, state=state))
+        fresh = mo.MegalodonState.fresh(model.config, 2, dtype=torch.float64)
+        assert_close(model(x, state=fresh), expected, tolerance=1e-11)
+        both = mo.MegalodonState.cat([state, fresh])
+        expected = model(x[1:], state=state[[0]])
+        assert_close(model(x, state=both[[1, 0]])[1:], expected, tolerance=1e-11)
+
+
+def test_float32_inputs_keep_the_digits_of_the_data():
+    model = model_of_numbers().float()
+    x = series(model, 1, 50)
+    assert_close(model((x + 1e9)), model(x), tolerance=1e-5)  # float64 data, as of time stamps
+    assert model(x.bfloat16()).dtype == torch.float32
+
+
+def test_compiled_and_recomputed_models_give_the_same():
+    for form in ("scaled", "missing values"):
+        model = model_of_numbers(**FORMS[form], layerwise_ckpt=True).train()
+        x = series(model, 2, 20)
+        expected = torch.autograd.grad(model(x).square().sum(), [*model.parameters()])
+        compiled = torch.compile(copy.deepcopy(model), fullgraph=True, backend="aot_eager")
+        found = torch.autograd.grad(compiled(x).square().sum(), [*compiled.parameters()])
+        for a, b in zip(found, expected, strict=True):
+            assert_close(a, b, tolerance=1e-10)
+
+
+def test_what_only_text_has_is_refused_by_name(tmp_path):
+    model, text = model_of_numbers(), tiny_model()
+    x, tokens = series(model, 1, 8), tokens_of(1, 8)
+    _, state = model(x, return_state=True)
+    reads_numbers = "`num_features` of the model must be None, got 3; it reads numbers"
+    refused = {
+        reads_numbers: [
+            lambda: model.generate(x, max_new_tokens=1),
+            lambda: model.stream(x),
+            lambda: model.loss(x, tokens),
+            lambda: mo.Decoder(model, state),
+            lambda: evaluate(model, [[1, 2]]),
+            lambda: mo.save_official(model, tmp_path / "official"),
+        ],
+        "must be floating-point numbers \\(B, L, 3\\), got torch.int64": [lambda: model(tokens)],
+        "must be finite, got nan at \\[0, 5, 1\\]; a model with missing_values=True takes NaN": [
+            lambda: model(x.index_put((*torch.tensor([[0], [5], [1]]),), torch.tensor(torch.nan, dtype=x.dtype)))
+        ],
+        "must be finite, got -inf at \\[0, 5, 1\\]": [
+            lambda: model_of_numbers(missing_values=True)(
+                x.index_put((*torch.tensor([[0], [5], [1]]),), torch.tensor(-torch.inf, dtype=x.dtype))
+            )
+        ],
+        "with None scaled features, got one with 3": [lambda: text(tokens, state=state)],
+        "must have num_features and scale_inputs": [
+            lambda: text.input_scale(x), lambda: model_of_numbers(scale_inputs=False).input_scale(x)
+        ],
+        "`missing_values` must be False without num_features and scale_inputs": [
+            lambda: mo.MegalodonConfig(missing_values=True),
+            lambda: model_of_numbers(missing_values=True, scale_inputs=False),
+        ],
+        "`share_emb` must be False": [lambda: model_of_numbers(share_emb=True)],
+        "`eos_token_id` must be None": [lambda: model_of_numbers(eos_token_id=1)],
+    }  # fmt: skip
+    with every_case() as case:
+        for message, calls in refused.items():
+            for i, call in enumerate(calls):
+                with case(message, i), pytest.raises(ValueError, match=message):
+                    call()
