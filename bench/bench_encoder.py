@@ -29,6 +29,7 @@ TOLERANCE = 1e-3
 CONFIG = mo.MegalodonEncoderConfig(
     num_layers=2, model_dim=64, z_dim=32, value_dim=128, ffn_hidden_dim=128, norm_num_groups=4, chunk_size=128,
     num_features=1,
+    scale_inputs=False,  # as the plain model
 )  # fmt: skip
 
 

@@ -88,6 +88,7 @@ class Task(NamedTuple):
 
 
 RATES = {MEGALODON: 4e-3, TRANSFORMER: 4e-3}
+_NUMBERS = dict(num_features=1, scale_inputs=False)  # the tasks' own scale, which both models read
 TASKS = {
     "listops": Task(
         long_rows.listops, dict(num_layers=3, model_dim=64, chunk_size=128, vocab_size=16, num_classes=10),
@@ -95,12 +96,12 @@ TASKS = {
         num_evaluated=500, other_lengths=(512, 2000),
     ),
     "words": Task(
-        long_rows.words, dict(num_layers=2, model_dim=32, chunk_size=100, num_features=1, num_classes=10),
+        long_rows.words, dict(num_layers=2, model_dim=32, chunk_size=100, **_NUMBERS, num_classes=10),
         first_length=1000, max_length=16000, batch=32000, steps=200, seconds={MEGALODON: 45, TRANSFORMER: 2},
         num_evaluated=200, patch=160, longer=25,
     ),
     "pathfinder": Task(
-        long_rows.pathfinder, dict(num_layers=2, model_dim=32, chunk_size=128, num_features=1, num_classes=2),
+        long_rows.pathfinder, dict(num_layers=2, model_dim=32, chunk_size=128, **_NUMBERS, num_classes=2),
         first_length=1024, max_length=1024, batch=8192, steps=150, seconds={MEGALODON: 20, TRANSFORMER: 40},
         num_evaluated=500,
     ),

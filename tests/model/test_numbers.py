@@ -181,10 +181,11 @@ def test_what_only_text_has_is_refused_by_name(tmp_path):
             lambda: model.stream(x),
             lambda: model.loss(x, tokens),
             lambda: mo.Decoder(model, state),
-            lambda: evaluate(model, [[1, 2]]),
             lambda: mo.save_official(model, tmp_path / "official"),
         ],
-        "must be floating-point numbers \\(B, L, 3\\), got torch.int64": [lambda: model(tokens)],
+        "must be floating-point numbers \\(B, L, 3\\), got torch.int64": [
+            lambda: model(tokens), lambda: evaluate(model, [[1, 2]])
+        ],
         "must be finite, got nan at \\[0, 5, 1\\]; a model with missing_values=True takes NaN": [
             lambda: model(x.index_put((*torch.tensor([[0], [5], [1]]),), torch.tensor(torch.nan, dtype=x.dtype)))
         ],

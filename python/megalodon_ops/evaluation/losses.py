@@ -11,7 +11,6 @@ from torch import Tensor, nn
 
 from .results import Context, Evaluation, Tally
 from .windows import Segment, open_documents, segments_of
-from ..model.inputs import check_reads_tokens
 from ..model.megalodon import Megalodon
 from ..model.model_state import MegalodonState
 from ..ops.common.checks import check_size, describe, is_integer_between, short_text
@@ -158,7 +157,6 @@ class _Reader:
 def _check(model: object, documents: object, contexts: object) -> None:
     if not (isinstance(model, nn.Module) and hasattr(model, "loss") and hasattr(model, "alone")):
         raise TypeError(f"evaluate: `model` must be a Megalodon, got {describe(model)}.")
-    check_reads_tokens("evaluate", model.config)
     if isinstance(documents, (str, bytes, Tensor)) or not isinstance(documents, Iterable):
         raise TypeError(f"evaluate: `documents` must be a list of documents' tokens, got {describe(documents)}.")
     wanted = 'a list of "all" and of positive integers below 2^62'

@@ -8,7 +8,6 @@ import torch
 from torch import Tensor
 
 from .batches import Batch
-from ..model.inputs import check_reads_tokens
 from ..model.megalodon import Megalodon
 from ..model.model_state import MegalodonState
 from ..ops.common.checks import check_integer, check_size, describe
@@ -35,7 +34,6 @@ class Reader:
         """rank, ranks: this process's rank among the `ranks` processes that split the sequences."""
         if not hasattr(model, "loss"):
             raise TypeError(f"Reader: `model` must be a Megalodon, got {describe(model)}.")
-        check_reads_tokens("Reader", model.config)
         self.model, self.carries = model, carries
         self.ranks = check_size("Reader", "ranks", ranks)
         self.rank = check_integer("Reader", "rank", rank, f"an integer in [0, {ranks}), below `ranks`", 0, ranks - 1)
