@@ -10,7 +10,7 @@ from megalodon_ops.cli import data
 
 TESTED_ELSEWHERE = ("docs/transformers.md",)  # by test_hf_tools.py, with a model in a folder
 RUNNABLE = [p for p in PAGES if has_examples(p) and name_of(p) not in TESTED_ELSEWHERE and p not in SERIES]
-PACKAGES = {"lora": ("transformers", "peft", "accelerate")}
+PACKAGES = {"lora": ("transformers", "peft", "accelerate"), "forecast": ("statsmodels",)}
 """Packages that a tutorial needs beyond the extra `train`"""
 
 
@@ -20,6 +20,8 @@ def test_there_are_examples():
 
 @pytest.mark.parametrize("page", [page for page in RUNNABLE if not has_commands(page)], ids=name_of)
 def test_examples_run(page, tmp_path, monkeypatch):
+    for package in PACKAGES.get(page.stem, ()):
+        pytest.importorskip(package)
     monkeypatch.chdir(tmp_path)
     follow(page, tmp_path)
 

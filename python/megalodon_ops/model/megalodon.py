@@ -279,24 +279,18 @@ class Megalodon(nn.Module):
         return self(tokens, targets, **options)
 
     @torch.no_grad()
-    def input_scale(
-        self,
-        inputs: Tensor,
-        *,
-        state: MegalodonState | None = None,
-        cu_seqlens: Tensor | None = None,
-        lengths: Tensor | None = None,
-    ) -> tuple[Tensor, Tensor]:
+    def input_scale(self, inputs: Tensor, *, state: MegalodonState | None = None) -> tuple[Tensor, Tensor]:
         """Mean and deviation by which a model with `num_features` and `scale_inputs` standardises each position.
 
         A model that predicts its own series in these units gets back to the data's by `mean + deviation * output`.
 
         Args:
-            inputs, state, cu_seqlens, lengths: as in :meth:`forward`, whose call this does not replace.
+            inputs: (B, L, F), rows of the call whose scale is wanted.
+            state: the initial state of that call.
 
         Returns:
-            mean and deviation (B, L, F), float64: those of the positions up to and including each one, of the values
-            that are not missing; zero at padding. The deviation is 1e-15 where all values so far are equal.
+            mean and deviation (B, L, F), float64, of the values up to and including each position. Missing values do not
+            count. The deviation is 1e-15 where all values so far are equal.
 
         Raises:
             as :meth:`forward` does; ValueError: the model does not scale its inputs.
@@ -308,11 +302,10 @@ class Megalodon(nn.Module):
             >>> mean[0, 1:, 0], deviation[0, 1:, 0]
             (tensor([2., 3.], dtype=torch.float64), tensor([1.0000, 1.6330], dtype=torch.float64))
         """
-        sequences = Sequences(cu_seqlens, lengths)
         if not scales_inputs(self.config):
             raise ValueError("Megalodon.input_scale: the model must have num_features and scale_inputs.")
-        self._check("Megalodon.input_scale", "inputs", inputs, state, sequences)
-        return running_scale(inputs, self.config, () if state is None else state.inputs, sequences)
+        self._check("Megalodon.input_scale", "inputs", inputs, state)
+        return running_scale(inputs, self.config, () if state is None else state.inputs)
 
     def _cross_entropy(
         self, hidden: Tensor, targets: Tensor, reduction: str, ignore_index: int, sequences: Sequences

@@ -44,16 +44,22 @@ def standardize(
     return y, _by_sequence(end, config) if return_state else ()
 
 
-def running_scale(x: Tensor, config: MegalodonConfig, state: ScaleState, sequences: Sequences) -> tuple[Tensor, Tensor]:
+def running_scale(x: Tensor, config: MegalodonConfig, state: ScaleState) -> tuple[Tensor, Tensor]:
     """Return the mean and deviation (B, L, F), float64, by which :func:`standardize` scales a causal model's x."""
+    sequences = Sequences()
     rows, options, restore = _feature_rows(x.double(), config, sequences)
-    groups, state = rows.shape[-1], _initial(rows, config, state, sequences)
-    before = (None,) * 4 if state is None else tuple(state)
+    groups, initial = rows.shape[-1], _initial(rows, config, state, sequences)
+    before = (None,) * 4 if initial is None else tuple(initial)
     stats = call(
         timestep_norm_fwd, rows, *rows.new_zeros(2, groups), groups, _EPS, *before, *options.values(), True, False
     )[1]
-    mean, deviation = stats[0] + stats[1], torch.where(stats[2] > 0, 1 / stats[2], 0.0)
-    return restore(mean), restore(deviation)
+    scale = torch.stack([restore(stats[0] + stats[1]), restore(1 / stats[2])])
+    if config.missing_values:  # has the statistics of the value before it
+        first = torch.stack([state.mean, state.var.sqrt()]) if state else scale.new_zeros(2, len(x), x.shape[2])
+        position = torch.arange(1, x.shape[1] + 1, device=x.device)[:, None]
+        last = torch.where(x.isnan(), 0, position).cummax(1).values
+        scale = torch.cat([first[:, :, None], scale], 2).gather(2, last.expand_as(scale))
+    return scale[0], scale[1]
 
 
 def _feature_rows(
