@@ -156,3 +156,32 @@ def test_filters_are_those_of_transformers(options):
     drawn = Sampling(**options).choose(logits.expand(draws, -1), iter([numbers]), seen.expand(draws, -1))
     share = drawn.bincount(minlength=31) / draws
     assert (share - scores[0].softmax(0)).abs().max() <= 1.01 / draws
+
+
+def test_temperature_and_top_p_of_each_row_give_the_rows_of_single_calls():
+    """To the bit, whatever the other rows ask for."""
+    rows = [(1.0, 1.0), (0.7, 0.9), (0.0, 0.5), (1.6, 0.3), (0.7, 1.0)]
+    logits = 3 * torch.randn(len(rows), 3000, generator=torch.Generator().manual_seed(0))
+    logits[:, 5:9] = logits[:, 5:6]  # ties
+    temperatures, shares = map(list, zip(*rows))
+    numbers = torch.rand(500, len(rows), dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    for options in ({}, dict(top_k=40), dict(min_p=0.02), dict(top_k=40, min_p=0.05)):
+        found = [Sampling(temperatures, top_p=shares, **options).choose(logits, iter([draw])) for draw in numbers]
+        for row, (temperature, share) in enumerate(rows):
+            one = Sampling(temperature, top_p=share, **options)
+            expected = [one.choose(logits[[row]], iter([draw[[row]]])) for draw in numbers]
+            assert [int(tokens[row]) for tokens in found] == [int(tokens) for tokens in expected], (options, row)
+
+
+def test_rows_of_a_batch_have_their_own_temperature():
+    model, prompt = tiny_model(), tokens_of(3, 5)
+    options = dict(max_new_tokens=12, seed=[7, 8, 9])
+    found = model.generate(prompt, temperature=[0.0, 0.8, 1.2], top_p=[1.0, 0.5, 1.0], **options)
+    for row, (temperature, share) in enumerate([(0.0, 1.0), (0.8, 0.5), (1.2, 1.0)]):
+        alone = model.generate(prompt[[row]], temperature=temperature, top_p=share, max_new_tokens=12, seed=[7 + row])
+        assert torch.equal(found[[row]], alone)
+    for name, wrong in (("temperature", [1.0, 1.0]), ("top_p", [0.5] * 4)):
+        with pytest.raises(ValueError, match=f"`{name}` must be one number, or one for each of 3 rows"):
+            model.generate(prompt, max_new_tokens=1, **{name: wrong})
+    with pytest.raises(ValueError, match="`top_p` must be a probability in .0, 1., one for each row, got 0.0"):
+        model.generate(prompt, max_new_tokens=1, top_p=[0.5, 0.0, 1.0])

@@ -156,9 +156,9 @@ def stream(
     max_new_tokens: int | None = None,
     lengths: Tensor | None = None,
     padding: str = "right",
-    temperature: float = 1.0,
+    temperature: float | Sequence[float] = 1.0,
     top_k: int | None = None,
-    top_p: float | None = None,
+    top_p: float | Sequence[float] | None = None,
     min_p: float | None = None,
     repetition_penalty: float | None = None,
     stop_tokens: int | Sequence[int] | None = None,
@@ -177,9 +177,10 @@ def stream(
         max_new_tokens: number of tokens after which the stream ends; None: it does not.
         lengths: (B,) >= 1, the prompts' lengths; padding may have arbitrary values.
         padding: the padded side, "right" or "left", if `lengths` are less than L.
-        temperature: divides the logits; 0 takes the likeliest token and draws nothing.
+        temperature: divides the logits; 0 takes the likeliest token and draws nothing. One for all rows, or a list of one
+            for each row of B * num_samples.
         top_k: draws from the top_k likeliest tokens.
-        top_p: draws from the smallest set of these with the probability top_p.
+        top_p: draws from the smallest set of these with the probability top_p; one for all rows, or one for each.
         min_p: draws from those of these that are at least min_p times as likely as the likeliest.
         repetition_penalty: divides the positive logits, and multiplies the negative ones, of tokens in the prompt and of
             new ones. Tokens in the past of `state` do not count, as a state does not store them.
@@ -213,12 +214,13 @@ def stream(
             raise ValueError(f"generate: `num_samples` must be less, got {num_samples:,}: {error}.") from None
     prompts = _Prompts(prompt, _check_lengths(prompt, lengths, padding), padding, num_samples)
     sampling = Sampling(temperature, top_k, top_p, min_p, repetition_penalty)
-    if num_samples > 1 and sampling.temperature == 0:
+    sampling.check_rows(rows)
+    if num_samples > 1 and not sampling.draws:
         raise ValueError(
             f"generate: `num_samples` must be 1 with temperature 0, got {num_samples}; the samples would be equal."
         )
     if seed is None:
-        seed = int(torch.randint(2**62, ())) if sampling.temperature > 0 else 0  # temperature 0 draws nothing
+        seed = int(torch.randint(2**62, ())) if sampling.draws else 0  # temperature 0 draws nothing
     seeds = check_seeds(seed, rows)
     stop_tokens = self.config.eos_token_id if stop_tokens is None else stop_tokens
     stops = check_stops(stop_tokens, stop_sequences, self.config.vocab_size)

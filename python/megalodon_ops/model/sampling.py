@@ -27,9 +27,10 @@ class Sampling:
     with the last kept token are kept. Temperature 0 takes the likeliest token, which all filters keep.
     """
 
-    temperature: float = 1.0
+    temperature: float | Sequence[float] | Tensor = 1.0
+    """One for all rows, or one for each; so is top_p. A sequence becomes a tensor (rows, 1), float64"""
     top_k: int | None = None
-    top_p: float | None = None
+    top_p: float | Sequence[float] | Tensor | None = None
     min_p: float | None = None
     repetition_penalty: float | None = None
 
@@ -38,12 +39,36 @@ class Sampling:
             if (value := getattr(self, field)) is not None or field == "temperature":
                 setattr(self, field, check_number("generate", field, value, expected, low, high))
 
-        check("temperature", "a finite number of at least 0", 0.0)
-        check("top_p", "a probability in (0, 1]", MIN_POSITIVE, 1.0)
+        self._check_rows("temperature", "a finite number of at least 0", 0.0)
+        self._check_rows("top_p", "a probability in (0, 1]", MIN_POSITIVE, 1.0)
         check("min_p", "a probability in [0, 1]", 0.0, 1.0)
         check("repetition_penalty", "a positive finite number", MIN_POSITIVE)
         if self.top_k is not None:
             self.top_k = check_size("generate", "top_k", self.top_k)
+
+    def _check_rows(self, field: str, expected: str, low: float, high: float = MAX_FLOAT) -> None:
+        """Check a number for all rows, or a sequence of one for each, which becomes a tensor on the CPU."""
+        value = getattr(self, field)
+        if value is None and field != "temperature":
+            return
+        if not isinstance(value, (Sequence, Tensor)) or isinstance(value, str):
+            return setattr(self, field, check_number("generate", field, value, expected, low, high))
+        numbers = [check_number("generate", field, one, f"{expected}, one for each row", low, high) for one in value]
+        setattr(self, field, torch.tensor(numbers, dtype=torch.float64)[:, None])
+
+    def check_rows(self, rows: int) -> None:
+        """Raise unless what is given for each row is given for so many."""
+        for field in ("temperature", "top_p"):
+            value = getattr(self, field)
+            if isinstance(value, Tensor) and len(value) != rows:
+                raise ValueError(
+                    f"generate: `{field}` must be one number, or one for each of {rows} rows, got {len(value)}."
+                )
+
+    @property
+    def draws(self) -> bool:
+        """Return True if a row draws its tokens, at a temperature above 0."""
+        return bool((self.temperature > 0).any()) if isinstance(self.temperature, Tensor) else self.temperature > 0
 
     @property
     def has_penalty(self) -> bool:
@@ -60,18 +85,24 @@ class Sampling:
         if self.has_penalty:
             penalised = torch.where(logits < 0, logits * self.repetition_penalty, logits / self.repetition_penalty)
             logits = torch.where(seen_mask, penalised, logits)
-        if self.temperature == 0:
+        if not self.draws:
             likeliest = logits.argmax(-1, keepdim=True)  # argmax returns a NaN if there is one
             _check_numbers(~logits.gather(-1, likeliest).isnan())
             return likeliest.squeeze(-1)
-        probability = (logits if self.temperature == 1 else logits / self.temperature).softmax(-1)
+        temperature, is_greedy = self.temperature, None
+        if isinstance(temperature, Tensor):
+            temperature = temperature.to(logits)
+            is_greedy = temperature == 0
+            temperature = temperature.masked_fill(is_greedy, 1)
+        probability = (logits / temperature).softmax(-1)
         _check_numbers(~probability[:, :1].isnan())  # one NaN makes a whole row NaN
         threshold = self._threshold(probability)
         if threshold is not None:
             probability = torch.where(probability >= threshold, probability, 0)
         cumulative = _running_sums(probability)
         target = next(numbers)[:, None] * cumulative[:, -1:]
-        return torch.searchsorted(cumulative, target, right=True).squeeze(-1)
+        drawn = torch.searchsorted(cumulative, target, right=True)
+        return (drawn if is_greedy is None else logits.argmax(-1, keepdim=True).where(is_greedy, drawn)).squeeze(-1)
 
     def _threshold(self, probability: Tensor) -> Tensor | None:
         """Return the least probability (rows, 1) of a token that may be drawn, or None if all may be.
@@ -79,8 +110,12 @@ class Sampling:
         Unlike the first k entries of a sorted row, a threshold does not depend on the order of ties, which other rows
         could change.
         """
-        threshold, top_k, total = None, self.top_k, 1.0
-        needs_sorting = self.top_p is not None and self.top_p < 1
+        threshold, top_k, top_p, total = None, self.top_k, self.top_p, 1.0
+        if isinstance(top_p, Tensor):
+            top_p = top_p.to(probability.device)
+            needs_sorting = bool((top_p < 1).any())
+        else:
+            needs_sorting = top_p is not None and top_p < 1
         if top_k is not None and top_k < probability.shape[-1]:
             likeliest = probability.topk(top_k).values
             threshold = likeliest[:, -1:]
@@ -88,17 +123,20 @@ class Sampling:
                 cumulative = _running_sums(likeliest)
                 total = cumulative[:, -1:]
         elif needs_sorting:
-            likeliest, cumulative = _top_probabilities(probability, self.top_p)
+            likeliest, cumulative = _top_probabilities(probability, top_p)
         if needs_sorting:
-            inside = cumulative - likeliest < self.top_p * total
-            threshold = likeliest.gather(-1, (inside.sum(-1, keepdim=True) - 1).clamp(min=0))
+            inside = cumulative - likeliest < top_p * total
+            limit = likeliest.gather(-1, (inside.sum(-1, keepdim=True) - 1).clamp(min=0))
+            if isinstance(top_p, Tensor):  # rows with top_p 1 keep what they had
+                limit = limit.where(top_p < 1, 0 if threshold is None else threshold)
+            threshold = limit
         if self.min_p:
             minimum = self.min_p * probability.amax(-1, keepdim=True)
             threshold = minimum if threshold is None else torch.maximum(threshold, minimum)
         return threshold
 
 
-def _top_probabilities(probability: Tensor, share: float) -> tuple[Tensor, Tensor]:
+def _top_probabilities(probability: Tensor, share: float | Tensor) -> tuple[Tensor, Tensor]:
     """Return the largest probabilities, sorted, with a sum of at least `share` in each row, and their running sums."""
     if probability.is_cpu:  # on the CPU, sorting a large vocabulary takes as long as the rest of a token
         few = probability.topk(min(_FEW_TOKENS, probability.shape[-1])).values
