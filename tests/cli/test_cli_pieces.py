@@ -10,11 +10,11 @@ import torch
 from megalodon_ops import Megalodon
 from megalodon_ops.cli.console import Progress
 from megalodon_ops.cli.flags import parse
+from megalodon_ops.cli.held_out import bits_per_byte
 from megalodon_ops.cli.models import model_config
 from megalodon_ops.cli.options import COMMANDS
 from megalodon_ops.cli.processes import Processes
 from megalodon_ops.cli.settings import new_run
-from megalodon_ops.cli.train import bits_per_byte
 from megalodon_ops.model.model_state import from_named, named_tensors
 from megalodon_ops.tokenizers import ByteTokenizer
 from megalodon_ops.training import START, Batches, Metrics, Reader, Schedule, draw_metrics, read_metrics

@@ -21,7 +21,7 @@ from command_line import TINY, Forked, overflow, rows, train
 from launched import copy_without_the_last
 from torch.utils.flop_counter import FlopCounterMode
 
-from megalodon_ops.cli import main
+from megalodon_ops.cli import held_out, main
 from megalodon_ops.cli import train as cli_train
 from megalodon_ops.cli.console import StopSignals
 from megalodon_ops.cli.evaluate import compressed_bits
@@ -350,8 +350,8 @@ def test_the_memory_of_compressors_scales_with_the_text():
 
 @pytest.mark.parametrize("documents", [[b"a" * 700, b"b" * 300], [b"a" * 7, b"b" * 3]], ids=["much", "little"])
 def test_the_sample_has_excerpts_at_equal_distances(monkeypatch, documents):
-    monkeypatch.setattr(cli_train, "EVAL_SAMPLE", (10, 20))
-    found = cli_train.eval_sample(documents)
+    monkeypatch.setattr(held_out, "EVAL_SAMPLE", (10, 20))
+    found = held_out.eval_sample(documents)
     assert found == ([b"a" * 20] * 7 + [b"b" * 20] * 3 if len(documents[0]) > 20 else documents)
 
 

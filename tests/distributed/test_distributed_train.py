@@ -171,7 +171,7 @@ FAULTS = {
     "missing file": (1, "megalodon_ops.cli.train.load_data", CommandError("--data book.txt: no such file or folder")),
     "unreadable text": (1, "megalodon_ops.training.Batches.next", OSError(5, "Input/output error", "book.txt")),
     "full disk": (0, "megalodon_ops.training.Metrics.write", OSError("metrics.jsonl: could not be written: disk full")),
-    "bad evaluation": (1, "megalodon_ops.cli.train.evaluate", FloatingPointError("the loss of the text is nan")),
+    "bad evaluation": (1, "megalodon_ops.cli.held_out.evaluate", FloatingPointError("the loss of the text is nan")),
 }  # fmt: skip
 
 

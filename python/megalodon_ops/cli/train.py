@@ -10,8 +10,8 @@ import json
 import math
 import shlex
 import time
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, ExitStack
+from collections.abc import Sequence
+from contextlib import ExitStack
 from pathlib import Path
 
 import matplotlib.figure  # noqa: F401 - needed at the end; fail early if it is missing
@@ -23,16 +23,16 @@ from megalodon_ops import Megalodon, MegalodonConfig, MegalodonState
 from megalodon_ops.cli.console import Progress, StopSignals
 from megalodon_ops.cli.data import load_data
 from megalodon_ops.cli.errors import CommandError
-from megalodon_ops.cli.evaluate import as_documents, compressed_bits
+from megalodon_ops.cli.evaluate import compressed_bits
 from megalodon_ops.cli.flags import Mesh, flag_of
 from megalodon_ops.cli.generate import show_sample
+from megalodon_ops.cli.held_out import bits_per_byte, eval_sample
 from megalodon_ops.cli.lock import folder_lock
 from megalodon_ops.cli.models import precision, usable_device
 from megalodon_ops.cli.options import Train
 from megalodon_ops.cli.processes import Processes, is_distributed, process_group
 from megalodon_ops.cli.settings import new_run, resumed_run, run_folder, with_config
 from megalodon_ops.files import FileError, write_whole
-from megalodon_ops.evaluation import evaluate
 from megalodon_ops.model.model_state import layout
 from megalodon_ops.ops.common.memory import check_fits
 from megalodon_ops.tokenizers import Tokenizer
@@ -46,8 +46,6 @@ from megalodon_ops.training.reader import split_batch
 from megalodon_ops.training.record import RECORD
 
 METRICS, CURVE, OPTIONS = "metrics.jsonl", "loss_curve.png", "options.json"
-EVAL_SAMPLE = (64, 2048)
-"""Excerpts of held-out text that a run evaluates every --eval-every steps, and bytes of each"""
 OPTIMIZERS = {"muon": Muon, "adamw": adamw}
 PEAK_TFLOPS = {
     "NVIDIA A100-SXM4-40GB": (312, 19.5), "NVIDIA A100-PCIE-40GB": (312, 19.5), "NVIDIA A100-SXM4-80GB": (312, 19.5),
@@ -350,43 +348,6 @@ def is_checkpoint_due(step: int, every: int, schedule: Schedule) -> bool:
 def full_norm(norm: torch.Tensor) -> torch.Tensor:
     """Return the norm over all processes from the result of `clip_grad_norm_`."""
     return norm.full_tensor() if hasattr(norm, "full_tensor") else norm
-
-
-def document_share(documents: Sequence[bytes], processes: Processes) -> list[bytes]:
-    """Return this process's documents: longest first, each goes to the process with the fewest bytes."""
-    loads, own = [0] * processes.size, []
-    for document in sorted(documents, key=len, reverse=True):
-        rank = loads.index(min(loads))
-        loads[rank] += len(document)
-        if rank == processes.rank:
-            own.append(document)
-    return own
-
-
-def eval_sample(documents: Sequence[bytes]) -> list[bytes]:
-    """Return excerpts at equal distances in the concatenated documents; if there is little text, all of it."""
-    count, size = EVAL_SAMPLE
-    text = b"".join(documents)
-    if len(text) <= count * size:
-        return list(documents)
-    begins = (number * len(text) // count for number in range(count))
-    return [text[begin : begin + size] for begin in begins]
-
-
-def bits_per_byte(
-    model: Megalodon,
-    tokenizer: Tokenizer,
-    documents: Sequence[bytes],
-    autocast: AbstractContextManager,
-    processes: Processes,
-    read: Callable[[int], object] = lambda _: None,
-) -> float:
-    """Return the bits per byte of documents, with the context "all"; processes share the documents."""
-    nats, own = 0.0, as_documents(document_share(documents, processes), tokenizer, read)
-    if own:
-        with autocast:
-            nats = evaluate(model, own)[0].nats
-    return math.fsum(processes.gather(nats)) / math.log(2) / sum(map(len, documents))
 
 
 def encode(documents: Sequence[bytes] | Parts, tokenizer: Tokenizer) -> Sequence[Document]:

@@ -1,0 +1,53 @@
+"""Bits per byte of held-out text during a run and at its end."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
+
+from megalodon_ops import Megalodon
+from megalodon_ops.cli.evaluate import as_documents
+from megalodon_ops.cli.processes import Processes
+from megalodon_ops.evaluation import evaluate
+from megalodon_ops.tokenizers import Tokenizer
+
+EVAL_SAMPLE = (64, 2048)
+"""Excerpts of held-out text that a run evaluates every --eval-every steps, and bytes of each"""
+
+
+def document_share(documents: Sequence[bytes], processes: Processes) -> list[bytes]:
+    """Return this process's documents: longest first, each goes to the process with the fewest bytes."""
+    loads, own = [0] * processes.size, []
+    for document in sorted(documents, key=len, reverse=True):
+        rank = loads.index(min(loads))
+        loads[rank] += len(document)
+        if rank == processes.rank:
+            own.append(document)
+    return own
+
+
+def eval_sample(documents: Sequence[bytes]) -> list[bytes]:
+    """Return excerpts at equal distances in the concatenated documents; if there is little text, all of it."""
+    count, size = EVAL_SAMPLE
+    text = b"".join(documents)
+    if len(text) <= count * size:
+        return list(documents)
+    begins = (number * len(text) // count for number in range(count))
+    return [text[begin : begin + size] for begin in begins]
+
+
+def bits_per_byte(
+    model: Megalodon,
+    tokenizer: Tokenizer,
+    documents: Sequence[bytes],
+    autocast: AbstractContextManager,
+    processes: Processes,
+    read: Callable[[int], object] = lambda _: None,
+) -> float:
+    """Return the bits per byte of documents, with the context "all"; processes share the documents."""
+    nats, own = 0.0, as_documents(document_share(documents, processes), tokenizer, read)
+    if own:
+        with autocast:
+            nats = evaluate(model, own)[0].nats
+    return math.fsum(processes.gather(nats)) / math.log(2) / sum(map(len, documents))
