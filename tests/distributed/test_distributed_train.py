@@ -16,6 +16,7 @@ from launched import TINY, Launch, command, copy_without_the_last, flags, lines_
 from megalodon_ops import torchrun
 from megalodon_ops.cli.console import Progress
 from megalodon_ops.cli.errors import CommandError
+from megalodon_ops.cli.held_out import best_of_run
 from megalodon_ops.training import Reader, read_metrics
 from megalodon_ops.training.run_checkpoint import load_checkpoint
 
@@ -71,6 +72,9 @@ def test_the_losses_are_those_of_one_process(single_run, run_on_mesh, mesh):
     assert [result.code for result in results] == [0] * MESHES[mesh], results
     assert_losses(out, single_run, 1e-5)
     assert_values_close(load_checkpoint(out), load_checkpoint(single_run))
+    best, wanted = best_of_run(out), best_of_run(single_run)
+    assert best.step == wanted.step and best.bits_per_byte == pytest.approx(wanted.bits_per_byte, rel=1e-5)
+    assert_values_close(load_checkpoint(out / "best"), load_checkpoint(single_run / "best"))
 
 
 @pytest.mark.parametrize("mesh", ["data=2", pytest.param("chunk=2", marks=slow)])
@@ -109,7 +113,7 @@ def test_only_rank_0_prints(run_on_mesh):
         assert words in first.out
     assert "tokens/s=" in first.err and "6/6" in first.err
     assert {path.name for path in out.iterdir()} == {
-        ".lock", "checkpoints", "loss_curve.png", "metrics.jsonl", "options.json",
+        ".lock", "best", "checkpoints", "loss_curve.png", "metrics.jsonl", "options.json",
     }  # fmt: skip
     row = [row for row in read_metrics(out / "metrics.jsonl") if "loss" in row][-1]
     assert row["tokens"] == 6 * 4 * 48, "of all processes"

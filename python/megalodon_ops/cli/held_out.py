@@ -2,18 +2,52 @@
 
 from __future__ import annotations
 
+import logging
 import math
+import os
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
+from pathlib import Path
+from typing import NamedTuple
 
 from megalodon_ops import Megalodon
+from megalodon_ops.cli.errors import CommandError
 from megalodon_ops.cli.evaluate import as_documents
 from megalodon_ops.cli.processes import Processes
+from megalodon_ops.cli.run_record import TrainRecord
 from megalodon_ops.evaluation import evaluate
+from megalodon_ops.files import FileError
 from megalodon_ops.tokenizers import Tokenizer
+from megalodon_ops.training import load_checkpoint
+from megalodon_ops.training.record import RECORD
+from megalodon_ops.training.run_checkpoint import BEST
 
 EVAL_SAMPLE = (64, 2048)
 """Excerpts of held-out text that a run evaluates every --eval-every steps, and bytes of each"""
+
+
+class Best(NamedTuple):
+    """The evaluation of a run with the lowest bits per byte."""
+
+    bits_per_byte: float = math.inf
+    step: int = 0
+
+
+def best_of_run(out: Path) -> Best:
+    """Read the figure of a run's best checkpoint; a damaged one is passed over with a warning."""
+    folder = out / BEST
+    if not os.path.lexists(folder):
+        return Best()
+    if not os.path.lexists(folder / RECORD):
+        raise CommandError(f"--out {out}: {folder} is not a checkpoint; move it, as the run writes its best one there")
+    try:
+        found = load_checkpoint(folder)
+        record = TrainRecord.of(folder, found.record)
+    except (FileError, FileNotFoundError) as fault:
+        logging.getLogger("megalodon_ops").warning("passing over %s", fault)
+        return Best()
+    figure = None if record is None else record.held_out_bits_per_byte
+    return Best() if figure is None else Best(figure, found.step)
 
 
 def document_share(documents: Sequence[bytes], processes: Processes) -> list[bytes]:

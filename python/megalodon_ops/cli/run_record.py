@@ -26,11 +26,13 @@ class TrainRecord(msgspec.Struct):
     data: Text
     schedule: SchedulePosition
     seconds: NotNegative
+    held_out_bits_per_byte: NotNegative | None = None
+    """Of the sample of held-out text, after this step; None where it was not evaluated"""
 
     @classmethod
     def of(cls, folder: Path, record: dict[str, Any]) -> TrainRecord | None:
         """Return the record in a checkpoint's folder, or None if another training program wrote it."""
-        if not record.keys() >= set(cls.__struct_fields__):
+        if not record.keys() >= {field.name for field in msgspec.structs.fields(cls) if field.required}:
             return None
         try:
             return convert(record, cls)

@@ -13,6 +13,7 @@ import time
 from collections.abc import Sequence
 from contextlib import ExitStack
 from pathlib import Path
+from typing import Any
 
 import matplotlib.figure  # noqa: F401 - needed at the end; fail early if it is missing
 import torch
@@ -26,7 +27,7 @@ from megalodon_ops.cli.errors import CommandError
 from megalodon_ops.cli.evaluate import compressed_bits
 from megalodon_ops.cli.flags import Mesh, flag_of
 from megalodon_ops.cli.generate import show_sample
-from megalodon_ops.cli.held_out import bits_per_byte, eval_sample
+from megalodon_ops.cli.held_out import Best, best_of_run, bits_per_byte, eval_sample
 from megalodon_ops.cli.lock import folder_lock
 from megalodon_ops.cli.models import precision, usable_device
 from megalodon_ops.cli.options import Train
@@ -39,7 +40,7 @@ from megalodon_ops.tokenizers import Tokenizer
 from megalodon_ops.training import Batches, Checkpoint, Corpus, Metrics, Muon, Reader, Saver, Schedule, adamw
 from megalodon_ops.training import load_checkpoint, optimizer_threads, read_metrics, threads
 from megalodon_ops.training.batches import Document
-from megalodon_ops.training.run_checkpoint import checkpoints_of
+from megalodon_ops.training.run_checkpoint import BEST, checkpoints_of
 from megalodon_ops.training.corpus import Parts
 from megalodon_ops.training.curve import draw_metrics
 from megalodon_ops.training.reader import split_batch
@@ -65,6 +66,7 @@ def run(options: Train) -> int:
         if processes.is_rank0:
             stack.enter_context(folder_lock(out))
         saved = newest_checkpoint(options, out, processes)
+        best = processes.broadcast(best_of_run(out) if processes.is_rank0 else None)
         options, config, tokenizer = new_run(options, out) if saved is None else resumed_run(options, out, saved)
         processes.check_same({flag_of(name): value for name, value in {**config.to_dict(), **options.record()}.items()})
         device = usable_device(options.device)
@@ -138,18 +140,20 @@ def run(options: Train) -> int:
         begin = paced_at = time.monotonic()
         begin, paced_step = begin - elapsed, step
 
+        def record() -> dict[str, Any]:
+            return {
+                "options": options.record(),
+                "data": {"fingerprint": corpus.fingerprint, "position": batches.position()},
+                "schedule": schedule.position(),
+                "seconds": time.monotonic() - begin,
+            }
+
         def save() -> None:
             nonlocal saved_step
             if saved_step != step:
-                record = {
-                    "options": options.record(),
-                    "data": {"fingerprint": corpus.fingerprint, "position": batches.position()},
-                    "schedule": schedule.position(),
-                    "seconds": time.monotonic() - begin,
-                }
                 row_states = [state for state in (reader.rows() for reader in readers) if state is not None]
                 state = MegalodonState.cat(row_states) if row_states else None
-                saver.save(step, model, optimizer=optimizer, state=state, tokenizer=tokenizer, record=record)
+                saver.save(step, model, optimizer=optimizer, state=state, tokenizer=tokenizer, record=record())
                 saved_step = step
 
         save()
@@ -204,6 +208,10 @@ def run(options: Train) -> int:
                         progress.held_out = bits_per_byte(model.alone(), tokenizer, sample, autocast, processes)
                     if metrics is not None:
                         metrics.write(step=step, held_out_bits_per_byte=progress.held_out)
+                    if progress.held_out < best.bits_per_byte:
+                        best = Best(progress.held_out, step)
+                        evaluated = {**record(), "held_out_bits_per_byte": best.bits_per_byte}
+                        saver.save(step, model, tokenizer=tokenizer, record=evaluated, best=True)
                 if is_due:
                     save()
             save()
@@ -241,6 +249,11 @@ def run(options: Train) -> int:
             metrics.write(step=step, final=True, held_out_bits_per_byte=bits, compressors=compressors)
             draw_metrics(out / CURVE, read_metrics(out / METRICS), compressors)
             print(f"{time.monotonic() - begin:.0f} s; curve and checkpoint in {out}")
+            if best.step:
+                print(
+                    f"best on the sample of held-out text: step {best.step}, {best.bits_per_byte:.3f} bits per byte; "
+                    f"take it by --checkpoint {shlex.quote(str(out / BEST))}"
+                )
             show_sample(unsharded, tokenizer, corpus.held_out, options.seed, autocast)
         return 0
 
@@ -330,7 +343,7 @@ def summary(out: Path, options: Train, model: Megalodon, corpus: Corpus, batches
         f"{corpus.num_bytes:,} bytes in {len(corpus.train)} documents to learn from{cuts}, "
         f"{sum(map(len, corpus.held_out)):,} in {len(corpus.held_out)} held out\n"
         f"beside model and optimizer, a checkpoint holds {states / 1e6:,.1f} MB of the {rows:,} rows' states; "
-        "the newest two are kept"
+        "the newest two are kept, and the model of the best"
     )
 
 

@@ -4,6 +4,7 @@
                                     optimizer.safetensors, state.safetensors, random.safetensors, training.json
     run/checkpoints/step-00000200/  config.json, tokenizer.json, training.json        if several processes write
                                     distributed/    each process's part of every tensor (saver.py)
+    run/best/                       as one of these, without optimizer and states of rows
 
 A folder is complete or absent, whatever happens to the writing process. If its files differ from the sizes and sha256
 sums in `training.json`, the checkpoint before it is read. Only folders named `step-` and at least eight digits are
@@ -39,6 +40,8 @@ from ..ops.common.checks import as_device, check_integer, describe
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
 
+BEST = "best"
+"""Folder of a run's best checkpoint"""
 _NAME = re.compile(r"step-([0-9]{8,})")
 _log = logging.getLogger("megalodon_ops")
 
@@ -126,10 +129,12 @@ def save_checkpoint(
     tokenizer: Any = None,
     record: dict[str, Any] | None = None,
     keep: int = 2,
+    best: bool = False,
 ) -> Path:
     """Write `run/checkpoints/step-<step>/`, and keep the newest `keep` checkpoints up to this step.
 
     Args:
+        best: write `run/best/` instead, in the place of the one before; no other checkpoint is removed.
         optimizer: must hold tensors for the model's parameters only.
         state: state of the rows before the next batch.
         tokenizer: saved along by its method `save(folder)`.
@@ -162,14 +167,15 @@ def save_checkpoint(
         raise TypeError(f"save_checkpoint: `model` must be a Megalodon or a MegalodonEncoder, got {describe(model)}.")
     check_tokenizer("save_checkpoint", tokenizer)
     content, kinds = new_record(step, optimizer, record), training_tensors(model, optimizer, state)
-    folder = checkpoint_folder(run, step)
-    remove_drafts(folder.parent, "step-*")
+    folder = checkpoint_folder(run, step, best)
+    remove_old_drafts(run)
     with write_atomically(folder, folder=True) as draft:
         write_model(model, draft, tokenizer=tokenizer, caller="save_checkpoint")
         for kind, tensors in kinds.items():
             write_safetensors(draft / f"{kind}.safetensors", tensors)
         write_record(draft, content)
-    keep_newest(run, folder, keep)
+    if not best:
+        keep_newest(run, folder, keep)
     return folder
 
 
@@ -264,8 +270,14 @@ def _read(folder: Path, verify: bool) -> Checkpoint:
     return Checkpoint(folder, read_model_files(folder, kind=kind)[0], record)
 
 
-def checkpoint_folder(run: Path, step: int) -> Path:
-    return run / "checkpoints" / f"step-{step:08d}"
+def checkpoint_folder(run: Path, step: int, best: bool) -> Path:
+    return run / BEST if best else run / "checkpoints" / f"step-{step:08d}"
+
+
+def remove_old_drafts(run: Path) -> None:
+    """Remove drafts of checkpoints that killed processes left in the run's folder."""
+    remove_drafts(run / "checkpoints", "step-*")
+    remove_drafts(run, BEST)
 
 
 def checkpoints_of(run: Path) -> list[Path]:

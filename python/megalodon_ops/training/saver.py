@@ -12,10 +12,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 import torch.distributed as dist
 
-from .run_checkpoint import checkpoint_folder, keep_newest, local_tensor, save_checkpoint, training_tensors
+from .run_checkpoint import checkpoint_folder, keep_newest, local_tensor, remove_old_drafts
+from .run_checkpoint import save_checkpoint, training_tensors
 from .record import new_record, write_record
 from ..model.folder import DISTRIBUTED, write_config
-from ..files import as_path, draft_path, one_line, remove_drafts, write_atomically
+from ..files import as_path, draft_path, one_line, write_atomically
 from ..model.megalodon import Megalodon
 from ..model.model_state import MegalodonState
 from ..ops.common.memory import is_finite
@@ -51,7 +52,7 @@ class Saver:
 
             check_mesh("Saver", mesh)
             if dist.get_rank() == 0:
-                remove_drafts(self.run / "checkpoints", "step-*")
+                remove_old_drafts(self.run)
             self._group = dist.new_group(backend="gloo")  # for the writing threads
             tokens = [uuid.uuid4().hex[:8]]  # names the draft, in all processes
             dist.broadcast_object_list(tokens, group=self._group)
@@ -66,13 +67,14 @@ class Saver:
         state: MegalodonState | None = None,
         tokenizer: Any = None,
         record: dict[str, Any] | None = None,
+        best: bool = False,
     ) -> None:
         """Write a checkpoint; arguments as in :func:`save_checkpoint`. `state` holds this process's own rows.
 
         In several processes, `tokenizer` and `record` of rank 0 are written.
         """
         if self.mesh is None:
-            others = dict(optimizer=optimizer, state=state, tokenizer=tokenizer, record=record)
+            others = dict(optimizer=optimizer, state=state, tokenizer=tokenizer, record=record, best=best)
             save_checkpoint(self.run, step, model, keep=self.keep, **others)
             return
         from torch.distributed.checkpoint import async_save  # here: it takes long to load
@@ -86,7 +88,7 @@ class Saver:
             if not is_finite(local_tensor(parameter)):
                 raise ValueError(f"save_checkpoint: `{name}` must be finite, got NaN or infinity.")
         tensors = {f"{kind}/{name}": tensor.detach() for kind in kinds for name, tensor in kinds[kind].items()}
-        folder = checkpoint_folder(self.run, step)
+        folder = checkpoint_folder(self.run, step, best)
         draft, draft_ends = draft_path(Path(os.path.realpath(folder)), self._token), ExitStack()
 
         def begin() -> None:
@@ -96,7 +98,8 @@ class Saver:
             write_config(model.config, model.embed.weight.dtype, draft, tokenizer)
             write_record(draft, content)
             draft_ends.close()
-            keep_newest(self.run, folder, self.keep)
+            if not best:
+                keep_newest(self.run, folder, self.keep)
 
         writer = ArchiveWriter(draft / DISTRIBUTED, begin, finish)
         self._writing = async_save(tensors, storage_writer=writer, process_group=self._group), folder, draft_ends
