@@ -1,14 +1,20 @@
-"""Documents that `tokenize` reads from text files and JSON lines, and the division of files."""
+"""Documents that `tokenize` and `train` read from text files, JSON lines and tables, and the division of files."""
 
+import gzip
 import json
+import random
 from collections import Counter
 
 import pytest
+from command_line import TINY
 from hypothesis import given
 from hypothesis import strategies as st
 
 from megalodon_ops.cli import documents as reading
+from megalodon_ops.cli import main
+from megalodon_ops.cli.data import load_corpus, load_documents
 from megalodon_ops.cli.documents import split_files, documents_of
+from megalodon_ops.cli.errors import CommandError
 from megalodon_ops.files import FileError
 
 TEXT = st.text(max_size=30)
@@ -77,3 +83,109 @@ def test_a_file_that_cannot_be_read_is_named(tmp_path):
         (tmp_path / name).mkdir()
         with pytest.raises(FileError, match=f"{name}: must be a file, got a folder"):
             [list(pieces) for pieces in documents_of(units[0], "text", Counter())]
+
+
+TEXTS = ["one", "", "d\u00e9f " * 50, None, "\U0001f600", "two\nlines", "last"]
+WANTED = [text.encode() for text in TEXTS if text]
+SKIPPED = {"empty documents": 1, "{} without a text 'body'": 1}
+
+
+def write_parquet(path, texts=TEXTS, **options):
+    pyarrow, parquet = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+    parquet.write_table(pyarrow.table({"id": [*range(len(texts))], "body": texts}), path, **options)
+
+
+def zstd():
+    pytest.importorskip("compression.zstd" if reading.sys.version_info >= (3, 14) else "backports.zstd")
+    return reading.importlib.import_module(
+        "compression.zstd" if reading.sys.version_info >= (3, 14) else "backports.zstd"
+    )
+
+
+def write_lines(path, texts=TEXTS):
+    lines = "".join(json.dumps({"body": text}) + "\n" for text in texts).encode()
+    compress = {".gz": gzip.compress, ".zst": lambda data: zstd().compress(data)}.get(path.suffix, bytes)
+    half = len(lines) // 2
+    path.write_bytes(compress(lines[:half]) + compress(lines[half:]))  # two members or frames
+
+
+@pytest.mark.parametrize("name", ["a.parquet", "a.jsonl.gz", "a.ndjson.zst", "a.jsonl"])
+def test_every_kind_of_file_gives_the_same_documents(tmp_path, name):
+    path = tmp_path / name
+    write_parquet(path, row_group_size=2) if path.suffix == ".parquet" else write_lines(path)
+    for size in (1, 1 << 30):
+        skipped, units = Counter(), split_files([path], size)
+        found = [b"".join(pieces) for unit in units for pieces in documents_of(unit, "body", skipped)]
+        assert found == WANTED
+        kind = "rows" if path.suffix == ".parquet" else "lines"
+        assert skipped == {reason.format(kind): count for reason, count in SKIPPED.items()}
+        assert path.suffix != ".parquet" or len(units) == (4 if size == 1 else 1), "a row group is never divided"
+    assert load_documents([path], field="body") == load_documents([tmp_path], field="body") == WANTED
+
+
+def test_columns_of_other_types(tmp_path):
+    pyarrow, parquet = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+    kinds = {
+        "large": pyarrow.large_string(),
+        "bytes": pyarrow.binary(),
+        "coded": pyarrow.dictionary(pyarrow.int32(), pyarrow.string()),
+    }
+    for name, kind in kinds.items():
+        parquet.write_table(
+            pyarrow.table({"text": pyarrow.array(["a", "b", "a"], pyarrow.string()).cast(kind)}),
+            tmp_path / f"{name}.parquet",
+        )
+        assert load_documents([tmp_path / f"{name}.parquet"]) == [b"a", b"b", b"a"], name
+
+
+def test_damaged_and_wrong_files_are_named(tmp_path):
+    write_parquet(tmp_path / "a.parquet")
+    with pytest.raises(FileError, match=r"a.parquet: must have a column 'text', got id, body; --field names another"):
+        load_documents([tmp_path / "a.parquet"])
+    write_lines(tmp_path / "a.jsonl.gz")
+    write_lines(tmp_path / "a.jsonl.zst")
+    for path in tmp_path.iterdir():
+        whole = path.read_bytes()
+        for damaged in (whole[:-9], b"x" * 50, whole[: len(whole) // 3]):
+            path.write_bytes(damaged)
+            with pytest.raises(FileError, match=path.name):
+                load_documents([path], field="body")
+
+
+BINARY = {
+    "a.png": b"\x89PNG\r\n\x1a\n" + bytes(10), "a.gz": gzip.compress(b"to be or not to be, that is the question"),
+    "a.bin": random.Random(0).randbytes(500), "a.txt": "to be".encode("utf-16"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", BINARY)
+def test_binary_files_are_not_read_as_text(tmp_path, name):
+    path = tmp_path / name
+    path.write_bytes(BINARY[name])
+    with pytest.raises(CommandError, match=f"{name}: is neither text nor one of .jsonl, .ndjson, .jsonl.gz, .*parquet"):
+        load_corpus([path])
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "latin-1", "cp1252", "shift-jis"])
+def test_text_in_any_encoding_is_read(tmp_path, encoding):
+    content = ("\x1b[1mto be\x0c " + ("\u3042\u3044" if encoding == "shift-jis" else "d\u00e9f") * 20).encode(encoding)
+    (tmp_path / "a.txt").write_bytes(content)
+    assert load_documents([tmp_path / "a.txt"]) == [content]
+
+
+def test_commands_read_documents_from_fields(tmp_path, finished, quick, capsys):
+    """`train`, `eval`, `tokenizer` and `tokenize` read the same documents."""
+    texts = [f"line {number} of a book " * 9 for number in range(40)]
+    write_lines(tmp_path / "a.jsonl", [*texts, None])
+    data = [str(tmp_path / "a.jsonl"), "--field", "body"]
+    assert load_corpus([tmp_path / "a.jsonl"], field="body").num_bytes < sum(map(len, texts))
+    assert main(["train", "--data", *data, "--out", str(tmp_path / "run"), *TINY, "--steps", "2"]) == 0
+    out, err = capsys.readouterr()
+    assert " in 38 documents to learn from" in out and "skipped: lines without a text 'body' (1)" in err
+    assert main(["eval", "--checkpoint", str(tmp_path / "run")]) == 0
+    assert main(["eval", "--checkpoint", str(finished), "--data", *data]) == 0
+    assert ": 40 documents, " in capsys.readouterr().out
+    assert main(["tokenizer", "--tokenizer", str(tmp_path / "run" / "best"), *data]) == 0
+    assert "the text: 40 documents" in capsys.readouterr().out
+    assert main(["train", "--data", str(tmp_path / "a.jsonl"), "--out", str(tmp_path / "other")]) == 2
+    assert "no document; skipped: lines without a text 'text' (41); --field names another" in capsys.readouterr().err

@@ -1,5 +1,6 @@
 """`tokenize`: folders of text and JSON lines, kills and repeats, and training on the tokens."""
 
+import gzip
 import json
 import os
 import shutil
@@ -153,7 +154,9 @@ print(peak - before)
 
 @pytest.mark.slow
 def test_memory_does_not_grow_with_the_text(tmp_path):
-    """Ten times more text, in a long file and in lines, takes hardly more memory, mapped files not counted."""
+    """Ten times more text, in a long file, lines and a row group, takes hardly more memory, mapped files not counted."""
+    pyarrow = pytest.importorskip("pyarrow")
+    pytest.importorskip("pyarrow.parquet")
     line = json.dumps({"text": "to be or not to be, that is the question: whether tis nobler " * 30}) + "\n"
     size, growth = 300, {}
     for times in (1, 10):
@@ -161,13 +164,19 @@ def test_memory_does_not_grow_with_the_text(tmp_path):
         for name, copies in (("first", size), ("second", size * times)):
             (folder / name / "text").mkdir(parents=True)
             numbers = (line.replace("question", f"question {i}") for i in range(copies))
-            (folder / name / "text" / "lines.jsonl").write_text("".join(numbers))
+            lines = "".join(numbers)
+            (folder / name / "text" / "lines.jsonl").write_text(lines)
+            (folder / name / "text" / "packed.jsonl.gz").write_bytes(gzip.compress(lines.encode(), 1))
+            texts = [json.loads(line)["text"] for line in lines.splitlines()]
+            pyarrow.parquet.write_table(
+                pyarrow.table({"text": texts}), folder / name / "text" / "rows.parquet", use_dictionary=False
+            )
             (folder / name / "text" / "whole.txt").write_text(line * 10 * copies)
         ran = run_python(MEMORY, folder, OMP_NUM_THREADS="1")
         assert ran.returncode == 0, ran.stderr[-2000:]
         growth[times] = float(ran.stdout.splitlines()[-1])
         shutil.rmtree(folder)
-    more = 9 * size * 11 * len(line) / 2**20
+    more = 9 * size * 13 * len(line) / 2**20
     assert growth[10] - growth[1] < more / 4, (growth, more)
     print(f"{more:.0f} MiB more text, {growth[10] - growth[1]:.1f} MiB more memory")
 

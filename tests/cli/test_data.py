@@ -51,6 +51,19 @@ def test_the_end_of_one_document_is_held_out():
     assert corpus.held_out == [text[190:]]
 
 
+def test_documents_of_validation_are_held_out_and_not_trained_on():
+    documents, validation = [b"one", b"two", b"three", b"two"], [b"held", b"two", b"", b"held"]
+    corpus = hold_out(documents, validation)
+    assert sorted(corpus.train) == [b"one", b"three"] and sorted(corpus.held_out) == [b"held", b"two"]
+    assert corpus.num_bytes == 8
+    assert hold_out(documents[::-1], validation[::-1]) == corpus
+    prints = {hold_out(documents, other).fingerprint for other in (None, validation, [b"held"], [b"two"])}
+    assert len(prints) == 4, "the held-out text counts, too"
+    for none, wrong in (([b"two"], validation), (documents, [b""])):
+        with pytest.raises(ValueError, match="hold_out: `documents` must have one that is not in `validation`"):
+            hold_out(none, wrong)
+
+
 def test_fingerprints_distinguish_texts():
     assert hold_out([b"one", b"two"]).fingerprint != hold_out([b"one", b"too"]).fingerprint
 
@@ -108,7 +121,7 @@ def test_text_files_of_a_folder_are_taken_and_the_rest_is_reported(tmp_path, cap
     )
     taken = f"taking 3 .txt ({5 + 4 + len(LONG):,} bytes), 1 .md (4 bytes); --glob '*.txt' takes files of one kind"
     assert capsys.readouterr().err == f"megalodon_ops: {taken}\nmegalodon_ops: {skipped}\n"
-    assert names(find_files([folder / "b.png", folder / "sub"])) == ["b.png", "h.md"], "named files are taken"
+    assert names(find_files([folder / "d.txt", folder / "sub"])) == ["d.txt", "h.md"], "named text is taken"
     assert capsys.readouterr().err == "megalodon_ops: taking 1 .md (4 bytes)\n"
 
 

@@ -66,6 +66,14 @@ def test_the_split_of_bytes_is_that_of_text(tmp_path, documents, count):
     assert corpus.train.lengths.tolist() == [*map(len, wanted.train)]
 
 
+def test_validation_of_tokens_is_that_of_text(tmp_path):
+    documents, validation = [b"one", b"two", b"three", b"two"], [b"held", b"two"]
+    corpus = Shards(shards_of(tmp_path / "tokens", documents, BYTES, 2)).hold_out(validation)
+    wanted = hold_out(documents, validation)
+    assert [bytes(ids.tolist()) for ids in corpus.train] == wanted.train
+    assert (corpus.held_out, corpus.num_bytes) == (wanted.held_out, wanted.num_bytes)
+
+
 def test_a_long_document_is_cut_between_tokens(tmp_path, bpe):
     for copies in (40, 20_000):
         text = b"to be or not to be, that is the question. " * copies

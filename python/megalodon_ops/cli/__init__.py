@@ -19,7 +19,12 @@ from megalodon_ops.ops.common.memory import keep_freed_memory
 from megalodon_ops_startup import interruptible
 
 TRAIN_PACKAGES = ("msgspec", "tqdm", "matplotlib", "tokenizers", "sentencepiece", "filelock")
-EXTRAS = {**dict.fromkeys(TRAIN_PACKAGES, "train"), "tensorboard": "tensorboard"}
+EXTRAS = {
+    **dict.fromkeys(TRAIN_PACKAGES, "train"),
+    "tensorboard": "tensorboard",
+    "pyarrow": "data",
+    "backports": "data",
+}
 """Package -> the extra that brings it"""
 MODULES = {"eval": "evaluate", "plan": "plan_command", "tokenizer": "tokenizer_command"}
 """Command -> its module, where the names differ"""

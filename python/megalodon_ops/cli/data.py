@@ -9,7 +9,9 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
+from megalodon_ops.cli.documents import RECORD_SUFFIXES, read_documents, reasons
 from megalodon_ops.cli.errors import CommandError
+from megalodon_ops.cli.options import Train
 from megalodon_ops.training.corpus import Corpus, hold_out
 from megalodon_ops.training.shards import Shards, is_tokens
 
@@ -17,22 +19,49 @@ Paths = Sequence[str | Path]
 NOT_LIBRARY = {"site-packages", "dist-packages", "test", "tests", "idle_test"}
 
 
-def load_data(paths: Paths | None, globs: Sequence[str] | None = None, *, quiet: bool = False) -> Corpus:
+def load_data(options: Train, *, quiet: bool = False) -> Corpus:
     """Load the corpus of `train`: the text of :func:`load_corpus`, or a folder of tokens."""
-    if (folder := tokens_folder(paths)) is None:
-        return load_corpus(paths, globs, quiet=quiet)
-    if globs:
+    validation = None
+    if options.validation is not None:
+        validation = load_documents(options.validation, field=options.field, quiet=quiet)
+    if (folder := tokens_folder(options.data)) is None:
+        return load_corpus(options.data, options.glob, field=options.field, validation=validation, quiet=quiet)
+    if options.glob:
         raise CommandError(f"--glob: chooses among files of text, and {folder} holds tokens")
-    return Shards(folder).hold_out()
+    return Shards(folder).hold_out(validation)
 
 
-def load_corpus(paths: Paths | None, globs: Sequence[str] | None = None, *, quiet: bool = False) -> Corpus:
-    """Read the documents that :func:`find_files` finds, and hold some of them out."""
+def load_corpus(
+    paths: Paths | None,
+    globs: Sequence[str] | None = None,
+    *,
+    field: str = "text",
+    validation: Sequence[bytes] | None = None,
+    quiet: bool = False,
+) -> Corpus:
+    """Read the documents that :func:`find_files` finds, and hold some of them out, or those of `validation`."""
     try:
-        return hold_out(path.read_bytes() for path in find_files(paths, globs, quiet=quiet))
+        return hold_out(load_documents(paths, globs, field=field, quiet=quiet), validation)
     except ValueError as error:
-        named = " ".join(map(str, paths or ()))
-        raise CommandError(f"{named}: must have at least 2 bytes, one to learn and one to hold out") from error
+        least = "at least 2 bytes, one to learn and one to hold out"
+        if validation is not None:
+            least = "a document that is not in --validation"
+        raise CommandError(f"{' '.join(map(str, paths or ()))}: must have {least}") from error
+
+
+def load_documents(
+    paths: Paths | None, globs: Sequence[str] | None = None, *, field: str = "text", quiet: bool = False
+) -> list[bytes]:
+    """Read the documents that :func:`find_files` finds; unless `quiet`, print how many lines and rows have none."""
+    skipped: Counter[str] = Counter()
+    documents = [*read_documents(find_files(paths, globs, quiet=quiet), field, skipped)]
+    if skipped and not documents:
+        raise CommandError(
+            f"{' '.join(map(str, paths))}: no document; skipped: {reasons(skipped)}; --field names another field"
+        )
+    if skipped and not quiet:
+        print(f"megalodon_ops: skipped: {reasons(skipped)}", file=sys.stderr)
+    return documents
 
 
 def tokens_folder(paths: Paths | None) -> Path | None:
@@ -67,7 +96,7 @@ def find_files(paths: Paths | None, globs: Sequence[str] | None = None, *, quiet
                 chosen = [file for file in files if any(file.relative_to(path).match(glob) for glob in globs)]
                 none = f"no file in this folder matches {' or '.join(globs)}"
             else:
-                chosen = [file for file in files if is_text(file)]
+                chosen = [file for file in files if file.name.endswith(RECORD_SUFFIXES) or is_text(file)]
                 none = f"no text in this folder: skipping {_not_text(files)}"
                 taken += chosen
                 skipped += sorted({*files} - {*chosen})
@@ -78,6 +107,11 @@ def find_files(paths: Paths | None, globs: Sequence[str] | None = None, *, quiet
             raise CommandError(f"{path}: no such file or folder")
         elif not path.stat().st_size:
             raise CommandError(f"{path}: the file is empty")
+        elif not path.name.endswith(RECORD_SUFFIXES) and _is_binary(path):
+            kinds = ", ".join(RECORD_SUFFIXES)
+            raise CommandError(
+                f"{path}: is neither text nor one of {kinds}; --glob takes every file of a folder as text"
+            )
         else:
             found.append(path)
     if taken and not quiet:
@@ -106,6 +140,17 @@ def is_text(path: Path) -> bool:
             return all("\0" not in piece for piece in iter(lambda: file.read(1 << 20), ""))
     except UnicodeDecodeError:
         return False
+
+
+def _is_binary(path: Path) -> bool:
+    """Return True if the file's start has a NUL byte, or more control characters than text in any encoding."""
+    with open(path, "rb") as file:
+        start = file.read(1 << 16)
+    return b"\0" in start or len(start) - len(start.translate(None, _CONTROLS)) > len(start) / 30
+
+
+_CONTROLS = bytes([*range(8), *range(14, 27), *range(28, 32), 127])
+"""Characters that text does not contain, as the program `file` has them; one byte in ten of compressed data"""
 
 
 def _not_text(files: Sequence[Path]) -> str:

@@ -1,27 +1,43 @@
 """Read documents from files, divided into units, one for each shard.
 
-A text file is a document; in a .jsonl or .ndjson file, each line is a JSON object with a document in one field. The
-division depends on file sizes only, and a unit's documents on its bytes only, so units may be read in any order.
+A text file is a document. In a .jsonl or .ndjson file, also compressed as .gz or .zst, each line is a JSON object with a
+document in one field; in a .parquet file, each row has a document in one column. The division depends on file sizes and
+row groups only, and a unit's documents on its bytes only, so units may be read in any order.
 """
 
 from __future__ import annotations
 
+import bisect
+import gzip
+import importlib
+import itertools
 import json
+import sys
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, BinaryIO, NamedTuple
 
+from megalodon_ops import extras
 from megalodon_ops.files import opened
 from megalodon_ops.ops.common.checks import short_text
 
 LINE_SUFFIXES = (".jsonl", ".ndjson")
+COMPRESSED_SUFFIXES = tuple(name + kind for name in LINE_SUFFIXES for kind in (".gz", ".zst"))
+TABLE_SUFFIX = ".parquet"
+RECORD_SUFFIXES = (*LINE_SUFFIXES, *COMPRESSED_SUFFIXES, TABLE_SUFFIX)
+"""Files with a document in a field of each line or row"""
 READ_BYTES = 1 << 20
 """Bytes read at once"""
+READ_ROWS = 64
+"""Rows of a table decoded at once"""
 
 
 class Span(NamedTuple):
-    """A text file, or the JSON lines that begin at bytes `begin` to `end` of a file."""
+    """A file, the JSON lines that begin at bytes `begin` to `end` of it, or a row group.
+
+    Row groups are counted in bytes before compression, of all row groups of the file up to this one.
+    """
 
     path: Path
     begin: int
@@ -32,20 +48,39 @@ Unit = list[Span]
 
 
 def split_files(files: Sequence[Path], size: int) -> list[Unit]:
-    """Divide files into units of about `size` bytes; text files stay whole."""
+    """Divide files into units of about `size` bytes; text, compressed files and row groups stay whole."""
     units: list[Unit] = []
     room = 0
     for path in files:
-        length = path.stat().st_size
-        step = size if path.name.endswith(LINE_SUFFIXES) else length
-        for begin in range(0, length, step):
+        for begin, end in itertools.pairwise(_bounds(path, size)):
+            if begin == end:  # a row group without rows
+                continue
             if room <= 0:
                 units.append([])
                 room = size
-            span = Span(path, begin, min(begin + step, length))
-            units[-1].append(span)
-            room -= span.end - span.begin
+            units[-1].append(Span(path, begin, end))
+            room -= end - begin
     return units
+
+
+def _bounds(path: Path, size: int) -> list[int]:
+    """Return the borders of a file's spans."""
+    if path.name.endswith(TABLE_SUFFIX):
+        with opened(path) as file:
+            return _row_groups(_table(file))
+    length = path.stat().st_size
+    return [*range(0, length, size if path.name.endswith(LINE_SUFFIXES) else length), length]
+
+
+def _table(file: BinaryIO) -> Any:
+    """Open a .parquet file, to be read in pieces."""
+    return extras.load("pyarrow.parquet", "data").ParquetFile(file, buffer_size=READ_BYTES, pre_buffer=False)
+
+
+def _row_groups(table: Any) -> list[int]:
+    """Return the borders of a table's row groups, in bytes before compression."""
+    groups = (table.metadata.row_group(number) for number in range(table.num_row_groups))
+    return [0, *itertools.accumulate(group.total_byte_size for group in groups)]
 
 
 def total_size(units: Iterable[Unit]) -> int:
@@ -55,13 +90,31 @@ def total_size(units: Iterable[Unit]) -> int:
 def documents_of(unit: Unit, field: str, skipped: Counter[str]) -> Iterator[Iterable[bytes]]:
     """Yield the documents of a unit, each in pieces of text, to be read before the next document.
 
-    Lines without a document are counted in `skipped`, by reason.
+    Lines and rows without a document are counted in `skipped`, by reason.
     """
     for span in unit:
-        if span.path.name.endswith(LINE_SUFFIXES):
-            yield from ([text] for text in _texts(span, field, skipped))
+        if span.path.name.endswith(RECORD_SUFFIXES):
+            is_table = span.path.name.endswith(TABLE_SUFFIX)
+            texts = _rows(span, field) if is_table else (_text(line, field) for line in _lines(span))
+            for text in texts:
+                if isinstance(text, bytes) and text:
+                    yield [text]
+                else:
+                    without = f"{'rows' if is_table else 'lines'} without a text {short_text(field)}"
+                    skipped["empty documents" if text == b"" else without] += 1
         else:
             yield _pieces(span)
+
+
+def read_documents(files: Sequence[Path], field: str, skipped: Counter[str]) -> Iterator[bytes]:
+    """Yield the documents of files, each as a whole; `skipped` as in :func:`documents_of`."""
+    for unit in split_files(files, sum(path.stat().st_size for path in files) or 1):
+        yield from (b"".join(pieces) for pieces in documents_of(unit, field, skipped))
+
+
+def reasons(skipped: Counter[str]) -> str:
+    """Describe what has no document; empty if there is nothing."""
+    return ", ".join(f"{reason} ({count:,})" for reason, count in sorted(skipped.items()))
 
 
 def _pieces(span: Span) -> Iterator[bytes]:
@@ -70,29 +123,48 @@ def _pieces(span: Span) -> Iterator[bytes]:
             yield piece
 
 
-def _texts(span: Span, field: str, skipped: Counter[str]) -> Iterator[bytes]:
+def _lines(span: Span) -> Iterator[bytes]:
+    """Yield the lines of a span, without blank ones."""
     with opened(span.path) as file:
-        if span.begin:  # skip a line that began in the span before
-            file.seek(span.begin - 1)
-            file.readline()
-        while file.tell() < span.end and (line := file.readline()):
-            if line.strip():
-                text = _text(line, field)
-                if isinstance(text, bytes):
-                    yield text
-                else:
-                    skipped[text] += 1
+        if span.path.name.endswith(COMPRESSED_SUFFIXES):
+            lines: Iterable[bytes] = _decompressed(span.path, file)
+        else:
+            if span.begin:  # skip a line that began in the span before
+                file.seek(span.begin - 1)
+                file.readline()
+            lines = iter(lambda: file.readline() if file.tell() < span.end else b"", b"")
+        yield from (line for line in lines if line.strip())
 
 
-def _text(line: bytes, field: str) -> bytes | str:
-    """Return the document of a line or, as a str, the reason why there is none."""
+def _decompressed(path: Path, file: BinaryIO) -> Iterable[bytes]:
+    """Open a compressed file for reading; one that is cut short raises an error at its end."""
+    if path.suffix == ".gz":
+        return gzip.open(file)
+    has_zstd = sys.version_info >= (3, 14)
+    zstd = importlib.import_module("compression.zstd") if has_zstd else extras.load("backports.zstd", "data")
+    any_window = zstd.DecompressionParameter.window_log_max
+    return zstd.open(file, options={any_window: any_window.bounds()[1]})
+
+
+def _rows(span: Span, field: str) -> Iterator[Any]:
+    """Yield the documents of a row group, as bytes, or other values."""
+    with opened(span.path) as file:
+        table = _table(file)
+        if field not in (names := table.schema_arrow.names):
+            raise ValueError(f"must have a column {short_text(field)}, got {', '.join(names)}; --field names another")
+        group = bisect.bisect_right(_row_groups(table), span.begin) - 1
+        for batch in table.iter_batches(READ_ROWS, row_groups=[group], columns=[field], use_threads=False):
+            for text in batch.column(0).to_pylist():
+                yield text.encode() if isinstance(text, str) else text
+
+
+def _text(line: bytes, field: str) -> bytes | None:
+    """Return the document of a line, or None."""
     try:
         text = json.loads(line)[field]
     except (ValueError, KeyError, TypeError, RecursionError):
-        text = None
+        return None
     if not isinstance(text, str):
-        return f"lines without a text {short_text(field)}"
-    if not text:
-        return "empty documents"
+        return None
     # JSON can escape half of a surrogate pair, which becomes U+FFFD
     return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace").encode()

@@ -12,7 +12,8 @@ from tqdm import tqdm
 
 import megalodon_ops
 from megalodon_ops import evaluation
-from megalodon_ops.cli.data import find_files, load_data
+from megalodon_ops.cli.data import find_files, load_data, load_documents
+from megalodon_ops.cli.documents import RECORD_SUFFIXES
 from megalodon_ops.cli.errors import CommandError
 from megalodon_ops.cli.models import precision, trained_model, usable_device
 from megalodon_ops.cli.options import Eval
@@ -117,13 +118,16 @@ def compressed_bits(documents: Sequence[bytes]) -> dict[str, float]:
 
 def _documents(options: Eval, record: TrainRecord | None) -> tuple[Sequence[Document], str]:
     if options.data or options.glob:
-        files = find_files(options.data, options.glob)
-        return [numpy.memmap(path, mode="r") for path in files], " ".join(map(str, options.data))
+        documents: list[Document] = []
+        for path in find_files(options.data, options.glob):
+            is_text = not path.name.endswith(RECORD_SUFFIXES)
+            documents += [numpy.memmap(path, mode="r")] if is_text else load_documents([path], field=options.field)
+        return documents, " ".join(map(str, options.data))
     if record is None:
         raise CommandError(
             f"--checkpoint {options.checkpoint}: is not a run of `train`, so it has no held-out text; give --data"
         )
-    corpus = load_data(record.options.data, record.options.glob, quiet=True)
+    corpus = load_data(record.options, quiet=True)
     if corpus.fingerprint != record.data.fingerprint:
         raise CommandError("the run's text has changed, so its held-out text is unknown; give --data")
     return corpus.held_out, "held-out text of the run"

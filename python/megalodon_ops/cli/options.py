@@ -42,7 +42,9 @@ CONFIG_FIELDS = {
 
 LAUNCH_OPTIONS = ("out", "resume", "config", "mesh", "timeout")
 """Options of `train` that belong to a launch, not to the run"""
+FILES = "text (a document each), .jsonl and .parquet (a document in each line or row), folders"
 GLOB = "in folders, take files that match, such as '*.py' or 'src/*.c', text or not; repeatable (text files)"
+FIELD = "field of a JSON object, or column of a .parquet file, that holds a document"
 VOCABULARY = "a JSON file of the `tokenizers` package or a sentencepiece model, or a folder with one (none: bytes)"
 
 
@@ -122,9 +124,13 @@ class Train(BatchOptions):
     """
 
     data: tuple[Path, ...] | None = flag(
-        None, "text files and folders, or a folder written by `tokenize` (Python's standard library)"
+        None, f"{FILES}, or a folder written by `tokenize` (Python's standard library)"
     )
     glob: tuple[str, ...] | None = flag(None, GLOB, action="append", metavar="PATTERN")
+    field: Text = flag("text", FIELD)
+    validation: tuple[Path, ...] | None = flag(
+        None, "held-out text, in files as those of --data (a twentieth of --data)"
+    )
     tokenizer: Path | None = flag(None, VOCABULARY)
     out: Path | None = flag(None, "folder of the run (runs/<time>); required with torchrun")
     resume: bool = flag(False, "continue the run in --out with its own flags")
@@ -175,8 +181,9 @@ class Eval(ModelToRead):
     python -m megalodon_ops eval --checkpoint runs/prose --data other.txt --context 2048 8192 32768 all
     """
 
-    data: tuple[Path, ...] | None = flag(None, "text files and folders (the held-out text of the run)")
+    data: tuple[Path, ...] | None = flag(None, f"{FILES} (the held-out text of the run)")
     glob: tuple[str, ...] | None = flag(None, GLOB, action="append", metavar="PATTERN")
+    field: Text = flag("text", FIELD)
     context: tuple[Context, ...] = flag(
         ("all",), "predict in windows of N tokens, each with a fresh state, or from all tokens before", metavar="N"
     )
@@ -215,8 +222,9 @@ class TrainTokenizer(Options):
     python -m megalodon_ops tokenizer --tokenizer bpe.json other.txt
     """
 
-    files: tuple[Path, ...] = flag((), "text files and folders", positional=True, nargs="*", metavar="FILE")
+    files: tuple[Path, ...] = flag((), FILES, positional=True, nargs="*", metavar="FILE")
     glob: tuple[str, ...] | None = flag(None, GLOB, action="append", metavar="PATTERN")
+    field: Text = flag("text", FIELD)
     train: bool = flag(False, "train on the part of the FILEs that `train` learns from (Python's standard library)")
     vocab_size: Annotated[int, Meta(gt=257, lt=1 << 24)] | None = flag(
         None, "maximum number of ids: 256 bytes, merges, and a start token"
@@ -235,7 +243,7 @@ class Tokenize(Options):
 
     files: tuple[Path, ...] = flag(
         (),
-        "text (a document each), .jsonl (a line is an object with a document), or folders (Python's standard library)",
+        f"{FILES}; .jsonl also as .gz or .zst (Python's standard library)",
         positional=True,
         nargs="*",
         metavar="FILE",
@@ -243,9 +251,10 @@ class Tokenize(Options):
     glob: tuple[str, ...] | None = flag(None, GLOB, action="append", metavar="PATTERN")
     out: Path = flag(REQUIRED, "folder to write, or to continue", metavar="DIR")
     tokenizer: Path | None = flag(None, VOCABULARY)
-    field: Text = flag("text", "field of a JSON object that holds the document")
+    field: Text = flag("text", FIELD)
     shard_size: Annotated[int, Meta(ge=1, lt=1 << 20)] = flag(
-        64, "MiB of text in a shard, all that is lost by a kill; a longer text file stays whole"
+        64,
+        "MiB of text in a shard, all that is lost by a kill; longer text, compressed files and row groups stay whole",
     )
 
 

@@ -24,7 +24,7 @@ from megalodon_ops.tokenizers import ByteTokenizer, Tokenizer
 from megalodon_ops.training.run_checkpoint import Checkpoint
 
 CHANGEABLE_OPTIONS = frozenset(LAUNCH_OPTIONS).union(
-    "data glob tokenizer steps minutes eval_every checkpoint_every device tensorboard peak_tflops".split()
+    "data glob field validation tokenizer steps minutes eval_every checkpoint_every device tensorboard peak_tflops".split()
 )
 """Options that may change on a resume (text and tokenizer are compared by content); the others determine the losses"""
 
@@ -119,12 +119,13 @@ def _values(options: Train, config: MegalodonConfig) -> dict[str, Any]:
 
 def _with_absolute_paths(options: Train) -> Train:
     """Make the paths in the options absolute."""
-    data, file = options.data, options.tokenizer
-    return replace(
-        options,
-        data=None if data is None else tuple(path.absolute() for path in data),
-        tokenizer=None if file is None else file.absolute(),
-    )
+    new: dict[str, Any] = {}
+    for name in ("data", "validation"):
+        if (paths := getattr(options, name)) is not None:
+            new[name] = tuple(path.absolute() for path in paths)
+    if options.tokenizer is not None:
+        new["tokenizer"] = options.tokenizer.absolute()
+    return replace(options, **new)
 
 
 def _tokenizer(options: Train) -> Tokenizer:

@@ -12,7 +12,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 from megalodon_ops.cli.data import find_files
-from megalodon_ops.cli.documents import Unit, documents_of, split_files, total_size
+from megalodon_ops.cli.documents import Unit, documents_of, reasons, split_files, total_size
 from megalodon_ops.cli.errors import CommandError
 from megalodon_ops.cli.lock import folder_lock
 from megalodon_ops.cli.models import read_tokenizer
@@ -33,19 +33,20 @@ def run(options: Tokenize) -> int:
         if _sources_hash(files, options) != made_of:
             raise CommandError("a file was changed while it was read; remove the folder, and give the command again")
         skipped = sum((Counter(shard.skipped) for shard in index.shards), Counter())
-        reasons = ", ".join(f"{reason} ({count:,})" for reason, count in sorted(skipped.items()))
         if not any(shard.documents for shard in index.shards):
             for path in (*out.glob("shard-*.npy"), *out.glob("tokenizer*"), out / INDEX):
                 path.unlink()
-            raise CommandError(f"no document in these files; {f'skipped: {reasons}' if reasons else 'they are blank'}")
+            raise CommandError(
+                f"no document in these files; {f'skipped: {reasons(skipped)}' if skipped else 'they are blank'}"
+            )
     shards = Shards(out)
     documents, count = shards.num_documents, shards.num_shards
     print(
         f"{out}: {documents:,} document{'s' * (documents != 1)}, {shards.num_bytes:,} bytes, {shards.num_tokens:,} tokens in "
         f"{count} shard{'s' * (count != 1)}: {shards.num_bytes / shards.num_tokens:.3f} bytes a token"
     )
-    if reasons:
-        print(f"skipped: {reasons}")
+    if skipped:
+        print(f"skipped: {reasons(skipped)}")
     print(f"train with it: python -m megalodon_ops train --data {shlex.quote(str(out))}")
     return 0
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 
-from megalodon_ops.cli.data import find_files, load_corpus
+from megalodon_ops.cli.data import load_corpus, load_documents
 from megalodon_ops.cli.errors import CommandError
 from megalodon_ops.cli.models import read_tokenizer
 from megalodon_ops.cli.options import TrainTokenizer
@@ -22,12 +22,13 @@ def run(options: TrainTokenizer) -> int:
     if options.tokenizer is None:
         raise CommandError("give --train to train one, or --tokenizer FILE to see what it makes of text")
     tokenizer = read_tokenizer(options.tokenizer)
-    files = find_files(options.files, options.glob) if options.files or options.glob else []
+    is_measured = options.files or options.glob
+    documents = load_documents(options.files, options.glob, field=options.field) if is_measured else []
     opens = f"{tokenizer.start}, {tokenizer.start_token}, opens a document"
     ends = f"{tokenizer.end}, {tokenizer.end_token}, ends it" if tokenizer.end != tokenizer.start else "and ends it"
     print(f"{options.tokenizer}: {tokenizer.vocab_size:,} ids; {opens}, {ends}")
-    if files:
-        print(_figures(tokenizer, [path.read_bytes() for path in files], "the text"))
+    if documents:
+        print(_figures(tokenizer, documents, "the text"))
     return 0
 
 
@@ -40,7 +41,7 @@ def _train(options: TrainTokenizer) -> int:
         raise CommandError("--tokenizer: cannot be combined with --train, which makes a new one")
     if options.out.is_dir():
         raise CommandError(f"--out {options.out}: a folder, name a file")
-    corpus = load_corpus(options.files, options.glob)
+    corpus = load_corpus(options.files, options.glob, field=options.field)
     begin = time.monotonic()
     tokenizer = Tokenizer.train(corpus.train, vocab_size=options.vocab_size)
     try:

@@ -83,7 +83,7 @@ def run(options: Train) -> int:
             from megalodon_ops.cli.events import Events as log
 
         # The text, in part held out.
-        corpus = load_data(options.data, options.glob, quiet=saved is not None)
+        corpus = load_data(options, quiet=saved is not None)
         processes.check_same({"the text": corpus.fingerprint})
         if saved and corpus.fingerprint != saved.record["data"]["fingerprint"]:
             raise CommandError("--resume: the text is not the one this run was started with; start another run")

@@ -45,11 +45,17 @@ class Parts(Sequence):
         return self.document(int(self.numbers[index]))[start : start + int(self.lengths[index])]
 
 
-def hold_out(documents: Iterable[bytes]) -> Corpus:
+def hold_out(documents: Iterable[bytes], validation: Iterable[bytes] | None = None) -> Corpus:
     """Hold out a twentieth of the bytes, in whole documents; duplicates are removed.
 
     Documents are held out in the order of their hash, as long as they fit. If they fill less than half of the
     twentieth, the end of the longest document is held out, too.
+
+    Args:
+        validation: documents to hold out instead; all others are training documents.
+
+    Raises:
+        ValueError: less than 2 bytes; no training document that is not in `validation`, or none to hold out.
 
     Example:
         >>> from megalodon_ops.training import hold_out
@@ -57,19 +63,53 @@ def hold_out(documents: Iterable[bytes]) -> Corpus:
         >>> [len(document) for document in corpus.train], [len(document) for document in corpus.held_out]
         ([100, 100], [5])
     """
+    texts = _checked("documents", documents)
+    sizes = numpy.array([len(text) for text in texts], numpy.int64)
+    if validation is None:
+        corpus = split(texts.__getitem__, _keys(texts), sizes, sizes, bytes)
+    else:
+        corpus = split_from(validation, texts.__getitem__, _keys(texts), sizes, sizes)
+    return corpus._replace(train=list(corpus.train))
+
+
+def _checked(name: str, documents: Iterable[bytes]) -> list[bytes]:
+    """Return the documents that are not empty."""
     texts = [document for document in documents if document]
     for document in texts:
         if not isinstance(document, bytes):
-            raise TypeError(f"hold_out: `documents` must be of bytes, got {describe(document)}; encode text.")
-    keys = numpy.array([key_of(hashlib.sha256(text)) for text in texts], numpy.uint64)
-    sizes = numpy.array([len(text) for text in texts], numpy.int64)
-    corpus = split(texts.__getitem__, keys, sizes, sizes, bytes)
-    return corpus._replace(train=list(corpus.train))
+            raise TypeError(f"hold_out: `{name}` must be of bytes, got {describe(document)}; encode text.")
+    return texts
+
+
+def _keys(texts: Sequence[bytes]) -> numpy.ndarray:
+    return numpy.array([key_of(hashlib.sha256(text)) for text in texts], numpy.uint64)
 
 
 def key_of(digest: Any) -> int:
     """Return a document's sort key: the first 8 bytes of its text's sha256, big-endian."""
     return int.from_bytes(digest.digest()[:8], "big")
+
+
+def split_from(
+    validation: Iterable[bytes],
+    document: Callable[[int], Any],
+    keys: numpy.ndarray,
+    sizes: numpy.ndarray,
+    lengths: numpy.ndarray,
+) -> Corpus:
+    """Hold out the documents of `validation`; other arguments as in :func:`split`."""
+    texts = _checked("validation", validation)
+    held, firsts = numpy.unique(_keys(texts), return_index=True)
+    numbers = numpy.unique(keys, return_index=True)[1]
+    numbers = numbers[~numpy.isin(keys[numbers], held)]
+    if not len(numbers) or not texts:
+        raise ValueError(
+            "hold_out: `documents` must have one that is not in `validation`, and `validation` one, got "
+            f"{len(numbers)} and {len(texts)}."
+        )
+    fingerprint = hashlib.sha256(keys[numbers].tobytes() + b"held out" + held.tobytes()).hexdigest()
+    train = Parts(document, numbers, lengths[numbers])
+    return Corpus(train, [texts[first] for first in firsts], fingerprint, int(sizes[numbers].sum()))
 
 
 def split(

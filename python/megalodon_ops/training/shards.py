@@ -24,7 +24,7 @@ from typing import Annotated, Any, BinaryIO, Literal
 import msgspec
 import numpy
 
-from .corpus import Corpus, key_of, split
+from .corpus import Corpus, key_of, split, split_from
 from ..files import FileError, as_path, opened, reading, write_atomically, write_whole
 from ..tokenizers import Tokenizer, load_tokenizer
 
@@ -119,7 +119,7 @@ class Shards:
         row = number - int(self._first[shard])
         return tokens[int(table[row - 1, TOKENS]) if row else 0 : int(table[row, TOKENS])]
 
-    def hold_out(self) -> Corpus:
+    def hold_out(self, validation: Iterable[bytes] | None = None) -> Corpus:
         """Hold out a twentieth of the text, and at most 8 MiB, as :func:`hold_out` does; duplicates are removed.
 
         Training documents are ids, read on access; held-out documents are text. If the end of the longest document is
@@ -127,7 +127,10 @@ class Shards:
         """
         keys, sizes, lengths = self._column(KEYS), self._lengths(BYTES), self._lengths(TOKENS)
         with reading(self.folder):
-            corpus = split(self.document, keys, sizes, lengths, self._text, MAX_HELD_OUT_BYTES)
+            if validation is None:
+                corpus = split(self.document, keys, sizes, lengths, self._text, MAX_HELD_OUT_BYTES)
+            else:
+                corpus = split_from(validation, self.document, keys, sizes, lengths)
         both = self.tokenizer.fingerprint + corpus.fingerprint
         return corpus._replace(fingerprint=hashlib.sha256(both.encode()).hexdigest())
 
