@@ -57,6 +57,16 @@ def test_version(capsys):
     assert stopped.value.code == 0 and capsys.readouterr().out == f"megalodon_ops {megalodon_ops.__version__}\n"
 
 
+def test_without_a_command_the_help_is_shown(capsys):
+    with pytest.raises(SystemExit) as stopped:
+        main([])
+    out, err = capsys.readouterr()
+    assert stopped.value.code == 0 and err == "" and out.startswith("usage: ")
+    one_line = " ".join(out.split())
+    assert "count a tokenizer's tokens (`tokenize` writes them)" in one_line
+    assert "`train --data` (`tokenizer` makes the tokenizer)" in one_line
+
+
 @pytest.mark.parametrize("command", COMMANDS)
 def test_examples_in_the_help_are_commands(command, capsys):
     def examples(*arguments):
@@ -172,7 +182,8 @@ ERRORS = {
     "config's key": (["train", "--config", "{tmp}/key"], "--config {tmp}/key: not an option of a run: 'layer'; did you mean layers?"),
     "config's value": (["train", "--config", "{tmp}/value"], "--config {tmp}/value: --steps: must be a whole number, got 'many'"),
     "no config": (["train", "--config", "{tmp}/none"], "{tmp}/none: "),
-    "config that is no object": (["train", "--config", "{tmp}/one"], "error: {tmp}/one: "),
+    "config that is no object": (["train", "--config", "{tmp}/one"], "error: --config {tmp}/one: "),
+    "config in another format": (["train", "--config", "{tmp}/x.yaml"], '; it must hold a JSON object of options, such as {"dim": 256}'),
     "accumulate another number": (["train", "--resume", "--out", "{run}", "--accumulate", "2"], "--accumulate: the run in {run} has 1, got 2"),
     "steps": (["train", "--steps", "0"], "--steps: must be a whole number >= 1, got '0'"),
     "two ends": (["train", "--steps", "3", "--minutes", "1"], "--steps: cannot be combined with --minutes"),
@@ -219,7 +230,6 @@ ERRORS = {
     "mesh": (["plan", "--mesh", "rows=2"], "--mesh: must be sizes of data, chunk and tensor such as data=2,chunk=2, got 'rows=2'"),
     "planned batch": (["plan", "--mesh", "data=2", "--batch", "3"], "--batch: must be a multiple of the mesh's data = 2, got 3"),
     "planned types": (["plan", "--param-dtype", "bfloat16", "--dtype", "float32"], "--param-dtype: must be float32, or `dtype` without"),
-    "no command": ([], f"required: {{{','.join(COMMANDS)}}}"),
     "unknown command": (["fly"], "invalid choice: 'fly'"),
     "a slip in a command": (["trian"], "); did you mean train?"),
     "a slip in a choice": (["train", "--preset", "mega1.3b"], "); did you mean mega1.3B?"),
@@ -235,7 +245,13 @@ def test_one_line_and_exit_code_2(name, finished, text, tmp_path, monkeypatch, c
 
     arguments, message = ERRORS[name]
     monkeypatch.chdir(tmp_path)
-    for file, content in {"empty": "", "one": "x", "key": '{"layer": 3}', "value": '{"steps": "many"}'}.items():
+    for file, content in {
+        "empty": "",
+        "one": "x",
+        "key": '{"layer": 3}',
+        "value": '{"steps": "many"}',
+        "x.yaml": "dim: 256",
+    }.items():
         (tmp_path / file).write_text(content)
     before = rows(finished)
     try:

@@ -304,7 +304,7 @@ def test_a_run_on_tokens_encodes_nothing(text, bpe, tmp_path, monkeypatch):
     def refuse(*arguments):
         raise AssertionError("encoded")
 
-    monkeypatch.setattr("megalodon_ops.cli.train.tqdm", refuse)
+    monkeypatch.setattr("megalodon_ops.cli.train.work_bar", refuse)
     monkeypatch.setattr("megalodon_ops.tokenizers.Tokenizer.encode_batch", refuse)
 
     def interrupt(progress, row):

@@ -1,5 +1,8 @@
 """`eval` and `generate` with a trained model."""
 
+import contextlib
+import io
+import re
 import signal
 
 import pytest
@@ -46,6 +49,32 @@ def test_generate(finished, capsys):
     assert generate() == text, "the same seed, the same text"
     assert generate("--seed", "1") != text
     assert generate("--temperature", "0") == generate("--top-k", "1", "--seed", "3") != text
+
+
+def test_several_prompts_are_continued_one_after_the_other(finished, capsys):
+    def generate(*flags):
+        assert main(["generate", "--checkpoint", str(finished), "--tokens", "9", *flags]) == 0
+        return capsys.readouterr().out
+
+    one, other = (generate("--prompt", prompt) for prompt in ("import ", "def "))
+    both = ["--prompt", "import ", "--prompt", "def "]
+    assert generate(*both) == f"--- prompt 1\n{one}--- prompt 2\n{other}"
+    titles = [line for line in generate(*both, "--samples", "2").splitlines() if line.startswith("--- ")]
+    assert titles == [f"--- prompt {prompt}, sample {sample}" for prompt in (1, 2) for sample in (1, 2)]
+
+
+def test_bars_in_a_log_end_before_the_results(finished, text, tmp_path):
+    """In a file that takes both streams, as `> log 2>&1` does."""
+    for command in (
+        ["eval", "--checkpoint", str(finished)],
+        ["tokenize", str(text / "1.py"), "--out", str(tmp_path / "tokens")],
+    ):
+        log = io.StringIO()
+        with contextlib.redirect_stdout(log), contextlib.redirect_stderr(log):
+            assert main(command) == 0
+        lines = log.getvalue().split("\n")
+        (bar,) = (line for line in lines if "%|" in line)
+        assert re.search(r"B/s\] *$", bar) and not re.search(r"documents|bits per byte|train with it", bar), lines
 
 
 def test_generate_prints_token_by_token(finished):

@@ -85,6 +85,16 @@ def test_processes_accumulate_the_batch_of_one(ranks, single_run, text, tmp_path
     assert_losses(tmp_path / "run", single_run, 1e-5)
 
 
+def test_processes_start_from_the_weights_of_a_model(ranks, single_run, text, tmp_path):
+    options = ("--init-from", single_run / "best", *STEPS)
+    assert train(text, tmp_path / "one", *TINY, *options) == 0
+    results = ranks.run(command, 2, flags(text, tmp_path / "two", *options, "--mesh", "data=2"))
+    assert [result.code for result in results] == [0, 0], results
+    assert_losses(tmp_path / "two", tmp_path / "one", 1e-5)
+    losses = [[row["loss"] for row in rows(run) if "loss" in row] for run in (tmp_path / "one", single_run)]
+    assert losses[0][0] < losses[1][0] - 0.2, "it starts where the other has learned"
+
+
 def assert_values_close(found, wanted):
     from megalodon_ops import Megalodon
 

@@ -12,6 +12,17 @@ from typing import Any
 from tqdm import tqdm
 
 
+def work_bar(**style: Any) -> tqdm:
+    """Return a progress bar that a terminal erases at its end; in a log it keeps a line of its own."""
+    is_terminal = sys.stderr.isatty()
+    return tqdm(leave=not is_terminal, mininterval=0.5 if is_terminal else 10, **style)
+
+
+def bytes_bar(total: int, **style: Any) -> tqdm:
+    """Return a :func:`work_bar` of bytes."""
+    return work_bar(total=total, unit="B", unit_scale=True, **style)
+
+
 class Progress:
     """Progress bar with loss, bits per byte and tokens per second.
 

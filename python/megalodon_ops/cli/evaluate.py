@@ -8,10 +8,10 @@ import zlib
 from collections.abc import Callable, Iterator, Sequence
 
 import numpy
-from tqdm import tqdm
 
 import megalodon_ops
 from megalodon_ops import evaluation
+from megalodon_ops.cli.console import bytes_bar
 from megalodon_ops.cli.data import find_files, load_data, load_documents
 from megalodon_ops.cli.documents import RECORD_SUFFIXES
 from megalodon_ops.cli.errors import CommandError
@@ -38,7 +38,7 @@ def run(options: Eval) -> int:
     print(f"{text}: {len(documents)} documents, {total:,} bytes{step}")
     contexts = list(dict.fromkeys(options.context))
     with (
-        tqdm(total=total * len(contexts), unit="B", unit_scale=True, mininterval=0.5, leave=False) as bar,
+        bytes_bar(total * len(contexts)) as bar,
         precision(device, dtype),
     ):
         try:

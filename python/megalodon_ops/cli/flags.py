@@ -86,6 +86,9 @@ def parse(words: Sequence[str] | None, commands: Mapping[str, type[Options]]) ->
         texts = dict(help=summary, description=summary, epilog="\n".join(["examples:", *_examples(kind)]))
         parsers[name] = subparsers.add_parser(name, argument_default=argparse.SUPPRESS, **texts, **style)
         _add_flags(parsers[name], kind)
+    if not words:
+        parser.print_help()
+        parser.exit()
     found = vars(parser.parse_args(words))
     name = found.pop("command")
     try:

@@ -34,7 +34,7 @@ def run(options: Generate) -> int:
     if options.samples > 1 and options.temperature == 0:
         raise CommandError("--samples: must be 1 with --temperature 0, which draws nothing")
     device = usable_device(options.device)
-    prompt = _prompt(options)
+    prompts = _prompts(options)
     trained = trained_model(options.checkpoint, device, options.tokenizer, options.dtype)
     try:
         check_samples(trained.model, options.samples)  # before the model runs
@@ -45,12 +45,16 @@ def run(options: Generate) -> int:
     sampling = dict(num_tokens=options.tokens, stops=options.stop, samples=options.samples)
     sampling |= {name: getattr(options, name) for name in names}
     with precision(device, options.dtype or trained.dtype):
-        texts = continue_prompt(trained.model, trained.tokenizer, prompt, **sampling)
-        if options.samples == 1:
-            _print_as_it_comes(prompt, (text for _, text in texts))
-        else:
+        for count, prompt in enumerate(prompts, 1):
+            title = f"prompt {count}" if len(prompts) > 1 else ""
+            texts = continue_prompt(trained.model, trained.tokenizer, prompt, **sampling)
+            if options.samples == 1:
+                print(f"--- {title}\n" if title else "", end="")
+                _print_as_it_comes(prompt, (text for _, text in texts))
+                continue
             for number, text in enumerate(_collect(texts, options.samples), 1):
-                print(f"--- sample {number}\n{(prompt + text).decode(errors='replace')}")
+                sample = f"{title}, sample {number}" if title else f"sample {number}"
+                print(f"--- {sample}\n{(prompt + text).decode(errors='replace')}")
     return 0
 
 
@@ -128,9 +132,9 @@ def show_sample(
         print(f"--- continued by the model, {number} of {SAMPLES}\n{text.decode(errors='replace')}")
 
 
-def _prompt(options: Generate) -> bytes:
+def _prompts(options: Generate) -> list[bytes]:
     if options.prompt_file is None:
-        return os.fsencode(options.prompt)
+        return [os.fsencode(prompt) for prompt in options.prompt or ("",)]
     path, is_stdin = options.prompt_file, str(options.prompt_file) == "-"
     if options.prompt:
         raise CommandError("--prompt-file: cannot be combined with --prompt")
@@ -141,4 +145,4 @@ def _prompt(options: Generate) -> bytes:
         raise CommandError(f"--prompt-file {path}: {error.strerror}") from error
     if len(prompt) > MAX_PROMPT_BYTES:
         raise CommandError(f"--prompt-file {path}: must have at most {MAX_PROMPT_BYTES:,} bytes, got more")
-    return prompt
+    return [prompt]

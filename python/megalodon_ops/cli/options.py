@@ -119,6 +119,7 @@ class Train(BatchOptions):
     python -m megalodon_ops train --out runs/prose --resume --minutes 60
     python -m megalodon_ops train --config runs/prose/options.json --seed 1 --out runs/again
     python -m megalodon_ops train --tokenizer bpe.json --data book.txt
+    python -m megalodon_ops train --init-from runs/prose/best --data letters --validation recent.txt --lr 1e-3
     python -m megalodon_ops train --steps 2000 --dim 256 --layers 6 --chunk 512 --lr 3e-3 --seed 1
     torchrun --nproc-per-node 4 --max-restarts 3 -m megalodon_ops train --mesh data=2,chunk=2 --batch 4 --length 8192 --out runs/four
     """
@@ -132,6 +133,9 @@ class Train(BatchOptions):
         None, "held-out text, in files as those of --data (a twentieth of --data)"
     )
     tokenizer: Path | None = flag(None, VOCABULARY)
+    init_from: Path | None = flag(
+        None, "start from the weights of a run, a checkpoint or any saved model, with its configuration and tokenizer"
+    )
     out: Path | None = flag(None, "folder of the run (runs/<time>); required with torchrun")
     resume: bool = flag(False, "continue the run in --out with its own flags")
     config: Path | None = flag(
@@ -158,7 +162,8 @@ class Train(BatchOptions):
     def record(self) -> dict[str, Any]:
         """Return the options that checkpoints and `options.json` record: all but those of the launch."""
         values = to_builtins(self, enc_hook=str)
-        return {name: value for name, value in values.items() if name not in LAUNCH_OPTIONS}
+        left_out = LAUNCH_OPTIONS if self.init_from is None else (*LAUNCH_OPTIONS, "preset")
+        return {name: value for name, value in values.items() if name not in left_out}
 
 
 @dataclass(kw_only=True)
@@ -201,11 +206,13 @@ class Generate(ModelToRead):
     python -m megalodon_ops generate --checkpoint runs/prose --prompt 'Q: ' --stop 'Q:' --samples 3 --tokens 100 --min-p 0.05
     """
 
-    prompt: str = flag("", "text to continue (none: a new document)")
+    prompt: tuple[str, ...] = flag(
+        (), "text to continue; repeatable (none: a new document)", action="append", metavar="TEXT"
+    )
     prompt_file: Path | None = flag(None, "file to continue; - is standard input")
     tokens: Natural = flag(1000, "maximum tokens to generate")
     stop: tuple[Text, ...] = flag((), "end before this text; repeatable", action="append", metavar="TEXT")
-    samples: Count = flag(1, "number of continuations")
+    samples: Count = flag(1, "number of continuations of a prompt")
     temperature: NotNegative = flag(0.8, "sampling temperature; 0 takes the likeliest token")
     top_k: Count | None = flag(None, "sample from the N likeliest tokens")
     top_p: Fraction | None = flag(None, "sample from the smallest set of likeliest tokens with total probability X")
@@ -216,7 +223,7 @@ class Generate(ModelToRead):
 
 @dataclass(kw_only=True)
 class TrainTokenizer(Options):
-    """train a byte-level BPE on text, or measure a tokenizer on text
+    """make or measure a tokenizer: train a byte-level BPE, or count a tokenizer's tokens (`tokenize` writes them)
 
     python -m megalodon_ops tokenizer --train --vocab-size 4096 --out bpe.json book.txt notes --glob '*.txt'
     python -m megalodon_ops tokenizer --tokenizer bpe.json other.txt
@@ -235,7 +242,7 @@ class TrainTokenizer(Options):
 
 @dataclass(kw_only=True)
 class Tokenize(Options):
-    """encode text into a folder of tokens, for `train --data`
+    """encode text into a folder of tokens, for `train --data` (`tokenizer` makes the tokenizer)
 
     python -m megalodon_ops tokenize --tokenizer bpe.json --out tokens crawl.jsonl books
     python -m megalodon_ops tokenize --out tokens pages --glob '*.html'

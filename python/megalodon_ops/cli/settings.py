@@ -10,23 +10,28 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import msgspec
+import torch
 
-from megalodon_ops import MegalodonConfig
+from megalodon_ops import Megalodon, MegalodonConfig
 from megalodon_ops.cli.data import tokens_folder
 from megalodon_ops.cli.errors import CommandError
 from megalodon_ops.cli.flags import convert, fault, flag_of
 from megalodon_ops.cli.models import model_config, read_tokenizer
-from megalodon_ops.cli.options import MINUTES, LAUNCH_OPTIONS, RATE_TIMES_WIDTH, CONTEXT_ROWS, Train, config_field
+from megalodon_ops.cli.options import CONTEXT_ROWS, LAUNCH_OPTIONS, MINUTES, RATE_TIMES_WIDTH
+from megalodon_ops.cli.options import ModelOptions, Train, config_field
 from megalodon_ops.cli.run_record import TrainRecord
-from megalodon_ops.files import read_json
+from megalodon_ops.files import FileError, read_json
 from megalodon_ops.ops.common.checks import short_text
 from megalodon_ops.tokenizers import ByteTokenizer, Tokenizer
-from megalodon_ops.training.run_checkpoint import Checkpoint
+from megalodon_ops.training.run_checkpoint import Checkpoint, load_any
 
 CHANGEABLE_OPTIONS = frozenset(LAUNCH_OPTIONS).union(
     "data glob field validation tokenizer steps minutes eval_every checkpoint_every device tensorboard peak_tflops".split()
 )
 """Options that may change on a resume (text and tokenizer are compared by content); the others determine the losses"""
+
+WEIGHTLESS_OPTIONS = frozenset({"dropout", "attention_dropout", "layerwise_ckpt"})
+"""Options of a model that may differ from those of --init-from"""
 
 
 class Run(NamedTuple):
@@ -34,13 +39,21 @@ class Run(NamedTuple):
     """With a value for every option that determines the losses"""
     config: MegalodonConfig
     tokenizer: Tokenizer
+    initial: Megalodon | None = None
+    """Model of --init-from"""
 
 
 def with_config(options: Train) -> Train:
     """Return the options of the --config file, overridden by the user's flags."""
     if options.config is None:
         return options
-    file, values = options.config, read_json(options.config)
+    file = options.config
+    try:
+        values = read_json(file)
+    except FileError as error:
+        raise CommandError(
+            f'--config {error}; it must hold a JSON object of options, such as {{"dim": 256}}'
+        ) from error
     names = [field.name for field in fields(Train) if field.name not in ("config", "resume")]
     if unknown := [name for name in values if name not in names]:
         near = difflib.get_close_matches(unknown[0], names, n=1)
@@ -81,15 +94,49 @@ def new_run(options: Train, out: Path) -> Run:
     """Return the settings of a new run."""
     _check_apart(out, options.data or (), options.glob)
     options = _with_absolute_paths(options)
-    tokenizer = _tokenizer(options)
-    config = model_config(options.preset, options.config_fields(), tokenizer, ends=options.end_token)
+    initial = None
+    if options.init_from is None:
+        tokenizer = _tokenizer(options) or ByteTokenizer()
+        config = model_config(options.preset, options.config_fields(), tokenizer, ends=options.end_token)
+    else:
+        initial, config, tokenizer = _initial_model(options)
+        options = replace(options, end_token=config.eos_token_id is not None)
     if options.context_length is None:
         options = replace(options, context_length=CONTEXT_ROWS * options.length)
     if options.lr is None:
         options = replace(options, lr=float(f"{RATE_TIMES_WIDTH / config.model_dim:.2g}"))
     if options.steps is None and options.minutes is None:
         options = replace(options, minutes=MINUTES)
-    return Run(options, config, tokenizer)
+    return Run(options, config, tokenizer, initial)
+
+
+def _initial_model(options: Train) -> tuple[Megalodon, MegalodonConfig, Tokenizer]:
+    """Load the model of --init-from; return it, the run's configuration and its tokenizer."""
+    folder = options.init_from
+    try:
+        model, found, _ = load_any(folder, dtype=torch.float32)
+    except (FileError, FileNotFoundError) as error:
+        raise CommandError(f"--init-from {error}") from error
+    tokenizer = _tokenizer(options) or found or ByteTokenizer()
+    if found is not None and tokenizer.fingerprint != found.fingerprint:
+        flag = "--data" if options.tokenizer is None else "--tokenizer"
+        raise CommandError(f"{flag}: is of another tokenizer than the model in {folder}")
+    if tokenizer.vocab_size > model.config.vocab_size:
+        raise CommandError(
+            f"--init-from {folder}: the tokenizer has {tokenizer.vocab_size} ids, and the model knows "
+            f"{model.config.vocab_size}; name the model's with --tokenizer"
+        )
+    values = {
+        **model.config.to_dict(),
+        "preset": "a configuration of its own",
+        "end_token": model.config.eos_token_id is not None,
+    }
+    for name in sorted(options.given & {"end_token", *ModelOptions.__annotations__} - WEIGHTLESS_OPTIONS):
+        given, value = getattr(options, name), values[config_field(name)]
+        if given is not None and given != value:
+            raise CommandError(f"{flag_of(name)}: the model in {folder} has {value}, got {given}; leave the flag out")
+    changes = {name: value for name in WEIGHTLESS_OPTIONS if (value := getattr(options, name)) is not None}
+    return model, replace(model.config, **changes), tokenizer
 
 
 def resumed_run(options: Train, out: Path, saved: Checkpoint) -> Run:
@@ -123,16 +170,19 @@ def _with_absolute_paths(options: Train) -> Train:
     for name in ("data", "validation"):
         if (paths := getattr(options, name)) is not None:
             new[name] = tuple(path.absolute() for path in paths)
-    if options.tokenizer is not None:
-        new["tokenizer"] = options.tokenizer.absolute()
-    return replace(options, **new)
+    for name in ("tokenizer", "init_from"):
+        if (path := getattr(options, name)) is not None:
+            new[name] = path.absolute()
+    absolute = replace(options, **new)
+    absolute.given = options.given
+    return absolute
 
 
-def _tokenizer(options: Train) -> Tokenizer:
-    """Return the tokenizer of a folder of tokens, else that of --tokenizer, else the byte tokenizer."""
+def _tokenizer(options: Train) -> Tokenizer | None:
+    """Return the tokenizer of a folder of tokens, else that of --tokenizer, or None."""
     given = None if options.tokenizer is None else read_tokenizer(options.tokenizer)
     if (folder := tokens_folder(options.data)) is None:
-        return given or ByteTokenizer()
+        return given
     tokenizer = read_tokenizer(folder)
     if given is not None and given.fingerprint != tokenizer.fingerprint:
         raise CommandError(

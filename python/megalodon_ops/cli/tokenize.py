@@ -9,8 +9,7 @@ from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
-from tqdm import tqdm
-
+from megalodon_ops.cli.console import bytes_bar
 from megalodon_ops.cli.data import find_files
 from megalodon_ops.cli.documents import Unit, documents_of, reasons, split_files, total_size
 from megalodon_ops.cli.errors import CommandError
@@ -81,7 +80,7 @@ def _make_shards(index: Index, units: Sequence[Unit], tokenizer: Tokenizer, opti
     tokenizer.save(options.out)
     total = total_size(units)
     done = total - total_size(units[number] for number in left)
-    with tqdm(total=total, initial=done, unit="B", unit_scale=True, leave=False, desc="tokenizing") as bar:
+    with bytes_bar(total, initial=done, desc="tokenizing") as bar:
         for number in left:
             skipped: Counter[str] = Counter()
             documents = documents_of(units[number], options.field, skipped)

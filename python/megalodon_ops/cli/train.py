@@ -18,10 +18,9 @@ from typing import Any
 import matplotlib.figure  # noqa: F401 - needed at the end; fail early if it is missing
 import torch
 from torch import nn
-from tqdm import tqdm
 
 from megalodon_ops import Megalodon, MegalodonConfig, MegalodonState
-from megalodon_ops.cli.console import Progress, StopSignals
+from megalodon_ops.cli.console import Progress, StopSignals, bytes_bar, work_bar
 from megalodon_ops.cli.data import load_data
 from megalodon_ops.cli.errors import CommandError
 from megalodon_ops.cli.evaluate import compressed_bits
@@ -35,6 +34,7 @@ from megalodon_ops.cli.processes import Processes, is_distributed, process_group
 from megalodon_ops.cli.settings import new_run, resumed_run, run_folder, with_config
 from megalodon_ops.files import FileError, write_whole
 from megalodon_ops.model.model_state import layout
+from megalodon_ops.model.weights import set_whole
 from megalodon_ops.ops.common.memory import check_fits
 from megalodon_ops.tokenizers import Tokenizer
 from megalodon_ops.training import Batches, Checkpoint, Corpus, Metrics, Muon, Reader, Saver, Schedule, adamw
@@ -67,7 +67,8 @@ def run(options: Train) -> int:
             stack.enter_context(folder_lock(out))
         saved = newest_checkpoint(options, out, processes)
         best = processes.broadcast(best_of_run(out) if processes.is_rank0 else None)
-        options, config, tokenizer = new_run(options, out) if saved is None else resumed_run(options, out, saved)
+        settings = new_run(options, out) if saved is None else resumed_run(options, out, saved)
+        options, config, tokenizer, initial = settings
         processes.check_same({flag_of(name): value for name, value in {**config.to_dict(), **options.record()}.items()})
         device = usable_device(options.device)
         if processes.size > 1:
@@ -98,6 +99,11 @@ def run(options: Train) -> int:
                 print(f"{out}: finished after step {step}; continue it with a larger --steps or --minutes")
         torch.manual_seed(options.seed)
         model = new_model(config, device, processes)
+        if initial is not None:
+            weights = dict(initial.named_parameters())
+            for name, parameter in model.named_parameters():
+                set_whole(parameter, weights[name])
+            del weights, initial
         optimizer = OPTIMIZERS[options.optimizer](model, lr=options.lr, weight_decay=options.weight_decay)
         rows = options.batch * options.accumulate  # per step
         share = rows // processes.mesh_size("data")
@@ -228,14 +234,7 @@ def run(options: Train) -> int:
             )
             return 128 + stopped
         unsharded, size = model.alone(), sum(map(len, corpus.held_out))
-        with tqdm(
-            total=size // processes.size,
-            unit="B",
-            unit_scale=True,
-            desc="evaluating held-out text",
-            leave=False,
-            delay=1,
-        ) as bar:
+        with bytes_bar(size // processes.size, desc="evaluating held-out text", delay=1) as bar:
             bits = bits_per_byte(unsharded, tokenizer, corpus.held_out, autocast, processes, bar.update)
         if processes.is_rank0:
             print(f"\nheld-out text, {size:,} bytes     bits per byte\n  {f'this model, step {step}':<28} {bits:.3f}")
@@ -367,7 +366,7 @@ def encode(documents: Sequence[bytes] | Parts, tokenizer: Tokenizer) -> Sequence
     """Return the documents' ids, or the bytes themselves for bytes; documents without tokens are skipped."""
     if tokenizer.byte_level or isinstance(documents, Parts):
         return documents
-    read = tqdm(documents, unit=" documents", desc="encoding", leave=False, delay=1)
+    read = work_bar(iterable=documents, unit=" documents", desc="encoding", delay=1)
     found = [ids for ids in tokenizer.encode_batch(read) if len(ids)]
     if not found:
         raise CommandError("--tokenizer: encodes the text to no tokens")

@@ -1,0 +1,104 @@
+"""`train --init-from`: a new run that starts from a model's weights, and flags that contradict the model."""
+
+import pytest
+import torch
+from command_line import TINY, rows
+
+import megalodon_ops as mo
+from megalodon_ops.cli import main
+from megalodon_ops.tokenizers import ByteTokenizer, Tokenizer
+from megalodon_ops.training import load_checkpoint
+
+pytestmark = pytest.mark.usefixtures("quick")
+
+FLAGS = ["--batch", "3", "--length", "24", "--steps", "2"]
+
+
+def init(source, data, out, *flags):
+    arguments = ["train", "--init-from", str(source), "--data", str(data), "--out", str(out), *FLAGS]
+    return main([*arguments, *map(str, flags)])
+
+
+def first_weights(run):
+    """The weights before the first step."""
+    return dict(mo.Megalodon.load(run / "checkpoints/step-00000000").named_parameters())
+
+
+def test_a_run_starts_from_the_weights_with_other_data_optimizer_and_rate(finished, tmp_path):
+    (tmp_path / "other.txt").write_text("to be or not to be, that is the question. " * 50)
+    flags = ("--optimizer", "muon", "--lr", 0.002, "--dropout", 0.1, "--layerwise-ckpt")
+    assert init(finished, tmp_path / "other.txt", tmp_path / "run", *flags, "--checkpoint-every", 2) == 0
+    wanted, found = load_checkpoint(finished), load_checkpoint(tmp_path / "run")
+    model = mo.Megalodon(wanted.config)
+    wanted.load_weights(model)
+    torch.testing.assert_close(first_weights(tmp_path / "run"), dict(model.named_parameters()), rtol=0, atol=0)
+    assert found.record["optimizer"] == "Muon" and found.config.dropout == 0.1 and found.config.layerwise_ckpt
+    assert found.config.model_dim == wanted.config.model_dim == 32
+
+    # The run needs its source no more, and its options file repeats it.
+    options = ["--config", str(tmp_path / "run" / "options.json")]
+    assert main(["train", *options, "--out", str(tmp_path / "again")]) == 0
+    assert rows(tmp_path / "again") == rows(tmp_path / "run")
+    assert main(["train", "--out", str(tmp_path / "run"), "--resume", "--steps", "3"]) == 0
+
+
+@pytest.mark.parametrize("kind", ["own", "bfloat16", "released", "best"])
+def test_every_kind_of_folder(finished, text, tmp_path, kind):
+    source, dtype = tmp_path / kind, torch.bfloat16 if kind == "bfloat16" else torch.float32
+    config = mo.MegalodonConfig(
+        num_layers=1, model_dim=32, z_dim=16, value_dim=32, ffn_hidden_dim=32, chunk_size=8, norm_num_groups=4,
+        vocab_size=257,
+    )  # fmt: skip
+    model = mo.Megalodon(config).to(dtype)
+    if kind == "released":
+        mo.save_official(model, source, tokenizer=ByteTokenizer())
+    elif kind == "best":
+        source, model = finished / "best", mo.Megalodon.load(finished / "best")
+    else:
+        model.save(source)  # without a tokenizer: bytes
+    assert init(source, text, tmp_path / "run") == 0
+    wanted = {name: parameter.float() for name, parameter in model.named_parameters()}
+    torch.testing.assert_close(first_weights(tmp_path / "run"), wanted, rtol=0, atol=0)
+
+
+WRONG = {
+    "width": (["--dim", 64], "--dim: the model in {source} has 32, got 64; leave the flag out"),
+    "preset": (["--preset", "small"], "--preset: the model in {source} has a configuration of its own, got small; leave"),
+    "ends": (["--no-end-token"], "--end-token: the model in {source} has True, got False; leave the flag out"),
+    "sharing": (["--share-emb"], "--share-emb: the model in {source} has False, got True; leave the flag out"),
+    "tokenizer": (["--tokenizer", "{bpe}"], "--tokenizer: is of another tokenizer than the model in {source}"),
+    "no model": (["--init-from", "{bpe}"], "--init-from {bpe}: "),
+    "a resume": (["--resume", "--out", "{source}"], "--init-from: the run in {source} has None, got {source}; leave"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", WRONG)
+def test_contradictions_are_refused_by_name(finished, text, tmp_path, name, capsys):
+    pytest.importorskip("tokenizers")
+    bpe = tmp_path / "bpe.json"
+    bpe.write_bytes(Tokenizer.train([b"to be or not to be, that is the question. " * 20], vocab_size=300).content)
+    flags, message = WRONG[name]
+    names = {"source": finished, "bpe": bpe}
+    assert init(finished, text, tmp_path / "run", *(str(flag).format(**names) for flag in flags)) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert message.format(**names) in line
+    assert not (tmp_path / "run").exists()
+
+
+def test_flags_that_agree_are_taken(finished, text, tmp_path):
+    assert init(finished, text, tmp_path / "run", "--dim", 32, "--layers", 2, "--end-token") == 0
+
+
+def test_validation_is_evaluated_and_not_trained_on(text, tmp_path, capsys):
+    held_out = text / "3.py"
+    flags = ["--data", str(text), "--validation", str(held_out), "--out", str(tmp_path / "run"), *TINY, "--steps", "2"]
+    assert main(["train", *flags]) == 0
+    size = held_out.stat().st_size
+    assert " in 39 documents to learn from" in (out := capsys.readouterr().out) and f", {size:,} in 1 held out" in out
+    assert main(["eval", "--checkpoint", str(tmp_path / "run")]) == 0
+    last = rows(tmp_path / "run")[-1]["held_out_bits_per_byte"]
+    assert float(capsys.readouterr().out.splitlines()[-1].split()[0]) == pytest.approx(last, abs=2e-4)
+    assert main(["train", "--out", str(tmp_path / "run"), "--resume", "--validation", str(text / "4.py")]) == 2
+    assert "the text is not the one" in capsys.readouterr().err
+    assert main(["train", "--data", str(held_out), "--validation", str(held_out), "--out", str(tmp_path / "no")]) == 2
+    assert f"{held_out}: must have a document that is not in --validation" in capsys.readouterr().err
