@@ -270,3 +270,12 @@ def test_gradients_flow_through_a_cache_until_it_is_detached() -> None:
     assert embeddings.grad is None
     model(ids[:, 20:], past_key_values=cache).logits.sum().backward()
     assert embeddings.grad.abs().max() > 0
+
+
+def test_generate_batch_is_refused_by_name():
+    model = build_model().eval()
+    for call in (lambda: model.generate_batch([[1, 2, 3]], max_new_tokens=2), model.init_continuous_batching):
+        with pytest.raises(
+            NotImplementedError, match="MegalodonForCausalLM: `generate_batch` must have a cache of keys"
+        ):
+            call()

@@ -165,3 +165,25 @@ def test_functions_of_layers_refuse_wrong_arguments(call, error, match):
     for gradients in (True, False):
         with torch.set_grad_enabled(gradients), pytest.raises(error, match=match):
             call()
+
+
+def test_halves_of_a_block_take_sizes():
+    """They compute what they compute from a configuration of these sizes; the successor's parts are chosen, too."""
+    sizes = dict(z_dim=8, value_dim=16, ffn_hidden_dim=24, chunk_size=4)
+    x = torch.randn(2, 9, 24)
+    for half, more in (
+        (mo.NormalizedAttention, {}), (mo.NormalizedAttention, {"working_memory": True}), (mo.NormalizedFFN, {"swiglu": True}),
+    ):  # fmt: skip
+        layers = []
+        for arguments in ((24,), (mo.MegalodonConfig(model_dim=24, norm_num_groups=8, **sizes, **more),)):
+            torch.manual_seed(0)
+            layers.append(half(*arguments, **({**sizes, **more} if arguments == (24,) else {})))
+        assert type(layers[0]) is type(layers[1]) and layers[0].config == layers[1].config
+        assert torch.equal(layers[0](x), layers[1](x))
+        config = layers[0].config
+        with pytest.raises(TypeError, match=rf"{half.__name__}: `z_dim` must be a field of `config`, got both"):
+            half(config, z_dim=8)
+        with pytest.raises(TypeError, match=rf"{half.__name__}: `zdim` must be a field of MegalodonConfig"):
+            half(24, zdim=8)
+        with pytest.raises(ValueError, match="MegalodonConfig: `model_dim` must be a positive integer"):
+            half(0)

@@ -243,6 +243,13 @@ class MegalodonForCausalLM(MegalodonCausalModel, GenerationMixin):
                     )
         super()._prepare_cache_for_generation(generation_config, model_kwargs, *others, **options)
 
+    def init_continuous_batching(self, *arguments: Any, **options: Any) -> None:
+        """Refuse `generate_batch`, which needs a cache of pages of keys and values."""
+        raise NotImplementedError(
+            f"{type(self).__name__}: `generate_batch` must have a cache of keys and values in pages, and this model's state "
+            "has none; use `generate` with a batch of prompts."
+        )
+
     @classmethod
     def _supports_default_dynamic_cache(cls) -> bool:
         return False

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .config import MegalodonConfig, check_config
+from .config import MegalodonConfig, check_config, config_of_sizes
 from ..ops.gated_silu.gated_silu import gated_silu
 from .layers import (
     ComplexEMA, LayerNorm, Linear, RMSNorm, SequenceNorm, TimestepNorm, WideParameters, check_no_state,
@@ -53,10 +53,13 @@ class NormalizedAttention(WideParameters):
     In an encoder: sequence norm, bidirectional CEMA, attention to the whole chunk, no state. A configuration with parts
     of MEGALODON's successor creates an instance of the subclass in gecko_block.py.
 
+    Args:
+        config: a configuration, or the width D of x; then fields of a :class:`MegalodonConfig` follow by name.
+            `norm_num_groups` is by default the largest number of up to 32 that divides both D and 32.
+
     Example:
         >>> import torch, megalodon_ops as mo
-        >>> config = mo.MegalodonConfig(model_dim=64, z_dim=32, value_dim=64, ffn_hidden_dim=96)
-        >>> mo.NormalizedAttention(config)(torch.randn(2, 10, 64)).shape
+        >>> mo.NormalizedAttention(64, z_dim=32, value_dim=64, chunk_size=16)(torch.randn(2, 10, 64)).shape
         torch.Size([2, 10, 64])
     """
 
@@ -65,12 +68,14 @@ class NormalizedAttention(WideParameters):
     They register themselves, because gecko_block.py imports this file, which thus cannot import gecko_block.py."""
     state_type: ClassVar[type[tuple]] = BlockState
 
-    def __new__(cls, config: MegalodonConfig | None = None, *_: Any, **options: Any) -> NormalizedAttention:
+    def __new__(cls, config: MegalodonConfig | int | None = None, *_: Any, **sizes: Any) -> NormalizedAttention:
         # Unpickling passes no configuration.
+        config = config_of_sizes(cls.__name__, config, sizes)
         forms = cls.other_forms if cls is NormalizedAttention and isinstance(config, MegalodonConfig) else ()
         return super().__new__(next((form for form in forms if form.serves(config)), cls))
 
-    def __init__(self, config: MegalodonConfig) -> None:
+    def __init__(self, config: MegalodonConfig | int, **sizes: Any) -> None:
+        config = config_of_sizes("NormalizedAttention", config, sizes)
         check_config("NormalizedAttention", config, accept_encoder=True)
         super().__init__()
         self.config = config
@@ -175,14 +180,17 @@ class NormalizedAttention(WideParameters):
 class NormalizedFFN(WideParameters):
     """The second half of a block: fc2(silu(fc1 n) [* fc3 n]) of n = layer_norm(y), without its residual.
 
+    Args:
+        config: a configuration, or the width D of y; then fields of a :class:`MegalodonConfig` follow by name.
+
     Example:
         >>> import torch, megalodon_ops as mo
-        >>> config = mo.MegalodonConfig(model_dim=64, z_dim=32, value_dim=64, ffn_hidden_dim=96, swiglu=True)
-        >>> mo.NormalizedFFN(config)(torch.randn(2, 10, 64)).shape
+        >>> mo.NormalizedFFN(64, ffn_hidden_dim=96, swiglu=True)(torch.randn(2, 10, 64)).shape
         torch.Size([2, 10, 64])
     """
 
-    def __init__(self, config: MegalodonConfig, layer: int = 0) -> None:
+    def __init__(self, config: MegalodonConfig | int, layer: int = 0, **sizes: Any) -> None:
+        config = config_of_sizes("NormalizedFFN", config, sizes)
         check_config("NormalizedFFN", config, accept_encoder=True)
         super().__init__()
         self.config, self.layer = config, layer

@@ -266,6 +266,19 @@ def check_config(
         raise TypeError(f"{module}: `config` must be a {kind.__name__}, got {describe(config)}.")
 
 
+def config_of_sizes(module: str, config: object, sizes: dict[str, Any]) -> object:
+    """Return a module's configuration, given as such, or as its width and other fields of a MegalodonConfig."""
+    if not isinstance(config, int) or isinstance(config, bool):
+        if sizes:
+            raise TypeError(f"{module}: `{min(sizes)}` must be a field of `config`, got both; set it there.")
+        return config
+    names = [field.name for field in dataclasses.fields(MegalodonConfig)]
+    if unknown := sizes.keys() - set(names):
+        raise TypeError(f"{module}: `{min(unknown)}` must be a field of MegalodonConfig, got another name.")
+    sizes = {"norm_num_groups": math.gcd(config, MegalodonConfig.norm_num_groups), **sizes} if config > 0 else sizes
+    return MegalodonConfig(model_dim=config, **sizes)
+
+
 _FIELDS_WITHOUT_EFFECT = set("init_mode dropout hidden_dropout attention_dropout layerwise_ckpt eos_token_id".split())
 _LARGEST_FLOAT32 = (2 - 2**-23) * 2.0**127
 _SMALL = dict(  # for a run of minutes on a few cores: docs/training.md

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -66,8 +66,9 @@ class GeckoAttention(NormalizedAttention):
         """Return True if a block of this configuration has one of these parts."""
         return config.working_memory or config.visible_chunks > 1
 
-    def __init__(self, config: MegalodonConfig) -> None:
-        super().__init__(config)
+    def __init__(self, config: MegalodonConfig | int, **sizes: Any) -> None:
+        super().__init__(config, **sizes)
+        config = self.config
         self.state_type = block_state_type(config)
         if config.working_memory:
             self.gamma, self.beta = (nn.Parameter(torch.empty(4, config.z_dim)) for _ in range(2))
