@@ -2,7 +2,7 @@
 
 import megalodon_ops as mo
 import numpy as np
-from style import BLUE, GREY, ORANGE, panels
+from style import BLUE, GREY, ORANGE, panels, plain_ticks
 
 config = mo.MegalodonConfig.preset("mega7.3B", vocab_size=32000)
 matrices = 2 * (config.num_parameters() - config.vocab_size * config.model_dim)  # the embedding is looked up
@@ -29,4 +29,5 @@ axes.text(config.chunk_size * 0.9, 150, "C", color=GREY, ha="right")
 axes.text(1.6e5, 80, "Transformer: attention\nto everything", color=ORANGE, ha="right", va="bottom")
 axes.text(2e6, 12, "MEGALODON: attention to a chunk", color=BLUE, ha="right", va="top")
 axes.set(xlabel="tokens of the text", ylabel="GFLOP a token", ylim=(8, 900))
+plain_ticks(axes.xaxis, axes.yaxis)
 figure.tight_layout()

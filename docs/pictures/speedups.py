@@ -1,12 +1,12 @@
 """Speed-up over the best path in plain torch for the same work, from the tables in bench/results.
 
-A bar is a row of a bench's first table, with all threads and a warm cache; of the rows of one work and type, the first.
+A dot is a row of a bench's first table, with all threads and a warm cache; of the rows of one work and type, the first.
 Forwards whose backward has a row are left out.
 """
 
 import sys
 
-from style import BLUE, GREY, ORANGE, REPOSITORY, panels
+from style import GREEN, INK, RED, REPOSITORY, panels
 
 sys.path.insert(0, str(REPOSITORY))
 from bench.summary import RESULTS, Page  # noqa: E402
@@ -35,10 +35,10 @@ names = sorted(names, key=lambda name: -by_processor[-1][1][name])
 
 figure, axes = panels(6.4, 0.5 * len(names) + 1)
 height = 0.8 / len(by_processor)
-for i, ((processor, found), colour) in enumerate(zip(by_processor, (ORANGE, BLUE, GREY))):
+for i, ((processor, found), colour) in enumerate(zip(by_processor, (GREEN, RED, INK))):
     y = [k + (i - (len(by_processor) - 1) / 2) * height for k in range(len(names))]
-    axes.barh(y, [found[name] for name in names], height, color=colour, label=processor)
-axes.axvline(1, color="#24292f", linewidth=1)
+    axes.plot([found[name] for name in names], y, "o", color=colour, label=processor)
+axes.axvline(1, color=INK, linewidth=1)
 axes.set(xscale="log", xlabel="times faster than the best in plain torch", ylim=(len(names) - 0.4, -0.6))
 axes.set_yticks(range(len(names)), names, fontsize=8.5)
 axes.set_xticks([1, 2, 5, 10, 20, 50], ["1", "2", "5", "10", "20", "50"])

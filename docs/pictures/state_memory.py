@@ -3,7 +3,7 @@
 import megalodon_ops as mo
 import numpy as np
 import torch
-from style import BLUE, GREY, ORANGE, panels
+from style import BLUE, GREY, ORANGE, panels, plain_ticks
 
 config = mo.MegalodonConfig.preset("mega7.3B")
 state = mo.MegalodonState.fresh(config, 1, dtype=torch.bfloat16, device="meta").nbytes
@@ -17,4 +17,5 @@ axes.text(9e4, 90, "Transformer, 7B:\nevery key and value", color=ORANGE, ha="ri
 axes.text(2e6, state / 2**30 * 0.8, "MEGALODON, 7.3B: one state", color=BLUE, ha="right", va="top")
 axes.axvline(state / llama, color=GREY, linewidth=0.8, linestyle=":")
 axes.set(xlabel="tokens read", ylabel="GiB a sequence")
+plain_ticks(axes.xaxis, axes.yaxis)
 figure.tight_layout()

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import matplotlib.pyplot as plt
 from matplotlib.axes import Axes
+from matplotlib.axis import Axis
 from matplotlib.figure import Figure
 from matplotlib.patches import FancyBboxPatch
 
@@ -22,6 +23,12 @@ def panels(width: float, height: float, columns: int = 1) -> tuple[Figure, Axes]
     """Create a figure of `width` by `height` inches for plots, and its axes, side by side."""
     plt.rcParams.update(_FONT | _AXES)
     return plt.subplots(1, columns, figsize=(width, height))
+
+
+def plain_ticks(*axes: Axis) -> None:
+    """Write powers of ten on the ticks as plain numbers."""
+    for axis in axes:
+        axis.set_major_formatter(lambda value, _: f"{value:,.10g}")
 
 
 def sheet(width: float, height: float, x: tuple[float, float], y: tuple[float, float]) -> Axes:
