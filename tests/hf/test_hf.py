@@ -182,6 +182,7 @@ def test_generation_stops_where_documents_end(tmp_path) -> None:
 PACKINGS = {
     "cu_seq_lens_q": lambda ends: dict(cu_seq_lens_q=ends.int(), cu_seq_lens_k=ends.int(), max_length_q=9),
     "position_ids": lambda ends: dict(position_ids=torch.cat([torch.arange(n) for n in LENGTHS])[None]),
+    "seq_idx": lambda ends: dict(seq_idx=torch.arange(3).repeat_interleave(torch.tensor(LENGTHS)).int()[None]),
     "position_ids from 2": lambda ends: dict(position_ids=torch.cat([torch.arange(2, n + 2) for n in LENGTHS])[None]),
 }  # fmt: skip
 
@@ -224,6 +225,26 @@ def test_loss_equals_the_logits_cross_entropy() -> None:
     close(trained.logits, output.logits)
     assert trained.get(CACHE) is None
     close(model(ids, labels=labels, logits_to_keep=2).logits, output.logits[:, -2:])
+
+
+def test_shifted_labels() -> None:
+    """`shift_labels` is the target of each token, also of a row's last one; it replaces `labels`."""
+    model, batch = build_model(vocab_size=51, output_size=50), padded(prompts(), "left")
+    shifted = torch.randint(50, (3, 21)).masked_fill(torch.rand(3, 21) < 0.3, -100)
+    shifted[0, 4] = 50  # never predicted
+    output = model(**batch, shift_labels=shifted, num_items_in_batch=torch.tensor(30))
+    is_learned = (batch["attention_mask"] == 1) & (shifted >= 0) & (shifted < 50)
+    cross_entropy = torch.nn.functional.cross_entropy
+    expected = cross_entropy(output.logits[is_learned][:, :50], shifted[is_learned], reduction="sum") / 30
+    close(output.loss, expected)
+    close(model(**batch, shift_labels=shifted, labels=batch["input_ids"]).loss, expected * 30 / is_learned.sum())
+    ids, ends = torch.cat(prompts())[None], torch.tensor([0, *LENGTHS]).cumsum(0)
+    targets = torch.nn.functional.pad(ids[:, 1:], (0, 1), value=-100)
+    targets[:, ends[1:] - 1] = -100
+    packed = model(ids, shift_labels=targets, cu_seq_lens_q=ends)
+    assert torch.equal(packed.loss, model(ids, labels=ids, cu_seq_lens_q=ends).loss)
+    with pytest.raises(ValueError, match=r"`shift_labels` must be \(1, 37\)"):
+        model(ids, shift_labels=targets[:, 1:])
 
 
 def test_label_smoothing_covers_predicted_tokens() -> None:
@@ -285,8 +306,19 @@ def test_wrong_calls() -> None:
     for wrong in ([6], [0, -7]):
         with pytest.raises(IndexError, match="out of bounds"):
             model(ids, logits_to_keep=torch.tensor(wrong))
-    with pytest.raises(TypeError, match="unexpected argument `token_type_ids`"):
-        model(ids, token_type_ids=ids)
+    for other in (dict(unknown=3), dict(is_causal=False), dict(output_router_logits=True)):
+        with pytest.raises(TypeError, match=f"unexpected argument `{[*other][0]}`, got .*; leave it out"):
+            model(ids, **other)
+
+
+def test_arguments_of_other_models_change_nothing() -> None:
+    """What a Llama takes or ignores, and no result of this model depends on."""
+    model, ids = build_model(), torch.randint(50, (2, 6))
+    others = dict(
+        token_type_ids=ids, cache_position=torch.arange(6), max_length_q=6, max_length_k=6, is_causal=True,
+        output_router_logits=False, logits_to_keep=0, tokenizer=None, unknown=None,
+    )  # fmt: skip
+    assert torch.equal(model(ids, **others).logits, model(ids).logits)
 
 
 def test_gradient_checkpointing_gives_the_same_gradients() -> None:

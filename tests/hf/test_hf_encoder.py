@@ -75,11 +75,36 @@ def test_padded_and_single_rows_equal_our_encoders(kind: str, side: str) -> None
         close(unpadded.hidden_states[-1], model.megalodon.features(*single.values()))
 
 
+@pytest.mark.parametrize("kind", CLASSES)
+def test_rows_with_holes_have_the_bits_of_rows_without(kind: str) -> None:
+    model, mask = build_encoder(kind), (torch.rand(3, 24) < 0.6).long()
+    name, width = model.main_input_name, int(mask.sum(1).max())
+    given = torch.randint(50, (3, 24)) if name == "input_ids" else torch.randn(3, 24, 2)
+    columns = [row.nonzero()[:, 0] for row in mask]
+    dense, dense_mask = given.new_zeros(3, width, *given.shape[2:]), torch.zeros(3, width)
+    for i, there in enumerate(columns):
+        dense[i, : len(there)], dense_mask[i, : len(there)] = given[i, there], 1
+    output = model(**{name: given}, attention_mask=mask, output_hidden_states=True)
+    expected = model(**{name: dense}, attention_mask=dense_mask, output_hidden_states=True)
+    of_rows = output.hidden_states if kind.startswith("classes") else (output[0], *output.hidden_states)
+    dense_rows = expected.hidden_states if kind.startswith("classes") else (expected[0], *expected.hidden_states)
+    for found, wanted in zip(of_rows, dense_rows, strict=True):
+        for i, there in enumerate(columns):
+            assert torch.equal(found[i, there], wanted[i, : len(there)])
+    if kind.startswith("classes"):
+        assert torch.equal(output.logits, expected.logits)
+    if kind == "masked tokens":
+        labels = torch.randint(50, (3, 24))
+        loss = model(given, attention_mask=mask, labels=labels).loss
+        assert torch.equal(loss, model(given, attention_mask=mask, labels=labels.masked_fill(mask == 0, -100)).loss)
+
+
 @torch.no_grad()
 def test_packed_rows_embeddings_and_tuples() -> None:
     model, rows = build_encoder("classes"), prompts()
     expected, packed = torch.cat([model(row[None]).logits for row in rows]), torch.cat(rows)[None]
     close(model(packed, cu_seq_lens_q=torch.tensor([0, *LENGTHS]).cumsum(0)).logits, expected)
+    close(model(packed, seq_idx=torch.arange(3).repeat_interleave(torch.tensor(LENGTHS))[None]).logits, expected)
     close(model(packed, position_ids=torch.cat([torch.arange(n) for n in LENGTHS])[None]).logits, expected)
     embedded = model.get_input_embeddings()(rows[0][None])
     loss, logits = model(inputs_embeds=embedded, labels=torch.tensor([2]), use_cache=False, return_dict=False)
@@ -248,11 +273,11 @@ def test_a_plain_loop_learns_masked_tokens_and_then_classes(tmp_path: Path) -> N
 def test_wrong_calls() -> None:
     model, numbers, ids = build_encoder("classes"), build_encoder("classes of numbers"), torch.randint(50, (2, 6))
     predictor, mask = build_encoder("masked tokens"), torch.ones(2, 6, dtype=torch.long)
-    hole, empty = mask.clone(), mask.clone()
-    hole[0, 2] = empty[1] = 0
+    empty = mask.clone()
+    empty[1] = 0
     no_state = r"must be None, got .*; an encoder has no state: it reads the whole row\.$"
     calls = {
-        "padding between tokens": lambda: model(ids, attention_mask=hole),
+        "unexpected argument `is_causal`, got True": lambda: model(ids, is_causal=True),
         "`attention_mask` must leave a token to every row, got a row without": lambda: model(ids, attention_mask=empty),
         "`cu_seqlens` must leave": lambda: model(ids[:1], cu_seq_lens_q=torch.tensor([0, 3, 3, 6])),
         f"`use_cache` {no_state}": lambda: model(ids, use_cache=True),

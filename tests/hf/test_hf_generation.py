@@ -7,6 +7,7 @@ import pickle
 
 import pytest
 import torch
+from assertions import every_case
 from hf_models import seed  # noqa: F401, a fixture
 from hf_models import VARIANTS, close, hf, build_model, padded, prompts, transformers
 from hypothesis import given
@@ -52,32 +53,91 @@ def test_sampling_uses_the_models_logits() -> None:
     assert output.sequences.max() < 50
 
 
-@pytest.mark.parametrize("side", ["left", "right"])
-@pytest.mark.parametrize(
-    "options", [{}, dict(num_beams=3), dict(prefill_chunk_size=5)], ids=["greedy", "beams", "chunked"]
-)
-def test_rows_of_a_padded_batch_generate_as_single_rows(side: str, options: dict) -> None:
+def with_hole(batch: dict[str, Tensor], column: int, width: int, value: int = 0) -> dict[str, Tensor]:
+    """Insert columns of padding, amid some rows."""
+    return {
+        name: torch.cat([rows[:, :column], torch.full((len(rows), width), fill), rows[:, column:]], dim=1)
+        for (name, rows), fill in zip(batch.items(), (value, 0), strict=True)
+    }
+
+
+PADDINGS = {
+    "left": lambda rows: padded(rows, "left"),
+    "right": lambda rows: padded(rows, "right"),
+    "left and between": lambda rows: with_hole(with_hole(padded(rows, "left"), 19, 2), 9, 7),
+}
+
+
+@pytest.mark.parametrize("side", PADDINGS)
+def test_rows_of_a_padded_batch_generate_as_single_rows(side: str) -> None:
     model, rows = build_model(), prompts()
-    batch = padded(rows, side)
-    if "prefill_chunk_size" in options:
-        if side == "right":
-            return
-        options = {**options, "past_key_values": hf.MegalodonCache()}
-    together = model.generate(**batch, max_new_tokens=12, do_sample=False, pad_token_id=0, **options)
+    batch, greedy = PADDINGS[side](rows), dict(max_new_tokens=12, do_sample=False)
+    width = batch["input_ids"].shape[1]
+    in_pieces = dict(prefill_chunk_size=5)  # a piece may have no token of a row that has begun
+    kinds = {
+        "greedy": {},
+        "without cache": dict(use_cache=False),
+        "beams": dict(num_beams=3),
+        "in pieces": in_pieces,
+        "in pieces, with a cache": in_pieces | dict(past_key_values=hf.MegalodonCache()),
+    }
+    with every_case() as case:
+        for kind, options in kinds.items():
+            if side == "right" and "prefill_chunk_size" in options:
+                continue  # rows end before the last piece
+            with case(kind):
+                together = model.generate(**batch, **greedy, pad_token_id=0, **options)
+                for i, row in enumerate(rows):
+                    single = model.generate(row[None], **greedy, num_beams=options.get("num_beams", 1))
+                    assert torch.equal(together[i, width:], single[0, len(row) :])
+
+
+def test_padding_amid_a_prompt_is_found_without_a_mask() -> None:
+    """transformers takes each `pad_token_id` for padding, wherever it stands."""
+    model = build_model(eos_token_id=49)
+    rows, options = [row.clamp(1, 48) for row in prompts()], dict(max_new_tokens=9, do_sample=False, eos_token_id=None)
+    ids = with_hole(padded(rows, "left"), 19, 2)["input_ids"]
+    together = model.generate(ids, pad_token_id=0, **options)
     for i, row in enumerate(rows):
-        options.pop("past_key_values", None)
-        single = model.generate(
-            row[None], max_new_tokens=12, do_sample=False, **{k: v for k, v in options.items() if k == "num_beams"}
-        )
-        assert torch.equal(together[i, 21:], single[0, len(row) :])
+        assert torch.equal(together[i, 23:], model.generate(row[None], **options)[0, len(row) :])
+
+
+def test_generation_continues_after_a_past_with_holes() -> None:
+    """A second call of `generate` gives the tokens of one, whose mask it extends; as does a padded second turn."""
+    model, rows = build_model(), prompts()
+    batch, greedy = PADDINGS["left and between"](rows), dict(do_sample=False, pad_token_id=0)
+    whole = model.generate(**batch, max_new_tokens=12, **greedy)
+    first = model.generate(**batch, max_new_tokens=5, return_dict_in_generate=True, **greedy)
+    mask = torch.cat([batch["attention_mask"], torch.ones(3, 5, dtype=torch.long)], dim=1)
+    cache = first.get(CACHE)
+    again = copy.deepcopy(cache)
+    rest = model.generate(first.sequences, attention_mask=mask, past_key_values=cache, max_new_tokens=7, **greedy)
+    assert torch.equal(rest, whole)
+    turns = [torch.randint(50, (length,)) for length in (2, 7, 5)]
+    turn = with_hole(padded(turns, "left"), 5, 3)
+    ids = torch.cat([first.sequences, turn["input_ids"]], dim=1)
+    mask = torch.cat([mask, turn["attention_mask"]], dim=1)
+    answers = model.generate(ids, attention_mask=mask, past_key_values=again, max_new_tokens=6, **greedy)
+    for i, row in enumerate(rows):
+        text = torch.cat([row, first.sequences[i, batch["input_ids"].shape[1] :], turns[i]])[None]
+        expected = model.generate(text, max_new_tokens=6, do_sample=False)[0, text.shape[1] :]
+        assert torch.equal(answers[i, ids.shape[1] :], expected)
 
 
 def test_generation_from_embeddings() -> None:
-    model, batch = build_model(**VARIANTS["released"]), padded(prompts(), "left")
-    expected = model.generate(**batch, max_new_tokens=9, do_sample=False)[:, 21:]
-    embeddings = model.get_input_embeddings()(batch.pop("input_ids"))
-    found = model.generate(inputs_embeds=embeddings, **batch, max_new_tokens=9, do_sample=False)
-    assert torch.equal(found, expected)
+    """Also where embeddings of virtual tokens stand before left-padded text, as in prompt tuning."""
+    model, rows = build_model(**VARIANTS["released"]), prompts()
+    batch, greedy = padded(rows, "left"), dict(max_new_tokens=9, do_sample=False)
+    expected = model.generate(**batch, **greedy)[:, 21:]
+    embeddings, mask = model.get_input_embeddings()(batch["input_ids"]), batch["attention_mask"]
+    assert torch.equal(model.generate(inputs_embeds=embeddings, attention_mask=mask, **greedy), expected)
+    virtual = torch.randn(1, 4, 32)
+    given = torch.cat([virtual.expand(3, -1, -1), embeddings], dim=1)
+    mask = torch.cat([torch.ones(3, 4, dtype=torch.long), mask], dim=1)
+    found = model.generate(inputs_embeds=given, attention_mask=mask, **greedy)
+    for i, row in enumerate(rows):
+        single = torch.cat([virtual, embeddings[i : i + 1, 21 - len(row) :]], dim=1)
+        assert torch.equal(found[i], model.generate(inputs_embeds=single, **greedy)[0])
 
 
 def test_beam_search_finds_the_likeliest_sequence() -> None:

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import itertools
+
 import pytest
 import torch
+from assertions import every_case
 from hf_models import seed  # noqa: F401, a fixture
 from hf_models import VARIANTS, close, hf, build_model, padded, prompts
 from hypothesis import given
 from hypothesis import strategies as st
+from torch import Tensor
 
 from megalodon_ops.hf.cache import CACHE
 
@@ -57,31 +61,107 @@ def test_padded_rows_continue_padded_rows(side: str) -> None:
                 close(logits[i, present], model(torch.cat(rows)[None]).logits[0, -len(rows[1]) :])
 
 
+def rows_with_holes(count: int = 3, width: int = 24) -> tuple[dict, dict, list[Tensor]]:
+    """Rows with padding in arbitrary columns; the same rows without it, right-padded; and their tokens' columns."""
+    ids, mask = torch.randint(50, (count, width)), (torch.rand(count, width) < 0.6).long()
+    mask[0] = 0
+    mask[0, 5] = 1  # a row of one token
+    columns = [row.nonzero()[:, 0] for row in mask]
+    rows = [row[there] for row, there in zip(ids, columns)]
+    return dict(input_ids=ids.masked_fill(mask == 0, -1), attention_mask=mask), padded(rows, "right"), columns
+
+
+def results(model: hf.MegalodonForCausalLM, batch: dict, columns: list[Tensor], is_embedded: bool) -> list[Tensor]:
+    """The loss, all gradients, the state, and what stands where the tokens stood: logits, hidden states, gradients."""
+    ids = batch["input_ids"].clamp(min=0)
+    embeddings = model.get_input_embeddings()(ids).detach().requires_grad_()
+    given = dict(inputs_embeds=embeddings) if is_embedded else dict(input_ids=batch["input_ids"])
+    mask = batch["attention_mask"]
+    output = model(**given, attention_mask=mask, labels=ids, output_hidden_states=True, use_cache=True)
+    output.loss.backward()
+    gradients = [parameter.grad.clone() for parameter in model.parameters() if parameter.grad is not None]
+    model.zero_grad()
+    in_columns = [output.logits, *output.hidden_states]
+    if is_embedded:
+        in_columns.append(embeddings.grad)
+        assert embeddings.grad[mask == 0].count_nonzero() == 0 < embeddings.grad.count_nonzero()
+    rows = [tensor[i, there] for tensor in in_columns for i, there in enumerate(columns)]
+    return [output.loss, *gradients, *torch.utils._pytree.tree_leaves(output.get(CACHE).state), *rows]
+
+
+def test_rows_with_holes_have_the_bits_of_rows_without() -> None:
+    with every_case() as case:
+        for name, dtype in itertools.product(VARIANTS, (torch.float64, torch.float32, torch.bfloat16)):
+            model, (holes, dense, columns) = build_model(dtype, **VARIANTS[name]), rows_with_holes()
+            for is_embedded in (False, True):
+                with case(name, dtype, is_embedded):
+                    found = results(model, holes, columns, is_embedded)
+                    expected = results(model, dense, [torch.arange(len(there)) for there in columns], is_embedded)
+                    assert len(found) == len(expected) > 20
+                    assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+            with case(name, dtype, "a row by itself, which then has no padding at all"), torch.no_grad():
+                row = {name: tensor[1:2] for name, tensor in holes.items()}
+                found, expected = model(**row), model(row["input_ids"][:, columns[1]])
+                assert torch.equal(found.logits[:, columns[1]], expected.logits)
+                assert torch.equal(found.get(CACHE).state.norm.mean, expected.get(CACHE).state.norm.mean)
+
+
+def test_padding_takes_no_time() -> None:
+    """The layers read as many columns as the longest row has tokens."""
+    model, (holes, dense, _) = build_model().train(), rows_with_holes()
+    widths = []
+    model.layers[0].register_forward_pre_hook(lambda _, inputs: widths.append(inputs[0].shape[1]))
+    model(**holes)
+    model(**dense)
+    assert widths[0] == widths[1] == dense["input_ids"].shape[1] < 24
+
+
+@pytest.mark.slow  # the compiler takes 3 s to start
+def test_masks_compile() -> None:
+    """A compiled program removes padding without knowing where it is; a dense mask takes the same program."""
+    model, (holes, _, _) = build_model(num_layers=1), rows_with_holes()
+    ids, mask = holes["input_ids"].clamp(min=0), holes["attention_mask"]
+    torch._dynamo.reset()
+    compiled = torch.compile(model, fullgraph=True, backend="eager")
+    with torch.no_grad(), torch._dynamo.config.patch(error_on_recompile=True):
+        for given in (mask, torch.ones_like(mask)):
+            found, expected = (call(ids, attention_mask=given, labels=ids) for call in (compiled, model))
+            close(found.logits[given == 1], expected.logits[given == 1])
+            close(found.loss, expected.loss)
+
+
+def test_labels_at_padding_are_not_learned() -> None:
+    model, (holes, _, _) = build_model(), rows_with_holes()
+    labels = holes["input_ids"].clamp(min=0)
+    expected = model(**holes, labels=labels).loss
+    assert torch.equal(model(**holes, labels=labels.masked_fill(holes["attention_mask"] == 0, -100)).loss, expected)
+    assert not torch.equal(model(**holes, labels=labels.masked_fill(holes["attention_mask"] == 1, -100)).loss, expected)
+
+
 @given(st.data())
 def test_arbitrary_padding_and_splits_equal_single_runs(data: st.DataObject) -> None:
-    """Rows padded on both sides, some empty, over calls of arbitrary widths, with and without a decoder."""
+    """Rows padded in arbitrary columns, some empty, over calls of arbitrary widths, with and without a decoder."""
     torch.manual_seed(5)
     model = build_model(torch.float64)
     batch = data.draw(st.integers(1, 3))
     widths = data.draw(st.lists(st.integers(1, 19), min_size=1, max_size=4))
     cache, past = hf.MegalodonCache(), [[] for _ in range(batch)]
+    mask_over_past = torch.zeros(batch, 0, dtype=torch.long)
     with torch.no_grad() if data.draw(st.booleans()) else torch.enable_grad():
         for width in widths:
-            ids, mask = torch.full((batch, width), -1), torch.zeros(batch, width, dtype=torch.long)
-            for i in range(batch):
-                begin = data.draw(st.integers(0, width - 1))
-                end = data.draw(st.integers(begin + 1 if past[i] else begin, width))
-                ids[i, begin:end], mask[i, begin:end] = torch.randint(50, (end - begin,)), 1
-                past[i] += ids[i, begin:end].tolist()
-            logits = model(ids, attention_mask=mask, past_key_values=cache).logits
-            for i in range(batch):
-                if new := int(mask[i].sum()):
-                    expected = model.megalodon(torch.tensor([past[i]]))[0, -new:]
-                    torch.testing.assert_close(logits[i, mask[i] == 1], expected, rtol=1e-9, atol=1e-9)
-                    end = int(mask[i].nonzero().max())
-                    torch.testing.assert_close(
-                        logits[i, end:], logits[i, end].expand(width - end, -1), rtol=1e-9, atol=1e-9
-                    )
+            ids = torch.randint(50, (batch, width))
+            mask = torch.tensor([data.draw(st.lists(st.integers(0, 1), min_size=width, max_size=width)) for _ in ids])
+            mask_over_past = torch.cat([mask_over_past, mask], dim=1)
+            given = mask_over_past if data.draw(st.booleans()) else mask
+            logits = model(ids.masked_fill(mask == 0, -1), attention_mask=given, past_key_values=cache).logits
+            for i, columns in enumerate(row.nonzero()[:, 0].tolist() for row in mask):
+                if not columns:
+                    continue
+                past[i] += ids[i, columns].tolist()
+                expected = model.megalodon(torch.tensor([past[i]]))[0, -len(columns) :]
+                torch.testing.assert_close(logits[i, columns], expected, rtol=1e-9, atol=1e-9)
+                for begin, end in zip(columns, [*columns[1:], width]):  # padding repeats the token before it
+                    assert torch.equal(logits[i, begin:end], logits[i, begin].expand(end - begin, -1))
     assert cache.get_seq_length() == sum(widths)
 
 
@@ -89,13 +169,18 @@ def test_wrong_masks() -> None:
     model, ids = build_model(), torch.randint(50, (2, 6))
     hole = torch.ones(2, 6, dtype=torch.long)
     hole[0, 2] = 0
-    with pytest.raises(ValueError, match="padding between tokens"):
-        model(ids, attention_mask=hole)
     with pytest.raises(ValueError, match="1 for a token and 0 for padding"):
         model(ids, attention_mask=hole * 2)
     with pytest.raises(ValueError, match=r"must be \(2, 6\), got \(2, 1, 6, 6\)"):
         model(ids, attention_mask=torch.ones(2, 1, 6, 6))
-    cache = model(ids).get(CACHE)
-    empty = torch.tensor([[0, 0], [1, 1]])
-    with pytest.raises(ValueError, match="leave a token to every row that has begun"):
-        model(ids[:, :2], attention_mask=empty, past_key_values=cache)
+    empty = torch.tensor([[0] * 6, [1] * 6])
+    ends_early = torch.tensor([[1, 1, 1, 0, 0, 0], [1] * 6])
+    for mask, options, columns in ((empty, {}, 6), (ends_early, dict(prefill_chunk_size=4), 2)):
+        with pytest.raises(ValueError, match=f"a token to every row in the last {columns} columns"):
+            model.generate(ids, attention_mask=mask, max_new_tokens=2, **options)
+    for positions in (
+        dict(position_ids=torch.tensor([[0, 1, 2, 3, 0, 1]])),
+        dict(seq_idx=torch.tensor([[0] * 3 + [1] * 3])),
+    ):
+        with pytest.raises(ValueError, match="packed into one row .* without padding"):
+            model(ids[:1], attention_mask=hole[:1], **positions)

@@ -20,29 +20,22 @@ IGNORED = -100
 
 
 class Padding(NamedTuple):
-    """Rows (B, L) with padding on both sides of their tokens; the ops take it on the right only."""
+    """Rows (B, L) of tokens and padding, in arbitrary columns. The ops take the tokens alone, from column 0 on."""
 
     present: Tensor
     """(B, L) bool, True for columns with a token"""
-    first: Tensor
-    """(B, 1) column of each row's first token"""
-    lengths: Tensor
-    """(B,) tokens in each row; 0 if `generate` reads a prompt in pieces and the row begins in a later one"""
-
-    @property
-    def last(self) -> Tensor:
-        """(B, 1) position of each row's last token."""
-        return (self.lengths[:, None] - 1).clamp(min=0)
+    columns: Tensor
+    """(B, W) column of each token, then that of a row's last token; W is the most tokens in a row, at least 1"""
+    lengths: Tensor | None
+    """(B,) tokens in each row, None if each has W. 0 if none of a row's tokens is in this call"""
 
     def shift(self, rows: Tensor) -> Tensor:
-        """Shift rows (B, L) or (B, L, D) to begin at column 0; repeat the last token to the end."""
-        columns = torch.arange(rows.shape[1], device=rows.device)
-        return select(rows, self.first + columns.minimum(self.last))
+        """Remove the padding from rows (B, L) or (B, L, D); repeat the last token up to W."""
+        return select(rows, self.columns)
 
     def positions(self) -> Tensor:
-        """(B, L) position of each column in its row: the first one before the tokens, the last one after them."""
-        columns = torch.arange(self.present.shape[1], device=self.first.device)
-        return (columns - self.first).clamp(min=0).minimum(self.last)
+        """(B, L) position of each column's token in its row; padding has that of the token before it, or 0."""
+        return (self.present.cumsum(1) - 1).clamp(min=0)
 
 
 def select(rows: Tensor, columns: Tensor) -> Tensor:
@@ -62,35 +55,44 @@ def _read_padding(op: str, attention_mask: Tensor | None, shape: tuple[int, int]
         got = tuple(attention_mask.shape)
         raise ValueError(f"{op}: `attention_mask` must be ({batch}, {length}){past_too}, got {got}.")
     mask = attention_mask[:, attention_mask.shape[1] - length :]
-    present = mask != 0
-    if bool((present != (mask == 1)).any()):
-        raise ValueError(f"{op}: `attention_mask` must hold 1 for a token and 0 for padding, got other values.")
-    if bool(present.all()):
-        return None
-    lengths, first = present.sum(1), present.int().argmax(1, keepdim=True)
-    columns = torch.arange(length, device=present.device)
-    run = (columns >= first) & (columns < first + lengths[:, None])
-    if bool((run != present).any()):
-        raise ValueError(f"{op}: `attention_mask` must have the tokens of a row together, got padding between tokens.")
-    return Padding(present, first, lengths)
+    present, is_compiling = mask != 0, torch.compiler.is_compiling()  # a program does not depend on the values
+    if not is_compiling:
+        if bool((mask == 1).all()):
+            return None
+        if bool((present & (mask != 1)).any()):
+            raise ValueError(f"{op}: `attention_mask` must hold 1 for a token and 0 for padding, got other values.")
+    lengths = present.sum(1)
+    tokens = torch.arange(1, length + 1, device=mask.device).minimum(lengths[:, None])
+    columns = torch.searchsorted(present.cumsum(1), tokens)
+    if is_compiling:
+        return Padding(present, columns, lengths)
+    shortest, longest = torch.stack(lengths.aminmax()).tolist()
+    width = max(longest, 1)
+    return Padding(present, columns[:, :width], None if shortest == width else lengths)
 
 
 def _read_packing(
-    op: str, shape: tuple[int, int], offsets: Tensor | None, position_ids: Tensor | None, padding: Padding | None
+    op: str, shape: tuple[int, int], offsets: Tensor | None, padding: Padding | None, **indices: Tensor | None
 ) -> Tensor | None:
     """Return offsets (S + 1,) of the documents in one row (1, L), or None if each row is one document.
 
-    Given offsets take precedence over `position_ids`; there, a document begins where they do not increase by one.
+    Given offsets take precedence over `indices` (B, L): a document begins where `position_ids` do not increase by one
+    from a column to the next, or where `seq_idx` changes.
     """
     if offsets is None:
-        if position_ids is None or shape[1] == 1:
-            return None
-        if position_ids.dim() != 2 or position_ids.shape[0] not in (1, shape[0]) or position_ids.shape[1] < shape[1]:
-            raise ValueError(f"{op}: `position_ids` must be {shape} as the tokens, got {tuple(position_ids.shape)}.")
-        begins = position_ids[:, -shape[1] :].diff() != 1
-        if padding is not None:
-            begins = begins & padding.present[:, 1:] & padding.present[:, :-1]
-        if not bool(begins.any()):
+        begins = []
+        for name, given in indices.items():
+            if given is None or shape[1] == 1:
+                continue
+            if given.dim() != 2 or given.shape[0] not in (1, shape[0]) or given.shape[1] < shape[1]:
+                raise ValueError(f"{op}: `{name}` must be {shape} as the tokens, got {tuple(given.shape)}.")
+            given = given[:, -shape[1] :].expand(shape)
+            changes = (given if padding is None else padding.shift(given)).diff()
+            starts = changes != (1 if name == "position_ids" else 0)
+            if name == "position_ids" and padding is not None:
+                starts &= padding.columns.diff() == 1  # `generate` restarts its positions after padding
+            begins.append(starts)
+        if not begins or not bool((begins := torch.stack(begins).any(0)).any()):
             return None
         offsets = nn.functional.pad(begins[0].nonzero().squeeze(1) + 1, (1, 0))
         offsets = nn.functional.pad(offsets, (0, 1), value=shape[1])
@@ -99,26 +101,39 @@ def _read_packing(
     return offsets
 
 
-def check_labels(op: str, labels: Tensor, batch: Batch) -> None:
+def check_labels(op: str, labels: Tensor, batch: Batch, name: str = "labels") -> None:
     """Raise unless there is an integer label for each token."""
     if labels.shape != batch.shape:
-        raise ValueError(f"{op}: `labels` must be {batch.shape} as the tokens, got {tuple(labels.shape)}.")
+        raise ValueError(f"{op}: `{name}` must be {batch.shape} as the tokens, got {tuple(labels.shape)}.")
     if not has_integers(labels):
-        raise TypeError(f"{op}: `labels` must be integers, got {labels.dtype}.")
+        raise TypeError(f"{op}: `{name}` must be integers, got {labels.dtype}.")
 
 
-def targets_of(op: str, labels: Tensor, config: MegalodonConfig, batch: Batch) -> Tensor:
-    """Return the label after each position (B, L), arbitrary from a padded row's last token on.
+def targets_of(op: str, labels: Tensor, are_shifted: bool, config: MegalodonConfig, batch: Batch) -> Tensor:
+    """Return the target of each token (B, W): its own label if labels `are_shifted`, else that of the token after it.
 
     It is IGNORED at the ends of rows and documents, and for tokens that the model reads but never predicts (such as a
-    start token without a logit).
+    start token without a logit); it is arbitrary beyond the tokens of a padded row that have a target.
     """
-    check_labels(op, labels, batch)
-    labels = labels if batch.padding is None else batch.padding.shift(labels)
-    targets = nn.functional.pad(labels[:, 1:].long(), (0, 1), value=IGNORED)
-    if batch.cu_seqlens is not None:
-        targets[:, batch.cu_seqlens.long() - 1] = IGNORED  # -1, of an offset of 0, is the row's end
+    check_labels(op, labels, batch, "shift_labels" if are_shifted else "labels")
+    targets = (labels if batch.padding is None else batch.padding.shift(labels)).long()
+    if not are_shifted:
+        targets = nn.functional.pad(targets[:, 1:], (0, 1), value=IGNORED)
+        if batch.cu_seqlens is not None:
+            targets[:, batch.cu_seqlens.long() - 1] = IGNORED  # -1, of an offset of 0, is the row's end
     return targets.masked_fill((targets >= config.num_outputs) & (targets < config.vocab_size), IGNORED)
+
+
+def map_columns(head: nn.Module, hidden: Tensor, positions: Tensor | None) -> Tensor:
+    """Return head(hidden) (B, K, V) at `positions` (K,) or (B, K), None: all, of hidden (B, W, D).
+
+    The head maps all tokens if they are fewer, so that padding changes no bit of its products.
+    """
+    if positions is None:
+        return head(hidden)
+    if hidden.shape[1] < positions.shape[-1]:
+        return select(head(hidden), positions)
+    return head(select(hidden, positions))
 
 
 @dataclass
@@ -140,17 +155,22 @@ class Batch:
         return tuple(self.given.shape[:2])
 
     @property
+    def width(self) -> int:
+        """W, the most tokens in a row."""
+        return self.shape[1] if self.padding is None else self.padding.columns.shape[1]
+
+    @property
     def holds_embeddings(self) -> bool:
         """True if the call is given embeddings."""
         return self.name == "inputs_embeds"
 
     @property
     def lengths(self) -> Tensor | None:
-        """(B,) tokens in each row, or None if none is padded."""
+        """(B,) tokens in each row of :meth:`shifted`, or None if all have as many."""
         return None if self.padding is None else self.padding.lengths
 
     def shifted(self) -> Tensor:
-        """Return `given` with each row shifted to column 0."""
+        """Return `given` without padding before and between tokens."""
         return self.given if self.padding is None else self.padding.shift(self.given)
 
     @property
@@ -172,13 +192,15 @@ def read_batch(
     use_cache: bool | None = None,
     output_attentions: bool | None = None,
     cu_seq_lens_q: Tensor | None = None,
+    seq_idx: Tensor | None = None,
     **others: Any,
 ) -> Batch:
     """Check the arguments of a model's call; `inputs` is its argument `main_input_name`."""
     op, config = type(model).__name__, model.config
     name, letters = model.main_input_name, "(B, L)" if model.main_input_name == "input_ids" else "(B, L, F)"
+    settings = dict(is_causal=model._ours.config_type.causal, output_router_logits=False)
     for other, value in others.items():
-        if other not in _READ_BY_OTHER_MODELS and value is not None:
+        if other not in _READ_BY_OTHER_MODELS and value is not None and value is not settings.get(other):
             raise TypeError(f"{op}: unexpected argument `{other}`, got {describe(value)}; leave it out.")
     if not model._is_stateful:
         for other, value in dict(cache=cache, past_key_values=past_key_values, use_cache=use_cache or None).items():
@@ -205,11 +227,10 @@ def read_batch(
         raise ValueError(f"{op}: there must be a token, got {batch.shape}.")
     past = 0 if cache is None else cache.get_seq_length()
     batch.padding = _read_padding(op, attention_mask, batch.shape, past)
-    if batch.padding is not None:
-        needs_token, rows = (cache.state.norm.count > 0, " that has begun") if past else (not model._is_stateful, "")
-        if bool(((batch.padding.lengths == 0) & needs_token).any()):
-            raise ValueError(f"{op}: `attention_mask` must leave a token to every row{rows}, got a row without.")
-    batch.cu_seqlens = _read_packing(op, batch.shape, cu_seq_lens_q, position_ids, batch.padding)
+    if not (model._is_stateful or batch.lengths is None or torch.compiler.is_compiling() or bool(batch.lengths.all())):
+        raise ValueError(f"{op}: `attention_mask` must leave a token to every row, got a row without.")
+    indices = dict(position_ids=position_ids, seq_idx=seq_idx)
+    batch.cu_seqlens = _read_packing(op, batch.shape, cu_seq_lens_q, batch.padding, **indices)
     if batch.cu_seqlens is not None and batch.returns_cache:
         raise ValueError(f"{op}: packed documents end in the call, so there must be no cache.")
     if use_cache is None and batch.cu_seqlens is None and not model.training:
@@ -217,7 +238,9 @@ def read_batch(
     return batch
 
 
-_READ_BY_OTHER_MODELS = ("tokenizer", "cache_position", "cu_seq_lens_k", "max_length_q", "max_length_k")
+_READ_BY_OTHER_MODELS = (
+    "tokenizer", "cache_position", "cu_seq_lens_k", "max_length_q", "max_length_k", "token_type_ids",
+)  # fmt: skip
 
 
 def kept_positions(op: str, logits_to_keep: int | Tensor | None, batch: Batch) -> Tensor | None:

@@ -14,7 +14,7 @@ from transformers.utils import can_return_tuple
 from ..model.blocks import at_least_float32
 from ..model.megalodon import Megalodon
 from ..model.sequences import Sequences
-from .arguments import IGNORED, Batch, kept_positions, read_batch, select, targets_of
+from .arguments import IGNORED, Batch, kept_positions, map_columns, read_batch, select, targets_of
 from .cache import CACHE, MegalodonCache
 from .configuration import MegalodonHFConfig
 from .pretrained import MegalodonPreTrainedModel
@@ -31,12 +31,12 @@ class MegalodonCausalModel(MegalodonPreTrainedModel):
     def _hidden(self, batch: Batch, positions: Tensor | None, whole: bool) -> Tensor:
         """Return the final norm's output (B, K, D) at `positions` (K,) or (B, K); None: at all positions.
 
-        Updates the cache, or creates one if the call returns one. Padded rows are shifted, so position i is token i of
-        a row. Without gradients, and unless `whole`, the tokens are read in pieces of a chunk, so that only the result
+        Updates the cache, or creates one if the call returns one. Padding is removed, so position i is token i of a
+        row. Without gradients, and unless `whole`, the tokens are read in pieces of a chunk, so that only the result
         grows with their number.
         """
         model, given, lengths = self.megalodon, batch.shifted(), batch.lengths
-        (_, length), state = batch.shape, None if batch.cache is None else batch.cache.state
+        length, state = given.shape[1], None if batch.cache is None else batch.cache.state
         if not batch.holds_embeddings:
             if lengths is not None:
                 given = given.masked_fill(lengths[:, None] == 0, 0)  # padding may be an invalid id
@@ -61,7 +61,7 @@ class MegalodonCausalModel(MegalodonPreTrainedModel):
                 selected = piece if selected is None else torch.where((positions >= begin)[..., None], piece, selected)
         if batch.returns_cache:
             batch.cache = MegalodonCache() if batch.cache is None else batch.cache
-            batch.cache.advance(state, length)
+            batch.cache.advance(state, batch.shape[1])
         if positions is not None:
             return selected
         return pieces[0] if len(pieces) == 1 else torch.cat(pieces, dim=1)
@@ -156,9 +156,9 @@ class MegalodonForCausalLM(MegalodonCausalModel, GenerationMixin):
 
         Args:
             input_ids: (B, L) integers.
-            attention_mask: (B, L), or (B, past + L) with a cache: 1 for a token, 0 for padding before or after all
-                tokens of a row. Padding does not change a row's result. At padding after a row, the logits are those of
-                its last token; before a row, they are arbitrary.
+            attention_mask: (B, L), or (B, past + L) with a cache: 1 for a token, 0 for padding, in arbitrary columns.
+                The result is that of the row without its padding. At padding, the logits are those of the token before
+                it; before a row's first token in the call, they are arbitrary.
             position_ids: (B, L); a document begins where they do not increase by one (B must be 1 then). Their values
                 are otherwise ignored.
             cache, past_key_values: the past, updated in place; two names of one argument.
@@ -172,53 +172,60 @@ class MegalodonForCausalLM(MegalodonCausalModel, GenerationMixin):
             logits_to_keep: return logits of the last n columns, or of the columns in a 1-D tensor; 0 or None: of all.
                 The loss does not need them: it is computed in blocks of tokens.
             cu_seq_lens_q: (S + 1,) offsets of documents packed into one row; takes precedence over `position_ids`.
-            num_items_in_batch: divides the loss instead of the number of labels, for Trainer. Without `labels`, when
+            num_items_in_batch: divides the loss instead of the number of labels, for Trainer. Without labels, when
                 Trainer computes a loss from the logits, tokens that are never predicted share the probability e^-20.
             use_decoder: let the cache's :class:`megalodon_ops.Decoder` take a single token without gradients, for
                 `generate`. Weights and modules must not change between such calls.
-            others: arguments that transformers passes to every model: `tokenizer`, `cache_position`, `cu_seq_lens_k`,
-                `max_length_q`, `max_length_k`.
+            others: `shift_labels` (B, L), the target of each token: labels that are shifted already, which take
+                precedence. `seq_idx` (B, L), as `position_ids`: a document begins where it changes. Ignored, since no
+                result depends on them: `token_type_ids`, `cache_position`, `cu_seq_lens_k`, `max_length_q`,
+                `max_length_k`, `tokenizer`.
 
         Raises:
-            ValueError: padding between the tokens of a row; a mask that is not 2-D; packed documents in more than one
+            ValueError: a mask that is not 2-D or holds other numbers than 0 and 1; packed documents in more than one
                 row; `output_attentions`.
             TypeError: the cache is not a MegalodonCache; an unknown argument.
         """
+        # Trainer takes each argument with "label" in its name for one that every batch has
+        are_shifted = (shift_labels := others.pop("shift_labels", None)) is not None
+        labels = shift_labels if are_shifted else labels
         given = (position_ids, cache, past_key_values, inputs_embeds, use_cache, output_attentions, cu_seq_lens_q)
         batch = read_batch(self, input_ids, attention_mask, *given, **others)
         positions = kept_positions("MegalodonForCausalLM", logits_to_keep, batch)
-        loss = logits = None
+        loss = None
         with self._record_layers(output_hidden_states, batch) as layers:
             if use_decoder and batch.is_next_token and labels is None and layers is None:
                 logits = batch.cache.decode(self.megalodon, batch.given)
                 logits = logits if positions is None else logits[:, positions]
             else:
-                hidden = self._hidden(batch, positions if labels is None else None, whole=layers is not None)
+                selects = labels is None and positions is not None and positions.shape[-1] <= batch.width
+                hidden = self._hidden(batch, positions if selects else None, whole=layers is not None)
+                logits = map_columns(self.output.output, hidden, None if selects else positions)
         if labels is not None:
-            loss = self._loss(hidden, labels, batch, num_items_in_batch)
-            hidden = hidden if positions is None else select(hidden, positions)
-        if logits is None:
-            logits = at_least_float32(self.output.output(hidden))
+            loss = self._loss(hidden, labels, are_shifted, batch, num_items_in_batch)
+        logits = at_least_float32(logits)
         if (missing := self.config.vocab_size - logits.shape[-1]) > 0:
             lowest = logits.new_full((1,) * logits.dim(), -math.inf)  # for tokens that are never predicted
             if labels is None and num_items_in_batch is not None:
-                lowest = (
-                    logits.logsumexp(-1, keepdim=True) - 20 - math.log(missing)
-                )  # label smoothing sums log-probabilities
+                lowest = logits.logsumexp(-1, keepdim=True) - 20 - math.log(missing)  # label smoothing sums logarithms
             logits = torch.cat([logits, lowest.expand(*logits.shape[:-1], missing)], dim=-1)
         return CausalLMOutputWithPast(
             loss=loss, logits=logits, hidden_states=layers and tuple(layers), **{CACHE: batch.cache}
         )
 
-    def _loss(self, hidden: Tensor, labels: Tensor, batch: Batch, num_items: int | Tensor | None) -> Tensor:
-        targets = targets_of(type(self).__name__, labels, self.megalodon.config, batch)
+    def _loss(
+        self, hidden: Tensor, labels: Tensor, are_shifted: bool, batch: Batch, num_items: int | Tensor | None
+    ) -> Tensor:
+        targets = targets_of(type(self).__name__, labels, are_shifted, self.megalodon.config, batch)
+        lengths = batch.lengths
+        if not (lengths is None or are_shifted):
+            lengths = lengths - 1  # the last token has no target
         loss = self.megalodon._cross_entropy(
             hidden,
             targets.to(hidden.device),
             reduction="mean" if num_items is None else "sum",
             ignore_index=IGNORED,
-            # the last token has no target
-            sequences=Sequences(batch.cu_seqlens, None if batch.padding is None else batch.padding.lengths - 1),
+            sequences=Sequences(batch.cu_seqlens, lengths),
         )
         return loss if num_items is None else loss / num_items
 
@@ -227,21 +234,33 @@ class MegalodonForCausalLM(MegalodonCausalModel, GenerationMixin):
     ) -> dict[str, Any]:
         """Add `use_decoder` to the arguments of `generate`'s next call: the model does not change meanwhile."""
         inputs = super().prepare_inputs_for_generation(input_ids, inputs_embeds=inputs_embeds, **kwargs)
-        return {**inputs, "use_decoder": True}
+        # peft knows the cache by its old name, and would else insert its virtual tokens again
+        return {**inputs, "past_key_values": inputs.get(CACHE), "use_decoder": True}
 
     def _prepare_cache_for_generation(self, generation_config, model_kwargs: dict, *others, **options) -> None:
-        """Refuse a cache of another text; without one, the first call creates it."""
+        """Create the cache, or refuse one of another text; refuse prompts whose last piece lacks a row's tokens."""
         mask = model_kwargs.get("attention_mask")  # transformers drops a mask without padding, and keeps its width
-        width = getattr(generation_config, "_mask_length", None) if mask is None else mask.shape[1]
-        for name in ("cache", "past_key_values"):
+        width, past = getattr(generation_config, "_mask_length", None) if mask is None else mask.shape[1], 0
+        for name in (names := ("cache", "past_key_values")):
             if isinstance(given := model_kwargs.get(name), MegalodonCache):
                 given.renew()
-                if width is not None and width <= given.get_seq_length():
+                past = given.get_seq_length()
+                if width is not None and width <= past:
                     raise ValueError(
-                        f"{type(self).__name__}: `{name}` has read {given.get_seq_length()} tokens, got {width}; give "
+                        f"{type(self).__name__}: `{name}` has read {past} tokens, got {width}; give "
                         "`generate` all tokens so far, or the new ones and an `attention_mask` over the past ones and them."
                     )
+        if mask is not None:
+            piece = generation_config.prefill_chunk_size or width
+            last = mask[:, past + (width - past - 1) // piece * piece :]
+            if not bool(last.any(1).all()):
+                raise ValueError(
+                    f"{type(self).__name__}: `attention_mask` must leave a token to every row in the last {last.shape[1]} "
+                    "columns, which are read before the first new token, got a row without; pad on the left."
+                )
         super()._prepare_cache_for_generation(generation_config, model_kwargs, *others, **options)
+        if generation_config.use_cache and all(model_kwargs.get(name) is None for name in names):
+            model_kwargs[CACHE] = MegalodonCache()
 
     def init_continuous_batching(self, *arguments: Any, **options: Any) -> None:
         """Refuse `generate_batch`, which needs a cache of pages of keys and values."""

@@ -16,7 +16,7 @@ from ..model.inputs import check_inputs, check_not_empty
 from ..model.layers import Linear
 from ..model.sequences import Sequences
 from ..ops.common.checks import check_tensor
-from .arguments import Batch, check_labels, read_batch, select
+from .arguments import IGNORED, Batch, check_labels, map_columns, read_batch, select
 from .configuration import MegalodonEncoderHFConfig
 from .pretrained import MegalodonPreTrainedModel
 
@@ -42,7 +42,7 @@ class MegalodonEncoderPreTrainedModel(MegalodonPreTrainedModel):
         input_values: Tensor | None = None,
         **arguments: Any,
     ) -> tuple[Batch, Tensor, tuple[Tensor, ...] | None]:
-        """Return the checked arguments, the features (each row starts in column 0), and the layers' inputs."""
+        """Return the checked arguments, the features (without padding between tokens), and the layers' inputs."""
         op, encoder, given = type(self).__name__, self.megalodon, dict(input_ids=input_ids, input_values=input_values)
         batch = read_batch(self, given.pop(self.main_input_name), attention_mask, **given, **arguments)
         x, sequences = batch.shifted(), Sequences(batch.cu_seqlens, batch.lengths)
@@ -83,7 +83,9 @@ class MegalodonEncoderModel(MegalodonEncoderPreTrainedModel):
     ) -> BaseModelOutput:
         """Return features (B, L, D); arguments as in :meth:`MegalodonEncoderForSequenceClassification.forward`."""
         batch, features, layers = self._read(input_ids, attention_mask, output_hidden_states, input_values, **arguments)
-        return BaseModelOutput(last_hidden_state=_in_columns(features, batch), hidden_states=layers)
+        if batch.padding is not None:
+            features = select(features, batch.padding.positions())
+        return BaseModelOutput(last_hidden_state=features, hidden_states=layers)
 
 
 class MegalodonEncoderForSequenceClassification(MegalodonEncoderPreTrainedModel):
@@ -130,7 +132,7 @@ class MegalodonEncoderForSequenceClassification(MegalodonEncoderPreTrainedModel)
 
         Args:
             input_ids: (B, L) integers.
-            attention_mask: (B, L): 1 for a position, 0 for padding before or after all positions of a row.
+            attention_mask: (B, L): 1 for a position, 0 for padding, in arbitrary columns.
             input_values: (B, L, F) floating-point numbers instead of `input_ids`, if the configuration has
                 `num_features`.
             labels: (B,) integers, each row's class; or (B, num_labels) floating-point numbers, 1 for each class of
@@ -138,13 +140,13 @@ class MegalodonEncoderForSequenceClassification(MegalodonEncoderPreTrainedModel)
                 first labels do.
             output_hidden_states: also return `hidden_states`, num_layers + 1 tensors (B, L, D): the input of each
                 layer, and the features.
-            arguments: `inputs_embeds` (B, L, D), from `get_input_embeddings()`, instead of the inputs; `cu_seq_lens_q`
-                or `position_ids`, for S sequences packed into one row, each of which is classified; and the arguments
-                that transformers passes to every model.
+            arguments: `inputs_embeds` (B, L, D), from `get_input_embeddings()`, instead of the inputs; `cu_seq_lens_q`,
+                `position_ids` or `seq_idx`, for S sequences packed into one row, each of which is classified; and
+                the arguments that :class:`MegalodonForCausalLM` ignores.
 
         Raises:
-            ValueError: padding between the positions of a row; an empty row; a state, requested by `use_cache`, `cache`
-                or `past_key_values`. TypeError: an unknown argument.
+            ValueError: an empty row; a state, requested by `use_cache`, `cache` or `past_key_values`. TypeError: an
+                unknown argument.
         """
         batch, features, layers = self._read(input_ids, attention_mask, output_hidden_states, input_values, **arguments)
         encoder = self.megalodon
@@ -211,21 +213,19 @@ class MegalodonEncoderForMaskedLM(MegalodonEncoderPreTrainedModel):
         """Return logits (B, L, vocab_size) of the token at every position, and the loss.
 
         Args:
-            labels: (B, L), the token at each masked position, -100 elsewhere and at padding.
+            labels: (B, L), the token at each masked position, -100 elsewhere; padding is not learned.
             num_items_in_batch: divides the loss instead of the number of labels, for Trainer.
 
         Other arguments as in :meth:`MegalodonEncoderForSequenceClassification.forward`.
         """
         batch, features, layers = self._read(input_ids, attention_mask, output_hidden_states, **arguments)
-        logits, loss = at_least_float32(self.output(_in_columns(features, batch))), None
+        positions = None if batch.padding is None else batch.padding.positions()
+        logits, loss = at_least_float32(map_columns(self.output, features, positions)), None
         if labels is not None:
             check_labels(type(self).__name__, labels, batch)
+            if batch.padding is not None:
+                labels = labels.masked_fill(~batch.padding.present.to(labels.device), IGNORED)
             loss = self.loss_function(
                 logits, labels, vocab_size=self.config.vocab_size, num_items_in_batch=num_items_in_batch
             )
         return MaskedLMOutput(loss=loss, logits=logits, hidden_states=layers)
-
-
-def _in_columns(features: Tensor, batch: Batch) -> Tensor:
-    """Shift features of rows from column 0 back to the columns of the call; padding repeats its neighbour."""
-    return features if batch.padding is None else select(features, batch.padding.positions())
