@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from assertions import every_case
 from hf_models import seed  # noqa: F401, a fixture
 from hf_models import LENGTHS, SIZES, VARIANTS, close, hf, build_model, padded, prompts, transformers
 
@@ -322,23 +323,48 @@ def test_arguments_of_other_models_change_nothing() -> None:
 
 
 def test_gradient_checkpointing_gives_the_same_gradients() -> None:
-    gradients = []
-    for recompute in ("no", "enabled", "configured"):
-        torch.manual_seed(1)
-        model = build_model(layerwise_ckpt=recompute == "configured").train()
-        if recompute == "enabled":
-            model.gradient_checkpointing_enable()
-        ids = torch.arange(40)[None]
-        calls = []
-        model.layers[0].register_forward_pre_hook(lambda *_: calls.append(1))
-        model(ids, labels=ids).loss.backward()
-        assert len(calls) == (1 if recompute == "no" else 2)
-        gradients.append([parameter.grad for parameter in model.parameters()])
-    for others in gradients[1:]:
-        for a, b in zip(gradients[0], others, strict=True):
-            assert torch.equal(a, b)
-    with pytest.raises(ValueError, match="use_reentrant=False"):
-        model.gradient_checkpointing_enable({"use_reentrant": True})
+    """Of all kinds, also through the state of an earlier piece; each layer is computed twice."""
+    ids, calls = torch.arange(40)[None], []
+
+    def counted(function, *args):
+        calls.append("function")
+        return torch.utils.checkpoint.checkpoint(function, *args, use_reentrant=False)
+
+    kinds = {
+        "no": (lambda model: None, 1, 0),
+        "configured": (lambda model: None, 2, 0),
+        "enabled": (lambda model: model.gradient_checkpointing_enable(), 2, 0),
+        "configured and enabled": (lambda model: model.gradient_checkpointing_enable(), 2, 0),
+        "re-entering": (lambda model: model.gradient_checkpointing_enable({"use_reentrant": True}), 2, 0),
+        "another function": (lambda model: model._set_gradient_checkpointing(True, counted), 2, 2),
+        "every second layer": (lambda model: model._set_gradient_checkpointing(True, counted, 2), 2, 1),
+    }
+    expected = expected_of_pieces = None
+    with every_case() as case:
+        for kind, (enable, num_calls, num_functions) in kinds.items():
+            with case(kind):
+                torch.manual_seed(1)
+                model = build_model(layerwise_ckpt="configured" in kind).train()
+                enable(model)
+                assert model.is_gradient_checkpointing == (kind not in ("no", "configured"))
+                calls.clear()
+                model.layers[0].mega.register_forward_pre_hook(lambda *_: calls.append("layer"))
+                model(ids, labels=ids).loss.backward()
+                assert (calls.count("layer"), calls.count("function")) == (num_calls, num_functions)
+                gradients = [parameter.grad.clone() for parameter in model.parameters()]
+                model.zero_grad()
+                cache = model(ids[:, :20], use_cache=True).get(CACHE)
+                model(ids[:, 20:], past_key_values=cache).logits.mean().backward()
+                of_pieces = [parameter.grad.clone() for parameter in model.parameters()]
+                expected, expected_of_pieces = (expected, expected_of_pieces) if expected else (gradients, of_pieces)
+                for a, b in zip((*gradients, *of_pieces), (*expected, *expected_of_pieces), strict=True):
+                    close(a, b)  # sums of gradients have another order
+                if kind != "re-entering":
+                    assert all(torch.equal(a, b) for a, b in zip(gradients, expected, strict=True))
+                model.gradient_checkpointing_disable()
+                calls.clear()
+                model(ids, labels=ids).loss.backward()
+                assert calls.count("layer") == (2 if "configured" in kind else 1)
 
 
 # The extra

@@ -11,8 +11,9 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
+from transformers.modeling_layers import GradientCheckpointingLayer
 
-from ..model.blocks import NormalizedAttention
+from ..model.blocks import MegalodonBlock, NormalizedAttention
 from ..model.layers import Embedding, Linear
 from ..model.encoder import MegalodonEncoder
 from ..model.megalodon import Megalodon
@@ -20,6 +21,11 @@ from ..model.model_state import MegalodonState
 from ..ops.common.checks import describe
 from .arguments import Batch, select
 from .configuration import MegalodonHFConfig
+
+# Programs find layers that a backward recomputes by their class (peft does for aLoRA). A block recomputes itself, so it
+# inherits no method.
+MegalodonBlock.__bases__ = (GradientCheckpointingLayer,)
+MegalodonBlock.__call__, MegalodonBlock.__init_subclass__ = nn.Module.__call__, nn.Module.__init_subclass__
 
 
 class MegalodonPreTrainedModel(PreTrainedModel):
@@ -92,17 +98,17 @@ class MegalodonPreTrainedModel(PreTrainedModel):
             module._keep_rotary()
 
     def _set_gradient_checkpointing(
-        self, enable: bool = True, gradient_checkpointing_func: Callable = checkpoint, **_: Any
+        self, enable: bool = True, gradient_checkpointing_func: Callable = checkpoint, every_n_layers: int = 1
     ) -> None:
-        if enable and getattr(gradient_checkpointing_func, "keywords", {}).get("use_reentrant"):
-            raise ValueError(f"{type(self).__name__}: gradient checkpointing must have use_reentrant=False, got True.")
-        self.gradient_checkpointing = enable
+        super()._set_gradient_checkpointing(enable, gradient_checkpointing_func)
+        for i, layer in enumerate(self.megalodon.layers):
+            layer.gradient_checkpointing = enable and i % every_n_layers == 0
         self._configure()
 
     def _configure(self) -> None:
-        """Update the core's configuration, with gradient checkpointing."""
+        """Update the core's configuration; gradient checkpointing, if enabled, replaces `layerwise_ckpt`."""
         config = self.config.to_megalodon()
-        recomputes = config.layerwise_ckpt or self.gradient_checkpointing
+        recomputes = config.layerwise_ckpt and not self.gradient_checkpointing
         self.megalodon.config = dataclasses.replace(config, layerwise_ckpt=recomputes)
 
     def resize_token_embeddings(self, *args, **options) -> nn.Embedding:

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any, ClassVar, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from .config import MegalodonConfig, check_config, config_of_sizes
 from ..ops.gated_silu.gated_silu import gated_silu
@@ -229,6 +231,10 @@ class MegalodonBlock(nn.Module):
         tensor([1, 1])
     """
 
+    gradient_checkpointing = False
+    """True: `_gradient_checkpointing_func` runs the block in training and recomputes it, as transformers' layers do"""
+    _gradient_checkpointing_func: Callable
+
     def __init__(self, config: MegalodonConfig, layer: int = 0) -> None:
         check_config("MegalodonBlock", config, accept_encoder=True)
         super().__init__()
@@ -243,6 +249,17 @@ class MegalodonBlock(nn.Module):
         self, x: Tensor, *, state: BlockState | None = None, return_state: bool = False, **options
     ) -> Tensor | tuple[Tensor, BlockState]:
         """x (B, L, D); options of the first half: inplace_state, cu_seqlens and lengths, or `sequences`."""
+        options |= dict(state=state, return_state=return_state)
+        if not (self.gradient_checkpointing and self.training and torch.is_grad_enabled()) or is_exporting():
+            return self._compute(x, **options)
+        options.pop("inplace_state", None)
+        if state is None and not return_state:
+            return self._gradient_checkpointing_func(partial(self._compute, **options), x)
+        return checkpoint(self._compute, x, use_reentrant=False, **options)  # others may cut a state's gradient
+
+    def _compute(
+        self, x: Tensor, *, state: BlockState | None, return_state: bool, **options
+    ) -> Tensor | tuple[Tensor, BlockState]:
         y = self.mega(x, state=state, return_state=return_state, **options)
         if return_state:
             y, state = y
