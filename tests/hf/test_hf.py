@@ -312,7 +312,7 @@ def test_wrong_calls() -> None:
             model(ids, **other)
 
 
-def test_arguments_of_other_models_change_nothing() -> None:
+def test_arguments_of_other_models_change_nothing(tmp_path: Path) -> None:
     """What a Llama takes or ignores, and no result of this model depends on."""
     model, ids = build_model(), torch.randint(50, (2, 6))
     others = dict(
@@ -320,6 +320,16 @@ def test_arguments_of_other_models_change_nothing() -> None:
         output_router_logits=False, logits_to_keep=0, tokenizer=None, unknown=None,
     )  # fmt: skip
     assert torch.equal(model(ids, **others).logits, model(ids).logits)
+    model.save_pretrained(tmp_path)
+    for name in ("eager", "sdpa"):
+        again = transformers.AutoModelForCausalLM.from_pretrained(tmp_path, attn_implementation=name)
+        again.set_attn_implementation(name)
+        assert again.config._attn_implementation == "eager"  # Trainer's context parallelism would need sdpa
+        assert torch.equal(again(ids).logits, model(ids).logits)
+    for name in ("flash_attention_2", "flex_attention", "paged|eager"):
+        message = f'`attn_implementation` must be "eager" or "sdpa", got "{name}"'.replace("|", r"\|")
+        with pytest.raises(ValueError, match=message):
+            transformers.AutoModelForCausalLM.from_pretrained(tmp_path, attn_implementation=name)
 
 
 def test_gradient_checkpointing_gives_the_same_gradients() -> None:

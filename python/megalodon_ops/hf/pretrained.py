@@ -105,6 +105,15 @@ class MegalodonPreTrainedModel(PreTrainedModel):
             layer.gradient_checkpointing = enable and i % every_n_layers == 0
         self._configure()
 
+    def _check_and_adjust_attn_implementation(self, attn_implementation: str | None, *_: Any, **options: Any) -> str:
+        """Accept transformers' usual choices, whose results are those of the package's kernels."""
+        if attn_implementation not in (None, "eager", "sdpa"):
+            raise ValueError(
+                f'{type(self).__name__}: `attn_implementation` must be "eager" or "sdpa", got "{attn_implementation}"; leave '
+                "it out, as attention is computed by the kernels of megalodon_ops."
+            )
+        return "eager"
+
     def _configure(self) -> None:
         """Update the core's configuration; gradient checkpointing, if enabled, replaces `layerwise_ckpt`."""
         config = self.config.to_megalodon()
