@@ -245,30 +245,6 @@ def test_trainer_with_label_smoothing(tmp_path: Path) -> None:
         assert (model.eval()(ids[None]).logits[0, :-1].argmax(-1) == ids[1:]).float().mean() > 0.9
 
 
-@pytest.mark.parametrize("kind", ["PromptTuningConfig", "PromptEncoderConfig"])
-def test_virtual_tokens_before_padded_text(folder: Path, kind: str) -> None:
-    """Rows of a left-padded batch, with virtual tokens before the padding, equal single rows, and train."""
-    peft = pytest.importorskip("peft")
-    model, tokenizer = loaded(folder)
-    sizes = dict(token_dim=64, num_layers=2, num_attention_heads=2)
-    config = getattr(peft, kind)(task_type="CAUSAL_LM", num_virtual_tokens=5, **sizes)
-    torch.manual_seed(0)
-    adapted, greedy = peft.get_peft_model(model, config).eval(), dict(max_new_tokens=12, do_sample=False)
-    prompts = ["the quick brown fox", "lazy", "over the"]
-    batch = tokenizer(prompts, padding=True, return_tensors="pt")
-    singles = [tokenizer(prompt, return_tensors="pt") for prompt in prompts]
-    for options in ({}, dict(use_cache=False), dict(num_beams=2)):
-        together = adapted.generate(**batch, **greedy, **options)[:, batch.input_ids.shape[1] :]
-        for row, single in zip(together, singles, strict=True):
-            assert torch.equal(row, adapted.generate(**single, **greedy, **options)[0, single.input_ids.shape[1] :])
-    targets = torch.tensor([single.input_ids.shape[1] - 1 for single in singles])  # the first token is never predicted
-    losses = torch.stack([adapted(**single, labels=single.input_ids).loss for single in singles])
-    loss = adapted(**batch, labels=batch.input_ids).loss
-    torch.testing.assert_close(loss, (losses * targets).sum() / targets.sum())
-    loss.backward()
-    assert all(p.grad.abs().max() > 0 for p in adapted.prompt_encoder.parameters() if p.requires_grad)
-
-
 def test_lora_trained_and_merged(folder: Path, tmp_path: Path) -> None:
     peft = pytest.importorskip("peft")
     model, tokenizer = loaded(folder)
