@@ -159,8 +159,8 @@ class MegalodonForCausalLM(MegalodonCausalModel, GenerationMixin):
             attention_mask: (B, L), or (B, past + L) with a cache: 1 for a token, 0 for padding, in arbitrary columns.
                 The result is that of the row without its padding. At padding, the logits are those of the token before
                 it; before a row's first token in the call, they are arbitrary.
-            position_ids: (B, L); a document begins where they do not increase by one (B must be 1 then). Their values
-                are otherwise ignored.
+            position_ids: (B, L); a document begins where they do not increase by one from a column to the next (B must
+                be 1 then). Their values are otherwise ignored.
             cache, past_key_values: the past, updated in place; two names of one argument.
             inputs_embeds: (B, L, D), from `get_input_embeddings()`, instead of `input_ids`.
             labels: (B, L), the tokens, shifted by the call. -100, padding, a document's first token and tokens without
