@@ -12,6 +12,8 @@ import pytest
 # Set before torch loads OpenMP: workers share the cores, and spinning threads would slow other workers.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+# Without it, torch refuses matrix products on a GPU under use_deterministic_algorithms. cuBLAS reads it once.
+os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 
 LONG = (
     "test_distributed", "test_cuda_known_bugs", "test_cuda_sanitized", "test_readme", "test_hf_tools", "test_docs",

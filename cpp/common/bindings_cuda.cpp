@@ -1,6 +1,7 @@
-#include <cuda_runtime_api.h>
+#include "launch.cuh"
+#include "target.h"
 
-#include "bindings.h"
+void megalodon::use_device(int device) { gpu::use_device(device); }
 
 PYBIND11_MODULE(_cuda, module) {
   using namespace megalodon;

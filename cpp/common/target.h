@@ -21,12 +21,17 @@ constexpr bool kReadable = !MEGALODON_CUDA;
 
 #if MEGALODON_CUDA
 
+// Makes `device` the thread's current one.
+void use_device(int device);
+
 struct Target {
-  void* stream;         // cudaStream_t, of the current device
+  int device;           // of the tensors
+  void* stream;         // cudaStream_t, of the device
   py::handle allocate;  // bytes -> a tensor of that size on the device; the stream may reuse it once it is dropped
 
   template <class Params>
   void launch(Params& params, int64_t (&workspace)(const Params&), void (&kernel)(const Params&, void*)) const {
+    use_device(device);  // before `workspace`, which may depend on it
     py::object scratch;
     if (const int64_t bytes = workspace(params)) {
       scratch = allocate(bytes);
@@ -39,11 +44,11 @@ struct Target {
 
 #define MEGALODON_LAUNCH(target, name, params) (target).launch(params, workspace_##name##_cuda, launch_##name##_cuda)
 
-// Defines module.name(stream, allocate, ...), which calls function(target, ...).
+// Defines module.name(device, stream, allocate, ...), which calls function(target, ...).
 template <class... A>
 void define(py::module_& module, const char* name, const char* doc, void (*function)(const Target&, A...)) {
-  const auto call = [function](uintptr_t stream, py::handle allocate, A... arguments) {
-    function(Target{reinterpret_cast<void*>(stream), allocate}, arguments...);
+  const auto call = [function](int device, uintptr_t stream, py::handle allocate, A... arguments) {
+    function(Target{device, reinterpret_cast<void*>(stream), allocate}, arguments...);
   };
   module.def(name, call, doc);
 }

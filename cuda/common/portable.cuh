@@ -28,7 +28,7 @@
 
 #if defined(__CUDACC__)
 
-#include "shared_limit.cuh"
+#include "launch.cuh"
 
 #define GPU_EMULATED 0
 #define GPU_UNROLL _Pragma("unroll")
@@ -39,18 +39,6 @@
 #define SMEM_DYN(T, name)                                              \
   extern __shared__ __align__(128) unsigned char gpu_dynamic_shared[]; \
   T* const name = reinterpret_cast<T*>(gpu_dynamic_shared)
-
-namespace gpu {
-
-template <class... P, class... A>
-void launch(const char* name, void (*kernel)(P...), dim3 grid, dim3 block, size_t shared, void* stream,
-            A&&... arguments) {
-  if (shared > 0) allow_shared_memory(reinterpret_cast<const void*>(kernel), name);
-  kernel<<<grid, block, shared, static_cast<cudaStream_t>(stream)>>>(static_cast<P>(arguments)...);
-  check(cudaGetLastError(), name);
-}
-
-}  // namespace gpu
 
 #else
 

@@ -86,7 +86,7 @@ def no_device(monkeypatch):
 
 
 def launch():
-    library._launch_cuda("kernel", (types.SimpleNamespace(device="cuda:0"),))
+    library._launch_cuda("kernel", (types.SimpleNamespace(device=torch.device("cuda:0")),))
 
 
 def test_a_launch_names_the_driver_that_is_too_old(monkeypatch, no_device):
@@ -152,7 +152,7 @@ torch.cuda.get_device_capability = lambda device: (9, 0)
 arguments = [torch.zeros(1, 4, 6), torch.zeros(2, 6), torch.zeros(2, 6), 1, 4, 1e-5, torch.zeros(4, 3, 2)]
 arguments += [None, None, None, torch.zeros(1, 4, 1, 6), torch.zeros(1, 4, 1, 6)]
 arguments = [DeviceTensor(a) if isinstance(a, torch.Tensor) else a for a in arguments]
-arguments[0].device = "cuda:0"
+arguments[0].device = torch.device("cuda:0")
 for version in {DRIVERS}:
     if os.fork():
         os.wait()
@@ -188,8 +188,7 @@ def test_the_runtime_in_the_kernels_refuses_drivers_of_older_major_versions(tmp_
         else:
             enough = f"supports CUDA {text(driver)}, enough for the kernels' {text(runtime)}"
             expected += [f"{driver}", "initialised", accepted, enough]
-    kernel = r"(?m)^\(normalized_qk_fwd_\w+<.*?>\): "
-    assert re.sub(kernel, "", ran.stdout).splitlines() == expected, ran.stderr
+    assert re.sub(r"(?m)^cuda:0: ", "", ran.stdout).splitlines() == expected, ran.stderr
 
 
 def test_values_do_not_choose_kernels(emulator):
@@ -202,3 +201,8 @@ def test_values_do_not_choose_kernels(emulator):
                 evaluate(getattr(mo, op), BUILDERS[op](B=2, L=20, lengths=lengths, seed=seed))
             launched.append(set(emulator.module.traffic()))
         assert launched[0] == launched[1] and launched[0], op
+
+
+def test_cublas_may_be_deterministic():
+    """Without the variable, torch refuses cuBLAS in the tests that forbid other kinds of sums."""
+    assert os.environ["CUBLAS_WORKSPACE_CONFIG"] in (":4096:8", ":16:8")

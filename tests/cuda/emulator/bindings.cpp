@@ -5,6 +5,7 @@
 #include "bindings.h"
 #include "bugs.h"
 #include "state.h"
+#include "target.h"
 
 namespace py = pybind11;
 
@@ -12,13 +13,15 @@ extern "C" {
 extern int gpu_mutant;
 }
 
+void megalodon::use_device(int device) { emu::device = device; }
+
 namespace {
 
 // Memory of the emulated device, a writable buffer of bytes to Python. Lives as long as the tensors made from it.
 class DeviceBuffer {
  public:
-  DeviceBuffer(size_t bytes, const std::string& name, size_t misalignment, bool sparse)
-      : bytes_(bytes), data_(emu::allocate(bytes, name, misalignment, sparse)) {}
+  DeviceBuffer(size_t bytes, const std::string& name, size_t misalignment, bool sparse, size_t item)
+      : bytes_(bytes), data_(emu::allocate(bytes, name, misalignment, sparse, item)) {}
   ~DeviceBuffer() { emu::release(data_); }
   DeviceBuffer(const DeviceBuffer&) = delete;
   DeviceBuffer& operator=(const DeviceBuffer&) = delete;
@@ -165,8 +168,8 @@ void bind_planted(py::module_ module) {
 PYBIND11_MODULE(_cuda_emulated, module) {
   py::register_exception<emu::Error>(module, "EmulationError", PyExc_RuntimeError);
   py::class_<DeviceBuffer>(module, "DeviceBuffer", py::buffer_protocol())
-      .def(py::init<size_t, const std::string&, size_t, bool>(), py::arg("bytes"), py::arg("name"),
-           py::arg("misalignment"), py::arg("sparse") = false)
+      .def(py::init<size_t, const std::string&, size_t, bool, size_t>(), py::arg("bytes"), py::arg("name"),
+           py::arg("misalignment"), py::arg("sparse") = false, py::arg("item") = 1)
       .def_buffer(&DeviceBuffer::buffer)
       .def("mark_written", &DeviceBuffer::mark_written, py::arg("read_only"))
       .def("unwritten", &DeviceBuffer::unwritten);
@@ -186,6 +189,8 @@ PYBIND11_MODULE(_cuda_emulated, module) {
     for (const auto& [name, value] : sizes) emu::launch_sizes[name] = {value};
     return unused;
   });
+  module.def("take_streams", [] { return std::exchange(emu::used_streams, {}); });
+  module.def("launched", [] { return emu::launched; });
   module.def("set_mutant", [](int number) { gpu_mutant = number; });
   module.def("mutants_that_matter", [] {  // since the last call: which others would have changed something
     std::vector<int> numbers;
@@ -199,6 +204,12 @@ PYBIND11_MODULE(_cuda_emulated, module) {
     for (const emu::Reached& r : emu::reached()) list.append(py::make_tuple(r.kernel, r.what, r.turns, r.most));
     return list;
   });
+  module.def("magnitudes", [] {  // (offset of the kernel, lines of the source, buffers, most)
+    py::list list;
+    for (const emu::Magnitude& m : emu::magnitudes()) list.append(py::make_tuple(m.kernel, m.where, m.buffers, m.most));
+    return list;
+  });
+  module.def("set_recording", [](bool on) { emu::recording = on; });
   module.def("reports", &reports);
   module.def("traffic", &traffic);
   module.def("sites", &sites);

@@ -25,6 +25,8 @@ from emulator.mutants import SWITCH
 
 FOLDER = Path(__file__).parent
 ROOT = FOLDER.parents[2]
+DEVICE_AND_STREAM = 3, 0x57
+"""Those that bindings get, and that each of their launches must use"""
 
 
 def bindings(module: ModuleType) -> dict[str, tuple[list[str], list[str]]]:
@@ -150,7 +152,8 @@ class Emulator:
         The emulator checks only the bounds of its accesses.
         """
         count = torch.Size(shape).numel()
-        buffer = self.module.DeviceBuffer(count * dtype.itemsize, name, 0, True)
+        item = dtype.itemsize if dtype != torch.uint8 else 4  # a workspace has floats
+        buffer = self.module.DeviceBuffer(count * dtype.itemsize, name, 0, True, item)
         return torch.frombuffer(buffer, dtype=dtype, count=count).reshape(shape)
 
     def empty(self, *shape: int, dtype: torch.dtype = torch.float32, name: str = "output", offset: int = 0) -> Tensor:
@@ -198,7 +201,10 @@ class Emulator:
         def allocate(count: int) -> DeviceTensor:
             return DeviceTensor(self.empty(count, dtype=torch.uint8, name="workspace"))
 
-        getattr(self.module, name)(0, allocate, *map(wrap, arguments))
+        self.module.take_streams()
+        getattr(self.module, name)(*DEVICE_AND_STREAM, allocate, *map(wrap, arguments))
+        used = self.module.take_streams()
+        assert used <= {DEVICE_AND_STREAM}, f"{name}: launches on devices and streams {used}, not {DEVICE_AND_STREAM}"
 
     def call(self, name: str, *arguments: Any, offset: int | dict[str, int] = 0) -> None:
         """Call a binding like those of `_C`, with CPU tensors: move them to the device and the results back.

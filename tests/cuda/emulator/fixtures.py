@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from types import ModuleType
 
@@ -14,6 +15,7 @@ from emulator.device import Emulator, build, load
 @pytest.fixture(scope="session")
 def emulated_module() -> Iterator[ModuleType]:
     module = load(build())
+    module.set_recording("MEGALODON_OPS_REACHED" in os.environ)
     yield module
     reached.write_record(module)
 

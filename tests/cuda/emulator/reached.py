@@ -71,14 +71,16 @@ def with_counters(path: Path, text: str) -> str:
 
 
 def write_record(module: ModuleType) -> None:
-    """Write the counts of this process to the folder MEGALODON_OPS_REACHED, if set."""
+    """Write the counts of this process, and its accesses (magnitude.py), to the folder MEGALODON_OPS_REACHED, if set."""
     folder = os.environ.get("MEGALODON_OPS_REACHED")
     if folder:
         symbols = subprocess.run(["nm", module.__file__], capture_output=True, text=True, check=True).stdout
         names = {int(at, 16): name for at, name in re.findall(r"^([0-9a-f]+) \w (\w+)$", symbols, re.MULTILINE)}
-        rows = [(names[kernel] if kernel else "", *rest) for kernel, *rest in module.reached()]
         Path(folder).mkdir(parents=True, exist_ok=True)
-        (Path(folder) / f"{os.getpid()}-{time.time_ns()}.json").write_text(json.dumps(rows))
+        record = Path(folder) / f"{os.getpid()}-{time.time_ns()}"
+        for suffix, rows in (".json", module.reached()), (".accesses", module.magnitudes()):
+            named = [(names[kernel] if kernel else "", *rest) for kernel, *rest in rows]
+            record.with_suffix(suffix).write_text(json.dumps(named))
 
 
 class Place(NamedTuple):

@@ -287,7 +287,8 @@ def _launch_cuda(name: str, args: tuple) -> None:
     with torch.cuda.device(device):
         stream = torch.cuda.current_stream(device).cuda_stream
         try:
-            getattr(kernels, name)(stream, lambda n: torch.empty(n, dtype=torch.uint8, device=device), *args)
+            allocate = functools.partial(torch.empty, dtype=torch.uint8, device=device)
+            getattr(kernels, name)(device.index, stream, allocate, *args)
         except RuntimeError as error:
             built_for, capability = kernels.build_info()["architectures"], torch.cuda.get_device_capability(device)
             problem = launch_problem(str(error), *kernels.cuda_versions(), built_for, capability)

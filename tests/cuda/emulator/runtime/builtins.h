@@ -98,6 +98,7 @@ T launch_size(const char* name, T chosen) {
 
 // Most threads of a block by the kernel's __launch_bounds__; 1024 if it has none.
 int launch_bound(const void* kernel);
+void record_stream(void* stream);  // with the current device
 void run(const char* name, const void* kernel, dim3 grid, dim3 block, size_t shared, void (*call)(const void*),
          const void* arguments);
 
@@ -137,9 +138,10 @@ struct Call {
 };
 
 template <class... P, class... A>
-EMU_BUILTIN void launch(const char* name, void (*kernel)(P...), dim3 grid, dim3 block, size_t shared, void*,
+EMU_BUILTIN void launch(const char* name, void (*kernel)(P...), dim3 grid, dim3 block, size_t shared, void* stream,
                         A&&... arguments) {
   const Call<P...> call{kernel, {static_cast<P>(arguments)...}};
+  record_stream(stream);
   run(name, reinterpret_cast<const void*>(kernel), grid, block, shared, &Call<P...>::make, &call);
 }
 

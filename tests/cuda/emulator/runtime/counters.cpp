@@ -50,6 +50,12 @@ std::map<std::pair<std::string, std::string>, Traffic> totals;  // by kernel and
 std::map<std::pair<std::string, SiteKey>, Site> all_sites;
 std::map<const Buffer*, Traffic> traffic_of_launch;
 
+struct Far {
+  std::set<std::string> buffers;
+  uint64_t most = 0;
+};
+std::map<std::pair<const void*, const void*>, Far> far;  // by kernel and address
+
 // Direct-mapped cache of sites: loops access the same few.
 constexpr size_t kCache = 256;
 struct CacheEntry {
@@ -105,6 +111,7 @@ void finish_request(Site& site, const Request& request) {
   site.ideal += (lanes * site.size + kSectorBytes - 1) / kSectorBytes;
   const Buffer* buffer = find_buffer(request.offset[__builtin_ctz(request.lanes)]);
   if (!buffer) return;
+  if (recording) far[{launch_.code, site.address}].buffers.insert(buffer->name);
   Traffic& t = traffic_of_launch[buffer];
   (site.store ? t.store_requests : t.load_requests) += 1;
   (site.store ? t.store_sectors : t.load_sectors) += sectors;
@@ -184,8 +191,27 @@ void finish_launch_counts() {
   std::fill_n(cache, kCache, CacheEntry{});
 }
 
+void note_element(const void* address, size_t element) {
+  uint64_t& most = far[{launch_.code, address}].most;
+  most = std::max<uint64_t>(most, element);
+}
+
+std::vector<Magnitude> magnitudes() {
+  std::vector<const void*> addresses;
+  for (const auto& entry : far) addresses.push_back(entry.first.second);
+  const std::vector<std::string> lines = source_lines(addresses);
+  std::vector<Magnitude> list;
+  for (const auto& [key, entry] : far) {
+    std::string buffers;
+    for (const std::string& name : entry.buffers) buffers += (buffers.empty() ? "" : " ") + name;
+    list.push_back({offset_in_module(key.first), lines[list.size()], buffers, entry.most});
+  }
+  return list;
+}
+
 void reset_counters() {
   totals.clear();
+  launched.clear();
   all_sites.clear();
 }
 

@@ -93,7 +93,7 @@ std::string describe_in(const Buffer& buffer, size_t offset, const char* kind) {
 char* take_shared(const void* key, const char* name, size_t bytes) {
   const size_t offset = (shared_top + kRedZone + kSharedAlignment - 1) / kSharedAlignment * kSharedAlignment;
   shared_top = offset + bytes;
-  shared_arrays.push_back({key, {offset, bytes, name}});
+  shared_arrays.push_back({key, {offset, bytes, name, 1}});
   set_flags(offset, bytes, kValid);
   std::memset(arena + offset, kPoison, bytes);
   return arena + offset;
@@ -162,6 +162,7 @@ void access(const void* p, size_t size, Access access, const void* address) {
     const Buffer* buffer = find_buffer(offset);
     if (!buffer || buffer->offset + buffer->size - offset < size)
       report("out of bounds", (write ? "write of " : "read of ") + what(), address);
+    else if (recording) note_element(address, (offset - buffer->offset) / buffer->item);
     return;
   }
   const FlagSummary found = summarise(offset, size);
@@ -188,7 +189,7 @@ void set_in_flight(size_t offset, size_t size, bool in_flight) {
     flags[i] = static_cast<uint8_t>(in_flight ? flags[i] | kInFlight : flags[i] & ~kInFlight);
 }
 
-char* allocate(size_t bytes, const std::string& name, size_t misalignment, bool sparse) {
+char* allocate(size_t bytes, const std::string& name, size_t misalignment, bool sparse, size_t item) {
   initialise_memory();
   const auto place_after = [&](size_t end) {
     return (end + bounds.red_zone + kBufferAlignment - 1) / kBufferAlignment * kBufferAlignment + misalignment;
@@ -201,7 +202,7 @@ char* allocate(size_t bytes, const std::string& name, size_t misalignment, bool 
   }
   if (offset + bytes + bounds.red_zone > kArenaBytes + sparse * kSparseBytes)
     throw Error("the emulated device is out of memory");
-  buffers[offset] = {offset, bytes, name};
+  buffers[offset] = {offset, bytes, name, item};
   if (sparse) return arena + offset;
   set_flags(offset, bytes, kValid);
   std::memset(arena + offset, kPoison, bytes);
@@ -210,7 +211,7 @@ char* allocate(size_t bytes, const std::string& name, size_t misalignment, bool 
 
 void release(char* p) {
   const auto found = buffers.find(offset_of(p));
-  const auto [offset, size, name] = found->second;
+  const auto [offset, size, name, item] = found->second;
   if (!is_sparse(offset)) set_flags(offset, size, 0);
   else madvise(arena + offset / kPage * kPage, offset % kPage + size, MADV_DONTNEED);  // pages are zeros again
   buffers.erase(found);

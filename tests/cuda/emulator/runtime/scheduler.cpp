@@ -10,6 +10,9 @@ Options options;
 Bounds bounds;
 std::map<std::string, LaunchSize> launch_sizes;
 Launch launch_;
+int device = 0;
+std::set<std::pair<int, uintptr_t>> used_streams;
+std::set<std::string> launched;
 uint3 block_;
 uint32_t block_number = 0;
 std::vector<Thread> threads;
@@ -169,6 +172,8 @@ int launch_bound(const void* kernel) {
   return warps ? warps * kWarpSize : kMaxThreads;
 }
 
+void record_stream(void* stream) { used_streams.emplace(device, reinterpret_cast<uintptr_t>(stream)); }
+
 void run(const char* name, const void* kernel, dim3 grid, dim3 block, size_t shared, void (*call)(const void*),
          const void* arguments) {
   initialise_memory();
@@ -177,6 +182,7 @@ void run(const char* name, const void* kernel, dim3 grid, dim3 block, size_t sha
   launch_ = {base_name(name), kernel, grid, block, shared, call, arguments, number, block_number + 1,
              static_cast<int>(block.x * block.y * block.z)};
   check_configuration();
+  launched.insert(launch_.kernel);
   threads.resize(launch_.threads);
   random_state = options.seed * 0x9e3779b97f4a7c15ull | 1;
   failed = false;

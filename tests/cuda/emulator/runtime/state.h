@@ -5,6 +5,7 @@
 #include <deque>
 #include <map>
 #include <memory>
+#include <set>
 #include <stdexcept>
 #include <string>
 #include <vector>
@@ -86,6 +87,9 @@ struct Launch {
 extern Options options;
 extern Bounds bounds;
 extern Launch launch_;
+extern int device;                                       // the current one
+extern std::set<std::pair<int, uintptr_t>> used_streams;  // of launches, with their devices
+extern std::set<std::string> launched;                    // kernels, since counters were reset
 extern uint3 block_;             // coordinates
 extern uint32_t block_number;    // counts all blocks ever run, from 1
 extern std::vector<Thread> threads;
@@ -112,7 +116,7 @@ void check_race(size_t offset, size_t size, Access access, const void* address);
 constexpr size_t kArenaBytes = size_t{1} << 30;
 // Sparse buffers follow the arena: gigabytes of zeros that take no memory until they are written. Only the bounds of
 // accesses to them are checked.
-constexpr size_t kSparseBytes = size_t{256} << 30;
+constexpr size_t kSparseBytes = size_t{512} << 30;
 constexpr size_t kSharedWindow = size_t{1} << 20;  // the arena begins with the block's shared memory; buffers follow
 extern char* arena;
 inline bool is_shared(size_t offset) { return offset < kSharedWindow; }
@@ -126,9 +130,10 @@ std::string describe(size_t offset);
 struct Buffer {
   size_t offset, size;
   std::string name;
+  size_t item;  // bytes of an element
 };
 // The buffer begins `misalignment` bytes past a multiple of 256.
-char* allocate(size_t bytes, const std::string& name, size_t misalignment, bool sparse);
+char* allocate(size_t bytes, const std::string& name, size_t misalignment, bool sparse, size_t item);
 void release(char* p);
 void mark_written(char* p, size_t bytes);
 void mark_read_only(char* p, size_t bytes);
@@ -141,6 +146,7 @@ void count(size_t offset, size_t size, Access access, const void* address);
 void finish_block_counts();
 void finish_launch_counts();
 void reset_counters();
+void note_element(const void* address, size_t element);  // of a sparse buffer
 struct Traffic {  // of one buffer in one kernel
   uint64_t load_bytes = 0, load_requests = 0, load_sectors = 0, load_footprint = 0;
   uint64_t store_bytes = 0, store_requests = 0, store_sectors = 0, store_footprint = 0;
@@ -180,6 +186,17 @@ struct Reached {
   int64_t most;
 };
 std::vector<Reached> reached();
+size_t offset_in_module(const void* kernel);
+extern bool recording;  // also the accesses below
+
+// counters.cpp
+struct Magnitude {  // of an instruction that accesses global memory
+  size_t kernel;        // as in Reached
+  std::string where;    // as in source_lines
+  std::string buffers;  // names, except of sparse buffers
+  uint64_t most;        // index of an element in a sparse buffer
+};
+std::vector<Magnitude> magnitudes();
 
 // mutants.cpp
 extern std::vector<unsigned char> mattered;  // by mutant

@@ -53,13 +53,19 @@ void finish_turns() {
   if (launch_.threads < launch_bound(launch_.code)) record(launch_.code, "warps", kNotAll, 0);
 }
 
+bool recording = false;
+
+size_t offset_in_module(const void* kernel) {
+  Dl_info module{};
+  dladdr(kernel, &module);
+  return static_cast<const char*>(kernel) - static_cast<const char*>(module.dli_fbase);
+}
+
 std::vector<Reached> reached() {
   record_loops(nullptr);
   std::vector<Reached> list;
   for (const auto& [key, entry] : all) {
-    Dl_info module{};
-    if (key.first) dladdr(key.first, &module);
-    const size_t kernel = static_cast<const char*>(key.first) - static_cast<const char*>(module.dli_fbase);
+    const size_t kernel = key.first ? offset_in_module(key.first) : 0;
     list.push_back({kernel, key.second, entry.turns, entry.most});
   }
   return list;

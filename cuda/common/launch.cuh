@@ -1,4 +1,4 @@
-// Limit on a kernel's shared memory. portable.cuh includes this file, for nvcc alone.
+// Launch of a kernel, with the limit on its shared memory. portable.cuh includes this file, for nvcc alone.
 //
 // A block has at most 48 KiB, static and dynamic together, unless its kernel is allowed more. A kernel's first launch
 // with dynamic memory on a device allows it all of the device's shared memory, permanently. Setting the limit before
@@ -12,13 +12,20 @@
 #include <set>
 #include <stdexcept>
 #include <string>
+#include <tuple>
 #include <utility>
 
 namespace gpu {
 
+// Throws an error of the runtime, and clears it: otherwise the next call that asks for the last error would report it.
 inline void check(cudaError_t error, const char* what) {
-  if (error != cudaSuccess) throw std::runtime_error(std::string(what) + ": " + cudaGetErrorString(error));
+  if (error == cudaSuccess) return;
+  cudaGetLastError();
+  throw std::runtime_error(std::string(what) + ": " + cudaGetErrorString(error));
 }
+
+// Makes `device` the current one of this thread, for the calls of this module's copy of the runtime.
+inline void use_device(int device) { check(cudaSetDevice(device), ("cuda:" + std::to_string(device)).c_str()); }
 
 // Shared memory that a block may use on the current device: 99 KiB on sm_120, 163 on sm_80, 227 on sm_90 and sm_100.
 inline size_t max_shared_bytes() {
@@ -42,6 +49,20 @@ inline void allow_shared_memory(const void* kernel, const char* name) {
   const auto dynamic = static_cast<int>(max_shared_bytes() - attributes.sharedSizeBytes);
   check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, dynamic), name);
   allowed.insert({kernel, device});
+}
+
+template <class... P, class... A>
+void launch(const char* name, void (*kernel)(P...), dim3 grid, dim3 block, size_t shared, void* stream,
+            A&&... arguments) {
+  const auto code = reinterpret_cast<const void*>(kernel);
+  if (shared > 0) allow_shared_memory(code, name);
+  std::tuple<P...> values{static_cast<P>(arguments)...};
+  std::apply(
+      [&](P&... value) {
+        void* pointers[] = {&value...};
+        check(cudaLaunchKernel(code, grid, block, pointers, shared, static_cast<cudaStream_t>(stream)), name);
+      },
+      values);
 }
 
 }  // namespace gpu
