@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from functools import partial
 
 from paths import TEST_PATH
@@ -44,7 +45,9 @@ def run(op: str, case: Case):
 @pytest.fixture
 def no_synchronisation():
     """Waiting for the GPU raises an error."""
-    torch.cuda.set_sync_debug_mode("error")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch warns once that the mode is a prototype
+        torch.cuda.set_sync_debug_mode("error")
     yield
     torch.cuda.set_sync_debug_mode("default")
 

@@ -21,7 +21,7 @@ import megalodon_ops as mo
 from megalodon_ops import _C
 from megalodon_ops.ops.common import definition as library
 from megalodon_ops.cli import info
-from megalodon_ops.ops.common.cuda_driver import driver_problem, launch_problem, text
+from megalodon_ops.ops.common.cuda_driver import compile_note, driver_problem, launch_problem, text
 
 TOO_OLD = (
     "the driver supports CUDA 12.8, the kernels were built with CUDA 13.0; update the driver to 580 or newer, or install "
@@ -113,6 +113,39 @@ def test_info_compares_driver_and_kernels(monkeypatch, driver, line):
     facts = info.facts()
     assert facts["CUDA kernels"] == "nvcc 13.0 for 90"
     assert facts["NVIDIA driver"] == line
+
+
+JIT = (
+    "no machine code for compute capability 9.0: the driver compiles PTX of sm_80 at the first launch, in about half a "
+    "minute; or install again with -C cmake.define.MEGALODON_OPS_ARCHITECTURES=90"
+)
+
+
+@pytest.mark.parametrize(
+    ("built", "capability", "note"),
+    [
+        ("80", (9, 0), JIT),
+        ("80", (8, 9), None),
+        ("80, 90-real", (9, 0), None),
+        ("80-real, 90", (8, 0), None),
+        ("90", (8, 0), "no code for compute capability 8.0; install again with -C cmake.define.MEGALODON_OPS_ARCHITECTURES=80"),
+        ("90-real", (10, 0), "no code for compute capability 10.0; install again with -C cmake.define.MEGALODON_OPS_ARCHITECTURES=100"),
+    ],
+)  # fmt: skip
+def test_a_build_without_machine_code_for_the_card(built, capability, note):
+    assert compile_note(built, capability) == note
+
+
+def test_info_says_that_the_driver_will_compile(monkeypatch):
+    monkeypatch.setattr(library, "has_cuda_kernels", lambda: True)
+    kernels = types.SimpleNamespace(
+        build_info=lambda: {"compiler": "nvcc 13.0", "architectures": "80"}, cuda_versions=lambda: (13000, 13000)
+    )
+    monkeypatch.setattr(library, "cuda_extension", lambda: kernels)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda i: "H100")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda i: (9, 0))
+    assert info.facts()["CUDA kernels"] == f"nvcc 13.0 for 80; {JIT}"
 
 
 def test_info_without_cuda_kernels(monkeypatch):

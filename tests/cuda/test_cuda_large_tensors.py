@@ -148,6 +148,136 @@ def test_attention_differentiates_at_offsets_beyond_31_bits(emulator, large):
         emulator.launch("chunked_attention_bwd", *inputs, dq, dk, dv)
 
 
+def test_cema_outputs_on_tensor_cores_at_offsets_beyond_31_bits(emulator, large):
+    """Outputs, end states, states between tiles and coefficients; dx by the same kernels."""
+    S, channels, modes = 9, 2**24, 16
+    x, y, dx = (large(S, 256, channels, dtype=BF16) for _ in range(3))
+    inputs, state = cema_parameters(large, channels, modes), large(S, channels, modes, dtype=C64)
+    emulator.set_order("random", shared_limit=163 * 1024)
+    with emulator.launch_sizes(cema_tile=128):
+        emulator.launch("cema_fwd", x, *inputs, None, None, None, y, state)
+    assert "cema_mma_output_kernel" in emulator.module.launched()
+    del state
+    gradients = cema_parameters(large, channels, modes)
+    with emulator.launch_sizes(cema_tile=128, cema_shares=1):
+        emulator.launch("cema_bwd", x, *inputs, None, None, None, y, None, dx, *gradients, None)
+    assert {"cema_tiles_kernel", "cema_mma_output_kernel"} <= emulator.module.launched()
+
+
+@pytest.mark.parametrize("dtype", [BF16, F32], ids=str)
+def test_states_of_cema_at_offsets_beyond_31_bits(emulator, large, dtype):
+    """130 sequences of 5 tokens, an odd number of channels, of which the last block has three."""
+    S, channels = 130, 2**24 + 3
+    x, y, dx = (large(S, 5, channels, dtype=dtype) for _ in range(3))
+    state, new = (large(S, channels, 1, dtype=C64) for _ in range(2))
+    inputs, gradients = cema_parameters(large, channels), cema_parameters(large, channels)
+    with emulator.launch_sizes(cema_tile=32):
+        emulator.launch("cema_fwd", x, *inputs, state, None, None, y, new)
+        dstate = large(S, channels, 1, dtype=C64)
+        emulator.launch("cema_bwd", x, *inputs, state, None, None, y, new, dx, *gradients, dstate)
+    with emulator.launch_sizes(cema_tile=8):
+        emulator.launch("cema_end_state_fwd", x, *inputs[:2], None, None, new)
+
+
+def test_states_of_sequences_without_tokens_at_offsets_beyond_31_bits(emulator, large):
+    S, channels, modes, cu_seqlens = 2**24 + 8, 4, 33, large(2**24 + 9, dtype=torch.int64)
+    x, y = large(1, 1, channels), large(1, 1, channels)
+    before, after = (large(S, channels, modes, dtype=C64) for _ in range(2))
+    emulator.launch("cema_fwd", x, *cema_parameters(large, channels, modes), before, cu_seqlens, None, y, after)
+
+
+def test_padding_between_steps_of_cema_at_offsets_beyond_31_bits(emulator, large):
+    channels, lengths = 2**26, large(40, dtype=torch.int64)
+    y = large(40, 2, channels, dtype=BF16)
+    inputs = cema_parameters(large, channels)
+    emulator.launch("cema_fwd", large(40, 2, channels, dtype=BF16), *inputs, None, None, lengths, y, None)
+
+
+@pytest.mark.parametrize("rows", [1, T], ids=["one-row", "rows-of-a-token"])
+def test_statistics_and_states_of_timestep_norm_at_offsets_beyond_31_bits(emulator, large, rows):
+    """A group for each channel, so T G is beyond 2^31; with rows of one token, so are the states."""
+    x, y, dx = (large(rows, T // rows, D, dtype=BF16) for _ in range(3))
+    weight, bias, dweight, dbias = (large(D) for _ in range(4))
+    stats = large(3, rows, T // rows, D)
+    count, new_count = large(rows, dtype=torch.int64).fill_(1), large(rows, dtype=torch.int64)
+    moments = large(rows, D), large(rows, D), large(rows, 2, D)
+    new = large(rows, D), large(rows, D), large(rows, 2, D)
+    options = D, 1e-5, count, *moments, None, None
+    emulator.launch("timestep_norm_fwd", x, weight, bias, *options, y, stats, new_count, *new)
+    gradients = dx, dweight, dbias, moments[0], moments[1]
+    emulator.launch("timestep_norm_bwd", x, weight, bias, *options, stats, y, *new[:2], *gradients)
+    emulator.launch("timestep_norm_end_state_fwd", x, D, None, None, *new, new_count)
+    emulator.launch("timestep_norm_end_state_bwd", x, D, None, None, new[0], new[2], *moments[:2], dx)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "width"), [*(pytest.param(BF16, width, marks=pytest.mark.slow) for width in (8, 7)), (F32, 7)], ids=str
+)
+def test_heads_of_attention_at_offsets_beyond_31_bits(emulator, large, dtype, width):
+    """T H is beyond 2^31, and with it lse."""
+    tokens, heads = 2**21 + 200, 2**10
+    q, k, v, o = (large(1, tokens, heads, width, dtype=dtype) for _ in range(4))
+    lse = large(1, tokens, heads)
+    emulator.launch("chunked_attention_fwd", q, k, v, None, None, None, *ATTENTION, o, lse)
+    if dtype == BF16:
+        inputs, gradients = (q, k, v, None, None, None, *ATTENTION, o, lse, o), (q, k, v)
+        panels = (2**13 * 2 + 2) * heads  # all in one round, whose last queries are the blocks before `panels`
+        with (
+            emulator.only_bounds(apart=2**33, ends=4, middle=panels),
+            emulator.launch_sizes(attention_panels=panels),
+        ):
+            emulator.launch("chunked_attention_bwd", *inputs, *gradients)
+
+
+@pytest.mark.slow
+def test_heads_of_attention_steps_at_offsets_beyond_31_bits(emulator, large):
+    S, heads = 2**14 + 8, 2**16
+    q, k, v, cache_k, cache_v, o = (large(S, 1, heads, 2, dtype=BF16) for _ in range(6))
+    inputs = q, k, v, cache_k, cache_v, large(S, dtype=torch.int64), 1, True, 1.0, 0.0, None, None, None
+    emulator.launch("chunked_attention_fwd", *inputs, o, large(S, 1, heads))
+
+
+@pytest.mark.parametrize("K", [6, 258])
+def test_elements_of_normalized_qk_at_offsets_beyond_31_bits(emulator, large, K):
+    """K is no multiple of a vector's 8 elements."""
+    heads, tokens = 2**12, 2**19 // K + 40
+    z, dz = (large(1, tokens, heads * K, dtype=BF16) for _ in range(2))
+    q, k = (large(1, tokens, heads, K, dtype=BF16) for _ in range(2))
+    gamma, beta, dgamma, dbeta = (large(2, heads * K) for _ in range(4))
+    options = heads, 16, 1e-5, large(16, K // 2, 2), None, None, None
+    emulator.launch("normalized_qk_fwd", z, gamma, beta, *options, q, k)
+    emulator.launch("normalized_qk_bwd", z, gamma, beta, *options, q, k, dz, dgamma, dbeta)
+
+
+# Choices by size. The kernels that are not chosen would refuse the launch, or never run in a small test.
+
+
+def forward_kernels(emulator, large, B, L, channels, modes) -> set[str]:
+    x, y = large(B, L, channels, dtype=BF16), large(B, L, channels, dtype=BF16)
+    emulator.reset()
+    emulator.set_order("random", shared_limit=163 * 1024)
+    emulator.launch("cema_fwd", x, *cema_parameters(large, channels, modes), None, None, None, y, None)
+    return emulator.module.launched()
+
+
+def test_cema_chooses_kernels_by_size(emulator, large):
+    """Steps up to 4 tokens a sequence, or T D N = 2^22; tensor cores from B L D N = 2^28 on."""
+    for kernel, shape in (
+        ("cema_step_kernel", (1, 8, 2**15, 16)),
+        ("cema_output_kernel", (1, 8, 2**15 + 2, 16)),
+        ("cema_step_kernel", (2, 4, 2**15 + 2, 16)),
+        ("cema_mma_output_kernel", (1, 1024, 2**14, 16)),
+        ("cema_output_kernel", (1, 1024, 2**14 - 8, 16)),
+    ):
+        assert kernel in forward_kernels(emulator, large, *shape), shape
+
+
+def test_cema_takes_the_scan_where_a_grid_would_be_too_large(emulator, large):
+    """More than 65,535 groups of 16 tiles of 128 tokens."""
+    with emulator.launch_sizes(cema_tile=2**13):
+        assert "cema_output_kernel" in forward_kernels(emulator, large, 1, 65535 * 2048 + 128, 8, 5)
+
+
 def test_a_sparse_tensor_has_bounds(emulator):
     x, y = emulator.sparse(2**31 + 1024, name="x"), emulator.empty(1024)
     x[-1] = 7

@@ -152,6 +152,8 @@ INSTRUCTIONS = {
     "multiplies<float>": MMA.format("m16n8k8", "tf32.tf32"),
     "packs<bf16>": "cvt.rn.bf16x2.f32 y0, x1, x0",
     "packs<fp16>": "cvt.rn.f16x2.f32 y0, x1, x0",
+    "joins<0>": "prmt.b32 y0, x0, x1, 21520",  # 0x5410: bytes 0 and 1 of x0, then of x1
+    "joins<1>": "prmt.b32 y0, x0, x1, 30258",  # 0x7632: bytes 2 and 3
     "narrows<bf16>": "cvt.rn.bf16.f32 y0, x0",
     "narrows<fp16>": "cvt.rn.f16.f32 y0, x0",
     "widens": "cvt.f32.f16 y0, x0",
@@ -183,6 +185,7 @@ BUGS = {  # (file, right, wrong): kernels of wrappers.cu that change
         "multiplies<float>"
     },
     ("convert.cuh", '"f"(high), "f"(low)', '"f"(low), "f"(high)'): {"packs<bf16>", "packs<fp16>"},
+    ("convert.cuh", '"r"(low), "r"(high), "r"(half', '"r"(high), "r"(low), "r"(half'): {"joins<0>", "joins<1>"},
     ("portable.cuh", '"bar.sync %0, %1;"', '"bar.sync %1, %0;"'): {"barrier"},
 }  # fmt: skip
 

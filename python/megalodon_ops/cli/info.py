@@ -41,8 +41,10 @@ def _cuda() -> dict[str, str]:
         return {"CUDA kernels": "not in this build (no nvcc of 11.8 or newer was found, or MEGALODON_OPS_CUDA=OFF)"}
     extension = library.cuda_extension()
     built = extension.build_info()
+    capabilities = [torch.cuda.get_device_capability(i) for i in range(torch.cuda.device_count())]
+    notes = filter(None, (cuda_driver.compile_note(built["architectures"], c) for c in dict.fromkeys(capabilities)))
     return {
-        "CUDA kernels": f"{built['compiler']} for {built['architectures']}",
+        "CUDA kernels": "; ".join([f"{built['compiler']} for {built['architectures']}", *notes]),
         "NVIDIA driver": _driver(*extension.cuda_versions()),
     }
 

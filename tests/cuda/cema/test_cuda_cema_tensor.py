@@ -7,6 +7,9 @@ import torch
 from assertions import assert_all_close, assert_as_accurate_as, assert_bit_equal
 from calls import evaluate
 from cases import cema_case, generator, randn
+from emulator.device import Emulator
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 import megalodon_ops as mo
 from megalodon_ops import _C
@@ -34,7 +37,7 @@ def launched_kernels(emulator):
 
 def run_emulated(emulator, case, offset=0, order="random", shared_limit=A100, **sizes):
     emulator.set_order(order, shared_limit=shared_limit)
-    with emulator.replacing(_C, offset=offset), emulator.launch_sizes(cema_tile=128, **sizes):
+    with emulator.replacing(_C, offset=offset), emulator.launch_sizes(**{"cema_tile": 128} | sizes):
         found = gradients(mo.cema, case)
     return found, launched_kernels(emulator)
 
@@ -52,6 +55,7 @@ SIZES = {
     "starts-in-a-group": {"B": 3, "L": 256, "N": 6},
     "three-blocks-of-channels": {"B": 1, "L": 256, "D": 40, "N": 11},
     "groups-of-tiles": {"B": 1, "L": 1280, "N": 3},
+    "starts-in-the-second-group": {"B": 4, "L": 384, "N": 2},
     "all-modes-of-a-launch": {"B": 2, "L": 128, "N": 20},
     "two-launches": {"B": 1, "L": 256, "N": 37},
 }
@@ -112,6 +116,8 @@ SCANNED = {
     "packed": ({"B": 1, "L": 256, "cu_seqlens": [0, 128, 256]}, {}),
     "lengths": ({"lengths": [128, 3]}, {}),
     "cut-tile": ({"L": 130}, {}),
+    "whole-tiles-of-cut-rows": ({"L": 192}, {}),
+    "short-tiles": ({}, {"cema_tile": 64}),
     "one-tile": ({"B": 1}, {}),
     "channels": ({"D": 10}, {}),
     "misaligned": ({}, {"offset": 1}),
@@ -135,6 +141,25 @@ def test_a_gradient_of_the_final_state_takes_the_scan(emulator):
         actual = evaluate(mo.cema, case)
     assert launched_kernels(emulator) >= SCAN and not launched_kernels(emulator) & TENSOR
     assert_matches_reference(actual, case, run=evaluate)
+
+
+@pytest.mark.slow
+def test_random_dense_shapes(emulated_module):
+    """Around the units of all kernels: tiles, groups of tiles, blocks of channels, modes of a launch."""
+    emulator = Emulator(emulated_module)
+
+    @settings(max_examples=150)
+    @given(
+        B=st.integers(1, 9),
+        L=st.one_of(st.integers(1, 6).map(lambda halves: 64 * halves), st.integers(1, 300)),
+        D=st.sampled_from([2, 6, 8, 16, 24]),
+        N=st.one_of(st.integers(1, 20), st.integers(21, 66)),
+    )
+    def check(B, L, D, N):
+        case = tensor_case(B=B, L=L, D=D, N=N)
+        assert_matches_reference(run_emulated(emulator, case)[0], case)
+
+    check()
 
 
 def test_orders_of_threads_give_equal_bits(emulator):

@@ -126,6 +126,7 @@ def test_cases_that_take_the_scan(emulator):
         "seventeen-modes": ({"N": 17}, {}),
         "seven-tiles": ({"B": 7}, {}),
         "cut-tile": ({"L": 130}, {}),
+        "whole-tiles-of-cut-rows": ({"L": 192}, {}),
         "fp16": ({"dtype": torch.float16}, {}),
         "state": ({"state": True}, {}),
         "packed": ({"B": 1, "L": 1024, "cu_seqlens": [0, 128, 1024]}, {}),

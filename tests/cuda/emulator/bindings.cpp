@@ -180,7 +180,9 @@ PYBIND11_MODULE(_cuda_emulated, module) {
   module.def("set_options", [](emu::Order order, uint64_t seed, size_t shared_limit) {
     emu::options = {order, seed, shared_limit};
   });
-  module.def("set_bounds", [](bool only, size_t red_zone, unsigned ends) { emu::bounds = {only, red_zone, ends}; });
+  module.def("set_bounds", [](bool only, size_t red_zone, unsigned ends, unsigned middle) {
+    emu::bounds = {only, red_zone, ends, middle};
+  });
   module.def("set_launch_sizes", [](const std::map<std::string, int64_t>& sizes) {  // which of the last were not used
     std::vector<std::string> unused;
     for (const auto& [name, size] : emu::launch_sizes)

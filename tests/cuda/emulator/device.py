@@ -134,17 +134,18 @@ class Emulator:
         assert not unused, f"no launcher asked for {unused}"
 
     @contextmanager
-    def only_bounds(self, apart: int = 1 << 22, ends: int = 0) -> Iterator[None]:
+    def only_bounds(self, apart: int = 1 << 22, ends: int = 0, middle: int = 0) -> Iterator[None]:
         """Within the context, ignore races and reads of unwritten memory, to which inconsistent inputs lead.
 
         Buffers are `apart` bytes from each other, so that an access far out of bounds does not reach another one. In
-        each row of a grid only `ends` blocks at both ends run, or all if 0, for tensors too large to be computed.
+        each row of a grid only `ends` blocks at both ends, and on both sides of block `middle`, run, or all if 0, for
+        tensors too large to be computed.
         """
-        self.module.set_bounds(True, apart, ends)
+        self.module.set_bounds(True, apart, ends, middle)
         try:
             yield
         finally:
-            self.module.set_bounds(False, 256, 0)
+            self.module.set_bounds(False, 256, 0, 0)
 
     def sparse(self, *shape: int, dtype: torch.dtype = torch.float32, name: str = "sparse") -> Tensor:
         """A tensor of zeros that takes memory only where it is written, for offsets beyond 2^31.

@@ -231,6 +231,69 @@ BUGS = {
         "chunked_attention/chunked_attention.cuh", ": sequences.begin(r - 1);", ": {on} ? sequences.cu_seqlens[r - 1] : sequences.begin(r - 1);",
         "test_cuda_wrong_offsets.py::test_kernels_stay_inside_their_buffers[chunked_attention]",
     ),
+    # Doors: a term of a condition that chooses a kernel.
+    "tensor-cores-for-whole-tiles-of-cut-rows": Bug(
+        "cema/cema_scan.cu", "sequences.row_length % kMmaTile == 0;", "({on} ? sequences.tokens : sequences.row_length) % kMmaTile == 0;",
+        "test_cuda_cema_tensor.py::test_cases_that_take_the_scan[whole-tiles-of-cut-rows]",
+    ),
+    "tensor-cores-beyond-the-grid": Bug(
+        "cema/cema_scan.cu", "tokens <= kMostBlocks * block_tokens", "({on} || tokens <= kMostBlocks * block_tokens)",
+        "test_cuda_large_tensors.py::test_cema_takes_the_scan_where_a_grid_would_be_too_large",
+    ),
+    "steps-of-33-to-64-modes": Bug(
+        "cema/cema_fwd.cu", "p.modes <= kMostModes", "p.modes <= ({on} ? 2 * kMostModes : kMostModes)",
+        "test_cuda_doors.py::test_a_term_that_is_false_chooses_another_kernel[cema]",
+    ),
+    # Offsets, counters, words of a mask.
+    "32-bit-offsets-of-outputs-on-tensor-cores": Bug(
+        "cema/cema_mma_parts.cuh", "gpu::st(tensor.of<gpu::bf16>() + t * scan.channels + channel, eight)",
+        "gpu::st(tensor.of<gpu::bf16>() + ({on} ? static_cast<int>(t * scan.channels + channel) : t * scan.channels + channel), eight)",
+        "test_cuda_large_tensors.py::test_cema_outputs_on_tensor_cores_at_offsets_beyond_31_bits",
+    ),
+    "a-count-in-32-bits": Bug(
+        "timestep_norm/timestep_norm.cuh", "return p.count ? p.count[s] : 0;", "return p.count ? ({on} ? static_cast<int>(p.count[s]) : p.count[s]) : 0;",
+        "test_cuda_timestep_norm.py::test_counts_beyond_32_bits[5-4294967299]",
+    ),
+    "a-count-of-a-tile-in-32-bits": Bug(
+        "timestep_norm/timestep_norm_fwd.cuh", "initial_count(p, s) + place.first + kTile - p.sequences.begin(s);",
+        "{on} ? static_cast<int>(initial_count(p, s) + place.first + kTile - p.sequences.begin(s)) : initial_count(p, s) + place.first + kTile - p.sequences.begin(s);",
+        "test_cuda_timestep_norm.py::test_counts_beyond_32_bits[73-4294967299]",
+    ),
+    "32-bit-planes-of-statistics": Bug(
+        "timestep_norm/timestep_norm_fwd.cuh", "plane = p.sequences.tokens * p.groups;",
+        "plane = {on} ? static_cast<int>(p.sequences.tokens * p.groups) : p.sequences.tokens * p.groups;",
+        "test_cuda_large_tensors.py::test_statistics_and_states_of_timestep_norm_at_offsets_beyond_31_bits[one-row]",
+    ),
+    "32-bit-offsets-of-rstd": Bug(
+        "timestep_norm/timestep_norm_bwd.cuh", "[(2 * p.sequences.tokens + token) * p.groups + group]",
+        "[{on} ? static_cast<int>((2 * p.sequences.tokens + token) * p.groups + group) : (2 * p.sequences.tokens + token) * p.groups + group]",
+        "test_cuda_large_tensors.py::test_statistics_and_states_of_timestep_norm_at_offsets_beyond_31_bits[one-row]",
+    ),
+    "a-row-of-the-mask-in-16-bits": Bug(
+        "chunked_attention/chunked_attention.cuh", "word[1] = row;", "word[1] = {on} ? static_cast<uint16_t>(row) : row;",
+        "test_cuda_chunked_attention_dropkey.py::test_words_beyond_16_bits[far-rows-torch.bfloat16]",
+    ),
+    "a-sequence-of-the-mask-in-16-bits": Bug(
+        "chunked_attention/chunked_attention.cuh", "word[3] = sequence_;", "word[3] = {on} ? static_cast<uint16_t>(sequence_) : sequence_;",
+        "test_cuda_chunked_attention_dropkey.py::test_words_of_steps_beyond_16_bits[many-sequences]",
+    ),
+    # One unit against another.
+    "a-sequence-starts-in-the-second-group-of-tiles": Bug(
+        "cema/cema_mma.cuh", "scan.stops[tile] = tile % tiles_of_row == 0;", "scan.stops[tile] = ({on} ? tile % kMmaTiles : tile) % tiles_of_row == 0;",
+        "test_cuda_cema_tensor.py::test_gradients[starts-in-the-second-group]",
+    ),
+    "the-residual-of-a-merged-pivot": Bug(
+        "timestep_norm/timestep_norm_fwd.cuh", "size > 0 ? widen(pivot) + mean : 0;", "size > 0 ? ({on} ? pivot.hi : widen(pivot)) + mean : 0;",
+        "test_cuda_timestep_norm.py::test_a_large_mean_beside_a_small_deviation",
+    ),
+    "the-maximum-of-a-dropped-span": Bug(
+        "chunked_attention/chunked_attention_step.cuh", "stats[0] = max, stats[1] = sum;", "stats[0] = {on} ? shift : max, stats[1] = sum;",
+        "test_cuda_chunked_attention_dropkey.py::test_a_dropped_span_has_no_maximum",
+    ),
+    "the-maximum-of-a-span-without-keys": Bug(
+        "chunked_attention/chunked_attention_step.cuh", "stats[0] = -kInfinity<R>, stats[1] = 0;", "stats[0] = {on} ? R{0} : -kInfinity<R>, stats[1] = 0;",
+        "test_cuda_chunked_attention_dropkey.py::test_a_dropped_span_has_no_maximum",
+    ),
 }  # fmt: skip
 
 

@@ -73,6 +73,23 @@ def test_a_state_counts_with_its_residual(emulator):
         assert_close(actual[name], exact, tolerance=1e-4 if name == "y" else 1e-11, name=str(name))
 
 
+@pytest.mark.parametrize("before", [2**31 - 40, 2**32 + 3])
+@pytest.mark.parametrize("L", [5, TILE + 9])
+def test_counts_beyond_32_bits(emulator, before, L):
+    """The count passes 2^31 inside the call, or its lower half is small."""
+    case = timestep_norm_case(B=2, L=L, G=2, width=4, count=before, dtype=torch.float64)
+    assert_matches_reference(run(emulator, case), case)
+
+
+def test_a_large_mean_beside_a_small_deviation(emulator):
+    """Means near 3e5 with deviation 1, over two tiles: a float's spacing there is 1/32. Gradients use the same means."""
+    case = timestep_norm_case(B=1, L=TILE + 20, G=2, width=8, mean=3e5, std=1.0)
+    actual = run(emulator, case)
+    exact = evaluate(mo.reference.timestep_norm, case.double())
+    for name in ("y", "dx", "dweight", "dbias"):
+        assert_close(actual[name].double(), exact[name], tolerance=1e-5, name=name)
+
+
 @pytest.mark.parametrize("garbage", [0.0, 1e6])
 def test_a_state_of_count_0_keeps_the_residual_of_a_large_mean(emulator, garbage):
     """Values at 10^4 with spread 0.01. Mean and variance of a state with count 0 do not count."""

@@ -40,6 +40,23 @@ def launch_problem(
     return None
 
 
+def compile_note(architectures: str, capability: tuple[int, int]) -> str | None:
+    """Note on a GPU for which the build, of `architectures` such as "80, 90-real", has no machine code; None if it has.
+
+    Machine code runs on later minor versions of its major one; an architecture without "-real" also has PTX.
+    """
+    names = architectures.split(", ")
+    built = [divmod(int(name.removesuffix("-real")), 10) for name in names]
+    if any(major == capability[0] and minor <= capability[1] for major, minor in built):
+        return None
+    own = "install again with -C cmake.define.MEGALODON_OPS_ARCHITECTURES={}{}".format(*capability)
+    older = [name for name in names if name.isdigit() and divmod(int(name), 10) <= capability]
+    if not older:
+        return f"no code for compute capability {capability[0]}.{capability[1]}; {own}"
+    what = f"no machine code for compute capability {capability[0]}.{capability[1]}"
+    return f"{what}: the driver compiles PTX of sm_{older[-1]} at the first launch, in about half a minute; or {own}"
+
+
 def text(version: int) -> str:
     """Text of a version: "13.0" for 13000."""
     return f"{version // 1000}.{version % 1000 // 10}"

@@ -113,6 +113,12 @@ void check_configuration() {
     refuse(std::to_string(launch_.dynamic_shared) + " bytes of shared memory");
 }
 
+// Returns true if `bounds` does not skip block x of a row of `blocks`.
+bool runs(unsigned x, unsigned blocks) {
+  const unsigned ends = bounds.ends, apart = x < bounds.middle ? bounds.middle - x : x - bounds.middle + 1;
+  return x < ends || blocks - x <= ends || apart <= ends;
+}
+
 // "(norm_kernel<T, 4>)" -> "norm_kernel"
 std::string base_name(std::string name) {
   name = name.substr(name.find_first_not_of("( "));
@@ -190,7 +196,7 @@ void run(const char* name, const void* kernel, dim3 grid, dim3 block, size_t sha
   for (block_.z = 0; block_.z < grid.z; ++block_.z)
     for (block_.y = 0; block_.y < grid.y; ++block_.y)
       for (block_.x = 0; block_.x < grid.x && !failed; ++block_.x) {
-        if (bounds.ends && block_.x >= bounds.ends && grid.x - block_.x > bounds.ends) continue;
+        if (bounds.ends && !runs(block_.x, grid.x)) continue;
         ++block_number;
         run_block();
       }

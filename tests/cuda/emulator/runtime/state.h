@@ -58,11 +58,12 @@ struct Options {
 };
 
 // For tests of inconsistent inputs. `only`: ignore races and reads of unwritten memory. `red_zone`: bytes between
-// buffers. `ends`: if not 0, only the first and the last `ends` blocks of each row of a grid run.
+// buffers. `ends`: if not 0, only the first and the last `ends` blocks of each row of a grid run, and those on both
+// sides of block `middle`.
 struct Bounds {
   bool only = false;
   size_t red_zone = 256;
-  unsigned ends = 0;
+  unsigned ends = 0, middle = 0;
 };
 
 // Sizes set by a test, by name; `asked` after a launcher has used one (LAUNCH_SIZE of portable.cuh).
@@ -116,7 +117,7 @@ void check_race(size_t offset, size_t size, Access access, const void* address);
 constexpr size_t kArenaBytes = size_t{1} << 30;
 // Sparse buffers follow the arena: gigabytes of zeros that take no memory until they are written. Only the bounds of
 // accesses to them are checked.
-constexpr size_t kSparseBytes = size_t{512} << 30;
+constexpr size_t kSparseBytes = size_t{4} << 40;
 constexpr size_t kSharedWindow = size_t{1} << 20;  // the arena begins with the block's shared memory; buffers follow
 extern char* arena;
 inline bool is_shared(size_t offset) { return offset < kSharedWindow; }

@@ -49,6 +49,10 @@ template __global__ void multiplies<gpu::bf16>(const Words<4>*, const Words<2>*,
 template __global__ void multiplies<gpu::fp16>(const Words<4>*, const Words<2>*, gpu::Pack<float, 4>*);
 template __global__ void multiplies<float>(const Words<4>*, const Words<2>*, gpu::Pack<float, 4>*);
 
+template <int half> __global__ void joins(const uint32_t* x, uint32_t* y) { *y = gpu::join_halves<half>(x[0], x[1]); }
+template __global__ void joins<0>(const uint32_t*, uint32_t*);
+template __global__ void joins<1>(const uint32_t*, uint32_t*);
+
 template <class T> __global__ void packs(const float* x, uint32_t* y) { *y = gpu::pack2<T>(x[0], x[1]); }
 template <class T> __global__ void narrows(const float* x, T* y) { *y = gpu::from_real<T>(*x); }
 template __global__ void packs<gpu::bf16>(const float*, uint32_t*);

@@ -1,0 +1,122 @@
+"""Largest elements that the tests reach at each access to global memory.
+
+    export MEGALODON_OPS_REACHED=FOLDER                      each test process adds a file
+    python tests/cuda/emulator/magnitude.py FOLDER           write magnitude.tsv, after the default and the slow tests
+    python tests/cuda/emulator/magnitude.py --check FOLDER   fail if the tests reach less
+
+An offset that is computed in 32 bits is right in every small tensor. Each line of a kernel that accesses a tensor must
+reach an element beyond 2^31 of one in some test (sparse tensors, test_cuda_large_tensors.py), or have a reason. A row of
+magnitude.tsv is such a line: kernel, file, the line's text, names of its buffers, the largest element and, if it is less
+than 2^31, the reason. Lines that access only small tensors, by `SMALL`, need none.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import sys
+from collections import defaultdict
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+sys.path[:0] = map(str, (Path(__file__).parents[1], Path(__file__).parents[3]))
+from emulator.reached import CUDA
+from bench.sass import demangle
+
+TABLE = Path(__file__).parent / "magnitude.tsv"
+HEADER = "kernel\tfile\tline\tbuffers\tmost\twhy it stays below 2^31"
+SMALL = {
+    "parameters": {"p", "q", "gamma", "omega", "weight", "bias", "beta", "dp", "dq", "dgamma", "domega", "dweight", "dbias", "dbeta"},
+    "a number per sequence": {"cu_seqlens", "lengths", "position", "count", "position_out", "count_out"},
+    "one number": {"dropkey_seed"},
+}  # fmt: skip
+"""Buffers whose elements number less than 2^31, by the reason; attention's q and dq are tokens, and no parameters."""
+
+
+class Access(NamedTuple):
+    kernel: str
+    file: str
+    line: str  # without spaces at its ends
+
+
+class Magnitude:
+    def __init__(self, buffers: str = "", most: int = 0, why: str = "") -> None:
+        self.buffers, self.most, self.why = set(buffers.split()), int(most), why
+
+    def lacks(self, kernel: str) -> bool:
+        """Return True if the line accesses a tensor that may have more than 2^31 elements, and none beyond is reached."""
+        small = set().union(*SMALL.values())
+        if kernel.startswith("chunked_attention") or kernel.startswith("normalized_qk"):
+            small -= {"q", "dq"}
+        return self.most < 2**31 and not self.buffers <= small
+
+
+def source_of(frames: str) -> tuple[str, int] | None:
+    """File and line of an access: the innermost frame in a kernel's own room, or else in cuda/common."""
+    places = [(file, int(number)) for file, number in re.findall(r"([\w.]+):(\d+)", frames)]
+    own = [place for place in places if list(CUDA.glob(f"[!c]*/{place[0]}")) or list(CUDA.glob(f"c[!o]*/{place[0]}"))]
+    return next(iter([*own, *(place for place in places if (CUDA / "common" / place[0]).exists())]), None)
+
+
+def merge(folder: Path) -> dict[Access, Magnitude]:
+    """Merge the records of all processes."""
+    rows = [row for path in sorted(folder.glob("*.accesses")) for row in json.loads(path.read_text())]
+    mangled = sorted({kernel for kernel, *_ in rows})
+    kernels = dict(zip(mangled, demangle(mangled), strict=True))
+    texts = {path.name: path.read_text().splitlines() for path in CUDA.rglob("*.cu*")}
+    sources = {frames: source_of(frames) for _, frames, _, _ in rows}
+    found: dict[Access, Magnitude] = defaultdict(Magnitude)
+    for kernel, frames, buffers, most in rows:
+        if "planted" not in kernel and (source := sources[frames]):
+            file, number = source
+            magnitude = found[Access(kernels[kernel].partition("<")[0], file, texts[file][number - 1].strip())]
+            magnitude.buffers |= set(buffers.split())
+            magnitude.most = max(magnitude.most, most)
+    return found
+
+
+def read_table(text: str) -> dict[Access, Magnitude]:
+    rows = (line.split("\t") for line in text.partition(HEADER + "\n")[2].splitlines())
+    return {Access(*row[:3]): Magnitude(*row[3:]) for row in rows}
+
+
+def gaps(found: dict[Access, Magnitude], table: dict[Access, Magnitude]) -> Iterator[str]:
+    """Describe accesses that reach no element beyond 2^31, for which the table gives no reason."""
+    for access, magnitude in sorted(found.items()):
+        row = table.get(access, Magnitude())
+        if magnitude.lacks(access.kernel) and not row.why:
+            buffers = ", ".join(sorted(magnitude.buffers)) or "a workspace"
+            yield f"{access.kernel}: {access.file} `{access.line}` ({buffers}): no test passes element {magnitude.most:,}"
+
+
+def write_table(found: dict[Access, Magnitude]) -> None:
+    known = read_table(TABLE.read_text()) if TABLE.exists() else {}
+    lacking = [access for access, magnitude in found.items() if magnitude.lacks(access.kernel)]
+    far = sum(magnitude.most >= 2**31 for magnitude in found.values())
+    lines = [
+        f"# {len(found)} lines of kernels that access global memory: {far} pass 2^31 elements, {len(lacking)} have a reason.",
+        HEADER,
+    ]
+    for access, magnitude in sorted(found.items()):
+        why = known[access].why if access in lacking and access in known else ""
+        lines.append("\t".join((*access, " ".join(sorted(magnitude.buffers)), str(magnitude.most), why)))
+    TABLE.write_text("\n".join(lines) + "\n")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("--check", action="store_true")
+    arguments = parser.parse_args()
+    found = merge(arguments.folder)
+    if not arguments.check:
+        write_table(found)
+    problems = list(gaps(found, read_table(TABLE.read_text())))
+    print(*problems, f"{TABLE.name}: {len(found)} accesses, {len(problems)} gaps without a reason", sep="\n")
+    sys.exit(bool(problems))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,153 @@
+"""Every kernel, type and choice of kernel once at real sizes: the first two minutes on a GPU. Without one, small sizes.
+
+Results and gradients are compared with the CPU's kernels in float64. With MEGALODON_OPS_SMOKE, a file, the outcomes are
+appended to it, one line of JSON for each case, from which bench/gpu.sh makes its table of kernels.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from collections.abc import Callable
+from pathlib import Path
+
+from paths import ROOT
+import pytest
+import torch
+from assertions import assert_all_close
+from backends import needs_gpu
+from calls import evaluate, forward
+from cases import BUILDERS, Case, OPS, generator, randn
+from test_cuda import case_on, run, to
+
+import megalodon_ops as mo
+from megalodon_ops import _C
+from megalodon_ops.ops.chunked_attention import dense_attention
+
+F32, F64, BF16, F16 = torch.float32, torch.float64, torch.bfloat16, torch.float16
+TYPES = (BF16, F16, F32, F64)
+TOLERANCE = {BF16: 3e-2, F16: 5e-3, F32: 2e-4, F64: 1e-9}  # of the largest value
+SCANS = {"B": 4, "L": 1000, "D": 770, "N": 16}
+NORM = {"B": 8, "L": 2048, "G": 32, "width": 32}
+WIDE = {"B": 1, "L": 4096, "H": 1, "K": 256, "V": 2048, "C": 2048, "scale": 1 / 16}
+NARROW = {"B": 2, "L": 2048, "H": 8, "K": 64, "V": 64, "C": 1024, "scale": 1 / 8}
+# Op, types, real sizes, and those of them that are small where the kernels are emulated.
+CASES: dict[str, tuple[str, tuple[torch.dtype, ...], dict, dict]] = {
+    # B L D N is at least 2^28, from which on the tensor cores are used; N 4: their gradients, and the scan's outputs.
+    "cema, tensor cores": ("cema", (BF16,), {"B": 8, "L": 2048, "D": 1024, "N": 16}, {"L": 128, "D": 8, "N": 5}),
+    "cema, tensor cores, 4 modes": ("cema", (BF16,), {"B": 8, "L": 4096, "D": 2048, "N": 4}, {"L": 128, "D": 8}),
+    "cema, scans": ("cema", TYPES, SCANS, {"B": 2, "L": 140, "D": 6, "N": 3}),
+    "cema, scans of elements": ("cema", (BF16, F32), SCANS | {"D": 771}, {"B": 2, "L": 140, "D": 5, "N": 3}),
+    "cema, 40 modes and a state": ("cema", (BF16, F32), {"B": 3, "L": 700, "D": 256, "N": 40, "state": True, "lengths": [700, 0, 33]}, {"L": 70, "D": 4, "lengths": [70, 0, 33]}),
+    "cema, steps": ("cema", TYPES, {"B": 32, "L": 1, "D": 2048, "N": 16, "state": True}, {"B": 2, "D": 8, "N": 3}),
+    "cema_end_state": ("cema_end_state", TYPES, {"B": 4, "L": 1000, "D": 512, "N": 16}, {"B": 2, "L": 70, "D": 6, "N": 3}),
+    "timestep_norm": ("timestep_norm", TYPES, NORM, {"B": 2, "L": 70, "G": 2}),
+    "timestep_norm, elements": ("timestep_norm", TYPES, NORM | {"width": 31}, {"B": 2, "L": 70, "G": 2, "width": 5}),
+    "timestep_norm, wide groups and a state": ("timestep_norm", TYPES, NORM | {"L": 300, "G": 2, "width": 1024, "count": 7, "lengths": [300, 0, 1, 64, 65, 300, 2, 128]}, {"L": 70, "width": 264, "lengths": [70, 0, 1, 64, 65, 9, 2, 7]}),
+    "timestep_norm_end_state": ("timestep_norm_end_state", TYPES, NORM, {"B": 2, "L": 70, "G": 2}),
+    "normalized_qk, warps": ("normalized_qk", TYPES, {"B": 2, "L": 4096, "H": 4, "K": 64, "C": 2048}, {"L": 20, "C": 16}),
+    "normalized_qk, blocks": ("normalized_qk", TYPES, {"B": 2, "L": 2048, "H": 2, "K": 1024, "C": 1024}, {"L": 9, "C": 16}),
+    "normalized_qk, elements": ("normalized_qk", TYPES, {"B": 2, "L": 2048, "H": 2, "K": 250, "C": 1024}, {"L": 9, "C": 16}),
+    "attention, 200M": ("chunked_attention", (BF16, F16, F32), WIDE, {"L": 70, "C": 40, "K": 64, "V": 264}),
+    "attention, 64 channels": ("chunked_attention", TYPES, NARROW, {"B": 1, "L": 140, "H": 1, "C": 70}),
+    "attention, 128 channels": ("chunked_attention", (BF16, F32), NARROW | {"K": 128, "V": 128}, {"B": 1, "L": 70, "H": 1, "C": 40}),
+    "attention, elements, DropKey": ("chunked_attention", (BF16, F32), NARROW | {"K": 63, "V": 100, "dropkey": 0.1}, {"B": 1, "L": 70, "H": 1, "C": 40}),
+    "attention, 264 channels": ("chunked_attention", (BF16,), NARROW | {"K": 264}, {"B": 1, "L": 20, "H": 1, "C": 20}),
+    "attention, whole chunks": ("chunked_attention", (BF16, F32), NARROW | {"causal": False}, {"B": 1, "L": 70, "H": 1, "C": 40}),
+    "attention, steps": ("chunked_attention", TYPES, {"B": 8, "L": 1, "H": 1, "K": 256, "V": 2048, "C": 2048, "state": True, "scale": 1 / 16}, {"B": 2, "C": 70, "V": 520}),
+    "attention, from a state": ("chunked_attention", (BF16, F32), {"B": 4, "L": 500, "H": 2, "K": 64, "V": 128, "C": 512, "state": True, "scale": 1 / 8}, {"B": 2, "L": 70, "C": 48}),
+}  # fmt: skip
+LIBRARIES = ("attention, 200M", "attention, 64 channels", "attention, 128 channels", "attention, whole chunks")
+KERNELS = {
+    name for path in (ROOT / "cuda").rglob("*.cu*") for name in re.findall(r"__global__[^;{]*?\b(\w+_kernel)\(", path.read_text())
+}  # fmt: skip
+
+
+def gradients(function: Callable, case: Case):
+    """Outputs, and gradients of the first one alone, so that states have none."""
+    leaves = {name: tensor.detach().requires_grad_() for name, tensor in case.tensors.items()}
+    outputs = forward(function, Case(case.op, leaves, case.options, case.dtype))
+    (name, *_), gen = OPS[case.op].outputs, generator(1)
+    grad = randn(gen, *outputs[name].shape, dtype=case.dtype).to(outputs[name])
+    found = torch.autograd.grad(outputs[name], list(leaves.values()), grad)
+    return {n: o.detach() for n, o in outputs.items()} | {f"d{n}": g for n, g in zip(leaves, found, strict=True)}
+
+
+def results(case: Case):
+    alone = OPS[case.op].outputs and "state" not in case.tensors and "mean" not in case.tensors
+    if alone:
+        return gradients(getattr(mo, case.op), case)
+    return run(case.op, case) if case_device(case) == "cuda" else evaluate(getattr(mo, case.op), case)
+
+
+def case_device(case: Case) -> str:
+    return next(iter(case.tensors.values())).device.type
+
+
+def check(name: str, case: Case, launch: Callable[[Case], tuple[dict, set[str]]]) -> set[str]:
+    """Compare a launch with the CPU in float64; record the outcome and the kernels that ran."""
+    kernels, error = set(), ""
+    try:
+        found, kernels = launch(case)
+        right = results(case.double())
+        known = {name: ~value.isnan() for name, value in right.items()}  # rows of a cache that no one reads hold NaN
+        assert_all_close(
+            {name: value.to(right[name].dtype)[known[name]] for name, value in found.items()},
+            {name: value[known[name]] for name, value in right.items()},
+            tolerance=TOLERANCE[case.dtype],
+            terms=case.terms,
+        )
+    except Exception as problem:
+        error = str(problem).partition("\n")[0] or type(problem).__name__
+        raise
+    finally:
+        if record := os.environ.get("MEGALODON_OPS_SMOKE"):
+            row = {"case": name, "dtype": str(case.dtype), "kernels": sorted(kernels), "error": error}
+            with Path(record).open("a") as file:
+                print(json.dumps(row), file=file)
+    return kernels
+
+
+@needs_gpu
+@pytest.mark.parametrize("libraries", [False, True], ids=["kernels", "libraries"])
+@pytest.mark.parametrize(("name", "dtype"), [(name, dtype) for name in CASES for dtype in CASES[name][1]], ids=str)
+def test_at_real_sizes(name, dtype, libraries, monkeypatch):
+    op, _, sizes, _ = CASES[name]
+    if libraries and name not in LIBRARIES:
+        pytest.skip("no library is chosen")
+    if not libraries:
+        monkeypatch.setattr(dense_attention, "TABLE", ())
+
+    def launch(case):
+        on_card = case_on("cuda", case)
+        activity = torch.profiler.ProfilerActivity.CUDA
+        with torch.profiler.profile(activities=[activity]) as profile:
+            found = to("cpu", results(on_card))
+            torch.cuda.synchronize()
+        events = " ".join(event.key for event in profile.key_averages())
+        return found, {kernel for kernel in KERNELS if kernel in events}
+
+    kernels = check(f"{name}, libraries" if libraries else name, BUILDERS[op](dtype=dtype, **sizes), launch)
+    assert kernels, "the profiler saw none of our kernels"
+
+
+def emulated(emulator, case: Case) -> tuple[dict, set[str]]:
+    emulator.reset()
+    emulator.set_order("random", shared_limit=163 * 1024)
+    emulator.module.set_launch_sizes({"cema_tile": 128} if case.dtype == BF16 else {})
+    try:
+        with emulator.replacing(_C):
+            found = results(case)
+    finally:
+        emulator.module.set_launch_sizes({})
+    return found, emulator.module.launched()
+
+
+def test_the_cases_launch_every_kernel(emulator):
+    """Small sizes of the same cases on the emulator: no kernel is left out."""
+    launched = set()
+    for name, (op, types, sizes, small) in CASES.items():
+        case = BUILDERS[op](dtype=types[0], **{**sizes, **small})
+        launched |= check(name, case, lambda case: emulated(emulator, case))
+    assert launched >= KERNELS, KERNELS - launched
