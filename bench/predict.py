@@ -8,164 +8,27 @@ largest floor is the bound. bench/README.md says how to read the tables.
 from __future__ import annotations
 
 import argparse
+import json
 import math
 import re
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable
 from functools import partial
+from pathlib import Path
+from unittest.mock import patch
 
 import megalodon_ops as mo
 import torch
+from megalodon_ops.ops.chunked_attention import dense_attention
 
 from . import gpu, sass
 from . import sass_loops as loops
-
-SIZES = dict[str, int]
-
-
-@dataclass(frozen=True)
-class Card:
-    """Public figures of a card. An SM issues 4 warps' instructions and moves 128 bytes of shared memory a clock."""
-
-    architecture: int
-    sms: int
-    ghz: float  # boost
-    memory: float  # GB/s
-    l2: int  # bytes a clock
-    tensor: int  # bf16 operations per clock and SM, by mma.sync
-    fp32: int  # lanes per SM
-    shared: int  # KiB per SM
-    warps: int  # most per SM
-    source: str
-    flash: tuple[float, float] | None = None  # TFLOP/s of flash attention for K = V = 64, forward and backward
+from .predict_cards import CARDS, Card, card_of
+from .predict_paths import ATTENTION, KERNELS, SHAPES, SIZES, Launch
 
 
-_HOPPER = "H100 white paper; mma.sync reaches 0.62 of the peak's 4096 (arXiv 2402.13499); L2: not public, the A100's"
-_FLASH = (262, 264)  # arXiv 2407.08608, figures 5 (causal, C 2048) and 6 (not causal), H100
-CARDS = {
-    "A100": Card(80, 108, 1.41, 2039, 5120, 2048, 64, 164, 64, "A100 white paper, 80 GB SXM"),
-    "H100": Card(90, 132, 1.755, 3352, 5120, 2540, 128, 228, 64, _HOPPER, _FLASH),
-    "H200": Card(90, 132, 1.755, 4800, 5120, 2540, 128, 228, 64, f"H200 data sheet; {_HOPPER}", _FLASH),
-    "4090": Card(
-        89, 128, 2.52, 1008, 2048, 512, 128, 100, 48, "Ada white paper; L2 5 TB/s, as chipsandcheese.com found"
-    ),
-}
 SPECIAL = 16  # lanes per SM for MUFU
 AVOID = r"^(LDG|STG)\S*\.U?16|-?0x(d2511f53|cd9e8d57|2daee0ad|326172a9)"  # single 16-bit elements; Philox's factors
-VALUE_LOADS, SCORE_LOADS = r"LDSM\S*\.MT88", r"LDSM\S*\.M88"  # transposed loads of values, loads of queries and keys
-
-
-@dataclass
-class Launch:
-    """Grid and loop counts of a launch. An opcode names the loop that has most of it, outside of inner loops."""
-
-    kernel: str
-    blocks: float  # with work
-    threads: int
-    memory: float  # bytes of its tensors, each once
-    shared: int = 0  # dynamic bytes per block
-    trips: dict[str, float] = field(default_factory=dict)  # of the loop, by opcode
-    work: dict[str, float] = field(default_factory=dict)  # instead of trips: how many of the opcode a warp runs
-    once: float = 1  # share of the code outside of loops that a warp runs
-
-
-# Paths: sizes -> launches. Dense bf16 batches of T tokens in whole chunks or long rows, aligned, without a state.
-def attention_fwd(T: int, C: int, K: int, V: int, H: int) -> Iterator[Launch]:
-    """chunked_attention_mma.cuh; a warp of 16 rows skips the tiles of keys that its rows do not see."""
-    columns, keys = (256, 32) if V > 128 else (128, 32 if K > 128 else 64) if V > 64 or K > 128 else (64, 48)
-    depth, rows = math.ceil(K / 64) * 64, range(0, C, 128)
-    tiles = sum(math.ceil((row + 128) / keys) for row in rows) / len(rows)
-    visible = sum((row + 16 * warp + 15) // keys + 1 for row in rows for warp in range(8)) / len(rows) / 8
-    yield Launch(
-        f"chunked_attention_fwd_mma_kernel<bf16, {columns}, {keys}>", T / 128 * H * math.ceil(V / columns), 256,
-        memory=4 * T * H * (K + V), shared=2 * (128 * max(depth, columns) + keys * (depth + columns)),
-        trips={VALUE_LOADS: visible, SCORE_LOADS: visible * depth / 64}, work={"LDGSTS": tiles * keys * (depth + columns) / 2048},
-    )  # fmt: skip
-
-
-def attention_bwd(T: int, C: int, K: int, V: int, H: int) -> Iterator[Launch]:
-    """chunked_attention_bwd.cuh, all rounds as one: n (n + 1) / 2 tiles of a chunk are on or below the diagonal."""
-    n, chunks = math.ceil(C / 128), T / C * H
-    tiles = chunks * n * (n + 1) / 2
-    k_tiles, v_tiles, tile_bytes = math.ceil(K / 128), math.ceil(V / 128), 2 * 2 * 128 * 128  # P and dS
-
-    def launch(name: str, blocks: float, slabs: float, memory: float, once: float, **trips: float) -> Launch:
-        work, trips = {"HMMA": 64 * slabs, "LDGSTS": 8 * slabs}, {"DEPBAR": slabs} | trips
-        kernel = f"chunked_attention_bwd_{name}_kernel<TensorProduct<bf16, true>>"
-        return Launch(kernel, blocks, 256, memory + tiles * tile_bytes, 2 * 6 * 128 * 64, trips, work, once)
-
-    yield launch("scores", tiles, math.ceil(K / 64) + math.ceil(V / 64), 4 * T * H * (K + V), 1)
-    # A block multiplies for keys or for queries.
-    yield launch("products", chunks * n * (2 * k_tiles + v_tiles), n + 1, 4 * T * H * (2 * K + V), 0.5, SHFL=1)
-
-
-def _cema(T: int, D: int, N: int, backward: bool, by_products: bool = False) -> Iterator[Launch]:
-    """cema_scan.cuh, up to 32 modes; by products cema_mma_scan.cuh and cema_mma.cuh. Omits table, carry and finish."""
-    tile = next(t for t in (32, 64, 128, 256, 512) if t == 512 or T * D * N >> 16 < t * t)
-    lanes = max(4, 1 << (N - 1).bit_length())
-    max_modes, scans = 4 if lanes == 4 else 8, 1 + backward
-    tensor, states = 2 * T * D, T / tile * lanes * D * 8
-
-    def launch(name: str, modes: int, memory: float, unroll: int, runs: int = 0, scans: int = 1) -> Launch:
-        blocks = T / tile * math.ceil(D / 2 * lanes / modes / 128) * scans
-        return Launch(name, blocks, 128, memory, trips={"FFMA": tile / unroll, r"LDG\.E\.64": runs})
-
-    def launch_products(phase: str, memory: float, **stored: float) -> Launch:
-        groups, columns = math.ceil(T / 2048), math.ceil(D / 16)
-        trips = {"HMMA": 2 * 8, r"LDG\.E\.64": 2, r"LDG\.E\.128": 2, **stored}
-        kernel = f"cema_mma_{phase}_kernel<{lanes // 4}>"
-        return Launch(kernel, columns * groups, 256, memory, 67712, trips)
-
-    if by_products:
-        tile, states = 128, T / 128 * lanes * D * 8
-    if by_products and not backward:
-        yield launch_products("local", tensor + states)
-    elif by_products:
-        groups, columns = math.ceil(T / 1024), math.ceil(D / 16)
-        shares = min(groups, max(1, 264 // columns))
-        mode_trips = groups / shares * math.ceil(lanes / 8)
-        yield Launch(
-            f"cema_tiles_kernel<{1 if lanes == 4 else 2}>", columns * shares, 256, 2 * tensor + 4 * states, 92416,
-            {"HMMA": groups / shares * 8, "FFMA": 2 * 8 * mode_trips, r"LDG\.E\.64": mode_trips, r"LDG\.E\.128": groups / shares},
-        )  # fmt: skip
-        yield Launch("cema_cross_kernel<float>", D * lanes / 32, 512, 5 * states)
-    else:
-        yield launch(f"cema_local_kernel<bf16, {max_modes}>", max_modes, scans * (tensor + states), 8, scans=scans)
-    if by_products:
-        yield launch_products("output", 2 * tensor + states, **{r"STG\.E\.128": 4})
-    else:
-        output = f"cema_output_kernel<bf16, {max_modes}, {lanes // max_modes}, false, true>"
-        yield launch(output, max_modes, 2 * tensor + states, 8, runs=1)
-    if backward and not by_products:
-        yield launch("cema_sums_kernel<bf16, true>", 4, 2 * (tensor + states), 4, runs=1)
-
-
-def timestep_norm_fwd(T: int, D: int, G: int) -> Iterator[Launch]:
-    """timestep_norm_fwd.cuh, groups of at most 256 channels. Omits the carry between the launches."""
-    blocks = T / 64 * math.ceil(D / 256)
-    yield Launch("timestep_norm_fwd_moments_kernel<bf16, 8, true>", blocks, 256, 2 * T * D)
-    yield Launch("timestep_norm_fwd_kernel<bf16, 8, true>", blocks, 256, 4 * T * D + 12 * T * G)
-
-
-KERNELS = {
-    "attention forward": attention_fwd,
-    "attention backward": attention_bwd,
-    "cema forward": lambda **sizes: _cema(**sizes, backward=False, by_products=True),
-    "cema forward by scans": lambda **sizes: _cema(**sizes, backward=False),  # also on cards with less shared memory
-    "cema backward": lambda **sizes: _cema(**sizes, backward=True, by_products=True),
-    "cema backward by scans": lambda **sizes: _cema(**sizes, backward=True),
-    "timestep_norm forward": timestep_norm_fwd,
-}
-_CEMA = ("cema forward", "cema forward by scans", "cema backward", "cema backward by scans")
-_ATTENTION = ("attention forward", "attention backward")
-SHAPES: dict[str, tuple[SIZES, tuple[str, ...]]] = {
-    "200M": ({"T": 16384, "C": 2048, "K": 256, "V": 2048, "H": 1}, _ATTENTION),
-    "7B": ({"T": 16384, "C": 4096, "K": 256, "V": 2048, "H": 4}, _ATTENTION),
-    "small heads": ({"T": 16384, "C": 2048, "K": 64, "V": 64, "H": 8}, _ATTENTION),
-    "cema of 8 x 2048": ({"T": 16384, "D": 1024, "N": 16}, _CEMA),
-    "norm of 8 x 2048": ({"T": 16384, "D": 1024, "G": 32}, ("timestep_norm forward",)),
-}
 
 
 def library(path: str, card: Card, T: int, C: int, K: int, V: int, H: int) -> tuple[str, float] | None:
@@ -242,13 +105,25 @@ def blocks_at_once(code: loops.Code, launch: Launch, card: Card) -> int:
     return max(1, min(card.warps // warps, registers, (card.shared << 10) // (launch.shared + kernel.shared + 1024)))
 
 
-def table(
-    codes: dict[str, loops.Code], card: Card, shapes: Iterable[str], measured: dict[tuple[str, str], float]
-) -> str:
-    """Markdown tables: floors of each launch; then those of each path, with library and measured times."""
+Times = dict[tuple[str, str], tuple[float, float | None]]
+"""Microseconds by shape and path: of the kernels, and of the libraries if torch's are chosen there"""
+
+
+def table(codes: dict[str, loops.Code], card: Card, shapes: Iterable[str], measured: Times) -> str:
+    """Markdown tables: floors of each launch; then those of each path, beside libraries and measured times."""
+    rows, path_rows = rows_of(codes, card, shapes, measured)
+    return f"{_markdown(rows)}\n\n{_markdown([PATH_HEAD, *path_rows])}"
+
+
+PATH_HEAD = ("shape", "path", "least us", "by kernels", "by libraries", "by libraries, predicted")
+Rows = list[tuple[str, ...]]
+
+
+def rows_of(codes: dict[str, loops.Code], card: Card, shapes: Iterable[str], measured: Times) -> tuple[Rows, Rows]:
+    """Rows of both tables, those of launches with their head."""
     names = ("issue", "shared", "tensor", "fp32", "special", "L2", "memory")
     rows = [("kernel", "blocks", "waves", *names, "binds")]
-    path_rows = [("shape", "path", "least us", "by libraries", "measured us")]
+    path_rows = []
     for shape in shapes:
         sizes, paths = SHAPES[shape]
         for path in paths:
@@ -262,11 +137,10 @@ def table(
                 kernel = launch.kernel.replace("chunked_", "").replace("_kernel", "")
                 cells = (f"{times[name]:.0f}" for name in names)
                 rows.append((f"`{kernel}`", f"{launch.blocks:.0f}", f"{waves:.1f}", *cells, binding))
-            other = library(path, card, **sizes) if path in _ATTENTION else None
-            us = measured.get((shape, path))
-            cells = "{} {:.0f}".format(*other) if other else "", f"{us:.0f}" if us else ""
-            path_rows.append((shape, path, f"{least:.0f}", *cells))
-    return f"{_markdown(rows)}\n\n{_markdown(path_rows)}"
+            other = library(path, card, **sizes) if path in ATTENTION else None
+            times = (f"{us:.1f}" if us else "" for us in measured.get((shape, path), (None, None)))
+            path_rows.append((shape, path, f"{least:.1f}", *times, "{} {:.0f}".format(*other) if other else ""))
+    return rows, path_rows
 
 
 def _markdown(rows: list[tuple[str, ...]]) -> str:
@@ -274,36 +148,54 @@ def _markdown(rows: list[tuple[str, ...]]) -> str:
     return "\n".join(f"| {' | '.join(row)} |" for row in (head, ["---"] * len(head), *body))
 
 
-def measure(shapes: Iterable[str], device: str = "cuda") -> dict[tuple[str, str], float]:
-    """Microseconds of each path's call on the current GPU, best of several."""
+def measure(shapes: Iterable[str], device: str = "cuda") -> Times:
+    """Time each path's call on the current GPU, best of several, by kernels and by the libraries that torch would take."""
     found = {}
     for shape in shapes:
         sizes, paths = SHAPES[shape]
-        call, inputs = _call(sizes, device)
-        out = call()
-        backward = partial(torch.autograd.grad, out, inputs, torch.randn_like(out), retain_graph=True)
         for path in paths:
             if path.endswith("by scans"):  # not used at these sizes
                 continue
-            way = {"forward": call, "backward": backward}[path.split()[1]]
-            gpu.timed(way, 3)
-            found[shape, path] = 1e6 * min(gpu.timed(way, 20)[0] for _ in range(5))
+            times = []
+            for libraries in (False, True)[: 1 + (path in ATTENTION)]:
+                with patch.object(dense_attention, "TABLE", dense_attention.TABLE if libraries else ()):
+                    call, inputs = _call(sizes, device)
+                    with torch.set_grad_enabled("of a token" not in path):
+                        out = call()
+                    if path.split()[1] == "backward":
+                        outs = out if isinstance(out, tuple) else (out,)
+                        douts = [torch.randn_like(o) for o in outs]
+                        call = partial(torch.autograd.grad, outs, inputs, douts, retain_graph=True)
+                    gpu.timed(call, 3)
+                    times.append(1e6 * min(gpu.timed(call, 20)[0] for _ in range(5)))
+            found[shape, path] = times[0], times[1] if len(times) > 1 else None
     return found
 
 
-def _call(sizes: SIZES, device: str) -> tuple[Callable[[], torch.Tensor], list[torch.Tensor]]:
+def _call(sizes: SIZES, device: str) -> tuple[Callable[[], object], list[torch.Tensor]]:
     """A call of the op at these sizes, and its inputs."""
 
     def new(*size: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
         return torch.rand(size, dtype=dtype, device=device).requires_grad_()
 
-    bf16, T, D, N = torch.bfloat16, sizes["T"], sizes.get("D", 0), sizes.get("N", 0)
-    if "K" in sizes:
-        inputs = [new(T // sizes["C"], sizes["C"], sizes["H"], sizes[width], dtype=bf16) for width in "KKV"]
+    bf16, T, D, N, H = torch.bfloat16, sizes["T"], sizes.get("D", 0), sizes.get("N", 0), sizes.get("H", 0)
+    if "cached" in sizes:
+        C = sizes["cached"]
+        inputs = [new(T, 1, H, sizes[width], dtype=bf16) for width in "KKV"]
+        cache = [new(T, C, H, sizes[width], dtype=bf16).detach() for width in "KV"]
+        state = mo.AttentionState(*cache, torch.full((T,), C - 1, device=device))
+        return partial(mo.chunked_attention, *inputs, chunk_size=C, scale=sizes["K"] ** -0.5, state=state), inputs
+    if "V" in sizes:
+        inputs = [new(T // sizes["C"], sizes["C"], H, sizes[width], dtype=bf16) for width in "KKV"]
         return partial(mo.chunked_attention, *inputs, chunk_size=sizes["C"], scale=sizes["K"] ** -0.5), inputs
+    if H:
+        width = H * sizes["K"]
+        inputs = [new(8, T // 8, width, dtype=bf16), new(2, width), new(2, width)]
+        return partial(mo.normalized_qk, *inputs, num_heads=H, chunk_size=sizes["C"]), inputs
     if N:
+        rows = T if "steps" in sizes else 8
         q = torch.polar(torch.full((D, N), 0.9), torch.rand(D, N)).to(device).requires_grad_()
-        inputs = [new(8, T // 8, D, dtype=bf16), new(D, N), q, new(D, N, dtype=torch.complex64), new(D)]
+        inputs = [new(rows, T // rows, D, dtype=bf16), new(D, N), q, new(D, N, dtype=torch.complex64), new(D)]
         return partial(mo.cema, *inputs), inputs
     inputs = [new(8, T // 8, D, dtype=bf16), new(D), new(D)]
     return partial(mo.timestep_norm, *inputs, num_groups=sizes["G"]), inputs
@@ -314,13 +206,15 @@ def main() -> int:
     parser.add_argument("--card", nargs="+", choices=CARDS, default=list(CARDS))
     parser.add_argument("--shape", nargs="+", choices=SHAPES, default=list(SHAPES))
     parser.add_argument("--measure", action="store_true", help="only the current GPU, with measured times of its calls")
+    parser.add_argument("--json", type=Path, help="file for the rows of the last card's second table")
     options = parser.parse_args()
     cards, measured = options.card, {}
     if options.measure:
         name = torch.cuda.get_device_name()
-        cards = [card for card in CARDS if card in name]
-        if not cards:
+        card = card_of(name)
+        if not card:
             raise SystemExit(f"predict: expected one of {', '.join(CARDS)}, got {name}; add its figures to CARDS.")
+        cards = [card]
         measured = measure(options.shape)
     paths = [(path, *SHAPES[shape]) for shape in options.shape for path in SHAPES[shape][1]]
     names = {launch.kernel for path, sizes, _ in paths for launch in KERNELS[path](**sizes)}
@@ -330,6 +224,8 @@ def main() -> int:
         (architecture,) = {code.kernel.architecture for code in codes.values()}
         print(f"\n## {name}, {card.sms} SMs at {card.ghz} GHz; code for sm_{architecture}\n\n{card.source}\n")
         print(table(codes, card, options.shape, measured))
+        if options.json:
+            options.json.write_text(json.dumps(rows_of(codes, card, options.shape, measured)[1]))
     return 0
 
 

@@ -91,12 +91,12 @@ def test_twice_the_tokens_are_twice_the_work(path):
 def test_longer_chunks_take_more_tiles():
     """16 row blocks of 128 have 136 tiles on or below the diagonal, 32 have 528."""
     short, long = ({"T": 32768, "C": C, "K": 64, "V": 128, "H": 1} for C in (2048, 4096))
-    assert [next(predict.attention_bwd(**sizes)).blocks for sizes in (short, long)] == [16 * 136, 8 * 528]
+    assert [next(KERNELS["attention backward"](**sizes)).blocks for sizes in (short, long)] == [16 * 136, 8 * 528]
 
 
 def test_the_table_has_measured_times(code, monkeypatch):
     """Small shapes on the processor, with one kernel in place of all."""
-    small = {"T": 32, "C": 16, "K": 8, "V": 8, "H": 1, "D": 8, "N": 4, "G": 2}
+    small = {"T": 32, "C": 16, "K": 8, "V": 8, "H": 1, "D": 8, "N": 4, "G": 2, "cached": 4, "steps": 1}
     shapes = {name: ({n: small[n] for n in sizes}, paths) for name, (sizes, paths) in SHAPES.items()}
     monkeypatch.setattr(predict, "SHAPES", shapes)
     monkeypatch.setattr(predict, "KERNELS", dict.fromkeys(KERNELS, lambda **sizes: iter([LAUNCH])))
@@ -105,7 +105,21 @@ def test_the_table_has_measured_times(code, monkeypatch):
     rows = {(name, path) for name, (_, paths) in shapes.items() for path in paths}
     assert rows - measured.keys() == {("cema of 8 x 2048", f"cema {way} by scans") for way in ("forward", "backward")}
     text = predict.table({"kernel": code}, CARD, shapes, measured)
-    assert text.count("| 50 | memory |") == len(rows) and text.count("| 50 |  | 30 |") == len(measured)
+    libraries = [path for _, path in measured if path in predict.ATTENTION]
+    assert text.count("| 50 | memory |") == len(rows) and text.count("| 50.0 | 30.0 |") == len(measured)
+    assert text.count("| 50.0 | 30.0 | 30.0 |") == len(libraries) == 6
+
+
+@pytest.mark.parametrize(
+    ("name", "card"),
+    [
+        ("NVIDIA A100-SXM4-80GB", "A100"), ("NVIDIA A100-PCIE-40GB", "A100 40GB"), ("NVIDIA H100 80GB HBM3", "H100"),
+        ("NVIDIA H100 PCIe", "H100 PCIe"), ("NVIDIA H100 NVL", "H100 NVL"), ("NVIDIA H200", "H200"),
+        ("NVIDIA L40S", "L40S"), ("NVIDIA GeForce RTX 4090", "4090"), ("NVIDIA B200", "B200"), ("NVIDIA T4", None),
+    ],
+)  # fmt: skip
+def test_a_card_is_found_by_torchs_name(name, card):
+    assert predict.card_of(name) == card
 
 
 @needs_cuda_kernels

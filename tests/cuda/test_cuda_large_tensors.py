@@ -110,6 +110,7 @@ ATTENTION = 256, True, 1.0, 0.0, None, None, None  # chunk size and options
 @pytest.mark.parametrize("dtype", [BF16, F32], ids=str)
 def test_attention_at_offsets_beyond_31_bits(emulator, large, dtype):
     q, k, v, o = (large(1, 2**24 + 200, 1, 128, dtype=dtype) for _ in range(4))
+    v[0, -1] = torch.nan  # rows that are not finite are computed again
     emulator.launch("chunked_attention_fwd", q, k, v, None, None, None, *ATTENTION, o, large(1, 2**24 + 200, 1))
 
 
@@ -204,7 +205,10 @@ def test_statistics_and_states_of_timestep_norm_at_offsets_beyond_31_bits(emulat
     new = large(rows, D), large(rows, D), large(rows, 2, D)
     options = D, 1e-5, count, *moments, None, None
     emulator.launch("timestep_norm_fwd", x, weight, bias, *options, y, stats, new_count, *new)
+    empty = *options[:-1], large(rows, dtype=torch.int64)  # lengths of 0
+    emulator.launch("timestep_norm_fwd", x, weight, bias, *empty, y, stats, new_count, *new)
     gradients = dx, dweight, dbias, moments[0], moments[1]
+    emulator.launch("timestep_norm_bwd", x, weight, bias, *empty, stats, y, *new[:2], *gradients)
     emulator.launch("timestep_norm_bwd", x, weight, bias, *options, stats, y, *new[:2], *gradients)
     emulator.launch("timestep_norm_end_state_fwd", x, D, None, None, *new, new_count)
     emulator.launch("timestep_norm_end_state_bwd", x, D, None, None, new[0], new[2], *moments[:2], dx)
@@ -231,10 +235,12 @@ def test_heads_of_attention_at_offsets_beyond_31_bits(emulator, large, dtype, wi
 
 @pytest.mark.slow
 def test_heads_of_attention_steps_at_offsets_beyond_31_bits(emulator, large):
-    S, heads = 2**14 + 8, 2**16
-    q, k, v, cache_k, cache_v, o = (large(S, 1, heads, 2, dtype=BF16) for _ in range(6))
-    inputs = q, k, v, cache_k, cache_v, large(S, dtype=torch.int64), 1, True, 1.0, 0.0, None, None, None
-    emulator.launch("chunked_attention_fwd", *inputs, o, large(S, 1, heads))
+    S, heads, C = 2**13 + 8, 2**16, 70  # two spans of keys, the second without any
+    q, k, v, o = (large(S, 1, heads, 4, dtype=BF16) for _ in range(4))
+    cache_k, cache_v = (large(S, C, heads, 4, dtype=BF16) for _ in range(2))
+    inputs = q, k, v, cache_k, cache_v, large(S, dtype=torch.int64), C, True, 1.0, 0.0, None, None, None
+    with emulator.launch_sizes(attention_span=64):
+        emulator.launch("chunked_attention_fwd", *inputs, o, large(S, 1, heads))
 
 
 @pytest.mark.parametrize("K", [6, 258])
@@ -247,6 +253,29 @@ def test_elements_of_normalized_qk_at_offsets_beyond_31_bits(emulator, large, K)
     options = heads, 16, 1e-5, large(16, K // 2, 2), None, None, None
     emulator.launch("normalized_qk_fwd", z, gamma, beta, *options, q, k)
     emulator.launch("normalized_qk_bwd", z, gamma, beta, *options, q, k, dz, dgamma, dbeta)
+
+
+def test_padding_of_normalized_qk_at_offsets_beyond_31_bits(emulator, large):
+    lengths = large(1, dtype=torch.int64)  # 0
+    for heads, K in ((64, 256), (64, 520)):
+        tokens = 2**25 // K + 40
+        z, dz = (large(1, tokens, heads * K, dtype=BF16) for _ in range(2))
+        q, k = (large(1, tokens, heads, K, dtype=BF16) for _ in range(2))
+        gamma, beta, dgamma, dbeta = (large(2, heads * K) for _ in range(4))
+        options = heads, 16, 1e-5, large(16, K // 2, 2), None, None, lengths
+        emulator.launch("normalized_qk_fwd", z, gamma, beta, *options, q, k)
+        emulator.launch("normalized_qk_bwd", z, gamma, beta, *options, q, k, dz, dgamma, dbeta)
+
+
+@pytest.mark.parametrize("dtype", [BF16, F32], ids=str)
+def test_padding_of_attention_at_offsets_beyond_31_bits(emulator, large, dtype):
+    """All rows are padding: zeros of o, lse and the gradients."""
+    tokens, heads, lengths = 2**24 + 200, 130, large(1, dtype=torch.int64)
+    q, k, v, o, do, dq, dk, dv = (large(1, tokens, heads, 8, dtype=dtype) for _ in range(8))
+    inputs, lse = (q, k, v, None, None, None, 256, True, 1.0, 0.0, None, None, lengths), large(1, tokens, heads)
+    emulator.launch("chunked_attention_fwd", *inputs, o, lse)
+    with emulator.launch_sizes(attention_panels=1 << 20), emulator.only_bounds(apart=2**33, ends=1):
+        emulator.launch("chunked_attention_bwd", *inputs, o, lse, do, dq, dk, dv)
 
 
 # Choices by size. The kernels that are not chosen would refuse the launch, or never run in a small test.

@@ -55,4 +55,4 @@ def test_the_emulator_records_elements(emulator, tmp_path, monkeypatch):
     reached.write_record(emulator.module)
     rows = {access: row for access, row in magnitude.merge(tmp_path).items() if access.kernel == "cema_step_kernel"}
     (load,) = (row for access, row in rows.items() if "rows[(t + i) * p.channels]" in access.line)
-    assert load.buffers >= {"x"} and load.most == 2**26 - 1
+    assert load.buffers >= {"x"} and load.most >= 2**26 - 1

@@ -1,0 +1,49 @@
+"""Public figures of cards, for the predictions of predict.py."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Card:
+    """Public figures of a card. An SM issues 4 warps' instructions and moves 128 bytes of shared memory a clock."""
+
+    architecture: int
+    sms: int
+    ghz: float  # boost
+    memory: float  # GB/s
+    l2: int  # bytes a clock
+    tensor: int  # bf16 operations per clock and SM, by mma.sync
+    fp32: int  # lanes per SM
+    shared: int  # KiB per SM
+    warps: int  # most per SM
+    source: str
+    flash: tuple[float, float] | None = None  # TFLOP/s of flash attention for K = V = 64, forward and backward
+
+
+_HOPPER = "H100 white paper; mma.sync reaches 0.62 of the peak's 4096 (arXiv 2402.13499); L2: not public, the A100's"
+_FLASH = (262, 264)  # arXiv 2407.08608, figures 5 (causal, C 2048) and 6 (not causal), H100
+_ADA = "Ada white paper; L2 5 TB/s, as chipsandcheese.com found on the 4090"
+CARDS = {
+    "A100": Card(80, 108, 1.41, 2039, 5120, 2048, 64, 164, 64, "A100 white paper, 80 GB SXM"),
+    "A100 40GB": Card(80, 108, 1.41, 1555, 5120, 2048, 64, 164, 64, "A100 white paper, 40 GB"),
+    "H100": Card(90, 132, 1.755, 3352, 5120, 2540, 128, 228, 64, _HOPPER, _FLASH),
+    "H100 PCIe": Card(90, 114, 1.755, 2039, 5120, 2540, 128, 228, 64, f"data sheet: 51 TFLOP/s in fp32; {_HOPPER}"),
+    "H100 NVL": Card(90, 132, 1.785, 3938, 5120, 2540, 128, 228, 64, f"data sheet: 60 TFLOP/s in fp32; {_HOPPER}"),
+    "H200": Card(90, 132, 1.755, 4800, 5120, 2540, 128, 228, 64, f"H200 data sheet; {_HOPPER}", _FLASH),
+    "L40S": Card(89, 142, 2.52, 864, 2048, 1024, 128, 100, 48, f"data sheet: 91.6 and 362 TFLOP/s; {_ADA}"),
+    "4090": Card(89, 128, 2.52, 1008, 2048, 512, 128, 100, 48, _ADA),
+    "B200": Card(
+        100, 148, 1.965, 8000, 5120, 2540, 128, 228, 64,
+        "data sheet of the DGX: 75 TFLOP/s in fp32, 8 TB/s; mma.sync and L2: not public, the H100's and the A100's",
+    ),
+}  # fmt: skip
+"""By words of torch's name for the card"""
+
+
+def card_of(name: str) -> str | None:
+    """Key in CARDS of the card that torch calls `name`, the most specific one, or None."""
+    words = name.replace("-", " ").split()
+    found = [key for key in CARDS if set(key.split()) <= set(words)]
+    return max(found, key=lambda key: len(key.split()), default=None)
