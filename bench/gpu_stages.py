@@ -11,6 +11,7 @@ import datetime
 import json
 import os
 import platform
+import re
 import shutil
 import statistics
 import subprocess
@@ -176,10 +177,14 @@ def run_step(stage: str, step: Step, folder: Path) -> Outcome:
 def kernel_rows(record: Path) -> list[tuple[str, ...]]:
     """Kernels by the smoke test's record: cases that passed and failed, and the first error."""
     rows = [json.loads(line) for line in record.read_text().splitlines()] if record.exists() else []
-    kernels = sorted({kernel for row in rows for kernel in row["kernels"]})
+    sources = (path.read_text() for path in (ROOT / "cuda").rglob("*.cu*"))
+    kernels = sorted({name for text in sources for name in re.findall(r"__global__[^;{]*?\b(\w+_kernel)\(", text)})
     table = []
-    for kernel in kernels:
+    for kernel in kernels if rows else []:
         own = [row for row in rows if kernel in row["kernels"]]
+        if not own:
+            table.append((kernel, "not launched", "", "", ""))
+            continue
         failed = [row for row in own if row["error"]]
         types = sorted({row["dtype"].removeprefix("torch.") for row in own})
         first = f"{failed[0]['case']}, {failed[0]['dtype']}: {failed[0]['error']}" if failed else ""

@@ -66,7 +66,7 @@ CASES = [*small_cases(), ("chunked_attention", {"B": 1, "L": 150, "K": 8, "V": 1
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("op", sorted({op for op, _ in CASES}))
 def test_every_kernel_of_a_narrow_type_is_right(op, dtype):
-    """Bounds as for CPU kernels; aligned or not. bench/gpu.sh runs this test under compute-sanitizer."""
+    """Bounds as for CPU kernels; aligned or not. bench/gpu_stages.py runs this test under compute-sanitizer."""
     with every_case() as each:
         for options in (options for name, options in CASES if name == op):
             case = BUILDERS[op](dtype=dtype, **options)

@@ -30,10 +30,18 @@ def last_head(case, rows: int):
 
 
 SHAPES = {"far-rows": (1, FAR, 1, 60), "many-heads": (1, 2, MANY, 4), "many-sequences": (MANY, 2, 1, 4)}
+SLOW = {("many-heads", F32), ("many-sequences", BF16)}
 
 
-@pytest.mark.parametrize("dtype", [BF16, F32], ids=str)
-@pytest.mark.parametrize("shape", SHAPES)
+# Both products take rows; heads and sequences each one of them, and the other among the slow tests.
+WORDS = [
+    pytest.param(shape, dtype, marks=pytest.mark.slow if (shape, dtype) in SLOW else ())
+    for shape in SHAPES
+    for dtype in (BF16, F32)
+]
+
+
+@pytest.mark.parametrize(("shape", "dtype"), WORDS, ids=str)
 def test_words_beyond_16_bits(emulator, shape, dtype):
     """Only the last blocks run, and their rows are compared. The last round of the backward is full."""
     B, L, H, C = SHAPES[shape]
