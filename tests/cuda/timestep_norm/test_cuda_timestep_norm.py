@@ -74,9 +74,9 @@ def test_a_state_counts_with_its_residual(emulator):
 
 
 @pytest.mark.parametrize("before", [2**31 - 40, 2**32 + 3])
-@pytest.mark.parametrize("L", [5, TILE + 9])
+@pytest.mark.parametrize("L", [5, 2 * TILE + 9])
 def test_counts_beyond_32_bits(emulator, before, L):
-    """The count passes 2^31 inside the call, or its lower half is small."""
+    """The count passes 2^31 inside the call, or its lower half is small; two tiles enter a third one."""
     case = timestep_norm_case(B=2, L=L, G=2, width=4, count=before, dtype=torch.float64)
     assert_matches_reference(run(emulator, case), case)
 
