@@ -167,13 +167,19 @@ def test_cema_outputs_on_tensor_cores_at_offsets_beyond_31_bits(emulator, large)
 
 @pytest.mark.parametrize("dtype", [BF16, F32], ids=str)
 def test_states_of_cema_at_offsets_beyond_31_bits(emulator, large, dtype):
-    """130 sequences of 5 tokens, an odd number of channels, of which the last block has three."""
+    """130 sequences of 5 tokens, an odd number of channels, of which the last block has three.
+
+    The last state is not zero: its index, cut to 32 bits, would count as none.
+    """
     S, channels = 130, 2**24 + 3
     x, y, dx = (large(S, 5, channels, dtype=dtype) for _ in range(3))
     state, new = (large(S, channels, 1, dtype=C64) for _ in range(2))
     inputs, gradients = cema_parameters(large, channels), cema_parameters(large, channels)
+    p, q, gamma, _ = inputs
+    p[-1], q[-1], gamma[-1], state[-1, -1] = 0.5, 0.5, 1, 2
     with emulator.launch_sizes(cema_tile=32):
         emulator.launch("cema_fwd", x, *inputs, state, None, None, y, new)
+        assert y[-1, :, -1].tolist() == [2**-t for t in range(5)] and new[-1, -1].real == 2**-4
         dstate = large(S, channels, 1, dtype=C64)
         emulator.launch("cema_bwd", x, *inputs, state, None, None, y, new, dx, *gradients, dstate)
     with emulator.launch_sizes(cema_tile=8):
@@ -204,6 +210,8 @@ def test_statistics_and_states_of_timestep_norm_at_offsets_beyond_31_bits(emulat
     moments = large(rows, D), large(rows, D), large(rows, 2, D)
     new = large(rows, D), large(rows, D), large(rows, 2, D)
     options = D, 1e-5, count, *moments, None, None
+    if rows == 1:  # (T, 2, G) sums are beyond 2^32: blocks in the middle are between 2^31 and 2^32
+        emulator.module.set_bounds(True, 2**33, 1, T // 64 * D // 32 * 3 // 4)
     emulator.launch("timestep_norm_fwd", x, weight, bias, *options, y, stats, new_count, *new)
     empty = *options[:-1], large(rows, dtype=torch.int64)  # lengths of 0
     emulator.launch("timestep_norm_fwd", x, weight, bias, *empty, y, stats, new_count, *new)

@@ -8,6 +8,9 @@ An offset that is computed in 32 bits is right in every small tensor. Each line 
 reach an element beyond 2^31 of one in some test (sparse tensors, test_cuda_large_tensors.py), or have a reason. A row of
 magnitude.tsv is such a line: kernel, file, the line's text, names of its buffers, the largest element and, if it is less
 than 2^31, the reason. Lines that access only small tensors, by `SMALL`, need none.
+
+Bounds show an offset that becomes negative in 32 bits, between 2^31 and 2^32 elements; beyond, it may be small again, and
+only a comparison of values shows it.
 """
 
 from __future__ import annotations
