@@ -71,7 +71,8 @@ def stages(python: str, folder: Path, here: bool) -> dict[str, list[Step]]:
         "environment": [*made, Step("info", [python, "-m", "megalodon_ops", "info"], 2)],
         "smoke": [
             Step(
-                "smoke", [*one_process, "tests/cuda/test_cuda_smoke.py", "-k", "real_sizes"], 15,
+                # A worker: a fault loses the context of its process, and the next worker goes on.
+                "smoke", [python, *PYTEST, "-n", "1", "tests/cuda/test_cuda_smoke.py", "-k", "real_sizes"], 15,
                 {"MEGALODON_OPS_SMOKE": str(folder / "smoke.jsonl")},
             )
         ],
