@@ -158,10 +158,10 @@ def measure(shapes: Iterable[str], device: str = "cuda") -> Times:
                 continue
             times = []
             for libraries in (False, True)[: 1 + (path in ATTENTION)]:
-                with patch.object(dense_attention, "TABLE", dense_attention.TABLE if libraries else ()):
+                table = dense_attention.TABLE if libraries else ()
+                with patch.object(dense_attention, "TABLE", table), torch.set_grad_enabled("a token" not in path):
                     call, inputs = _call(sizes, device)
-                    with torch.set_grad_enabled("of a token" not in path):
-                        out = call()
+                    out = call()
                     if path.split()[1] == "backward":
                         outs = out if isinstance(out, tuple) else (out,)
                         douts = [torch.randn_like(o) for o in outs]
