@@ -1,0 +1,46 @@
+"""`bench.kernel_choice`: each way runs its own kernel, and a slower choice is marked."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from bench import kernel_choice, machine
+from bench.harness import OURS, Result, Timing
+from megalodon_ops.ops.linear import linear as linear_module
+
+
+@pytest.mark.parametrize("options", [{}, {"backward": True}, {"backward": True, "autocast": True}], ids=str)
+def test_each_way_runs_its_kernel(monkeypatch, options):
+    launched, launch = set(), linear_module.launch
+    monkeypatch.setattr(linear_module, "launch", lambda name, *a: (launched.add(name), launch(name, *a)))
+    case = kernel_choice.case(torch.bfloat16, 3, 64, 96, **options)
+    found = {}
+    for path in case.paths[1:]:
+        launched.clear()
+        path.call()
+        found[path.name] = launched - {"transpose"}
+    expected = {"few": {"linear_few_rows"}, "many": {"linear_many_rows"}, "torch": set()}
+    assert found == {name: expected[name] for name in found} and len(found) == 3 - ("backward" in options)
+
+
+def test_a_choice_that_is_not_the_fastest_is_marked():
+    def row(**milliseconds):
+        timings = [
+            Timing(name, rival=name != OURS, warm=[1e-3 * time], error=1e-3 if name == "few" else 0.0)
+            for name, time in {OURS: 1.0, **milliseconds}.items()
+        ]
+        result = Result("", "forward", "T 1 I 2 O 3", "float32", 2, 1, "element", None, None, 1e-4, timings)
+        return kernel_choice.row(result)
+
+    line, is_slower = row(few=0.1, many=0.5, torch=0.8)
+    assert is_slower and line == "|forward, float32, T 1 I 2 O 3|1.000|0.100|0.500|0.800| **many: 2.00 times as fast**|"
+    assert not row(many=0.97, torch=2.0)[1]
+
+
+def test_the_program(monkeypatch, capsys):
+    monkeypatch.setattr(machine, "reset_peak_memory", lambda: None)
+    monkeypatch.setattr("sys.argv", ["kernel_choice", "--quick"])
+    assert kernel_choice.main() == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0] == "|product|chosen|few|many|torch||" and len(lines) == 2 + 3 * 3 + 1 + 1
