@@ -157,7 +157,7 @@ void forward(const CemaFwdParams& params) {
     zero_padding(params.sequences, params.y, params.channels * static_cast<int64_t>(sizeof(T)));
     if (params.sequences.tokens <= kShort * params.sequences.count) return forward_steps<T>(params);
   }
-  const CemaPlan plan(params, kLanes<R>, omp_get_max_threads());
+  const CemaPlan plan(params, kLanes<R>, num_threads());
   if (!plan.split) return run_forward<T>(params, plan);
   const Scratch<R> starts(plan.count * params.channels * params.modes * 2);
   CemaFwdParams local = params;
@@ -344,7 +344,7 @@ template <class T>
 void backward(const CemaBwdParams& params) {
   using R = Compute<T>;
   zero_padding(params.sequences, params.dx, params.channels * static_cast<int64_t>(sizeof(T)));
-  const CemaPlan plan(params, kLanes<R>, omp_get_max_threads());
+  const CemaPlan plan(params, kLanes<R>, num_threads());
   const Scratch<double> sums(plan.groups * plan.strips * sums_of_strip(plan, params.modes));
   if (!plan.split) {
     const bool folded = run_folded_or_direct<T>(params, plan, sums.get(), sums.get(), params.dx);

@@ -201,7 +201,7 @@ class DropKey {
 // also runs on the caller.
 template <class Work, class Make>
 void for_each_chunk(const std::vector<Chunk>& chunks, int64_t heads, int64_t block, Work&& work, Make&& make) {
-  const int threads = omp_in_parallel() ? 1 : omp_get_max_threads();
+  const int threads = num_threads();
   double total = 0;
   std::vector<const Chunk*> order;
   for (const Chunk& chunk : chunks) {
@@ -257,7 +257,7 @@ class PerThread {
   }
   // Maximum number of threads inside the body.
   int threads() const { return static_cast<int>(slots_.size()); }
-  const S& get() const { return slots_[slots_.size() > 1 ? static_cast<size_t>(omp_get_thread_num()) : 0]; }
+  const S& get() const { return slots_[slots_.size() > 1 ? static_cast<size_t>(body_number()) : 0]; }
 
  private:
   std::vector<S> slots_;

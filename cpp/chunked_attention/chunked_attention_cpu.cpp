@@ -99,7 +99,7 @@ class ChunkForward {
     const int64_t blocks = ceil_div(chunk.queries(), kQueryBlock);
     const auto first_row = [&](int64_t block) { return std::min(chunk.cached + block * kQueryBlock, chunk.keys); };
     const auto packed_end = [&](int64_t end) { return round_up(std::min(end, chunk.keys), kRowPadding); };
-    if (omp_in_parallel() || scratch_.threads() == 1) {
+    if (num_threads() == 1 || scratch_.threads() == 1) {
       const FlushDenormals flush;
       const TileRegisters tiles;
       int64_t packed = 0;

@@ -3,6 +3,8 @@
 #include <dlfcn.h>
 #include <pthread.h>
 
+#include "threads.h"
+
 namespace megalodon {
 
 bool threads_lost = false;
@@ -15,7 +17,10 @@ constexpr int kSoft = 1;     // omp_pause_soft: ends threads, keeps their thread
 Pause pause_all = nullptr;
 bool ended = false;
 
-void before_fork() { ended = !threads_lost && pause_all && pause_all(kSoft) == 0; }
+void before_fork() {
+  end_own_threads();
+  ended = !threads_lost && pause_all && pause_all(kSoft) == 0;
+}
 
 void in_the_child() { threads_lost = !ended; }
 

@@ -1,4 +1,4 @@
-// OpenMP and fork(): the child has only the thread that called fork().
+// Threads and fork(): the child has only the thread that called fork().
 #pragma once
 
 namespace megalodon {
@@ -7,9 +7,9 @@ namespace megalodon {
 // threads that do not exist in the child, so kernels run on the calling thread.
 extern bool threads_lost;
 
-// Make every fork() of this process first end the OpenMP threads that wait for the forking thread's next parallel
-// region. Parent and child start new ones when needed, so the child may use several threads, in kernels and in torch,
-// which has the same OpenMP. Call this function once.
+// Make every fork() of this process first end the forking thread's waiting threads: OpenMP's and the own ones of
+// threads.h. Parent and child start new ones when needed, so the child may use several threads, in kernels and in
+// torch, which has the same OpenMP. Call this function once.
 void end_threads_before_forks();
 
 }  // namespace megalodon

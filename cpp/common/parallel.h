@@ -1,6 +1,7 @@
-// OpenMP loops, the denormal mode and scratch memory for the CPU kernels.
+// Parallel jobs, the denormal mode and scratch memory for the CPU kernels.
 #pragma once
 
+#include <algorithm>
 #include <cstdint>
 #include <cstdlib>
 #include <memory>
@@ -13,8 +14,7 @@
 #endif
 
 #include "dtype.h"
-#include "fork.h"
-#include "openmp.h"
+#include "threads.h"
 
 namespace megalodon::MEGALODON_ISA {
 
@@ -60,17 +60,14 @@ enum class Order { forward, backward, shares };
 
 // Calls body(job) for every job in [0, jobs), each thread with its own body = make(). The caller makes all bodies
 // before the threads start, as make() may throw when it allocates; a body may neither allocate nor throw. Each thread
-// constructs its own Guards and destroys them when it finishes. If all jobs run at once, job i is on thread i: its
-// memory may still be in that core's cache from the previous call. The thread must not change a job's result. `work` is
-// a rough count of operations: little work stays on the caller.
+// constructs its own Guards and destroys them when it finishes. If there are as many jobs as threads, job i is on
+// thread i: its memory may still be in that core's cache from the previous call. The thread must not change a job's
+// result. `work` is a rough count of operations: little work stays on the caller.
 template <class... Guards, class Make>
 void parallel_jobs(int64_t jobs, double work, Make&& make, Order order = Order::forward) {
   constexpr double kWorkWorthAThread = 4e4;
-  const int threads =
-      jobs < 2 || work < kWorkWorthAThread || omp_in_parallel() || threads_lost
-          ? 1
-          : static_cast<int>(jobs < omp_get_max_threads() ? jobs : omp_get_max_threads());
-  if (threads == 1) {
+  const int threads = work < kWorkWorthAThread ? 1 : static_cast<int>(std::min<int64_t>(jobs, num_threads()));
+  if (threads <= 1) {
     auto body = make();
     [[maybe_unused]] const std::tuple<Guards...> guards;
     for (int64_t i = 0; i < jobs; ++i) body(order == Order::backward ? jobs - 1 - i : i);
@@ -84,8 +81,7 @@ void parallel_jobs(int64_t jobs, double work, Make&& make, Order order = Order::
   std::vector<Worker> workers;
   workers.reserve(static_cast<size_t>(threads));
   for (int i = 0; i < threads; ++i) workers.push_back({make()});
-  MEGALODON_PARALLEL(threads) {
-    const int64_t count = omp_get_num_threads(), self = omp_get_thread_num();
+  auto run = [&](int64_t self, int64_t count) {
     auto& body = workers[static_cast<size_t>(self)].body;
     [[maybe_unused]] const std::tuple<Guards...> guards;
     if (count == jobs) {
@@ -99,6 +95,8 @@ void parallel_jobs(int64_t jobs, double work, Make&& make, Order order = Order::
       for (int64_t i; (i = workers[0].next()) < jobs;) body(order == Order::backward ? jobs - 1 - i : i);
     }
   };
+  const auto call = [](void* f, int self, int count) { (*static_cast<decltype(run)*>(f))(self, count); };
+  run_on_threads(threads, call, &run);
 }
 
 }  // namespace megalodon::MEGALODON_ISA

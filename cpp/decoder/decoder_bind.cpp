@@ -19,6 +19,7 @@
 #include "residual.h"
 #include "target.h"
 #include "tensor_view.h"
+#include "threads.h"
 #include "timestep_norm.h"
 
 namespace megalodon {
@@ -263,6 +264,9 @@ Sizes sizes_of(py::handle config, DType dtype, int64_t batch, int64_t max_tokens
           config.attr("norm_eps").cast<double>()};
 }
 
+// torch converts and samples as many logits on OpenMP's threads, which then still spin in the next call.
+constexpr int64_t kTorchGrain = 32768;
+
 // A whole model, from tokens to logits. `like` has the dtype of the matrices, `rotary` is (C, K / 2, 2).
 class Decoder {
  public:
@@ -287,6 +291,7 @@ class Decoder {
     norm_ = timestep_norm(s, by_name, "output.final_norm", "state.norm");
     norm_.y = a.n;
     output_.emplace(s, by_name, "output.output", s.D, outputs_, a.n, nullptr);
+    calls_python_ = by_name.has_functions;
   }
 
   // Tokens (B, L) to logits (B, L, outputs). One call at a time. If attention sees two chunks, the tokens must not fill
@@ -305,6 +310,8 @@ class Decoder {
     for (int64_t row = 0; row < s.B; ++row) a.first_rows[row] = row * L;
 
     const py::gil_scoped_release unlocked;
+    std::optional<OwnThreads> own_threads;
+    if (!calls_python_ && T * outputs_ < kTorchGrain) own_threads.emplace();
     embedding_.rows = T;
     embedding_.tokens = tokens.data_as<const int64_t>();
     launch_embedding_cpu(embedding_);
@@ -332,6 +339,7 @@ class Decoder {
   std::deque<Block> blocks_;
   TimestepNormFwdParams norm_{};
   std::optional<LinearLayer> output_;
+  bool calls_python_;
 };
 
 const Registration register_decoder{[](py::module_& module) {

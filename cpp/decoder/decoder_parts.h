@@ -58,9 +58,13 @@ class Tensors {
     const char* kept = names_.emplace_back(name).c_str();
     return TensorView(kDecoder, kept, tensors_.contains(kept) ? py::object(tensors_[kept]) : py::none());
   }
-  py::object function(const std::string& name) const {
-    return tensors_.contains(name.c_str()) ? py::object(tensors_[name.c_str()]) : py::object();
+  py::object function(const std::string& name) {
+    if (!tensors_.contains(name.c_str())) return {};
+    has_functions = true;
+    return tensors_[name.c_str()];
   }
+  bool has_functions = false;
+
   void* real(const std::string& name, const char* letters, std::initializer_list<int64_t> shape) {
     return (*this)(name).present().shape(letters, shape).dtype(sizes_.real(), kRealDtype).data();
   }

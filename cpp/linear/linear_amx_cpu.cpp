@@ -200,7 +200,7 @@ void linear_many_rows_cpu(const LinearManyRowsParams& p) {
   const float* bias = static_cast<const float*>(p.bias);
   float* y = static_cast<float*>(p.y);
   // Enough jobs for the threads.
-  const int64_t blocks = ceil_div(p.rows, kRows), threads = omp_get_max_threads();
+  const int64_t blocks = ceil_div(p.rows, kRows), threads = num_threads();
   int64_t parts = 1;
   while (blocks * parts < 4 * threads && blocks * parts % threads && parts * 2 * kColumns <= p.outputs) ++parts;
   const int64_t columns = round_up(ceil_div(p.outputs, parts), kColumns);

@@ -116,7 +116,7 @@ MEGALODON_INLINE void run_job(const LinearFewRowsParams& p, int64_t begin, int64
 void linear_few_rows_cpu(const LinearFewRowsParams& p) {
   // Jobs start at multiples of kTogether, so their number, which depends on the threads, changes no sum.
   const int64_t groups = (p.outputs + kTogether - 1) / kTogether;
-  const int64_t jobs = std::min<int64_t>(groups, omp_get_max_threads());
+  const int64_t jobs = std::min<int64_t>(groups, num_threads());
   const auto begin = [&](int64_t job) { return std::min(kTogether * (groups * job / jobs), p.outputs); };
   dispatch_dtype(p.dtype, [&](auto type) {
     using T = decltype(type);

@@ -91,7 +91,7 @@ class Product {
     const Panels weights{thread_memory<U, For::weights>(kDepth, kColumns), round_up(block.depth, kRowPadding)};
     pack_weights(block, weights);
 
-    const int64_t threads = omp_in_parallel() ? 1 : omp_get_max_threads(), rows = rows_of_job(block.rows, threads);
+    const int64_t threads = num_threads(), rows = rows_of_job(block.rows, threads);
     const int64_t panels = ceil_div(block.columns, kWidth), shares = ceil_div(block.rows, rows);
     const int64_t parts = std::min(panels, ceil_div(threads, shares)), part = ceil_div(panels, parts);
     float* const sums = sums_of(block);
