@@ -20,10 +20,9 @@ struct WorkingMemoryStepsParams {
   const void* v;            // (T, H, V)
   const void* cache_k;      // (S, n C, H, K) keys of the unfinished chunk and of the n - 1 chunks before it
   const void* cache_v;      // (S, n C, H, V)
-  const int64_t* position;  // (S) length of each sequence before this call, or after it
-  bool position_is_end;
+  const int64_t* position;  // (S) length of each sequence before this call
   void* memory;             // (S, H, K, V) R, updated
-  void* mass;               // (S, H, K) R, updated; read where the position is at least n C
+  void* mass;               // (S, H, K) R, updated; counts as zero where the position is below n C
   void* o;                  // (T, H, V)
 };
 

@@ -42,10 +42,11 @@ class Head {
   void run(int64_t s, int64_t h) {
     const int64_t C = p_.chunk_size, unwritten = p_.visible * C, steps = p_.sequences.length(s);
     const int64_t begin = p_.sequences.begin(s), head = s * p_.heads + h;
-    const int64_t seen = p_.position[s] - (p_.position_is_end ? steps : 0);
+    const int64_t seen = p_.position[s];
     const int64_t cached = std::min(seen, unwritten - C + seen % C);
     memory_ = static_cast<R*>(p_.memory) + head * p_.key_dim * p_.value_dim;
     mass_ = static_cast<R*>(p_.mass) + head * p_.key_dim;
+    if (seen < unwritten) std::fill(mass_, mass_ + p_.key_dim, R{0});
     for (int64_t t = 0; t < steps; ++t) {
       read(begin + t, h);
       const int64_t now = seen + t + 1;

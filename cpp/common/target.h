@@ -4,6 +4,8 @@
 #include <pybind11/pybind11.h>
 
 #include <cstdint>
+#include <functional>
+#include <vector>
 
 #include "bindings.h"
 
@@ -55,9 +57,13 @@ void define(py::module_& module, const char* name, const char* doc, void (*funct
 
 #else
 
+using Launches = std::vector<std::function<void()>>;
+inline thread_local Launches* kept_launches = nullptr;  // of a step that is being recorded
+
 struct Target {
   template <class Params>
   void launch(const Params& params, void (&kernel)(const Params&)) const {
+    if (kept_launches) return kept_launches->push_back([params, &kernel] { kernel(params); });
     const py::gil_scoped_release unlocked;
     kernel(params);
   }

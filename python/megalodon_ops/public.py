@@ -26,6 +26,7 @@ from .ops.linear_cross_entropy.linear_cross_entropy import linear_cross_entropy
 from .ops.common.memory import keep_freed_memory, use_huge_pages
 from .ops.normalized_attention.normalized_attention import normalized_attention
 from .ops.normalized_qk.normalized_qk import normalized_qk
+from .ops.common.recording import record
 from .ops.sequence_norm.sequence_norm import sequence_norm
 from .ops.common.states import AttentionState, TimestepNormState, WorkingMemoryState
 from .ops.timestep_norm.timestep_norm import timestep_norm, timestep_norm_end_state
@@ -70,6 +71,7 @@ __all__ = [
     "load_official",
     "normalized_attention",
     "normalized_qk",
+    "record",
     "reference",
     "rms_norm",
     "save_official",

@@ -118,6 +118,13 @@ def test_a_decoder_made_in_inference_mode_works_outside():
     assert torch.equal(first, expected[0]) and torch.equal(second, expected[1])
 
 
+def test_calls_of_several_lengths_share_the_state():
+    model, state = model_and_state(rows=2)
+    pieces = tokens_of(2, 16).split([1, 3, 1, 2, 3, 1, 3, 2], 1)
+    found, expected = by_decoder(mo.Decoder(model, state), pieces), by_layers(model, state, pieces)
+    assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+
+
 def test_autocast_is_that_of_the_constructor():
     model, state = model_and_state()
     token = tokens_of(1, 1)
@@ -157,6 +164,7 @@ def test_memory_is_freed_with_the_last_reference():
     gc.disable()
     try:
         decoder = mo.Decoder(*model_and_state())
+        decoder(tokens_of(1, 1))
         state = weakref.ref(decoder._like)
         del decoder
         assert state() is None
@@ -188,9 +196,13 @@ def test_errors():
     decoder, token = mo.Decoder(model, state), tokens_of(2, 1)
     for wrong in (token[0], token[:1], token.float(), token.bool(), token[None]):
         assert_refuses(ValueError, "Decoder", "tokens", lambda: decoder(wrong))  # noqa: B023
+    used = mo.Decoder(model, state)  # it has recorded a step
+    used(token)
     for wrong in (-1, TINY["vocab_size"]):
-        with pytest.raises(IndexError, match=rf"Decoder: `tokens` must be in \[0, 31\), got {wrong}"):
-            decoder(torch.full_like(token, wrong))
+        for each in (decoder, used):
+            with pytest.raises(IndexError, match=rf"Decoder: `tokens` must be in \[0, 31\), got {wrong}"):
+                each(torch.full_like(token, wrong))
+    assert torch.equal(used(token), by_layers(model, state, [token, token])[1])
     for wrong in ([0, 2], [-1, 0]):
         with pytest.raises(IndexError, match=r"Decoder: `rows` must be in \[0, 2\)"):
             decoder.reorder(torch.tensor(wrong))

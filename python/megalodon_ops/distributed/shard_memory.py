@@ -29,7 +29,8 @@ EMPTY_MASS = -1e4
 
 def memory_of_piece(
     q: Tensor, k: Tensor, v: Tensor, chunk_size: int, visible_chunks: int, state: WorkingMemoryState | None,
-    cu_seqlens: Tensor | None, lengths: Tensor | None, to_end: bool, inplace: bool, pieces: Pieces, group: ProcessGroup,
+    cu_seqlens: Tensor | None, lengths: Tensor | None, to_end: bool, inplace: bool, cached_rows: Tensor | None,
+    pieces: Pieces, group: ProcessGroup,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """:func:`read_write_and_keep` of a piece, always to its end.
 

@@ -2,25 +2,26 @@
 
 from __future__ import annotations
 
-import re
+import contextlib
+import functools
 import threading
 import warnings
 from collections.abc import Callable, Iterator
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor, nn
 from torch.nn.modules import module as torch_module
 from torch.utils._pytree import tree_leaves, tree_map_only
 
-from .. import _C
 from ..ops.linear import linear
 from ..ops.common.definition import OWN_TYPES, accumulation_dtype, check_runs_now, is_autocast_enabled
-from ..ops.normalized_qk.normalized_qk import rotary_table, rotary_table_of
 from ..ops.common.checks import check_tensor, describe
+from ..ops.common.recording import Recorder, Step
 from .blocks import at_least_float32
 from .inputs import check_reads_tokens
-from .model_state import MegalodonState, complete, named_tensors
+from .layers import wide_parameters
+from .model_state import MegalodonState, as_real, complete, layout, named_tensors
 
 _ALTERNATIVE = "call the model there, with its state: model(tokens, state=state, return_state=True)"
 
@@ -28,15 +29,16 @@ _ALTERNATIVE = "call the model there, with its state: model(tokens, state=state,
 class Decoder:
     """Compute the logits after each next token of B sequences, without gradients.
 
-    On the CPU one call runs all kernels of the model, without Python between them, bitwise equal to the layers. A
-    linear layer that was wrapped (for instance by an adapter), hooked, quantised or replaced is called between two
-    kernels. If another module was changed, the model runs module by module. It also does so on other devices, under
-    torch.autocast, with dropout in training, for more rows than the kernels take (32; AMX: 15 in float32,
-    8 in bfloat16), with MEGALODON_OPS_LINEAR=torch, and, if attention sees two chunks, in calls in which a chunk ends.
+    On the CPU a call runs all kernels of the model, without Python between them, bitwise equal to the layers: the first
+    call with rows of a length runs the layers and records a step, as :func:`record` does. A module that was wrapped (for
+    instance by an adapter), hooked, quantised or replaced is called between two kernels. The model runs module by
+    module if it was hooked or replaced itself, on other devices, under torch.autocast, with dropout in training, for
+    more rows than the kernels take (32; AMX: 15 in float32, 8 in bfloat16), with MEGALODON_OPS_LINEAR=torch, and, if
+    attention sees two chunks, in calls in which a chunk ends.
 
-    The decoder chooses once, when it is made. Its kernels keep the addresses of parameters, so they see values that an
+    The decoder chooses once, when it is made. Its steps keep the addresses of parameters, so they see values that an
     optimizer step or `load_state_dict` writes there later, with two exceptions: CEMA's parameters, whose coefficients
-    are computed when the decoder is made, and parameters that are not contiguous, which are copied then. Make a new
+    are computed when a step is recorded, and parameters that are not contiguous, which are copied then. Make a new
     decoder after these change, after parameters move to other memory, and after modules, hooks or adapters change: the
     decoder does not notice. Threads that call one decoder wait for each other. A decoder cannot be copied or pickled.
 
@@ -85,10 +87,11 @@ class Decoder:
         self._tokens_read = 0
         self._last_equal = torch.full((self.num_sequences, self.num_sequences), -(2**62), device="cpu")
         """(B, B): number of tokens read when two sequences were last equal"""
-        self._max_tokens = linear.most_few_rows(self._like.dtype) if self._may_run_kernels(enabled) else 0
-        self._kernels, self.fused = None, False
-        if self._max_tokens >= self.num_sequences:
-            self._kernels, self.fused = self._make_kernels()
+        self._max_tokens = linear.most_few_rows(self._like.dtype) if self._may_record(enabled) else 0
+        self._steps: dict[int, Step] = {}
+        """recorded steps by the number of tokens of a row"""
+        self._changed: dict[str, nn.Module] = {}
+        self.fused = self._max_tokens >= self.num_sequences and self._find_changes()
 
     @property
     def state(self) -> MegalodonState:
@@ -144,14 +147,15 @@ class Decoder:
             raise ValueError(
                 f"Decoder: `tokens` must be int64 or int32 ({B}, L), got {tokens.dtype} {tuple(tokens.shape)}."
             )
-        tokens = tokens.long().contiguous()
-        by_kernels = self._kernels is not None and 0 < tokens.numel() <= self._max_tokens
+        tokens = tokens.long()
         with self._lock:
             self._check_state()
-            by_kernels = by_kernels and self._has_room(tokens.shape[1])
+            by_step = 0 < tokens.numel() <= self._max_tokens and self._has_room(tokens.shape[1])
+            if by_step:
+                self._check_tokens(tokens)
             self._state_is_whole = False
             try:
-                logits = self._run_kernels(tokens) if by_kernels else self._run_model(tokens)
+                logits = self._run_step(tokens) if by_step else self._run_model(tokens)
             except BaseException as error:
                 outside = (tokens < 0) | (tokens >= self._model.config.vocab_size)  # refused before a layer runs
                 self._state_is_whole = isinstance(error, IndexError) and bool(outside.any())
@@ -173,48 +177,50 @@ class Decoder:
                 "interrupted by an error, or a module calls the decoder that runs it; make a new decoder from a state."
             )
 
-    def _run_kernels(self, tokens: Tensor) -> Tensor:
-        logits = self._like.new_empty((*tokens.shape, self._model.config.num_outputs))
-        table = self._rotary_table(tokens)
-        if self.fused:
-            self._kernels.run(tokens, logits, table)
-        else:
-            with torch.no_grad(), self._autocast:  # for the layers that are called
-                self._kernels.run(tokens, logits, table)
+    def _check_tokens(self, tokens: Tensor) -> None:
+        for token in tokens.flatten().tolist():
+            if not 0 <= token < self._model.config.vocab_size:
+                raise IndexError(f"Decoder: `tokens` must be in [0, {self._model.config.vocab_size}), got {token}.")
+
+    def _run_step(self, tokens: Tensor) -> Tensor:
+        """Run the step for rows of this length; the first call records it."""
+        step = self._steps.get(tokens.shape[1])
+        if step is not None:
+            return step(tokens)
+        recorder = Recorder()
+        options = dict(recorder=recorder, checks_host_reads=False, warns=False)  # _has_room checks what is read
+        with self._called_in_python(recorder), self._autocast:
+            step = Step("Decoder", self._call_model, (tokens,), self._state, **options)
+        self._steps[tokens.shape[1]] = step
+        logits, step.first = step.first, None
         return logits
+
+    def _call_model(self, tokens: Tensor, state: MegalodonState) -> tuple[Tensor, MegalodonState]:
+        return self._model(tokens, state=state, return_state=True, inplace_state=True)
 
     def _has_room(self, length: int) -> bool:
         """Return True if no sequence fills its cache within `length` positions; a full one drops a chunk."""
         config, position = self._model.config, self._state.layers[0].attention.position
         return config.visible_chunks == 1 or int(position.max()) + length < config.num_cached_positions
 
-    def _rotary_table(self, tokens: Tensor) -> Tensor | None:
-        """Rotary table of these tokens if positions continue from chunk to chunk, else None."""
-        config = self._model.config
-        if config.visible_chunks == 1:
-            return None
-        positions = (self._state.norm.count[:, None] + torch.arange(tokens.shape[1])).flatten()
-        state_dtype = accumulation_dtype(self._like.dtype)
-        return rotary_table_of(positions, config.z_dim // config.num_heads, config.rotary_base, state_dtype)
-
     @torch.no_grad()
     def _run_model(self, tokens: Tensor) -> Tensor:
         with self._autocast:
-            logits, after = self._model(tokens, state=self._state, return_state=True, inplace_state=True)
+            logits, after = self._call_model(tokens, self._state)
         for old, new in zip(tree_leaves(self._state), tree_leaves(after), strict=True):
             if old is not new:
                 old.copy_(new)
         return logits
 
-    def _may_run_kernels(self, autocast: bool) -> bool:
+    def _may_record(self, autocast: bool) -> bool:
         config = self._model.config
         has_dropout = self._model.training and (config.dropout or config.hidden_dropout or config.attention_dropout)
         has_hooks = torch_module._global_forward_hooks or torch_module._global_forward_pre_hooks
         return self._like.is_cpu and not autocast and not has_dropout and not has_hooks
 
-    def _make_kernels(self) -> tuple[_C.Decoder | None, bool]:
-        """Return the kernels, and True if they call no layer; (None, False) if the model must run module by module."""
-        model, config, reference = self._model, self._model.config, self._model._reference()
+    def _find_changes(self) -> bool:
+        """Check model and state; return True if no module was changed, else find those that a step calls in Python."""
+        model, reference = self._model, self._model._reference()
         changes = list(_changes(model, reference, ""))
         if changes:
             count = f", the first of {len(changes)} such modules," if len(changes) > 1 else ""
@@ -224,51 +230,86 @@ class Decoder:
                 "or remove what was added.",
                 stacklevel=3,
             )
+        if {"", "layers"} & {*changes}:  # the model itself, or a list that it does not call: nothing is recorded
+            self._max_tokens = 0
+            return False
+        called = [part for name in changes for part in _OUTPUT_PARTS.get(name, [name])]
         modules = dict(model.named_modules(remove_duplicate=False))
-        if not all(_LINEAR.fullmatch(name) and name in modules for name in changes):
-            return None, False
-        state_dtype = accumulation_dtype(self._like.dtype)
-        tensors = {name: p.detach().contiguous() for name, p in model.named_parameters(remove_duplicate=False)}
-        tensors |= {f"state.{name}": tensor for name, tensor in named_tensors(self._state).items()}
-        tensors |= {name: self._layer_call(name, modules[name], reference.get_submodule(name)) for name in changes}
-        rotary = rotary_table(
-            config.chunk_size, config.z_dim // config.num_heads, config.rotary_base, state_dtype, self._like.device
-        )
-        kernels = _C.Decoder(
-            config=config,
-            tensors=tensors,
-            rotary=rotary,
-            like=self._like,
-            batch=self.num_sequences,
-            max_tokens=self._max_tokens,
-        )
-        return kernels, not changes
+        self._changed = {name: modules[name] for name in called if isinstance(modules.get(name), nn.Module)}
+        self._check_tensors(reference)
+        return not changes
 
-    def _layer_call(self, name: str, layer: nn.Module, plain: nn.Linear) -> Callable[[memoryview, memoryview], None]:
-        """Return a function that calls `layer` in place of `plain`, on the memory of the input and of the output.
+    def _check_tensors(self, reference: nn.Module) -> None:
+        """Raise unless the parameters outside of changed modules, and the state, have the model's shapes and dtypes."""
+        config, dtype = self._model.config, self._like.dtype
+        given, wide = dict(self._model.named_parameters(remove_duplicate=False)), wide_parameters(reference)
+        for name, parameter in reference.named_parameters(remove_duplicate=False):
+            if name in given and not any(f"{name}.".startswith(f"{changed}.") for changed in self._changed):
+                wanted = accumulation_dtype(dtype) if name in wide else dtype
+                _check_tensor_is(name, given[name], wanted, tuple(parameter.shape))
+        state = named_tensors(self._state)
+        for name, wanted, shape in layout(config, self.num_sequences, dtype):
+            if (tensor := state.get(name)) is None:
+                raise ValueError(f"Decoder: `state.{name}` must be a tensor, got None.")
+            _check_tensor_is(f"state.{name}", as_real(tensor), wanted, shape)
+            limit = {"count": 1 << 62, "position": config.num_cached_positions}.get(name.rpartition(".")[2])
+            if limit and bool(((tensor < 0) | (tensor >= limit)).any()):
+                raise ValueError(f"Decoder: `state.{name}` must be in [0, {limit}), got {tensor.tolist()}.")
 
-        The layer gets a copy of the input, which a hook may keep.
-        """
-        dtype, batch, inputs, outputs = self._like.dtype, self.num_sequences, plain.in_features, plain.out_features
-
-        def call(x: memoryview, y: memoryview) -> None:
-            rows = torch.frombuffer(x, dtype=dtype).view(batch, -1, inputs)
-            given = rows.clone()
-            result = layer(given)
-            rows.copy_(given)  # a hook may have changed the input, which other layers read
-            check_tensor("Decoder", f"{name}(x)", result)
-            if result.shape != (*rows.shape[:2], outputs) or result.dtype != dtype:
-                raise ValueError(
-                    f"Decoder: `{name}` must return {dtype} {(*rows.shape[:2], outputs)} as the layer in whose place it "
-                    f"stands, got {result.dtype} {tuple(result.shape)}."
-                )
-            torch.frombuffer(y, dtype=dtype).view_as(result).copy_(result)
-
-        return call
+    @contextlib.contextmanager
+    def _called_in_python(self, recorder: Recorder) -> Iterator[None]:
+        """Put a :class:`_CalledModule` in the place of each changed module while a step is recorded."""
+        reference, places = self._model._reference(), []
+        for name, module in self._changed.items():
+            parent, _, child = name.rpartition(".")
+            called = _CalledModule(name, module, reference.get_submodule(name), recorder)
+            places.append((self._model.get_submodule(parent)._modules, child, module, called))
+        for modules, child, _, called in places:
+            modules[child] = called
+        try:
+            yield
+        finally:
+            for modules, child, module, _ in places:
+                modules[child] = module
 
 
+class _CalledModule(nn.Module):
+    """A changed module that a recorded step calls in Python, between two kernels."""
+
+    def __init__(self, name: str, module: nn.Module, plain: nn.Module, recorder: Recorder) -> None:
+        super().__init__()
+        self._run = functools.partial(_call_module, name, module.__call__, plain)
+        self._recorder = recorder
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        return self._recorder.call(self._run, *args, **kwargs)
+
+
+def _call_module(name: str, call: Callable, plain: nn.Module, x: Tensor, *args: Any, **kwargs: Any) -> Any:
+    """Call a module with a copy of its input x, which a hook may keep; check a linear layer's result."""
+    given = x.clone()
+    result = call(given, *args, **kwargs)
+    x.copy_(given)  # a hook may have changed the input, which other modules read
+    if isinstance(plain, nn.Linear):
+        check_tensor("Decoder", f"{name}(x)", result)
+        shape = (*x.shape[:-1], plain.out_features)
+        if result.shape != shape or result.dtype != x.dtype:
+            raise ValueError(
+                f"Decoder: `{name}` must return {x.dtype} {shape} as the layer in whose place it stands, got "
+                f"{result.dtype} {tuple(result.shape)}."
+            )
+    return result
+
+
+def _check_tensor_is(name: str, tensor: Tensor, dtype: torch.dtype, shape: tuple[int, ...]) -> None:
+    if tensor.dtype != dtype:
+        raise TypeError(f"Decoder: `{name}` must be {dtype} beside the other tensors, got {tensor.dtype}; convert it.")
+    if tensor.shape != shape:
+        raise ValueError(f"Decoder: `{name}` must have shape {shape}, got {tuple(tensor.shape)}.")
+
+
+_OUTPUT_PARTS = {"output": ["output.final_norm", "output.output"]}  # the model calls these, not `output`
 _IGNORED_ATTRIBUTES = ("training", "layer", "token_rows")  # for initialisation, or changed by train() and eval()
-_LINEAR = re.compile(r"layers\.\d+\.(mega\.(wz|wv|wr|wh1|wh2)|nffn\.(fc1|fc2|fc3))|output\.output")
 
 
 def _changes(module: nn.Module, reference: nn.Module, name: str) -> Iterator[str]:

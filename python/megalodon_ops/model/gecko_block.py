@@ -119,6 +119,7 @@ class GeckoAttention(NormalizedAttention):
         read, *memory = sequences.carry(
             read_write_and_keep, q, k, v, chunk_size=config.chunk_size, visible_chunks=config.visible_chunks,
             state=None if past.memory is None else past.working_memory(), to_end=return_state, inplace=inplace_state,
+            cached_rows=past.attention[2] if inplace_state and past.attention is not None else None,
         )  # fmt: skip
         return read.flatten(-2), *memory
 

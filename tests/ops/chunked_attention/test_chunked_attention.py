@@ -256,13 +256,14 @@ def test_a_seed_is_drawn_from_torchs_generator():
     assert not torch.equal(first, second)
 
 
-def test_state_in_place():
+@pytest.mark.parametrize("visible_chunks", [1, 2])
+def test_state_in_place(visible_chunks):
     """Decoding into the given state equals copying it; rows of the batch may be at different positions."""
-    case = chunked_attention_case(B=3, L=13, state=True, dtype=torch.float64)
+    case = chunked_attention_case(B=3, L=13, state=True, dtype=torch.float64, visible_chunks=visible_chunks)
     given = AttentionState(*(t.nan_to_num().clone() for t in case.options["state"]))
     o, copied = mo.chunked_attention(**case.tensors, **case.options | {"state": given}, return_state=True)
     kept = AttentionState(*(t.clone() for t in given))
-    options = {"chunk_size": 4, "return_state": True, "inplace_state": True}
+    options = {"chunk_size": 4, "visible_chunks": visible_chunks, "return_state": True, "inplace_state": True}
     run = streamed(mo.chunked_attention, "chunked_attention", [1, 1, 3, 0, 1, 7])
     with torch.no_grad():
         o_pieces, returned = run(*case.tensors.values(), state=kept, **options)

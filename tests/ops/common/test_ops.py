@@ -246,9 +246,10 @@ def recorded_calls():
         for op, case in SMALL.items():
             evaluate(function(op), case)
         evaluate(mo.chunked_attention, chunked_attention_case(state=True, **TWO_CHUNKS))
-        case = chunked_attention_case(state=True, dtype=torch.float32)
-        state = mo.AttentionState(*(t.nan_to_num().clone() for t in case.options["state"]))
-        mo.chunked_attention(**case.tensors, chunk_size=4, state=state, inplace_state=True)
+        for chunks in ({}, TWO_CHUNKS):
+            case = chunked_attention_case(state=True, dtype=torch.float32, **chunks)
+            state = mo.AttentionState(*(t.nan_to_num().clone() for t in case.options["state"]))
+            mo.chunked_attention(**case.tensors, chunk_size=4, state=state, inplace_state=True, **chunks)
     return recorder.calls
 
 

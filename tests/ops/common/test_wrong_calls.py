@@ -341,6 +341,12 @@ CALLS = {
         decoder.__call__, dict(tokens=tokens[:, :1]), dict(tokens={k: w for k, w in TOKENS.items()}), "Decoder",
         inner_names=("Megalodon",),
     ),
+    "record": Call(
+        lambda module, example, state: mo.record(module, example, state=state),
+        dict(module=partial(mo.TimestepNorm(D, G), return_state=True), example=x, state=norm_state),
+        dict(module={"none": None, "integer": 3}, example={"none": None, **NO_TENSOR}, state={"integer": 3, "empty": ()}),
+        "record",
+    ),
     "wide_parameters": Call(mo.wide_parameters, dict(model=model), dict(model={"none": None, **NO_TENSOR})),
     "load_official": Call(
         partial(mo.load_official, "nowhere"),

@@ -11,7 +11,7 @@ from ..common.definition import accumulation_dtype, autocast, call, define_op, e
 from ..common.definition import int64_or_none, launch, num_sequences, num_positions
 from ..common.flops import lengths_of, readable_values
 from ..common.states import WorkingMemoryState, state_fields
-from ..chunked_attention.two_chunk_attention import two_chunk_attention_state
+from ..chunked_attention.two_chunk_attention import two_chunk_attention_state, two_chunk_attention_state_
 from ..common.checks import check_device, check_flag, check_rank, check_sequences, check_size, check_tensor
 from .working_memory_plan import OP as _NAME, Plan, length
 
@@ -118,18 +118,25 @@ def read_and_write(
 def read_write_and_keep(
     q: Tensor, k: Tensor, v: Tensor, chunk_size: int, visible_chunks: int, state: WorkingMemoryState | None,
     cu_seqlens: Tensor | None, lengths: Tensor | None, to_end: bool, inplace: bool = False,
+    cached_rows: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    """Return :func:`read_and_write`'s results and, if `to_end`, the new state's k, written in place if `inplace`."""
+    """Return :func:`read_and_write`'s results and, if `to_end`, the new state's k, written in place if `inplace`.
+
+    cached_rows: (S,) valid rows of the state's k, if the caller has them.
+    """
     cu_seqlens, lengths = int64_or_none(cu_seqlens), int64_or_none(lengths)
     o, memory, mass = read_and_write(q, k, v, chunk_size, visible_chunks, state, cu_seqlens, lengths, to_end)
     if not to_end:
         return o, memory, mass, k[:, :0]
     cached = (None,) * 3
     if state is not None:
-        cached = state.k, state.v[..., :0].contiguous(), num_cached_rows(state.position, chunk_size, visible_chunks)
+        if cached_rows is None:
+            cached_rows = num_cached_rows(state.position, chunk_size, visible_chunks)
+        cached = state.k, state.v[..., :0].contiguous(), cached_rows.clone()
     new = k.detach(), v[..., :0].detach()
-    if inplace and state is not None and visible_chunks == 1:
-        chunked_attention_state_(*new, *cached, chunk_size, cu_seqlens, lengths)
+    if inplace and state is not None:
+        append = two_chunk_attention_state_ if visible_chunks == 2 else chunked_attention_state_
+        append(*new, *cached, chunk_size, cu_seqlens, lengths)
         return o, memory, mass, state.k
     append = two_chunk_attention_state if visible_chunks == 2 else chunked_attention_state
     return o, memory, mass, append(*new, *cached, chunk_size, cu_seqlens, lengths)[0]
@@ -183,8 +190,7 @@ class _Writer:
 
 def _fwd(q, k, v, memory, mass, cache_k, cache_v, position, chunk_size, visible_chunks, cu_seqlens, lengths, to_end):
     if q.is_cpu and position is not None and q.shape[0] * q.shape[1] <= _FEW_TOKENS:
-        o, M = empty_like(v), memory.clone(memory_format=torch.contiguous_format)
-        z = mass.where((position >= visible_chunks * chunk_size)[:, None, None], 0).contiguous()
+        o, M, z = empty_like(v), *(x.clone(memory_format=torch.contiguous_format) for x in (memory, mass))
         tensors = (x.contiguous() for x in (q, k, v, cache_k, cache_v, position))
         launch("working_memory_steps", *tensors, chunk_size, visible_chunks, cu_seqlens, lengths, M, z, o)
         return o, *((M, z) if to_end else (M.new_empty(0), z.new_empty(0)))

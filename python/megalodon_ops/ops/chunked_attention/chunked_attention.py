@@ -13,7 +13,7 @@ from ..common.definition import (
 )  # fmt: skip
 from ..common.states import AttentionState, state_fields
 from .attention_flops import attention_bwd_flops, attention_flops, pairs_in_chunk
-from .two_chunk_attention import two_chunk_attention_fwd, two_chunk_attention_state
+from .two_chunk_attention import two_chunk_attention_fwd, two_chunk_attention_state, two_chunk_attention_state_
 from ..common.checks import LARGEST_BELOW_1, check_flag, check_number, check_size, check_tensor
 
 
@@ -131,13 +131,11 @@ def _attend_two_chunks(
 ) -> Tensor | tuple[Tensor, AttentionState]:  # fmt: skip
     before = (*(state or (None,) * 3), chunk_size)
     o, _ = call(two_chunk_attention_fwd, q, k, v, *before, scale, cu_seqlens, lengths)
-    if not (return_state or inplace_state):
-        return o
-    after = AttentionState(*call(two_chunk_attention_state, k.detach(), v.detach(), *before, cu_seqlens, lengths))
+    new, after = (k.detach(), v.detach()), state
     if inplace_state:
-        for old, new in zip(state, after):
-            old.copy_(new)
-        after = state
+        call(two_chunk_attention_state_, *new, *before, cu_seqlens, lengths)
+    elif return_state:
+        after = AttentionState(*call(two_chunk_attention_state, *new, *before, cu_seqlens, lengths))
     return (o, after) if return_state else o
 
 

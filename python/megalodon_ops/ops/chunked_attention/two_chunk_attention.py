@@ -118,6 +118,19 @@ def _state(k, v, cache_k, cache_v, position, chunk_size, cu_seqlens, lengths):
     )
 
 
+def _state_inplace(k, v, cache_k, cache_v, position, chunk_size, cu_seqlens, lengths):
+    before = (cache_k, cache_v, position)
+    if not _Grids(k, chunk_size, position, cu_seqlens, lengths, state_only=True).has_late:
+        ops.chunked_attention_state_(k, v, *before, 2 * chunk_size, cu_seqlens, lengths)
+        return
+    for old, new in zip(before, _state(k, v, *before, chunk_size, cu_seqlens, lengths)):
+        old.copy_(new)
+
+
+def _state_inplace_fake(k, v, cache_k, cache_v, position, chunk_size, cu_seqlens, lengths):
+    return None
+
+
 def _state_fake(k, v, cache_k, cache_v, position, chunk_size, cu_seqlens, lengths):
     sequences = num_sequences(len(k), cu_seqlens)
     caches = (x.new_empty(sequences, 2 * chunk_size, *x.shape[2:]) for x in (k, v))
@@ -148,5 +161,12 @@ two_chunk_attention_state = define_op(
     "-> (Tensor cache_k_out, Tensor cache_v_out, Tensor position_out)",
     kernel=_state,
     fake=_state_fake,
+    flops=lambda: 0,
+)
+two_chunk_attention_state_ = define_op(
+    "two_chunk_attention_state_(Tensor k, Tensor v, Tensor(a!) cache_k, Tensor(b!) cache_v, Tensor(c!) position, "
+    f"int chunk_size, {_SEQUENCES}) -> ()",
+    kernel=_state_inplace,
+    fake=_state_inplace_fake,
     flops=lambda: 0,
 )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import importlib
 import importlib.util
+import threading
 from collections import Counter
 from collections.abc import Callable, Iterable
 from types import ModuleType
@@ -254,12 +255,22 @@ def has_cpu_kernel(x: Tensor) -> bool:
     return x.is_cpu and x.is_floating_point()
 
 
+class _Observer(threading.local):
+    """Function that sees each launch on the CPU in this thread before it runs; recording.py sets it."""
+
+    note: Callable[[str, tuple], None] | None = None
+
+
+observer = _Observer()
+
+
 def launch(name: str, *args) -> None:
     """Run a kernel on contiguous tensors, in place on those that it writes. The first argument is a tensor."""
     if args[0].is_cuda:
-        _launch_cuda(name, args)
-    else:
-        getattr(_C, name)(*args)
+        return _launch_cuda(name, args)
+    if observer.note is not None:
+        observer.note(name, args)
+    getattr(_C, name)(*args)
 
 
 def has_cuda_kernels() -> bool:

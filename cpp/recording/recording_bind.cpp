@@ -1,0 +1,120 @@
+// A recorded step: the launches of a call's kernels, which run again without Python between them; and kernels for what
+// torch computes between ops.
+
+#include <cstring>
+#include <functional>
+#include <string>
+#include <vector>
+
+#include "elementwise.h"
+#include "target.h"
+#include "tensor_view.h"
+
+namespace megalodon {
+namespace {
+
+class Recording {
+ public:
+  // Keeps the launches that function(*arguments) makes, which do not run now.
+  void keep(const py::object& function, const py::args& arguments) {
+    struct Keep {
+      explicit Keep(Launches& launches) { kept_launches = &launches; }
+      ~Keep() { kept_launches = nullptr; }
+    } const keep(launches_);
+    function(*arguments);
+  }
+  void keep_call(py::object function) {
+    launches_.emplace_back([function = std::move(function)] {
+      const py::gil_scoped_acquire locked;
+      function();
+    });
+  }
+  void run() const {
+    const py::gil_scoped_release unlocked;
+    for (const auto& launch : launches_) launch();
+  }
+
+ private:
+  Launches launches_;
+};
+
+const Registration register_recording{[](py::module_& module) {
+  py::class_<Recording>(module, "Recording")
+      .def(py::init<>())
+      .def("keep", &Recording::keep)
+      .def("keep_call", &Recording::keep_call)
+      .def("run", &Recording::run);
+}};
+
+constexpr const char* kElementwise = "elementwise";
+
+// b None: y = scale a + shift; else y = a + b, a - b, a b or a / b by `operation` of "+-*/". A tensor of fewer elements
+// than y is broadcast over y's leading axes.
+MEGALODON_BINDING(elementwise,
+                  (py::handle a_, py::handle b_, const std::string& operation, double scale, double shift),
+                  (py::handle y_)) {
+  const TensorView a(kElementwise, "a", a_), b(kElementwise, "b", b_), y(kElementwise, "y", y_);
+  ElementwiseParams params{};
+  params.dtype = y.present().floating();
+  params.a_dtype = a.present().floating();
+  params.b_dtype = b.given() ? b.floating() : params.a_dtype;
+  if ((params.dtype == DType::f64) != (params.a_dtype == DType::f64 && params.b_dtype == DType::f64))
+    y.fail("float64 beside float64 alone");
+  const size_t code = std::string("=+-*/").find(b.given() ? operation : "=");
+  params.operation = static_cast<Operation>(code);
+  params.channels = b.given() && b.elements() < a.elements() ? b.elements() : a.elements();
+  params.rows = params.channels ? y.elements() / params.channels : 0;
+  const auto step = [&](const TensorView& tensor) {
+    if (tensor.elements() == y.elements()) return params.channels;
+    if (tensor.elements() != params.channels || params.rows * params.channels != y.elements())
+      tensor.fail("broadcast over the leading axes of `y`");
+    return int64_t{0};
+  };
+  params.a_step = step(a);
+  params.b_step = b.given() ? step(b) : 0;
+  params.a = a.data();
+  params.b = b.data();
+  params.scale = scale;
+  params.shift = shift;
+  params.y = y.data();
+  MEGALODON_LAUNCH(target, elementwise, params);
+}
+
+struct RowsParams {
+  int64_t count, available, bytes;  // rows of y, rows of x, bytes of a row
+  const int64_t* index;             // (count) rows of x; null: the first
+  const char* x;                    // (available, bytes)
+  char* y;                          // (count, bytes)
+};
+
+void copy_rows(const RowsParams& p) {
+  for (int64_t row = 0; row < p.count; ++row) {
+    const int64_t from = p.index ? p.index[row] : row;
+    if (from < 0 || from >= p.available)
+      throw py::index_error("embedding: `input` must be in [0, " + std::to_string(p.available) + "), got " +
+                            std::to_string(from) + ".");
+    std::memcpy(p.y + row * p.bytes, p.x + from * p.bytes, static_cast<size_t>(p.bytes));
+  }
+}
+
+MEGALODON_BINDING(embedding_rows, (py::handle weight_, py::handle index_), (py::handle y_)) {
+  const TensorView weight("embedding", "weight", weight_), index("embedding", "input", index_);
+  const TensorView y("embedding", "y", y_);
+  const int64_t rows = weight.rank("(rows, D)", 2).size(0);
+  index.present().dtype(Scalar::i64, "indices");
+  if (!y.given() || y.scalar() != weight.scalar() || y.elements() != index.elements() * weight.size(1))
+    y.fail("a row of `weight` for each index");
+  target.launch(RowsParams{index.elements(), rows, rows ? weight.bytes() / rows : 0, index.data_as<const int64_t>(),
+                           weight.data_as<const char>(), y.data_as<char>()},
+                copy_rows);
+}
+
+MEGALODON_BINDING(copy_memory, (py::handle x_), (py::handle y_)) {
+  const TensorView x("copy", "x", x_), y("copy", "y", y_);
+  y.like(x.present());
+  target.launch(RowsParams{1, 1, x.bytes(), nullptr, x.data_as<const char>(), y.data_as<char>()}, copy_rows);
+}
+
+}  // namespace
+
+}  // namespace megalodon

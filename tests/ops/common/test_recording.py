@@ -1,0 +1,270 @@
+"""A recorded step has the bits of its module and leaves nothing out, whatever torch computes between kernels."""
+
+from __future__ import annotations
+
+import copy
+import gc
+import threading
+import warnings
+import weakref
+from functools import partial
+
+import pytest
+import torch
+from assertions import every_case
+from models import TINY
+from torch import nn
+from torch.utils._pytree import tree_leaves
+
+import megalodon_ops as mo
+
+D = TINY["model_dim"]
+pytestmark = pytest.mark.usefixtures("poisoned_memory")
+
+
+class Network(nn.Module):
+    """Two blocks and a norm between two of torch's linear layers, with a state."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.input, self.output = nn.Linear(3, config.model_dim), nn.Linear(config.model_dim, 2)
+        self.blocks = nn.ModuleList(mo.MegalodonBlock(config, i) for i in range(2))
+        self.norm = mo.TimestepNorm(config.model_dim, config.norm_num_groups)
+
+    def forward(self, x, state=(None, None, None)):
+        h, after = self.input(x), []
+        for block, before in zip(self.blocks, state):
+            h, new = block(h, state=before, return_state=True)
+            after.append(new)
+        h, new = self.norm(h, state=state[-1], return_state=True)
+        return self.output(h), (*after, new)
+
+
+def assert_same_bits(found, expected):
+    for a, b in zip(tree_leaves(found), tree_leaves(expected), strict=True):
+        assert torch.equal(a, b)
+
+
+def assert_replays(module, inputs, state=None):
+    """Compare results, and the last state, of a step with those of calls of the module."""
+    reference, with_state = copy.deepcopy(module), state is not None
+    step = mo.record(module, inputs[0], state=state)
+    with torch.no_grad():
+        if any(True for _ in getattr(module, "buffers", tuple)()):
+            reference(inputs[0])  # the recorded call changed them
+        for x in inputs:
+            expected = reference(x, state=state) if with_state else reference(x)
+            expected, state = expected if with_state else (expected, None)
+            assert_same_bits(step(x), expected)
+    return step, state
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
+def test_network_of_ones_own(dtype):
+    """Inputs over more than one chunk; every kernel of a block, and torch's linear layers."""
+    module = Network(mo.MegalodonConfig(**TINY)).to(dtype).eval()
+    x = torch.randn(2, 3 * TINY["chunk_size"], 3, dtype=dtype)
+    with torch.no_grad():
+        _, state = module(x[:, :2])
+    before = copy.deepcopy(state)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        step, after = assert_replays(module, x[:, 2:].transpose(0, 1).contiguous()[:, :, None].unbind(0), state)
+    assert_same_bits(state, before)
+    for found, expected in zip(step.state[:-1], after[:-1]):
+        assert_same_bits(
+            (found.norm, found.cema, found.attention.position),
+            (expected.norm, expected.cema, expected.attention.position),
+        )
+        rows = int(expected.attention.position[0])
+        for name in ("k", "v"):
+            assert_same_bits(getattr(found.attention, name)[:, :rows], getattr(expected.attention, name)[:, :rows])
+    assert_same_bits(step.state[-1], after[-1])
+
+
+class Hidden(nn.Module):
+    def forward(self, x):
+        return mo.gated_silu(torch.cumsum(mo.rms_norm(x), -1))
+
+
+def test_what_torch_computes_between_two_ops_is_called_and_named():
+    with pytest.warns(UserWarning, match="record: 1 of 3 calls run in Python .*: `cumsum`") as caught:
+        assert_replays(Hidden(), torch.randn(4, 2, D).unbind(0))
+    assert [warning.filename for warning in caught] == [__file__]
+
+
+BETWEEN_OPS = {
+    "sum": lambda x, w: x + w, "difference": lambda x, w: x - w, "product": lambda x, w: w * x, "quotient": lambda x, w: x / w,
+    "numbers": lambda x, w: (x * 3 - 0.5) * -0.7 + 2, "row": lambda x, w: x + w[0], "row first": lambda x, w: w[:1] - x,
+    "in place": lambda x, w: x.clone().mul_(w).add_(1.5).sub_(w), "zero": lambda x, w: x * 0.0,
+    "copy": lambda x, w: torch.empty_like(x).copy_(x) + w, "views": lambda x, w: (x + w).flatten()[3:] * 2,
+}  # fmt: skip
+
+
+def test_kernels_in_place_of_torch():
+    """Sums, products and copies run as kernels: without a warning, with torch's bits, signs of zero included."""
+    with every_case() as case, warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for dtype in (torch.float32, torch.float64, torch.bfloat16, torch.float16):
+            w, x = torch.randn(3, 19, dtype=dtype), torch.randn(5, 3, 19, dtype=dtype)
+            x[:, 0, :2] = torch.tensor([0.0, -0.0])
+            for name, function in BETWEEN_OPS.items():
+                with case(dtype, name):
+                    step = mo.record(partial(function, w=w), x[0])
+                    for one in x:
+                        found, expected = step(one), function(one, w)
+                        assert torch.equal(found, expected) and torch.equal(found.signbit(), expected.signbit())
+
+
+def test_dtypes_that_meet():
+    x, wide = torch.randn(4, 3, 19).bfloat16(), torch.randn(19)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert_replays(lambda x: (wide * x).to(x.dtype) + (x.float() + wide).half(), x.unbind(0))
+
+
+def test_embedding_refuses_tokens_outside():
+    embedding = nn.Embedding(7, 5)
+    step, _ = assert_replays(embedding, torch.randint(7, (3, 2, 4)).unbind(0))
+    with pytest.raises(IndexError, match=r"embedding: `input` must be in \[0, 7\), got 7"):
+        step(torch.full((2, 4), 7))
+    with pytest.raises(RuntimeError, match="record: the state must be whole"):
+        step(torch.zeros(2, 4, dtype=torch.int64))
+
+
+class Running(nn.Module):
+    """Writes a buffer in place, and reads it before and after."""
+
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("total", torch.zeros(D))
+        self.register_buffer("count", torch.zeros((), dtype=torch.int64))
+
+    def forward(self, x):
+        scale = self.total.exp()
+        self.total += x
+        self.count += 1
+        return mo.rms_norm(x) * scale + self.total / self.count
+
+
+@pytest.mark.filterwarnings("ignore:record")
+def test_buffers_written_in_place_continue():
+    module = Running()
+    assert_replays(module, torch.randn(5, D).unbind(0))
+    assert module.count == 6
+
+
+def test_states_that_change_places():
+    """A delay of three: the new state holds the old one's tensors, one place further."""
+
+    def delay(x, state):
+        a, b, c = state
+        return mo.rms_norm(c), (x, a, b)
+
+    assert_replays(delay, torch.randn(7, D).unbind(0), state=tuple(torch.randn(3, D)))
+
+
+def test_parameters_are_read_and_what_is_computed_from_them_is_not():
+    layer = mo.TimestepNorm(D, 2)
+    x = torch.randn(1, 1, D)
+    step = mo.record(layer, x)
+    with torch.no_grad():
+        layer.weight.add_(1)
+        assert torch.equal(step(x), layer(x))
+
+
+@pytest.mark.parametrize(
+    ("function", "name"),
+    [
+        (lambda x: x * x.max().item(), "_local_scalar_dense"),
+        (lambda x: x if x.sum() > 0 else -x, "_local_scalar_dense"),
+        (lambda x: x * x.tolist()[0], "tolist"),
+        (lambda x: x + torch.from_numpy(x.numpy()), "numpy"),
+        (lambda x: x * torch.equal(x, x), "equal"),
+    ],
+)
+def test_values_read_in_python_are_refused(function, name):
+    with pytest.raises(NotImplementedError, match=f"record: .*got `{name}`"):
+        mo.record(function, torch.ones(3))
+
+
+@pytest.mark.filterwarnings("ignore:record")
+def test_refusals():
+    module = Running()
+    module.forward = lambda x: setattr(module, "total", module.total + x)
+    with pytest.raises(ValueError, match="record: `module` must write its tensors in place.*`total`"):
+        mo.record(module, torch.ones(D))
+    with pytest.raises(ValueError, match="record: `module` must return a tuple"):
+        mo.record(lambda x, state: x, torch.ones(D), state=torch.ones(D))
+    step = mo.record(lambda x: x[x > 0], torch.tensor([1.0, -1.0]))
+    with pytest.raises(RuntimeError, match="record: `index` must return a tensor of the recorded shape"):
+        step(torch.ones(2))
+    step = mo.record(mo.rms_norm, torch.ones(D))
+    for wrong in ((), (torch.ones(D + 1),), (torch.ones(D).double(),), (None,), (torch.ones(D), torch.ones(D))):
+        with pytest.raises(ValueError, match="record: `inputs` must have the recorded shapes"):
+            step(*wrong)
+    with pytest.raises(TypeError, match="record: expected no copy"):
+        copy.deepcopy(step)
+
+
+def test_random_numbers_are_drawn_anew():
+    with pytest.warns(UserWarning, match="`native_dropout|`bernoulli_|`dropout"):
+        step = mo.record(partial(nn.functional.dropout, p=0.5, training=True), torch.ones(1000))
+    assert not torch.equal(step(torch.ones(1000)), step(torch.ones(1000)))
+
+
+def test_results_and_autocast():
+    """Results are new tensors, of any structure; autocast of the recorded call holds, that of later calls does not."""
+    weight = torch.randn(4, D)
+    function = lambda x: {"y": nn.functional.linear(x, weight), "x": x, "n": None}  # noqa: E731
+    step, x = mo.record(function, torch.ones(3, D)), torch.randn(2, 3, D)
+    with torch.autocast("cpu", torch.bfloat16):
+        first, second = step(x[0]), step(x[1])
+    assert torch.equal(first["y"], nn.functional.linear(x[0], weight)) and torch.equal(second["x"], x[1])
+    with torch.autocast("cpu", torch.bfloat16):
+        step, expected = mo.record(function, x[0]), function(x[1])
+    assert torch.equal(step(x[1])["y"], expected["y"])
+
+
+def test_a_compiled_module_is_recorded():
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        compiled = torch.compile(lambda x: x * 2 + 1, backend="eager")
+        compiled(torch.ones(3))
+        step = mo.record(compiled, torch.ones(3))
+    assert torch.equal(step(torch.arange(3.0)), torch.arange(3.0) * 2 + 1)
+
+
+def test_threads_wait_and_do_not_record_each_other():
+    """Ops of another thread, before and while steps run, are not part of a step."""
+    stop, x = threading.Event(), torch.randn(1, 1, D)
+
+    def busy():
+        while not stop.is_set():
+            mo.rms_norm(torch.ones(D))
+
+    other = threading.Thread(target=busy)
+    other.start()
+    try:
+        norm = partial(mo.TimestepNorm(D, 2), return_state=True)
+        steps = [mo.record(norm, x, state=norm(x)[1]) for _ in range(3)]
+        threads = [threading.Thread(target=lambda: [steps[0](x) for _ in range(50)]) for _ in range(3)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    finally:
+        stop.set()
+        other.join()
+    assert steps[0].state.count == 151
+
+
+def test_memory_is_freed_with_the_last_reference():
+    gc.disable()
+    try:
+        step = mo.record(mo.rms_norm, torch.ones(D))
+        buffer = weakref.ref(step._inputs[0])
+        del step
+        assert buffer() is None
+    finally:
+        gc.enable()
