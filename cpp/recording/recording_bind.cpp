@@ -3,12 +3,14 @@
 
 #include <cstring>
 #include <functional>
+#include <optional>
 #include <string>
 #include <vector>
 
 #include "elementwise.h"
 #include "target.h"
 #include "tensor_view.h"
+#include "threads.h"
 
 namespace megalodon {
 namespace {
@@ -24,18 +26,23 @@ class Recording {
     function(*arguments);
   }
   void keep_call(py::object function) {
+    calls_python_ = true;
     launches_.emplace_back([function = std::move(function)] {
       const py::gil_scoped_acquire locked;
       function();
     });
   }
-  void run() const {
+  // own_threads: see OwnThreads; torch's threads would slow them if a launch calls Python.
+  void run(bool own_threads) const {
     const py::gil_scoped_release unlocked;
+    std::optional<OwnThreads> own;
+    if (own_threads && !calls_python_) own.emplace();
     for (const auto& launch : launches_) launch();
   }
 
  private:
   Launches launches_;
+  bool calls_python_ = false;
 };
 
 const Registration register_recording{[](py::module_& module) {

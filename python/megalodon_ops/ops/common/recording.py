@@ -39,6 +39,8 @@ _OPERATIONS = {
 _COPIES = {aten.clone.default, aten._to_copy.default}
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 _COPIED = (*_FLOATS, torch.float64, torch.int64, torch.complex64, torch.complex128)
+_TORCH_GRAIN = 32768
+"""elements of a result from which on torch copies and samples it on OpenMP's threads, which then still spin in the next step"""
 _MINUS_ZERO = -0.0  # neutral in sums; +0.0 would change -0.0
 
 
@@ -267,7 +269,7 @@ class Step:
             self._is_whole = False
             autocast = self._calls_python and torch.is_autocast_enabled("cpu")
             with torch.autocast("cpu", enabled=False) if autocast else contextlib.nullcontext():
-                self._recording.run()
+                self._recording.run(self._own_threads)
             self._is_whole = True
             leaves = [leaf.clone() if isinstance(leaf, Tensor) else leaf for leaf in self._leaves]
             return tree_unflatten(leaves, self._structure)
@@ -309,6 +311,7 @@ class Step:
 
         self._recording, self._memory, in_python = _C.Recording(), [], []
         self._calls_python = False
+        self._own_threads = sum(tensor.numel() for tensor in _tensors(self._leaves)) < _TORCH_GRAIN
         for call in calls:
             args, kwargs, results = tree_map_only(Tensor, placed, (tuple(call.args), call.kwargs, call.results))
             self._memory += [tensor.untyped_storage() for tensor in _tensors(args)]
