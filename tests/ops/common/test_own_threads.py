@@ -50,13 +50,14 @@ def agrees(found, expected) -> bool:
     return all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
 
 
-def in_a_child(function):
-    """Call the function in a forked process, with the names of its tasks, and return its result."""
+def in_a_child(decode, function):
+    """Call the function in a forked process, with its tasks after a call on one thread; return the result."""
     context = multiprocessing.get_context("fork")
     ours, childs = context.Pipe()
 
     def run():
         try:
+            decode(1)  # libraries that other tests loaded may start a thread, too
             childs.send((function(tasks()), None))
         except BaseException:
             childs.send((None, traceback.format_exc()))
@@ -92,7 +93,7 @@ def test_threads_start_when_needed_and_block_signals(decode):
         blocked = [int(re.search(r"SigBlk:\s*(\w+)", text)[1], 16) for text in status]
         return counts, [[name for name, bit in SIGNALS.items() if mask & bit] for mask in blocked]
 
-    counts, blocked = in_a_child(child)
+    counts, blocked = in_a_child(decode, child)
     assert counts == [0, 1, 3, 3, 3]
     assert blocked == [["INT", "TERM"]] * 3
 
@@ -104,9 +105,9 @@ def test_a_fork_after_a_decoded_token(decode):
         return agrees(decode(3), decode.expected), len(tasks() - before)
 
     def child(before):
-        return decode_in(before), in_a_child(decode_in), decode_in(before)
+        return decode_in(before), in_a_child(decode, decode_in), decode_in(before)
 
-    assert in_a_child(child) == ((True, 2),) * 3
+    assert in_a_child(decode, child) == ((True, 2),) * 3
 
 
 def test_python_threads_decode_at_once_and_end_their_threads(decode):
@@ -121,7 +122,7 @@ def test_python_threads_decode_at_once_and_end_their_threads(decode):
             results = list(pool.map(run, range(4)))
         return results, settles(lambda: tasks() == before)
 
-    assert in_a_child(child) == ([True] * 4, True)
+    assert in_a_child(decode, child) == ([True] * 4, True)
 
 
 def test_the_caller_runs_what_waiting_threads_have_not_started(decode):
@@ -131,7 +132,7 @@ def test_the_caller_runs_what_waiting_threads_have_not_started(decode):
         os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})
         return [agrees(decode(threads), decode.expected) for threads in (2, 3, 8)], len(tasks() - before)
 
-    assert in_a_child(child) == ([True] * 3, 7)
+    assert in_a_child(decode, child) == ([True] * 3, 7)
 
 
 def test_a_thread_that_cannot_start(decode):
@@ -149,7 +150,7 @@ def test_a_thread_that_cannot_start(decode):
         resource.setrlimit(resource.RLIMIT_AS, limits)
         return message, agrees(decode(64), decode.expected)
 
-    message, works = in_a_child(child)
+    message, works = in_a_child(decode, child)
     assert re.match(r"megalodon_ops: thread \d+ must start, got `.*`; set fewer by torch.set_num_threads.", message)
     assert works
 
