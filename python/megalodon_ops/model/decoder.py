@@ -264,13 +264,14 @@ class Decoder:
             parent, _, child = name.rpartition(".")
             called = _CalledModule(name, module, reference.get_submodule(name), recorder)
             places.append((self._model.get_submodule(parent)._modules, child, module, called))
-        for modules, child, _, called in places:
-            modules[child] = called
-        try:
-            yield
-        finally:
-            for modules, child, module, _ in places:
-                modules[child] = module
+        with _REPLACING:
+            for modules, child, _, called in places:
+                modules[child] = called
+            try:
+                yield
+            finally:
+                for modules, child, module, _ in places:
+                    modules[child] = module
 
 
 class _CalledModule(nn.Module):
@@ -308,6 +309,7 @@ def _check_tensor_is(name: str, tensor: Tensor, dtype: torch.dtype, shape: tuple
         raise ValueError(f"Decoder: `{name}` must have shape {shape}, got {tuple(tensor.shape)}.")
 
 
+_REPLACING = threading.RLock()  # two threads that record steps of one model wait for each other
 _OUTPUT_PARTS = {"output": ["output.final_norm", "output.output"]}  # the model calls these, not `output`
 _IGNORED_ATTRIBUTES = ("training", "layer", "token_rows")  # for initialisation, or changed by train() and eval()
 

@@ -14,6 +14,7 @@ import torch
 from assertions import every_case
 from models import TINY
 from torch import nn
+from torch.testing._internal.two_tensor import TwoTensor
 from torch.utils._pytree import tree_leaves
 
 import megalodon_ops as mo
@@ -186,6 +187,20 @@ def test_parameters_are_read_and_what_is_computed_from_them_is_not():
 def test_values_read_in_python_are_refused(function, name):
     with pytest.raises(NotImplementedError, match=f"record: .*got `{name}`"):
         mo.record(function, torch.ones(3))
+
+
+class Subclass(torch.Tensor):
+    pass
+
+
+@pytest.mark.filterwarnings("ignore:record")
+def test_subclasses_of_tensor():
+    """A subclass with memory of its own is recorded; one made of other tensors may be a constant alone."""
+    assert_replays(lambda x: torch.relu(x.as_subclass(Subclass) * 2), torch.randn(3, D).unbind(0))
+    weight = TwoTensor(torch.randn(D), torch.randn(D))
+    with pytest.raises(NotImplementedError, match="got `mul`, .* returns a tensor that is made of others"):
+        mo.record(lambda x: x * weight, torch.ones(D))
+    assert_replays(lambda x: x + (weight * 2).a, torch.randn(3, D).unbind(0))
 
 
 @pytest.mark.filterwarnings("ignore:record")

@@ -15,7 +15,7 @@ from typing import Any, NoReturn
 import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._python_dispatch import TorchDispatchMode, is_traceable_wrapper_subclass
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_map_only, tree_unflatten
 
 from ... import _C
@@ -49,8 +49,13 @@ def _tensors(*values: Any) -> list[Tensor]:
 
 
 def _address(tensor: Tensor) -> int:
-    """Address of the tensor's storage; 0 if it is empty."""
-    return tensor.untyped_storage().data_ptr()
+    """Address of the tensor's storage; 0 if it has none, as an empty tensor or one that is made of others."""
+    return 0 if is_traceable_wrapper_subclass(tensor) else tensor.untyped_storage().data_ptr()
+
+
+def _has_no_memory(value: Any) -> bool:
+    """Return True for a value in Python, and for a tensor whose memory is in others."""
+    return (_address(value) == 0 and value.numel() > 0) if isinstance(value, Tensor) else value is not None
 
 
 class _Call:
@@ -63,7 +68,8 @@ class _Call:
         self.written: set[int] = set()
         self.touched: set[int] = set()
         """addresses of the storages that the call writes, and of all that it reads or writes"""
-        self.is_host_read = self.is_needed = False
+        self.is_needed = self.leaves_tensors = False
+        """leaves_tensors: results are values in Python, or tensors that are made of others"""
 
     @property
     def is_random(self) -> bool:
@@ -141,7 +147,7 @@ class Recorder(TorchDispatchMode):
             self._add(function, args, {}, 0, set())
 
     def _add(self, function: Callable, args: tuple, kwargs: dict, results: Any, written: set[int]) -> None:
-        inputs, known = self.keep(_tensors(args, kwargs)), self.storages.keys() - {0}
+        inputs, known = self.keep(_tensors(args, kwargs)), set(self.storages)
         outputs = self.keep(_tensors(results))
         self.new |= outputs - known
         if function in _EMPTY:
@@ -149,16 +155,15 @@ class Recorder(TorchDispatchMode):
         fresh = outputs - inputs
         call = _Call(function, args, kwargs, [(i, t) for i, t in enumerate(_tensors(results)) if _address(t) in fresh])
         call.written, call.touched = written | fresh, inputs | outputs
-        call.is_host_read = any(type(leaf) in (bool, int, float, complex) for leaf in tree_leaves(results))
-        if call.written or call.is_host_read:  # else results are views
+        call.leaves_tensors = any(map(_has_no_memory, tree_leaves(results)))
+        if call.written or call.leaves_tensors:  # else results are views
             self.calls.append(call)
 
     def keep(self, tensors: list[Tensor]) -> set[int]:
         """Keep the tensors' memory; return the addresses of their storages."""
-        storages = {_address(tensor): tensor.untyped_storage() for tensor in tensors}
-        storages.pop(0, None)
+        storages = {a: tensor.untyped_storage() for tensor in tensors if (a := _address(tensor))}
         self.storages |= storages
-        return storages.keys() | set()
+        return set(storages)
 
 
 class _HostReads(TorchFunctionMode):
@@ -314,7 +319,7 @@ class Step:
         self._own_threads = sum(tensor.numel() for tensor in _tensors(self._leaves)) < _TORCH_GRAIN
         for call in calls:
             args, kwargs, results = tree_map_only(Tensor, placed, (tuple(call.args), call.kwargs, call.results))
-            self._memory += [tensor.untyped_storage() for tensor in _tensors(args)]
+            self._memory += [tensor.untyped_storage() for tensor in _tensors(args) if _address(tensor)]
             if not isinstance(call.function, str):
                 self._calls_python = True
                 self._recording.keep_call(_replay_of(self._op, call, args, kwargs, results))
@@ -323,9 +328,10 @@ class Step:
                 self._recording.keep(getattr(_C, call.function), *args)
         staged = [(old, new, torch.empty_like(old)) for old, new in changes if _address(new) not in places]
         for x, y in [(new, stage) for _, new, stage in staged] + [(stage, old) for old, _, stage in staged]:
-            self._recording.keep_call(functools.partial(y.copy_, x)) if not _is_copied(x, y) else (
+            if _is_copied(x, y):
                 self._recording.keep(_C.copy_memory, x, y)
-            )
+            else:
+                self._recording.keep_call(functools.partial(y.copy_, x))
         self._memory += [tensor.untyped_storage() for tensors in staged for tensor in tensors]
         if in_python and warns:
             names = ", ".join(f"`{name}`" for name in dict.fromkeys(in_python))
@@ -346,13 +352,13 @@ class Step:
                     call.is_needed = changed = True
                     varying |= call.written
         needed = [call for call in recorder.calls if call.is_needed]
-        reads = [call.name for call in needed if call.is_host_read]
+        reads = [call.name for call in needed if call.leaves_tensors]
         if reads and checks_host_reads:
             raise NotImplementedError(
-                f"{self._op}: a step must compute with tensors alone, got `{reads[0]}`, which reads values in Python; "
-                "torch.where chooses between values of tensors."
+                f"{self._op}: a step must compute with plain tensors alone, got `{reads[0]}`, which reads values in Python or "
+                "returns a tensor that is made of others; torch.where chooses between values of tensors."
             )
-        return [call for call in needed if not call.is_host_read]
+        return [call for call in needed if not call.leaves_tensors]
 
 
 def _places(
