@@ -12,10 +12,12 @@ from .config import MegalodonConfig
 from .sequences import Sequences
 from ..ops.adaptive_working_memory.adaptive_working_memory import read_write_and_keep
 from ..ops.chunked_attention.chunked_attention import chunked_attention
-from ..ops.common.definition import autocast, num_positions
+from ..ops.common.definition import autocast, call
 from ..ops.common.states import AttentionState, TimestepNormState, WorkingMemoryState, named_in_programs
 from ..ops.gated_silu.gated_silu import gated_silu
-from ..ops.normalized_qk.normalized_qk import normalized_qk, rotary_table_of, rotated_queries_and_keys
+from ..ops.normalized_qk.normalized_qk import (
+    normalized_qk, rotary_frequencies, rotary_rows, rotary_table_of, rotated_queries_and_keys,
+)  # fmt: skip
 
 _MEMORY_LOGITS = 3.0  # initial root mean square of the working memory's queries and keys: docs/claims.md
 
@@ -92,8 +94,7 @@ class GeckoAttention(NormalizedAttention):
             read, *memory = self._read_and_write(z, v, past, return_state, inplace_state, sequences)
         grid = {"chunk_size": config.chunk_size, "position": None if past.attention is None else past.attention[2]}
         if config.visible_chunks > 1:
-            past_count = norm_state.count - num_positions(z, **keywords)
-            rotary, grid = self._rotary_over_chunks(z, past_count, sequences.cu_seqlens)
+            rotary, grid = self._rotary_over_chunks(z, norm_state.count, sequences)
         q, k = rotated_queries_and_keys(
             z, self.gamma[:2], self.beta[:2], rotary, num_heads=config.num_heads, rope_base=config.rotary_base,
             eps=config.norm_eps, **grid, **keywords,
@@ -123,16 +124,20 @@ class GeckoAttention(NormalizedAttention):
         )  # fmt: skip
         return read.flatten(-2), *memory
 
-    def _rotary_over_chunks(self, z: Tensor, past_count: Tensor, cu_seqlens: Tensor | None) -> tuple[Tensor, dict]:
-        """Rotary table with a row per token of z (B, L, ...), after `past_count` (S,) others, and its grid of rows."""
+    def _rotary_over_chunks(self, z: Tensor, end: Tensor, sequences: Sequences) -> tuple[Tensor, dict]:
+        """Rotary table with a row per token of z (B, L, ...), and its grid of rows; `end`: (S,) positions after z."""
         (B, L), (_, key_dim, rotary_base, dtype, device) = z.shape[:2], self._rotary_for(z)
-        rows, positions = max(B * L, 1), torch.arange(max(B * L, 1), device=device)  # at least one row
-        offsets = torch.arange(B + 1, device=device) * L if cu_seqlens is None else cu_seqlens
-        starts = offsets[:-1]
-        if len(starts):
-            sequence = torch.bucketize(positions, offsets[1:], right=True).clamp(max=len(starts) - 1)
-            positions -= (starts - past_count)[sequence]
-        table = rotary_table_of(positions, key_dim, rotary_base, dtype)
+        rows, cu_seqlens, lengths = max(B * L, 1), sequences.cu_seqlens, sequences.lengths  # at least one row
+        if cu_seqlens is None:
+            starts, frequencies = torch.arange(B, device=device) * L, rotary_frequencies(key_dim, rotary_base, device)
+            end = end if lengths is None else end + L - lengths
+            table = call(rotary_rows, end, frequencies, L, dtype == torch.float64)
+        else:
+            starts, positions = cu_seqlens[:-1], torch.arange(rows, device=device)
+            if len(starts):
+                sequence = torch.bucketize(positions, cu_seqlens[1:], right=True).clamp(max=len(starts) - 1)
+                positions -= (starts - end + cu_seqlens.diff())[sequence]
+            table = rotary_table_of(positions, key_dim, rotary_base, dtype)
         return table, {"chunk_size": rows, "position": starts.clamp(max=rows - 1)}
 
 

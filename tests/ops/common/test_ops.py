@@ -19,6 +19,7 @@ from torch.autograd import forward_ad
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import megalodon_ops as mo
+from megalodon_ops.ops.normalized_qk.normalized_qk import rotary_rows
 
 pytestmark = pytest.mark.usefixtures("poisoned_memory", "backend")
 
@@ -250,6 +251,8 @@ def recorded_calls():
             case = chunked_attention_case(state=True, dtype=torch.float32, **chunks)
             state = mo.AttentionState(*(t.nan_to_num().clone() for t in case.options["state"]))
             mo.chunked_attention(**case.tensors, chunk_size=4, state=state, inplace_state=True, **chunks)
+        for length in (2, 20):
+            rotary_rows(torch.tensor([70, 30]), torch.ones(3, dtype=torch.float64), length, False)
     return recorder.calls
 
 

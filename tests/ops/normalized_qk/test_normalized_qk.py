@@ -10,6 +10,7 @@ from calls import evaluate, forward
 from cases import generator, normalized_qk_case, randn
 
 import megalodon_ops as mo
+from megalodon_ops.ops.normalized_qk.normalized_qk import rotary_frequencies, rotary_rows, rotary_table_of
 
 pytestmark = pytest.mark.usefixtures("poisoned_memory")
 
@@ -84,3 +85,14 @@ ERRORS = {  # test_wrong_calls.py has wrong numbers
 def test_errors(error, argument, changes):
     arguments = {**normalized_qk_case(B=2, L=9, H=2, K=6).tensors, "num_heads": 2, "chunk_size": 4, **changes}
     assert_refuses(error, "normalized_qk", argument, lambda: mo.normalized_qk(**arguments))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_rows_of_a_table_for_few_tokens_are_those_of_torch(dtype):
+    """By the kernel for few tokens and, in longer calls, by torch, far into a stream."""
+    end, frequencies = torch.tensor([1_000_007, 40, 25]), rotary_frequencies(10, 1e4, torch.device("cpu"))
+    for length in (1, 10, 25):  # 3, 30 and 75 rows
+        positions = (end[:, None] + torch.arange(-length, 0)).flatten()
+        found = rotary_rows(end, frequencies, length, dtype == torch.float64)
+        assert_close(found, rotary_table_of(positions, 10, 1e4, dtype), tolerance=1e-7 if dtype == torch.float32 else 1e-14)
+    assert rotary_rows(end[:0], frequencies, 5, True).shape == (1, 5, 2)

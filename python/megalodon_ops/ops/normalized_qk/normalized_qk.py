@@ -15,6 +15,9 @@ from ..common.definition import (
 from ..common.flops import num_tokens
 from ..common.checks import MIN_POSITIVE, check_number, check_rank, check_size
 
+_FEW_TOKENS = 32
+"""most rows of a table that the kernel for decoding computes"""
+
 
 def normalized_qk(
     z: Tensor,
@@ -116,9 +119,30 @@ def _make_table(rows: int, key_dim: int, rope_base: float, dtype: torch.dtype, d
 
 def rotary_table_of(positions: Tensor, key_dim: int, rope_base: float, dtype: torch.dtype) -> Tensor:
     """Rows of a :func:`rotary_table` of arbitrary length at the positions (n,)."""
-    exponent = torch.arange(0, key_dim, 2, dtype=torch.float64, device=positions.device) / key_dim
-    angle = positions.double()[:, None] * rope_base**-exponent
+    angle = positions.double()[:, None] * rotary_frequencies(key_dim, rope_base, positions.device)
     return torch.stack((angle.cos(), angle.sin()), dim=-1).to(dtype)
+
+
+def rotary_frequencies(key_dim: int, rope_base: float, device: torch.device) -> Tensor:
+    """(K / 2,) float64, radians a position."""
+    return rope_base ** -(torch.arange(0, key_dim, 2, dtype=torch.float64, device=device) / key_dim)
+
+
+def _rotary_rows(end, frequencies, length, wide):
+    table = _rotary_rows_fake(end, frequencies, length, wide)
+    if end.is_cpu and 0 < end.numel() * length <= _FEW_TOKENS:
+        launch("rotary_rows", end.contiguous(), frequencies, length, table)
+        return table
+    positions = end[:, None] + torch.arange(-length, 0, device=end.device)
+    angle = positions.flatten().double()[:, None] * frequencies
+    rows = torch.stack((angle.cos(), angle.sin()), dim=-1)
+    return table.copy_(rows) if len(rows) else table.zero_()
+
+
+def _rotary_rows_fake(end, frequencies, length, wide):
+    """At least one row, as a table without rows is refused."""
+    rows = max(end.shape[0] * length, 1)
+    return frequencies.new_empty((rows, frequencies.shape[0], 2), dtype=torch.float64 if wide else torch.float32)
 
 
 _shared_table = functools.lru_cache(maxsize=16)(_make_table)  # CPU tables only: no CPU kernel keeps an address
@@ -195,3 +219,10 @@ normalized_qk_fwd = define_op(
     backward=normalized_qk_bwd,
     flops=_flops,
 )
+rotary_rows = define_op(
+    "rotary_rows(Tensor end, Tensor frequencies, int length, bool wide) -> Tensor",
+    kernel=_rotary_rows,
+    fake=_rotary_rows_fake,
+    flops=lambda: 0,
+)
+"""rows (S L, K / 2, 2) of a rotary table, float64 if `wide`, for the `length` positions of each sequence before `end` (S,)"""
