@@ -258,8 +258,10 @@ class Step:
 
     def __call__(self, *inputs: Tensor) -> Any:
         """Results of the module for these inputs, which have the shapes and dtypes of the recorded ones."""
-        kinds = [[(t.shape, t.dtype) if isinstance(t, Tensor) else t for t in ts] for ts in (inputs, self._inputs)]
-        if kinds[0] != kinds[1]:
+        same = len(inputs) == len(self._inputs)
+        for buffer, x in zip(self._inputs, inputs):
+            same = same and isinstance(x, Tensor) and x.dtype == buffer.dtype and x.shape == buffer.shape
+        if not same:
             raise ValueError(
                 f"{self._op}: `inputs` must have the recorded shapes and dtypes {_kinds_text(self._inputs)}, got "
                 f"{_kinds_text(inputs)}; record another step for them."
@@ -272,8 +274,10 @@ class Step:
             for buffer, x in zip(self._inputs, inputs):
                 buffer.copy_(x)
             self._is_whole = False
-            autocast = self._calls_python and torch.is_autocast_enabled("cpu")
-            with torch.autocast("cpu", enabled=False) if autocast else contextlib.nullcontext():
+            if self._calls_python and torch.is_autocast_enabled("cpu"):
+                with torch.autocast("cpu", enabled=False):
+                    self._recording.run(self._own_threads)
+            else:
                 self._recording.run(self._own_threads)
             self._is_whole = True
             leaves = [leaf.clone() if isinstance(leaf, Tensor) else leaf for leaf in self._leaves]
