@@ -26,25 +26,26 @@ const Names& names() {
 
 // torch's dtype objects are singletons, so a dtype is identified by its address.
 Scalar scalar_of_object(const PyObject* dtype) {
+  constexpr int kScalars = static_cast<int>(Scalar::other);
   static const struct {
     const PyObject* object;
     Scalar scalar;
   }* const table = [] {
     const py::module_ torch = py::module_::import("torch");
     const auto get = [&](const char* name) { return py::object(torch.attr(name)).release().ptr(); };
-    return new std::remove_pointer_t<decltype(table)>[7]{
+    return new std::remove_pointer_t<decltype(table)>[kScalars]{
         {get("float32"), Scalar::f32},    {get("bfloat16"), Scalar::bf16}, {get("float16"), Scalar::f16},
         {get("complex64"), Scalar::c64},  {get("int64"), Scalar::i64},     {get("float64"), Scalar::f64},
-        {get("complex128"), Scalar::c128}};
+        {get("complex128"), Scalar::c128}, {get("int8"), Scalar::i8},      {get("uint8"), Scalar::u8}};
   }();
-  for (int i = 0; i < 7; ++i)
+  for (int i = 0; i < kScalars; ++i)
     if (table[i].object == dtype) return table[i].scalar;
   return Scalar::other;
 }
 
 const char* scalar_name(Scalar scalar) {
   constexpr const char* scalar_names[] = {"float32",   "float64",    "bfloat16", "float16",
-                                          "complex64", "complex128", "int64",    "other"};
+                                          "complex64", "complex128", "int64",    "int8",   "uint8", "other"};
   return scalar_names[static_cast<int>(scalar)];
 }
 
@@ -62,13 +63,14 @@ py::object call(py::handle object, PyObject* method) {
 }
 
 Scalar scalar_of_dlpack(const DlpackTensor& tensor) {
-  enum Code { integer = 0, floating = 2, bfloat = 4, complex = 5 };
+  enum Code { integer = 0, natural = 1, floating = 2, bfloat = 4, complex = 5 };
   const int bits = tensor.dtype.lanes == 1 ? tensor.dtype.bits : 0;
   switch (tensor.dtype.code) {
     case floating: return bits == 32 ? Scalar::f32 : bits == 64 ? Scalar::f64 : bits == 16 ? Scalar::f16 : Scalar::other;
     case bfloat: return bits == 16 ? Scalar::bf16 : Scalar::other;
     case complex: return bits == 64 ? Scalar::c64 : bits == 128 ? Scalar::c128 : Scalar::other;
-    case integer: return bits == 64 ? Scalar::i64 : Scalar::other;
+    case integer: return bits == 64 ? Scalar::i64 : bits == 8 ? Scalar::i8 : Scalar::other;
+    case natural: return bits == 8 ? Scalar::u8 : Scalar::other;
   }
   return Scalar::other;
 }
@@ -138,7 +140,7 @@ void TensorView::check_memory() const {
 }
 
 int64_t TensorView::bytes() const {
-  constexpr int64_t bytes_of[] = {4, 8, 2, 2, 8, 16, 8, 1};
+  constexpr int64_t bytes_of[] = {4, 8, 2, 2, 8, 16, 8, 1, 1, 1};
   return elements() * bytes_of[static_cast<int>(scalar_)];
 }
 

@@ -14,7 +14,7 @@
 
 namespace megalodon {
 
-enum class Scalar { f32, f64, bf16, f16, c64, c128, i64, other };
+enum class Scalar { f32, f64, bf16, f16, c64, c128, i64, i8, u8, other };
 
 // A contiguous tensor on the module's target, or None. Every check's error names the op, the argument, what was
 // expected and what was given.

@@ -27,6 +27,7 @@ from .ops.common.memory import keep_freed_memory, use_huge_pages
 from .ops.normalized_attention.normalized_attention import normalized_attention
 from .ops.normalized_qk.normalized_qk import normalized_qk
 from .ops.common.recording import record
+from .ops.quantized_linear.quantized_linear import quantize_weight, quantized_linear
 from .ops.sequence_norm.sequence_norm import sequence_norm
 from .ops.common.states import AttentionState, TimestepNormState, WorkingMemoryState
 from .ops.timestep_norm.timestep_norm import timestep_norm, timestep_norm_end_state
@@ -71,6 +72,8 @@ __all__ = [
     "load_official",
     "normalized_attention",
     "normalized_qk",
+    "quantize_weight",
+    "quantized_linear",
     "record",
     "reference",
     "rms_norm",

@@ -19,6 +19,7 @@ from megalodon_ops.ops.normalized_attention.normalized_attention_reference impor
     normalized_attention_bwd,
 )
 from megalodon_ops.ops.normalized_qk.normalized_qk_reference import normalized_qk, normalized_qk_bwd
+from megalodon_ops.ops.quantized_linear.quantized_linear_reference import quantized_linear
 from megalodon_ops.ops.sequence_norm.sequence_norm_reference import sequence_norm, sequence_norm_bwd
 from megalodon_ops.ops.timestep_norm.timestep_norm_reference import timestep_norm, timestep_norm_bwd
 from megalodon_ops.ops.timestep_norm.timestep_norm_reference import timestep_norm_end_state, timestep_norm_end_state_bwd
@@ -44,6 +45,7 @@ __all__ = [
     "normalized_attention_bwd",
     "normalized_qk",
     "normalized_qk_bwd",
+    "quantized_linear",
     "rms_norm",
     "sequence_norm",
     "sequence_norm_bwd",

@@ -33,6 +33,7 @@ from megalodon_ops.ops.linear.linear import linear_few_rows, linear_fwd
 from megalodon_ops.ops.linear_cross_entropy.linear_cross_entropy import (
     linear_cross_entropy_fwd, linear_cross_entropy_sum,
 )  # fmt: skip
+from megalodon_ops.ops.quantized_linear.quantized_linear import quantize_weight, quantized_linear_fwd
 
 ops = torch.ops.megalodon_ops
 
@@ -173,6 +174,8 @@ def test_layers_around_the_ops():
     product = 2 * 3 * 8 * 5  # x times the transposed matrix
     assert sum(counted(both(lambda: [linear_fwd(x, matrix, None)])).values()) == 2 * product
     assert counted(lambda: linear_few_rows(x.detach(), matrix, None)) == {"linear_few_rows": product}
+    small = quantize_weight(matrix, "int8")
+    assert counted(lambda: quantized_linear_fwd(x.detach(), *small, None)) == {"quantized_linear_fwd": product}
     losses = counted(both(lambda: [linear_cross_entropy_fwd(x, matrix, index, -100)]))
     assert losses == {"linear_cross_entropy_fwd": product, "linear_cross_entropy_sum": 2 * product}
     total = counted(lambda: linear_cross_entropy_sum(x, matrix, index, torch.ones(3), True, True))

@@ -263,7 +263,7 @@ def test_opcheck():
     registered = {name for name in torch._C._dispatch_get_all_op_names() if name.startswith("megalodon_ops::")}
     names = """
         linear_fwd linear_few_rows linear_cross_entropy_fwd linear_cross_entropy_sum layer_norm_fwd layer_norm_bwd
-        gated_silu_fwd gated_silu_bwd cema_coefficients_fwd cema_coefficients_bwd
+        gated_silu_fwd gated_silu_bwd cema_coefficients_fwd cema_coefficients_bwd quantized_linear_fwd dequantize_fwd
     """
     elsewhere = {f"megalodon_ops::{name}" for name in names.split()}  # tested in a file of its own each
     assert {func.name() for func in calls} | elsewhere == registered

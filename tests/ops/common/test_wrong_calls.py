@@ -220,6 +220,19 @@ CALLS = {
         dict(x={"none": None, **NO_TENSOR, "no axes": SHAPES["no axes"], "longer": SHAPES["longer"]},
              weight={"none": None, **NO_TENSOR, **SHAPES}, bias=NO_TENSOR),
     ),
+    "quantized_linear": Call(
+        mo.quantized_linear,
+        dict(x=x, **mo.quantize_weight(torch.randn(9, D), "int8")._asdict(), bias=torch.randn(9)),
+        dict(x={k: w for k, w in TENSOR.items() if "axis" not in k},
+             weight={"none": None, **NO_TENSOR, **SHAPES, "real": Tensor.float, "meta": REAL["meta"]},
+             scale=TENSOR, bias={k: w for k, w in OPTIONAL_TENSOR.items() if k != "one axis less"}),
+    ),
+    "quantize_weight": Call(
+        mo.quantize_weight,
+        dict(weight=torch.randn(9, D), kind="int8"),
+        dict(weight={"none": None, **NO_TENSOR, "one axis less": SHAPES["one axis less"], "integers": Tensor.long,
+                     "wide": Tensor.double, "infinite": lambda t: t / 0}, kind={"none": None, "other": "int3", "list": []}),
+    ),
     "Megalodon": Call(
         mo.Megalodon,
         dict(config=mo.MegalodonConfig(**TINY)),

@@ -1,0 +1,40 @@
+// Matrix products with weights of 8 or 4 bits on the CPU, and the weights as floating-point numbers.
+// python/.../quantized_linear.py has the formats.
+#pragma once
+
+#include "dtype.h"
+#include "isa.h"
+
+namespace megalodon {
+
+constexpr int64_t kInt4Block = 128, kInt4Group = 32;  // inputs of a row in 64 bytes, and those that share a scale
+
+struct QuantizedWeight {
+  bool is_int4;
+  int64_t inputs;      // I
+  int64_t outputs;     // O
+  const void* weight;  // int8: (O, I) int8; int4: (O, Q, 64) bytes, Q = ceil(I / 128)
+  const void* scale;   // int8: (O) float; int4: (O, Q, 4) bfloat16
+};
+
+// y = x w^T + bias. All matrices are contiguous.
+struct QuantizedLinearParams : QuantizedWeight {
+  DType dtype;       // of x, bias and y: f32, bf16 or f16; sums are float
+  int64_t rows;      // T
+  const void* x;     // (T, I)
+  const void* bias;  // (O) or null: zero
+  void* y;           // (T, O)
+};
+
+// y = w, or rows of it, rounded to `dtype`.
+struct DequantizeParams : QuantizedWeight {
+  DType dtype;          // f32, bf16 or f16
+  int64_t num_rows;     // T
+  const int64_t* rows;  // (T) or null: T = O
+  void* y;              // (T, I)
+};
+
+MEGALODON_CPU_KERNEL(quantized_linear_cpu, QuantizedLinearParams)
+MEGALODON_CPU_KERNEL(dequantize_cpu, DequantizeParams)
+
+}  // namespace megalodon

@@ -1,0 +1,44 @@
+#include "quantized_weight.h"
+#include "target.h"
+#include "tensor_view.h"
+
+namespace megalodon {
+
+namespace {
+
+DType floats_of(const TensorView& tensor) {
+  const DType dtype = tensor.floating();
+  if (dtype == DType::f64) tensor.fail("float32, bfloat16 or float16, got torch.float64");
+  return dtype;
+}
+
+MEGALODON_BINDING(quantized_linear, (py::handle x_, py::handle weight_, py::handle scale_, py::handle bias_),
+                  (py::handle y_)) {
+  const TensorView x("quantized_linear", "x", x_), weight("quantized_linear", "weight", weight_);
+  const TensorView scale("quantized_linear", "scale", scale_), bias("quantized_linear", "bias", bias_);
+  const TensorView y("quantized_linear", "y", y_);
+  QuantizedLinearParams params{};
+  params.dtype = floats_of(x.rank("(T, I)", 2));
+  params.rows = x.size(0);
+  read_quantized_weight(weight, scale, x.size(1), params);
+  const Scalar scalar = scalar_of(params.dtype);
+  params.x = x.data();
+  params.bias = bias.shape("(O,)", {params.outputs}).dtype(scalar, "as `x`").data();
+  params.y = y.present().shape("(T, O)", {params.rows, params.outputs}).dtype(scalar, "as `x`").data();
+  MEGALODON_LAUNCH(target, quantized_linear, params);
+}
+
+MEGALODON_BINDING(dequantize, (py::handle weight_, py::handle scale_), (py::handle y_)) {
+  const TensorView weight("quantized_linear", "weight", weight_), scale("quantized_linear", "scale", scale_);
+  const TensorView y("quantized_linear", "y", y_);
+  DequantizeParams params{};
+  params.dtype = floats_of(y.rank("(O, I)", 2));
+  read_quantized_weight(weight, scale, y.size(1), params);
+  params.num_rows = params.outputs;
+  params.y = y.shape("(O, I)", {params.outputs, params.inputs}).data();
+  MEGALODON_LAUNCH(target, dequantize, params);
+}
+
+}  // namespace
+
+}  // namespace megalodon

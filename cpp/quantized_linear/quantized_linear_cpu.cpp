@@ -1,0 +1,264 @@
+// Products of few rows with weights w of 8 or 4 bits, bound by reading the weights once, and a copy of w.
+//
+//   y_to = sum_i x_ti w_oi + b_o         int8: w_oi = s_o q_oi        int4: w_oi = s_og q_oi, i in group g
+//
+// The weights become floats in registers, without rounding. int8: the row's scale multiplies the sum. A thread owns
+// neighbouring rows of the weights, a vector of outputs at a time: it reads kTogether rows at once, for as many rows of
+// x as the registers hold. x is copied first, as floats in the order in which the weights leave their words, with zeros
+// up to the end of a block of 64 bytes of weights. The order of a sum depends on I, the vector length and the number of
+// rows alone.
+//
+// int4: bits [4 k, 4 k + 4) of the 32-bit word d of a block are weight 32 (k % 4) + 2 d + k / 4, in two's complement. So
+// a shift by 4 j puts group j into the 16-bit words, in order, and its even and odd weights into the 32-bit ones.
+
+#include "quantized_linear.h"
+
+#include <algorithm>
+
+#include "panels.h"
+
+namespace megalodon::MEGALODON_ISA {
+namespace {
+
+constexpr int kFloats = kLanes<float>;
+constexpr int kTogether = 4;
+constexpr int kMostRows = kRegisters / 8;
+constexpr int64_t kBlockBytes = 64;
+constexpr int64_t kAhead = 8192;  // bytes of the weights, prefetch distance
+
+// One block of a row: where its weights and its scales are.
+struct Block {
+  const char* weight;
+  const bf16* scale;
+};
+
+// read() calls take(place, w) for all vectors of the block's inputs, w[o] being weights of row o; `place` is where they
+// stand in the block's inputs of x as order() arranges them.
+struct Int8 {
+  static constexpr int64_t kInputs = 64;
+
+  template <int rows, class Take>
+  MEGALODON_INLINE static void read(const Block (&blocks)[rows], Take&& take) {
+#pragma GCC unroll 16
+    for (int64_t i = 0; i < kInputs; i += kFloats) {
+      Vec<float> w[rows];
+      for (int o = 0; o < rows; ++o) w[o] = widen_int8(blocks[o].weight + i);
+      take(i, w);
+    }
+  }
+  static MEGALODON_INLINE Vec<float> widen_int8(const char* from) {
+#if defined(__AVX512F__)
+    return bit_cast<Vec<float>>(_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(load_raw<__m128i>(from))));
+#elif defined(__AVX2__)
+    return bit_cast<Vec<float>>(
+        _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(from)))));
+#else
+    return __builtin_convertvector(load_raw<typename VecOf<int8_t, kFloats>::type>(from), Vec<float>);
+#endif
+  }
+  // order() puts the two vectors of inputs from i on in their places; in_order() takes them from there.
+  static MEGALODON_INLINE void order(float* block, int64_t i, TwoVectors<float> inputs) {
+    store(block + i, inputs.a);
+    store(block + i + kFloats, inputs.b);
+  }
+  static MEGALODON_INLINE TwoVectors<float> in_order(const float* block, int64_t i) { return load_two(block + i); }
+};
+
+struct Int4 {
+  static constexpr int64_t kInputs = kInt4Block, kHalf = kInt4Group / 2;
+  using Ints = VecOf<int32_t, kFloats>::type;
+
+  template <int rows, class Take>
+  MEGALODON_INLINE static void read(const Block (&blocks)[rows], Take&& take) {
+#pragma GCC unroll 4
+    for (int64_t d = 0; d < kHalf; d += kFloats) {
+      Bits words[rows];
+      for (int o = 0; o < rows; ++o) words[o] = load_raw<Bits>(blocks[o].weight + 4 * d);
+#pragma GCC unroll 4
+      for (int j = 0; j < 4; ++j) {
+        Vec<float> even[rows], odd[rows];
+        for (int o = 0; o < rows; ++o) {
+          const Vec<float> scale = load_splat(blocks[o].scale + j);
+#if defined(__AVX512F__)
+          const __m512 values = bit_cast<__m512>(
+              scale * Vec<float>{0, 1, 2, 3, 4, 5, 6, 7, -8, -7, -6, -5, -4, -3, -2, -1});
+          even[o] = bit_cast<Vec<float>>(_mm512_permutexvar_ps(bit_cast<__m512i>(words[o] >> (4 * j)), values));
+          odd[o] = bit_cast<Vec<float>>(_mm512_permutexvar_ps(bit_cast<__m512i>(words[o] >> (4 * j + 16)), values));
+#else
+          even[o] = scale * __builtin_convertvector(bit_cast<Ints>(words[o] << (28 - 4 * j)) >> 28, Vec<float>);
+          odd[o] = scale * __builtin_convertvector(bit_cast<Ints>(words[o] << (12 - 4 * j)) >> 28, Vec<float>);
+#endif
+        }
+        take(kInt4Group * j + d, even);
+        take(kInt4Group * j + kHalf + d, odd);
+      }
+    }
+  }
+  static MEGALODON_INLINE void order(float* block, int64_t i, TwoVectors<float> inputs) {
+    order(block + place(i), inputs, std::make_integer_sequence<int, kFloats>{});
+  }
+  static MEGALODON_INLINE TwoVectors<float> in_order(const float* block, int64_t i) {
+    return in_order(block + place(i), std::make_integer_sequence<int, kFloats>{});
+  }
+
+ private:
+  static MEGALODON_INLINE int64_t place(int64_t i) { return i / kInt4Group * kInt4Group + i % kInt4Group / 2; }
+  template <int... lane>
+  static MEGALODON_INLINE void order(float* to, TwoVectors<float> inputs, std::integer_sequence<int, lane...>) {
+    store(to, __builtin_shufflevector(inputs.a, inputs.b, (2 * lane)...));
+    store(to + kHalf, __builtin_shufflevector(inputs.a, inputs.b, (2 * lane + 1)...));
+  }
+  template <int... lane>
+  static MEGALODON_INLINE TwoVectors<float> in_order(const float* from, std::integer_sequence<int, lane...>) {
+    const Vec<float> even = load(from), odd = load(from + kHalf);
+    return {__builtin_shufflevector(even, odd, (lane / 2 + lane % 2 * kFloats)...),
+            __builtin_shufflevector(even, odd, (lane / 2 + lane % 2 * kFloats + kFloats / 2)...)};
+  }
+};
+
+template <class Format>
+int64_t blocks_in_row(const QuantizedWeight& p) {
+  return ceil_div(p.inputs, Format::kInputs);
+}
+
+// sums[r][at + o]: vectors whose lanes add up to row r of x times the weights of output + o, for kTogether outputs.
+// Outputs beyond the last repeat it. One function for all dtypes.
+template <class Format, int rows>
+__attribute__((noinline)) void add_up(const QuantizedWeight& p, const float* x, int64_t output,
+                                      Vec<float> (*sums)[kFloats], int at) {
+  constexpr int chains = kRegisters / 2 / (rows * kTogether);
+  const int64_t blocks = blocks_in_row<Format>(p), stride = p.is_int4 ? blocks * kBlockBytes : p.inputs;
+  Block block[kTogether];
+  for (int o = 0; o < kTogether; ++o) {
+    const int64_t i = std::min(output + o, p.outputs - 1);
+    block[o] = {static_cast<const char*>(p.weight) + i * stride,
+                static_cast<const bf16*>(p.scale) + (p.is_int4 ? i * blocks * 4 : 0)};
+  }
+  Vec<float> partial[chains][rows][kTogether] = {};
+  const auto add = [&]() __attribute__((always_inline)) {
+    Format::read(block, [&](int64_t place, const Vec<float> (&w)[kTogether]) __attribute__((always_inline)) {
+      for (int r = 0; r < rows; ++r) {
+        const Vec<float> factor = load(x + r * blocks * Format::kInputs + place);
+        for (int o = 0; o < kTogether; ++o) partial[place / kFloats % chains][r][o] += factor * w[o];
+      }
+    });
+  };
+  for (int64_t left = stride; left >= kBlockBytes; left -= kBlockBytes) {
+    for (int o = 0; o < kTogether; ++o) __builtin_prefetch(block[o].weight + kAhead, 0, 2);
+    add();
+    x += Format::kInputs;
+    for (int o = 0; o < kTogether; ++o) block[o] = {block[o].weight + kBlockBytes, block[o].scale + 4};
+  }
+  if (const int64_t left = stride % kBlockBytes) {
+    char ends[kTogether][kBlockBytes] = {};
+    for (int o = 0; o < kTogether; ++o) {
+      std::memcpy(ends[o], block[o].weight, static_cast<size_t>(left));
+      block[o].weight = ends[o];
+    }
+    add();
+  }
+  for (int r = 0; r < rows; ++r)
+    for (int o = 0; o < kTogether; ++o) {
+      sums[r][at + o] = partial[0][r][o];
+      for (int chain = 1; chain < chains; ++chain) sums[r][at + o] += partial[chain][r][o];
+    }
+}
+
+// `rows` rows of x from `row` on, which `x` holds, times the kFloats rows of the weights from `output` on.
+template <class T, class Format, int rows>
+void multiply(const QuantizedLinearParams& p, const float* x, int64_t row, int64_t output) {
+  Vec<float> parts[rows][kFloats];
+  for (int o = 0; o < kFloats; o += kTogether) add_up<Format, rows>(p, x, output + o, parts, o);
+  const int64_t n = std::min<int64_t>(kFloats, p.outputs - output);
+  const T* bias = static_cast<const T*>(p.bias);
+  const Vec<float> offset = bias ? load_first(bias + output, n) : zeros<float>();
+  for (int r = 0; r < rows && row + r < p.rows; ++r) {
+    Vec<float> sums = sum_rows<float>(parts[r]);
+    if (!p.is_int4) sums *= load_first(static_cast<const float*>(p.scale) + output, n);
+    store_first(static_cast<T*>(p.y) + (row + r) * p.outputs + output, sums + offset, n);
+  }
+}
+
+template <class T, class Format>
+void copy_x(const QuantizedLinearParams& p, float* to) {
+  const int64_t width = blocks_in_row<Format>(p) * Format::kInputs;
+  const auto first_of = [](const T* from, int64_t n) { return n > 0 ? load_first(from, n) : zeros<float>(); };
+  std::fill(to + p.rows * width, to + round_up(p.rows, kMostRows) * width, 0.0f);
+  for (int64_t row = 0; row < p.rows; ++row, to += width) {
+    const T* from = static_cast<const T*>(p.x) + row * p.inputs;
+    for (int64_t i = 0; i < width; i += 2 * kFloats) {
+      const int64_t place = i % Format::kInputs, left = p.inputs - i;
+      Format::order(to + i - place, place, {first_of(from + i, left), first_of(from + i + kFloats, left - kFloats)});
+    }
+  }
+}
+
+template <class T, class Format>
+void quantized_linear(const QuantizedLinearParams& p) {
+  const int64_t width = blocks_in_row<Format>(p) * Format::kInputs;
+  const Scratch<float> x(round_up(p.rows, kMostRows) * width);
+  copy_x<T, Format>(p, x.get());
+  // Jobs start at whole vectors of outputs, so their number, which depends on the threads, changes no sum.
+  const int64_t vectors = ceil_div(p.outputs, kFloats), jobs = std::min<int64_t>(vectors, omp_get_max_threads());
+  parallel_jobs(jobs, static_cast<double>(p.rows * p.inputs * p.outputs), [&] {
+    return [&](int64_t job) {
+      for (int64_t i = vectors * job / jobs; i < vectors * (job + 1) / jobs; ++i) {
+        int64_t row = 0;
+        for (; row + 1 < p.rows; row += kMostRows)
+          multiply<T, Format, kMostRows>(p, x.get() + row * width, row, i * kFloats);
+        if (row < p.rows) multiply<T, Format, 1>(p, x.get() + row * width, row, i * kFloats);
+      }
+    };
+  });
+}
+
+template <class T, class Format>
+void dequantize(const DequantizeParams& p) {
+  constexpr int64_t kRows = 16;  // per job
+  const int64_t blocks = blocks_in_row<Format>(p), stride = p.is_int4 ? blocks * kBlockBytes : p.inputs;
+  const auto convert_row = [&](int64_t place) {
+    const int64_t row = p.rows ? p.rows[place] : place;
+    T* y = static_cast<T*>(p.y) + place * p.inputs;
+    const char* weight = static_cast<const char*>(p.weight) + row * stride;
+    const bf16* group_scales = static_cast<const bf16*>(p.scale) + row * blocks * 4;
+    const Vec<float> scale = splat(p.is_int4 ? 1.0f : static_cast<const float*>(p.scale)[row]);
+    for (int64_t b = 0; b < blocks; ++b) {
+      char bytes[kBlockBytes] = {};
+      std::memcpy(bytes, weight + b * kBlockBytes, static_cast<size_t>(std::min(kBlockBytes, stride - b * kBlockBytes)));
+      float values[Format::kInputs];
+      Format::read({{bytes, group_scales + 4 * b}}, [&](int64_t place, const Vec<float> (&w)[1])
+                       __attribute__((always_inline)) { store(values + place, scale * w[0]); });
+      const int64_t left = std::min(Format::kInputs, p.inputs - b * Format::kInputs);
+      for (int64_t i = 0; i < left; i += 2 * kFloats, y += 2 * kFloats) {
+        const TwoVectors<float> w = Format::in_order(values, i);
+        store_first(y, w.a, left - i);
+        if (left - i > kFloats) store_first(y + kFloats, w.b, left - i - kFloats);
+      }
+    }
+  };
+  parallel_jobs(ceil_div(p.num_rows, kRows), static_cast<double>(p.inputs * p.num_rows), [&] {
+    return [&](int64_t job) {
+      for (int64_t row = job * kRows; row < std::min(p.num_rows, (job + 1) * kRows); ++row) convert_row(row);
+    };
+  }, Order::shares);
+}
+
+// Calls f(T{}, Format{}).
+template <class F>
+void dispatch(DType dtype, bool is_int4, F&& f) {
+  dispatch_dtype(dtype, [&](auto type) {
+    if constexpr (!std::is_same_v<decltype(type), double>) is_int4 ? f(type, Int4{}) : f(type, Int8{});
+  });
+}
+
+}  // namespace
+
+void quantized_linear_cpu(const QuantizedLinearParams& p) {
+  dispatch(p.dtype, p.is_int4, [&](auto type, auto format) { quantized_linear<decltype(type), decltype(format)>(p); });
+}
+
+void dequantize_cpu(const DequantizeParams& p) {
+  dispatch(p.dtype, p.is_int4, [&](auto type, auto format) { dequantize<decltype(type), decltype(format)>(p); });
+}
+
+}  // namespace megalodon::MEGALODON_ISA

@@ -1,0 +1,29 @@
+// Checks of quantised weights for bindings: of the op and of the decoder.
+#pragma once
+
+#include "quantized_linear.h"
+#include "sizes.h"
+#include "tensor_view.h"
+
+namespace megalodon {
+
+// Checks a weight and its scale, with `inputs` inputs, and fills the fields.
+inline void read_quantized_weight(const TensorView& weight, const TensorView& scale, int64_t inputs,
+                                  QuantizedWeight& params) {
+  params.is_int4 = weight.present().scalar() == Scalar::u8;
+  params.inputs = inputs;
+  const int64_t O = params.outputs = weight.rank("(O, ...)", 2).size(0);
+  if (params.is_int4) {
+    const int64_t blocks = ceil_div(inputs, kInt4Block);
+    weight.shape("(O, 64 ceil(I / 128))", {O, kInt4Block / 2 * blocks});
+    scale.present().shape("(O, 4 ceil(I / 128))", {O, kInt4Block / kInt4Group * blocks});
+    scale.dtype(Scalar::bf16, "for a weight of uint8");
+  } else {
+    weight.shape("(O, I)", {O, inputs}).dtype(Scalar::i8, "or, of int4, torch.uint8");
+    scale.present().shape("(O,)", {O}).dtype(Scalar::f32, "for a weight of int8");
+  }
+  params.weight = weight.data();
+  params.scale = scale.data();
+}
+
+}  // namespace megalodon

@@ -1,0 +1,257 @@
+"""`quantized_linear`: x w^T + bias for weights of 8 or 4 bits, for inference."""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from ..common.checks import check_device, check_optional_tensor, check_rank, check_tensor, short_text
+from ..common.definition import (
+    autocast, call, contiguous_or_none, define_op, has_cpu_kernel, in_forward_mode, launch,
+)  # fmt: skip
+from ..linear.linear import linear
+
+KINDS = ("int8", "int4")
+_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+_GROUP, _BLOCK = 32, 128
+"""Inputs that share a scale in int4, and inputs of 64 bytes"""
+_MOST_FEW_ROWS = {torch.float32: 64, torch.bfloat16: 32, torch.float16: 32}
+"""Most rows for which the kernel that reads small weights is about as fast as a product with a copy of them, or faster; at
+least those of :class:`Decoder`, whose bits are the layers'"""
+_COPY = 1 << 22
+"""Most elements of that copy"""
+
+
+class QuantizedWeight(NamedTuple):
+    """Integers and scales of a matrix, as :func:`quantize_weight` describes them."""
+
+    weight: Tensor
+    scale: Tensor
+
+
+def quantize_weight(weight: Tensor, kind: str) -> QuantizedWeight:
+    """Round a matrix to 8 or 4 bits.
+
+    int8: each row has a scale, its largest absolute value / 127. int4: each group of 32 inputs has a bfloat16 scale, the
+    one of several with the least squared error; its product with an integer from -8 to 7 is exact in float32.
+
+    Args:
+        weight: (O, I), float32, bfloat16 or float16, finite.
+        kind: "int8" or "int4".
+
+    Returns:
+        weight and scale. int8: (O, I) int8 and (O,) float32. int4: (O, 64 ceil(I / 128)) uint8 and (O, 4 ceil(I / 128))
+        bfloat16; 64 bytes hold 128 inputs of a row, with zeros after the last: bits 4 j to 4 j + 3 of 16-bit word i are
+        input 32 j + i, in two's complement.
+
+    Raises:
+        ValueError: another shape, dtype or kind, or values that are not finite.
+
+    Example:
+        >>> import torch, megalodon_ops as mo
+        >>> weight, scale = mo.quantize_weight(torch.randn(9, 256), "int4")
+        >>> weight.shape, scale.shape
+        (torch.Size([9, 128]), torch.Size([9, 8]))
+    """
+    check_rank("quantize_weight", "weight", weight, "(O, I)", 2)
+    check_kind("quantize_weight", kind)
+    _check_dtype("quantize_weight", "weight", weight)
+    weight = weight.detach().float()
+    if not weight.is_meta and not bool(weight.isfinite().all()):
+        raise ValueError("quantize_weight: `weight` must be finite, got NaN or infinity.")
+    return _to_int8(weight) if kind == "int8" else _to_int4(weight)
+
+
+def empty_weight(outputs: int, inputs: int, kind: str) -> QuantizedWeight:
+    """Return a weight of a kind without values."""
+    if kind == "int8":
+        return QuantizedWeight(
+            torch.empty(outputs, inputs, dtype=torch.int8), torch.empty(outputs, dtype=torch.float32)
+        )
+    blocks = -(-inputs // _BLOCK)
+    scale = torch.empty(outputs, blocks * _BLOCK // _GROUP, dtype=torch.bfloat16)
+    return QuantizedWeight(torch.empty(outputs, blocks * _BLOCK // 2, dtype=torch.uint8), scale)
+
+
+def _to_int8(weight: Tensor) -> QuantizedWeight:
+    scale = (weight.abs().amax(1) / 127 if weight.numel() else weight.sum(1)).clamp(min=torch.finfo().tiny)
+    return QuantizedWeight((weight / scale[:, None]).round().to(torch.int8), scale)
+
+
+def _to_int4(weight: Tensor) -> QuantizedWeight:
+    O, blocks = len(weight), -(-weight.shape[1] // _BLOCK)  # noqa: E741
+    padded = torch.nn.functional.pad(weight, (0, blocks * _BLOCK - weight.shape[1]))
+    groups = padded.view(O, blocks * _BLOCK // _GROUP, _GROUP)
+    extreme = groups.gather(2, groups.abs().argmax(2, keepdim=True))
+    best = torch.full_like(extreme, math.inf)
+    integers, scale = torch.zeros_like(groups, dtype=torch.int8), torch.zeros_like(extreme, dtype=torch.bfloat16)
+    for steps in (-8.0, -7.5, -7.0, -6.5, 7.0):  # the extreme becomes -8 steps, or fewer: then it may be clamped
+        wide = (extreme / steps).bfloat16()
+        found = (groups / wide.float()).nan_to_num(0, 0, 0).round().clamp(-8, 7)
+        error = (found * wide.float() - groups).square().sum(2, keepdim=True)
+        better = error < best
+        best, scale = torch.where(better, error, best), torch.where(better, wide, scale)
+        integers = torch.where(better, found.to(torch.int8), integers)
+    return QuantizedWeight(_pack(integers.view(O, blocks, 4, _GROUP)), scale.squeeze(2))
+
+
+def _pack(integers: Tensor) -> Tensor:
+    """Pack (O, Q, 4, 32) integers of 4 bits as (O, 64 Q) uint8."""
+    shifts = torch.arange(0, 16, 4, dtype=torch.int32, device=integers.device)[:, None]
+    words = ((integers.int() & 15) << shifts).sum(2, dtype=torch.int32)
+    return words.to(torch.int16).view(torch.uint8).flatten(1)
+
+
+def dequantize_by_torch(weight: Tensor, scale: Tensor, inputs: int, dtype: torch.dtype) -> Tensor:
+    """Return the matrix (O, `inputs`) that the integers and scales stand for, on every device."""
+    if weight.dtype == torch.int8:
+        return (weight * scale[:, None]).to(dtype)
+    words = weight.view(torch.int16).unflatten(1, (-1, 1, _GROUP))
+    shifts = torch.arange(12, -1, -4, dtype=torch.int16, device=weight.device)[:, None]
+    integers = (words << shifts) >> 12
+    return (integers * scale.float().unflatten(1, (-1, 4, 1))).flatten(1)[:, :inputs].to(dtype)
+
+
+def check_kind(caller: str, kind: object) -> None:
+    """Raise a ValueError unless `kind` is "int8" or "int4"."""
+    if kind not in KINDS or not isinstance(kind, str):
+        raise ValueError(f'{caller}: `kind` must be "int8" or "int4", got {short_text(kind)}.')
+
+
+def _check_dtype(op: str, argument: str, tensor: Tensor) -> None:
+    if tensor.dtype not in _DTYPES:
+        raise ValueError(f"{op}: `{argument}` must be float32, bfloat16 or float16, got {tensor.dtype}.")
+
+
+def quantized_linear(x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None = None) -> Tensor:
+    r"""Linear layer with a weight of 8 or 4 bits, for inference: there are no gradients.
+
+    .. math:: y_{to} = \sum_i x_{ti} \, s_{og} q_{oi} + b_o
+
+    q are the integers of `weight`, s the scales: of a row (int8), or of a group g of 32 inputs (int4). On the CPU, few rows
+    use a kernel that reads the small weights and turns them into float32 in registers; products and sums are float32.
+    More rows, and other devices, use a product with a copy of the weights in the dtype of x, of at most 16 MiB at a time.
+    Under torch.autocast, x and bias are cast first.
+
+    Args:
+        x: (..., I), float32, bfloat16 or float16.
+        weight, scale: as :func:`quantize_weight` returns them.
+        bias: (O,) as x, or None.
+
+    Returns:
+        (..., O) as x.
+
+    Raises:
+        ValueError: another shape or dtype. NotImplementedError: gradients are wanted.
+
+    The mathematics: :func:`megalodon_ops.reference.quantized_linear`.
+
+    Example:
+        >>> import torch, megalodon_ops as mo
+        >>> x, weight = torch.randn(2, 64), torch.randn(5, 64)
+        >>> y = mo.quantized_linear(x, *mo.quantize_weight(weight, "int8"))
+        >>> torch.allclose(y, mo.linear(x, weight), atol=0.5)
+        True
+    """
+    for argument, tensor in ("x", x), ("weight", weight), ("scale", scale):
+        check_tensor("quantized_linear", argument, tensor)
+    check_optional_tensor("quantized_linear", "bias", bias)
+    if x.is_floating_point():
+        x, *given = autocast(x, *(() if bias is None else (bias,)))
+        bias = given[0] if given else None
+    _check(x, weight, scale, bias)
+    if in_forward_mode():
+        raise NotImplementedError(f"quantized_linear: {_NO_GRADIENTS}")
+    return call(quantized_linear_fwd, x, weight, scale, bias)
+
+
+def _check(x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None) -> None:
+    _check_dtype("quantized_linear", "x", x)
+    if weight.dtype not in (torch.int8, torch.uint8):
+        raise ValueError(f"quantized_linear: `weight` must be int8, or uint8 for int4, got {weight.dtype}.")
+    if x.dim() == 0:
+        raise ValueError("quantized_linear: `x` must have shape (..., I), got ().")
+    inputs, outputs, blocks = x.shape[-1], weight.shape[0] if weight.dim() else 0, -(-x.shape[-1] // _BLOCK)
+    is_int8 = weight.dtype == torch.int8
+    wanted = [
+        ("weight", weight, (outputs, inputs if is_int8 else _BLOCK // 2 * blocks), weight.dtype),
+        ("scale", scale, (outputs,) if is_int8 else (outputs, _BLOCK // _GROUP * blocks),
+         torch.float32 if is_int8 else torch.bfloat16),
+        ("bias", bias, (outputs,), x.dtype),
+    ]  # fmt: skip
+    for argument, tensor, shape, dtype in wanted:
+        if tensor is None:
+            continue
+        if tensor.shape != shape:
+            raise ValueError(
+                f"quantized_linear: `{argument}` must have shape {shape} beside x (..., {inputs}) and a weight of "
+                f"{weight.dtype}, got {tuple(tensor.shape)}."
+            )
+        if tensor.dtype != dtype:
+            raise ValueError(f"quantized_linear: `{argument}` must be {dtype}, got {tensor.dtype}.")
+        check_device("quantized_linear", argument, tensor, x)
+
+
+def dequantize(weight: Tensor, scale: Tensor, inputs: int, dtype: torch.dtype) -> Tensor:
+    """Return the matrix (O, `inputs`) that the integers and scales stand for, rounded to `dtype`."""
+    return call(dequantize_fwd, weight, scale, inputs, dtype)
+
+
+def _dequantize(weight, scale, inputs, dtype):
+    if not weight.is_cpu:
+        return dequantize_by_torch(weight, scale, inputs, dtype)
+    y = _dequantize_fake(weight, scale, inputs, dtype)
+    launch("dequantize", weight.contiguous(), scale.contiguous(), y)
+    return y
+
+
+def _dequantize_fake(weight, scale, inputs, dtype):
+    return weight.new_empty((weight.shape[0], inputs), dtype=dtype)
+
+
+def _fwd(x, weight, scale, bias):
+    y = _fwd_fake(x, weight, scale, bias)
+    count = math.prod(x.shape[:-1])
+    rows, outputs = x.reshape(count, x.shape[-1]).contiguous(), y.view(count, y.shape[-1])
+    if has_cpu_kernel(x) and len(rows) <= _MOST_FEW_ROWS[x.dtype]:
+        launch("quantized_linear", rows, weight.contiguous(), scale.contiguous(), contiguous_or_none(bias), outputs)
+        return y
+    step = max(1, _COPY // max(1, x.shape[-1]))
+    with torch.no_grad():
+        for begin in range(0, len(weight), step):
+            part = slice(begin, begin + step)
+            copy = _dequantize(weight[part], scale[part], x.shape[-1], x.dtype)
+            outputs[:, part] = linear(rows, copy, None if bias is None else bias[part])
+    return y
+
+
+def _fwd_fake(x, weight, scale, bias):
+    return x.new_empty((*x.shape[:-1], weight.shape[0]))
+
+
+_NO_GRADIENTS = (
+    "gradients are not supported, as weights of 8 and 4 bits are for inference; train the model from which they come."
+)
+
+
+def _backward(ctx, *grads):
+    raise NotImplementedError(f"quantized_linear: {_NO_GRADIENTS}")
+
+
+quantized_linear_fwd = define_op(
+    "quantized_linear_fwd(Tensor x, Tensor weight, Tensor scale, Tensor? bias) -> Tensor y",
+    kernel=_fwd,
+    fake=_fwd_fake,
+    setup_context=lambda ctx, inputs, output: None,
+    backward=_backward,
+    flops=lambda x, weight: 2 * x.numel() * weight.shape[0],
+)
+dequantize_fwd = define_op(
+    "dequantize_fwd(Tensor weight, Tensor scale, int inputs, ScalarType dtype) -> Tensor y",
+    kernel=_dequantize,
+    fake=_dequantize_fake,
+    flops=lambda weight, inputs: weight.shape[0] * inputs,
+)

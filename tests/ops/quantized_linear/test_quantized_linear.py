@@ -1,0 +1,171 @@
+"""quantized_linear: every instruction set computes the product of the rounded weights; quantize_weight rounds well."""
+
+from __future__ import annotations
+
+import itertools
+
+import pytest
+import torch
+import torch.nn.functional as F
+from assertions import every_case
+
+import megalodon_ops as mo
+from backends import each_isa, isa
+from megalodon_ops.ops.quantized_linear import quantized_linear as module
+from megalodon_ops.ops.quantized_linear.quantized_linear import dequantize, dequantize_fwd, quantized_linear_fwd
+from megalodon_ops.ops.quantized_linear.quantized_linear_reference import dequantize as exact_weight
+
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+SIZES = [(1, 1), (7, 0), (7, 3), (64, 100), (128, 17), (300, 61), (1031, 5)]
+each_kind = pytest.mark.parametrize("kind", ["int8", "int4"])
+
+
+def inputs(rows, I=300, O=61, kind="int8", dtype=torch.float32):  # noqa: E741
+    gen = torch.Generator().manual_seed(0)
+    x, weight, bias = (torch.randn(*shape, generator=gen) for shape in ((rows, I), (O, I), (O,)))
+    return x.to(dtype), *mo.quantize_weight(weight, kind), bias.to(dtype)
+
+
+def exact(x, weight, scale, bias):
+    """The product in float64, and the size of its terms."""
+    matrix = exact_weight(weight, scale, x.shape[-1])
+    return F.linear(x.double(), matrix, bias.double()), F.linear(x.double().abs(), matrix.abs(), bias.double().abs())
+
+
+@each_isa
+@each_kind
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_few_rows(name, kind, dtype, poisoned_memory):
+    """Weights are not rounded again, and sums are float32, in each dtype."""
+    with every_case() as each, isa(name):
+        for rows, (I, O) in itertools.product([1, 2, 3, 5, 32], SIZES):  # noqa: E741
+            with each(rows, I, O):
+                tensors = inputs(rows, I, O, kind, dtype)
+                expected, size = exact(*tensors)
+                found, without = mo.quantized_linear(*tensors), mo.quantized_linear(*tensors[:3])
+                assert found.dtype == dtype and found.shape == (rows, O)
+                sums, eps = 4 * torch.finfo(torch.float32).eps * size, torch.finfo(dtype).eps
+                assert ((found.double() - expected).abs() <= sums + eps * expected.abs()).all()
+                expected -= tensors[3].double()
+                assert ((without.double() - expected).abs() <= sums + eps * expected.abs()).all()
+
+
+@each_isa
+@each_kind
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_dequantize(name, kind, dtype, poisoned_memory):
+    """The kernel and torch, which computes on other devices, round the exact weights once."""
+    with every_case() as each, isa(name):
+        for I, O in SIZES:  # noqa: E741
+            with each(I, O):
+                _, weight, scale, _ = inputs(1, I, O, kind)
+                expected = exact_weight(weight, scale, I).float().to(dtype)
+                assert torch.equal(dequantize(weight, scale, I, dtype), expected)
+                assert torch.equal(module.dequantize_by_torch(weight, scale, I, dtype), expected)
+
+
+@each_kind
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_many_rows(kind, dtype, monkeypatch):
+    """More rows take a copy of the weights in parts, rounded to the dtype, with the error of a linear layer of it."""
+    monkeypatch.setattr(module, "_COPY", 300 * 16)
+    tensors = x, weight, scale, bias = inputs(70, kind=kind, dtype=dtype)
+    expected, size = exact(*tensors)
+    with torch.no_grad():
+        found, copied = mo.quantized_linear(*tensors), F.linear(x, exact_weight(weight, scale, 300).to(dtype), bias)
+    error, usual = ((y.double() - expected).abs().max() for y in (found, copied))
+    assert error <= 2 * usual + torch.finfo(torch.float32).eps * size.max()
+    assert mo.quantized_linear(*tensors[:3]).shape == (70, 61)
+
+
+@each_kind
+@pytest.mark.parametrize("rows", [1, 2, 7])
+def test_bits_do_not_depend_on_threads_strides_or_axes(kind, rows, two_threads):
+    x, weight, scale, bias = inputs(rows, O=1037, kind=kind)
+    expected = mo.quantized_linear(x, weight, scale, bias)
+    for threads in (1, 3, 5):
+        torch.set_num_threads(threads)
+        assert torch.equal(mo.quantized_linear(x, weight, scale, bias), expected)
+    spread = [torch.stack((t, t), -1)[..., 0] for t in (x, weight, scale, bias)]
+    assert torch.equal(mo.quantized_linear(*spread), expected)
+    assert torch.equal(mo.quantized_linear(x[:, None], weight, scale, bias), expected[:, None])
+
+
+@each_kind
+def test_reference(kind):
+    tensors = inputs(5, kind=kind)
+    expected, _ = exact(*tensors)
+    torch.testing.assert_close(mo.reference.quantized_linear(*tensors).double(), expected, rtol=1e-6, atol=1e-6)
+    assert mo.reference.quantized_linear(*tensors[:3]).dtype == torch.float32
+
+
+def test_rounding_to_int8():
+    """Each weight is rounded to the nearest multiple of its row's scale, and the largest is kept."""
+    weight = torch.randn(9, 50, generator=torch.Generator().manual_seed(0)) * torch.logspace(-20, 20, 9)[:, None]
+    weight[3] = 0
+    small = mo.quantize_weight(weight, "int8")
+    values = exact_weight(*small, 50)
+    assert ((values - weight.double()).abs() <= 0.501 * small.scale.double()[:, None]).all()
+    assert torch.equal(small.weight.abs().amax(1), torch.tensor([127] * 3 + [0] + [127] * 5, dtype=torch.int8))
+
+
+def test_rounding_to_int4():
+    """Groups have scales of their own; the error is near that of normal numbers in 15 or 16 steps."""
+    weight = torch.randn(40, 300, generator=torch.Generator().manual_seed(0))
+    weight[:, 32:64] *= 1e-6
+    weight[:, 64:96] = 0
+    values = exact_weight(*mo.quantize_weight(weight, "int4"), 300)
+    errors = ((values - weight).square().sum(0) / weight.square().sum(0).clamp(min=1e-30)).sqrt()
+    assert (errors < 0.13).all() and errors.mean() < 0.09  # 0.094 with the largest number as 7 or -8 steps
+    integers = torch.tensor([-8.0, 7, 3, 0, -1] * 40)[None]
+    assert torch.equal(exact_weight(*mo.quantize_weight(integers, "int4"), 200).float(), integers)
+
+
+def test_arguments_in_other_dtypes_are_refused():
+    x, weight, scale, bias = inputs(2)
+    packed, scales = mo.quantize_weight(torch.randn(61, 300), "int4")
+    wrong = {
+        "`x` must be float32, bfloat16 or float16": (x.double(), weight, scale, bias),
+        "`weight` must be int8, or uint8": (x, weight.short(), scale, bias),
+        "`weight` must have shape": (x[:, 1:], weight, scale, bias),
+        "`scale` must have shape": (x, weight, scale[1:], bias),
+        "`scale` must be torch.float32": (x, weight, scale.bfloat16(), bias),
+        "`scale` must be torch.bfloat16": (x, packed, scales.float(), bias),
+        "`scale` must have shape \\(61, 12\\)": (x, packed, scales[:, :10], bias),
+        "`bias` must be torch.float32": (x, weight, scale, bias.half()),
+        "`bias` must have shape": (x, weight, scale, bias[1:]),
+    }
+    with every_case() as each:
+        for message, tensors in wrong.items():
+            with each(message), pytest.raises(ValueError, match=f"quantized_linear: {message}"):
+                mo.quantized_linear(*tensors)
+    for weight, message in (
+        (torch.ones(2, 3).double(), "`weight` must be float32"),
+        (torch.tensor([[torch.inf]]), "finite"),
+    ):
+        with pytest.raises(ValueError, match=f"quantize_weight: .*{message}"):
+            mo.quantize_weight(weight, "int8")
+    with pytest.raises(ValueError, match='quantize_weight: `kind` must be "int8" or "int4", got \'int3\''):
+        mo.quantize_weight(torch.ones(2, 3), "int3")
+
+
+def test_gradients_are_refused():
+    x, *others = inputs(2)
+    y = mo.quantized_linear(x.requires_grad_(), *others)
+    with pytest.raises(NotImplementedError, match="quantized_linear: gradients are not supported"):
+        y.sum().backward()
+
+
+def test_autocast():
+    x, weight, scale, bias = inputs(3)
+    with torch.autocast("cpu", torch.bfloat16):
+        found = mo.quantized_linear(x, weight, scale, bias)
+    assert torch.equal(found, mo.quantized_linear(x.bfloat16(), weight, scale, bias.bfloat16()))
+
+
+@each_kind
+def test_opcheck(kind):
+    x, weight, scale, bias = inputs(3, kind=kind)
+    torch.library.opcheck(quantized_linear_fwd, (x, weight, scale, bias))
+    torch.library.opcheck(quantized_linear_fwd, (x, weight, scale, None))
+    torch.library.opcheck(dequantize_fwd, (weight, scale, 300, torch.bfloat16))
