@@ -199,7 +199,7 @@ void quantized_linear(const QuantizedLinearParams& p) {
   const Scratch<float> x(round_up(p.rows, kMostRows) * width);
   copy_x<T, Format>(p, x.get());
   // Jobs start at whole vectors of outputs, so their number, which depends on the threads, changes no sum.
-  const int64_t vectors = ceil_div(p.outputs, kFloats), jobs = std::min<int64_t>(vectors, omp_get_max_threads());
+  const int64_t vectors = ceil_div(p.outputs, kFloats), jobs = std::min<int64_t>(vectors, num_threads());
   parallel_jobs(jobs, static_cast<double>(p.rows * p.inputs * p.outputs), [&] {
     return [&](int64_t job) {
       for (int64_t i = vectors * job / jobs; i < vectors * (job + 1) / jobs; ++i) {

@@ -11,6 +11,8 @@ from .model.gecko_block import MemoryBlockState
 from .model.generation import TokenStream
 from .model.layers import ComplexEMA, SequenceNorm, TimestepNorm, wide_parameters
 from .model.megalodon import Megalodon
+from .model.quantization import quantize
+from .model.quantized_layers import QuantizedLinear
 from .model.official import load_official, save_official
 from .model.model_state import MegalodonState
 from .model.stops import StopStrings
@@ -52,6 +54,7 @@ __all__ = [
     "MemoryBlockState",
     "NormalizedAttention",
     "NormalizedFFN",
+    "QuantizedLinear",
     "SequenceNorm",
     "StopStrings",
     "TimestepNorm",
@@ -72,6 +75,7 @@ __all__ = [
     "load_official",
     "normalized_attention",
     "normalized_qk",
+    "quantize",
     "quantize_weight",
     "quantized_linear",
     "record",

@@ -223,6 +223,12 @@ def test_wrong_arguments_are_refused(ended_process_group):
             TypeError,
             "`model` must be a Megalodon or a MegalodonEncoder that is not parallel yet, got torch.nn.modules.linear.Linear.",
         ),
+        (
+            mo.quantize(tiny_model(torch.float32), "int8"),
+            mesh,
+            ValueError,
+            "`model` must have floating-point weights, got one of int8.",
+        ),
         (tiny_model(), None, TypeError, "`mesh` must be a torch.distributed DeviceMesh, got None."),
         (tiny_model(), other, ValueError, "`mesh` must have dimensions named any of data, chunk, tensor, .* got dp."),
     ):

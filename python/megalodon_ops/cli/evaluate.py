@@ -16,7 +16,7 @@ from megalodon_ops.cli.data import find_files, load_data, load_documents
 from megalodon_ops.cli.documents import RECORD_SUFFIXES
 from megalodon_ops.cli.errors import CommandError
 from megalodon_ops.cli.models import precision, trained_model, usable_device
-from megalodon_ops.cli.options import Eval
+from megalodon_ops.cli.options import Eval, Quantize
 from megalodon_ops.cli.run_record import TrainRecord
 from megalodon_ops.evaluation import Evaluation, evaluate
 from megalodon_ops.files import write_whole
@@ -32,7 +32,7 @@ def run(options: Eval) -> int:
     device = usable_device(options.device)
     model, tokenizer, record = trained = trained_model(options.checkpoint, device, options.tokenizer, options.dtype)
     dtype = options.dtype or trained.dtype
-    documents, text = _documents(options, record)
+    documents, text = read_documents(options, record)
     total = sum(map(len, documents))
     step = "" if record is None else f"; step {record.step}"
     print(f"{text}: {len(documents)} documents, {total:,} bytes{step}")
@@ -116,7 +116,8 @@ def compressed_bits(documents: Sequence[bytes]) -> dict[str, float]:
     return {name: 8 * len(b"".join([*map(one.compress, documents), one.flush()])) / size for name, one in kinds.items()}
 
 
-def _documents(options: Eval, record: TrainRecord | None) -> tuple[Sequence[Document], str]:
+def read_documents(options: Eval | Quantize, record: TrainRecord | None) -> tuple[Sequence[Document], str]:
+    """Return the documents that are given, or else the run's held-out ones, and their name."""
     if options.data or options.glob:
         documents: list[Document] = []
         for path in find_files(options.data, options.glob):

@@ -222,6 +222,25 @@ class Generate(ModelToRead):
 
 
 @dataclass(kw_only=True)
+class Quantize(Options):
+    """write a model with weights of 8 or 4 bits, and compare size, bits per byte and tokens a second
+
+    python -m megalodon_ops quantize runs/prose --to int8 --out prose-int8
+    python -m megalodon_ops quantize model --to int4 --out model-int4 --dtype bfloat16 --data other.txt
+    """
+
+    checkpoint: Path = flag(
+        REQUIRED, "folder of a run, a checkpoint or any saved model", positional=True, metavar="RUN"
+    )
+    to: Literal["int8", "int4"] = flag(REQUIRED, "kind of the weights")
+    out: Path = flag(REQUIRED, "folder to write", metavar="DIR")
+    tokenizer: Path | None = flag(None, "tokenizer of a checkpoint whose folder has none")
+    dtype: Literal["float32", "bfloat16"] | None = flag(None, "dtype of activations (the checkpoint's)")
+    data: tuple[Path, ...] | None = flag(None, "text files and folders (the held-out text of the run)")
+    glob: tuple[str, ...] | None = flag(None, GLOB, action="append", metavar="PATTERN")
+
+
+@dataclass(kw_only=True)
 class TrainTokenizer(Options):
     """make or measure a tokenizer: train a byte-level BPE, or count a tokenizer's tokens (`tokenize` writes them)
 
@@ -293,6 +312,7 @@ COMMANDS: dict[str, type[Options]] = {
     "train": Train,
     "eval": Eval,
     "generate": Generate,
+    "quantize": Quantize,
     "tokenizer": TrainTokenizer,
     "tokenize": Tokenize,
     "plan": Plan,

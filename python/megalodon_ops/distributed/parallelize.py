@@ -109,6 +109,8 @@ def _check(model: nn.Module, sizes: dict[str, int], data: object, param_dtype: o
             f"parallelize: `mesh` must have chunk = 1 for a model with missing_values, got {sizes['chunk']}; pieces do "
             "not exchange counts of single features."
         )
+    if quantization := getattr(model, "quantization", None):
+        raise ValueError(f"parallelize: `model` must have floating-point weights, got one of {quantization}.")
     check_can_split("parallelize", model.config, tensor := sizes.get("tensor", 1))
     if tensor > 1:
         wanted = {name for name, _ in model.config.parameter_shapes()}

@@ -77,7 +77,7 @@ class MegalodonModel(MegalodonCausalModel):
         torch.Size([1, 3, 32])
     """
 
-    _keys_to_ignore_on_load_unexpected = [r"^output\.output\.weight$"]
+    _keys_to_ignore_on_load_unexpected = [r"^output\.output\.(weight|scale)$"]
 
     def __init__(self, config: MegalodonHFConfig) -> None:
         super().__init__(config)

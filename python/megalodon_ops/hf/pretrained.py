@@ -18,9 +18,11 @@ from ..model.layers import Embedding, Linear
 from ..model.encoder import MegalodonEncoder
 from ..model.megalodon import Megalodon
 from ..model.model_state import MegalodonState
+from ..model.quantized_layers import computing_dtype
 from ..ops.common.checks import describe
 from .arguments import Batch, select
 from .configuration import MegalodonHFConfig
+from .quantizer import MegalodonQuantizationConfig, MegalodonQuantizer
 
 # Programs find layers that a backward recomputes by their class (peft does for aLoRA). A block recomputes itself, so it
 # inherits no method.
@@ -66,14 +68,25 @@ class MegalodonPreTrainedModel(PreTrainedModel):
         """Create a model for transformers that shares the modules of `model`."""
         if not isinstance(model, cls._ours):
             raise TypeError(f"{cls.__name__}: `model` must be a {cls._ours.__name__}, got {describe(model)}.")
+        quantization = getattr(model, "quantization", None)
         with torch.device("meta"):
             result = cls(cls.config_class.from_megalodon(model.config))
+            if quantization:
+                quantizer = MegalodonQuantizer(MegalodonQuantizationConfig(quantization), pre_quantized=True)
+                quantizer.preprocess_model(result)
+                quantizer.postprocess_model(result)
+                result.hf_quantizer = quantizer
         for name in result._modules.keys() & model._modules.keys():
             setattr(result, name, model._modules[name])
         result.tie_weights()
-        result.config.dtype = model.embed.weight.dtype
+        result.config.dtype = computing_dtype(model)
         result.training = result.megalodon.training = model.training
         return result
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Dtype of the activations: a quantised model's first parameter, of which transformers asks, is a scale."""
+        return computing_dtype(self) if getattr(self.megalodon, "quantization", None) else super().dtype
 
     def train(self, mode: bool = True) -> MegalodonPreTrainedModel:
         super().train(mode)

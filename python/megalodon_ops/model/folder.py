@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import os
 import shutil
 from collections.abc import Iterable
@@ -17,13 +18,15 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from .. import _C
 from .config import MegalodonConfig
 from ..files import FileError, as_path, drafting, read_json, reading, write_atomically
+from .quantized_layers import METHOD, computing_dtype, replace_layers, stored_shapes
 from .weights import WEIGHT_DTYPES, StoredTensors, is_weight_file, plain_tensors, write_weights
 from ..ops.common.memory import check_fits
+from ..ops.quantized_linear.quantized_linear import KINDS
 from ..ops.common.checks import as_device, check_integer, describe, is_integer_between, short_text
 
 Model = TypeVar("Model", bound=nn.Module)
@@ -67,13 +70,16 @@ def write_model(
     model: nn.Module, folder: Path, *, tokenizer: Any = None, max_shard_bytes: int = 4 << 30, caller: str
 ) -> None:
     """Write the files of a model and its tokenizer into an existing folder."""
-    tensors = plain_tensors(model, model.config.parameter_shapes(), caller)
-    write_config(model.config, tensors["embed.weight"].dtype, folder, tokenizer)
+    quantization = getattr(model, "quantization", None)
+    tensors = plain_tensors(model, *stored_shapes(model.config, quantization), caller=caller)
+    write_config(model.config, computing_dtype(model), folder, tokenizer, quantization)
     write_weights(folder, tensors, max_shard_bytes)
 
 
-def write_config(config: MegalodonConfig, dtype: torch.dtype, folder: Path, tokenizer: Any) -> None:
-    """Write `config.json` of a model whose linear layers have this dtype, and the tokenizer's files."""
+def write_config(
+    config: MegalodonConfig, dtype: torch.dtype, folder: Path, tokenizer: Any, quantization: str | None = None
+) -> None:
+    """Write `config.json` of a model that computes in this dtype, and the tokenizer's files."""
     fields = {
         "model_type": config.model_type,
         "architectures": [config.architecture],
@@ -82,6 +88,8 @@ def write_config(config: MegalodonConfig, dtype: torch.dtype, folder: Path, toke
         "dtype": str(dtype).removeprefix("torch."),
         **config.to_dict(),
     }
+    if quantization:
+        fields["quantization_config"] = {"quant_method": METHOD, "kind": quantization}
     (folder / CONFIG).write_text(json.dumps(fields, indent=1) + "\n")
     if tokenizer is not None:
         tokenizer.save(folder)
@@ -135,6 +143,20 @@ def read_config(
         return kind(**{name: fields[name] for name in names}), _DTYPES.get(dtype)
 
 
+def read_quantization(path: Path) -> str | None:
+    """Read the kind of a quantised model's weights in a folder's `config.json`; None: floating point."""
+    fields = read_json(path).get("quantization_config")
+    with reading(path):
+        if fields is None:
+            return None
+        if not isinstance(fields, dict) or fields.get("quant_method") != METHOD or fields.get("kind") not in KINDS:
+            raise ValueError(
+                f'`quantization_config` must have quant_method "{METHOD}" and a kind of {", ".join(KINDS)}, got '
+                f"{short_text(fields)}: another tool has quantised the weights"
+            )
+        return fields["kind"]
+
+
 def stored_tensors(folder: Path, kind: str = "model") -> StoredTensors | None:
     """Open a folder's tensors of a kind, "model" or a run's "optimizer", "state" or "random"; None if it has none."""
     if os.path.lexists(folder / DISTRIBUTED):
@@ -150,42 +172,62 @@ def stored_tensors(folder: Path, kind: str = "model") -> StoredTensors | None:
 
 def read_model_files(
     folder: Path, dtype: torch.dtype | None = None, kind: type[MegalodonConfig] = MegalodonConfig
-) -> tuple[MegalodonConfig, torch.dtype, StoredTensors]:
-    """Read configuration, dtype and weights of a folder; raise unless they agree and the model fits in memory.
+) -> tuple[MegalodonConfig, torch.dtype, StoredTensors, str | None]:
+    """Read configuration, dtype, weights and their kind; raise unless they agree and the model fits in memory.
 
     dtype: of the linear layers and the embedding; None: that of `config.json` or else of the weights.
     """
     before = folder.stat()
     config, stored = read_config(folder / CONFIG, kind)
+    quantization = read_quantization(folder / CONFIG)
+    dtype = dtype or stored or (torch.float32 if quantization else None)
+    wanted, small_dtypes = stored_shapes(config, quantization)
     with reading(folder / CONFIG):
-        size = (dtype or stored or torch.bfloat16).itemsize
-        check_fits(config.num_parameters() * size, "a model of this configuration")
+        sizes = (math.prod(shape) * small_dtypes.get(name, dtype or torch.bfloat16).itemsize for name, shape in wanted)
+        check_fits(sum(sizes), "a model of this configuration")
     weights = stored_tensors(folder)
     if not kind.causal:
         weights.tensors.pop("output.weight", None)  # untied head of transformers' masked-token prediction
-    weights.check(config.parameter_shapes())
+    weights.check(wanted, small_dtypes)
     if not os.path.samestat(before, folder.stat()):  # replaced meanwhile: the files may be of two models
         return read_model_files(folder, dtype, kind)
-    return config, dtype or stored or weights.tensors["embed.weight"].dtype, weights
+    return config, dtype or weights.tensors["embed.weight"].dtype, weights, quantization
 
 
 def read_model(kind: type[Model], folder: Path, dtype: torch.dtype | None, device: torch.device) -> Model:
     """:meth:`Megalodon.load` with checked arguments."""
     check_folder(folder)
-    return model_of(kind, *read_model_files(folder, dtype, kind.config_type), device)
+    return model_of(kind, *read_model_files(folder, dtype, kind.config_type), device=device)
 
 
 def model_of(
-    kind: type[Model], config: MegalodonConfig, dtype: torch.dtype, weights: StoredTensors, device: torch.device
-) -> Model:
+    kind: type[Model], config: MegalodonConfig, dtype: torch.dtype, weights: StoredTensors,
+    quantization: str | None = None, *, device: torch.device,
+) -> Model:  # fmt: skip
     """Build a model from checked weights, in evaluation mode."""
+    model = empty_model(kind, config, dtype, quantization)
+    values = {name: weights.get(name, parameter.dtype, device) for name, parameter in model.named_parameters()}
+    return with_values(model, values)
+
+
+def empty_model(
+    kind: type[Model], config: MegalodonConfig, dtype: torch.dtype, quantization: str | None = None
+) -> Model:
+    """Build a model on the device meta."""
     with torch.device("meta"):
         model = kind(config).to(dtype)
-    values = {name: weights.get(name, parameter.dtype, device) for name, parameter in model.named_parameters()}
-    if config.share_emb:
-        values["output.output.weight"] = values["embed.weight"]
+        if quantization:
+            replace_layers(model, quantization)
+            model.tie_weights()
+    return model
+
+
+def with_values(model: Model, values: dict[str, Tensor]) -> Model:
+    """Give a model on the device meta its parameters; return it in evaluation mode."""
+    if model.config.share_emb:
+        values |= {f"output.output.{name}": values[f"embed.{name}"] for name, _ in model.embed.named_parameters()}
     model.load_state_dict(values, strict=True, assign=True)
-    if config.share_emb:
+    if model.config.share_emb:
         model.tie_weights()
     return model.eval()
 

@@ -14,6 +14,7 @@ from .decoder import Decoder
 from .inputs import check_reads_tokens
 from .sampling import Sampling, check_seeds, numbers_of_seeds
 from .model_state import MegalodonState
+from .quantized_layers import computing_dtype
 from .sequences import Sequences
 from .stops import StopDetector, check_stops
 from ..ops.common.definition import check_runs_now
@@ -295,7 +296,7 @@ _EQUIVALENTS = {
 
 def check_samples(model: nn.Module, rows: int) -> None:
     """Raise a ValueError, before a prompt is read, if the states and logits of all rows do not fit in memory."""
-    state = MegalodonState.fresh(model.config, 1, dtype=next(model.parameters()).dtype, device="meta").nbytes
+    state = MegalodonState.fresh(model.config, 1, dtype=computing_dtype(model), device="meta").nbytes
     logits = 2 * model.config.num_outputs * torch.float32.itemsize  # the decoder's, and sorted by the sampler
     check_fits(rows * (state + logits), f"the state of {rows:,} samples")
 

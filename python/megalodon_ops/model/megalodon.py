@@ -18,6 +18,7 @@ from .generation import generate, stream
 from .inputs import check_inputs, check_reads_tokens, embed_numbers, embed_tokens, input_layer, own_weight
 from .layers import is_plain_linear, reset_all_parameters
 from .model_state import MegalodonState, check_state, scales_inputs
+from .quantized_layers import replace_layers
 from .scale import running_scale
 from .sequences import Sequences
 from ..ops.linear_cross_entropy.linear_cross_entropy import blockwise_cross_entropy, has_integers, linear_cross_entropy
@@ -74,14 +75,23 @@ class Megalodon(nn.Module):
     def tie_weights(self) -> None:
         """Use the embedding as the output matrix if the configuration says so."""
         if self.config.share_emb:
-            self.output.output.weight = self.embed.weight
+            self._share_embedding()
+
+    def _share_embedding(self) -> None:
+        for name in ("weight", "scale") if self.quantization else ("weight",):
+            setattr(self.output.output, name, getattr(self.embed, name))
+
+    @property
+    def quantization(self) -> str | None:
+        """Kind of a quantised model's weights, "int8" or "int4"; None: floating point. See :func:`quantize`."""
+        return getattr(self.layers[0].mega.wz, "kind", None)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> nn.Module:
         """Move and cast all parameters; a shared embedding stays shared, also when it leaves `meta`."""
         shared = own_weight(self.embed) is not None and own_weight(self.embed) is own_weight(self.output.output)
         super()._apply(fn, recurse)
         if shared:
-            self.output.output.weight = self.embed.weight
+            self._share_embedding()
         return self
 
     @classmethod
@@ -148,11 +158,14 @@ class Megalodon(nn.Module):
         return self
 
     def num_parameters(self) -> int:
+        """Number of parameters; a quantised one counts as one."""
+        if self.quantization:
+            return self.config.num_parameters()
         return sum(parameter.numel() for parameter in self.parameters())
 
     def _reference(self) -> Megalodon:
         """Return an unchanged model of this configuration on `meta`, with which :class:`Decoder` compares this one."""
-        return _meta_model(self.config)
+        return _meta_model(self.config, self.quantization)
 
     def forward(
         self,
@@ -380,6 +393,9 @@ def check_targets(tokens: Tensor, targets: Tensor, ignore_index: int) -> int:
 
 
 @functools.lru_cache(maxsize=8)
-def _meta_model(config: MegalodonConfig) -> Megalodon:
+def _meta_model(config: MegalodonConfig, quantization: str | None) -> Megalodon:
     with torch.device("meta"):
-        return Megalodon(config)
+        model = Megalodon(config)
+        if quantization:
+            replace_layers(model, quantization)
+    return model

@@ -101,7 +101,7 @@ def save_official(model: Megalodon, directory: str | os.PathLike, *, tokenizer: 
             "save_official: `model` must have no working memory and see one chunk: the released code knows neither."
         )
     check_reads_tokens("save_official", config)
-    weights = plain_tensors(model, config.parameter_shapes(), "save_official")
+    weights = plain_tensors(model, config.parameter_shapes(), caller="save_official")
     if (dtype := weights[_EMBEDDING].dtype) not in _DTYPE_NAMES:
         raise ValueError(f"save_official: `model` must be {', '.join(map(str, _DTYPE_NAMES))}, got {dtype}.")
     weights = {name: weight.detach().cpu().contiguous() for name, weight in weights.items()}
@@ -156,7 +156,7 @@ def read_official(directory: Path, dtype: torch.dtype, device: torch.device) -> 
             raise FileError(f"{weights.path}: `{_OUTPUT}` must be the embedding by `share_emb`, got other values")
         del weights.tensors[_OUTPUT]
     weights.check(config.parameter_shapes())
-    return model_of(Megalodon, config, dtype, weights, device)
+    return model_of(Megalodon, config, dtype, weights, device=device)
 
 
 class _Shards(StoredTensors):

@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import os
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 import torch
@@ -94,20 +94,27 @@ class StoredTensors:
         for name, tensor in tensors.items():
             set_whole(tensor, self.get(name, tensor.dtype))
 
-    def check(self, wanted: Shapes) -> None:
-        """Raise for the first tensor that is missing, unexpected, or of another shape or kind."""
+    def check(self, wanted: Shapes, dtypes: Mapping[str, torch.dtype] = {}) -> None:
+        """Raise for the first tensor that is missing, unexpected, or of another shape or kind.
+
+        dtypes: by name, those of tensors that are not a model's floating-point numbers.
+        """
         left = dict(self.tensors)
         for name, shape in wanted:
             tensor = left.pop(name, None)
             if tensor is None:
                 raise FileError(f"{self.path}: must hold the parameters of config.json; {short_text(name)} is missing")
-            if tensor.dtype not in WEIGHT_DTYPES or tensor.shape != shape:
-                got = f"{tensor.dtype} {tuple(tensor.shape)}"
-                raise FileError(f"{self.path}: `{name}` must be floating-point numbers of shape {shape}, got {got}")
+            if tensor.dtype not in _allowed(name, dtypes) or tensor.shape != shape:
+                got, kind = f"{tensor.dtype} {tuple(tensor.shape)}", dtypes.get(name, "floating-point numbers")
+                raise FileError(f"{self.path}: `{name}` must be {kind} of shape {shape}, got {got}")
         if left:
             raise FileError(
                 f"{self.path}: must hold the parameters of config.json; {short_text(min(left))} is none of them"
             )
+
+
+def _allowed(name: str, dtypes: Mapping[str, torch.dtype]) -> tuple[torch.dtype, ...]:
+    return (dtypes[name],) if name in dtypes else WEIGHT_DTYPES
 
 
 @torch.no_grad()
@@ -121,8 +128,10 @@ def set_whole(tensor: Tensor, value: Tensor) -> None:
     tensor.copy_(value)
 
 
-def plain_tensors(model: nn.Module, wanted: Shapes, caller: str) -> dict[str, Tensor]:
-    """Return the model's parameters by the names wanted; raise unless a file can hold them."""
+def plain_tensors(
+    model: nn.Module, wanted: Shapes, dtypes: Mapping[str, torch.dtype] = {}, *, caller: str
+) -> dict[str, Tensor]:
+    """Return the model's parameters by the names wanted; raise unless a file can hold them. dtypes: as in `check`."""
     by_name = dict(model.named_parameters(remove_duplicate=False))
     tensors = {}
     for name, shape in wanted:
@@ -132,9 +141,10 @@ def plain_tensors(model: nn.Module, wanted: Shapes, caller: str) -> dict[str, Te
                 f"{caller}: `model` must have the parameters of its configuration, got no `{name}`; merge adapters, "
                 "and undo what wraps its layers"
             )
-        if type(tensor) not in OWN_TYPES or tensor.dtype not in WEIGHT_DTYPES or tensor.is_meta:
+        if type(tensor) not in OWN_TYPES or tensor.dtype not in _allowed(name, dtypes) or tensor.is_meta:
             got = "a meta tensor" if tensor.is_meta else f"{type(tensor).__name__} of {tensor.dtype}"
-            raise ValueError(f"{caller}: `{name}` must be a tensor of floating-point numbers with values, got {got}.")
+            kind = dtypes.get(name, "floating-point numbers")
+            raise ValueError(f"{caller}: `{name}` must be a tensor of {kind} with values, got {got}.")
         if tensor.shape != shape:
             raise ValueError(f"{caller}: `{name}` must have shape {shape}, got {tuple(tensor.shape)}.")
         if not is_finite(tensor):

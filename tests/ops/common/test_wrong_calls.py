@@ -5,6 +5,7 @@ The error is neither torch's nor that of a Python attribute or comparison. NumPy
 
 from __future__ import annotations
 
+import copy
 import inspect
 import math
 import re
@@ -232,6 +233,11 @@ CALLS = {
         dict(weight=torch.randn(9, D), kind="int8"),
         dict(weight={"none": None, **NO_TENSOR, "one axis less": SHAPES["one axis less"], "integers": Tensor.long,
                      "wide": Tensor.double, "infinite": lambda t: t / 0}, kind={"none": None, "other": "int3", "list": []}),
+    ),
+    "quantize": Call(
+        mo.quantize, dict(model=model, kind="int4"),
+        dict(model={"none": None, **NO_TENSOR, "encoder": encoder, "wide": lambda m: copy.deepcopy(m).double()},
+             kind={"none": None, "other": "fp8", "list": []}),
     ),
     "Megalodon": Call(
         mo.Megalodon,

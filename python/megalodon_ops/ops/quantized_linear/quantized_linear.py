@@ -35,8 +35,8 @@ class QuantizedWeight(NamedTuple):
 def quantize_weight(weight: Tensor, kind: str) -> QuantizedWeight:
     """Round a matrix to 8 or 4 bits.
 
-    int8: each row has a scale, its largest absolute value / 127. int4: each group of 32 inputs has a bfloat16 scale, the
-    one of several with the least squared error; its product with an integer from -8 to 7 is exact in float32.
+    int8: each row has a scale, its largest absolute value / 127. int4: each group of 32 inputs has a scale in bfloat16, by
+    which its number of the largest size becomes -8.
 
     Args:
         weight: (O, I), float32, bfloat16 or float16, finite.
@@ -84,18 +84,10 @@ def _to_int8(weight: Tensor) -> QuantizedWeight:
 def _to_int4(weight: Tensor) -> QuantizedWeight:
     O, blocks = len(weight), -(-weight.shape[1] // _BLOCK)  # noqa: E741
     padded = torch.nn.functional.pad(weight, (0, blocks * _BLOCK - weight.shape[1]))
-    groups = padded.view(O, blocks * _BLOCK // _GROUP, _GROUP)
-    extreme = groups.gather(2, groups.abs().argmax(2, keepdim=True))
-    best = torch.full_like(extreme, math.inf)
-    integers, scale = torch.zeros_like(groups, dtype=torch.int8), torch.zeros_like(extreme, dtype=torch.bfloat16)
-    for steps in (-8.0, -7.5, -7.0, -6.5, 7.0):  # the extreme becomes -8 steps, or fewer: then it may be clamped
-        wide = (extreme / steps).bfloat16()
-        found = (groups / wide.float()).nan_to_num(0, 0, 0).round().clamp(-8, 7)
-        error = (found * wide.float() - groups).square().sum(2, keepdim=True)
-        better = error < best
-        best, scale = torch.where(better, error, best), torch.where(better, wide, scale)
-        integers = torch.where(better, found.to(torch.int8), integers)
-    return QuantizedWeight(_pack(integers.view(O, blocks, 4, _GROUP)), scale.squeeze(2))
+    groups = padded.view(O, blocks, _BLOCK // _GROUP, _GROUP)
+    scale = (groups.gather(3, groups.abs().argmax(3, keepdim=True)) / -8).bfloat16()
+    integers = (groups / scale.float()).nan_to_num(0, 0, 0).round().clamp(-8, 7)
+    return QuantizedWeight(_pack(integers), scale.flatten(1))
 
 
 def _pack(integers: Tensor) -> Tensor:

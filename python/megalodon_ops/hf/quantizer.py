@@ -1,0 +1,39 @@
+"""Folders with weights of 8 or 4 bits, as `from_pretrained` loads them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from transformers import PreTrainedModel
+from transformers.quantizers import HfQuantizer, register_quantization_config, register_quantizer
+from transformers.utils.quantization_config import QuantizationConfigMixin
+
+from ..model.quantized_layers import METHOD, replace_layers
+from ..ops.quantized_linear.quantized_linear import check_kind
+
+
+@register_quantization_config(METHOD)
+class MegalodonQuantizationConfig(QuantizationConfigMixin):
+    """The `quantization_config` of a folder; kind: "int8" or "int4"."""
+
+    def __init__(self, kind: str, **_: Any) -> None:
+        check_kind("quantization_config", kind)
+        self.quant_method, self.kind = METHOD, kind
+
+
+@register_quantizer(METHOD)
+class MegalodonQuantizer(HfQuantizer):
+    """Puts quantised layers into a model before its weights are loaded."""
+
+    requires_calibration = True  # `megalodon_ops.quantize` makes the weights; here they are only loaded
+    is_trainable = False
+
+    def is_serializable(self, *_: Any, **__: Any) -> bool:
+        return True
+
+    def _process_model_before_weight_loading(self, model: PreTrainedModel, **_: Any) -> PreTrainedModel:
+        replace_layers(model, self.quantization_config.kind)
+        if model._tied_weights_keys and model.config.tie_word_embeddings:
+            model._tied_weights_keys = {f"output.output.{name}": f"embed.{name}" for name in ("weight", "scale")}
+            model.all_tied_weights_keys = model.get_expanded_tied_weights_keys(all_submodels=False)
+        return model

@@ -1,0 +1,61 @@
+"""`quantize`: a model with weights of 8 or 4 bits, for inference."""
+
+from __future__ import annotations
+
+import torch
+
+from ..ops.common.checks import describe
+from ..ops.quantized_linear.quantized_linear import check_kind, quantize_weight
+from .megalodon import Megalodon
+from .folder import empty_model, with_values
+from .quantized_layers import computing_dtype, kind_of, stored_shapes
+from .weights import plain_tensors
+
+
+def quantize(model: Megalodon, kind: str) -> Megalodon:
+    """Return a model whose embedding and linear layers have weights of 8 or 4 bits, for inference.
+
+    A decoded token reads every weight once, so small weights make it faster, and the model takes less memory. Outputs
+    change by the rounding of the weights. docs/cpu.md has times and errors. int8 has a scale for each row of a weight, int4
+    for each 32 numbers of a row; an int4 model's embedding is int8. CEMA's parameters, norms, biases and states keep their
+    dtypes.
+
+    Args:
+        model: a Megalodon in float32, bfloat16 or float16, unchanged by the call.
+        kind: "int8" or "int4".
+
+    Returns:
+        a new model in evaluation mode, in the dtype of `model`, with :class:`QuantizedLinear` layers. `generate`,
+        :class:`Decoder`, `save` and `load` take it as any other; the backward through its layers raises.
+
+    Raises:
+        TypeError: `model` is no Megalodon, or one that `parallelize` has split. ValueError: an unknown kind, adapters that
+        are not merged, weights that are not finite, float64, or a model that is quantised already.
+
+    Example:
+        >>> import torch, megalodon_ops as mo
+        >>> config = mo.MegalodonConfig(num_layers=1, model_dim=32, z_dim=16, value_dim=32, ffn_hidden_dim=32, vocab_size=9)
+        >>> small = mo.quantize(mo.Megalodon(config), "int8")
+        >>> small(torch.tensor([[1, 2, 3]])).shape, small.quantization
+        (torch.Size([1, 3, 9]), 'int8')
+    """
+    if type(model) is not Megalodon:
+        raise TypeError(f"quantize: `model` must be a Megalodon that is not parallel, got {describe(model)}.")
+    check_kind("quantize", kind)
+    if model.quantization:
+        raise ValueError(f"quantize: `model` must have floating-point weights, got one of {model.quantization}.")
+    dtype = computing_dtype(model)
+    values = plain_tensors(model, model.config.parameter_shapes(), caller="quantize")
+    if dtype == torch.float64:
+        raise ValueError("quantize: `model` must be float32, bfloat16 or float16, got float64; call .float() on it.")
+    small = empty_model(Megalodon, model.config, dtype, kind)
+    _, quantised = stored_shapes(model.config, kind)
+    copies = {}
+    for name, value in values.items():
+        if name in quantised:
+            copies[name], copies[f"{name.removesuffix('weight')}scale"] = quantize_weight(
+                value, kind_of(name, kind, model.config)
+            )
+        else:
+            copies[name] = value.detach().clone()
+    return with_values(small, copies)

@@ -1,0 +1,138 @@
+"""Layers with weights of 8 or 4 bits, and their places in a model."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+
+from ..ops.quantized_linear.quantized_linear import check_kind, dequantize, empty_weight, quantized_linear
+from .config import MegalodonConfig
+from .layers import Embedding, Linear
+
+METHOD = "megalodon_ops"
+"""`quant_method` in the `quantization_config` of a config.json"""
+
+
+class _QuantizedModule(nn.Module):
+    """A module whose weight and scale keep their dtypes when it is cast."""
+
+    def __init__(self, outputs: int, inputs: int, kind: str) -> None:
+        check_kind(type(self).__name__, kind)
+        super().__init__()
+        self.kind, self._dtype = kind, torch.get_default_dtype()
+        self.weight, self.scale = (nn.Parameter(t, requires_grad=False) for t in empty_weight(outputs, inputs, kind))
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Dtype to which the module was last cast."""
+        return self._dtype
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> nn.Module:
+        scale = self.scale
+
+        def keep_scale(tensor: Tensor) -> Tensor:
+            result = fn(tensor)
+            return tensor.to(result.device) if tensor is scale and result.dtype != tensor.dtype else result
+
+        super()._apply(keep_scale, recurse)
+        self._dtype = fn(torch.empty(0, dtype=self._dtype, device=scale.device)).dtype
+        return self
+
+
+class QuantizedLinear(_QuantizedModule):
+    """A linear layer with a weight of 8 or 4 bits, for inference: :func:`megalodon_ops.quantized_linear`.
+
+    Args:
+        in_features, out_features: numbers in, I, and out, O.
+        bias: add a bias, which keeps the dtype of the activations.
+        kind: "int8" or "int4".
+
+    Attributes:
+        weight, scale: as :func:`megalodon_ops.quantize_weight` returns them, without gradients. A cast of the module leaves
+            their dtypes.
+
+    Example:
+        >>> import torch, megalodon_ops as mo
+        >>> layer = mo.QuantizedLinear(64, 5, kind="int8")
+        >>> values = mo.quantize_weight(torch.randn(5, 64), "int8")._asdict() | {"bias": torch.zeros(5)}
+        >>> layer.load_state_dict(values)
+        <All keys matched successfully>
+        >>> layer(torch.randn(2, 64)).shape
+        torch.Size([2, 5])
+    """
+
+    def __init__(self, in_features: int, out_features: int, bias: bool = True, *, kind: str) -> None:
+        super().__init__(out_features, in_features, kind)
+        self.in_features, self.out_features = in_features, out_features
+        self.register_parameter("bias", nn.Parameter(torch.zeros(out_features)) if bias else None)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return quantized_linear(x, self.weight, self.scale, self.bias)
+
+    def extra_repr(self) -> str:
+        return f"{self.in_features}, {self.out_features}, bias={self.bias is not None}, kind={self.kind}"
+
+
+class QuantizedEmbedding(_QuantizedModule):
+    """A row of D numbers for each token, stored in 8 or 4 bits; tokens of arbitrary shape become (..., D)."""
+
+    def __init__(self, num_embeddings: int, embedding_dim: int, *, kind: str) -> None:
+        super().__init__(num_embeddings, embedding_dim, kind)
+        self.num_embeddings, self.embedding_dim = num_embeddings, embedding_dim
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        rows = tokens.flatten()
+        small = self.weight.index_select(0, rows), self.scale.index_select(0, rows)
+        return dequantize(*small, self.embedding_dim, self._dtype).view(*tokens.shape, self.embedding_dim)
+
+    def extra_repr(self) -> str:
+        return f"{self.num_embeddings}, {self.embedding_dim}, kind={self.kind}"
+
+
+def kind_of(name: str, kind: str, config: MegalodonConfig) -> str:
+    """Kind of a weight in a model of a kind.
+
+    The embedding is int8: with 4 bits, small models lose most by it, and a token reads one row of it.
+    """
+    is_embedding = name.startswith("embed.") or (config.share_emb and name.startswith("output."))
+    return "int8" if is_embedding else kind
+
+
+def stored_shapes(
+    config: MegalodonConfig, kind: str | None
+) -> tuple[list[tuple[str, tuple[int, ...]]], dict[str, torch.dtype]]:
+    """Return names and shapes of the parameters of a model of a kind, and the dtypes of weights and scales."""
+    shapes: list[tuple[str, tuple[int, ...]]] = []
+    dtypes: dict[str, torch.dtype] = {}
+    for name, shape in config.parameter_shapes():
+        module, _, own_name = name.rpartition(".")
+        if kind is None or own_name != "weight" or len(shape) == 1:
+            shapes.append((name, shape))
+            continue
+        with torch.device("meta"):
+            small = empty_weight(*shape, kind_of(name, kind, config))
+        for own_name, tensor in small._asdict().items():
+            shapes.append((f"{module}.{own_name}", tuple(tensor.shape)))
+            dtypes[f"{module}.{own_name}"] = tensor.dtype
+    return shapes, dtypes
+
+
+def replace_layers(model: nn.Module, kind: str) -> None:
+    """Put layers of a kind, without values, in the places of a model's embedding and linear layers."""
+    for parent_name, parent in [*model.named_modules()]:
+        for name, module in parent.named_children():
+            used = kind_of(f"{parent_name}.{name}.weight".removeprefix("."), kind, model.config)
+            if isinstance(module, Linear):
+                small = QuantizedLinear(module.in_features, module.out_features, module.bias is not None, kind=used)
+            elif isinstance(module, Embedding):
+                small = QuantizedEmbedding(module.num_embeddings, module.embedding_dim, kind=used)
+            else:
+                continue
+            parent.add_module(name, small.to(module.weight.dtype))
+
+
+def computing_dtype(model: nn.Module) -> torch.dtype:
+    """Dtype of a model's activations: that of its embedding."""
+    return getattr(model.embed, "dtype", None) or model.embed.weight.dtype

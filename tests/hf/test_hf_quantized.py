@@ -1,0 +1,51 @@
+"""Folders with weights of 8 and 4 bits in transformers: loaded, generated from and saved as `Megalodon` does."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+pytest.importorskip("transformers")
+from hf_models import SIZES, VARIANTS, hf, transformers
+
+import megalodon_ops as mo
+
+
+@pytest.mark.parametrize("kind", ["int8", "int4"])
+@pytest.mark.parametrize("variant", ["plain", "released"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_loads_generates_and_saves(kind, variant, dtype, tmp_path):
+    config = mo.MegalodonConfig(**SIZES, **VARIANTS[variant])
+    small, tokens = mo.quantize(mo.Megalodon(config).to(dtype), kind), torch.randint(50, (2, 12))
+    logits, mask = small(tokens), torch.ones_like(tokens)
+    small.save(tmp_path / "ours")
+    loaded = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "ours")
+    assert loaded.dtype == loaded.config.dtype == dtype and loaded.megalodon.quantization == kind
+    shared = hf.MegalodonForCausalLM.from_megalodon(small)
+    for name, model in {"loaded": loaded, "shared": shared}.items():
+        assert torch.equal(model(tokens).logits, logits)
+        found = model.generate(tokens, attention_mask=mask, max_new_tokens=4, do_sample=False)
+        assert torch.equal(found, small.generate(tokens, max_new_tokens=4, temperature=0))
+        model.save_pretrained(tmp_path / name)
+        again = mo.Megalodon.load(tmp_path / name)
+        assert torch.equal(again(tokens), logits) and again.quantization == kind
+        assert torch.equal(transformers.AutoModelForCausalLM.from_pretrained(tmp_path / name)(tokens).logits, logits)
+    features = transformers.AutoModel.from_pretrained(tmp_path / "ours")(tokens).last_hidden_state
+    assert torch.equal(features, small.features(tokens))
+
+
+def test_weights_are_not_rounded_while_they_are_loaded(tmp_path):
+    mo.Megalodon(mo.MegalodonConfig(**SIZES)).save(tmp_path)
+    from megalodon_ops.hf.quantizer import MegalodonQuantizationConfig
+
+    with pytest.raises(ValueError, match="megalodon_ops does require the model to be pre-quantized"):
+        transformers.AutoModelForCausalLM.from_pretrained(
+            tmp_path, quantization_config=MegalodonQuantizationConfig("int8")
+        )
+
+
+def test_trainer_refuses(tmp_path):
+    pytest.importorskip("accelerate")
+    model = hf.MegalodonForCausalLM.from_megalodon(mo.quantize(mo.Megalodon(mo.MegalodonConfig(**SIZES)), "int8"))
+    with pytest.raises(ValueError, match="cannot perform fine-tuning on purely quantized models"):
+        transformers.Trainer(model, transformers.TrainingArguments(str(tmp_path), report_to=[]))
