@@ -19,7 +19,8 @@ import torch
 from . import gpu, harness, machine, report, summary
 
 BENCHES = (
-    "cema", "timestep_norm", "attention", "working_memory", "linear", "elementwise", "overhead", "model", "encoder", "stream", "waiting",
+    "cema", "timestep_norm", "attention", "working_memory", "linear", "elementwise", "overhead", "model", "small_weights", "encoder",
+    "stream", "waiting",
 )  # fmt: skip
 
 

@@ -31,7 +31,7 @@ _25M = dict(
     num_layers=6, model_dim=512, num_heads=4, z_dim=256, value_dim=1024, ffn_hidden_dim=2048, chunk_size=1024,
     vocab_size=256,
 )  # fmt: skip
-_QUICK = dict(
+QUICK = dict(
     num_layers=2, model_dim=128, num_heads=2, z_dim=64, value_dim=128, ffn_hidden_dim=256, chunk_size=128,
     vocab_size=256,
 )  # fmt: skip
@@ -45,7 +45,7 @@ def cases(quick: bool, gpu: bool) -> Iterator[Case]:
     if gpu:
         yield from _gpu_cases(quick)
         return
-    small = _Model("2M" if quick else "25M", mo.MegalodonConfig(**(_QUICK if quick else _25M)))
+    small = _Model("2M" if quick else "25M", mo.MegalodonConfig(**(QUICK if quick else _25M)))
     C = small.config.chunk_size
     yield _training(small, 2 * C, plain=True)
     yield _training(small.to(torch.bfloat16), 2 * C, plain=True)
@@ -61,7 +61,7 @@ def cases(quick: bool, gpu: bool) -> Iterator[Case]:
 
 
 def _gpu_cases(quick: bool) -> Iterator[Case]:
-    presets = {"2M": mo.MegalodonConfig(**_QUICK)} if quick else {
+    presets = {"2M": mo.MegalodonConfig(**QUICK)} if quick else {
         "200M": mo.MegalodonConfig.preset("mega200M"), "1.3B": mo.MegalodonConfig.preset("mega1.3B")
     }  # fmt: skip
     for name, config in presets.items():
