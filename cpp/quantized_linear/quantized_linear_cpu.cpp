@@ -2,14 +2,15 @@
 //
 //   y_to = sum_i x_ti w_oi + b_o         int8: w_oi = s_o q_oi        int4: w_oi = s_og q_oi, i in group g
 //
-// The weights become floats in registers, without rounding. int8: the row's scale multiplies the sum. A thread owns
-// neighbouring rows of the weights, a vector of outputs at a time: it reads kTogether rows at once, for as many rows of
-// x as the registers hold. x is copied first, as floats in the order in which the weights leave their words, with zeros
-// up to the end of a block of 64 bytes of weights. The order of a sum depends on I, the vector length and the number of
-// rows alone.
+// The weights become floats in registers, without rounding. int8: the row's scale multiplies the sum. int4 beside
+// bfloat16, where the processor multiplies pairs of those: the integers become bfloat16, and a group's scale multiplies
+// its sum. A thread owns neighbouring rows of the weights, a vector of outputs at a time: it reads kTogether rows at
+// once, for as many rows of x as the registers hold. x is copied first, in the order in which the weights leave their
+// words, with zeros up to the end of a block of 64 bytes of weights. The order of a sum depends on I, the vector length
+// and the number of rows alone.
 //
-// int4: bits [4 k, 4 k + 4) of the 32-bit word d of a block are weight 32 (k % 4) + 2 d + k / 4, in two's complement. So
-// a shift by 4 j puts group j into the 16-bit words, in order, and its even and odd weights into the 32-bit ones.
+// int4: bits [4 k, 4 k + 4) of the 32-bit word d of a block are weight 32 (k % 4) + 2 d + k / 4, in two's complement.
+// So a shift by 4 j puts group j into the 16-bit words, in order, and its even and odd weights into the 32-bit ones.
 
 #include "quantized_linear.h"
 
@@ -32,9 +33,18 @@ struct Block {
   const bf16* scale;
 };
 
-// read() calls take(place, w) for all vectors of the block's inputs, w[o] being weights of row o; `place` is where they
+// For weights that become floats: elements of the copy of x, weights of kStep inputs, and their products.
+struct Floats {
+  using X = float;
+  using W = Vec<float>;
+  static constexpr int64_t kStep = kFloats;
+  static MEGALODON_INLINE Vec<float> load_x(const float* x) { return load(x); }
+  static MEGALODON_INLINE Vec<float> add(Vec<float> sum, Vec<float> x, Vec<float> w) { return sum + x * w; }
+};
+
+// read() calls take(place, w) for all steps of the block's inputs, w[o] being weights of row o; `place` is where they
 // stand in the block's inputs of x as order() arranges them.
-struct Int8 {
+struct Int8 : Floats {
   static constexpr int64_t kInputs = 64;
 
   template <int rows, class Take>
@@ -64,7 +74,7 @@ struct Int8 {
   static MEGALODON_INLINE TwoVectors<float> in_order(const float* block, int64_t i) { return load_two(block + i); }
 };
 
-struct Int4 {
+struct Int4 : Floats {
   static constexpr int64_t kInputs = kInt4Block, kHalf = kInt4Group / 2;
   using Ints = VecOf<int32_t, kFloats>::type;
 
@@ -116,6 +126,39 @@ struct Int4 {
   }
 };
 
+#if defined(__AVX512BF16__)
+struct Int4Pairs {
+  using X = bf16;
+  struct W {
+    Bits pairs;
+    Vec<float> scale;
+  };
+  static constexpr int64_t kInputs = kInt4Block, kStep = kInt4Group;
+  static MEGALODON_INLINE Bits load_x(const bf16* x) { return load_raw<Bits>(x); }
+  static MEGALODON_INLINE Vec<float> add(Vec<float> sum, Bits x, const W& w) {
+    return sum + w.scale * add_pairs(zeros<float>(), w.pairs, x);
+  }
+
+  template <int rows, class Take>
+  MEGALODON_INLINE static void read(const Block (&blocks)[rows], Take&& take) {
+    // Of the integers of 4 bits, twice, as the bit above them is not theirs.
+    constexpr VecOf<uint16_t, 16>::type integers = {0,      0x3f80, 0x4000, 0x4040, 0x4080, 0x40a0, 0x40c0, 0x40e0,
+                                                    0xc100, 0xc0e0, 0xc0c0, 0xc0a0, 0xc080, 0xc040, 0xc000, 0xbf80};
+    const __m512i table = _mm512_broadcast_i64x4(bit_cast<__m256i>(integers));
+    Bits words[rows];
+    for (int o = 0; o < rows; ++o) words[o] = load_raw<Bits>(blocks[o].weight);
+#pragma GCC unroll 4
+    for (int j = 0; j < 4; ++j) {
+      W w[rows];
+      for (int o = 0; o < rows; ++o)
+        w[o] = {bit_cast<Bits>(_mm512_permutexvar_epi16(bit_cast<__m512i>(words[o] >> (4 * j)), table)),
+                load_splat(blocks[o].scale + j)};
+      take(kInt4Group * j, w);
+    }
+  }
+};
+#endif
+
 template <class Format>
 int64_t blocks_in_row(const QuantizedWeight& p) {
   return ceil_div(p.inputs, Format::kInputs);
@@ -124,7 +167,7 @@ int64_t blocks_in_row(const QuantizedWeight& p) {
 // sums[r][at + o]: vectors whose lanes add up to row r of x times the weights of output + o, for kTogether outputs.
 // Outputs beyond the last repeat it. One function for all dtypes.
 template <class Format, int rows>
-__attribute__((noinline)) void add_up(const QuantizedWeight& p, const float* x, int64_t output,
+__attribute__((noinline)) void add_up(const QuantizedWeight& p, const typename Format::X* x, int64_t output,
                                       Vec<float> (*sums)[kFloats], int at) {
   constexpr int chains = kRegisters / 2 / (rows * kTogether);
   const int64_t blocks = blocks_in_row<Format>(p), stride = p.is_int4 ? blocks * kBlockBytes : p.inputs;
@@ -136,10 +179,11 @@ __attribute__((noinline)) void add_up(const QuantizedWeight& p, const float* x, 
   }
   Vec<float> partial[chains][rows][kTogether] = {};
   const auto add = [&]() __attribute__((always_inline)) {
-    Format::read(block, [&](int64_t place, const Vec<float> (&w)[kTogether]) __attribute__((always_inline)) {
+    Format::read(block, [&](int64_t place, const typename Format::W (&w)[kTogether]) __attribute__((always_inline)) {
+      auto& chain = partial[place / Format::kStep % chains];
       for (int r = 0; r < rows; ++r) {
-        const Vec<float> factor = load(x + r * blocks * Format::kInputs + place);
-        for (int o = 0; o < kTogether; ++o) partial[place / kFloats % chains][r][o] += factor * w[o];
+        const auto factor = Format::load_x(x + r * blocks * Format::kInputs + place);
+        for (int o = 0; o < kTogether; ++o) chain[r][o] = Format::add(chain[r][o], factor, w[o]);
       }
     });
   };
@@ -166,7 +210,7 @@ __attribute__((noinline)) void add_up(const QuantizedWeight& p, const float* x, 
 
 // `rows` rows of x from `row` on, which `x` holds, times the kFloats rows of the weights from `output` on.
 template <class T, class Format, int rows>
-void multiply(const QuantizedLinearParams& p, const float* x, int64_t row, int64_t output) {
+void multiply(const QuantizedLinearParams& p, const typename Format::X* x, int64_t row, int64_t output) {
   Vec<float> parts[rows][kFloats];
   for (int o = 0; o < kFloats; o += kTogether) add_up<Format, rows>(p, x, output + o, parts, o);
   const int64_t n = std::min<int64_t>(kFloats, p.outputs - output);
@@ -180,15 +224,23 @@ void multiply(const QuantizedLinearParams& p, const float* x, int64_t row, int64
 }
 
 template <class T, class Format>
-void copy_x(const QuantizedLinearParams& p, float* to) {
+void copy_x(const QuantizedLinearParams& p, typename Format::X* to) {
+  using X = typename Format::X;
   const int64_t width = blocks_in_row<Format>(p) * Format::kInputs;
-  const auto first_of = [](const T* from, int64_t n) { return n > 0 ? load_first(from, n) : zeros<float>(); };
-  std::fill(to + p.rows * width, to + round_up(p.rows, kMostRows) * width, 0.0f);
+  [[maybe_unused]] const auto first_of = [](const T* from, int64_t n) {
+    return n > 0 ? load_first(from, n) : zeros<float>();
+  };
+  std::fill(to + p.rows * width, to + round_up(p.rows, kMostRows) * width, X{});
   for (int64_t row = 0; row < p.rows; ++row, to += width) {
     const T* from = static_cast<const T*>(p.x) + row * p.inputs;
-    for (int64_t i = 0; i < width; i += 2 * kFloats) {
-      const int64_t place = i % Format::kInputs, left = p.inputs - i;
-      Format::order(to + i - place, place, {first_of(from + i, left), first_of(from + i + kFloats, left - kFloats)});
+    if constexpr (std::is_same_v<X, bf16>) {
+      std::fill(std::copy(from, from + p.inputs, to), to + width, X{});
+    } else {
+      for (int64_t i = 0; i < width; i += 2 * kFloats) {
+        const int64_t place = i % Format::kInputs, left = p.inputs - i;
+        const TwoVectors<float> inputs{first_of(from + i, left), first_of(from + i + kFloats, left - kFloats)};
+        Format::order(to + i - place, place, inputs);
+      }
     }
   }
 }
@@ -196,7 +248,7 @@ void copy_x(const QuantizedLinearParams& p, float* to) {
 template <class T, class Format>
 void quantized_linear(const QuantizedLinearParams& p) {
   const int64_t width = blocks_in_row<Format>(p) * Format::kInputs;
-  const Scratch<float> x(round_up(p.rows, kMostRows) * width);
+  const Scratch<typename Format::X> x(round_up(p.rows, kMostRows) * width);
   copy_x<T, Format>(p, x.get());
   // Jobs start at whole vectors of outputs, so their number, which depends on the threads, changes no sum.
   const int64_t vectors = ceil_div(p.outputs, kFloats), jobs = std::min<int64_t>(vectors, num_threads());
@@ -224,7 +276,8 @@ void dequantize(const DequantizeParams& p) {
     const Vec<float> scale = splat(p.is_int4 ? 1.0f : static_cast<const float*>(p.scale)[row]);
     for (int64_t b = 0; b < blocks; ++b) {
       char bytes[kBlockBytes] = {};
-      std::memcpy(bytes, weight + b * kBlockBytes, static_cast<size_t>(std::min(kBlockBytes, stride - b * kBlockBytes)));
+      const int64_t count = std::min(kBlockBytes, stride - b * kBlockBytes);
+      std::memcpy(bytes, weight + b * kBlockBytes, static_cast<size_t>(count));
       float values[Format::kInputs];
       Format::read({{bytes, group_scales + 4 * b}}, [&](int64_t place, const Vec<float> (&w)[1])
                        __attribute__((always_inline)) { store(values + place, scale * w[0]); });
@@ -254,6 +307,9 @@ void dispatch(DType dtype, bool is_int4, F&& f) {
 }  // namespace
 
 void quantized_linear_cpu(const QuantizedLinearParams& p) {
+#if defined(__AVX512BF16__)
+  if (p.is_int4) return quantized_linear<bf16, Int4Pairs>(p);
+#endif
   dispatch(p.dtype, p.is_int4, [&](auto type, auto format) { quantized_linear<decltype(type), decltype(format)>(p); });
 }
 
