@@ -30,8 +30,8 @@ class Doubled(torch.Tensor):
         return func(*tree_map_only(cls, lambda tensor: factor * plain(tensor), args), **(kwargs or {}))
 
 
-def replace_linear(block):
-    other = OtherLinear(*reversed(block.mega.wz.weight.shape))
+def replace_linear(block, new_class=OtherLinear):
+    other = new_class(*reversed(block.mega.wz.weight.shape))
     other.load_state_dict(block.mega.wz.state_dict())
     with torch.no_grad():
         other.weight.add_(1)
@@ -78,6 +78,7 @@ BLOCK_CHANGES = {
     "pre-hook": (lambda block: block.nffn.register_forward_pre_hook(lambda module, args: (args[0] + 1,)), ".nffn"),
     "hook of the block": (lambda block: block.register_forward_hook(lambda module, args, out: (out[0] + 1, out[1])), ""),
     "replaced": (replace_linear, ".mega.wz"),
+    "torch's": (lambda block: replace_linear(block, torch.nn.Linear), ".mega.wz"),
     "subclass": (use_subclass, ".mega.wv"),
     "wrapped": (wrap_forward, ".nffn.fc2"),
     "attribute": (weight_as_attribute, ".mega.wz"),

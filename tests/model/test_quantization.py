@@ -3,13 +3,30 @@
 from __future__ import annotations
 
 import copy
+import pickle
 
 import pytest
 import torch
 from models import tiny_model, tokens_of
 
 import megalodon_ops as mo
-from megalodon_ops.model.layers import Linear
+from megalodon_ops.model.layers import Linear, is_plain_linear
+
+
+def test_linear_layers_are_of_torch_s_class():
+    """Their forward and initialisation are ours and use the layer's own weights, also in a copy."""
+    torch.manual_seed(0)
+    for layer in (*linear_layers(tiny_model(torch.float32)).values(), Linear(30, 50), Linear(30, 50, token_rows=True)):
+        for copied in (layer, copy.deepcopy(layer), pickle.loads(pickle.dumps(layer))):
+            assert type(copied) is torch.nn.Linear and is_plain_linear(copied)
+            before = layer.weight.clone()
+            torch.nn.init.zeros_(copied.weight)
+            assert copied(torch.ones(1, copied.in_features)).equal(copied(torch.zeros(1, copied.in_features)))
+            copied.reset_parameters()
+            std = copied.in_features**-0.5 if copied.token_rows else (3 * copied.in_features) ** -0.5
+            assert copied.weight.std().item() == pytest.approx(std, rel=0.2)
+            assert layer.weight.equal(before) == (copied is not layer)
+    assert not is_plain_linear(copy.copy(layer)) and not is_plain_linear(torch.nn.Linear(3, 5))
 
 
 def linear_layers(model: torch.nn.Module) -> dict[str, torch.nn.Module]:
@@ -44,11 +61,7 @@ def assert_near(found: torch.Tensor, expected: torch.Tensor) -> None:
 def test_dynamic_quantisation_by_torch():
     """It quantises `nn.Linear`, but no subclass."""
     model = tiny_model(torch.float32).eval()
-    changed = copy.deepcopy(model)
-    for layer in linear_layers(changed).values():
-        layer.__class__ = torch.nn.Linear
-    torch.testing.assert_close(changed(tokens_of(2, 20)), model(tokens_of(2, 20)))
-    quantised = torch.ao.quantization.quantize_dynamic(changed)
+    quantised = torch.ao.quantization.quantize_dynamic(model, {torch.nn.Linear})
     assert not linear_layers(quantised)
     assert type(quantised.layers[0].mega.wv) is torch.ao.nn.quantized.dynamic.Linear
     assert_works(model, quantised)
@@ -61,7 +74,7 @@ def test_int8_weights_by_torchao():
     quantised = copy.deepcopy(model)
     quantization.quantize_(quantised, quantization.Int8WeightOnlyConfig())
     layers = linear_layers(quantised)
-    assert {type(layer) for layer in layers.values()} == {Linear}
+    assert {type(layer) for layer in layers.values()} == {torch.nn.Linear}
     assert all(type(layer.weight) is not torch.nn.Parameter for layer in layers.values())
     assert_works(model, quantised)
 

@@ -42,6 +42,7 @@ from torch.utils._pytree import tree_map
 from ..model.blocks import BlockState
 from ..model.config import MegalodonConfig
 from ..model.gecko_block import GeckoAttention
+from ..model.layers import take_methods
 from ..model.megalodon import Megalodon
 from ..model.model_state import MegalodonState
 from ..ops.common.states import AttentionState, TimestepNormState
@@ -110,6 +111,7 @@ def _split(
         new_class: class of the module; None: its own with :class:`SplitLayer` in front.
         gather_input, sum_output, part: fields of :class:`SplitLayer`.
     """
+    take_methods(module)
     old_class = type(module)
     # A new module in its place would lose the hooks, the mode and the references of the given one.
     module.__class__ = new_class or type(f"Split{old_class.__name__}", (SplitLayer, old_class), {})

@@ -99,7 +99,7 @@ class MegalodonPreTrainedModel(PreTrainedModel):
         if type(module) is nn.Embedding:  # created by resize_token_embeddings, as is the output matrix below
             module.__class__ = Embedding
         elif type(module) is nn.Linear:
-            module.__class__, module.token_rows = Linear, True
+            Linear.give_methods(module, token_rows=True)
         own = dict(module.named_parameters(recurse=False))
         loaded = {name: weight for name, weight in own.items() if getattr(weight, "_is_hf_initialized", False)}
         if len(loaded) < len(own):

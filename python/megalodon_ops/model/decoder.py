@@ -20,7 +20,7 @@ from ..ops.common.checks import check_tensor, describe
 from ..ops.common.recording import Recorder, Step
 from .blocks import at_least_float32
 from .inputs import check_reads_tokens
-from .layers import wide_parameters
+from .layers import has_own_forward, wide_parameters
 from .model_state import MegalodonState, as_real, complete, layout, named_tensors
 
 _ALTERNATIVE = "call the model there, with its state: model(tokens, state=state, return_state=True)"
@@ -311,7 +311,8 @@ def _check_tensor_is(name: str, tensor: Tensor, dtype: torch.dtype, shape: tuple
 
 _REPLACING = threading.RLock()  # two threads that record steps of one model wait for each other
 _OUTPUT_PARTS = {"output": ["output.final_norm", "output.output"]}  # the model calls these, not `output`
-_IGNORED_ATTRIBUTES = ("training", "layer", "token_rows")  # for initialisation, or changed by train() and eval()
+_IGNORED_ATTRIBUTES = ("training", "layer", "token_rows", "forward", "reset_parameters")
+"""Attributes for initialisation, changed by train() and eval(), or compared by :func:`has_own_forward`"""
 
 
 def _changes(module: nn.Module, reference: nn.Module, name: str) -> Iterator[str]:
@@ -323,7 +324,7 @@ def _changes(module: nn.Module, reference: nn.Module, name: str) -> Iterator[str
     parameters = module._parameters.values()
     same = (
         type(module) is type(reference)
-        and "forward" not in vars(module)
+        and (has_own_forward(module) if has_own_forward(reference) else "forward" not in vars(module))
         and not (module._forward_hooks or module._forward_pre_hooks)
         and module._modules.keys() == reference._modules.keys()
         and module._parameters.keys() == reference._parameters.keys()

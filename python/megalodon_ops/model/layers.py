@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -234,11 +235,23 @@ class Linear(nn.Linear):
 
     With `token_rows`, each row belongs to a token, and weights are initialised as an embedding's. The layer calls
     :func:`megalodon_ops.linear`, which chooses the fastest kernel on the CPU.
+
+    `Linear(...)` returns a `torch.nn.Linear` that has this class's methods as attributes: tools that quantise or adapt
+    layers skip or refuse subclasses of `torch.nn.Linear`.
     """
 
     def __init__(self, in_features: int, out_features: int, bias: bool = True, *, token_rows: bool = False) -> None:
         self.token_rows = token_rows
         super().__init__(in_features, out_features, bias)
+        self.give_methods(self, token_rows)
+
+    @staticmethod
+    def give_methods(layer: nn.Linear, token_rows: bool) -> None:
+        """Make `layer` a `torch.nn.Linear` with the methods of this class, unless it is one already."""
+        if not has_own_forward(layer):
+            layer.__class__, layer.token_rows = nn.Linear, token_rows
+            for name in _METHODS:
+                setattr(layer, name, partial(getattr(Linear, name), layer))
 
     def forward(self, x: Tensor) -> Tensor:
         return linear(x, self.weight, self.bias)
@@ -250,6 +263,24 @@ class Linear(nn.Linear):
             nn.init.normal_(self.weight, std=(3 * self.in_features) ** -0.5)
         if self.bias is not None:
             nn.init.zeros_(self.bias)
+
+
+_LINEAR_FORWARD = Linear.forward
+_METHODS = ("forward", "reset_parameters")
+
+
+def take_methods(layer: nn.Module) -> None:
+    """Make a layer with the methods of :class:`Linear` an instance of it, which may become one of a subclass."""
+    if has_own_forward(layer):
+        layer.__class__ = Linear
+        for name in _METHODS:
+            delattr(layer, name)
+
+
+def has_own_forward(module: nn.Module) -> bool:
+    """Return True if the module's attribute `forward` is the one that :class:`Linear` gives."""
+    forward = vars(module).get("forward")
+    return isinstance(forward, partial) and forward.func is _LINEAR_FORWARD and forward.args == (module,)
 
 
 class Embedding(nn.Embedding):
@@ -271,7 +302,6 @@ def reset_all_parameters(module: nn.Module) -> None:
             part.reset_parameters()
 
 
-_LINEAR_FORWARD = Linear.forward
 _HOOKS = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks")
 
 
@@ -282,7 +312,7 @@ def is_plain_linear(module: nn.Module) -> bool:
     of a tensor subclass may compute something else: such a module must be called. Hooks on all modules, such as those
     of torch's FlopCounterMode, only observe and do not count here.
     """
-    if type(module) is not Linear or getattr(module.forward, "__func__", None) is not _LINEAR_FORWARD:
+    if type(module) is not nn.Linear or not has_own_forward(module):
         return False
     if any(getattr(module, hooks) for hooks in _HOOKS):
         return False

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from ..ops.quantized_linear.quantized_linear import check_kind, dequantize, empty_weight, quantized_linear
 from .config import MegalodonConfig
-from .layers import Embedding, Linear
+from .layers import Embedding
 
 METHOD = "megalodon_ops"
 """`quant_method` in the `quantization_config` of a config.json"""
@@ -124,7 +124,7 @@ def replace_layers(model: nn.Module, kind: str) -> None:
     for parent_name, parent in [*model.named_modules()]:
         for name, module in parent.named_children():
             used = kind_of(f"{parent_name}.{name}.weight".removeprefix("."), kind, model.config)
-            if isinstance(module, Linear):
+            if isinstance(module, nn.Linear):
                 small = QuantizedLinear(module.in_features, module.out_features, module.bias is not None, kind=used)
             elif isinstance(module, Embedding):
                 small = QuantizedEmbedding(module.num_embeddings, module.embedding_dim, kind=used)
