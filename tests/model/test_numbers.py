@@ -184,6 +184,7 @@ def test_what_only_text_has_is_refused_by_name(tmp_path):
             lambda: model.stream(x),
             lambda: model.loss(x, tokens),
             lambda: mo.Decoder(model, state),
+            lambda: mo.quantize(model, "int8"),
             lambda: mo.save_official(model, tmp_path / "official"),
         ],
         "must be floating-point numbers \\(B, L, 3\\), got torch.int64": [

@@ -8,6 +8,7 @@ from ..ops.common.checks import describe
 from ..ops.quantized_linear.quantized_linear import check_kind, quantize_weight
 from .megalodon import Megalodon
 from .folder import empty_model, with_values
+from .inputs import check_reads_tokens
 from .quantized_layers import computing_dtype, kind_of, stored_shapes
 from .weights import plain_tensors
 
@@ -42,6 +43,7 @@ def quantize(model: Megalodon, kind: str) -> Megalodon:
     if type(model) is not Megalodon:
         raise TypeError(f"quantize: `model` must be a Megalodon that is not parallel, got {describe(model)}.")
     check_kind("quantize", kind)
+    check_reads_tokens("quantize", model.config)
     if model.quantization:
         raise ValueError(f"quantize: `model` must have floating-point weights, got one of {model.quantization}.")
     dtype = computing_dtype(model)
