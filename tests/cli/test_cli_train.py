@@ -54,7 +54,7 @@ def test_files_of_a_run(finished):
     assert (finished / "loss_curve.png").read_bytes().startswith(b"\x89PNG")
     folders = sorted((finished / "checkpoints").iterdir())
     assert [folder.name for folder in folders] == ["step-00000050", "step-00000060"]
-    assert {path.suffix for folder in folders for path in folder.iterdir()} == {".safetensors", ".json"}
+    assert {path.suffix for folder in folders for path in folder.iterdir()} == {".safetensors", ".json", ".py"}
 
 
 def test_output_of_a_run(text, tmp_path, capsys):

@@ -143,12 +143,17 @@ def test_contents_of_a_checkpoint(saved_run):
     run, _, _ = saved_run
     (folder,) = (run / "checkpoints").iterdir()
     assert folder.name == "step-00000003"
-    assert {path.name for path in folder.iterdir()} == {"config.json", "training.json", "distributed"}
+    assert {path.name for path in folder.iterdir()} == {
+        "config.json",
+        "modeling_megalodon.py",
+        "training.json",
+        "distributed",
+    }
     record = json.loads((folder / "training.json").read_text())
     assert record["mesh"] == {"data": 2, "chunk": 2} and record["position"] == 5
     on_disk = {str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()} - {"training.json"}
     assert record["files"].keys() == on_disk
-    assert len(on_disk) == 6, "config.json, .metadata and a file of each process"
+    assert len(on_disk) == 7, "config.json, its module, .metadata and a file of each process"
     for name, facts in record["files"].items():
         assert facts == {"bytes": (folder / name).stat().st_size, "sha256": file_sha256(folder / name)}
 
@@ -193,7 +198,9 @@ def test_one_process_reads_it_without_a_process_group(saved_run, tmp_path, recwa
     half = Megalodon.load(found.folder, dtype=torch.bfloat16)
     assert half.embed.weight.dtype == torch.bfloat16 and half.layers[0].mega.cema.alpha.dtype == torch.float32
     load_any(run)[0].save(tmp_path / "plain")
-    assert {path.name for path in (tmp_path / "plain").iterdir()} == {"config.json", "model.safetensors"}
+    assert {path.name for path in (tmp_path / "plain").iterdir()} == {
+        "config.json", "modeling_megalodon.py", "model.safetensors",
+    }  # fmt: skip
     torch.testing.assert_close(
         dict(Megalodon.load(tmp_path / "plain").named_parameters()), dict(load_any(run)[0].named_parameters())
     )

@@ -37,11 +37,11 @@ def test_saved_models_load(tmp_path: Path, fields: dict) -> None:
     with torch.no_grad():
         assert torch.equal(again(ids).logits, model(ids).logits)
         base = transformers.AutoModel.from_pretrained(tmp_path)
-        close(base(ids).last_hidden_state @ model.output.output.weight.T, model.megalodon(ids))
+        close(base(ids).last_hidden_state @ model.lm_head.weight.T, model.megalodon(ids))
     assert transformers.AutoConfig.from_pretrained(tmp_path).to_megalodon() == model.megalodon.config
-    tied = again.output.output.weight is again.embed.weight
+    tied = again.lm_head.weight is again.model.embed.weight
     assert tied == bool(fields.get("share_emb"))
-    assert again.layers[0].mega._rotary_made_for == model.layers[0].mega._rotary_made_for
+    assert again.model.layers[0].mega._rotary_made_for == model.model.layers[0].mega._rotary_made_for
 
 
 @pytest.mark.parametrize("stored", [torch.float32, torch.bfloat16], ids=str)
@@ -101,8 +101,9 @@ def test_tokenizer_of_a_folder(tmp_path: Path) -> None:
 def test_shares_the_modules_of_a_megalodon() -> None:
     core = mo.Megalodon(mo.MegalodonConfig(**SIZES))
     model = hf.MegalodonForCausalLM.from_megalodon(core)
-    assert list(model.state_dict()) == list(core.state_dict())
-    assert model.layers is core.layers is model.megalodon.layers
+    assert [id(p) for p in model.parameters()] == [id(p) for p in core.parameters()]
+    assert model.model.layers is core.layers is model.megalodon.layers
+    assert list(model.megalodon.state_dict()) == list(core.state_dict())
     assert model.training and model.megalodon.training and not model.eval().megalodon.training
 
 
@@ -110,11 +111,12 @@ def test_copies_are_independent() -> None:
     model, ids = build_model(), torch.randint(50, (1, 9))
     for again in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
         with torch.no_grad():
-            again.layers[0].mega.wv.weight.add_(1.0)
+            again.model.layers[0].mega.wv.weight.add_(1.0)
             assert not torch.equal(again(ids).logits, model(ids).logits)
             close(again(ids).logits, again.megalodon(ids))
-            again.embed = torch.nn.Embedding(50, 32)
+            again.model.embed, again.lm_head = torch.nn.Embedding(50, 32), torch.nn.Linear(32, 50)
             close(again(ids).logits, again.megalodon(ids))
+            close(again(ids).logits, again.lm_head(again.model(ids).last_hidden_state))
 
 
 def test_new_models_are_initialized_as_ours() -> None:
@@ -129,15 +131,15 @@ def test_parameters_that_a_checkpoint_lacks_are_initialized(tmp_path: Path) -> N
     safetensors = pytest.importorskip("safetensors.torch")
     model = build_model()
     model.save_pretrained(tmp_path)
-    tensors = model.state_dict()
+    tensors = model.megalodon.state_dict()
     absent = ["embed.weight", "layers.0.mega.cema.theta", "layers.1.mega.wv.weight", "output.output.weight"]
     kept = {name: tensor for name, tensor in tensors.items() if name not in absent}
     safetensors.save_file(kept, tmp_path / "model.safetensors", metadata={"format": "pt"})
     again = transformers.AutoModelForCausalLM.from_pretrained(tmp_path)
-    for name, tensor in again.state_dict().items():
+    for name, tensor in again.megalodon.state_dict().items():
         assert tensor.isfinite().all() and torch.equal(tensor, tensors[name]) == (name not in absent), name
-    assert 0.5 < again.embed.weight.std() * SIZES["model_dim"] ** 0.5 < 1.5
-    assert 0.5 < again.layers[1].mega.wv.weight.std() * (3 * SIZES["model_dim"]) ** 0.5 < 1.5
+    assert 0.5 < again.model.embed.weight.std() * SIZES["model_dim"] ** 0.5 < 1.5
+    assert 0.5 < again.model.layers[1].mega.wv.weight.std() * (3 * SIZES["model_dim"]) ** 0.5 < 1.5
 
 
 def test_resized_embeddings() -> None:
@@ -172,7 +174,7 @@ def test_generation_stops_where_documents_end(tmp_path) -> None:
         hf.MegalodonForCausalLM.from_megalodon(ours),
     ):
         assert read.generation_config.eos_token_id == 3
-        torch.nn.init.zeros_(read.output.output.weight)  # all tokens, the end included, are equally likely
+        torch.nn.init.zeros_(read.lm_head.weight)  # all tokens, the end included, are equally likely
         written = read.generate(torch.tensor([[1, 2]]), max_new_tokens=4000, do_sample=True, pad_token_id=0)[0].tolist()
         assert written.index(3) == len(written) - 1 < 4000
 
@@ -358,7 +360,7 @@ def test_gradient_checkpointing_gives_the_same_gradients() -> None:
                 enable(model)
                 assert model.is_gradient_checkpointing == (kind not in ("no", "configured"))
                 calls.clear()
-                model.layers[0].mega.register_forward_pre_hook(lambda *_: calls.append("layer"))
+                model.model.layers[0].mega.register_forward_pre_hook(lambda *_: calls.append("layer"))
                 model(ids, labels=ids).loss.backward()
                 assert (calls.count("layer"), calls.count("function")) == (num_calls, num_functions)
                 gradients = [parameter.grad.clone() for parameter in model.parameters()]

@@ -112,7 +112,7 @@ def test_packed_rows_embeddings_and_tuples() -> None:
     close(loss, F.cross_entropy(logits, torch.tensor([2])))
     numbers = build_encoder("classes of numbers", scale_inputs=False)  # else `embed` reads scaled numbers
     values = torch.randn(2, 9, 2)
-    close(numbers(inputs_embeds=numbers.embed(values)).logits, numbers(input_values=values).logits)
+    close(numbers(inputs_embeds=numbers.model.embed(values)).logits, numbers(input_values=values).logits)
 
 
 def test_folders_are_read_by_all_classes_from_masked_tokens_to_classification(tmp_path: Path) -> None:
@@ -121,13 +121,13 @@ def test_folders_are_read_by_all_classes_from_masked_tokens_to_classification(tm
     ours = mo.MegalodonEncoder.load(tmp_path / "predictor")
     assert ours.classifier is None and torch.equal(ours(ids), predictor.megalodon(ids))
     again = transformers.AutoModelForMaskedLM.from_pretrained(tmp_path / "predictor")
-    assert again.output.weight is again.embed.weight and torch.equal(again(ids).logits, predictor(ids).logits)
+    assert again.output.weight is again.model.embed.weight and torch.equal(again(ids).logits, predictor(ids).logits)
     features = transformers.AutoModel.from_pretrained(tmp_path / "predictor")
     assert torch.equal(features(ids).last_hidden_state, ours(ids))
 
     names = {0: "sad", 1: "so so", 2: "glad"}
     new = transformers.AutoModelForSequenceClassification.from_pretrained(tmp_path / "predictor", id2label=names)
-    assert torch.equal(new.embed.weight, predictor.embed.weight) and new.classifier.proj.weight.std() > 0
+    assert torch.equal(new.model.embed.weight, predictor.model.embed.weight) and new.classifier.proj.weight.std() > 0
     new.save_pretrained(tmp_path / "classes")
     ours = mo.MegalodonEncoder.load(tmp_path / "classes")
     assert ours.config.num_classes == 3 and torch.equal(ours(ids), new(ids).logits)
@@ -151,7 +151,7 @@ def test_untied_masked_token_heads_have_a_matrix(tmp_path: Path) -> None:
     assert 0.5 < model.output.weight.std() * SIZES["model_dim"] ** 0.5 < 1.5
     model(ids, labels=ids).loss.backward()
     torch.optim.SGD(model.parameters(), lr=1.0).step()
-    assert not torch.equal(model.output.weight, model.embed.weight)
+    assert not torch.equal(model.output.weight, model.model.embed.weight)
     model.eval().save_pretrained(tmp_path / "untied")
     again, info = transformers.AutoModelForMaskedLM.from_pretrained(tmp_path / "untied", output_loading_info=True)
     assert not info["missing_keys"] and again.config.tie_word_embeddings is False
@@ -160,14 +160,14 @@ def test_untied_masked_token_heads_have_a_matrix(tmp_path: Path) -> None:
     }
     close(again(ids).logits, model.megalodon(ids) @ model.output.weight.T)
     again.resize_token_embeddings(60, mean_resizing=False)
-    assert again.output.weight.shape == (60, SIZES["model_dim"]) and again.output.weight is not again.embed.weight
+    assert again.output.weight.shape == (60, SIZES["model_dim"]) and again.output.weight is not again.model.embed.weight
     close(again(ids).logits[..., :50], model(ids).logits)
 
     assert torch.equal(mo.MegalodonEncoder.load(tmp_path / "untied")(ids), model.megalodon(ids))
     new, info = transformers.AutoModelForSequenceClassification.from_pretrained(
         tmp_path / "untied", output_loading_info=True
     )
-    assert not info["unexpected_keys"] and torch.equal(new.embed.weight, model.embed.weight)
+    assert not info["unexpected_keys"] and torch.equal(new.model.embed.weight, model.model.embed.weight)
     new.save_pretrained(tmp_path / "classes")
     again, info = transformers.AutoModelForMaskedLM.from_pretrained(tmp_path / "classes", output_loading_info=True)
     assert info["missing_keys"] == {"output.weight"}
@@ -192,7 +192,7 @@ def test_numbers_are_saved_too(tmp_path: Path) -> None:
     model, values = build_encoder("classes of numbers").bfloat16(), torch.randn(2, 21, 2)
     model.save_pretrained(tmp_path)
     again = transformers.AutoModelForSequenceClassification.from_pretrained(tmp_path)
-    assert again.dtype == torch.bfloat16 and again.final_norm.weight.dtype == torch.float32
+    assert again.dtype == torch.bfloat16 and again.model.final_norm.weight.dtype == torch.float32
     assert torch.equal(again(input_values=values).logits, model(input_values=values).logits)
     assert torch.equal(mo.MegalodonEncoder.load(tmp_path)(values), model(input_values=values).logits)
 
@@ -209,7 +209,7 @@ def test_new_models_are_initialised_as_ours() -> None:
         torch.manual_seed(3)
         theirs = auto.from_config(config)
         assert all(torch.equal(a, b) for a, b in zip(ours.parameters(), theirs.parameters(), strict=True))
-        assert auto.from_config(config).embed.weight.requires_grad
+        assert auto.from_config(config).get_input_embeddings().weight.requires_grad
 
 
 LOSSES = {
@@ -239,7 +239,7 @@ def test_loss_of_masked_tokens() -> None:
     close(output.loss, ours)
     with torch.no_grad():
         model.resize_token_embeddings(60, mean_resizing=False)
-        assert model.output.weight is model.embed.weight and model.megalodon.config.vocab_size == 60
+        assert model.output.weight is model.model.embed.weight and model.megalodon.config.vocab_size == 60
         close(model(ids).logits[..., :50], output.logits)
 
 

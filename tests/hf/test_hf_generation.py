@@ -212,7 +212,7 @@ def test_unsupported_generation() -> None:
 def test_long_prompts_are_read_in_pieces() -> None:
     model, ids = build_model(), torch.randint(50, (2, 50))
     lengths = []
-    model.layers[0].register_forward_pre_hook(lambda _, inputs: lengths.append(inputs[0].shape[1]))
+    model.model.layers[0].register_forward_pre_hook(lambda _, inputs: lengths.append(inputs[0].shape[1]))
     with torch.no_grad():
         pieces = model(ids)
         kept = model(**padded([ids[0], ids[1, :7]], "left"), logits_to_keep=9)
@@ -310,20 +310,21 @@ def test_calls_outside_generate_see_changes_of_the_model() -> None:
 
     with torch.no_grad():
         cache = decoding_cache(model, ids)
-        model.layers[0].mega.cema.alpha.add_(1.0)
+        model.model.layers[0].mega.cema.alpha.add_(1.0)
         check(cache)
-        model.layers[0].mega.cema.alpha.data = model.layers[0].mega.cema.alpha.data * 2
+        alpha = model.model.layers[0].mega.cema.alpha
+        alpha.data = alpha.data * 2
         check(cache)
         other, before = build_model(share_emb=True), cache.state
         close(other(token, past_key_values=cache).logits, other.megalodon(token, state=before))
         check(cache)
-        model.layers[1].mega.wz = torch.nn.Linear(32, 16)
+        model.model.layers[1].mega.wz = torch.nn.Linear(32, 16)
         check(cache)
 
 
 def test_gradients_flow_through_a_cache_until_it_is_detached() -> None:
     model, ids = build_model(), torch.randint(50, (1, 30))
-    embeddings = model.embed(ids[:, :20]).detach().requires_grad_()
+    embeddings = model.model.embed(ids[:, :20]).detach().requires_grad_()
     cache = model(inputs_embeds=embeddings, use_cache=True).get(CACHE)
     detached = hf.MegalodonCache(cache.state.detach())
     model(ids[:, 20:], past_key_values=detached).logits.sum().backward()

@@ -110,7 +110,7 @@ def test_padding_takes_no_time() -> None:
     """The layers read as many columns as the longest row has tokens."""
     model, (holes, dense, _) = build_model().train(), rows_with_holes()
     widths = []
-    model.layers[0].register_forward_pre_hook(lambda _, inputs: widths.append(inputs[0].shape[1]))
+    model.model.layers[0].register_forward_pre_hook(lambda _, inputs: widths.append(inputs[0].shape[1]))
     model(**holes)
     model(**dense)
     assert widths[0] == widths[1] == dense["input_ids"].shape[1] < 24

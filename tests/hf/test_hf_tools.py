@@ -303,7 +303,7 @@ def test_lora_of_an_encoder_trains_and_saves_the_new_head(tmp_path: Path, layers
     model = load_base()
     new = model.classifier.classes.weight.clone()
     adapted = peft.get_peft_model(model, peft.LoraConfig(task_type="SEQ_CLS", r=4, target_modules=layers)).train()
-    assert adapted.get_submodule("base_model.model.layers.0.mega.wz").lora_A
+    assert adapted.get_submodule("base_model.model.model.layers.0.mega.wz").lora_A
     assert not [name for name, _ in adapted.named_parameters() if "classifier" in name and "lora" in name]
     optimizer = torch.optim.AdamW((p for p in adapted.parameters() if p.requires_grad), lr=1e-2)
     ids = torch.randint(16, (64, 12))
@@ -329,7 +329,8 @@ def test_lora_of_an_encoder_trains_and_saves_the_new_head(tmp_path: Path, layers
 def test_device_maps(folder: Path, tmp_path: Path, target: str) -> None:
     pytest.importorskip("accelerate")
     device_maps = {"cpu": {"": "cpu"}, "auto": "auto"}
-    device_maps["disk"] = {"embed": "cpu", "layers.0": "cpu", "layers.1": "disk", "output": "disk"}
+    device_maps["disk"] = {"model.embed": "cpu", "model.layers.0": "cpu", "model.layers.1": "disk"}
+    device_maps["disk"] |= {"model.output": "disk", "lm_head": "disk"}
     model, tokenizer = loaded(folder)
     placed = transformers.AutoModelForCausalLM.from_pretrained(
         folder, device_map=device_maps[target], offload_folder=tmp_path
@@ -354,10 +355,10 @@ def test_compiled_forward() -> None:
         torch.testing.assert_close(found, model(ids).logits)
     model.train()
     torch.compile(model, fullgraph=True)(ids, labels=ids).loss.backward()
-    gradient = model.embed.weight.grad.clone()
+    gradient = model.model.embed.weight.grad.clone()
     model.zero_grad()
     model(ids, labels=ids).loss.backward()
-    torch.testing.assert_close(gradient, model.embed.weight.grad)
+    torch.testing.assert_close(gradient, model.model.embed.weight.grad)
 
 
 def test_lm_eval(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -43,7 +43,7 @@ def test_round_trip(tmp_path, config, dtype):
     assert torch.equal(loaded(tokens_of(1, 20)), model(tokens_of(1, 20)))
     loaded(tokens_of(1, 5)).sum().backward()
     names = {path.name for path in (tmp_path / "m").iterdir()}
-    assert ("model.safetensors" in names) == (shard > 5000) == (len(names) == 2)
+    assert ("model.safetensors" in names) == (shard > 5000) == (len(names) == 3)
 
 
 @pytest.mark.parametrize("stored", DTYPES, ids=str)
@@ -65,8 +65,10 @@ def test_content_of_the_folder(tmp_path):
     config = json.loads((tmp_path / "m" / "config.json").read_text())
     assert config == {
         "model_type": "megalodon", "architectures": ["MegalodonForCausalLM"], "format": 1, "dtype": "float32",
-        "megalodon_ops_version": mo.__version__, **model.config.to_dict(),
+        "megalodon_ops_version": mo.__version__, **model.config.to_dict(), "auto_map": config["auto_map"],
+        "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 40,
     }  # fmt: skip
+    assert config["auto_map"]["AutoModelForCausalLM"] == "modeling_megalodon.MegalodonForCausalLM"
     index = json.loads((tmp_path / "m" / "model.safetensors.index.json").read_text())
     assert index["metadata"] == {"total_size": 4 * model.num_parameters()}
     names = [name for name, _ in model.named_parameters()]
@@ -117,10 +119,10 @@ def test_files_kept_when_a_checkpoint_is_replaced(tmp_path):
     (folder / "README.md").write_text("a card")
     model.save(folder)
     names = {path.name for path in folder.iterdir()}
-    assert names == {"config.json", "model.safetensors", "tokenizer.model", "README.md"}
+    assert names == {"config.json", "modeling_megalodon.py", "model.safetensors", "tokenizer.model", "README.md"}
     model.save(folder, tokenizer=Tokenizer("tokenizer.json"))
     names = {path.name for path in folder.iterdir()}
-    assert names == {"config.json", "model.safetensors", "tokenizer.json", "README.md"}
+    assert names == {"config.json", "modeling_megalodon.py", "model.safetensors", "tokenizer.json", "README.md"}
     assert (folder / "README.md").read_text() == "a card"
     assert [path.name for path in tmp_path.iterdir()] == ["m"]
 

@@ -45,7 +45,7 @@ def test_round_trip(tmp_path):
         assert found.state is None
         assert first_weight(path) == 12.0
     assert {path.name for path in folder.iterdir()} == {
-        "config.json", "model.safetensors", "random.safetensors", "training.json",
+        "config.json", "modeling_megalodon.py", "model.safetensors", "random.safetensors", "training.json",
     }  # fmt: skip
 
 

@@ -15,37 +15,43 @@ _transformers = extras.load("transformers", "hf")
 if int(_transformers.__version__.partition(".")[0]) < 5:
     raise ImportError(f"needs transformers 5.0 or newer, got {_transformers.__version__}")
 
-from transformers import AutoConfig, AutoModel, AutoTokenizer, PreTrainedTokenizerFast
-from transformers import AutoModelForCausalLM, AutoModelForMaskedLM, AutoModelForSequenceClassification
-from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+from transformers import AutoConfig, AutoModelForMultimodalLM, AutoTokenizer, PreTrainedTokenizerFast
+from transformers.models.auto.modeling_auto import (
+    MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+    MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES,
+)
 
+from ..model.folder import AUTO_CLASSES
 from .cache import MegalodonCache
+from .causal_lm import MegalodonForCausalLM, MegalodonModel
+from .classification import MegalodonEncoderForTokenClassification, MegalodonForSequenceClassification
+from .classification import MegalodonForTokenClassification
 from .configuration import MegalodonEncoderHFConfig, MegalodonHFConfig
 from .encoder_models import MegalodonEncoderForMaskedLM, MegalodonEncoderForSequenceClassification
 from .encoder_models import MegalodonEncoderModel
-from .causal_lm import MegalodonForCausalLM, MegalodonModel
 
-for _auto, _model in (
-    (AutoModel, MegalodonModel),
-    (AutoModelForCausalLM, MegalodonForCausalLM),
-    (AutoModel, MegalodonEncoderModel),
-    (AutoModelForSequenceClassification, MegalodonEncoderForSequenceClassification),
-    (AutoModelForMaskedLM, MegalodonEncoderForMaskedLM),
-):
-    _auto.register(_model.config_class, _model, exist_ok=True)
-# Trainer's label smoothing shifts labels only for models with these names.
-MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[MegalodonHFConfig.model_type] = MegalodonForCausalLM.__name__
 for _config in (MegalodonHFConfig, MegalodonEncoderHFConfig):
     AutoConfig.register(_config.model_type, _config, exist_ok=True)
     AutoTokenizer.register(_config, fast_tokenizer_class=PreTrainedTokenizerFast, exist_ok=True)
+    for _auto, _name in AUTO_CLASSES[_config.model_type].items():
+        if (_model := globals()[_name]) is not _config:
+            getattr(_transformers, _auto).register(_config, _model, exist_ok=True)
+# Trainer's label smoothing shifts labels only for models in the first table; `transformers serve` finds classes from
+# outside of transformers only in the second.
+for _names in (MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES):
+    _names[MegalodonHFConfig.model_type] = MegalodonForCausalLM.__name__
+AutoModelForMultimodalLM.register(MegalodonHFConfig, MegalodonForCausalLM, exist_ok=True)
 
 __all__ = [
     "MegalodonCache",
     "MegalodonEncoderForMaskedLM",
     "MegalodonEncoderForSequenceClassification",
+    "MegalodonEncoderForTokenClassification",
     "MegalodonEncoderHFConfig",
     "MegalodonEncoderModel",
     "MegalodonForCausalLM",
+    "MegalodonForSequenceClassification",
+    "MegalodonForTokenClassification",
     "MegalodonHFConfig",
     "MegalodonModel",
 ]

@@ -210,11 +210,15 @@ def read_batch(
         raise ValueError(f"{op}: exactly one of `{name}` and `inputs_embeds` must be given.")
     if output_attentions or (output_attentions is None and config.output_attentions):
         raise ValueError(f"{op}: `output_attentions` must be False, as the kernels keep no attention weights.")
+    for past in (cache, past_key_values):
+        if past is not None and not isinstance(past, MegalodonCache):
+            raise TypeError(
+                f"{op}: `cache` must be a megalodon_ops.hf.MegalodonCache or None, got {describe(past)}; keys and values, as "
+                "of prefix tuning, do not make a recurrent state: use prompt tuning."
+            )
     if cache is not None and past_key_values is not None and cache is not past_key_values:
         raise ValueError(f"{op}: `cache` and `past_key_values` are two names of one argument; give one of them.")
     cache = past_key_values if cache is None else cache
-    if cache is not None and not isinstance(cache, MegalodonCache):
-        raise TypeError(f"{op}: `cache` must be a megalodon_ops.hf.MegalodonCache or None, got {describe(cache)}.")
     given = inputs
     if given is None:
         name, given, letters = "inputs_embeds", inputs_embeds, "(B, L, D)"

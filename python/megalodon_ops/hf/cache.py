@@ -110,6 +110,7 @@ class MegalodonCache(Cache):
         return -1
 
     get_max_cache_shape = get_max_length
+    max_cache_len = -1  # for peft
 
     def get_mask_sizes(self, query_length: int | Tensor, layer_idx: int = 0) -> tuple[int, int]:
         """Return length and offset of an attention mask over the past and the next tokens."""

@@ -25,8 +25,9 @@ class MegalodonCausalModel(MegalodonPreTrainedModel):
 
     config_class = MegalodonHFConfig
     _ours = Megalodon
-    _final_norm = "output.final_norm"
+    _trunk = ("embed", "layers", "output.final_norm")
     _is_stateful = True
+    _keys_to_ignore_on_load_unexpected = [r"^(lm_head|output\.output)\.(weight|scale)$", r"^score\."]  # of other classes
 
     def _hidden(self, batch: Batch, positions: Tensor | None, whole: bool) -> Tensor:
         """Return the final norm's output (B, K, D) at `positions` (K,) or (B, K); None: at all positions.
@@ -77,11 +78,16 @@ class MegalodonModel(MegalodonCausalModel):
         torch.Size([1, 3, 32])
     """
 
-    _keys_to_ignore_on_load_unexpected = [r"^output\.output\.(weight|scale)$"]
+    _prefix = ""
 
-    def __init__(self, config: MegalodonHFConfig) -> None:
+    def __init__(self, config: MegalodonHFConfig, core: Megalodon | None = None) -> None:
         super().__init__(config)
-        del self.output.output
+        if core is None:
+            core = Megalodon(config.to_megalodon())
+            del core.output.output
+        self.embed, self.layers = core.embed, core.layers
+        self.output = nn.ModuleDict({"final_norm": core.output.final_norm})
+        self.__dict__["_core"] = core
         self.post_init()
 
     @can_return_tuple
@@ -90,12 +96,19 @@ class MegalodonModel(MegalodonCausalModel):
         input_ids: Tensor | None = None,
         attention_mask: Tensor | None = None,
         output_hidden_states: bool | None = None,
+        batch: Batch | None = None,
+        positions: Tensor | None = None,
         **arguments: Any,
     ) -> BaseModelOutputWithPast:
-        """Return the final norm's output (B, L, D); arguments as in :meth:`MegalodonForCausalLM.forward`."""
-        batch = read_batch(self, input_ids, attention_mask, **arguments)
+        """Return the final norm's output (B, L, D); arguments as in :meth:`MegalodonForCausalLM.forward`.
+
+        A model with a head passes the arguments that it has read as `batch`, and the `positions` of :meth:`_hidden`.
+        """
+        if batch is None:
+            batch = read_batch(self, input_ids, attention_mask, **arguments)
+            positions = kept_positions("MegalodonModel", None, batch)
         with self._record_layers(output_hidden_states, batch) as layers:
-            hidden = self._hidden(batch, kept_positions("MegalodonModel", None, batch), whole=layers is not None)
+            hidden = self._hidden(batch, positions, whole=layers is not None)
         return BaseModelOutputWithPast(
             last_hidden_state=hidden, hidden_states=layers and tuple(layers), **{CACHE: batch.cache}
         )
@@ -104,8 +117,9 @@ class MegalodonModel(MegalodonCausalModel):
 class MegalodonForCausalLM(MegalodonCausalModel, GenerationMixin):
     """A MEGALODON language model: `AutoModelForCausalLM`.
 
-    Its parameters have the names of :class:`megalodon_ops.Megalodon`'s, so each reads the other's folders.
-    `model.megalodon` is a Megalodon that shares the modules; `from_megalodon` creates a model from one.
+    In folders its parameters have the names of :class:`megalodon_ops.Megalodon`'s, so each reads the other's. `model.model`
+    is the :class:`MegalodonModel` without the output matrix, `lm_head`. `model.megalodon` is a Megalodon that shares the
+    modules; `from_megalodon` creates a model from one.
 
     Example:
         >>> import torch, megalodon_ops.hf as hf
@@ -119,17 +133,14 @@ class MegalodonForCausalLM(MegalodonCausalModel, GenerationMixin):
     """
 
     accepts_loss_kwargs = True
-    _tied_weights_keys = {"output.output.weight": "embed.weight"}
+    _head = {"output.output": "lm_head"}
+    _tied_weights_keys = {"lm_head.weight": "model.embed.weight"}
 
     def __init__(self, config: MegalodonHFConfig) -> None:
         super().__init__(config)
+        core = Megalodon(config.to_megalodon())
+        self.model, self.lm_head = MegalodonModel(config, core), core.output.output
         self.post_init()
-
-    def get_output_embeddings(self) -> nn.Module:
-        return self.output.output
-
-    def set_output_embeddings(self, value: nn.Module) -> None:
-        self.output.output = value
 
     @can_return_tuple
     def forward(
@@ -192,15 +203,18 @@ class MegalodonForCausalLM(MegalodonCausalModel, GenerationMixin):
         given = (position_ids, cache, past_key_values, inputs_embeds, use_cache, output_attentions, cu_seq_lens_q)
         batch = read_batch(self, input_ids, attention_mask, *given, **others)
         positions = kept_positions("MegalodonForCausalLM", logits_to_keep, batch)
-        loss = None
-        with self._record_layers(output_hidden_states, batch) as layers:
-            if use_decoder and batch.is_next_token and labels is None and layers is None:
-                logits = batch.cache.decode(self.megalodon, batch.given)
-                logits = logits if positions is None else logits[:, positions]
-            else:
-                selects = labels is None and positions is not None and positions.shape[-1] <= batch.width
-                hidden = self._hidden(batch, positions if selects else None, whole=layers is not None)
-                logits = map_columns(self.output.output, hidden, None if selects else positions)
+        if output_hidden_states is None:
+            output_hidden_states = self.config.output_hidden_states
+        loss = layers = None
+        if use_decoder and batch.is_next_token and labels is None and not output_hidden_states:
+            logits = batch.cache.decode(self.megalodon, batch.given)
+            logits = logits if positions is None else logits[:, positions]
+        else:
+            selects = labels is None and positions is not None and positions.shape[-1] <= batch.width
+            read = dict(batch=batch, positions=positions if selects else None, return_dict=True)
+            output = self.model(output_hidden_states=output_hidden_states, **read)
+            hidden, layers = output.last_hidden_state, output.hidden_states
+            logits = map_columns(self.lm_head, hidden, None if selects else positions)
         if labels is not None:
             loss = self._loss(hidden, labels, are_shifted, batch, num_items_in_batch)
         logits = at_least_float32(logits)
@@ -209,9 +223,7 @@ class MegalodonForCausalLM(MegalodonCausalModel, GenerationMixin):
             if labels is None and num_items_in_batch is not None:
                 lowest = logits.logsumexp(-1, keepdim=True) - 20 - math.log(missing)  # label smoothing sums logarithms
             logits = torch.cat([logits, lowest.expand(*logits.shape[:-1], missing)], dim=-1)
-        return CausalLMOutputWithPast(
-            loss=loss, logits=logits, hidden_states=layers and tuple(layers), **{CACHE: batch.cache}
-        )
+        return CausalLMOutputWithPast(loss=loss, logits=logits, hidden_states=layers, **{CACHE: batch.cache})
 
     def _loss(
         self, hidden: Tensor, labels: Tensor, are_shifted: bool, batch: Batch, num_items: int | Tensor | None

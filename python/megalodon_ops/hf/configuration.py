@@ -3,28 +3,33 @@
 from __future__ import annotations
 
 import dataclasses
+import os
+from pathlib import Path
 from typing import Any
 
 from transformers import PreTrainedConfig
 
 from .. import _C
-from ..model.folder import FORMAT
-from ..model.config import MegalodonConfig, check_config
+from ..model.folder import FORMAT, auto_map, write_module
+from ..model.config import CLIENT_NAMES, MegalodonConfig, check_config
 from ..model.inputs import check_reads_tokens
 from ..model.encoder import MegalodonEncoderConfig
+from ..ops.common.checks import short_text
 
 
 class MegalodonHFConfig(PreTrainedConfig):
     """Configuration of :class:`MegalodonForCausalLM`, with all fields of :class:`megalodon_ops.MegalodonConfig`.
 
     transformers' names `hidden_size`, `num_hidden_layers`, `num_attention_heads`, `intermediate_size` and
-    `tie_word_embeddings` are aliases of `model_dim`, `num_layers`, `num_heads`, `ffn_hidden_dim` and `share_emb`.
+    `tie_word_embeddings` are aliases of `model_dim`, `num_layers`, `num_heads`, `ffn_hidden_dim` and `share_emb`, also in
+    `to_dict()` and `config.json`. There is no `max_position_embeddings` unless it is given, as the length of a text is
+    unlimited.
 
     Args:
         use_cache: default of the argument `use_cache` in calls outside training.
         fields: fields of MegalodonConfig, with its defaults, and of PreTrainedConfig.
 
-    Raises ValueError as MegalodonConfig does.
+    Raises ValueError as MegalodonConfig does, and where a field and its alias differ.
 
     Example:
         >>> import megalodon_ops as mo, megalodon_ops.hf as hf
@@ -38,15 +43,14 @@ class MegalodonHFConfig(PreTrainedConfig):
     model_type = MegalodonConfig.model_type
     _ours = MegalodonConfig
     keys_to_ignore_at_inference = ["cache", "past_key_values"]
-    attribute_map = {
-        "hidden_size": "model_dim",
-        "num_hidden_layers": "num_layers",
-        "num_attention_heads": "num_heads",
-        "intermediate_size": "ffn_hidden_dim",
-        "tie_word_embeddings": "share_emb",
-    }
+    attribute_map = {**CLIENT_NAMES, "tie_word_embeddings": "share_emb"}
 
     def __init__(self, *, use_cache: bool = True, **fields: Any) -> None:
+        for name in self.attribute_map.keys() & fields.keys():
+            ours, value = self.attribute_map[name], fields.pop(name)
+            if fields.setdefault(ours, value) != value:
+                expected = f"`{name}` must be `{ours}` = {short_text(fields[ours])}"
+                raise ValueError(f"{type(self).__name__}: {expected}, got {short_text(value)}; give one of them.")
         for field in dataclasses.fields(self._ours):
             setattr(self, field.name, fields.pop(field.name, field.default))
         self.use_cache = use_cache
@@ -61,6 +65,20 @@ class MegalodonHFConfig(PreTrainedConfig):
         return isinstance(other, MegalodonHFConfig) and self.to_dict() == other.to_dict()
 
     __hash__ = None  # fields are mutable
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return all fields, also by transformers' names, and `auto_map`."""
+        aliases = {name: getattr(self, name) for name in self.attribute_map}
+        return {**super().to_dict(), **aliases, "auto_map": auto_map(self.model_type)}
+
+    def save_pretrained(self, save_directory: str | os.PathLike, **options: Any) -> None:
+        """Write `config.json`, and the module that its `auto_map` names."""
+        super().save_pretrained(save_directory, **options)
+        write_module(Path(save_directory))
+
+    @classmethod
+    def register_for_auto_class(cls, auto_class: str = "AutoConfig") -> None:
+        """Do nothing: transformers calls it so that folders get a copy of this file, which is not the whole package."""
 
     @classmethod
     def from_megalodon(cls, config: MegalodonConfig, **others: Any) -> MegalodonHFConfig:

@@ -15,7 +15,6 @@ from ..model.encoder import MegalodonEncoder
 from ..model.inputs import check_inputs, check_not_empty
 from ..model.layers import Linear
 from ..model.sequences import Sequences
-from ..ops.common.checks import check_tensor
 from .arguments import IGNORED, Batch, check_labels, map_columns, read_batch, select
 from .configuration import MegalodonEncoderHFConfig
 from .pretrained import MegalodonPreTrainedModel
@@ -26,8 +25,8 @@ class MegalodonEncoderPreTrainedModel(MegalodonPreTrainedModel):
 
     config_class = MegalodonEncoderHFConfig
     _ours = MegalodonEncoder
-    _final_norm = "final_norm"
-    _keys_to_ignore_on_load_unexpected = [r"^classifier\.", r"^output\.weight$"]  # heads of the other classes
+    _trunk = ("embed", "layers", "final_norm")
+    _keys_to_ignore_on_load_unexpected = [r"^classifier\.", r"^output\.weight$", r"^score\."]  # heads of other classes
 
     def __init__(self, config: MegalodonEncoderHFConfig, num_classes: int | None = None) -> None:
         config.num_classes = num_classes
@@ -38,23 +37,12 @@ class MegalodonEncoderPreTrainedModel(MegalodonPreTrainedModel):
         self,
         input_ids: Tensor | None,
         attention_mask: Tensor | None,
-        output_hidden_states: bool | None,
         input_values: Tensor | None = None,
         **arguments: Any,
-    ) -> tuple[Batch, Tensor, tuple[Tensor, ...] | None]:
-        """Return the checked arguments, the features (without padding between tokens), and the layers' inputs."""
-        op, encoder, given = type(self).__name__, self.megalodon, dict(input_ids=input_ids, input_values=input_values)
-        batch = read_batch(self, given.pop(self.main_input_name), attention_mask, **given, **arguments)
-        x, sequences = batch.shifted(), Sequences(batch.cu_seqlens, batch.lengths)
-        if not batch.holds_embeddings:
-            check_inputs(op, batch.name, x, encoder, sequences)
-            x = encoder._embed(x, sequences)
-        elif self.main_input_name == "input_ids":
-            x = x * encoder.config.embedding_scale
-        with self._record_layers(output_hidden_states, batch) as layers:
-            features = encoder._hidden(x, sequences)
-        check_not_empty(op, batch.name, x, sequences)
-        return batch, features, layers and tuple(layers)
+    ) -> Batch:
+        """Return the checked arguments."""
+        given = dict(input_ids=input_ids, input_values=input_values)
+        return read_batch(self, given.pop(self.main_input_name), attention_mask, **given, **arguments)
 
 
 class MegalodonEncoderModel(MegalodonEncoderPreTrainedModel):
@@ -68,8 +56,13 @@ class MegalodonEncoderModel(MegalodonEncoderPreTrainedModel):
         torch.Size([2, 50, 32])
     """
 
-    def __init__(self, config: MegalodonEncoderHFConfig) -> None:
-        super().__init__(config)
+    _prefix = ""
+
+    def __init__(self, config: MegalodonEncoderHFConfig, core: MegalodonEncoder | None = None) -> None:
+        super().__init__(config, None if core is None else core.config.num_classes)
+        core = MegalodonEncoder(config.to_megalodon()) if core is None else core
+        self.embed, self.layers, self.final_norm = core.embed, core.layers, core.final_norm
+        self.__dict__["_core"] = core
         self.post_init()
 
     @can_return_tuple
@@ -79,20 +72,35 @@ class MegalodonEncoderModel(MegalodonEncoderPreTrainedModel):
         attention_mask: Tensor | None = None,
         input_values: Tensor | None = None,
         output_hidden_states: bool | None = None,
+        batch: Batch | None = None,
         **arguments: Any,
     ) -> BaseModelOutput:
-        """Return features (B, L, D); arguments as in :meth:`MegalodonEncoderForSequenceClassification.forward`."""
-        batch, features, layers = self._read(input_ids, attention_mask, output_hidden_states, input_values, **arguments)
-        if batch.padding is not None:
+        """Return features (B, L, D); arguments as in :meth:`MegalodonEncoderForSequenceClassification.forward`.
+
+        A model with a head passes the arguments that it has read as `batch`; padding is then removed.
+        """
+        given, encoder = batch, self.megalodon
+        if batch is None:
+            batch = self._read(input_ids, attention_mask, input_values, **arguments)
+        op, x, sequences = type(self).__name__, batch.shifted(), Sequences(batch.cu_seqlens, batch.lengths)
+        if not batch.holds_embeddings:
+            check_inputs(op, batch.name, x, encoder, sequences)
+            x = encoder._embed(x, sequences)
+        elif self.main_input_name == "input_ids":
+            x = x * encoder.config.embedding_scale
+        with self._record_layers(output_hidden_states, batch) as layers:
+            features = encoder._hidden(x, sequences)
+        check_not_empty(op, batch.name, x, sequences)
+        if given is None and batch.padding is not None:
             features = select(features, batch.padding.positions())
-        return BaseModelOutput(last_hidden_state=features, hidden_states=layers)
+        return BaseModelOutput(last_hidden_state=features, hidden_states=layers and tuple(layers))
 
 
 class MegalodonEncoderForSequenceClassification(MegalodonEncoderPreTrainedModel):
     """An encoder that classifies rows: `AutoModelForSequenceClassification`.
 
-    Its head is that of :class:`megalodon_ops.MegalodonEncoder`, with `config.num_labels` classes. Parameters have the
-    same names, so each reads the other's folders; for a folder without a head, a new one is initialized.
+    Its head, `classifier`, is that of :class:`megalodon_ops.MegalodonEncoder`, with `config.num_labels` classes. Each
+    reads the other's folders; for a folder without a head, a new one is initialized.
 
     Example:
         >>> import torch, megalodon_ops.hf as hf
@@ -104,8 +112,12 @@ class MegalodonEncoderForSequenceClassification(MegalodonEncoderPreTrainedModel)
         (torch.Size([2, 3]), torch.Size([]))
     """
 
+    _head = {"classifier": "classifier"}
+
     def __init__(self, config: MegalodonEncoderHFConfig) -> None:
         super().__init__(config, num_classes=config.num_labels)
+        core = MegalodonEncoder(config.to_megalodon())
+        self.model, self.classifier = MegalodonEncoderModel(config, core), core.classifier
         self.post_init()
 
     @classmethod
@@ -148,18 +160,12 @@ class MegalodonEncoderForSequenceClassification(MegalodonEncoderPreTrainedModel)
             ValueError: an empty row; a state, requested by `use_cache`, `cache` or `past_key_values`. TypeError: an
                 unknown argument.
         """
-        batch, features, layers = self._read(input_ids, attention_mask, output_hidden_states, input_values, **arguments)
-        encoder = self.megalodon
-        logits = at_least_float32(encoder.classifier(features, cu_seqlens=batch.cu_seqlens, lengths=batch.lengths))
-        loss = None
-        if labels is not None:
-            check_tensor(type(self).__name__, "labels", labels)
-            if labels.shape[:1] != logits.shape[:1]:
-                raise ValueError(
-                    f"{type(self).__name__}: `labels` must be of {len(logits)} rows, got {tuple(labels.shape)}."
-                )
-            loss = self.loss_function(labels=labels, pooled_logits=logits, config=self.config)
-        return SequenceClassifierOutput(loss=loss, logits=logits, hidden_states=layers)
+        batch = self._read(input_ids, attention_mask, input_values, **arguments)
+        output = self.model(batch=batch, output_hidden_states=output_hidden_states, return_dict=True)
+        offsets = dict(cu_seqlens=batch.cu_seqlens, lengths=batch.lengths)
+        logits = at_least_float32(self.classifier(output.last_hidden_state, **offsets))
+        loss = None if labels is None else self._class_loss(logits, labels)
+        return SequenceClassifierOutput(loss=loss, logits=logits, hidden_states=output.hidden_states)
 
 
 class MegalodonEncoderForMaskedLM(MegalodonEncoderPreTrainedModel):
@@ -178,7 +184,7 @@ class MegalodonEncoderForMaskedLM(MegalodonEncoderPreTrainedModel):
     """
 
     accepts_loss_kwargs = True
-    _tied_weights_keys = {"output.weight": "embed.weight"}
+    _tied_weights_keys = {"output.weight": "model.embed.weight"}
 
     def __init__(self, config: MegalodonEncoderHFConfig) -> None:
         if config.num_features is not None:
@@ -186,13 +192,14 @@ class MegalodonEncoderForMaskedLM(MegalodonEncoderPreTrainedModel):
                 f"{type(self).__name__}: `num_features` must be None, got {config.num_features}; there are no tokens."
             )
         super().__init__(config)
-        tied = config.tie_word_embeddings
+        self.model = MegalodonEncoderModel(config)
+        tied, embed = config.tie_word_embeddings, self.model.embed
         with torch.device("meta") if tied else nullcontext():
             self.output = Linear(config.model_dim, config.vocab_size, bias=False, token_rows=True)
         if tied:
-            self.output.weight = self.embed.weight
-        self.output._is_hf_initialized = tied or not self.embed.weight.is_meta  # by the constructor
+            self.output.weight = embed.weight
         self.post_init()
+        self.output._is_hf_initialized = tied or not embed.weight.is_meta  # by the constructor
 
     def get_output_embeddings(self) -> nn.Module:
         return self.output
@@ -218,9 +225,10 @@ class MegalodonEncoderForMaskedLM(MegalodonEncoderPreTrainedModel):
 
         Other arguments as in :meth:`MegalodonEncoderForSequenceClassification.forward`.
         """
-        batch, features, layers = self._read(input_ids, attention_mask, output_hidden_states, **arguments)
+        batch = self._read(input_ids, attention_mask, **arguments)
+        output = self.model(batch=batch, output_hidden_states=output_hidden_states, return_dict=True)
         positions = None if batch.padding is None else batch.padding.positions()
-        logits, loss = at_least_float32(map_columns(self.output, features, positions)), None
+        logits, loss = at_least_float32(map_columns(self.output, output.last_hidden_state, positions)), None
         if labels is not None:
             check_labels(type(self).__name__, labels, batch)
             if batch.padding is not None:
@@ -228,4 +236,4 @@ class MegalodonEncoderForMaskedLM(MegalodonEncoderPreTrainedModel):
             loss = self.loss_function(
                 logits, labels, vocab_size=self.config.vocab_size, num_items_in_batch=num_items_in_batch
             )
-        return MaskedLMOutput(loss=loss, logits=logits, hidden_states=layers)
+        return MaskedLMOutput(loss=loss, logits=logits, hidden_states=output.hidden_states)

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterator
+import re
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
@@ -11,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
+from transformers.core_model_loading import WeightRenaming
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from ..model.blocks import MegalodonBlock, NormalizedAttention
@@ -19,7 +21,7 @@ from ..model.encoder import MegalodonEncoder
 from ..model.megalodon import Megalodon
 from ..model.model_state import MegalodonState
 from ..model.quantized_layers import computing_dtype
-from ..ops.common.checks import describe
+from ..ops.common.checks import check_tensor, describe
 from .arguments import Batch, select
 from .configuration import MegalodonHFConfig
 from .quantizer import MegalodonQuantizationConfig, MegalodonQuantizer
@@ -30,16 +32,23 @@ MegalodonBlock.__bases__ = (GradientCheckpointingLayer,)
 MegalodonBlock.__call__, MegalodonBlock.__init_subclass__ = nn.Module.__call__, nn.Module.__init_subclass__
 
 
-class MegalodonPreTrainedModel(PreTrainedModel):
-    """Base of all models: modules and weights.
+def _module_at(root: nn.Module, path: str) -> nn.Module:
+    """Return a submodule; `get_submodule` takes ten times as long, too long for each decoded token."""
+    for name in path.split("."):
+        root = root._modules[name]
+    return root
 
-    Attributes:
-        megalodon: a :class:`megalodon_ops.Megalodon` or MegalodonEncoder that shares this model's modules.
-    """
+
+class MegalodonPreTrainedModel(PreTrainedModel):
+    """Base of all models: modules and weights. A model with a head has the model without it as its module `model`."""
 
     _ours: type[Megalodon] | type[MegalodonEncoder]
-    _final_norm: str
-    """Name of the module"""
+    _trunk: tuple[str, ...]
+    """Names in `_ours` of the modules without a head; the last one is the final norm"""
+    _head: dict[str, str] = {}
+    """Names of the head's modules in `_ours`, and here"""
+    _prefix = "model."
+    """Of the trunk's names here"""
     base_model_prefix = "model"
     main_input_name = "input_ids"
     _input_embed_layer = "embed"
@@ -52,16 +61,43 @@ class MegalodonPreTrainedModel(PreTrainedModel):
         super().__init__(config)
         if torch.get_default_dtype() not in (torch.bfloat16, torch.float16):
             self.dtype_plan = {}  # transformers 5.0 would load them as float32 even into a float64 model
-        core = self._ours(config.to_megalodon())
-        for name, module in core.named_children():
-            self.add_module(name, module)
-        # The core is no submodule, but shares the dictionary of modules, so replaced modules show in both.
-        core._modules = self._modules
-        self.__dict__["megalodon"] = core
         self.gradient_checkpointing = False
-        if not self.embed.weight.is_meta:
+
+    def post_init(self) -> None:
+        if not self.get_input_embeddings().weight.is_meta:
             for module in self.modules():
                 module._is_hf_initialized = True  # by the constructor
+        super().post_init()
+        # from_pretrained sets this attribute, too; save_pretrained reverts the renamings
+        self._weight_conversions = [WeightRenaming(file, own) for file, own in self._key_mapping().items()]
+
+    @classmethod
+    def from_pretrained(cls, *args: Any, key_mapping: dict[str, str] | None = None, **options: Any) -> Any:
+        """Load a folder, as transformers does; its parameters have the names of `_ours`."""
+        return super().from_pretrained(*args, key_mapping={**cls._key_mapping(), **(key_mapping or {})}, **options)
+
+    @classmethod
+    def _key_mapping(cls) -> dict[str, str]:
+        """Return beginnings of parameters' names in files, as regular expressions, and here, where they differ."""
+        return {f"^{name}.": f"{own}." for name, own in cls._names().items() if name != own}
+
+    @classmethod
+    def _names(cls) -> dict[str, str]:
+        """Return the modules' names in `_ours`, which are those in files, and here."""
+        return {**{name: cls._prefix + name for name in cls._trunk}, **cls._head}
+
+    @classmethod
+    def register_for_auto_class(cls, auto_class: str = "AutoModel") -> None:
+        """Do nothing, as :meth:`MegalodonHFConfig.register_for_auto_class`."""
+
+    @property
+    def megalodon(self) -> Megalodon | MegalodonEncoder:
+        """A :class:`megalodon_ops.Megalodon` or MegalodonEncoder that shares this model's modules."""
+        core = self.base_model._core  # no submodule: it would double the parameters
+        for name, own in self._names().items():
+            if _module_at(core, name) is not (module := _module_at(self, own)):  # replaced since the last call
+                core.set_submodule(name, module)
+        return core
 
     @classmethod
     def from_megalodon(cls, model: Megalodon | MegalodonEncoder) -> MegalodonPreTrainedModel:
@@ -76,22 +112,29 @@ class MegalodonPreTrainedModel(PreTrainedModel):
                 quantizer.preprocess_model(result)
                 quantizer.postprocess_model(result)
                 result.hf_quantizer = quantizer
-        for name in result._modules.keys() & model._modules.keys():
-            setattr(result, name, model._modules[name])
+        for name, own in cls._names().items():
+            result.set_submodule(own, model.get_submodule(name))
         result.tie_weights()
         result.config.dtype = computing_dtype(model)
-        result.training = result.megalodon.training = model.training
+        for module in (result, result.base_model, result.megalodon):
+            module.training = model.training
         return result
 
     @property
     def dtype(self) -> torch.dtype:
         """Dtype of the activations: a quantised model's first parameter, of which transformers asks, is a scale."""
-        return computing_dtype(self) if getattr(self.megalodon, "quantization", None) else super().dtype
+        return computing_dtype(self.megalodon) if getattr(self.megalodon, "quantization", None) else super().dtype
 
     def train(self, mode: bool = True) -> MegalodonPreTrainedModel:
         super().train(mode)
         self.megalodon.training = mode
         return self
+
+    def load_state_dict(self, state_dict: Mapping[str, Tensor], *args: Any, **options: Any) -> Any:
+        """Load tensors by their names here or, as Trainer does to resume, by those in files."""
+        for file, own in self._key_mapping().items():
+            state_dict = {re.sub(file, own, name): tensor for name, tensor in state_dict.items()}
+        return super().load_state_dict(state_dict, *args, **options)
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
@@ -138,11 +181,19 @@ class MegalodonPreTrainedModel(PreTrainedModel):
         embeddings = super().resize_token_embeddings(*args, **options)
         self.config.output_size = -1
         config = self.config.to_megalodon()
-        for module in self.layers.modules():
+        for module in self.megalodon.layers.modules():
             if hasattr(module, "config"):
                 module.config = config
         self._configure()
         return embeddings
+
+    def _class_loss(self, logits: Tensor, labels: Tensor) -> Tensor:
+        """Return the loss of each row's class logits (B, num_labels), as transformers chooses it."""
+        op = type(self).__name__
+        check_tensor(op, "labels", labels)
+        if labels.shape[:1] != logits.shape[:1]:
+            raise ValueError(f"{op}: `labels` must be of {len(logits)} rows, got {tuple(labels.shape)}.")
+        return self.loss_function(labels=labels, pooled_logits=logits, config=self.config)
 
     @contextmanager
     def _record_layers(self, wanted: bool | None, batch: Batch) -> Iterator[list[Tensor] | None]:
@@ -159,6 +210,6 @@ class MegalodonPreTrainedModel(PreTrainedModel):
 
         with ExitStack() as hooks:
             hooks.enter_context(self.layers[0].register_forward_pre_hook(lambda _, inputs: keep(inputs[0])))
-            for module in (*self.layers[:-1], self.get_submodule(self._final_norm)):
+            for module in (*self.layers[:-1], self.get_submodule(self._trunk[-1])):
                 hooks.enter_context(module.register_forward_hook(lambda *call: keep(call[-1])))
             yield found

@@ -32,8 +32,16 @@ class MegalodonQuantizer(HfQuantizer):
         return True
 
     def _process_model_before_weight_loading(self, model: PreTrainedModel, **_: Any) -> PreTrainedModel:
-        replace_layers(model, self.quantization_config.kind)
+        core = model.megalodon
+        replace_layers(core, self.quantization_config.kind)
+        for name, own in model._names().items():
+            model.set_submodule(own, core.get_submodule(name))
         if model._tied_weights_keys and model.config.tie_word_embeddings:
-            model._tied_weights_keys = {f"output.output.{name}": f"embed.{name}" for name in ("weight", "scale")}
+            tied = model._tied_weights_keys.items()
+            model._tied_weights_keys = {
+                key.replace("weight", name): source.replace("weight", name)
+                for key, source in tied
+                for name in ("weight", "scale")
+            }
             model.all_tied_weights_keys = model.get_expanded_tied_weights_keys(all_submodels=False)
         return model

@@ -279,6 +279,13 @@ def config_of_sizes(module: str, config: object, sizes: dict[str, Any]) -> objec
     return MegalodonConfig(model_dim=config, **sizes)
 
 
+CLIENT_NAMES = {
+    "hidden_size": "model_dim",
+    "num_hidden_layers": "num_layers",
+    "num_attention_heads": "num_heads",
+    "intermediate_size": "ffn_hidden_dim",
+}
+"""Names by which programs for transformers read fields of a `config.json`, and the fields"""
 _FIELDS_WITHOUT_EFFECT = set("init_mode dropout hidden_dropout attention_dropout layerwise_ckpt eos_token_id".split())
 _LARGEST_FLOAT32 = (2 - 2**-23) * 2.0**127
 _SMALL = dict(  # for a run of minutes on a few cores: docs/training.md

@@ -2,6 +2,7 @@
 
     config.json, model.safetensors     written by one process; or shards and their index
     config.json, distributed/          written by several, see sharded_tensors.py
+    modeling_megalodon.py              for transformers' `trust_remote_code=True`; nothing here reads it
 
 A faulty file raises a FileError of one line that begins with the file's path, or a FileNotFoundError.
 """
@@ -21,7 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from .. import _C
-from .config import MegalodonConfig
+from .config import CLIENT_NAMES, MegalodonConfig
 from ..files import FileError, as_path, drafting, read_json, reading, write_atomically
 from .quantized_layers import METHOD, computing_dtype, replace_layers, stored_shapes
 from .weights import WEIGHT_DTYPES, StoredTensors, is_weight_file, plain_tensors, write_weights
@@ -34,6 +35,33 @@ Model = TypeVar("Model", bound=nn.Module)
 FORMAT = 1
 """Version of the folder's content; newer folders are not read"""
 CONFIG = "config.json"
+AUTO_CLASSES = {
+    "megalodon": {
+        "AutoConfig": "MegalodonHFConfig",
+        "AutoModel": "MegalodonModel",
+        "AutoModelForCausalLM": "MegalodonForCausalLM",
+        "AutoModelForSequenceClassification": "MegalodonForSequenceClassification",
+        "AutoModelForTokenClassification": "MegalodonForTokenClassification",
+    },
+    "megalodon_encoder": {
+        "AutoConfig": "MegalodonEncoderHFConfig",
+        "AutoModel": "MegalodonEncoderModel",
+        "AutoModelForMaskedLM": "MegalodonEncoderForMaskedLM",
+        "AutoModelForSequenceClassification": "MegalodonEncoderForSequenceClassification",
+        "AutoModelForTokenClassification": "MegalodonEncoderForTokenClassification",
+    },
+}
+"""For each `model_type`, transformers' Auto classes and the classes of `megalodon_ops.hf` that they create"""
+_MODULE = "modeling_megalodon"
+_MODULE_TEXT = '''"""Classes of this folder's model for transformers' `trust_remote_code=True`, from the package megalodon_ops."""
+
+try:
+    from megalodon_ops.hf import *  # noqa: F403
+except ModuleNotFoundError as error:
+    if not str(error.name).startswith("megalodon_ops"):
+        raise
+    raise ImportError('this model needs megalodon_ops: pip install "megalodon_ops[hf]"') from error
+'''
 TOKENIZER_FILES = (
     "tokenizer.json",
     "tokenizer.model",
@@ -86,13 +114,26 @@ def write_config(
         "format": FORMAT,
         "megalodon_ops_version": _C.build_info()["version"],
         "dtype": str(dtype).removeprefix("torch."),
+        "auto_map": auto_map(config.model_type),
         **config.to_dict(),
+        **{name: getattr(config, field) for name, field in CLIENT_NAMES.items()},
     }
     if quantization:
         fields["quantization_config"] = {"quant_method": METHOD, "kind": quantization}
     (folder / CONFIG).write_text(json.dumps(fields, indent=1) + "\n")
+    write_module(folder)
     if tokenizer is not None:
         tokenizer.save(folder)
+
+
+def auto_map(model_type: str) -> dict[str, str]:
+    """Return the entry `auto_map` of `config.json`: for each Auto class, the class in the folder's module."""
+    return {auto: f"{_MODULE}.{name}" for auto, name in AUTO_CLASSES[model_type].items()}
+
+
+def write_module(folder: Path) -> None:
+    """Write the module that `auto_map` names."""
+    (folder / f"{_MODULE}.py").write_text(_MODULE_TEXT)
 
 
 def load_model(
@@ -187,7 +228,8 @@ def read_model_files(
         check_fits(sum(sizes), "a model of this configuration")
     weights = stored_tensors(folder)
     if not kind.causal:
-        weights.tensors.pop("output.weight", None)  # untied head of transformers' masked-token prediction
+        for name in ("output.weight", "score.weight", "score.bias"):  # heads of transformers, for tokens
+            weights.tensors.pop(name, None)
     weights.check(wanted, small_dtypes)
     if not os.path.samestat(before, folder.stat()):  # replaced meanwhile: the files may be of two models
         return read_model_files(folder, dtype, kind)

@@ -1,0 +1,159 @@
+"""Classification heads: of rows for causal models, of tokens for causal models and encoders."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers.modeling_outputs import SequenceClassifierOutputWithPast, TokenClassifierOutput
+from transformers.utils import can_return_tuple
+
+from ..model.blocks import at_least_float32
+from ..model.layers import Linear
+from ..ops.common.checks import check_tensor
+from .arguments import IGNORED, read_batch
+from .cache import CACHE
+from .causal_lm import MegalodonCausalModel, MegalodonModel
+from .configuration import MegalodonHFConfig
+from .encoder_models import MegalodonEncoderModel, MegalodonEncoderPreTrainedModel
+from .pretrained import MegalodonPreTrainedModel
+
+
+class MegalodonForSequenceClassification(MegalodonCausalModel):
+    """A language model that classifies rows: `AutoModelForSequenceClassification`.
+
+    The head `score`, a matrix (num_labels, D), reads the features of each row's last token. Loaded from the folder of a
+    language model, it is new.
+
+    Example:
+        >>> import torch, megalodon_ops.hf as hf
+        >>> config = hf.MegalodonHFConfig(num_layers=1, model_dim=32, z_dim=16, value_dim=32, ffn_hidden_dim=32, vocab_size=9,
+        ...                               num_labels=3)
+        >>> model = hf.MegalodonForSequenceClassification(config)
+        >>> output = model(torch.tensor([[1, 2, 3], [4, 5, 6]]), labels=torch.tensor([0, 2]))
+        >>> output.logits.shape, output.loss.shape
+        (torch.Size([2, 3]), torch.Size([]))
+    """
+
+    def __init__(self, config: MegalodonHFConfig) -> None:
+        super().__init__(config)
+        self.model = MegalodonModel(config)
+        self.score = Linear(config.model_dim, config.num_labels, bias=False)
+        self.post_init()
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        labels: Tensor | None = None,
+        use_cache: bool = False,
+        output_hidden_states: bool | None = None,
+        **arguments: Any,
+    ) -> SequenceClassifierOutputWithPast:
+        """Return class logits (B, num_labels) of every row, and the loss.
+
+        Args:
+            input_ids: (B, L) integers.
+            attention_mask: (B, L): 1 for a token, 0 for padding. The token `pad_token_id` has no meaning of its own.
+            labels: as in :meth:`MegalodonEncoderForSequenceClassification.forward`.
+            use_cache: return a cache.
+            output_hidden_states, arguments: as in :meth:`MegalodonForCausalLM.forward`. Of documents packed into one
+                row, each is classified.
+
+        Raises:
+            ValueError: a row without a token. Otherwise as :meth:`MegalodonForCausalLM.forward`.
+        """
+        op = type(self).__name__
+        batch = read_batch(self, input_ids, attention_mask, use_cache=use_cache, **arguments)
+        offsets, lengths = batch.cu_seqlens, batch.lengths
+        counts = lengths if offsets is None else offsets.diff()
+        if not (counts is None or torch.compiler.is_compiling() or bool(counts.all())):
+            raise ValueError(f"{op}: there must be a token in every row, got a row without.")
+        last = torch.tensor([batch.width - 1], device=batch.given.device)
+        if counts is not None:
+            last = lengths[:, None] - 1 if offsets is None else offsets[1:].long() - 1
+        output = self.model(batch=batch, positions=last, output_hidden_states=output_hidden_states, return_dict=True)
+        logits = at_least_float32(self.score(output.last_hidden_state)).flatten(0, 1)
+        loss = None if labels is None else self._class_loss(logits, labels)
+        return SequenceClassifierOutputWithPast(
+            loss=loss, logits=logits, hidden_states=output.hidden_states, **{CACHE: batch.cache}
+        )
+
+
+class _TokenClassification(MegalodonPreTrainedModel):
+    """A linear layer of the features of every token."""
+
+    _model: type[MegalodonModel] | type[MegalodonEncoderModel]
+
+    def __init__(self, config: MegalodonHFConfig) -> None:
+        super().__init__(config)
+        self.model = self._model(config)
+        self.dropout = nn.Dropout(config.hidden_dropout)
+        self.score = Linear(config.model_dim, config.num_labels)
+        self.post_init()
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        input_values: Tensor | None = None,
+        labels: Tensor | None = None,
+        output_hidden_states: bool | None = None,
+        **arguments: Any,
+    ) -> TokenClassifierOutput:
+        """Return class logits (B, L, num_labels) of every token, and the mean cross-entropy.
+
+        Args:
+            labels: (B, L) integers, the class of each token; -100 and padding are not learned.
+
+        Other arguments as in the forward of :class:`MegalodonForCausalLM`, without a cache, or of
+        :class:`MegalodonEncoderForSequenceClassification`.
+        """
+        inputs = dict(input_ids=input_ids, attention_mask=attention_mask, input_values=input_values)
+        inputs = {name: value for name, value in inputs.items() if value is not None}
+        output = self.model(
+            **inputs, **arguments, use_cache=False, output_hidden_states=output_hidden_states, return_dict=True
+        )
+        logits, loss = at_least_float32(self.score(self.dropout(output.last_hidden_state))), None
+        if labels is not None:
+            check_tensor(type(self).__name__, "labels", labels)
+            if labels.shape != logits.shape[:2]:
+                shape = tuple(logits.shape[:2])
+                raise ValueError(
+                    f"{type(self).__name__}: `labels` must be {shape} as the tokens, got {tuple(labels.shape)}."
+                )
+            if attention_mask is not None:
+                labels = labels.masked_fill(attention_mask == 0, IGNORED)
+            loss = self.loss_function(logits, labels, self.config)
+        return TokenClassifierOutput(loss=loss, logits=logits, hidden_states=output.hidden_states)
+
+
+class MegalodonForTokenClassification(_TokenClassification, MegalodonCausalModel):
+    """A language model that classifies tokens, each from itself and those before it: `AutoModelForTokenClassification`.
+
+    Example:
+        >>> import torch, megalodon_ops.hf as hf
+        >>> config = hf.MegalodonHFConfig(num_layers=1, model_dim=32, z_dim=16, value_dim=32, ffn_hidden_dim=32, vocab_size=9,
+        ...                               id2label={0: "name", 1: "place", 2: "other"})
+        >>> hf.MegalodonForTokenClassification(config)(torch.tensor([[1, 2, 3, 4]])).logits.shape
+        torch.Size([1, 4, 3])
+    """
+
+    _model = MegalodonModel
+
+
+class MegalodonEncoderForTokenClassification(_TokenClassification, MegalodonEncoderPreTrainedModel):
+    """An encoder that classifies tokens, or positions of numbers: `AutoModelForTokenClassification`.
+
+    Example:
+        >>> import torch, megalodon_ops.hf as hf
+        >>> config = hf.MegalodonEncoderHFConfig(num_layers=1, model_dim=32, z_dim=16, value_dim=32, ffn_hidden_dim=32,
+        ...                                      vocab_size=9, num_labels=3)
+        >>> hf.MegalodonEncoderForTokenClassification(config)(torch.tensor([[1, 2, 3, 4]])).logits.shape
+        torch.Size([1, 4, 3])
+    """
+
+    _model = MegalodonEncoderModel
