@@ -163,6 +163,15 @@ def test_states_that_change_places():
         return mo.rms_norm(c), (x, a, b)
 
     assert_replays(delay, torch.randn(7, D).unbind(0), state=tuple(torch.randn(3, D)))
+    norm, x = mo.TimestepNorm(D, 2), torch.randn(5, 1, 1, D)
+
+    def keep_last(x, state):
+        y, after = norm(x, state=state[0], return_state=True)
+        return y, (after, state[0])
+
+    _, start = norm(x[0], return_state=True)
+    step, state = assert_replays(keep_last, x.unbind(0), state=(start, start))
+    assert_same_bits(step.state, state)
 
 
 def test_parameters_are_read_and_what_is_computed_from_them_is_not():
