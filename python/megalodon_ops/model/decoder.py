@@ -17,7 +17,8 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 from ..ops.linear import linear
 from ..ops.common.definition import OWN_TYPES, accumulation_dtype, check_runs_now, is_autocast_enabled
 from ..ops.common.checks import check_tensor, describe
-from ..ops.common.recording import Recorder, Step
+from ..ops.common.recorder import Recorder
+from ..ops.common.recording import Step
 from .blocks import at_least_float32
 from .inputs import check_reads_tokens
 from .layers import has_own_forward, wide_parameters

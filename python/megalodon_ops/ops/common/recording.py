@@ -2,233 +2,33 @@
 
 from __future__ import annotations
 
-import contextlib
 import functools
-import math
-import sys
 import threading
 import warnings
 from collections import defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any, NoReturn
 
 import torch
 from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
-from torch.utils._python_dispatch import TorchDispatchMode, is_traceable_wrapper_subclass
-from torch.utils._pytree import tree_flatten, tree_leaves, tree_map_only, tree_unflatten
+from torch.utils._pytree import tree_flatten, tree_map_only, tree_unflatten
 
 from ... import _C
 from .checks import check_tensor, describe
-from .definition import check_runs_now, observer
+from .definition import check_runs_now
+from .recorder import COPIED, PRODUCTS, Call, Recorder, address_of, as_kernel, tensors_in
 
-aten = torch.ops.aten
-_CPU = torch._C.DispatchKeySet(torch._C.DispatchKey.CPU)
-_EMPTY = {aten.empty.memory_format, aten.empty_like.default, aten.new_empty.default, aten.empty_strided.default,
-          aten.new_empty_strided.default}  # fmt: skip
-_HOST_READS = (Tensor.tolist, Tensor.numpy, Tensor.__array__, Tensor.__dlpack__, Tensor.data_ptr)
 _IN_PLACE = {"timestep_norm_fwd", "cema_fwd", "chunked_attention_state", "copy_memory"}
 """kernels that may write a new state over the old one"""
-_PRODUCTS = {aten.mm.default, aten.addmm.default, aten.bmm.default, aten.baddbmm.default}
-"""called in Python without a warning: the call is short beside the product"""
-_OPERATIONS = {
-    getattr(aten, name + suffix).Tensor: sign
-    for name, sign in {"add": "+", "sub": "-", "mul": "*", "div": "/"}.items()
-    for suffix in ("", "_")
-}
-_COPIES = {aten.clone.default, aten._to_copy.default}
-_FLOATS = (torch.float32, torch.bfloat16, torch.float16)
-_COPIED = (*_FLOATS, torch.float64, torch.int64, torch.complex64, torch.complex128)
 _TORCH_GRAIN = 32768
-"""elements of a result from which on torch copies and samples it on OpenMP's threads, which then still spin in the next step"""
-_MINUS_ZERO = -0.0  # neutral in sums; +0.0 would change -0.0
-
-
-def _tensors(*values: Any) -> list[Tensor]:
-    return [leaf for leaf in tree_leaves(values) if isinstance(leaf, Tensor)]
-
-
-def _address(tensor: Tensor) -> int:
-    """Address of the tensor's storage; 0 if it has none, as an empty tensor or one that is made of others."""
-    return 0 if is_traceable_wrapper_subclass(tensor) else tensor.untyped_storage().data_ptr()
-
-
-def _has_no_memory(value: Any) -> bool:
-    """Return True for a value in Python, and for a tensor whose memory is in others."""
-    return (_address(value) == 0 and value.numel() > 0) if isinstance(value, Tensor) else value is not None
-
-
-class _Call:
-    """A call of a kernel, by name, or of a function, in the recorded step."""
-
-    def __init__(self, function: str | Callable, args: tuple, kwargs: dict, results: list[tuple[int, Tensor]]) -> None:
-        self.function, self.args, self.kwargs = function, args, kwargs
-        self.results = results
-        """new tensors that a function returns, with their places among its results; a kernel's are among its arguments"""
-        self.written: set[int] = set()
-        self.touched: set[int] = set()
-        """addresses of the storages that the call writes, and of all that it reads or writes"""
-        self.is_needed = self.leaves_tensors = False
-        """leaves_tensors: results are values in Python, or tensors that are made of others"""
-
-    @property
-    def is_random(self) -> bool:
-        return torch.Tag.nondeterministic_seeded in getattr(self.function, "tags", ())
-
-    @property
-    def name(self) -> str:
-        schema = getattr(self.function, "_schema", None)
-        return getattr(self.function, "__name__", "a module") if schema is None else schema.name.removeprefix("aten::")
-
-
-class Recorder(TorchDispatchMode):
-    """Keeps every launch of a kernel and every call of torch inside a step, and all of their tensors."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.calls: list[_Call] = []
-        self.storages: dict[int, torch.UntypedStorage] = {}
-        self.new: set[int] = set()
-        """addresses of the storages that the step allocated"""
-        self._is_paused = False
-
-    @classmethod
-    def _should_skip_dynamo(cls) -> bool:
-        return False  # else torch imports its compiler, 2 s
-
-    @contextlib.contextmanager
-    def recording(self) -> Iterator[None]:
-        has_compiled = "torch._dynamo" in sys.modules and hasattr(torch.compiler, "set_stance")  # new in torch 2.6
-        eager = torch.compiler.set_stance("force_eager") if has_compiled else contextlib.nullcontext()
-        with eager, _HostReads(self), self:  # compiled programs would not be seen
-            observer.note = self._note_launch
-            try:
-                yield
-            finally:
-                observer.note = None
-
-    def call(self, function: Callable, *args: Any, **kwargs: Any) -> Any:
-        """Call a Python function that each replay calls again; the step sees copies of its new tensors."""
-        if observer.note != self._note_launch:  # another thread, or no step
-            return function(*args, **kwargs)
-        self._is_paused, observer.note = True, None
-        try:
-            results = function(*args, **kwargs)
-        finally:
-            self._is_paused, observer.note = False, self._note_launch
-        given = self.keep(_tensors(args, kwargs))
-        results = tree_map_only(Tensor, lambda t: t if _address(t) in given else t.clone(), results)
-        self._add(function, args, kwargs, results, given)
-        return results
-
-    def _note_launch(self, name: str, args: tuple) -> None:
-        num_results = len(getattr(_C, name).__doc__.partition("->")[2].split())
-        call = _Call(name, args, {}, [])
-        call.written = self.keep(_tensors(args[-num_results:]))
-        call.touched = self.keep(_tensors(args))
-        self.calls.append(call)
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
-        kwargs = kwargs or {}
-        if self._is_paused:
-            return func(*args, **kwargs)
-        if func.namespace == "megalodon_ops":
-            with self:  # records what the op's Python calls
-                return func.redispatch(_CPU, *args, **kwargs)
-        results = func(*args, **kwargs)
-        values = dict(zip((argument.name for argument in func._schema.arguments), args)) | kwargs
-        is_written = {a.name: a.alias_info is not None and a.alias_info.is_write for a in func._schema.arguments}
-        changed = [value for name, value in values.items() if is_written[name]]
-        self._add(func, args, kwargs, results, self.keep(_tensors(changed)))
-        return results
-
-    def note_host_read(self, function: Callable, args: tuple) -> None:
-        if not self._is_paused:
-            self._add(function, args, {}, 0, set())
-
-    def _add(self, function: Callable, args: tuple, kwargs: dict, results: Any, written: set[int]) -> None:
-        inputs, known = self.keep(_tensors(args, kwargs)), set(self.storages)
-        outputs = self.keep(_tensors(results))
-        self.new |= outputs - known
-        if function in _EMPTY:
-            return
-        fresh = outputs - inputs
-        call = _Call(function, args, kwargs, [(i, t) for i, t in enumerate(_tensors(results)) if _address(t) in fresh])
-        call.written, call.touched = written | fresh, inputs | outputs
-        call.leaves_tensors = any(map(_has_no_memory, tree_leaves(results)))
-        if call.written or call.leaves_tensors:  # else results are views
-            self.calls.append(call)
-
-    def keep(self, tensors: list[Tensor]) -> set[int]:
-        """Keep the tensors' memory; return the addresses of their storages."""
-        storages = {a: tensor.untyped_storage() for tensor in tensors if (a := _address(tensor))}
-        self.storages |= storages
-        return set(storages)
-
-
-class _HostReads(TorchFunctionMode):
-    """Notes the functions by which Python reads values and which :class:`Recorder` does not see."""
-
-    def __init__(self, recorder: Recorder) -> None:
-        super().__init__()
-        self._recorder = recorder
-
-    def __torch_function__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
-        if func in _HOST_READS:
-            self._recorder.note_host_read(func, args[:1])
-        return func(*args, **(kwargs or {}))
-
-
-def _as_kernel(call: _Call) -> tuple | None:
-    """Return the kernel, and its arguments, that computes what a call of torch does; None if there is none."""
-    function, args = call.function, call.args
-    if function is aten.copy_.default:
-        (y, x), others = args[:2], args[2:]
-    elif len(call.results) == 1:
-        x, y, others = args[0], call.results[0][1], args[1:]
-    elif function in _OPERATIONS:  # in place
-        x, y, others = args[0], args[0], args[1:]
-    else:
-        return None
-    operands = [x, y, *_tensors(others)]
-    if not all(isinstance(t, Tensor) and t.is_contiguous() and not t.is_neg() and not t.is_conj() for t in operands):
-        return None
-    if function is aten.embedding.default:
-        has_kernel = x.dim() == 2 and x.dtype in _COPIED and args[1].dtype == torch.int64
-        return ("embedding_rows", x, args[1], y) if has_kernel else None
-    if (function is aten.copy_.default or function in _COPIES) and x.shape == y.shape:
-        if x.dtype == y.dtype:
-            return ("copy_memory", x, y) if x.dtype in _COPIED else None
-        return ("elementwise", x, None, "=", 1.0, _MINUS_ZERO, y) if {x.dtype, y.dtype} <= {*_FLOATS} else None
-    if function not in _OPERATIONS or call.kwargs or len(others) != 1:
-        return None
-    operation, (b,), dtypes = _OPERATIONS[function], others, {t.dtype for t in operands}
-    if not (dtypes <= {*_FLOATS} or dtypes == {torch.float64}):
-        return None
-    if not isinstance(b, Tensor):
-        if type(b) not in (int, float) or operation == "/":
-            return None
-        scale, shift = (b, _MINUS_ZERO) if operation == "*" else (1.0, b if operation == "+" else -b)
-        return "elementwise", x, None, "=", float(scale), float(shift), y
-    if not all(_is_suffix(t.shape, y.shape) for t in (x, b)) or not any(t.shape == y.shape for t in (x, b)):
-        return None
-    if any(t.dim() == 0 and t.dtype != y.dtype for t in (x, b)):  # such a tensor does not promote the other
-        return None
-    return "elementwise", x, b, operation, 1.0, _MINUS_ZERO, y
-
-
-def _is_suffix(shape: torch.Size, whole: torch.Size) -> bool:
-    """Return True if a tensor of this shape, ones in front apart, repeats over the leading axes of `whole`."""
-    while len(shape) and shape[0] == 1 and math.prod(shape) != 1:
-        shape = shape[1:]
-    return whole[len(whole) - len(shape) :] == shape
+"""Elements of a result that torch copies and samples on OpenMP's threads, which then still spin in the next step"""
 
 
 class Step:
     """A recorded call, which :func:`record` returns; see there.
 
     Attributes:
-        state: the state after the last call, in place; a copy of it is the caller's.
+        state: the state after the last call. The next call overwrites it; copy it to keep it.
     """
 
     def __init__(
@@ -244,13 +44,13 @@ class Step:
         recorder = recorder or Recorder()
         with torch.inference_mode(False), torch.no_grad():
             self._inputs = [x.clone(memory_format=torch.contiguous_format) for x in inputs]
-            before = _tensors(state)
+            before = tensors_in(state)
             recorder.keep([*self._inputs, *before])
             with recorder.recording():
                 results = function(*self._inputs) if state is None else function(*self._inputs, state=state)
             results, after = (results, None) if state is None else self._split(results)
             self._leaves, self._structure = tree_flatten(results)
-            changes = [(old, new) for old, new in zip(before, _tensors(after)) if old is not new]
+            changes = [(old, new) for old, new in zip(before, tensors_in(after)) if old is not new]
             self._build(recorder, changes, checks_host_reads, warns)
             self.first = tree_map_only(Tensor, torch.clone, results)
             for old, new in [(old, new.clone()) for old, new in changes]:
@@ -292,7 +92,7 @@ class Step:
     def _split(self, results: Any) -> tuple[Any, Any]:
         """Split the function's results into those of the step and the new state."""
         if isinstance(results, tuple) and len(results) == 2:
-            kinds = [[(t.shape, t.dtype) for t in _tensors(state)] for state in (self.state, results[1])]
+            kinds = [[(t.shape, t.dtype) for t in tensors_in(state)] for state in (self.state, results[1])]
             if kinds[0] == kinds[1]:
                 return results
         raise ValueError(
@@ -304,15 +104,15 @@ class Step:
         self, recorder: Recorder, changes: list[tuple[Tensor, Tensor]], checks_host_reads: bool, warns: bool
     ) -> None:
         """Make the recording of the calls that depend on inputs, on the state or on other memory that a call writes."""
-        varying = {_address(tensor) for tensor in (*self._inputs, *_tensors(self.state))} - {0}
+        varying = {address_of(tensor) for tensor in (*self._inputs, *tensors_in(self.state))} - {0}
         calls = self._needed(recorder, varying, checks_host_reads)
         for call in calls:
-            if not isinstance(call.function, str) and (kernel := _as_kernel(call)):
+            if not isinstance(call.function, str) and (kernel := as_kernel(call)):
                 (call.function, *call.args), call.kwargs, call.results = kernel, {}, []
-        places = _places(recorder, calls, changes, _tensors(self._leaves), varying)
+        places = _places(recorder, calls, changes, tensors_in(self._leaves), varying)
 
         def placed(tensor: Tensor) -> Tensor:
-            storage = places.get(_address(tensor))
+            storage = places.get(address_of(tensor))
             if storage is None:
                 return tensor
             moved = tensor.new_empty(0).set_(storage, tensor.storage_offset(), tensor.size(), tensor.stride())
@@ -320,17 +120,17 @@ class Step:
 
         self._recording, self._memory, in_python = _C.Recording(), [], []
         self._calls_python = False
-        self._own_threads = sum(tensor.numel() for tensor in _tensors(self._leaves)) < _TORCH_GRAIN
+        self._own_threads = sum(tensor.numel() for tensor in tensors_in(self._leaves)) < _TORCH_GRAIN
         for call in calls:
             args, kwargs, results = tree_map_only(Tensor, placed, (tuple(call.args), call.kwargs, call.results))
-            self._memory += [tensor.untyped_storage() for tensor in _tensors(args) if _address(tensor)]
+            self._memory += [tensor.untyped_storage() for tensor in tensors_in(args) if address_of(tensor)]
             if not isinstance(call.function, str):
                 self._calls_python = True
                 self._recording.keep_call(_replay_of(self._op, call, args, kwargs, results))
-                in_python += [] if call.function in _PRODUCTS else [call.name]
+                in_python += [] if call.function in PRODUCTS else [call.name]
             elif call.function != "copy_memory" or args[0].data_ptr() != args[1].data_ptr():
                 self._recording.keep(getattr(_C, call.function), *args)
-        staged = [(old, new, torch.empty_like(old)) for old, new in changes if _address(new) not in places]
+        staged = [(old, new, torch.empty_like(old)) for old, new in changes if address_of(new) not in places]
         for x, y in [(new, stage) for _, new, stage in staged] + [(stage, old) for old, _, stage in staged]:
             if _is_copied(x, y):
                 self._recording.keep(_C.copy_memory, x, y)
@@ -345,7 +145,7 @@ class Step:
                 stacklevel=4,
             )
 
-    def _needed(self, recorder: Recorder, varying: set[int], checks_host_reads: bool) -> list[_Call]:
+    def _needed(self, recorder: Recorder, varying: set[int], checks_host_reads: bool) -> list[Call]:
         """Return the calls whose results are not constants; add all memory that they write to `varying`."""
         varying |= set().union(*(call.written for call in recorder.calls)) - recorder.new
         changed = True
@@ -366,7 +166,7 @@ class Step:
 
 
 def _places(
-    recorder: Recorder, calls: list[_Call], changes: list[tuple[Tensor, Tensor]], kept: list[Tensor], varying: set[int]
+    recorder: Recorder, calls: list[Call], changes: list[tuple[Tensor, Tensor]], kept: list[Tensor], varying: set[int]
 ) -> dict[int, torch.UntypedStorage]:
     """Return the storages that replace those of the recorded call, by address.
 
@@ -378,10 +178,10 @@ def _places(
         for address in call.touched:
             first.setdefault(address, i)
             last[address] = i
-    stays = {_address(tensor) for tensor in (*kept, *(new for _, new in changes))}
-    results = {_address(tensor) for tensor in kept}
+    stays = {address_of(tensor) for tensor in (*kept, *(new for _, new in changes))}
+    results = {address_of(tensor) for tensor in kept}
     for old, new in changes:
-        source, target = _address(new), _address(old)
+        source, target = address_of(new), address_of(old)
         if source not in recorder.new or source not in first or {source} & (results | places.keys()) or target in stays:
             continue
         writer, end = calls[first[source]], last.get(target, -1)
@@ -409,18 +209,16 @@ def _is_whole(tensor: Tensor) -> bool:
 def _is_copied(x: Tensor, y: Tensor) -> bool:
     """Return True if y.copy_(x) copies memory."""
     contiguous = all(t.is_contiguous() and not t.is_conj() and not t.is_neg() for t in (x, y))
-    return contiguous and x.dtype == y.dtype and x.shape == y.shape and x.dtype in _COPIED
+    return contiguous and x.dtype == y.dtype and x.shape == y.shape and x.dtype in COPIED
 
 
-def _replay_of(
-    op: str, call: _Call, args: tuple, kwargs: dict, results: list[tuple[int, Tensor]]
-) -> Callable[[], None]:
+def _replay_of(op: str, call: Call, args: tuple, kwargs: dict, results: list[tuple[int, Tensor]]) -> Callable[[], None]:
     """Return a function that calls the recorded one and copies its new tensors to the recorded ones."""
     function, name = call.function, call.name
 
     def replay() -> None:
         found = function(*args, **kwargs)
-        found = [found] if isinstance(found, Tensor) else _tensors(found)
+        found = [found] if isinstance(found, Tensor) else tensors_in(found)
         for place, old in results:
             new = found[place]
             if new.shape != old.shape:
@@ -488,9 +286,9 @@ def record(module: Callable, *example: Tensor, state: Any = None) -> Step:
         raise TypeError(f"record: `module` must be a module or a function, got {describe(module)}.")
     for x in example:
         check_tensor("record", "example", x)
-    if state is not None and not _tensors(state):
+    if state is not None and not tensors_in(state):
         raise TypeError(f"record: `state` must hold tensors, or be None, got {describe(state)}.")
-    for name, tensors in ("example", example), ("state", _tensors(state)):
+    for name, tensors in ("example", example), ("state", tensors_in(state)):
         for x in tensors:
             if not x.is_cpu:
                 raise ValueError(f"record: `{name}` must be on the CPU, got a tensor on {x.device}; move it there.")
@@ -501,7 +299,7 @@ def record(module: Callable, *example: Tensor, state: Any = None) -> Step:
         if before.get(name) is not value:
             raise ValueError(f"record: `module` must write its tensors in place, by copy_(), got another `{name}`.")
     with torch.no_grad():
-        for own, given in zip(_tensors(copied), _tensors(state)):
+        for own, given in zip(tensors_in(copied), tensors_in(state)):
             own.copy_(given)
     return step
 
