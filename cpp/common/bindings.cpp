@@ -8,6 +8,7 @@ PYBIND11_MODULE(_C, module) {
   end_threads_before_forks();
   Registration::define_all(module);
   module.def("num_threads", [] { return num_threads(); });
+  module.def("use_own_threads", use_own_threads);
   module.def("build_info", [] {
     py::dict info;
     info["version"] = MEGALODON_VERSION;

@@ -12,6 +12,7 @@
 #include <stdexcept>
 #include <string>
 #include <thread>
+#include <utility>
 #include <vector>
 
 #if defined(__linux__)
@@ -217,7 +218,9 @@ void run_on_threads(int threads, ThreadBody body, void* argument) {
   GOMP_parallel(run, &region, static_cast<unsigned>(threads), 0);
 }
 
-OwnThreads::OwnThreads() : outer_(uses_own_threads) { uses_own_threads = true; }
+bool use_own_threads(bool on) { return std::exchange(uses_own_threads, on); }
+
+OwnThreads::OwnThreads() : outer_(use_own_threads(true)) {}
 OwnThreads::~OwnThreads() { uses_own_threads = outer_; }
 
 void end_own_threads() { team.end(); }

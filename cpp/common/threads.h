@@ -29,6 +29,9 @@ class OwnThreads {
   const bool outer_;
 };
 
+// Lets the calling thread's kernels run on own threads, or not; returns what was. For Python; see OwnThreads.
+bool use_own_threads(bool on);
+
 // Ends the calling thread's own threads; the next kernel starts new ones.
 void end_own_threads();
 

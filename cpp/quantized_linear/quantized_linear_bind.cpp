@@ -28,15 +28,24 @@ MEGALODON_BINDING(quantized_linear, (py::handle x_, py::handle weight_, py::hand
   MEGALODON_LAUNCH(target, quantized_linear, params);
 }
 
-MEGALODON_BINDING(dequantize, (py::handle weight_, py::handle scale_), (py::handle y_)) {
+void dequantize_existing(const DequantizeParams& p) {
+  for (int64_t i = 0; p.rows && i < p.num_rows; ++i)
+    if (p.rows[i] < 0 || p.rows[i] >= p.outputs)
+      throw py::index_error("quantized embedding: `tokens` must be in [0, " + std::to_string(p.outputs) + "), got " +
+                            std::to_string(p.rows[i]) + ".");
+  launch_dequantize_cpu(p);
+}
+
+MEGALODON_BINDING(dequantize, (py::handle weight_, py::handle scale_, py::handle rows_), (py::handle y_)) {
   const TensorView weight("quantized_linear", "weight", weight_), scale("quantized_linear", "scale", scale_);
-  const TensorView y("quantized_linear", "y", y_);
+  const TensorView rows("quantized_linear", "rows", rows_), y("quantized_linear", "y", y_);
   DequantizeParams params{};
-  params.dtype = floats_of(y.rank("(O, I)", 2));
+  params.dtype = floats_of(y.rank("(T, I)", 2));
   read_quantized_weight(weight, scale, y.size(1), params);
-  params.num_rows = params.outputs;
-  params.y = y.shape("(O, I)", {params.outputs, params.inputs}).data();
-  MEGALODON_LAUNCH(target, dequantize, params);
+  params.num_rows = rows.given() ? rows.rank("(T,)", 1).size(0) : params.outputs;
+  params.rows = rows.dtype(Scalar::i64, "indices").data_as<const int64_t>();
+  params.y = y.shape("(T, I)", {params.num_rows, params.inputs}).data();
+  target.launch(params, dequantize_existing);
 }
 
 }  // namespace

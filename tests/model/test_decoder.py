@@ -249,3 +249,33 @@ def test_tokens_of_other_types_and_strides(dtype):
     pieces = [tokens[:, i : i + 2] for i in range(0, 8, 2)]
     expected = by_layers(model, state, [piece.long().contiguous() for piece in pieces])
     assert all(torch.equal(a, b) for a, b in zip(by_decoder(mo.Decoder(model, state), pieces), expected, strict=True))
+
+
+def test_replaced_rows_go_on_as_in_a_decoder_of_their_own():
+    """To the bit; the other rows do not change, and beams of replaced rows share nothing with older ones."""
+    for variant in ("plain", "memory, two chunks"):
+        model, state = model_and_state(rows=3, **VARIANTS[variant])
+        tokens = tokens_of(3, 9)
+        _, others = model(tokens[:, :7], return_state=True)
+        decoder, single = mo.Decoder(model, state), [mo.Decoder(model, state[[row]]) for row in range(3)]
+        decoder(tokens[:, :1]), [one(tokens[[row], :1]) for row, one in enumerate(single)]
+        decoder.reorder(torch.tensor([0, 0, 2]))
+        single[1] = mo.Decoder(model, single[0].state)
+        decoder.replace(torch.tensor([2, 0]), others[[1, 0]])
+        single[2], single[0] = mo.Decoder(model, others[[1]]), mo.Decoder(model, others[[0]])
+        for t in range(1, 5):
+            found = decoder(tokens[:, t : t + 1])
+            for row, one in enumerate(single):
+                assert torch.equal(found[[row]], one(tokens[[row], t : t + 1])), (variant, t, row)
+        decoder.reorder(torch.tensor([2, 2, 2]))
+        single = [mo.Decoder(model, single[2].state) for _ in range(3)]
+        found = decoder(tokens[:, :1])
+        assert all(torch.equal(found[[row]], one(tokens[[row], :1])) for row, one in enumerate(single))
+    for rows, wrong, message in (
+        (torch.tensor([0, 0]), others[:2], "`rows` must be different integers"),
+        (torch.tensor([0]), others[:2], "`state` must be of 1 rows, those of `rows`, got one of 2"),
+        (torch.tensor([3]), others[:1], r"`rows` must be in \[0, 3\), got \[3\]"),
+        (torch.tensor([0]), others[:1].to(torch.float64), "must be torch.float32 beside the other tensors"),
+    ):
+        with pytest.raises((ValueError, IndexError, TypeError), match=message):
+            decoder.replace(rows, wrong)

@@ -155,6 +155,28 @@ def test_files_hold_models_and_states(tmp_path):
         assert_close(model(x, state=both[[1, 0]])[1:], expected, tolerance=1e-11)
 
 
+@torch.no_grad()
+def test_a_decoder_gives_the_bits_of_the_layers():
+    for form, options in FORMS.items():
+        for dtype in (torch.float32, torch.bfloat16):
+            model = model_of_numbers(**options).to(dtype)
+            x = series(model, 2, 24)
+            _, state = model(x[:, :5], return_state=True)
+            decoder = mo.Decoder(model, state)
+            assert decoder.fused
+            for i, piece in enumerate(x[:, 5:].split([1, 1, 2, 1, 7, 1, 6], 1)):
+                piece = piece.float() if i == 1 else piece
+                y, state = model(piece, state=state, return_state=True)
+                assert torch.equal(decoder(piece), y), (form, dtype, i)
+            decoder.reorder(torch.tensor([1, 1]))
+            more = series(model, 1, 1, seed=3).expand(2, 1, 3)
+            assert torch.equal(decoder(more), model(more, state=state[[1, 1]]))
+    with pytest.raises(ValueError, match=r"Decoder: `tokens` must have shape \(2, L, 3\), got \(1, 1, 3\)"):
+        decoder(x[:1, :1])
+    with pytest.raises(ValueError, match=r"Decoder: `tokens` must be finite, got inf at \[0, 0, 0\]"):
+        decoder(torch.full((2, 1, 3), torch.inf))
+
+
 def test_float32_inputs_keep_the_digits_of_the_data():
     model = model_of_numbers().float()
     x = series(model, 1, 50)
@@ -183,7 +205,6 @@ def test_what_only_text_has_is_refused_by_name(tmp_path):
             lambda: model.generate(x, max_new_tokens=1),
             lambda: model.stream(x),
             lambda: model.loss(x, tokens),
-            lambda: mo.Decoder(model, state),
             lambda: mo.quantize(model, "int8"),
             lambda: mo.save_official(model, tmp_path / "official"),
         ],

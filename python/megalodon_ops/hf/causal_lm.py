@@ -27,7 +27,10 @@ class MegalodonCausalModel(MegalodonPreTrainedModel):
     _ours = Megalodon
     _trunk = ("embed", "layers", "output.final_norm")
     _is_stateful = True
-    _keys_to_ignore_on_load_unexpected = [r"^(lm_head|output\.output)\.(weight|scale)$", r"^score\."]  # of other classes
+    _keys_to_ignore_on_load_unexpected = [
+        r"^(lm_head|output\.output)\.(weight|scale)$",
+        r"^score\.",
+    ]  # of other classes
 
     def _hidden(self, batch: Batch, positions: Tensor | None, whole: bool) -> Tensor:
         """Return the final norm's output (B, K, D) at `positions` (K,) or (B, K); None: at all positions.

@@ -20,10 +20,13 @@ from ..ops.common.checks import check_tensor, describe
 from ..ops.common.recorder import Recorder
 from ..ops.common.recording import Step
 from .blocks import at_least_float32
-from .inputs import check_reads_tokens
+from .inputs import check_inputs
 from .layers import has_own_forward, wide_parameters
-from .model_state import MegalodonState, as_real, complete, layout, named_tensors
+from .model_state import MegalodonState, as_real, check_state, complete, layout, named_tensors
+from .quantized_layers import small_tensors
+from .sequences import Sequences
 
+_NEVER = -(2**62)
 _ALTERNATIVE = "call the model there, with its state: model(tokens, state=state, return_state=True)"
 
 
@@ -72,7 +75,6 @@ class Decoder:
         check_runs_now("Decoder", _ALTERNATIVE)
         if not hasattr(model, "_reference"):
             raise TypeError(f"Decoder: `model` must be a Megalodon, got {describe(model)}.")
-        check_reads_tokens("Decoder", model.config)
         if not isinstance(state, MegalodonState) or len(state.layers) != model.config.num_layers:
             raise ValueError(
                 f"Decoder: `state` must be a MegalodonState of {model.config.num_layers} layers, as the model returns it, "
@@ -86,7 +88,7 @@ class Decoder:
         self._autocast = torch.autocast(device, enabled=enabled, dtype=dtype)
         self._lock, self._state_is_whole = threading.RLock(), True
         self._tokens_read = 0
-        self._last_equal = torch.full((self.num_sequences, self.num_sequences), -(2**62), device="cpu")
+        self._last_equal = torch.full((self.num_sequences, self.num_sequences), _NEVER, device="cpu")
         """(B, B): number of tokens read when two sequences were last equal"""
         self._max_tokens = linear.most_few_rows(self._like.dtype) if self._may_record(enabled) else 0
         self._steps: dict[int, Step] = {}
@@ -136,23 +138,59 @@ class Decoder:
                 new = slice(int((ends - since_divergence).clamp(min=0).min()), int(ends.max()))
                 for tensor in (*layer.norm, layer.cema, k[:, new], v[:, new], position, *memory):
                     tensor[targets] = tensor[sources]
-            for tensor in self._state.norm:
+            for tensor in (*self._state.norm, *self._state.inputs):
                 tensor[targets] = tensor[sources]
 
+    @torch.no_grad()
+    def replace(self, rows: Tensor, state: MegalodonState) -> None:
+        """Put other sequences in the places `rows`, in place, where others have ended: continuous batching.
+
+        Args:
+            rows: (n,) different integers in [0, B).
+            state: of n sequences, as a call of the model returned it.
+
+        Raises:
+            ValueError, TypeError: the state is not one of this model, or `rows` are not such places.
+        """
+        check_tensor("Decoder", "rows", rows)
+        if rows.dim() != 1 or rows.dtype not in (torch.int64, torch.int32) or len(rows.unique()) < len(rows):
+            raise ValueError(f"Decoder: `rows` must be different integers (n,), got {rows.dtype} {rows.tolist()}.")
+        if bool(((rows < 0) | (rows >= self.num_sequences)).any()):
+            raise IndexError(f"Decoder: `rows` must be in [0, {self.num_sequences}), got {rows.tolist()}.")
+        check_state("Decoder", state, self._model.config, len(rows), "rows")
+        state = complete(state)
+        self._check_state_tensors(state, len(rows))
+        rows, new = rows.long(), named_tensors(state)
+        with self._lock:
+            self._check_state()
+            for name, tensor in named_tensors(self._state).items():
+                tensor[rows.to(tensor.device)] = new[name].to(tensor.device)
+            rows = rows.cpu()
+            self._last_equal[rows] = self._last_equal[:, rows] = _NEVER
+
     def __call__(self, tokens: Tensor) -> Tensor:
-        """Logits (B, L, num_outputs) after each of the next tokens (B, L), float32 (float64 for a float64 model)."""
+        """Logits (B, L, num_outputs) after each of the next tokens (B, L), float32 (float64 for a float64 model).
+
+        A model with `num_features` reads numbers (B, L, F), of any floating-point type, and returns numbers.
+        """
         check_tensor("Decoder", "tokens", tokens)
         check_runs_now("Decoder", _ALTERNATIVE)
-        B = self.num_sequences
-        if tokens.dim() != 2 or tokens.shape[0] != B or tokens.dtype not in (torch.int64, torch.int32):
+        B, size = self.num_sequences, self._model.config.num_features
+        if size is not None:
+            if tokens.shape[:1] != (B,):
+                raise ValueError(f"Decoder: `tokens` must have shape ({B}, L, {size}), got {tuple(tokens.shape)}.")
+            check_inputs("Decoder", "tokens", tokens, self._model, Sequences())
+            tokens = tokens.double()  # one step for all types
+        elif tokens.dim() != 2 or tokens.shape[0] != B or tokens.dtype not in (torch.int64, torch.int32):
             raise ValueError(
                 f"Decoder: `tokens` must be int64 or int32 ({B}, L), got {tokens.dtype} {tuple(tokens.shape)}."
             )
-        tokens = tokens.long()
+        else:
+            tokens = tokens.long()
         with self._lock:
             self._check_state()
-            by_step = 0 < tokens.numel() <= self._max_tokens and self._has_room(tokens.shape[1])
-            if by_step:
+            by_step = 0 < B * tokens.shape[1] <= self._max_tokens and self._has_room(tokens.shape[1])
+            if by_step and size is None:
                 self._check_tokens(tokens)
             self._state_is_whole = False
             try:
@@ -244,12 +282,16 @@ class Decoder:
         """Raise unless the parameters outside of changed modules, and the state, have the model's shapes and dtypes."""
         config, dtype = self._model.config, self._like.dtype
         given, wide = dict(self._model.named_parameters(remove_duplicate=False)), wide_parameters(reference)
+        small = small_tensors(reference)
         for name, parameter in reference.named_parameters(remove_duplicate=False):
             if name in given and not any(f"{name}.".startswith(f"{changed}.") for changed in self._changed):
-                wanted = accumulation_dtype(dtype) if name in wide else dtype
+                wanted = parameter.dtype if name in small else accumulation_dtype(dtype) if name in wide else dtype
                 _check_tensor_is(name, given[name], wanted, tuple(parameter.shape))
-        state = named_tensors(self._state)
-        for name, wanted, shape in layout(config, self.num_sequences, dtype):
+        self._check_state_tensors(self._state, self.num_sequences)
+
+    def _check_state_tensors(self, state: MegalodonState, rows: int) -> None:
+        config, state = self._model.config, named_tensors(state)
+        for name, wanted, shape in layout(config, rows, self._like.dtype):
             if (tensor := state.get(name)) is None:
                 raise ValueError(f"Decoder: `state.{name}` must be a tensor, got None.")
             _check_tensor_is(f"state.{name}", as_real(tensor), wanted, shape)

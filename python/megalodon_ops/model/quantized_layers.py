@@ -83,9 +83,9 @@ class QuantizedEmbedding(_QuantizedModule):
         self.num_embeddings, self.embedding_dim = num_embeddings, embedding_dim
 
     def forward(self, tokens: Tensor) -> Tensor:
-        rows = tokens.flatten()
-        small = self.weight.index_select(0, rows), self.scale.index_select(0, rows)
-        return dequantize(*small, self.embedding_dim, self._dtype).view(*tokens.shape, self.embedding_dim)
+        rows = tokens.flatten().long()
+        y = dequantize(self.weight, self.scale, self.embedding_dim, self._dtype, rows)
+        return y.view(*tokens.shape, self.embedding_dim)
 
     def extra_repr(self) -> str:
         return f"{self.num_embeddings}, {self.embedding_dim}, kind={self.kind}"
@@ -131,6 +131,12 @@ def replace_layers(model: nn.Module, kind: str) -> None:
             else:
                 continue
             parent.add_module(name, small.to(module.weight.dtype))
+
+
+def small_tensors(model: nn.Module) -> set[str]:
+    """Return the names of quantised weights and of their scales."""
+    modules = model.named_modules(remove_duplicate=False)
+    return {f"{name}.{own}" for name, m in modules if isinstance(m, _QuantizedModule) for own in ("weight", "scale")}
 
 
 def computing_dtype(model: nn.Module) -> torch.dtype:

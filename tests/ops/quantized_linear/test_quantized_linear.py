@@ -170,4 +170,4 @@ def test_opcheck(kind):
     x, weight, scale, bias = inputs(3, kind=kind)
     torch.library.opcheck(quantized_linear_fwd, (x, weight, scale, bias))
     torch.library.opcheck(quantized_linear_fwd, (x, weight, scale, None))
-    torch.library.opcheck(dequantize_fwd, (weight, scale, 300, torch.bfloat16))
+    torch.library.opcheck(dequantize_fwd, (weight, scale, None, 300, torch.bfloat16))

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import threading
 import warnings
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, NoReturn
 
 import torch
@@ -22,6 +23,16 @@ _IN_PLACE = {"timestep_norm_fwd", "cema_fwd", "chunked_attention_state", "copy_m
 """kernels that may write a new state over the old one"""
 _TORCH_GRAIN = 32768
 """Elements of a result that torch copies and samples on OpenMP's threads, which then still spin in the next step"""
+
+
+@contextlib.contextmanager
+def _own_threads() -> Iterator[None]:
+    """Run kernels on the threads that run the recorded step, so that no others start."""
+    before = _C.use_own_threads(True)
+    try:
+        yield
+    finally:
+        _C.use_own_threads(before)
 
 
 class Step:
@@ -46,7 +57,7 @@ class Step:
             self._inputs = [x.clone(memory_format=torch.contiguous_format) for x in inputs]
             before = tensors_in(state)
             recorder.keep([*self._inputs, *before])
-            with recorder.recording():
+            with recorder.recording(), _own_threads():
                 results = function(*self._inputs) if state is None else function(*self._inputs, state=state)
             results, after = (results, None) if state is None else self._split(results)
             self._leaves, self._structure = tree_flatten(results)

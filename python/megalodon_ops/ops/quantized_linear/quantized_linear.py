@@ -187,21 +187,22 @@ def _check(x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None) -> Non
         check_device("quantized_linear", argument, tensor, x)
 
 
-def dequantize(weight: Tensor, scale: Tensor, inputs: int, dtype: torch.dtype) -> Tensor:
-    """Return the matrix (O, `inputs`) that the integers and scales stand for, rounded to `dtype`."""
-    return call(dequantize_fwd, weight, scale, inputs, dtype)
+def dequantize(weight: Tensor, scale: Tensor, inputs: int, dtype: torch.dtype, rows: Tensor | None = None) -> Tensor:
+    """Return the matrix (O, `inputs`) that the integers and scales stand for, or its `rows` (T,), rounded to `dtype`."""
+    return call(dequantize_fwd, weight, scale, rows, inputs, dtype)
 
 
-def _dequantize(weight, scale, inputs, dtype):
+def _dequantize(weight, scale, rows, inputs, dtype):
     if not weight.is_cpu:
-        return dequantize_by_torch(weight, scale, inputs, dtype)
-    y = _dequantize_fake(weight, scale, inputs, dtype)
-    launch("dequantize", weight.contiguous(), scale.contiguous(), y)
+        selected = (weight, scale) if rows is None else (weight[rows], scale[rows])
+        return dequantize_by_torch(*selected, inputs, dtype)
+    y = _dequantize_fake(weight, scale, rows, inputs, dtype)
+    launch("dequantize", weight.contiguous(), scale.contiguous(), contiguous_or_none(rows), y)
     return y
 
 
-def _dequantize_fake(weight, scale, inputs, dtype):
-    return weight.new_empty((weight.shape[0], inputs), dtype=dtype)
+def _dequantize_fake(weight, scale, rows, inputs, dtype):
+    return weight.new_empty(((weight if rows is None else rows).shape[0], inputs), dtype=dtype)
 
 
 def _fwd(x, weight, scale, bias):
@@ -215,7 +216,7 @@ def _fwd(x, weight, scale, bias):
     with torch.no_grad():
         for begin in range(0, len(weight), step):
             part = slice(begin, begin + step)
-            copy = _dequantize(weight[part], scale[part], x.shape[-1], x.dtype)
+            copy = _dequantize(weight[part], scale[part], None, x.shape[-1], x.dtype)
             outputs[:, part] = linear(rows, copy, None if bias is None else bias[part])
     return y
 
@@ -242,8 +243,8 @@ quantized_linear_fwd = define_op(
     flops=lambda x, weight: 2 * x.numel() * weight.shape[0],
 )
 dequantize_fwd = define_op(
-    "dequantize_fwd(Tensor weight, Tensor scale, int inputs, ScalarType dtype) -> Tensor y",
+    "dequantize_fwd(Tensor weight, Tensor scale, Tensor? rows, int inputs, ScalarType dtype) -> Tensor y",
     kernel=_dequantize,
     fake=_dequantize_fake,
-    flops=lambda weight, inputs: weight.shape[0] * inputs,
+    flops=lambda weight, rows, inputs: (weight if rows is None else rows).shape[0] * inputs,
 )
