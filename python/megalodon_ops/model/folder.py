@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import math
 import os
 import shutil
 from collections.abc import Iterable
@@ -222,10 +221,10 @@ def read_model_files(
     config, stored = read_config(folder / CONFIG, kind)
     quantization = read_quantization(folder / CONFIG)
     dtype = dtype or stored or (torch.float32 if quantization else None)
-    wanted, small_dtypes = stored_shapes(config, quantization)
     with reading(folder / CONFIG):
-        sizes = (math.prod(shape) * small_dtypes.get(name, dtype or torch.bfloat16).itemsize for name, shape in wanted)
-        check_fits(sum(sizes), "a model of this configuration")
+        bits = 8 * (dtype or torch.bfloat16).itemsize if quantization is None else {"int8": 8, "int4": 4}[quantization]
+        check_fits(config.num_parameters() * bits // 8, "a model of this configuration")
+    wanted, small_dtypes = stored_shapes(config, quantization)
     weights = stored_tensors(folder)
     if not kind.causal:
         for name in ("output.weight", "score.weight", "score.bias"):  # heads of transformers, for tokens

@@ -51,7 +51,7 @@ class Sampling:
         value = getattr(self, field)
         if value is None and field != "temperature":
             return
-        if not isinstance(value, (Sequence, Tensor)) or isinstance(value, str):
+        if not isinstance(value, Sequence) or isinstance(value, str):
             return setattr(self, field, check_number("generate", field, value, expected, low, high))
         numbers = [check_number("generate", field, one, f"{expected}, one for each row", low, high) for one in value]
         setattr(self, field, torch.tensor(numbers, dtype=torch.float64)[:, None])
