@@ -45,9 +45,8 @@ def long_text(paths: list[str] | None, held_out: int, books: int) -> LongText:
     The middle `held_out` bytes of each source become a held-out document, which resembles the text on both sides of it. The
     rest of all sources is joined and cut into `books` training documents of equal length.
     """
-    sources = (
-        {Path(path).name: find_files([path]) for path in paths} if paths else {name: _files(name) for name in LONG}
-    )
+    named = {path.name: [path] if path.is_file() else find_files([str(path)]) for path in map(Path, paths or ())}
+    sources = named or {name: _files(name) for name in LONG}
     rest, held, digest = [], {}, hashlib.sha256()
     for name, files in sources.items():
         text = b"\n".join(map(content, files))

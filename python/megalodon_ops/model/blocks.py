@@ -151,7 +151,7 @@ class NormalizedAttention(WideParameters):
             check_no_state("MegalodonBlock", state, return_state)
         sequences = Sequences(cu_seqlens, lengths) if sequences is None else sequences
         past = self.state_type(*state_fields("MegalodonBlock", state, self.state_type))
-        norm_state = sequences.norm_state(config.norm_num_groups, x, past.norm)
+        norm_state = sequences.norm_state(self.timenorm, x, past.norm)
         t, norm_state = self.timenorm(x, state=norm_state, return_state=True, **sequences.keywords)
         sent = sequences.send_end(self.cema, t, past)
         v = gated_silu(self.wv(t))  # overlaps with the exchange

@@ -361,7 +361,7 @@ class Megalodon(nn.Module):
                 x, layer_state = x
                 layer_states.append(layer_state)
         norm = self.output.final_norm
-        norm_state = sequences.norm_state(self.config.norm_num_groups, x, None if state is None else state.norm)
+        norm_state = sequences.norm_state(norm, x, None if state is None else state.norm)
         x, norm_state = norm(x, state=norm_state, return_state=True, **sequences.keywords)
         return x, MegalodonState(tuple(layer_states), norm_state) if return_state else None
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -19,6 +20,12 @@ ScaleState = TimestepNormState | tuple[()]
 """Statistics of the inputs so far, or () where there are none: a pytree without leaves"""
 _EPS = 1e-30
 """Added to a variance. A constant feature has x - mean = 0 in float64, so it gives zeros, not noise."""
+
+
+class _Groups(NamedTuple):
+    """What :meth:`Sequences.norm_state` asks of a norm."""
+
+    num_groups: int
 
 
 def standardize(
@@ -98,7 +105,7 @@ def _initial(
 ) -> TimestepNormState | None:
     """Return the norm's initial state; with missing values it has a row for each feature of each sequence."""
     if not config.missing_values:
-        return sequences.norm_state(rows.shape[-1], rows, state or None)
+        return sequences.norm_state(_Groups(rows.shape[-1]), rows, state or None)
     if not state:
         return None
     residual = None if state.residual is None else state.residual.movedim(1, 2).reshape(-1, 2, 1)

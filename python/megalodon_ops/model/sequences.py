@@ -33,8 +33,8 @@ class Sequences:
             return int(self.cu_seqlens[0]) <= position < int(self.cu_seqlens[-1])
         return self.lengths is None or position < int(self.lengths[row])
 
-    def norm_state(self, num_groups: int, x: Tensor, given: Any) -> Any:
-        """Return the initial state of a timestep norm over x (B, L, D); `given`: the caller's."""
+    def norm_state(self, norm: Any, x: Tensor, given: Any) -> Any:
+        """Return the initial state of a norm, which has `num_groups`, over x (B, L, D); `given`: the caller's."""
         return given
 
     def send_end(self, cema: nn.Module, t: Tensor, given: Any) -> Any:
