@@ -85,6 +85,18 @@ def test_contradictions_are_refused_by_name(finished, text, tmp_path, name, caps
     assert not (tmp_path / "run").exists()
 
 
+def test_models_that_no_text_trains_are_refused(finished, text, tmp_path, capsys):
+    sizes = dict(num_layers=1, model_dim=32, z_dim=16, value_dim=32, ffn_hidden_dim=32)
+    models = {
+        "has weights of int8": mo.quantize(mo.Megalodon(mo.MegalodonConfig(**sizes, vocab_size=257)), "int8"),
+        "reads numbers, not text": mo.Megalodon(mo.MegalodonConfig(**sizes, num_features=1)),
+    }
+    for message, model in models.items():
+        model.save(tmp_path / message)
+        assert init(tmp_path / message, text, tmp_path / "run") == 2
+        assert f"the model {message}; name one" in capsys.readouterr().err and not (tmp_path / "run").exists()
+
+
 def test_flags_that_agree_are_taken(finished, text, tmp_path):
     assert init(finished, text, tmp_path / "run", "--dim", 32, "--layers", 2, "--end-token") == 0
 

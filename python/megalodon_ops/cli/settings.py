@@ -117,6 +117,9 @@ def _initial_model(options: Train) -> tuple[Megalodon, MegalodonConfig, Tokenize
         model, found, _ = load_any(folder, dtype=torch.float32)
     except (FileError, FileNotFoundError) as error:
         raise CommandError(f"--init-from {error}") from error
+    if model.quantization or model.config.num_features is not None:
+        kind = "reads numbers, not text" if model.quantization is None else f"has weights of {model.quantization}"
+        raise CommandError(f"--init-from {folder}: the model {kind}; name one with floating-point weights that reads text")
     tokenizer = _tokenizer(options) or found or ByteTokenizer()
     if found is not None and tokenizer.fingerprint != found.fingerprint:
         flag = "--data" if options.tokenizer is None else "--tokenizer"
