@@ -17,7 +17,7 @@ from megalodon_ops.training import Batches, Corpus, Muon, Reader, optimizer_thre
 
 def steps(corpus: Corpus) -> Iterator[float]:
     """Losses of the default run's steps, at the peak learning rate."""
-    options, config, tokenizer = new_run(parse(["train"], COMMANDS)[1], Path("run"))
+    options, config, tokenizer, _ = new_run(parse(["train"], COMMANDS)[1], Path("run"))
     torch.manual_seed(options.seed)
     model = mo.Megalodon(config).train()
     optimizer = Muon(model, lr=options.lr, weight_decay=options.weight_decay)
