@@ -91,7 +91,7 @@ def compiled(source: Path, architecture: int = 90) -> list[Kernel]:
 
 
 def assembly(source: Path) -> dict[str, str]:
-    """Inline PTX of each kernel of a source file; x, y and z are the kernel's parameters.
+    """Inline PTX of each kernel of a source file, or its `prmt`; x, y and z are the kernel's parameters.
 
     "x" is a pointer; "x0" is word 0 of its target (read before the PTX or written after it) or of a parameter. An array
     in shared memory has its own name.
@@ -119,7 +119,8 @@ def _assembly_of(body: str) -> str:
         name(to, source, None if whole else int(offset or 0) // 4)
     for to, offset, stored in re.findall(rf"st\.global(?:\.\w+)*\s+{address}, {registers};", code):
         name(stored, operands[to], int(offset or 0) // 4)
-    return re.sub(r"%\w+", lambda register: operands[register[0]], "; ".join(re.findall(inline, body)))
+    written = re.findall(inline, body) or [" ".join(found.split()) for found in re.findall(r"\bprmt\.[^;]*", code)]
+    return re.sub(r"%\w+", lambda register: operands[register[0]], "; ".join(written))
 
 
 def _compiler() -> list[str]:

@@ -96,9 +96,7 @@ GPU_INLINE uint32_t join_halves(int half, uint32_t low, uint32_t high) {
 #if GPU_EMULATED
   return half == 0 ? (low & 0xffff) | high << 16 : low >> 16 | (high & 0xffff0000);
 #else
-  uint32_t joined;
-  asm("prmt.b32 %0, %1, %2, %3;" : "=r"(joined) : "r"(low), "r"(high), "r"(half == 0 ? 0x5410 : 0x7632));
-  return joined;
+  return __byte_perm(low, high, half == 0 ? 0x5410 : 0x7632);
 #endif
 }
 template <int half>

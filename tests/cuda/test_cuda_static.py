@@ -185,7 +185,7 @@ BUGS = {  # (file, right, wrong): kernels of wrappers.cu that change
         "multiplies<float>"
     },
     ("convert.cuh", '"f"(high), "f"(low)', '"f"(low), "f"(high)'): {"packs<bf16>", "packs<fp16>"},
-    ("convert.cuh", '"r"(low), "r"(high), "r"(half', '"r"(high), "r"(low), "r"(half'): {"joins<0>", "joins<1>"},
+    ("convert.cuh", "__byte_perm(low, high,", "__byte_perm(high, low,"): {"joins<0>", "joins<1>"},
     ("portable.cuh", '"bar.sync %0, %1;"', '"bar.sync %1, %0;"'): {"barrier"},
 }  # fmt: skip
 

@@ -71,7 +71,7 @@ LONG = ("--layers", 2, "--steps", 24, "--checkpoint-every", 6, "--eval-every", 1
 @slow
 def test_a_launch_prints_the_same_as_one_process(undisturbed_run):
     out, printed = undisturbed_run
-    assert printed.count("bits per byte") == printed.count("2 processes, data=2") == 1
+    assert printed.count("bytes     bits per byte") == printed.count("2 processes, data=2") == 1
     assert "continued by the model, 3 of 3" in printed
     assert load_checkpoint(out).record["mesh"] == {"data": 2}
 

@@ -121,7 +121,9 @@ def test_trainer_with_an_encoder(tmp_path: Path) -> None:
         return dict(input_values=values, attention_mask=mask, labels=torch.tensor([row["labels"] for row in rows]))
 
     sizes = {name: size for name, size in SIZES.items() if name not in ("vocab_size", "output_size")}
-    model = hf.MegalodonEncoderForSequenceClassification(hf.MegalodonEncoderHFConfig(**sizes, num_features=1))
+    model = hf.MegalodonEncoderForSequenceClassification(
+        hf.MegalodonEncoderHFConfig(**sizes, num_features=1, scale_inputs=False)
+    )
     arguments = transformers.TrainingArguments(
         output_dir=str(tmp_path), per_device_train_batch_size=8, learning_rate=5e-3, report_to=[], use_cpu=True,
         save_steps=20, logging_steps=5, disable_tqdm=True, num_train_epochs=1,

@@ -257,7 +257,7 @@ def record(module: Callable, *example: Tensor, state: Any = None) -> Step:
     of tensors in Python, by `item` or `if`, is refused.
 
     Args:
-        module: called as module(*example), or module(*example, state=state); `functools.partial` sets other arguments.
+        module: called as `module(*example)`, or `module(*example, state=state)`; `functools.partial` sets other arguments.
         example: tensors on the CPU. Calls of the step take others of the same shapes and dtypes.
         state: tensors, in tuples or lists, that the module reads. It returns a tuple of its results and the state after
             them, which has the same tensors. The step copies the state, and each call continues where the last one
