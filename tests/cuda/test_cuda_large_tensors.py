@@ -247,7 +247,7 @@ def test_heads_of_attention_steps_at_offsets_beyond_31_bits(emulator, large):
     q, k, v, o = (large(S, 1, heads, 4, dtype=BF16) for _ in range(4))
     cache_k, cache_v = (large(S, C, heads, 4, dtype=BF16) for _ in range(2))
     inputs = q, k, v, cache_k, cache_v, large(S, dtype=torch.int64), C, True, 1.0, 0.0, None, None, None
-    with emulator.launch_sizes(attention_span=64):
+    with emulator.launch_sizes(attention_span=64), emulator.only_bounds(apart=2**33, ends=2):  # both spans
         emulator.launch("chunked_attention_fwd", *inputs, o, large(S, 1, heads))
 
 
