@@ -315,7 +315,7 @@ def test_wrong_calls() -> None:
 
 
 def test_arguments_of_other_models_change_nothing(tmp_path: Path) -> None:
-    """What a Llama takes or ignores, and no result of this model depends on."""
+    """Arguments that a Llama takes or ignores and that change no result of this model."""
     model, ids = build_model(), torch.randint(50, (2, 6))
     others = dict(
         token_type_ids=ids, cache_position=torch.arange(6), max_length_q=6, max_length_k=6, is_causal=True,
@@ -351,7 +351,7 @@ def test_gradient_checkpointing_gives_the_same_gradients() -> None:
         "another function": (lambda model: model._set_gradient_checkpointing(True, counted), 2, 2),
         "every second layer": (lambda model: model._set_gradient_checkpointing(True, counted, 2), 2, 1),
     }
-    expected = expected_of_pieces = None
+    expected = expected_pieces = None
     with every_case() as case:
         for kind, (enable, num_calls, num_functions) in kinds.items():
             with case(kind):
@@ -367,9 +367,9 @@ def test_gradient_checkpointing_gives_the_same_gradients() -> None:
                 model.zero_grad()
                 cache = model(ids[:, :20], use_cache=True).get(CACHE)
                 model(ids[:, 20:], past_key_values=cache).logits.mean().backward()
-                of_pieces = [parameter.grad.clone() for parameter in model.parameters()]
-                expected, expected_of_pieces = (expected, expected_of_pieces) if expected else (gradients, of_pieces)
-                for a, b in zip((*gradients, *of_pieces), (*expected, *expected_of_pieces), strict=True):
+                pieces = [parameter.grad.clone() for parameter in model.parameters()]
+                expected, expected_pieces = (expected, expected_pieces) if expected else (gradients, pieces)
+                for a, b in zip((*gradients, *pieces), (*expected, *expected_pieces), strict=True):
                     close(a, b)  # sums of gradients have another order
                 if "re-entering" not in kind:
                     assert all(torch.equal(a, b) for a, b in zip(gradients, expected, strict=True))

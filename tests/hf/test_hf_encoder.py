@@ -86,9 +86,9 @@ def test_rows_with_holes_have_the_bits_of_rows_without(kind: str) -> None:
         dense[i, : len(there)], dense_mask[i, : len(there)] = given[i, there], 1
     output = model(**{name: given}, attention_mask=mask, output_hidden_states=True)
     expected = model(**{name: dense}, attention_mask=dense_mask, output_hidden_states=True)
-    of_rows = output.hidden_states if kind.startswith("classes") else (output[0], *output.hidden_states)
+    features = output.hidden_states if kind.startswith("classes") else (output[0], *output.hidden_states)
     dense_rows = expected.hidden_states if kind.startswith("classes") else (expected[0], *expected.hidden_states)
-    for found, wanted in zip(of_rows, dense_rows, strict=True):
+    for found, wanted in zip(features, dense_rows, strict=True):
         for i, there in enumerate(columns):
             assert torch.equal(found[i, there], wanted[i, : len(there)])
     if kind.startswith("classes"):

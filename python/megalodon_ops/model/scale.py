@@ -23,7 +23,7 @@ _EPS = 1e-30
 
 
 class _Groups(NamedTuple):
-    """What :meth:`Sequences.norm_state` asks of a norm."""
+    """The attribute of a norm that :meth:`Sequences.norm_state` reads."""
 
     num_groups: int
 

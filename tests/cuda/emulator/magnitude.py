@@ -15,7 +15,6 @@ only a comparison of values shows it.
 
 from __future__ import annotations
 
-import argparse
 import json
 import re
 import sys
@@ -25,7 +24,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 sys.path[:0] = map(str, (Path(__file__).parents[1], Path(__file__).parents[3]))
-from emulator.reached import CUDA
+from emulator.reached import CUDA, run_command
 from bench.sass import demangle
 
 TABLE = Path(__file__).parent / "magnitude.tsv"
@@ -108,18 +107,5 @@ def write_table(found: dict[Access, Magnitude]) -> None:
     TABLE.write_text("\n".join(lines) + "\n")
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("folder", type=Path)
-    parser.add_argument("--check", action="store_true")
-    arguments = parser.parse_args()
-    found = merge(arguments.folder)
-    if not arguments.check:
-        write_table(found)
-    problems = list(gaps(found, read_table(TABLE.read_text())))
-    print(*problems, f"{TABLE.name}: {len(found)} accesses, {len(problems)} gaps without a reason", sep="\n")
-    sys.exit(bool(problems))
-
-
 if __name__ == "__main__":
-    main()
+    run_command(sys.modules[__name__], "accesses")

@@ -172,18 +172,19 @@ def write_table(found: dict[Place, Reached]) -> None:
     TABLE.write_text("\n".join(lines) + "\n")
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def run_command(register: ModuleType, noun: str) -> None:
+    """Write a register's table from the folder that the command line names or, with --check, compare them."""
+    parser = argparse.ArgumentParser(description=register.__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path)
     parser.add_argument("--check", action="store_true")
     arguments = parser.parse_args()
-    found = merge(arguments.folder)
+    found = register.merge(arguments.folder)
     if not arguments.check:
-        write_table(found)
-    problems = list(gaps(found, read_table(TABLE.read_text())))
-    print(*problems, f"{TABLE.name}: {len(found)} places, {len(problems)} gaps without a reason", sep="\n")
+        register.write_table(found)
+    problems = list(register.gaps(found, register.read_table(register.TABLE.read_text())))
+    print(*problems, f"{register.TABLE.name}: {len(found)} {noun}, {len(problems)} gaps without a reason", sep="\n")
     sys.exit(bool(problems))
 
 
 if __name__ == "__main__":
-    main()
+    run_command(sys.modules[__name__], "places")
