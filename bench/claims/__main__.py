@@ -15,7 +15,7 @@ from types import ModuleType
 import torch
 
 from . import (
-    ablation, context, encoder, gecko_loss, gecko_tasks, long_loss, loss, memory, overview, report, speed, task_runs,
+    ablation, context, encoder, forecast, gecko_loss, gecko_tasks, long_loss, loss, memory, overview, report, speed, task_runs,
 )  # fmt: skip
 from .runs import Session, duration, results
 
@@ -23,13 +23,15 @@ CLAIMS = {
     "loss": loss, "speed": speed, "context": context, "tasks": task_runs, "memory": memory, "ablation": ablation,
     "encoder": encoder,
 }  # fmt: skip
-SECOND_ROUND = {"long-loss": long_loss, "gecko-tasks": gecko_tasks, "gecko-loss": gecko_loss}
-"""Claims whose runs take a day; not part of `all`"""
+OTHER_CLAIMS = {
+    "long-loss": long_loss, "gecko-tasks": gecko_tasks, "gecko-loss": gecko_loss, "forecast": forecast,
+}  # fmt: skip
+"""Claims that are no part of `all`: their runs take a day, or need the packages of other forecasters"""
 
 
 def main(arguments: list[str] | None = None) -> int:
     options = _options(arguments)
-    modules = CLAIMS | SECOND_ROUND
+    modules = CLAIMS | OTHER_CLAIMS
     if options.claim == "report":
         return _report(options, modules)
     names = [*CLAIMS] if options.claim == "all" else [options.claim]
@@ -70,7 +72,7 @@ def _report(options: argparse.Namespace, modules: dict[str, ModuleType]) -> int:
 
 def _options(arguments: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m bench.claims", description=__doc__.split("\n")[0])
-    names = [*CLAIMS, *SECOND_ROUND, "all", "report"]
+    names = [*CLAIMS, *OTHER_CLAIMS, "all", "report"]
     parser.add_argument("claim", choices=names, metavar="CLAIM", help=", ".join(names))
     parser.add_argument("--plan", action="store_true", help="list the runs and their estimated times; run nothing")
     parser.add_argument("--quick", action="store_true", help="tiny runs in files of their own, to test the programs")

@@ -26,7 +26,7 @@ from bench.claims import (  # noqa: E402
     ablation, context, encoder, gecko_loss, gecko_tasks, long_loss, loss, memory, models, report, runs, speed, task_runs,
     train, verdict,
 )  # fmt: skip
-from bench.claims.__main__ import CLAIMS, SECOND_ROUND, main  # noqa: E402
+from bench.claims.__main__ import CLAIMS, OTHER_CLAIMS, main  # noqa: E402
 from bench.claims.llama import Llama, WindowState, hidden_units, group_by_length  # noqa: E402
 
 CONFIG = dataclasses.replace(train.config("tiny", 8), num_layers=2)
@@ -344,7 +344,7 @@ def numbers(text):
 def test_pages_and_verdicts_are_those_of_the_results(claim):
     path = RESULTS / f"{claim}.jsonl"
     found = [*runs.results(path).values()]
-    module = (CLAIMS | SECOND_ROUND)[claim]
+    module = (CLAIMS | OTHER_CLAIMS)[claim]
     page = "\n".join(report.page_of(claim, module, found, claim)) + "\n"
     assert path.with_suffix(".md").read_text() == page, "run python -m bench.claims report"
     row = re.search(rf"^\| \[.*\]\(\.\./bench/claims/results/{claim}\.md\) \| (.*?) \|", CLAIMS_PAGE, re.M)
