@@ -98,7 +98,9 @@ def classical_work(scratch: Path, *, panel: str, model: str, is_inside: bool = F
     return {**errors(loaded, quantiles), "seconds": time.process_time() - begin, "package": _package(model)}
 
 
-def neural_work(scratch: Path, *, panel: str, model: str, train_seconds: float, lr: float, seed: int) -> dict[str, Any]:
+def neural_work(
+    scratch: Path, *, panel: str, model: str, train_seconds: float, lr: float, seed: int, is_inside: bool = False
+) -> dict[str, Any]:
     loaded, begin = load(panel, is_inside), time.process_time()
     found = NEURAL[model](loaded, seed=seed, seconds=train_seconds, lr=lr)
     figures = errors(loaded, found.pop("quantiles"))
