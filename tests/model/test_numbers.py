@@ -195,6 +195,26 @@ def test_compiled_and_recomputed_models_give_the_same():
             assert_close(a, b, tolerance=1e-10)
 
 
+def test_small_weights_leave_the_input_map_as_it_is(tmp_path):
+    with every_case() as case:
+        for kind, form in zip(("int8", "int4"), ({}, dict(missing_values=True))):
+            with case(kind):
+                model = model_of_numbers(**form).float().eval()
+                small, x = mo.quantize(model, kind), series(model, 2, 30)
+                assert all(torch.equal(*pair) for pair in zip(small.embed.parameters(), model.embed.parameters()))
+                assert small.layers[0].mega.wv.weight.dtype == (torch.int8 if kind == "int8" else torch.uint8)
+                with torch.no_grad():
+                    expected, (found, state) = model(x), small(x, return_state=True)
+                    error = (found - expected).std() / expected.std()
+                    assert 0 < error < (0.05 if kind == "int8" else 0.4)
+                    small.save(tmp_path / kind)
+                    loaded = mo.Megalodon.load(tmp_path / kind)
+                    assert torch.equal(loaded(x), found) and loaded.quantization == kind
+                    decoder, more = mo.Decoder(loaded, state), series(model, 2, 3, seed=2)
+                    assert torch.equal(decoder(more[:, :1]), small(more[:, :1], state=state))
+                    assert decoder.fused is not model.config.missing_values
+
+
 def test_what_only_text_has_is_refused_by_name(tmp_path):
     model, text = model_of_numbers(), tiny_model()
     x, tokens = series(model, 1, 8), tokens_of(1, 8)
@@ -205,7 +225,6 @@ def test_what_only_text_has_is_refused_by_name(tmp_path):
             lambda: model.generate(x, max_new_tokens=1),
             lambda: model.stream(x),
             lambda: model.loss(x, tokens),
-            lambda: mo.quantize(model, "int8"),
             lambda: mo.save_official(model, tmp_path / "official"),
         ],
         "must be floating-point numbers \\(B, L, 3\\), got torch.int64": [

@@ -8,7 +8,6 @@ from ..ops.common.checks import describe
 from ..ops.quantized_linear.quantized_linear import check_kind, quantize_weight
 from .megalodon import Megalodon
 from .folder import empty_model, with_values
-from .inputs import check_reads_tokens
 from .quantized_layers import computing_dtype, kind_of, stored_shapes
 from .weights import plain_tensors
 
@@ -18,8 +17,8 @@ def quantize(model: Megalodon, kind: str) -> Megalodon:
 
     A decoded token reads every weight once, so small weights make it faster, and the model takes less memory. Outputs
     change by the rounding of the weights. docs/cpu.md has times and errors. int8 has a scale for each row of a weight, int4
-    for each 32 numbers of a row; an int4 model's embedding is int8. CEMA's parameters, norms, biases and states keep their
-    dtypes.
+    for each 32 numbers of a row; an int4 model's embedding is int8. CEMA's parameters, norms, biases, states and the map
+    of numbers (`num_features`) to channels keep their dtypes.
 
     Args:
         model: a Megalodon in float32, bfloat16 or float16, unchanged by the call.
@@ -43,7 +42,6 @@ def quantize(model: Megalodon, kind: str) -> Megalodon:
     if type(model) is not Megalodon:
         raise TypeError(f"quantize: `model` must be a Megalodon that is not parallel, got {describe(model)}.")
     check_kind("quantize", kind)
-    check_reads_tokens("quantize", model.config)
     if model.quantization:
         raise ValueError(f"quantize: `model` must have floating-point weights, got one of {model.quantization}.")
     dtype = computing_dtype(model)

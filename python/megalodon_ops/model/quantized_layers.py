@@ -91,11 +91,14 @@ class QuantizedEmbedding(_QuantizedModule):
         return f"{self.num_embeddings}, {self.embedding_dim}, kind={self.kind}"
 
 
-def kind_of(name: str, kind: str, config: MegalodonConfig) -> str:
-    """Kind of a weight in a model of a kind.
+def kind_of(name: str, kind: str, config: MegalodonConfig) -> str | None:
+    """Kind of a weight in a model of a kind; None: floating point.
 
-    The embedding is int8: with 4 bits, small models lose most by it, and a token reads one row of it.
+    The embedding is int8: with 4 bits, small models lose most by it, and a token reads one row of it. The map of numbers
+    stays as it is: it has few weights, and each output depends on each.
     """
+    if config.num_features is not None and name.startswith("embed."):
+        return None
     is_embedding = name.startswith("embed.") or (config.share_emb and name.startswith("output."))
     return "int8" if is_embedding else kind
 
@@ -108,11 +111,12 @@ def stored_shapes(
     dtypes: dict[str, torch.dtype] = {}
     for name, shape in config.parameter_shapes():
         module, _, own_name = name.rpartition(".")
-        if kind is None or own_name != "weight" or len(shape) == 1:
+        used = None if kind is None or own_name != "weight" or len(shape) == 1 else kind_of(name, kind, config)
+        if used is None:
             shapes.append((name, shape))
             continue
         with torch.device("meta"):
-            small = empty_weight(*shape, kind_of(name, kind, config))
+            small = empty_weight(*shape, used)
         for own_name, tensor in small._asdict().items():
             shapes.append((f"{module}.{own_name}", tuple(tensor.shape)))
             dtypes[f"{module}.{own_name}"] = tensor.dtype
@@ -124,6 +128,8 @@ def replace_layers(model: nn.Module, kind: str) -> None:
     for parent_name, parent in [*model.named_modules()]:
         for name, module in parent.named_children():
             used = kind_of(f"{parent_name}.{name}.weight".removeprefix("."), kind, model.config)
+            if used is None:
+                continue
             if isinstance(module, nn.Linear):
                 small = QuantizedLinear(module.in_features, module.out_features, module.bias is not None, kind=used)
             elif isinstance(module, Embedding):
