@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import math
 import sys
 from collections.abc import Callable, Iterator
@@ -35,8 +36,26 @@ COPIED = (*_FLOATS, torch.float64, torch.int64, torch.complex64, torch.complex12
 _MINUS_ZERO = -0.0  # neutral in sums; +0.0 would change -0.0
 
 
+_LEAVES = (Tensor, type(None), bool, int, float, torch.dtype, torch.device, torch.layout)
+
+
 def tensors_in(*values: Any) -> list[Tensor]:
-    return [leaf for leaf in tree_leaves(values) if isinstance(leaf, Tensor)]
+    leaves = []
+    for value in values:
+        leaves += [value] if isinstance(value, _LEAVES) else tree_leaves(value)  # slow: 10 us
+    return [leaf for leaf in leaves if isinstance(leaf, Tensor)]
+
+
+@functools.cache
+def _num_results(kernel: str) -> int:
+    return len(getattr(_C, kernel).__doc__.partition("->")[2].split())
+
+
+@functools.cache
+def _written_arguments(function: Any) -> list[tuple[int, str]]:
+    """Places and names of the arguments that a function of torch writes."""
+    arguments = enumerate(function._schema.arguments)
+    return [(i, a.name) for i, a in arguments if a.alias_info is not None and a.alias_info.is_write]
 
 
 def address_of(tensor: Tensor) -> int:
@@ -88,10 +107,11 @@ class Recorder(TorchDispatchMode):
         return False  # else torch imports its compiler, 2 s
 
     @contextlib.contextmanager
-    def recording(self) -> Iterator[None]:
+    def recording(self, notes_host_reads: bool) -> Iterator[None]:
         has_compiled = "torch._dynamo" in sys.modules and hasattr(torch.compiler, "set_stance")  # new in torch 2.6
         eager = torch.compiler.set_stance("force_eager") if has_compiled else contextlib.nullcontext()
-        with eager, _HostReads(self), self:  # compiled programs would not be seen
+        reads = _HostReads(self) if notes_host_reads else contextlib.nullcontext()
+        with eager, reads, self:  # compiled programs would not be seen
             observer.note = self._note_launch
             try:
                 yield
@@ -107,16 +127,15 @@ class Recorder(TorchDispatchMode):
             results = function(*args, **kwargs)
         finally:
             self._is_paused, observer.note = False, self._note_launch
-        given = self.keep(tensors_in(args, kwargs))
+        given = self.keep(tensors_in(*args, *kwargs.values()))
         results = tree_map_only(Tensor, lambda t: t if address_of(t) in given else t.clone(), results)
         self._add(function, args, kwargs, results, given)
         return results
 
     def _note_launch(self, name: str, args: tuple) -> None:
-        num_results = len(getattr(_C, name).__doc__.partition("->")[2].split())
         call = Call(name, args, {}, [])
-        call.written = self.keep(tensors_in(args[-num_results:]))
-        call.touched = self.keep(tensors_in(args))
+        call.written = self.keep(tensors_in(*args[-_num_results(name) :]))
+        call.touched = self.keep(tensors_in(*args))
         self.calls.append(call)
 
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
@@ -127,10 +146,11 @@ class Recorder(TorchDispatchMode):
             with self:  # records what the op's Python calls
                 return func.redispatch(_CPU, *args, **kwargs)
         results = func(*args, **kwargs)
-        values = dict(zip((argument.name for argument in func._schema.arguments), args)) | kwargs
-        is_written = {a.name: a.alias_info is not None and a.alias_info.is_write for a in func._schema.arguments}
-        changed = [value for name, value in values.items() if is_written[name]]
-        self._add(func, args, kwargs, results, self.keep(tensors_in(changed)))
+        if func in _EMPTY:
+            self.new |= self.keep([results])
+        elif not func.is_view:
+            changed = [args[i] if i < len(args) else kwargs.get(name) for i, name in _written_arguments(func)]
+            self._add(func, args, kwargs, results, self.keep(tensors_in(*changed)))
         return results
 
     def note_host_read(self, function: Callable, args: tuple) -> None:
@@ -138,15 +158,11 @@ class Recorder(TorchDispatchMode):
             self._add(function, args, {}, 0, set())
 
     def _add(self, function: Callable, args: tuple, kwargs: dict, results: Any, written: set[int]) -> None:
-        inputs, known = self.keep(tensors_in(args, kwargs)), set(self.storages)
-        outputs = self.keep(tensors_in(results))
-        self.new |= outputs - known
-        if function in _EMPTY:
-            return
+        inputs, returned = self.keep(tensors_in(*args, *kwargs.values())), tensors_in(results)
+        self.new |= {address_of(t) for t in returned} - self.storages.keys()
+        outputs = self.keep(returned)
         fresh = outputs - inputs
-        call = Call(
-            function, args, kwargs, [(i, t) for i, t in enumerate(tensors_in(results)) if address_of(t) in fresh]
-        )
+        call = Call(function, args, kwargs, [(i, t) for i, t in enumerate(returned) if address_of(t) in fresh])
         call.written, call.touched = written | fresh, inputs | outputs
         call.leaves_tensors = any(map(_has_no_memory, tree_leaves(results)))
         if call.written or call.leaves_tensors:  # else results are views

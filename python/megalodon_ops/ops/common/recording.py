@@ -57,7 +57,7 @@ class Step:
             self._inputs = [x.clone(memory_format=torch.contiguous_format) for x in inputs]
             before = tensors_in(state)
             recorder.keep([*self._inputs, *before])
-            with recorder.recording(), _own_threads():
+            with recorder.recording(checks_host_reads), _own_threads():
                 results = function(*self._inputs) if state is None else function(*self._inputs, state=state)
             results, after = (results, None) if state is None else self._split(results)
             self._leaves, self._structure = tree_flatten(results)
@@ -133,8 +133,11 @@ class Step:
         self._calls_python = False
         self._own_threads = sum(tensor.numel() for tensor in tensors_in(self._leaves)) < _TORCH_GRAIN
         for call in calls:
-            args, kwargs, results = tree_map_only(Tensor, placed, (tuple(call.args), call.kwargs, call.results))
-            self._memory += [tensor.untyped_storage() for tensor in tensors_in(args) if address_of(tensor)]
+            if isinstance(call.function, str):  # its arguments are tensors and scalars
+                args = [placed(value) if isinstance(value, Tensor) else value for value in call.args]
+            else:
+                args, kwargs, results = tree_map_only(Tensor, placed, (tuple(call.args), call.kwargs, call.results))
+            self._memory += [tensor.untyped_storage() for tensor in tensors_in(*args) if address_of(tensor)]
             if not isinstance(call.function, str):
                 self._calls_python = True
                 self._recording.keep_call(_replay_of(self._op, call, args, kwargs, results))
