@@ -169,6 +169,7 @@ def test_states_that_change_places():
         y, after = norm(x, state=state[0], return_state=True)
         return y, (after, state[0])
 
+    assert_replays(lambda x, state: (state, mo.rms_norm(x)), x.unbind(0), state=x[0])  # the result is the old state
     _, start = norm(x[0], return_state=True)
     step, state = assert_replays(keep_last, x.unbind(0), state=(start, start))
     assert_same_bits(step.state, state)

@@ -59,7 +59,9 @@ class Step:
             recorder.keep([*self._inputs, *before])
             with recorder.recording(checks_host_reads), _own_threads():
                 results = function(*self._inputs) if state is None else function(*self._inputs, state=state)
-            results, after = (results, None) if state is None else self._split(results)
+                results, after = (results, None) if state is None else self._split(results)
+                overwritten = {address_of(tensor) for tensor in before}  # by the new state, before results are copied
+                results = tree_map_only(Tensor, lambda t: t.clone() if address_of(t) in overwritten else t, results)
             self._leaves, self._structure = tree_flatten(results)
             changes = [(old, new) for old, new in zip(before, tensors_in(after)) if old is not new]
             self._build(recorder, changes, checks_host_reads, warns)
