@@ -40,10 +40,7 @@ Inputs fill(ChunkedAttentionParams& params, py::handle k_, py::handle v_, py::ha
     params.position = in.position.shape("(S,)", {S}).dtype(Scalar::i64, "positions").data_as<const int64_t>();
     params.cache_k = in.cache_k.present().shape("(S, C, H, K)", {S, C, H, K}).dtype(k.scalar(), "as `k`").data();
     params.cache_v = in.cache_v.present().shape("(S, C, H, V)", {S, C, H, V}).dtype(k.scalar(), "as `k`").data();
-    for (int64_t s = 0; kReadable && s < S; ++s)
-      if (params.position[s] < 0 || params.position[s] >= C)
-        in.position.fail("in [0, " + std::to_string(C) + "), got " + std::to_string(params.position[s]) + " at " +
-                         std::to_string(s));
+    in.position.values(C - 1, "[0, " + std::to_string(C) + ")");
   }
   return in;
 }

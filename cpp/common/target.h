@@ -17,11 +17,13 @@ namespace megalodon {
 
 namespace py = pybind11;
 
-// True if this code can read the tensors' memory. On a GPU, values are not checked: reading them would stall the stream
-// and end the capture of a graph.
-constexpr bool kReadable = !MEGALODON_CUDA;
+constexpr bool kReadable = !MEGALODON_CUDA;  // this code can read the tensors' memory
 
 #if MEGALODON_CUDA
+
+// Checks no values of tensors: reading them would stall the stream and end the capture of a graph.
+template <class Check>
+void check_values(const Check&) {}
 
 // Makes `device` the thread's current one.
 void use_device(int device);
@@ -59,6 +61,13 @@ void define(py::module_& module, const char* name, const char* doc, void (*funct
 
 using Launches = std::vector<std::function<void()>>;
 inline thread_local Launches* kept_launches = nullptr;  // of a step that is being recorded
+
+// Calls check(), which raises for values of tensors. A recorded step checks the values of each of its runs.
+template <class Check>
+void check_values(const Check& check) {
+  if (kept_launches) kept_launches->push_back(check);
+  else check();
+}
 
 struct Target {
   template <class Params>

@@ -264,6 +264,16 @@ void check_range(const char* op, const char* name, double value, double least, c
   throw py::value_error(text.str());
 }
 
+void TensorView::values(int64_t most, const std::string& range) const {
+  if (!given_) return;
+  check_values([view = *this, most, range] {
+    const auto* values = view.data_as<const int64_t>();
+    for (int64_t i = 0; i < view.elements(); ++i)
+      if (values[i] < 0 || values[i] > most)
+        view.fail("in " + range + ", got " + std::to_string(values[i]) + " at " + std::to_string(i));
+  });
+}
+
 Sequences make_sequences(const char* op, int64_t batch, int64_t length, py::handle cu_seqlens, py::handle lengths) {
   Sequences sequences{batch, batch * length, length};
   const TensorView ends(op, "cu_seqlens", cu_seqlens), rows(op, "lengths", lengths);
@@ -276,22 +286,21 @@ Sequences make_sequences(const char* op, int64_t batch, int64_t length, py::hand
     if (ends.size(0) < 1) ends.fail("of at least one element, got 0");
     sequences.count = ends.size(0) - 1;
     sequences.cu_seqlens = ends.data_as<const int64_t>();
-    int64_t last = 0;
-    for (int64_t s = 0; kReadable && s <= sequences.count; ++s) {
-      const int64_t offset = sequences.cu_seqlens[s];
-      if (offset < last || offset > length)
-        ends.fail("non-decreasing offsets in [0, " + std::to_string(length) + "], got " + std::to_string(offset) +
-                  " at " + std::to_string(s));
-      last = offset;
-    }
+    check_values([ends, length] {
+      int64_t last = 0;
+      for (int64_t s = 0; s < ends.size(0); ++s) {
+        const int64_t offset = ends.data_as<const int64_t>()[s];
+        if (offset < last || offset > length)
+          ends.fail("non-decreasing offsets in [0, " + std::to_string(length) + "], got " + std::to_string(offset) +
+                    " at " + std::to_string(s));
+        last = offset;
+      }
+    });
   }
   if (rows.given()) {
     rows.shape("(B,)", {batch}).dtype(Scalar::i64, "row lengths");
     sequences.lengths = rows.data_as<const int64_t>();
-    for (int64_t s = 0; kReadable && s < batch; ++s)
-      if (sequences.lengths[s] < 0 || sequences.lengths[s] > length)
-        rows.fail("in [0, " + std::to_string(length) + "], got " + std::to_string(sequences.lengths[s]) + " at " +
-                  std::to_string(s));
+    rows.values(length, "[0, " + std::to_string(length) + "]");
   }
   return sequences;
 }

@@ -45,6 +45,8 @@ class TensorView {
   const TensorView& present() const;
   // The tensor must be None, as `needed` is missing.
   void absent(const char* needed) const;
+  // If the tensor is given, its int64 values must be in [0, most], which is `range` in words. See check_values.
+  void values(int64_t most, const std::string& range) const;
   // The tensor must have the shape and dtype of `other`.
   const TensorView& like(const TensorView& other) const;
   // The dtype must be float32, float64, bfloat16 or float16.
@@ -104,7 +106,7 @@ inline Scalar scalar_of(DType dtype) {
 // Raises unless `value` is finite and at least `least`.
 void check_range(const char* op, const char* name, double value, double least, const char* expected);
 
-// Sequences of a (B, L, ...) batch; checks, if the values are readable, that they are ordered and inside the tokens.
+// Sequences of a (B, L, ...) batch; check_values takes a check that they are ordered and inside the tokens.
 Sequences make_sequences(const char* op, int64_t batch, int64_t length, py::handle cu_seqlens, py::handle lengths);
 
 }  // namespace megalodon

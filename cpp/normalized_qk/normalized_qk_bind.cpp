@@ -38,10 +38,7 @@ TensorView fill(NormalizedQkParams& params, py::handle z_, py::handle gamma_, py
   const int64_t longest = z.size(1), needed = position.given() || longest > chunk_size ? chunk_size : longest;
   if (params.table_rows < needed)
     rotary.fail("of at least " + std::to_string(needed) + " rows, got " + std::to_string(params.table_rows));
-  for (int64_t s = 0; kReadable && params.position && s < S; ++s)
-    if (params.position[s] < 0 || params.position[s] >= chunk_size)
-      position.fail("in [0, " + std::to_string(chunk_size) + "), got " + std::to_string(params.position[s]) + " at " +
-                    std::to_string(s));
+  position.values(chunk_size - 1, "[0, " + std::to_string(chunk_size) + ")");
   return z;
 }
 

@@ -59,9 +59,7 @@ TensorView fill(TimestepNormParams& params, py::handle x_, py::handle weight_, p
     params.mean = mean.present().shape("(S, G)", {S, G}).dtype(real, kRealDtype).data();
     params.var = var.present().shape("(S, G)", {S, G}).dtype(real, kRealDtype).data();
     params.residual = residual.shape("(S, 2, G)", {S, 2, G}).dtype(real, kRealDtype).data();
-    for (int64_t s = 0; kReadable && s < S; ++s)
-      if (params.count[s] < 0 || params.count[s] > kMaxPositions)
-        count.fail("in [0, " + std::to_string(kMaxPositions) + "], got " + std::to_string(params.count[s]));
+    count.values(kMaxPositions, "[0, " + std::to_string(kMaxPositions) + "]");
   }
   return x;
 }

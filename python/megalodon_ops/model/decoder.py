@@ -37,7 +37,7 @@ class Decoder:
     call with rows of a length runs the layers and records a step, as :func:`record` does. A module that was wrapped (for
     instance by an adapter), hooked, replaced or quantised by another tool is called between two kernels. The model runs
     module by module if it was hooked or replaced itself, on other devices, under torch.autocast, with dropout in
-    training, for more rows than the kernels take (32; AMX: 15 in float32, 8 in bfloat16), with missing values, with
+    training, for more rows than the kernels take (32; AMX: 15 in float32, 8 in bfloat16), with
     MEGALODON_OPS_LINEAR=torch, and, if attention sees two chunks, in calls in which a chunk ends.
 
     The decoder chooses once, when it is made. Its steps keep the addresses of parameters, so they see values that an
@@ -255,8 +255,7 @@ class Decoder:
         config = self._model.config
         has_dropout = self._model.training and (config.dropout or config.hidden_dropout or config.attention_dropout)
         has_hooks = torch_module._global_forward_hooks or torch_module._global_forward_pre_hooks
-        # Missing values change the offsets of the sequences that the inputs' scale reads.
-        return self._like.is_cpu and not (autocast or has_dropout or has_hooks or config.missing_values)
+        return self._like.is_cpu and not (autocast or has_dropout or has_hooks)
 
     def _find_changes(self) -> bool:
         """Check model and state; return True if no module was changed, else find those that a step calls in Python."""

@@ -175,6 +175,38 @@ def test_states_that_change_places():
     assert_same_bits(step.state, state)
 
 
+@pytest.mark.filterwarnings("ignore:record")
+def test_lengths_that_a_module_computes():
+    """Their memory held numbers in the recorded call that are no lengths."""
+
+    def norm(x):
+        lengths = x[..., 0].gt(0).sum(1).add(100).mul(1).sub(100)
+        return mo.timestep_norm(x, torch.ones(D), torch.zeros(D), num_groups=2, lengths=lengths)
+
+    assert_replays(norm, torch.randn(5, 3, 4, D).unbind(0))
+
+
+def test_values_of_every_call_are_checked():
+    """Lengths, offsets and positions that a kernel would follow outside of its memory."""
+    x, weights = torch.randn(1, 4, D), (torch.ones(D), torch.zeros(D))
+    norm = partial(mo.timestep_norm, weight=weights[0], bias=weights[1], num_groups=2)
+    caches = torch.randn(2, 1, 8, 1, D)
+
+    def attend(x, position):
+        state = mo.AttentionState(*caches, position)
+        return mo.chunked_attention(*[x[:, :, None]] * 3, chunk_size=8, state=state)
+
+    for function, good, wrong, message in (
+        (lambda x, lengths: norm(x, lengths=lengths), [3], [5], r"timestep_norm: `lengths` .* \[0, 4\], got 5 at 0"),
+        (lambda x, ends: norm(x, cu_seqlens=ends), [0, 2, 4], [0, 3, 2], "`cu_seqlens` .* non-decreasing .* 2 at 2"),
+        (attend, [3], [8], r"chunked_attention: `state.position` .* \[0, 8\), got 8 at 0"),
+    ):
+        step = mo.record(function, x, torch.tensor(good))
+        assert torch.equal(step(x, torch.tensor(good)), function(x, torch.tensor(good)))
+        with pytest.raises(ValueError, match=message):
+            step(x, torch.tensor(wrong))
+
+
 def test_parameters_are_read_and_what_is_computed_from_them_is_not():
     layer = mo.TimestepNorm(D, 2)
     x = torch.randn(1, 1, D)
