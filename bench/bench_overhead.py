@@ -45,6 +45,7 @@ def cases(quick: bool, gpu: bool) -> Iterator[Case]:
         yield from _both("layer_norm", mo.layer_norm, baselines.layer_norm, (x, ones, ones))
         yield from _both("rms_norm", mo.rms_norm, baselines.rms_norm, (x, ones))
         yield from _both("gated_silu", mo.gated_silu, baselines.gated_silu, (x, x.flip(-1)))
+        yield _recorded()
 
 
 def _both(name: str, ours: Callable, plain: Callable, inputs: tuple[Tensor, ...]) -> Iterator[Case]:
@@ -75,6 +76,18 @@ def _appending(qkv: list[Tensor]) -> Case:
     ours = partial(mo.chunked_attention, q, k, v, chunk_size=C, state=state, inplace_state=True)
     # All keys and values are equal, so every position has the same output.
     return _case("chunked_attention, appending in place", qkv, forward(ours), forward(plain))
+
+
+def _recorded() -> Case:
+    """The first token of a decoder, which records a step, as each call of `generate` does; eager: the model's layers."""
+    config = mo.MegalodonConfig(
+        num_layers=2, model_dim=D, z_dim=D, value_dim=D, ffn_hidden_dim=D, chunk_size=C, vocab_size=D, norm_num_groups=G
+    )
+    model, token = mo.Megalodon(config).eval(), torch.zeros(1, 1, dtype=torch.int64)
+    with torch.no_grad():
+        _, state = model(token, return_state=True)
+    ours = forward(lambda token: mo.Decoder(model, state)(token), token)
+    return _case("decoder, first token", (token,), ours, forward(partial(model, state=state), token))
 
 
 def _case(name: str, inputs: tuple[Tensor, ...], ours: Callable, plain: Callable) -> Case:
