@@ -35,10 +35,11 @@ class Decoder:
 
     On the CPU a call runs all kernels of the model, without Python between them, bitwise equal to the layers: the first
     call with rows of a length runs the layers and records a step, as :func:`record` does. A module that was wrapped (for
-    instance by an adapter), hooked, replaced or quantised by another tool is called between two kernels. The model runs
-    module by module if it was hooked or replaced itself, on other devices, under torch.autocast, with dropout in
-    training, for more rows than the kernels take (32; AMX: 15 in float32, 8 in bfloat16), with
-    MEGALODON_OPS_LINEAR=torch, and, if attention sees two chunks, in calls in which a chunk ends.
+    instance by an adapter), hooked, replaced or quantised by another tool is called between two kernels, as are the
+    functions of torch that leave out missing values. The model runs module by module if it was hooked or replaced itself,
+    on other devices, under torch.autocast, with dropout in training, for more rows than the kernels take (32; AMX: 15 in
+    float32, 8 in bfloat16), with MEGALODON_OPS_LINEAR=torch, and, if attention sees two chunks, in calls in which a chunk
+    ends.
 
     The decoder chooses once, when it is made. Its steps keep the addresses of parameters, so they see values that an
     optimizer step or `load_state_dict` writes there later, with two exceptions: CEMA's parameters, whose coefficients

@@ -259,7 +259,7 @@ def record(module: Callable, *example: Tensor, state: Any = None) -> Step:
     The kernels of this package, and of torch sums, differences, products and quotients of tensors, copies and
     embeddings, run without Python. Other functions of torch are called in Python between two kernels; a warning names
     them, except for matrix products, such as those of `torch.nn.Linear`. Nothing is left out: a module that reads values
-    of tensors in Python, by `item` or `if`, is refused.
+    of tensors in Python, by `item` or `if`, is refused. Each replay checks lengths, offsets and positions as the ops do.
 
     Args:
         module: called as `module(*example)`, or `module(*example, state=state)`; `functools.partial` sets other arguments.
