@@ -86,6 +86,6 @@ def test_a_term_that_is_false_chooses_another_kernel(emulator, op):
                 emulator.reset()
                 with emulator.replacing(_C):
                     found = evaluate(getattr(mo, op), case)
-                launched = emulator.module.launched()
+                launched = set(emulator.module.launched())
                 assert (chosen is None or chosen in launched) and not launched & set(others), launched
                 assert_matches_reference(found, case)

@@ -164,7 +164,7 @@ def emulated(emulator, case: Case) -> tuple[dict, set[str]]:
             found = results(case)
     finally:
         emulator.module.set_launch_sizes({})
-    return found, emulator.module.launched()
+    return found, set(emulator.module.launched())
 
 
 def test_the_cases_launch_every_kernel(emulator):

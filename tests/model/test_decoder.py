@@ -16,6 +16,7 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 
 import megalodon_ops as mo
 from backends import DEFAULT_ISA, each_isa, isa
+from megalodon_ops.model import layers
 from megalodon_ops.ops.linear import linear
 
 VARIANTS = {
@@ -133,6 +134,21 @@ def test_autocast_is_that_of_the_constructor():
         expected = by_layers(model, state, [token])[0]
         decoder = mo.Decoder(model, state)
     assert not decoder.fused and torch.equal(decoder(token), expected)
+
+
+@pytest.mark.parametrize("autocast", [False, True])
+def test_coefficients_are_computed_when_it_is_made(autocast, monkeypatch):
+    calls, coefficients = [], layers.cema_coefficients
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        model, state = model_and_state()
+        monkeypatch.setattr(layers, "cema_coefficients", lambda *args: calls.append(args) or coefficients(*args))
+        decoder = mo.Decoder(model, state)
+    assert len(calls) == len(model.layers)
+    for piece in tokens_of(1, 6).split([1, 1, 3, 1], 1):
+        decoder(piece)
+    assert len(calls) == len(model.layers)
+    model(tokens_of(1, 1))
+    assert len(calls) == 2 * len(model.layers)
 
 
 def test_threads_do_not_change_its_bits(two_threads):

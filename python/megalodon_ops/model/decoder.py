@@ -20,6 +20,7 @@ from ..ops.common.checks import check_tensor, describe
 from ..ops.common.recorder import Recorder
 from ..ops.common.recording import Step
 from .blocks import at_least_float32
+from .fixed_coefficients import with_fixed_coefficients
 from .inputs import check_inputs
 from .layers import has_own_forward, wide_parameters
 from .model_state import MegalodonState, as_real, check_state, complete, layout, named_tensors
@@ -43,8 +44,8 @@ class Decoder:
 
     The decoder chooses once, when it is made. Its steps keep the addresses of parameters, so they see values that an
     optimizer step or `load_state_dict` writes there later, with two exceptions: CEMA's parameters, whose coefficients
-    are computed when a step is recorded, and parameters that are not contiguous, which are copied then. Make a new
-    decoder after these change, after parameters move to other memory, and after modules, hooks or adapters change: the
+    are computed when the decoder is made, and parameters that are not contiguous, which a recorded step copies. Make a
+    new decoder after these change, after parameters move to other memory, and after modules, hooks or adapters change: the
     decoder does not notice. Threads that call one decoder wait for each other. A decoder cannot be copied or pickled.
 
     Args:
@@ -95,7 +96,9 @@ class Decoder:
         self._steps: dict[int, Step] = {}
         """recorded steps by the number of tokens of a row"""
         self._changed: dict[str, nn.Module] = {}
-        self.fused = self._max_tokens >= self.num_sequences and self._find_changes()
+        changes = list(_changes(model, model._reference(), ""))
+        self.fused = self._max_tokens >= self.num_sequences and self._find_changes(changes)
+        self._runner = with_fixed_coefficients(model, changes)
 
     @property
     def state(self) -> MegalodonState:
@@ -236,7 +239,7 @@ class Decoder:
         return logits
 
     def _call_model(self, tokens: Tensor, state: MegalodonState) -> tuple[Tensor, MegalodonState]:
-        return self._model(tokens, state=state, return_state=True, inplace_state=True)
+        return self._runner(tokens, state=state, return_state=True, inplace_state=True)
 
     def _has_room(self, length: int) -> bool:
         """Return True if no sequence fills its cache within `length` positions; a full one drops a chunk."""
@@ -247,9 +250,12 @@ class Decoder:
     def _run_model(self, tokens: Tensor) -> Tensor:
         with self._autocast:
             logits, after = self._call_model(tokens, self._state)
+        copies: dict[torch.dtype, list[tuple[Tensor, Tensor]]] = {}
         for old, new in zip(tree_leaves(self._state), tree_leaves(after), strict=True):
             if old is not new:
-                old.copy_(new)
+                copies.setdefault(as_real(old).dtype, []).append((as_real(old), as_real(new)))
+        for pairs in copies.values():  # on CUDA, tensors of a dtype are copied by one launch
+            torch._foreach_copy_(*zip(*pairs))
         return logits
 
     def _may_record(self, autocast: bool) -> bool:
@@ -258,10 +264,9 @@ class Decoder:
         has_hooks = torch_module._global_forward_hooks or torch_module._global_forward_pre_hooks
         return self._like.is_cpu and not (autocast or has_dropout or has_hooks)
 
-    def _find_changes(self) -> bool:
+    def _find_changes(self, changes: list[str]) -> bool:
         """Check model and state; return True if no module was changed, else find those that a step calls in Python."""
-        model, reference = self._model, self._model._reference()
-        changes = list(_changes(model, reference, ""))
+        model = self._model
         if changes:
             count = f", the first of {len(changes)} such modules," if len(changes) > 1 else ""
             warnings.warn(
@@ -276,7 +281,7 @@ class Decoder:
         called = [part for name in changes for part in _OUTPUT_PARTS.get(name, [name])]
         modules = dict(model.named_modules(remove_duplicate=False))
         self._changed = {name: modules[name] for name in called if isinstance(modules.get(name), nn.Module)}
-        self._check_tensors(reference)
+        self._check_tensors(model._reference())
         return not changes
 
     def _check_tensors(self, reference: nn.Module) -> None:
@@ -307,7 +312,7 @@ class Decoder:
         for name, module in self._changed.items():
             parent, _, child = name.rpartition(".")
             called = _CalledModule(name, module, reference.get_submodule(name), recorder)
-            places.append((self._model.get_submodule(parent)._modules, child, module, called))
+            places.append((self._runner.get_submodule(parent)._modules, child, module, called))
         with _REPLACING:
             for modules, child, _, called in places:
                 modules[child] = called

@@ -12,7 +12,7 @@ std::map<std::string, LaunchSize> launch_sizes;
 Launch launch_;
 int device = 0;
 std::set<std::pair<int, uintptr_t>> used_streams;
-std::set<std::string> launched;
+std::map<std::string, int> launched;
 uint3 block_;
 uint32_t block_number = 0;
 std::vector<Thread> threads;
@@ -188,7 +188,7 @@ void run(const char* name, const void* kernel, dim3 grid, dim3 block, size_t sha
   launch_ = {base_name(name), kernel, grid, block, shared, call, arguments, number, block_number + 1,
              static_cast<int>(block.x * block.y * block.z)};
   check_configuration();
-  launched.insert(launch_.kernel);
+  ++launched[launch_.kernel];
   threads.resize(launch_.threads);
   random_state = options.seed * 0x9e3779b97f4a7c15ull | 1;
   failed = false;

@@ -90,7 +90,7 @@ extern Bounds bounds;
 extern Launch launch_;
 extern int device;                                       // the current one
 extern std::set<std::pair<int, uintptr_t>> used_streams;  // of launches, with their devices
-extern std::set<std::string> launched;                    // kernels, since counters were reset
+extern std::map<std::string, int> launched;               // launches by kernel, since counters were reset
 extern uint3 block_;             // coordinates
 extern uint32_t block_number;    // counts all blocks ever run, from 1
 extern std::vector<Thread> threads;

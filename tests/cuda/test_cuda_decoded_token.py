@@ -1,0 +1,96 @@
+"""A decoded token on CUDA: what it launches outside of a graph, and the bits of the layers.
+
+Tensors are on the CPU, where functions of torch and of Python are those of CUDA, and kernels run on the emulator.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+
+import pytest
+import torch
+import torch.nn.functional as F
+from decoding import by_decoder, by_layers, model_and_state
+from models import tokens_of
+from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
+
+import megalodon_ops as mo
+from megalodon_ops import _C
+from megalodon_ops.ops.cema import cema_coefficients
+from megalodon_ops.ops.gated_silu import gated_silu
+from megalodon_ops.ops.layer_norm import layer_norm
+from megalodon_ops.ops.linear import linear
+
+_CPU = torch._C.DispatchKeySet(torch._C.DispatchKey.CPU)
+
+
+class _TorchLaunches(TorchDispatchMode):
+    """Counts calls of torch that compute; views and new tensors launch nothing."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.counts = Counter()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        if func.namespace == "megalodon_ops":
+            with self:  # counts what the op's Python calls
+                return func.redispatch(_CPU, *args, **kwargs)
+        schema = func._schema
+        if not (func.is_view or schema.name.startswith(("aten::empty", "aten::new_empty", "aten::_unsafe_view"))):
+            self.counts[schema.name.removeprefix("aten::")] += 1
+        return func(*args, **kwargs)
+
+
+@pytest.fixture
+def cuda(emulator, monkeypatch):
+    """Within the test, tensors take the paths of CUDA tensors; returns the emulator."""
+    for module in cema_coefficients, layer_norm, gated_silu:
+        monkeypatch.setattr(module, "has_cpu_kernel", lambda x: False)
+    monkeypatch.setattr(linear, "CHOICES", {})
+    monkeypatch.setattr(mo.Decoder, "_may_record", lambda self, autocast: False)
+    call = emulator.call
+
+    def call_uncounted(*args, **kwargs):
+        with _disable_current_modes():
+            call(*args, **kwargs)
+
+    monkeypatch.setattr(emulator, "call", call_uncounted)
+    with emulator.replacing(_C):
+        yield emulator
+
+
+def launches_of_a_token(emulator, num_layers: int) -> tuple[Counter, Counter]:
+    """Launches of the kernels and of torch's functions, by name, in a bfloat16 model."""
+    decoder = mo.Decoder(*model_and_state(torch.bfloat16, num_layers=num_layers, chunk_size=80, seen=66))
+    token = tokens_of(1, 1)
+    emulator.module.reset_counters()
+    with _TorchLaunches() as by_torch:
+        decoder(token)
+    return Counter(emulator.module.launched()), by_torch.counts
+
+
+def test_launches_of_a_decoded_token(cuda):
+    """In each layer, and around the layers; more launches than these have a reason."""
+    (one, one_torch), (two, two_torch) = (launches_of_a_token(cuda, layers) for layers in (1, 2))
+    assert two - one == Counter(
+        timestep_norm_fwd_kernel=1, cema_step_kernel=1, normalized_qk_fwd_warp_kernel=1, chunked_attention_step_kernel=1,
+        chunked_attention_merge_kernel=1, chunked_attention_state_kernel=1, chunked_attention_position_kernel=1,
+    )  # fmt: skip
+    assert one - (two - one) == Counter(timestep_norm_fwd_kernel=1)
+    x = torch.ones(4)
+    with _TorchLaunches() as rms_norm:  # several functions on the CPU, one on CUDA since torch 2.9
+        F.rms_norm(x, x.shape, x, 1e-5)
+    gains_and_residuals, norms_of_float32, gates = 2 + 3, 2 * 2, {"silu": 3, "mul": 1}
+    in_layer = Counter(addmm=4, mm=3, native_layer_norm=1, add=gains_and_residuals, _to_copy=norms_of_float32, **gates)
+    assert two_torch - one_torch == in_layer + rms_norm.counts
+    outside = Counter(embedding=1, mm=1, _to_copy=1, _foreach_copy_=2)  # logits are float32; states of two dtypes
+    assert one_torch - (two_torch - one_torch) == outside
+
+
+def test_a_decoder_has_the_bits_of_the_layers(cuda):
+    for dtype in torch.float32, torch.bfloat16:
+        model, state = model_and_state(dtype)
+        pieces = tokens_of(1, 5).split(1, 1)  # a chunk ends
+        found, expected = by_decoder(mo.Decoder(model, state), pieces), by_layers(model, state, pieces)
+        assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
