@@ -38,8 +38,9 @@ def library(path: str, card: Card, T: int, C: int, K: int, V: int, H: int) -> tu
     rate. Flash attention: C / 2 pairs a row; its backward has 2.5 times the products of its forward.
     """
     forward = path == "attention forward"
-    if K == V == 64 and card.flash:
-        return "flash attention", (1 if forward else 2.5) * 2 * T * H * C / 2 * (K + V) / card.flash[not forward] / 1e6
+    rate = card.flash.get(K, (None, None))[not forward] if K == V else None
+    if rate:
+        return "flash attention", (1 if forward else 2.5) * 2 * T * H * C / 2 * (K + V) / rate / 1e6
     if V < 2048:
         return None
     peak = card.sms * card.ghz * (4096 if card.architecture == 90 else card.tensor) / 1e3  # TFLOP/s
@@ -106,7 +107,7 @@ def blocks_at_once(code: loops.Code, launch: Launch, card: Card) -> int:
 
 
 Times = dict[tuple[str, str], tuple[float, float | None]]
-"""Microseconds by shape and path: of the kernels, and of the libraries if torch's are chosen there"""
+"""Microseconds by shape and path: of the kernels and, for attention, of the libraries"""
 
 
 def table(codes: dict[str, loops.Code], card: Card, shapes: Iterable[str], measured: Times) -> str:
@@ -149,16 +150,18 @@ def _markdown(rows: list[tuple[str, ...]]) -> str:
 
 
 def measure(shapes: Iterable[str], device: str = "cuda") -> Times:
-    """Time each path's call on the current GPU, best of several, by kernels and by the libraries that torch would take."""
-    found = {}
+    """Time each path's call on the current GPU, best of several, by kernels and by the libraries of its shape.
+
+    Libraries are timed in both directions, also where the kernels are chosen in one.
+    """
+    found, libraries = {}, [row._replace(directions=dense_attention.DIRECTIONS) for row in dense_attention.TABLE]
     for shape in shapes:
         sizes, paths = SHAPES[shape]
         for path in paths:
             if path.endswith("by scans"):  # not used at these sizes
                 continue
             times = []
-            for libraries in (False, True)[: 1 + (path in ATTENTION)]:
-                table = dense_attention.TABLE if libraries else ()
+            for table in ((), libraries)[: 1 + (path in ATTENTION)]:
                 with patch.object(dense_attention, "TABLE", table), torch.set_grad_enabled("a token" not in path):
                     call, inputs = _call(sizes, device)
                     out = call()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 
 @dataclass(frozen=True)
@@ -19,11 +19,13 @@ class Card:
     shared: int  # KiB per SM
     warps: int  # most per SM
     source: str
-    flash: tuple[float, float] | None = None  # TFLOP/s of flash attention for K = V = 64, forward and backward
+    flash: dict[int, tuple[float, float | None]] = field(default_factory=dict)
+    """TFLOP/s of flash attention by K = V, forward and backward; None: not published"""
 
 
 _HOPPER = "H100 white paper; mma.sync reaches 0.62 of the peak's 4096 (arXiv 2402.13499); L2: not public, the A100's"
-_FLASH = (262, 264)  # arXiv 2407.08608, figures 5 (causal, C 2048) and 6 (not causal), H100
+_FLASH = {64: (262, 264), 128: (298, 291), 256: (278, None)}
+"""arXiv 2407.08608, figures 5 (causal, C 2048) and 6 (not causal), H100"""
 _ADA = "Ada white paper; L2 5 TB/s, as chipsandcheese.com found on the 4090"
 CARDS = {
     "A100": Card(80, 108, 1.41, 2039, 5120, 2048, 64, 164, 64, "A100 white paper, 80 GB SXM"),

@@ -9,7 +9,8 @@ from bench.sass import Kernel, MissingTool, installed
 from backends import needs_cuda_kernels
 
 from bench import predict
-from bench.predict import CARDS, KERNELS, SHAPES, Launch
+from bench.predict import ATTENTION, CARDS, KERNELS, SHAPES, Launch
+from megalodon_ops.ops.chunked_attention import dense_attention
 
 # Two nested loops, the inner one on tensor cores; a skipped block with Philox's factor; code moved to the end.
 LISTING = """
@@ -122,16 +123,48 @@ def test_a_card_is_found_by_torchs_name(name, card):
     assert predict.card_of(name) == card
 
 
-@needs_cuda_kernels
-@pytest.mark.slow
-def test_tensor_core_floors_match_the_shapes():
-    """Installed kernels: in the forward a warp of 16 rows computes whole tiles of keys, in the backward tiles are 128 x 128."""
+def chosen_shapes() -> list[tuple[dense_attention.Shapes, dict[str, int]]]:
+    """Rows of the table of attention's libraries that have predictions, with the sizes of these."""
+    rows = [row for row in dense_attention.TABLE if row.predicted]
+    return [
+        (row, {"T": 16384, "C": 2048, "K": row.key_dim[1], "V": row.value_dim[0], "H": 8 if row.path == "flash" else 1})
+        for row in rows
+    ]
+
+
+@pytest.fixture(scope="module")
+def codes() -> dict[str, Code]:
+    """Machine code of the installed kernels, for an H100."""
     names = {launch.kernel for sizes, paths in SHAPES.values() for path in paths for launch in KERNELS[path](**sizes)}
+    names |= {launch.kernel for _, sizes in chosen_shapes() for path in ATTENTION for launch in KERNELS[path](**sizes)}
     try:
         codes = predict.loops.codes_of(installed(), names, 90)
     except MissingTool as missing:
         pytest.skip(str(missing))
     assert codes.keys() == names
+    return codes
+
+
+@needs_cuda_kernels
+@pytest.mark.slow
+def test_the_table_of_attention_has_the_predictions(codes):
+    """A library computes a direction where it is faster than the floor of the kernels, or at most 12 % slower."""
+    card = CARDS["H100"]
+    for row, sizes in chosen_shapes():
+        for direction, path, (floor, library) in zip(dense_attention.DIRECTIONS, ATTENTION, row.predicted, strict=True):
+            launches = [(codes[launch.kernel], launch) for launch in KERNELS[path](**sizes)]
+            found = sum(max(predict.floors(*launch, card).values()) for launch in launches)
+            assert floor == pytest.approx(found, rel=0.1)  # the table counts nvcc 13's code for sm_80
+            found = predict.library(path, card, **sizes)
+            assert library == (found and round(found[1])), (row.path, direction)
+            if library:
+                assert (direction in row.directions) == (library <= 1.12 * floor), (row.path, direction)
+
+
+@needs_cuda_kernels
+@pytest.mark.slow
+def test_tensor_core_floors_match_the_shapes(codes):
+    """Installed kernels: in the forward a warp of 16 rows computes whole tiles of keys, in the backward tiles are 128 x 128."""
     (sizes, _), card = SHAPES["200M"], CARDS["H100"]
     T, C, K, V = (sizes[name] for name in "TCKV")
     per_us = card.sms * card.ghz * 1e3 * card.tensor

@@ -263,8 +263,9 @@ def test_libraries_give_the_results_of_the_kernels(path, dtype, H, V, monkeypatc
     monkeypatch.setattr(dense_attention, "_tf32_is_allowed", lambda: True)
     case, found, peaks = chunked_attention_case(B=1, L=17000, H=H, K=64, V=V, C=1024, dtype=dtype, scale=0.125), [], []
     case = case.with_tensors(**to("cuda", case.tensors))
-    assert dense_attention.path_of(*case.tensors.values(), 1024, True, 0.125) == path
-    for table in dense_attention.TABLE, ():
+    assert dense_attention.path_of("forward", *case.tensors.values(), 1024, True, 0.125) == path
+    libraries = [row._replace(directions=dense_attention.DIRECTIONS) for row in dense_attention.TABLE]
+    for table in libraries, ():
         monkeypatch.setattr(dense_attention, "TABLE", table)
         torch.cuda.reset_peak_memory_stats()
         found.append(run("chunked_attention", case))

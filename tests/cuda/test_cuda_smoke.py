@@ -152,7 +152,7 @@ def test_at_real_sizes(name, dtype, libraries, monkeypatch):
 def test_real_sizes_take_the_libraries(name):
     sizes = CASES[name][2]
     tokens, chunk = sizes["B"] * sizes["L"], min(sizes["C"], sizes["L"])
-    assert dense_attention.path_by_shapes(BF16, tokens, sizes["H"], sizes["K"], sizes["V"], chunk)
+    assert dense_attention.path_by_shapes("forward", BF16, tokens, sizes["H"], sizes["K"], sizes["V"], chunk)
 
 
 def emulated(emulator, case: Case) -> tuple[dict, set[str]]:

@@ -139,15 +139,15 @@ def _attend_two_chunks(
     return (o, after) if return_state else o
 
 
-def _library_path(q, k, v, position, chunk_size, causal, scale, dropkey, cu_seqlens, lengths):
+def _library_path(direction, q, k, v, position, chunk_size, causal, scale, dropkey, cu_seqlens, lengths):
     """Path through torch's libraries for a dense batch without cached keys; None: the kernels."""
     is_dense = not dropkey and position is None and cu_seqlens is None and lengths is None
-    return dense_attention.path_of(q, k, v, chunk_size, causal, scale) if is_dense else None
+    return dense_attention.path_of(direction, q, k, v, chunk_size, causal, scale) if is_dense else None
 
 
 def _fwd(q, k, v, cache_k, cache_v, position, chunk_size, causal, scale, dropkey, dropkey_seed, cu_seqlens, lengths):
     q, k, v = q.contiguous(), k.contiguous(), v.contiguous()
-    if path := _library_path(q, k, v, position, chunk_size, causal, scale, dropkey, cu_seqlens, lengths):
+    if path := _library_path("forward", q, k, v, position, chunk_size, causal, scale, dropkey, cu_seqlens, lengths):
         return dense_attention.forward(path, q, k, v, chunk_size, causal, scale)
     o, lse = _fwd_fake(q, k, v)
     launch(
@@ -165,7 +165,7 @@ def _bwd(
     do, q, k, v, o, lse, cache_k, cache_v, position, chunk_size, causal, scale, dropkey, dropkey_seed, cu_seqlens, lengths,
 ):  # fmt: skip
     q, k, v = q.contiguous(), k.contiguous(), v.contiguous()
-    if path := _library_path(q, k, v, position, chunk_size, causal, scale, dropkey, cu_seqlens, lengths):
+    if path := _library_path("backward", q, k, v, position, chunk_size, causal, scale, dropkey, cu_seqlens, lengths):
         return dense_attention.backward(path, do, q, k, v, o, lse, chunk_size, causal, scale)
     grads = empty_gradients(q, k, v)
     launch(

@@ -33,26 +33,35 @@ from torch import Tensor
 from ..common.definition import accumulation_dtype, empty_like, launch
 
 
+DIRECTIONS = "forward", "backward"
+
+
 class Shapes(NamedTuple):
     """Shapes of a path: a pair has the smallest and the largest size; sizes are multiples of 8."""
 
     path: str
+    directions: tuple[str, ...]
+    """directions that the path computes; the kernels compute the others"""
     dtypes: tuple[torch.dtype, ...]
     key_dim: tuple[int, int]
     value_dim: tuple[int, float]
     chunk: tuple[int, float]
     """positions of a chunk, or of a shorter sequence"""
+    predicted: tuple[tuple[int, int | None], ...] = ()
+    """Forward and backward, microseconds on an H100: the floor of the kernels by their machine code, and the library's
+    time by published rates, as `python -m bench.predict` counts them. No card has measured them. Sizes: 16,384 tokens,
+    C 2048, the largest K, the smallest V, 8 heads (flash) or 1."""
 
 
 _16_BITS = (torch.bfloat16, torch.float16)
 TABLE = (
-    Shapes("flash", _16_BITS, (64, 64), (64, 64), (1024, math.inf)),
-    Shapes("flash", _16_BITS, (128, 128), (128, 128), (1024, math.inf)),
-    Shapes("flash", _16_BITS, (256, 256), (256, 256), (2048, math.inf)),
-    Shapes("products", _16_BITS, (64, 256), (2048, math.inf), (1024, 8192)),
-    Shapes("products", (torch.float32,), (64, 256), (2048, math.inf), (1024, 5792)),
+    Shapes("flash", DIRECTIONS, _16_BITS, (64, 64), (64, 64), (1024, math.inf), ((164, 131), (572, 325))),
+    Shapes("flash", DIRECTIONS, _16_BITS, (128, 128), (128, 128), (1024, math.inf), ((208, 231), (645, 590))),
+    Shapes("flash", DIRECTIONS, _16_BITS, (256, 256), (256, 256), (2048, math.inf), ((447, 494), (1031, None))),
+    Shapes("products", ("forward",), _16_BITS, (64, 256), (2048, math.inf), (1024, 8192), ((447, 183), (397, 458))),
+    Shapes("products", DIRECTIONS, (torch.float32,), (64, 256), (2048, math.inf), (1024, 5792)),
 )
-"""shapes that libraries compute; a (C, C) matrix of "products" fits WORKSPACE"""
+"""directions and shapes that libraries compute; a (C, C) matrix of "products" fits WORKSPACE"""
 _ENVIRONMENT = os.environ.get("MEGALODON_OPS_ATTENTION", "auto")
 if _ENVIRONMENT == "kernels":
     TABLE = ()
@@ -68,25 +77,27 @@ _WIDTH, _UNIT = 8, 256.0  # columns for lse keep rows aligned; / 256: lse / scal
 _LEAST_SCALE = 2.0**-10  # bounds lse / scale; flash attention needs a scale above 0
 
 
-def path_by_shapes(dtype: torch.dtype, tokens: int, heads: int, key_dim: int, value_dim: int, chunk: int) -> str | None:
+def path_by_shapes(
+    direction: str, dtype: torch.dtype, tokens: int, heads: int, key_dim: int, value_dim: int, chunk: int
+) -> str | None:
     """Path of a dense batch by its sizes; None: the kernels.
 
     Example:
         >>> import torch
         >>> from megalodon_ops.ops.chunked_attention.dense_attention import path_by_shapes
-        >>> path_by_shapes(torch.bfloat16, tokens=16384, heads=1, key_dim=256, value_dim=2048, chunk=2048)
+        >>> path_by_shapes("forward", torch.bfloat16, tokens=16384, heads=1, key_dim=256, value_dim=2048, chunk=2048)
         'products'
     """
     sizes = key_dim, value_dim, chunk
-    for path, dtypes, *bounds in TABLE:
+    for path, directions, dtypes, *bounds, _ in TABLE:
         rows = tokens * heads if path == "flash" else tokens
         fits = all(low <= size <= high and size % 8 == 0 for size, (low, high) in zip(sizes, bounds))
-        if fits and dtype in dtypes and rows >= LEAST_ROWS:
+        if fits and direction in directions and dtype in dtypes and rows >= LEAST_ROWS:
             return path
     return None
 
 
-def path_of(q: Tensor, k: Tensor, v: Tensor, chunk_size: int, causal: bool, scale: float) -> str | None:
+def path_of(direction: str, q: Tensor, k: Tensor, v: Tensor, chunk_size: int, causal: bool, scale: float) -> str | None:
     """Path of a dense batch under torch's settings; None: the kernels, which also refuse wrong arguments."""
     if not q.is_cuda or q.dim() != 4 or q.shape != k.shape or v.dim() != 4 or q.shape[:3] != v.shape[:3]:
         return None
@@ -95,7 +106,8 @@ def path_of(q: Tensor, k: Tensor, v: Tensor, chunk_size: int, causal: bool, scal
     if torch.are_deterministic_algorithms_enabled() or scale < _LEAST_SCALE:
         return None
     batch, length, heads, key_dim = q.shape
-    path = path_by_shapes(q.dtype, batch * length, heads, key_dim, v.shape[3], min(chunk_size, length))
+    chunk = min(chunk_size, length)
+    path = path_by_shapes(direction, q.dtype, batch * length, heads, key_dim, v.shape[3], chunk)
     allowed = _flash_is_allowed() if path == "flash" else causal and (q.dtype != torch.float32 or _tf32_is_allowed())
     return path if allowed else None
 
