@@ -4,7 +4,8 @@
 // of the old one, if the chunk is still the same, `fresh` rows of the last tokens, and zeros. In place, only the fresh
 // rows are written. A position outside [0, C) becomes -1 and has no rows.
 //
-// 1. rows kernel: a block owns one row of a sequence's new caches or, in place, one row that may be fresh.
+// 1. rows kernel: a block owns one row of a sequence's new caches or, in place, one row that may be fresh. If this is
+//    the sequence's only block, as for a decoded token, it writes the position, too, and there is no second launch.
 // 2. position kernel: a thread owns a sequence. It runs second: position_out may be `position`, which kernel 1 reads.
 // Rows are copied in units of 16 bytes if alignment allows it, else element by element.
 // Bytes: each row in use is read and written once, the minimum; in place, the fresh rows alone.
@@ -53,6 +54,10 @@ __global__ void __launch_bounds__(kThreads) chunked_attention_state_kernel(State
     U* const to = static_cast<U*>(of.out) + (s * C + row) * of.units;
     for (int64_t u = threadIdx.x; u < of.units; u += kThreads) gpu::st(to + u, from ? gpu::ld<U>(from + u) : U{});
   }
+  if (plan.rows == 1) {
+    __syncthreads();  // all threads have read the position
+    if (threadIdx.x == 0) p.position_out[s] = position < 0 ? -1 : end % C;
+  }
 }
 
 __global__ void __launch_bounds__(kThreads) chunked_attention_position_kernel(ChunkedAttentionStateParams p) {
@@ -62,8 +67,9 @@ __global__ void __launch_bounds__(kThreads) chunked_attention_position_kernel(Ch
   p.position_out[s] = position < 0 ? -1 : (position + p.sequences.length(s)) % p.chunk_size;
 }
 
+// Returns true if the positions are written, too.
 template <class U>
-void launch_rows(const ChunkedAttentionStateParams& p, int64_t element, void* stream) {
+bool launch_rows(const ChunkedAttentionStateParams& p, int64_t element, void* stream) {
   const int64_t key = p.heads * p.key_dim * element, value = p.heads * p.value_dim * element;
   const auto unit = static_cast<int64_t>(sizeof(U));
   StatePlan plan{p, {{p.cache_k, p.k, p.cache_k_out, key / unit}, {p.cache_v, p.v, p.cache_v_out, value / unit}}, 0};
@@ -73,6 +79,7 @@ void launch_rows(const ChunkedAttentionStateParams& p, int64_t element, void* st
   if (plan.rows > 0)
     LAUNCH(chunked_attention_state_kernel<U>, static_cast<unsigned>(p.sequences.count * plan.rows), kThreads, 0, stream,
            plan);
+  return plan.rows == 1;
 }
 
 bool takes_units(const ChunkedAttentionStateParams& p, int64_t element) {
@@ -91,12 +98,14 @@ int64_t workspace_chunked_attention_state_cuda(const ChunkedAttentionStateParams
 void launch_chunked_attention_state_cuda(const ChunkedAttentionStateParams& params, void* stream) {
   const int64_t sequences = params.sequences.count;
   if (sequences == 0) return;
+  bool done = false;
   dispatch_dtype(params.dtype, [&](auto type) {
     using T = decltype(type);
     using U = gpu::Pack<T, 1>;
-    if (takes_units(params, sizeof(T))) launch_rows<Unit>(params, sizeof(T), stream);
-    else launch_rows<U>(params, sizeof(T), stream);
+    done = takes_units(params, sizeof(T)) ? launch_rows<Unit>(params, sizeof(T), stream)
+                                          : launch_rows<U>(params, sizeof(T), stream);
   });
+  if (done) return;
   LAUNCH(chunked_attention_position_kernel, static_cast<unsigned>(ceil_div(sequences, kThreads)), kThreads, 0, stream,
          params);
 }

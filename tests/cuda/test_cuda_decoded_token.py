@@ -75,7 +75,7 @@ def test_launches_of_a_decoded_token(cuda):
     (one, one_torch), (two, two_torch) = (launches_of_a_token(cuda, layers) for layers in (1, 2))
     assert two - one == Counter(
         timestep_norm_fwd_kernel=1, cema_step_kernel=1, normalized_qk_fwd_warp_kernel=1, chunked_attention_step_kernel=1,
-        chunked_attention_merge_kernel=1, chunked_attention_state_kernel=1, chunked_attention_position_kernel=1,
+        chunked_attention_merge_kernel=1, chunked_attention_state_kernel=1,
     )  # fmt: skip
     assert one - (two - one) == Counter(timestep_norm_fwd_kernel=1)
     x = torch.ones(4)

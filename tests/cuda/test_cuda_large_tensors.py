@@ -157,12 +157,12 @@ def test_cema_outputs_on_tensor_cores_at_offsets_beyond_31_bits(emulator, large)
     emulator.set_order("random", shared_limit=163 * 1024)
     with emulator.launch_sizes(cema_tile=128):
         emulator.launch("cema_fwd", x, *inputs, None, None, None, y, state)
-    assert "cema_mma_output_kernel" in emulator.module.launched()
+    assert "cema_mma_output_kernel" in set(emulator.module.launched())
     del state
     gradients = cema_parameters(large, channels, modes)
     with emulator.launch_sizes(cema_tile=128, cema_shares=1):
         emulator.launch("cema_bwd", x, *inputs, None, None, None, y, None, dx, *gradients, None)
-    assert {"cema_tiles_kernel", "cema_mma_output_kernel"} <= emulator.module.launched()
+    assert {"cema_tiles_kernel", "cema_mma_output_kernel"} <= set(emulator.module.launched())
 
 
 @pytest.mark.parametrize("dtype", [BF16, F32], ids=str)
@@ -294,7 +294,7 @@ def forward_kernels(emulator, large, B, L, channels, modes) -> set[str]:
     emulator.reset()
     emulator.set_order("random", shared_limit=163 * 1024)
     emulator.launch("cema_fwd", x, *cema_parameters(large, channels, modes), None, None, None, y, None)
-    return emulator.module.launched()
+    return set(emulator.module.launched())
 
 
 def test_cema_chooses_kernels_by_size(emulator, large):

@@ -68,6 +68,15 @@ def test_a_state_in_place_after_no_tokens(emulator):
     assert torch.equal(state.position, case.options["state"].position)
 
 
+def test_one_token_in_place_is_one_launch(emulator):
+    """The position after it is in its chunk, or that of the next; a position outside of a chunk gives -1."""
+    case = chunked_attention_case(B=4, L=1, H=1, K=8, V=8, C=6, dtype=F32, state=True)
+    state = case.options["state"]._replace(position=torch.tensor([5, 2, 0, 6]))
+    emulator.call("chunked_attention_state", case.tensors["k"], case.tensors["v"], *state, 6, None, None, *state)
+    assert state.position.tolist() == [0, 3, 1, -1]
+    assert emulator.module.launched() == {"chunked_attention_state_kernel": 1}
+
+
 def test_bytes_moved_by_the_state(emulator):
     """In place, only new rows move; a copy also moves old rows and zeros. The first sequence ends its chunk."""
     case = chunked_attention_case(B=3, L=1, H=1, K=64, V=256, C=40, dtype=BF16, state=True)
