@@ -78,6 +78,7 @@ def stages(python: str, folder: Path, here: bool) -> dict[str, list[Step]]:
         ],
         "kernels": [
             Step("test_cuda", [*one_process, "tests/cuda/test_cuda.py"], 30),
+            Step("decoder", [*one_process, "tests/cuda/test_cuda_decoder.py"], 10),
             Step("backends", backends, 60),
         ],
         "sanitizers": [

@@ -38,3 +38,17 @@ def assert_bits_of_layers(model, state, rows=1, length=1, fused=True):
     found, expected = by_decoder(decoder, pieces), by_layers(model, state, pieces)
     assert decoder.fused is fused
     assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+
+
+def assert_equal(found, expected):
+    """Equal bits; rows of a cache that nothing has written are NaN."""
+    for a, b in zip(tree_leaves(found), tree_leaves(expected), strict=True):
+        torch.testing.assert_close(a, b, rtol=0, atol=0, equal_nan=True)
+
+
+def assert_decodes(decoder, model, tokens, length=1):
+    """The decoder's next logits and its state are those of the layers."""
+    state, pieces = decoder.state, tokens.split(length, 1)
+    found = by_decoder(decoder, pieces)
+    assert_equal(found, by_layers(model, state, pieces))
+    assert all(logits.isfinite().all() for logits in found[: len(pieces)])

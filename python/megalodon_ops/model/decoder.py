@@ -14,12 +14,14 @@ from torch import Tensor, nn
 from torch.nn.modules import module as torch_module
 from torch.utils._pytree import tree_leaves, tree_map_only
 
+from ..ops.chunked_attention.two_chunk_attention import positions_fit
 from ..ops.linear import linear
 from ..ops.common.definition import OWN_TYPES, accumulation_dtype, check_runs_now, is_autocast_enabled
-from ..ops.common.checks import check_tensor, describe
+from ..ops.common.checks import check_device, check_tensor, describe
 from ..ops.common.recorder import Recorder
 from ..ops.common.recording import Step
 from .blocks import at_least_float32
+from .captured_step import CapturedStep, hooked_module, may_capture
 from .fixed_coefficients import with_fixed_coefficients
 from .inputs import check_inputs
 from .layers import has_own_forward, wide_parameters
@@ -28,6 +30,7 @@ from .quantized_layers import small_tensors
 from .sequences import Sequences
 
 _NEVER = -(2**62)
+_CAPTURED_LENGTH = 8  # tokens of a row: one, or a draft of several
 _ALTERNATIVE = "call the model there, with its state: model(tokens, state=state, return_state=True)"
 
 
@@ -42,6 +45,10 @@ class Decoder:
     float32, 8 in bfloat16), with MEGALODON_OPS_LINEAR=torch, and, if attention sees two chunks, in calls in which a chunk
     ends.
 
+    On a GPU the second call with rows of a length up to 8 tokens captures a CUDA graph of the layers, which later calls
+    replay; see docs/cuda.md. The model runs module by module if a module is hooked or waits for the GPU, with a warning
+    that names it, with a working memory, with tensors on several devices, and with dropout in training.
+
     The decoder chooses once, when it is made. Its steps keep the addresses of parameters, so they see values that an
     optimizer step or `load_state_dict` writes there later, with two exceptions: CEMA's parameters, whose coefficients
     are computed when the decoder is made, and parameters that are not contiguous, which a recorded step copies. Make a
@@ -53,8 +60,8 @@ class Decoder:
         state: the state of B sequences, as a call of the model returned it. The decoder copies the state.
 
     Attributes:
-        fused: True if one call of kernels computes everything and calls no module. If a changed module prevents it, a
-            warning has named the first such module.
+        fused: True if one call of kernels, or a CUDA graph, computes everything and calls no module. If a changed module
+            prevents it, a warning has named the first such module.
         num_sequences: B.
 
     Raises:
@@ -87,17 +94,25 @@ class Decoder:
         self.num_sequences = self._like.shape[0]
         device = self._like.device.type
         enabled, dtype = is_autocast_enabled(device), torch.get_autocast_dtype(device)
-        self._autocast = torch.autocast(device, enabled=enabled, dtype=dtype)
+        # Without torch's cache of cast weights, which a CUDA graph could outlive; a call casts each weight once.
+        self._autocast = torch.autocast(device, enabled=enabled, dtype=dtype, cache_enabled=False)
         self._lock, self._state_is_whole = threading.RLock(), True
         self._tokens_read = 0
         self._last_equal = torch.full((self.num_sequences, self.num_sequences), _NEVER, device="cpu")
         """(B, B): number of tokens read when two sequences were last equal"""
-        self._max_tokens = linear.most_few_rows(self._like.dtype) if self._may_record(enabled) else 0
-        self._steps: dict[int, Step] = {}
-        """recorded steps by the number of tokens of a row"""
+        self._longest: int | None = None
+        """largest position of a sequence in its cache; None: unknown"""
+        self._captures, self._max_tokens = may_capture(model, self._state), 0
+        if self._may_record(enabled):
+            most = linear.most_few_rows(self._like.dtype)
+            self._max_tokens = _CAPTURED_LENGTH * self.num_sequences if self._captures else most
+        self._steps: dict[int, Step | CapturedStep] = {}
+        """recorded and captured steps by the number of tokens of a row"""
         self._changed: dict[str, nn.Module] = {}
         changes = list(_changes(model, model._reference(), ""))
-        self.fused = self._max_tokens >= self.num_sequences and self._find_changes(changes)
+        self.fused = self._max_tokens >= self.num_sequences and (
+            self._find_hooks() if self._captures else self._find_changes(changes)
+        )
         self._runner = with_fixed_coefficients(model, changes)
 
     @property
@@ -135,6 +150,7 @@ class Decoder:
             since_divergence = self._tokens_read - self._last_equal[targets, sources]
             self._last_equal.fill_diagonal_(self._tokens_read)
             self._last_equal = self._last_equal[rows][:, rows]
+            self._longest = None
             targets, sources = targets.to(self._like.device), sources.to(self._like.device)
             for layer in self._state.layers:
                 k, v, position, *memory = *layer.attention, *layer[3:]
@@ -171,6 +187,7 @@ class Decoder:
                 tensor[rows.to(tensor.device)] = new[name].to(tensor.device)
             rows = rows.cpu()
             self._last_equal[rows] = self._last_equal[:, rows] = _NEVER
+            self._longest = None
 
     def __call__(self, tokens: Tensor) -> Tensor:
         """Logits (B, L, num_outputs) after each of the next tokens (B, L), float32 (float64 for a float64 model).
@@ -193,12 +210,13 @@ class Decoder:
             tokens = tokens.long()
         with self._lock:
             self._check_state()
-            by_step = 0 < B * tokens.shape[1] <= self._max_tokens and self._has_room(tokens.shape[1])
-            if by_step and size is None:
+            if self._captures:
+                check_device("Decoder", "tokens", tokens, self._like)
+            elif size is None and self._runs_step(tokens):
                 self._check_tokens(tokens)
             self._state_is_whole = False
             try:
-                logits = self._run_step(tokens) if by_step else self._run_model(tokens)
+                logits = self._run(tokens)
             except BaseException as error:
                 outside = (tokens < 0) | (tokens >= self._model.config.vocab_size)  # refused before a layer runs
                 self._state_is_whole = isinstance(error, IndexError) and bool(outside.any())
@@ -225,8 +243,23 @@ class Decoder:
             if not 0 <= token < self._model.config.vocab_size:
                 raise IndexError(f"Decoder: `tokens` must be in [0, {self._model.config.vocab_size}), got {token}.")
 
+    def _run(self, tokens: Tensor) -> Any:
+        if not self._runs_step(tokens):
+            return self._run_model(tokens)
+        longest = self._longest
+        results = self._run_step(tokens)
+        self._longest = None if longest is None else longest + tokens.shape[1]
+        return results
+
+    def _runs_step(self, tokens: Tensor) -> bool:
+        if self._captures and torch.cuda.is_current_stream_capturing():  # by the caller
+            return False
+        return 0 < self.num_sequences * tokens.shape[1] <= self._max_tokens and self._has_room(tokens.shape[1])
+
     def _run_step(self, tokens: Tensor) -> Tensor:
         """Run the step for rows of this length; the first call records it."""
+        if self._captures:
+            return self._run_captured(tokens)
         step = self._steps.get(tokens.shape[1])
         if step is not None:
             return step(tokens)
@@ -238,16 +271,32 @@ class Decoder:
         logits, step.first = step.first, None
         return logits
 
+    def _run_captured(self, tokens: Tensor) -> Tensor:
+        """Run the captured step for rows of this length; its first call runs the modules, its second one captures."""
+        length = tokens.shape[1]
+        if length not in self._steps:
+            self._steps[length] = CapturedStep(self._runner)
+        logits = self._steps[length](positions_fit()(self._run_model), tokens)
+        if problem := self._steps[length].problem:
+            self._max_tokens, self.fused = 0, False
+            warnings.warn(f"Decoder: {problem}, so modules run one by one, which takes longer.", stacklevel=5)
+        return logits
+
     def _call_model(self, tokens: Tensor, state: MegalodonState) -> tuple[Tensor, MegalodonState]:
         return self._runner(tokens, state=state, return_state=True, inplace_state=True)
 
     def _has_room(self, length: int) -> bool:
         """Return True if no sequence fills its cache within `length` positions; a full one drops a chunk."""
-        config, position = self._model.config, self._state.layers[0].attention.position
-        return config.visible_chunks == 1 or int(position.max()) + length < config.num_cached_positions
+        config = self._model.config
+        if config.visible_chunks == 1:
+            return True
+        if self._longest is None:
+            self._longest = int(self._state.layers[0].attention.position.max())
+        return self._longest + length < config.num_cached_positions
 
     @torch.no_grad()
     def _run_model(self, tokens: Tensor) -> Tensor:
+        self._longest = None
         with self._autocast:
             logits, after = self._call_model(tokens, self._state)
         copies: dict[torch.dtype, list[tuple[Tensor, Tensor]]] = {}
@@ -262,7 +311,18 @@ class Decoder:
         config = self._model.config
         has_dropout = self._model.training and (config.dropout or config.hidden_dropout or config.attention_dropout)
         has_hooks = torch_module._global_forward_hooks or torch_module._global_forward_pre_hooks
-        return self._like.is_cpu and not (autocast or has_dropout or has_hooks)
+        return not (has_dropout or has_hooks) and (self._captures or (self._like.is_cpu and not autocast))
+
+    def _find_hooks(self) -> bool:
+        """Return True if no module has hooks, else run module by module."""
+        if hooked := hooked_module(self._model):
+            self._max_tokens = 0
+            warnings.warn(
+                f"Decoder: `{hooked}` has hooks, so modules run one by one instead of a CUDA graph, which takes longer; "
+                "remove them.",
+                stacklevel=3,
+            )
+        return not hooked
 
     def _find_changes(self, changes: list[str]) -> bool:
         """Check model and state; return True if no module was changed, else find those that a step calls in Python."""

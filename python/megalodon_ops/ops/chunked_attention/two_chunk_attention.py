@@ -14,6 +14,10 @@ whenever these are full. Calls whose positions fit the cache, such as those of d
 
 from __future__ import annotations
 
+import contextlib
+import threading
+from collections.abc import Iterator
+
 import torch
 from torch import Tensor
 
@@ -24,6 +28,23 @@ from .attention_flops import attention_bwd_flops, attention_flops, pairs_in_two_
 ops = torch.ops.megalodon_ops  # chunked_attention.py, which imports this file, defines chunked_attention_*
 
 
+class _Caller(threading.local):
+    knows_that_positions_fit = False
+
+
+_caller = _Caller()
+
+
+@contextlib.contextmanager
+def positions_fit() -> Iterator[None]:
+    """Within the context, the caller knows that no call of this thread fills a cache, so the host reads no positions."""
+    _caller.knows_that_positions_fit = True
+    try:
+        yield
+    finally:
+        _caller.knows_that_positions_fit = False
+
+
 class _Grids:
     """The places of the sequences' positions on the early grid, and the late windows of longer sequences."""
 
@@ -32,6 +53,9 @@ class _Grids:
         *, state_only: bool = False,
     ) -> None:  # fmt: skip
         """x (B, L, ...); position (S,) valid rows of the cache. state_only: only the state after x is computed."""
+        self.has_late = False
+        if _caller.knows_that_positions_fit:
+            return
         B, L = x.shape[:2]
         spans = sequence_spans("chunked_attention", x, cu_seqlens, lengths)
         cached = [0] * len(spans) if position is None else position.tolist()

@@ -307,7 +307,10 @@ def record(module: Callable, *example: Tensor, state: Any = None) -> Step:
     for name, tensors in ("example", example), ("state", tensors_in(state)):
         for x in tensors:
             if not x.is_cpu:
-                raise ValueError(f"record: `{name}` must be on the CPU, got a tensor on {x.device}; move it there.")
+                raise ValueError(
+                    f"record: `{name}` must be on the CPU, got a tensor on {x.device}; move it there, or capture the call "
+                    "with torch.cuda.graph on a GPU."
+                )
     before, copied = _attributes(module), tree_map_only(Tensor, _contiguous_copy, state)
     step = Step("record", module, example, copied)
     step.first = None

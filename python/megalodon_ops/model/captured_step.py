@@ -1,0 +1,143 @@
+"""`CapturedStep`: a call on a GPU as a CUDA graph, which runs all of its kernels without Python between them."""
+
+from __future__ import annotations
+
+import threading
+import traceback
+from collections.abc import Callable, Iterable
+from types import FrameType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_map_only
+
+from ..ops.common.recorder import tensors_in
+from .model_state import MegalodonState
+
+_CAPTURING = threading.Lock()  # torch allows one capture at a time in a process
+aten = torch.ops.aten
+_READ_VALUES = {torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shape}
+
+
+class CapturedStep:
+    """function(tokens) -> tensors, for tokens of one shape, where the function updates its state in place.
+
+    The first call runs the function on a side stream, as torch requires before a capture: kernels are loaded, and
+    libraries allocate their workspaces. The second call captures a graph, and later ones replay it. All memory that the
+    function allocates lies in the graph's own pool.
+
+    Attributes:
+        problem: the reason why no graph can repeat the function, with the module's name; all calls then run the
+            function. None: there is no reason so far.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        """model: has the modules that the function calls."""
+        self._model = model
+        self._tokens: Tensor | None = None
+        self._graph: torch.cuda.CUDAGraph | None = None
+        self.problem: str | None = None
+
+    def __call__(self, function: Callable[[Tensor], Any], tokens: Tensor) -> Any:
+        """Return function(tokens), which is the same one in all calls; keeping it could keep its owner alive."""
+        with torch.inference_mode(False), torch.no_grad(), torch.cuda.device(tokens.device):
+            if self._tokens is None:
+                self._tokens, self._stream = tokens.clone(), torch.cuda.Stream()
+                return self._warm_up(function)
+            self._tokens.copy_(tokens)
+            if self._graph is None and self.problem is None:
+                self._capture(function)
+            if self.problem is not None:
+                return function(tokens)
+            self._graph.replay()
+            return tree_map_only(Tensor, torch.clone, self._results)
+
+    def _warm_up(self, function: Callable[[Tensor], Any]) -> Any:
+        current, host_work = torch.cuda.current_stream(), _HostWork(self._model)
+        self._stream.wait_stream(current)
+        with torch.cuda.stream(self._stream), host_work:
+            results = function(self._tokens)
+        self.problem = host_work.problem
+        current.wait_stream(self._stream)
+        copied = tree_map_only(Tensor, torch.clone, results)
+        self._stream.wait_stream(current)  # the results' memory returns to the side stream
+        return copied
+
+    def _capture(self, function: Callable[[Tensor], Any]) -> None:
+        graph, error = torch.cuda.CUDAGraph(), None
+        try:
+            # Not torch.cuda.graph, which collects garbage and frees cached memory, a tenth of a second and more.
+            with _CAPTURING, torch.cuda.stream(self._stream):
+                graph.capture_begin(capture_error_mode="thread_local")
+                try:
+                    self._results = function(self._tokens)
+                except BaseException as raised:  # the end of the capture then raises, too
+                    error = raised
+                graph.capture_end()
+        except RuntimeError as raised:
+            error = error or raised
+        if error is None:
+            self._graph = graph
+        elif not isinstance(error, Exception):
+            raise error
+        else:
+            frames = [frame for frame, _ in traceback.walk_tb(error.__traceback__)]
+            name, message = _calling_module(reversed(frames), self._model), str(error).partition("\n")[0]
+            self.problem = f"`{name}` cannot be captured by a CUDA graph ({type(error).__name__}: {message})"
+
+
+def may_capture(model: nn.Module, state: MegalodonState) -> bool:
+    """Return True if model and state lie on one GPU, and the host reads no values of the state."""
+    tensors = (*tensors_in(state), *model.parameters(), *model.buffers())
+    devices = {tensor.device for tensor in tensors}
+    return len(devices) == 1 and tensors[0].is_cuda and not model.config.working_memory
+
+
+def hooked_module(model: nn.Module) -> str | None:
+    """Return the name of the first module with hooks, which a graph would not call, or None."""
+    hooked = (name for name, part in model.named_modules() if part._forward_hooks or part._forward_pre_hooks)
+    return next((name or "model" for name in hooked), None)
+
+
+class _HostWork(TorchDispatchMode):
+    """Finds the first function of torch for which the host waits for the GPU, or which copies between the two.
+
+    A capture fails there, and some versions of torch then draw no more random numbers.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self._model, self.problem = model, None
+
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        return False  # else torch imports its compiler, 2 s
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+        results = func(*args, **(kwargs or {}))
+        if self.problem is None and _waits(func, tensors_in(args, kwargs), results):
+            name = _calling_module((frame for frame, _ in traceback.walk_stack(None)), self._model)
+            function = func._schema.name.removeprefix("aten::")
+            self.problem = f"`{name}` calls `{function}`, by which the host waits for the GPU"
+        return results
+
+
+def _waits(func: torch._ops.OpOverload, arguments: list[Tensor], results: Any) -> bool:
+    """Return True if the function returns a value or a size that the GPU computes, or copies from or to the CPU."""
+    found = tensors_in(results)
+    if func is aten.lift_fresh.default:  # of torch.tensor(values, device="cuda")
+        return found[0].is_cuda
+    if func.overloadpacket in (aten.index, aten.index_put_):
+        return any(tensor.dtype in (torch.bool, torch.uint8) for tensor in arguments[1:])
+    # A number on the CPU becomes an argument of the kernel.
+    devices = {t.device for t in arguments if t.dim() or not t.is_cpu} | {t.device for t in found}
+    return len(devices) > 1 or isinstance(results, (bool, int, float)) or not _READ_VALUES.isdisjoint(func.tags)
+
+
+def _calling_module(frames: Iterable[FrameType], model: nn.Module) -> str:
+    """Return the name of the module whose call is the first of the frames, innermost first, that belongs to one."""
+    names = {id(module): name for name, module in model.named_modules()}
+    found = (names.get(id(frame.f_locals.get("self"))) for frame in frames)
+    return next((name for name in found if name), "model")
