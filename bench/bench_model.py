@@ -235,7 +235,10 @@ def _decode(model: _Model, context: int, llama: bool = True) -> Case:
         nonlocal decoder
         if start is None:
             read_context()
-        decoder = mo.Decoder(model.ours, start)
+        if decoder is None or start.norm.count.is_cpu:
+            decoder = mo.Decoder(model.ours, start)
+        else:  # keeps its CUDA graph
+            decoder.replace(torch.tensor([0]), start)
 
     def decode() -> Outputs:
         return (torch.cat([decoder(token) for token in new], 1),)

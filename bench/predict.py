@@ -21,7 +21,7 @@ import megalodon_ops as mo
 import torch
 from megalodon_ops.ops.chunked_attention import dense_attention
 
-from . import gpu, sass
+from . import gpu, predict_decoding, sass
 from . import sass_loops as loops
 from .predict_cards import CARDS, Card, card_of
 from .predict_paths import ATTENTION, KERNELS, SHAPES, SIZES, Launch
@@ -229,6 +229,8 @@ def main() -> int:
         print(table(codes, card, options.shape, measured))
         if options.json:
             options.json.write_text(json.dumps(rows_of(codes, card, options.shape, measured)[1]))
+    decoding = predict_decoding.rows("mega200M", {name: CARDS[name] for name in cards})
+    print(f"\n## A decoded token of mega200M in bfloat16\n\n{_markdown(decoding)}")
     return 0
 
 

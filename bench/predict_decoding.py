@@ -1,0 +1,71 @@
+"""What the launches of a decoded token cost: with Python between them, and in a CUDA graph. For predict.py."""
+
+from __future__ import annotations
+
+from collections import Counter
+from typing import Any
+
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+import megalodon_ops as mo
+
+from .predict_cards import Card
+
+# Kernels of an op for one token of each sequence, in a chunk of more than 64 keys.
+OPS = {
+    "timestep_norm_fwd": 1, "cema_fwd": 1, "normalized_qk_fwd": 1, "chunked_attention_fwd": 2, "chunked_attention_state_": 2,
+    "linear_fwd": 1,
+}  # fmt: skip
+BY_PYTHON, GRAPH, IN_GRAPH = (4.0, 8.0), 10.0, (1.0, 1.5)
+"""Microseconds, assumed: a launch with Python before it; the launch of a graph with its copies; a kernel in a graph"""
+
+
+class _Launches(TorchDispatchMode):
+    """Counts launches by function; views and new tensors launch nothing."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.counts: Counter[str] = Counter()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+        name = func._schema.name.split("::")[1]
+        if func.namespace == "megalodon_ops":
+            self.counts[name] += OPS[name]
+        elif not (func.is_view or name.startswith(("empty", "new_empty", "_unsafe_view", "detach"))):
+            self.counts[name] += 1
+        return func(*args, **(kwargs or {}))
+
+
+def launches_of_a_token(config: mo.MegalodonConfig) -> Counter[str]:
+    """Launches of a call of the model in bfloat16 with one token, and of the copies into its state.
+
+    Tensors are on the device meta, where functions of torch are those of CUDA, but for RMS norms: six functions instead of
+    the one launch of torch 2.9 and newer.
+    """
+    with torch.device("meta"), torch.no_grad():
+        model = mo.Megalodon(config).to(torch.bfloat16).eval()
+        state = mo.MegalodonState.fresh(config, 1, dtype=torch.bfloat16, device="meta")
+        token = torch.zeros((1, 1), dtype=torch.int64)
+        with _Launches() as launches:
+            _, after = model(token, state=state, return_state=True, inplace_state=True)
+            for old, new in zip(tree_leaves(state), tree_leaves(after), strict=True):
+                if old is not new:
+                    old.copy_(new)
+    return launches.counts
+
+
+def rows(preset: str, cards: dict[str, Card]) -> list[tuple[str, ...]]:
+    """Rows of a table: milliseconds of a token's launches beside those that its weights take."""
+    config = mo.MegalodonConfig.preset(preset)
+    count, weights = launches_of_a_token(config).total(), 2 * config.num_parameters()
+
+    def span(low: float, high: float) -> str:
+        return f"{low / 1e3:.2f} to {high / 1e3:.2f}"
+
+    head = ("card", "launches", "one by one ms", "in a graph ms", "reading the weights ms")
+    by_python = span(*(count * us for us in BY_PYTHON))
+    in_graph = span(*(GRAPH + count * us for us in IN_GRAPH))
+    times = ((name, f"{weights / card.memory / 1e6:.2f}") for name, card in cards.items())
+    return [head, *((name, str(count), by_python, in_graph, time) for name, time in times)]
