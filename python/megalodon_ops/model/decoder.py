@@ -28,6 +28,7 @@ from .layers import has_own_forward, wide_parameters
 from .model_state import MegalodonState, as_real, check_state, complete, layout, named_tensors
 from .quantized_layers import small_tensors
 from .sequences import Sequences
+from .undo import KeptSequences, check_history, make_history
 
 _NEVER = -(2**62)
 _CAPTURED_LENGTH = 8  # tokens of a row: one, or a draft of several
@@ -58,6 +59,8 @@ class Decoder:
     Args:
         model: the :class:`Megalodon` that gives the logits.
         state: the state of B sequences, as a call of the model returned it. The decoder copies the state.
+        undo: number of tokens that :meth:`undo` can take back. The past before each of them is kept, without keys and
+            values. A call is split where a chunk ends, and where it has more than undo + 1 tokens.
 
     Attributes:
         fused: True if one call of kernels, or a CUDA graph, computes everything and calls no module. If a changed module
@@ -80,7 +83,7 @@ class Decoder:
         (True, True)
     """
 
-    def __init__(self, model: nn.Module, state: MegalodonState) -> None:
+    def __init__(self, model: nn.Module, state: MegalodonState, *, undo: int = 0) -> None:
         check_runs_now("Decoder", _ALTERNATIVE)
         if not hasattr(model, "_reference"):
             raise TypeError(f"Decoder: `model` must be a Megalodon, got {describe(model)}.")
@@ -114,6 +117,7 @@ class Decoder:
             self._find_hooks() if self._captures else self._find_changes(changes)
         )
         self._runner = with_fixed_coefficients(model, changes)
+        self._history = make_history(model, self._state, undo, lambda: changes)
 
     @property
     def state(self) -> MegalodonState:
@@ -160,6 +164,8 @@ class Decoder:
                     tensor[targets] = tensor[sources]
             for tensor in (*self._state.norm, *self._state.inputs):
                 tensor[targets] = tensor[sources]
+            if self._history is not None:
+                self._history.forget(self._state)
 
     @torch.no_grad()
     def replace(self, rows: Tensor, state: MegalodonState) -> None:
@@ -188,6 +194,45 @@ class Decoder:
             rows = rows.cpu()
             self._last_equal[rows] = self._last_equal[:, rows] = _NEVER
             self._longest = None
+            if self._history is not None:
+                self._history.forget(self._state, rows)
+
+    @torch.no_grad()
+    def undo(self, counts: int | Tensor) -> None:
+        """Take back the last tokens, in place: the decoder continues as if it had not read them.
+
+        Where the tokens of whole calls are taken back, the state has the bits that it had before these calls. Where a
+        call keeps some of its tokens, it is that of the kept ones, up to rounding; its bits do not depend on the others.
+
+        Args:
+            counts: number of tokens, for all rows or (B,) integers for each; at most the constructor's `undo`.
+
+        Raises:
+            ValueError: a row has not read so many tokens since the decoder was made, :meth:`reorder` was called, or the row
+            was replaced.
+
+        Example:
+            >>> import torch, megalodon_ops as mo
+            >>> config = mo.MegalodonConfig(num_layers=1, model_dim=32, z_dim=16, value_dim=32, ffn_hidden_dim=32, vocab_size=9)
+            >>> model = mo.Megalodon(config).eval()
+            >>> decoder = mo.Decoder(model, mo.MegalodonState.fresh(config, 2), undo=3)
+            >>> logits = decoder(torch.tensor([[1, 2, 3, 4], [5, 6, 7, 8]]))
+            >>> decoder.undo(torch.tensor([1, 3]))
+            >>> decoder.state.norm.count
+            tensor([3, 1])
+        """
+        with self._lock:
+            self._check_state()
+            check_history(self._history).take_back(self._state, counts)
+            self._longest = None
+
+    def state_before(self, counts: int | Tensor) -> MegalodonState:
+        """A copy of the state before the last `counts` tokens, which :meth:`undo` would take back."""
+        with self._lock:
+            self._check_state()
+            state = self.state
+            check_history(self._history).copy().take_back(state, counts)
+            return state
 
     def __call__(self, tokens: Tensor) -> Tensor:
         """Logits (B, L, num_outputs) after each of the next tokens (B, L), float32 (float64 for a float64 model).
@@ -212,11 +257,14 @@ class Decoder:
             self._check_state()
             if self._captures:
                 check_device("Decoder", "tokens", tokens, self._like)
-            elif size is None and self._runs_step(tokens):
+            elif size is None and (self._runs_step(tokens) or self._history is not None):
                 self._check_tokens(tokens)
             self._state_is_whole = False
             try:
-                logits = self._run(tokens)
+                if self._history is None:
+                    logits = self._run(tokens)
+                else:
+                    logits = self._history.run(tokens, self._state, self._run, self._run_model)
             except BaseException as error:
                 outside = (tokens < 0) | (tokens >= self._model.config.vocab_size)  # refused before a layer runs
                 self._state_is_whole = isinstance(error, IndexError) and bool(outside.any())
@@ -256,7 +304,7 @@ class Decoder:
             return False
         return 0 < self.num_sequences * tokens.shape[1] <= self._max_tokens and self._has_room(tokens.shape[1])
 
-    def _run_step(self, tokens: Tensor) -> Tensor:
+    def _run_step(self, tokens: Tensor) -> Any:
         """Run the step for rows of this length; the first call records it."""
         if self._captures:
             return self._run_captured(tokens)
@@ -268,22 +316,27 @@ class Decoder:
         with self._called_in_python(recorder), self._autocast:
             step = Step("Decoder", self._call_model, (tokens,), self._state, **options)
         self._steps[tokens.shape[1]] = step
-        logits, step.first = step.first, None
-        return logits
+        results, step.first = step.first, None
+        return results
 
-    def _run_captured(self, tokens: Tensor) -> Tensor:
+    def _run_captured(self, tokens: Tensor) -> Any:
         """Run the captured step for rows of this length; its first call runs the modules, its second one captures."""
         length = tokens.shape[1]
         if length not in self._steps:
             self._steps[length] = CapturedStep(self._runner)
-        logits = self._steps[length](positions_fit()(self._run_model), tokens)
+        results = self._steps[length](positions_fit()(self._run_model), tokens)
         if problem := self._steps[length].problem:
             self._max_tokens, self.fused = 0, False
             warnings.warn(f"Decoder: {problem}, so modules run one by one, which takes longer.", stacklevel=5)
-        return logits
+        return results
 
-    def _call_model(self, tokens: Tensor, state: MegalodonState) -> tuple[Tensor, MegalodonState]:
-        return self._runner(tokens, state=state, return_state=True, inplace_state=True)
+    def _call_model(self, tokens: Tensor, state: MegalodonState) -> tuple[Any, MegalodonState]:
+        """Return the logits, with a history also the inputs of the recurrences, and the new state."""
+        if self._history is None:
+            return self._runner(tokens, state=state, return_state=True, inplace_state=True)
+        sequences = KeptSequences()
+        logits, state = self._runner._compute(tokens, None, False, "mean", -100, state, True, True, sequences)
+        return (logits, *sequences.stacked()), state
 
     def _has_room(self, length: int) -> bool:
         """Return True if no sequence fills its cache within `length` positions; a full one drops a chunk."""
@@ -295,17 +348,17 @@ class Decoder:
         return self._longest + length < config.num_cached_positions
 
     @torch.no_grad()
-    def _run_model(self, tokens: Tensor) -> Tensor:
+    def _run_model(self, tokens: Tensor) -> Any:
         self._longest = None
         with self._autocast:
-            logits, after = self._call_model(tokens, self._state)
+            results, after = self._call_model(tokens, self._state)
         copies: dict[torch.dtype, list[tuple[Tensor, Tensor]]] = {}
         for old, new in zip(tree_leaves(self._state), tree_leaves(after), strict=True):
             if old is not new:
                 copies.setdefault(as_real(old).dtype, []).append((as_real(old), as_real(new)))
         for pairs in copies.values():  # on CUDA, tensors of a dtype are copied by one launch
             torch._foreach_copy_(*zip(*pairs))
-        return logits
+        return results
 
     def _may_record(self, autocast: bool) -> bool:
         config = self._model.config
