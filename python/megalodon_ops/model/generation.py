@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import math
+from collections import deque
 from collections.abc import Sequence
 from typing import Any
 
@@ -11,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from .decoder import Decoder
+from .drafts import Choose, ModelDraft, PromptDraft, check_draft
 from .inputs import check_reads_tokens
 from .sampling import Sampling, check_seeds, numbers_of_seeds
 from .model_state import MegalodonState
@@ -51,32 +53,88 @@ class TokenStream:
         stops: list[list[int]],
         seeds: list[int],
         max_new_tokens: int | None,
+        draft: nn.Module | str | None,
+        draft_tokens: int,
     ) -> None:
-        state = _prompt_state(model, prompts.tokens, prompts.lengths - 1, state)
-        if len(prompts.samples) > len(prompts.tokens):
-            state = state[prompts.samples]
-        self._prompts, self._decoder = prompts, Decoder(model, state)
+        self._num_guesses = 0 if draft is None else draft_tokens
+        state = _prompt_state(model, prompts, state)
+        self._prompts, self._decoder = prompts, Decoder(model, state, undo=self._num_guesses)
         self._last = prompts.last[prompts.samples]
+        if isinstance(draft, str):
+            self._draft = PromptDraft(prompts.texts())
+        elif draft is not None:
+            self._draft = ModelDraft(draft, _prompt_state(draft, prompts, None), self._last, draft_tokens)
         self._sampling, self._numbers = sampling, numbers_of_seeds(seeds, state.norm.count + 1, self._last.device)
         self._seen_mask = prompts.seen_mask(model.config.num_outputs)[prompts.samples] if sampling.has_penalty else None
         self._stop_detector = StopDetector(stops, self._last) if stops else None
-        self.stopped = torch.zeros_like(self._last, dtype=torch.bool)
+        self.stopped = self._will_stop = torch.zeros_like(self._last, dtype=torch.bool)
         self._all_stopped, self._remaining = False, math.inf if max_new_tokens is None else max_new_tokens
         self._states_of_stopped: list[tuple[Tensor, MegalodonState]] = []
+        self._ready: deque[tuple[Tensor, Tensor]] = deque()
+        """tokens to yield, each with the rows that have stopped then"""
+        self._drawn: list[Tensor] = []
+        """random numbers of the next tokens"""
 
     def __iter__(self) -> TokenStream:
         return self
 
     @torch.no_grad()
     def __next__(self) -> Tensor:
-        if self._all_stopped or self._remaining == 0:
-            raise StopIteration
-        self._remaining -= 1
-        logits = self._decoder(self._last[:, None])[:, 0]
-        token = self._last = self._sampling.choose(logits, self._numbers, self._seen_mask)
-        if self._seen_mask is not None:
-            self._seen_mask = self._seen_mask.scatter(1, token[:, None], True)
-        return token if self._stop_detector is None else self._stop(token)
+        if not self._ready:
+            if self._all_stopped or self._remaining == 0:
+                raise StopIteration
+            self._advance()
+        token, self.stopped = self._ready.popleft()
+        return token
+
+    def _advance(self) -> None:
+        """Choose the next tokens: as many as the draft guesses right, and one more."""
+        read, count, tokens = self._last[:, None], min(self._num_guesses, self._remaining - 1), []
+        if count:
+            read = torch.cat([read, self._draft.guess(count, self._choice_of_guesses())], 1)
+        logits, num_guesses = self._decoder(read), read.shape[1] - 1
+        for i in range(num_guesses + 1):
+            token = self._last = self._choose(i, logits[:, i], self._seen_mask)
+            tokens.append(token)
+            self._seen_mask = _add_seen(self._seen_mask, token)
+            stopped, ending = self._will_stop, None
+            if self._stop_detector is not None:
+                token = token.masked_fill(stopped, _STOPPED_TOKEN)
+                ending = self._stop_detector.update(self._last) & ~stopped
+                self._will_stop = stopped | ending
+            self._ready.append((token, self._will_stop))
+            if i < num_guesses and not bool(((self._last == read[:, i + 1]) | stopped).all()):
+                break
+            if ending is not None and bool(ending.any()):
+                break
+        self._remaining -= len(tokens)
+        del self._drawn[: len(tokens)]
+        if count:
+            self._decoder.undo(num_guesses + 1 - len(tokens))
+            self._draft.accept(torch.stack(tokens, 1))
+        if ending is not None and bool(ending.any()):
+            self._all_stopped = bool(self._will_stop.all())
+            if not self._all_stopped:  # the decoder still computes these rows, but nobody uses them
+                rows = ending.nonzero()[:, 0]
+                self._states_of_stopped.append((rows, self._decoder.state_of(rows)))
+
+    def _choose(self, i: int, logits: Tensor, seen_mask: Tensor | None) -> Tensor:
+        """Choose the token (rows,) that is i places after the next one."""
+        while len(self._drawn) <= i:
+            self._drawn.append(next(self._numbers))
+        return self._sampling.choose(logits, iter(self._drawn[i:]), seen_mask)
+
+    def _choice_of_guesses(self) -> Choose:
+        """Return a function that chooses a draft's tokens in turn; they count as seen for later ones."""
+        seen_mask = self._seen_mask
+
+        def choose(i: int, logits: Tensor) -> Tensor:
+            nonlocal seen_mask
+            token = self._choose(i, logits, seen_mask)
+            seen_mask = _add_seen(seen_mask, token)
+            return token
+
+        return choose
 
     @property
     def state(self) -> MegalodonState:
@@ -84,26 +142,19 @@ class TokenStream:
 
         The last token begins the prompt of a later call.
         """
-        state = self._decoder.state
+        state = self._decoder.state_before(len(self._ready)) if self._ready else self._decoder.state
         if not self._states_of_stopped:
             return state
         rows, states = zip(*self._states_of_stopped, strict=True)
         index = torch.arange(len(self.stopped), device=self.stopped.device)
         stopped = torch.cat(rows)
-        index[stopped] = len(index) + torch.arange(len(stopped), device=index.device)
+        last = len(index) + torch.arange(len(stopped), device=index.device)
+        index[stopped] = last.where(self.stopped[stopped], stopped)  # some stop by a token in `_ready`
         return MegalodonState.cat([state, *states])[index]
 
-    def _stop(self, token: Tensor) -> Tensor:
-        """Return the tokens, -1 for rows that stopped before; record the rows that stop now."""
-        ending = self._stop_detector.update(token) & ~self.stopped
-        token = token.masked_fill(self.stopped, _STOPPED_TOKEN)
-        if bool(ending.any()):
-            self.stopped = self.stopped | ending
-            self._all_stopped = bool(self.stopped.all())
-            if not self._all_stopped:  # the decoder still computes these rows, but nobody uses them
-                rows = ending.nonzero()[:, 0]
-                self._states_of_stopped.append((rows, self._decoder.state_of(rows)))
-        return token
+
+def _add_seen(seen_mask: Tensor | None, token: Tensor) -> Tensor | None:
+    return None if seen_mask is None else seen_mask.scatter(1, token[:, None], True)
 
 
 class _Prompts:
@@ -127,6 +178,10 @@ class _Prompts:
         found = torch.zeros((len(token), num_tokens + 1), dtype=torch.bool, device=token.device)
         return found.scatter_(1, token, True)[:, :num_tokens]
 
+    def texts(self) -> list[Tensor]:
+        """Return the prompt (n,) of each sample."""
+        return [self.tokens[row, : self.lengths[row]].long() for row in self.samples.tolist()]
+
     def append(self, new: Tensor) -> tuple[Tensor, Tensor]:
         """Return each sample's prompt and new tokens up to the first -1, padded as the prompts were, and lengths."""
         tokens, lengths = self.tokens[self.samples], self.lengths[self.samples]
@@ -140,14 +195,14 @@ class _Prompts:
 
 
 @torch.no_grad()
-def _prompt_state(model: nn.Module, tokens: Tensor, lengths: Tensor, state: MegalodonState | None) -> MegalodonState:
-    """Compute the state after the first `lengths` (B,) of right-padded tokens (B, L), one chunk at a time."""
-    size = model.config.chunk_size
+def _prompt_state(model: nn.Module, prompts: _Prompts, state: MegalodonState | None) -> MegalodonState:
+    """Compute the state of all samples after all tokens of their prompts but the last, one chunk at a time."""
+    size, tokens, lengths = model.config.chunk_size, prompts.tokens, prompts.lengths - 1
     for start in range(0, max(int(lengths.max()), 1), size):
         left = (lengths - start).clamp(0, size)
         piece = tokens[:, start : start + min(size, int(left.max()))]
         _, state = model._hidden(model._embed(piece), state, True, start > 0, Sequences(lengths=left))
-    return state
+    return state[prompts.samples] if len(prompts.samples) > len(tokens) else state
 
 
 def stream(
@@ -167,6 +222,8 @@ def stream(
     num_samples: int = 1,
     state: MegalodonState | None = None,
     seed: int | Sequence[int] | None = None,
+    draft: nn.Module | str | None = None,
+    draft_tokens: int = 4,
 ) -> TokenStream:
     """Continue prompts token by token.
 
@@ -193,6 +250,11 @@ def stream(
         seed: makes a row's draws the same in every batch, on every device and over several calls: each depends on the
             row's seed and position alone. One for each row of B * num_samples; one integer s stands for s, s + 1, s + 2
             and so on. None: an integer from torch's own generator.
+        draft: speculative decoding: guesses the next tokens, which the model then reads in one call, and the stream keeps
+            them up to the first that the model would not choose itself. So the tokens are those without a draft, up to
+            rounding, also where they are drawn. A smaller :class:`Megalodon` of the same tokens; or "prompt", which
+            repeats what followed the last tokens earlier in the text. All rows keep as many as the row with the fewest.
+        draft_tokens: number of tokens that the draft guesses at once.
 
     Returns:
         an iterator of (B * num_samples,) int64, up to `max_new_tokens` or, with stops, until all rows have stopped; -1
@@ -225,7 +287,9 @@ def stream(
     seeds = check_seeds(seed, rows)
     stop_tokens = self.config.eos_token_id if stop_tokens is None else stop_tokens
     stops = check_stops(stop_tokens, stop_sequences, self.config.vocab_size)
-    return TokenStream(self, prompts, state, sampling, stops, seeds, max_new_tokens)
+    check_draft(self, draft)
+    draft_tokens = check_size("generate", "draft_tokens", draft_tokens)
+    return TokenStream(self, prompts, state, sampling, stops, seeds, max_new_tokens, draft, draft_tokens)
 
 
 def generate(
@@ -288,6 +352,8 @@ _EQUIVALENTS = {
     "num_return_sequences": "num_samples is its name here",
     "eos_token_id": "stop_tokens is its name here",
     "stop_strings": "StopStrings finds them in a stream's tokens",
+    "assistant_model": "draft is its name here",
+    "prompt_lookup_num_tokens": 'draft="prompt" with draft_tokens is its name here',
     "attention_mask": "lengths says how long the prompts are",
     "past_key_values": "state is the past",
 }

@@ -176,7 +176,7 @@ class History:
             call.kept = call.kept - taken
             restored = (end >= limit) & (call.position + call.kept < limit)  # no longer end a chunk in this call
             if bool(restored.any()):
-                at = restored.nonzero()[:, 0].to(call.average.device)
+                at = _places(restored.nonzero()[:, 0], call)
                 for layer, before in zip(state.layers, call.caches, strict=True):
                     for x, y in zip(_cache(layer), before, strict=True):
                         x[at] = y[at]
@@ -209,33 +209,47 @@ class History:
 
     def _restore_recurrences(self, state: MegalodonState, call: _Call, rows: Tensor) -> None:
         """Compute the recurrences' states of some rows after the tokens of this call that they keep."""
-        config, at = self._config, rows.to(call.average.device)
-        (norms, averages), lengths = (x[:, at] for x in call.inputs), call.kept[rows].to(at.device)
-        R, b, L, D = norms.shape
-        before = TimestepNormState(*(x.unflatten(0, (R, -1))[:, at].flatten(0, 1) for x in call.norms))
-        zeros = call.norms.mean.new_zeros(D)
-        _, norm = timestep_norm(
-            norms.flatten(0, 1), zeros, zeros, num_groups=config.norm_num_groups, state=before, return_state=True,
-            lengths=lengths.repeat(R),
-        )  # fmt: skip
-        norm = [x.unflatten(0, (R, b)) for x in _unless_empty(lengths.repeat(R), norm, before)]
-        x = averages.permute(1, 2, 0, 3).flatten(2)
-        old = call.average[at]
-        _, average = cema(x, self._p, self._q, self._q, self._p[:, 0], state=old, return_state=True, lengths=lengths)
-        (average,) = _unless_empty(lengths, [average], [old])
         position = self._wrapped(call.position + call.kept)[rows]
         self._position = self._position.index_copy(0, rows, position)
-        for i, layer in enumerate(state.layers):
-            layer.cema[at] = average[:, i * D : (i + 1) * D]
-            layer.attention.position[at] = position.to(at.device)
-        for i, own in enumerate([*(layer.norm for layer in state.layers), state.norm]):
-            for to, after in zip(own, norm, strict=True):
-                to[at] = after[i]
-        if state.inputs:
-            before = TimestepNormState(*(x[at] for x in call.scale))
-            _, after = standardize(call.tokens[at], config, before, True, Sequences(lengths=lengths))
-            for to, x in zip(state.inputs, _unless_empty(lengths, after, before), strict=True):
+        lengths, at = call.kept[rows].to(call.average.device), _places(rows, call)
+        norms = TimestepNormState(*(x.unflatten(0, (-1, len(call.kept)))[:, at].flatten(0, 1) for x in call.norms))
+        average, scale = call.average[at], TimestepNormState(*(x[at] for x in call.scale)) if call.scale else ()
+        if bool(call.kept[rows].any()):
+            norms, average, scale = self._recurrences(call, at, lengths, norms, average, scale)
+        for layer, after in zip(state.layers, average.chunk(len(state.layers), 1), strict=True):
+            layer.cema[at] = after
+            layer.attention.position[at] = position.to(after.device)
+        all_norms = [*(layer.norm for layer in state.layers), state.norm]
+        for tensors, after in zip(zip(*all_norms, strict=True), norms, strict=True):
+            for to, x in zip(tensors, after.unflatten(0, (-1, len(rows))), strict=True):
                 to[at] = x
+        for to, after in zip(state.inputs, scale, strict=True):
+            to[at] = after
+
+    def _recurrences(
+        self, call: _Call, at: Tensor | slice, lengths: Tensor, norms: TimestepNormState, average: Tensor,
+        scale: TimestepNormState | tuple[()],
+    ) -> tuple[Any, Tensor, Any]:  # fmt: skip
+        """Return the states of the norms, of CEMA and of the inputs' scale after the first `lengths` tokens of a call."""
+        x, averages = (inputs[:, at] for inputs in call.inputs)
+        all_lengths, zeros = lengths.repeat(len(x)), call.norms.mean.new_zeros(x.shape[-1])
+        options = dict(num_groups=self._config.norm_num_groups, state=norms, return_state=True, lengths=all_lengths)
+        _, new_norms = timestep_norm(x.flatten(0, 1), zeros, zeros, **options)
+        x, options = averages.permute(1, 2, 0, 3).flatten(2), dict(state=average, return_state=True, lengths=lengths)
+        _, new_average = cema(x, self._p, self._q, self._q, self._p[:, 0], **options)
+        new_scale = ()
+        if scale:
+            _, new_scale = standardize(call.tokens[at], self._config, scale, True, Sequences(lengths=lengths))
+        return (
+            _unless_empty(all_lengths, new_norms, norms),
+            *_unless_empty(lengths, [new_average], [average]),
+            _unless_empty(lengths, new_scale, scale),
+        )
+
+
+def _places(rows: Tensor, call: _Call) -> Tensor | slice:
+    """Return the index of rows in tensors: a slice, which copies faster, for all of them."""
+    return slice(None) if len(rows) == len(call.kept) else rows.to(call.average.device)
 
 
 def _unless_empty(lengths: Tensor, after: Iterable[Tensor], before: Iterable[Tensor]) -> list[Tensor]:
