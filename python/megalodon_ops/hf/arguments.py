@@ -174,11 +174,13 @@ class Batch:
         return self.given if self.padding is None else self.padding.shift(self.given)
 
     @property
-    def is_next_token(self) -> bool:
-        """True if a decoder can take the call: one token, without gradients, after a past."""
-        has_past = self.cache is not None and self.cache.is_initialized
-        is_single = not self.holds_embeddings and self.shape[1] == 1 and self.padding is None
-        return has_past and is_single and not torch.is_grad_enabled() and not torch.compiler.is_compiling()
+    def is_for_decoder(self) -> bool:
+        """True if a decoder can take the call: tokens without gradients, one of them unless they may be removed again."""
+        if self.cache is None or self.holds_embeddings or torch.is_grad_enabled() or torch.compiler.is_compiling():
+            return False
+        if self.cache.undo:
+            return self.lengths is None and self.cu_seqlens is None
+        return self.cache.is_initialized and self.shape[1] == 1 and self.padding is None
 
 
 def read_batch(
@@ -202,7 +204,7 @@ def read_batch(
     for other, value in others.items():
         if other not in _READ_BY_OTHER_MODELS and value is not None and value is not settings.get(other):
             raise TypeError(f"{op}: unexpected argument `{other}`, got {describe(value)}; leave it out.")
-    if not model._is_stateful:
+    if not model._ours.config_type.causal:
         for other, value in dict(cache=cache, past_key_values=past_key_values, use_cache=use_cache or None).items():
             if value is not None:
                 raise ValueError(f"{op}: `{other}` must be None, got {describe(value)}; {NO_STATE}.")
@@ -231,7 +233,12 @@ def read_batch(
         raise ValueError(f"{op}: there must be a token, got {batch.shape}.")
     past = 0 if cache is None else cache.get_seq_length()
     batch.padding = _read_padding(op, attention_mask, batch.shape, past)
-    if not (model._is_stateful or batch.lengths is None or torch.compiler.is_compiling() or bool(batch.lengths.all())):
+    if not (
+        model._ours.config_type.causal
+        or batch.lengths is None
+        or torch.compiler.is_compiling()
+        or bool(batch.lengths.all())
+    ):
         raise ValueError(f"{op}: `attention_mask` must leave a token to every row, got a row without.")
     indices = dict(position_ids=position_ids, seq_idx=seq_idx)
     batch.cu_seqlens = _read_packing(op, batch.shape, cu_seq_lens_q, batch.padding, **indices)

@@ -14,6 +14,7 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 from ..model.decoder import Decoder
 from ..model.megalodon import Megalodon
 from ..model.model_state import MegalodonState
+from ..model.quantized_layers import computing_dtype
 from ..ops.common.checks import describe
 
 CACHE = next(
@@ -47,6 +48,7 @@ class MegalodonCache(Cache):
         super().__init__(layers=[])
         self._state = state
         self._decoder: Decoder | None = None
+        self._undo = 0
         self._columns = 0 if state is None else int(state.norm.count.max())
 
     @property
@@ -59,17 +61,29 @@ class MegalodonCache(Cache):
         self._state, self._decoder = state, None
         self._columns += columns
 
-    def decode(self, model: Megalodon, tokens: Tensor) -> Tensor:
-        """Return logits (B, 1, num_outputs) after one more token (B, 1) of each sequence, without gradients."""
+    def decode(self, model: Megalodon, tokens: Tensor, columns: int) -> Tensor:
+        """Return logits (B, L, num_outputs) after more tokens (B, L) of each sequence, without gradients.
+
+        columns: of the call so far, padding and tokens that the layers have read included.
+        """
+        if self._undo and tokens.shape[1] > self._undo + 1:  # num_assistant_tokens has grown
+            self.renew(tokens.shape[1] - 1)
         if self._decoder is None:
-            self._decoder, self._state = Decoder(model, self.state), None
+            state, new = self.state, dict(dtype=computing_dtype(model), device=tokens.device)
+            state = MegalodonState.fresh(model.config, len(tokens), **new) if state is None else state
+            self._decoder, self._state = Decoder(model, state, undo=self._undo), None
         logits = self._decoder(tokens)
-        self._columns += 1
+        self._columns = columns
         return logits
 
-    def renew(self) -> None:
-        """Drop the decoder; the next single token creates a new one from the model as it is then."""
-        self._state, self._decoder = self.state, None
+    @property
+    def undo(self) -> int:
+        """Number of tokens that :meth:`crop` can remove."""
+        return self._undo
+
+    def renew(self, undo: int = 0) -> None:
+        """Drop the decoder; the next one is made of the model as it is then, and :meth:`crop` can remove `undo` tokens."""
+        self._state, self._decoder, self._undo = self.state, None, undo
 
     def reset(self) -> None:
         """Drop the past; the next call begins new sequences, in arbitrary number."""
@@ -95,11 +109,21 @@ class MegalodonCache(Cache):
         if self._state is not None:
             self._state = change(self._state)
 
-    def crop(self, *_: int) -> None:
-        raise NotImplementedError(
-            "MegalodonCache: `crop` cannot remove tokens, since the state sums over them; keep a copy.deepcopy of the "
-            "cache to return to, and use no assisted or contrastive generation."
-        )
+    def crop(self, tokens: int) -> None:
+        """Remove the last -`tokens` tokens or, if it is positive, as in transformers 5.0, all but the first `tokens`.
+
+        A cache can do this in `generate` with an assistant or with prompt lookup.
+        """
+        count = -tokens if tokens <= 0 else max(self._columns - tokens, 0)
+        if count == 0:
+            return
+        if self._decoder is None or self._undo == 0:
+            raise NotImplementedError(
+                "MegalodonCache: `crop` must be called by assisted generation, got a cache that sums over its tokens; keep a "
+                "copy.deepcopy of it to return to."
+            )
+        self._decoder.undo(count)
+        self._columns -= count
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
         """Return the columns so far, padding included."""
@@ -129,8 +153,12 @@ class MegalodonCache(Cache):
     def is_initialized(self) -> bool:
         return self._columns > 0
 
-    # `generate` does not compile the forward, does not crop the cache, and passes new tokens only.
-    is_compileable = is_croppable = False
+    @property
+    def is_croppable(self) -> bool:
+        return self._undo > 0
+
+    # `generate` does not compile the forward, and passes new tokens only.
+    is_compileable = False
     is_linear = is_sliding = (False,)
 
     def __getstate__(self) -> dict[str, Any]:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers import GenerationMixin
+from transformers.generation.configuration_utils import GenerationMode
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 from transformers.utils import can_return_tuple
 
@@ -26,7 +28,6 @@ class MegalodonCausalModel(MegalodonPreTrainedModel):
     config_class = MegalodonHFConfig
     _ours = Megalodon
     _trunk = ("embed", "layers", "output.final_norm")
-    _is_stateful = True
     _keys_to_ignore_on_load_unexpected = [
         r"^(lm_head|output\.output)\.(weight|scale)$",
         r"^score\.",
@@ -209,9 +210,8 @@ class MegalodonForCausalLM(MegalodonCausalModel, GenerationMixin):
         if output_hidden_states is None:
             output_hidden_states = self.config.output_hidden_states
         loss = layers = None
-        if use_decoder and batch.is_next_token and labels is None and not output_hidden_states:
-            logits = batch.cache.decode(self.megalodon, batch.given)
-            logits = logits if positions is None else logits[:, positions]
+        if use_decoder and labels is None and not output_hidden_states and batch.is_for_decoder:
+            logits = self._decode(batch, positions)
         else:
             selects = labels is None and positions is not None and positions.shape[-1] <= batch.width
             read = dict(batch=batch, positions=positions if selects else None, return_dict=True)
@@ -227,6 +227,20 @@ class MegalodonForCausalLM(MegalodonCausalModel, GenerationMixin):
                 lowest = logits.logsumexp(-1, keepdim=True) - 20 - math.log(missing)  # label smoothing sums logarithms
             logits = torch.cat([logits, lowest.expand(*logits.shape[:-1], missing)], dim=-1)
         return CausalLMOutputWithPast(loss=loss, logits=logits, hidden_states=layers, **{CACHE: batch.cache})
+
+    def _decode(self, batch: Batch, positions: Tensor | None) -> Tensor:
+        """Return logits (B, K, num_outputs) at `positions`, or at all of them, by the cache's decoder.
+
+        It reads the last tokens, which may be removed again or whose logits are wanted; the layers read those before.
+        """
+        tokens, columns, before = batch.shifted(), batch.cache.get_seq_length() + batch.shape[1], 0
+        if batch.cache.undo and positions is not None:
+            before = max(min(tokens.shape[1] - batch.cache.undo - 1, int(positions.min())), 0)
+        if before:
+            first = dataclasses.replace(batch, given=tokens[:, :before], padding=None)
+            self._hidden(first, positions.new_tensor([before - 1]), whole=False)
+        logits = batch.cache.decode(self.megalodon, tokens[:, before:], columns)
+        return logits if positions is None else select(logits, positions - before)
 
     def _loss(
         self, hidden: Tensor, labels: Tensor, are_shifted: bool, batch: Batch, num_items: int | Tensor | None
@@ -248,6 +262,10 @@ class MegalodonForCausalLM(MegalodonCausalModel, GenerationMixin):
         self, input_ids: Tensor, inputs_embeds: Tensor | None = None, **kwargs
     ) -> dict[str, Any]:
         """Add `use_decoder` to the arguments of `generate`'s next call: the model does not change meanwhile."""
+        cache, mask = kwargs.get(CACHE), kwargs.get("attention_mask")
+        if kwargs.get("next_sequence_length", 0) is None and cache is not None and mask is not None:
+            # assisted generation would read the past of a given cache again
+            kwargs["next_sequence_length"] = min(mask.shape[1] - cache.get_seq_length(), input_ids.shape[1])
         inputs = super().prepare_inputs_for_generation(input_ids, inputs_embeds=inputs_embeds, **kwargs)
         # peft knows the cache by its old name, and would else insert its virtual tokens again
         return {**inputs, "past_key_values": inputs.get(CACHE), "use_decoder": True}
@@ -256,9 +274,14 @@ class MegalodonForCausalLM(MegalodonCausalModel, GenerationMixin):
         """Create the cache, or refuse one of another text; refuse prompts whose last piece lacks a row's tokens."""
         mask = model_kwargs.get("attention_mask")  # transformers drops a mask without padding, and keeps its width
         width, past = getattr(generation_config, "_mask_length", None) if mask is None else mask.shape[1], 0
+        # An assistant keeps its decoder from round to round; it drafts max_new_tokens, and reads one or two before them.
+        is_assisted, undo = others[:1] == (GenerationMode.ASSISTED_GENERATION,), 0
+        if generation_config.is_assistant or is_assisted:
+            undo = 1 if is_assisted else 2 * (generation_config.max_new_tokens + 1)
         for name in (names := ("cache", "past_key_values")):
             if isinstance(given := model_kwargs.get(name), MegalodonCache):
-                given.renew()
+                if not (generation_config.is_assistant and given.undo > generation_config.max_new_tokens):
+                    given.renew(undo)
                 past = given.get_seq_length()
                 if width is not None and width <= past:
                     raise ValueError(
@@ -276,6 +299,7 @@ class MegalodonForCausalLM(MegalodonCausalModel, GenerationMixin):
         super()._prepare_cache_for_generation(generation_config, model_kwargs, *others, **options)
         if generation_config.use_cache and all(model_kwargs.get(name) is None for name in names):
             model_kwargs[CACHE] = MegalodonCache()
+            model_kwargs[CACHE].renew(undo)
 
     def init_continuous_batching(self, *arguments: Any, **options: Any) -> None:
         """Refuse `generate_batch`, which needs a cache of pages of keys and values."""
