@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 import math
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -120,9 +120,13 @@ class TokenStream:
 
     def _choose(self, i: int, logits: Tensor, seen_mask: Tensor | None) -> Tensor:
         """Choose the token (rows,) that is i places after the next one."""
+        return self._sampling.choose(logits, self._numbers_from(i), seen_mask)
+
+    def _numbers_from(self, i: int) -> Iterator[Tensor]:
+        """Yield the random numbers (rows,) of the token that is i places after the next one, if it is drawn."""
         while len(self._drawn) <= i:
             self._drawn.append(next(self._numbers))
-        return self._sampling.choose(logits, iter(self._drawn[i:]), seen_mask)
+        yield self._drawn[i]
 
     def _choice_of_guesses(self) -> Choose:
         """Return a function that chooses a draft's tokens in turn; they count as seen for later ones."""
