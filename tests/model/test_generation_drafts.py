@@ -49,13 +49,13 @@ def count_calls(monkeypatch, model):
     return calls
 
 
-@pytest.mark.parametrize("kind", ["own", "near", "prompt"])
-def test_tokens_are_those_without_a_draft(models, kind):
+@pytest.mark.parametrize(("kind", "lengths_of_drafts"), [("own", [4]), ("near", [1, 5]), ("prompt", [4])])
+def test_tokens_are_those_without_a_draft(models, kind, lengths_of_drafts):
     model, near = models
     draft = dict(own=model, near=near, prompt="prompt")[kind]
     prompt, lengths = tokens_of(3, 11), torch.tensor([11, 4, 7])
     with every_case() as case:
-        for (name, options), draft_tokens in itertools.product(OPTIONS.items(), (1, 4)):
+        for (name, options), draft_tokens in itertools.product(OPTIONS.items(), lengths_of_drafts):
             common = dict(max_new_tokens=25, lengths=lengths, padding="right", return_lengths=True, return_state=True)
             options = dict(seed=5) | options | common
             with case(f"{name}, {draft_tokens}"):
