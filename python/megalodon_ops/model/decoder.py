@@ -117,7 +117,7 @@ class Decoder:
             self._find_hooks() if self._captures else self._find_changes(changes)
         )
         self._runner = with_fixed_coefficients(model, changes)
-        self._history = make_history(model, self._state, undo, lambda: changes)
+        self._history = make_history(model, self._state, undo, changes)
 
     @property
     def state(self) -> MegalodonState:

@@ -72,15 +72,13 @@ class _Call:
     """those of :meth:`KeptSequences.stacked`"""
 
 
-def make_history(
-    model: nn.Module, state: MegalodonState, size: int, changes: Callable[[], list[str]]
-) -> History | None:
-    """Return the history of a decoder with undo=`size`, if that is above 0; `changes` finds the changed modules."""
+def make_history(model: nn.Module, state: MegalodonState, size: int, changes: list[str]) -> History | None:
+    """Return the history of a decoder with undo=`size`, if that is above 0; `changes`: names of the changed modules."""
     if check_integer("Decoder", "undo", size, "an integer in [0, 2^31)", 0, 2**31 - 1) == 0:
         return None
     names = [f"layers.{i}.mega.{name}." for i in range(model.config.num_layers) for name in ("timenorm", "cema")]
     names.append("output.final_norm.")
-    for name in changes():
+    for name in changes:
         if not name or any(recurrence.startswith(f"{name}.") for recurrence in names):
             raise NotImplementedError(
                 f"Decoder: `undo` must be 0 where a recurrence was changed, got {size}; `{name or 'model'}` was wrapped, "
