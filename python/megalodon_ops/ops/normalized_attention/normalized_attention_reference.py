@@ -44,22 +44,13 @@ def normalized_attention(
     >>> normalized_attention(z, v, zeros, zeros, num_heads=1, chunk_size=2).flatten().tolist()
     [2.0, 3.0]
     """
-    qk = _qk_arguments(num_heads, chunk_size, rope_base, eps, state, cu_seqlens, lengths)
-    q, k = normalized_qk(z, gamma, beta, **qk)
-    result = chunked_attention(
-        q,
-        k,
-        v.unflatten(-1, (num_heads, -1)),
-        chunk_size=chunk_size,
-        causal=causal,
-        state=state,
-        return_state=return_state,
-        inplace_state=inplace_state,
-        dropkey=dropkey,
-        dropkey_seed=dropkey_seed,
-        cu_seqlens=cu_seqlens,
-        lengths=lengths,
-    )
+    sequences = dict(cu_seqlens=cu_seqlens, lengths=lengths)
+    position = None if state is None else state.position
+    normalized = dict(num_heads=num_heads, rope_base=rope_base, eps=eps, position=position, **sequences)
+    q, k = normalized_qk(z, gamma, beta, chunk_size=chunk_size, **normalized)
+    masks = dict(causal=causal, dropkey=dropkey, dropkey_seed=dropkey_seed, **sequences)
+    states = dict(state=state, return_state=return_state, inplace_state=inplace_state)
+    result = chunked_attention(q, k, v.unflatten(-1, (num_heads, -1)), chunk_size=chunk_size, **masks, **states)
     return (result[0].flatten(-2), result[1]) if return_state else result.flatten(-2)
 
 
@@ -82,40 +73,12 @@ def normalized_attention_bwd(
     lengths: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Apply the chain rule to both parts: do -> dq, dk, dv -> dz, dgamma, dbeta. Returns dz, dv, dgamma, dbeta."""
-    qk = _qk_arguments(num_heads, chunk_size, rope_base, eps, state, cu_seqlens, lengths)
-    q, k = normalized_qk(z, gamma, beta, **qk)
-    dq, dk, dv = chunked_attention_bwd(
-        do.unflatten(-1, (num_heads, -1)),
-        q,
-        k,
-        v.unflatten(-1, (num_heads, -1)),
-        chunk_size=chunk_size,
-        causal=causal,
-        state=state,
-        dropkey=dropkey,
-        dropkey_seed=dropkey_seed,
-        cu_seqlens=cu_seqlens,
-        lengths=lengths,
-    )
-    dz, dgamma, dbeta = normalized_qk_bwd(dq, dk, z, gamma, beta, **qk)
+    sequences = dict(cu_seqlens=cu_seqlens, lengths=lengths)
+    position = None if state is None else state.position
+    normalized = dict(num_heads=num_heads, rope_base=rope_base, eps=eps, position=position, **sequences)
+    q, k = normalized_qk(z, gamma, beta, chunk_size=chunk_size, **normalized)
+    do, v = (x.unflatten(-1, (num_heads, -1)) for x in (do, v))
+    masks = dict(causal=causal, dropkey=dropkey, dropkey_seed=dropkey_seed, **sequences)
+    dq, dk, dv = chunked_attention_bwd(do, q, k, v, chunk_size=chunk_size, state=state, **masks)
+    dz, dgamma, dbeta = normalized_qk_bwd(dq, dk, z, gamma, beta, chunk_size=chunk_size, **normalized)
     return dz, dv.flatten(-2), dgamma, dbeta
-
-
-def _qk_arguments(
-    num_heads: int,
-    chunk_size: int,
-    rope_base: float,
-    eps: float,
-    state: AttentionState | None,
-    cu_seqlens: Tensor | None,
-    lengths: Tensor | None,
-) -> dict[str, object]:
-    return {
-        "num_heads": num_heads,
-        "chunk_size": chunk_size,
-        "rope_base": rope_base,
-        "eps": eps,
-        "position": None if state is None else state.position,
-        "cu_seqlens": cu_seqlens,
-        "lengths": lengths,
-    }
