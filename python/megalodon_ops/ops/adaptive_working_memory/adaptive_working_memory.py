@@ -188,13 +188,15 @@ class _Writer:
         return N
 
 
-def _fwd(q, k, v, memory, mass, cache_k, cache_v, position, chunk_size, visible_chunks, cu_seqlens, lengths, to_end):
+def _fwd(
+    q, k, v, memory, mass, cache_k, cache_v, position, chunk_size, visible_chunks, cu_seqlens, lengths, return_state
+):
     if q.is_cpu and position is not None and q.shape[0] * q.shape[1] <= _FEW_TOKENS:
         o, M, z = empty_like(v), *(x.clone(memory_format=torch.contiguous_format) for x in (memory, mass))
         tensors = (x.contiguous() for x in (q, k, v, cache_k, cache_v, position))
         launch("working_memory_steps", *tensors, chunk_size, visible_chunks, cu_seqlens, lengths, M, z, o)
-        return o, *((M, z) if to_end else (M.new_empty(0), z.new_empty(0)))
-    plan = Plan(q, chunk_size, visible_chunks, position, cu_seqlens, lengths, to_end)
+        return o, *((M, z) if return_state else (M.new_empty(0), z.new_empty(0)))
+    plan = Plan(q, chunk_size, visible_chunks, position, cu_seqlens, lengths, return_state)
     M, z = plan.start(q, v, memory, mass)
     writer = _Writer(plan, k, v, cache_k, cache_v, z)
     queries = plan.reads.take(q).to(M.dtype).softmax(-1).to(q.dtype)
@@ -202,23 +204,23 @@ def _fwd(q, k, v, memory, mass, cache_k, cache_v, position, chunk_size, visible_
     for turn, (reads, _) in enumerate(plan.turns):
         torch.bmm(queries[reads], M[: length(reads)].to(q.dtype), out=o[reads])
         writer.write(turn, M)
-    ends = plan.end(M, z) if to_end else (M.new_empty(0), M.new_empty(0))
+    ends = plan.end(M, z) if return_state else (M.new_empty(0), M.new_empty(0))
     return plan.reads.put(o, v), *ends
 
 
-def _fwd_fake(
-    q, k, v, memory, mass, cache_k, cache_v, position, chunk_size, visible_chunks, cu_seqlens, lengths, to_end
-):
+def _fwd_fake(q, k, v, *others):
+    *_, cu_seqlens, _, return_state = others
     mass_shape = (num_sequences(len(q), cu_seqlens), *q.shape[2:])
-    shapes = ((*mass_shape, v.shape[3]), mass_shape) if to_end else (0, 0)
+    shapes = ((*mass_shape, v.shape[3]), mass_shape) if return_state else (0, 0)
     return empty_like(v), *(q.new_empty(shape, dtype=accumulation_dtype(q.dtype)) for shape in shapes)
 
 
 def _bwd(
     do, dmemory_out, dmass_out, q, k, v, memory, mass, cache_k, cache_v, position, chunk_size, visible_chunks, cu_seqlens, lengths
 ):  # fmt: skip
-    """Formulas: adaptive_working_memory_reference.py. dmemory_out None: the forward was not `to_end`."""
-    plan, dtype = Plan(q, chunk_size, visible_chunks, position, cu_seqlens, lengths, dmemory_out is not None), q.dtype
+    """Formulas: adaptive_working_memory_reference.py. Without dmemory_out and dmass_out nothing depends on the state."""
+    to_end, dtype = dmemory_out is not None or dmass_out is not None, q.dtype
+    plan = Plan(q, chunk_size, visible_chunks, position, cu_seqlens, lengths, to_end)
     M, z = plan.start(q, v, memory, mass)
     writer = _Writer(plan, k, v, cache_k, cache_v, z)
     before, written = [], []
@@ -226,7 +228,7 @@ def _bwd(
         before.append(M[: max(length(reads), length(writes))].clone())
         written.append(writer.write(turn, M))
     read = plan.reads.take(q).to(M.dtype).softmax(-1)
-    queries, do = read.to(dtype), plan.reads.take(do)
+    queries, do = read.to(dtype), plan.reads.take(torch.zeros_like(v) if do is None else do)
     dqueries, dP, dF, dU = map(torch.empty_like, (queries, writer.p, writer.f, writer.U))
     dw = torch.empty_like(writer.r)
     G, g = plan.start_of_backward(M, dmemory_out, dmass_out)
@@ -248,34 +250,8 @@ def _bwd(
     dq = torch._softmax_backward_data(dqueries.to(read.dtype), read, 2, read.dtype)
     dk = torch._softmax_backward_data(dP.to(read.dtype), writer.P, 1, read.dtype).addcmul_(writer.P, dw[:, None])
     dk -= torch._softmax_backward_data(dF.to(read.dtype), writer.F, 2, read.dtype)
-    dstate = (G.new_empty(0), G.new_empty(0)) if memory is None else plan.end_of_backward(G, g)
+    dstate = (q.new_empty(0), q.new_empty(0)) if memory is None else plan.end_of_backward(G, g)
     return plan.reads.put(dq, q), plan.writes.put(dk, k), plan.writes.put(dU, v), *dstate
-
-
-def _bwd_fake(
-    do, dmemory_out, dmass_out, q, k, v, memory, mass, cache_k, cache_v, position, chunk_size, visible_chunks, cu_seqlens, lengths
-):  # fmt: skip
-    dstate = (
-        (q.new_empty(0, dtype=accumulation_dtype(q.dtype)) for _ in range(2))
-        if memory is None
-        else map(empty_like, (memory, mass))
-    )
-    return *map(empty_like, (q, k, v)), *dstate
-
-
-def _setup_context(ctx, inputs, output):
-    *tensors, ctx.chunk_size, ctx.visible_chunks, cu_seqlens, lengths, ctx.to_end = inputs
-    ctx.save_for_backward(*tensors, cu_seqlens, lengths)
-
-
-def _backward(ctx, do, dmemory_out, dmass_out):
-    *tensors, cu_seqlens, lengths = ctx.saved_tensors
-    at_end = (dmemory_out, dmass_out) if ctx.to_end else (None, None)
-    *grads, dmemory, dmass = call(
-        adaptive_working_memory_bwd, do, *at_end, *tensors, ctx.chunk_size, ctx.visible_chunks, cu_seqlens, lengths
-    )
-    has_state = tensors[3] is not None
-    return *grads, *((dmemory, dmass) if has_state else (None, None)), *(None,) * 8
 
 
 _TENSORS = (
@@ -284,13 +260,13 @@ _TENSORS = (
 )
 
 
-def _flops(q, v, position, chunk_size, visible_chunks, cu_seqlens, lengths, to_end):
-    read, compared, written = _passes(q, position, chunk_size, visible_chunks, cu_seqlens, lengths, to_end)
+def _flops(q, v, position, chunk_size, visible_chunks, cu_seqlens, lengths, return_state):
+    read, compared, written = _passes(q, position, chunk_size, visible_chunks, cu_seqlens, lengths, return_state)
     return 2 * (read + compared + written) * q.shape[2] * q.shape[3] * v.shape[3]
 
 
-def _bwd_flops(q, v, position, chunk_size, visible_chunks, cu_seqlens, lengths, dmemory_out):
-    to_end = dmemory_out is not None
+def _bwd_flops(q, v, position, chunk_size, visible_chunks, cu_seqlens, lengths, dmemory_out, dmass_out):
+    to_end = dmemory_out is not None or dmass_out is not None
     read, compared, written = _passes(q, position, chunk_size, visible_chunks, cu_seqlens, lengths, to_end)
     return 2 * (2 * read + 3 * (compared + written)) * q.shape[2] * q.shape[3] * v.shape[3]
 
@@ -313,20 +289,18 @@ def _passes(
     return sum(counts), sum(compared), sum(written)
 
 
-adaptive_working_memory_fwd = define_op(
-    f"adaptive_working_memory_fwd({_TENSORS}, bool to_end) -> (Tensor o, Tensor memory_out, Tensor mass_out)",
-    kernel=_fwd,
-    fake=_fwd_fake,
-    setup_context=_setup_context,
-    backward=_backward,
-    flops=_flops,
-)
 adaptive_working_memory_bwd = define_op(
-    f"adaptive_working_memory_bwd(Tensor do, Tensor? dmemory_out, Tensor? dmass_out, {_TENSORS}) "
+    f"adaptive_working_memory_bwd(Tensor? do, Tensor? dmemory_out, Tensor? dmass_out, {_TENSORS}) "
     "-> (Tensor dq, Tensor dk, Tensor dv, Tensor dmemory, Tensor dmass)",
     kernel=_bwd,
-    fake=_bwd_fake,
     flops=_bwd_flops,
+)
+adaptive_working_memory_fwd = define_op(
+    f"adaptive_working_memory_fwd({_TENSORS}, bool return_state) -> (Tensor o, Tensor memory_out, Tensor mass_out)",
+    kernel=_fwd,
+    fake=_fwd_fake,
+    backward=adaptive_working_memory_bwd,
+    flops=_flops,
 )
 
 

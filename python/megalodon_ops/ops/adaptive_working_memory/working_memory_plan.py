@@ -127,9 +127,10 @@ class Plan:
 
     def start_of_backward(self, M: Tensor, dmemory: Tensor | None, dmass: Tensor | None) -> tuple[Tensor, Tensor]:
         """Gradients of M and z after the last turn, to be updated in place."""
-        if dmemory is None:
-            return torch.zeros_like(M), M.new_zeros(M.shape[:2])
-        return self.ordered(dmemory), self.ordered(dmass.masked_fill(~self._will_be_written, 0))
+        G = torch.zeros_like(M) if dmemory is None else self.ordered(dmemory)
+        if dmass is None:
+            return G, M.new_zeros(M.shape[:2])
+        return G, self.ordered(dmass.masked_fill(~self._will_be_written, 0))
 
     def end_of_backward(self, G: Tensor, g: Tensor) -> tuple[Tensor, Tensor]:
         return self._as_given(G), self._as_given(g).masked_fill_(~self._is_written, 0)
