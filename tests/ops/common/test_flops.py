@@ -44,20 +44,10 @@ def test_every_op_has_a_formula():
     assert len(packets) >= 20 and packets <= flop_registry.keys()
 
 
-@pytest.mark.parametrize(
-    ("formula", "message"),
-    [
-        (None, r"`flops` of cema_fwd must be a function of its arguments, got None; write flops=lambda x: x.numel\(\)"),
-        (
-            lambda x, alpha: 0,
-            r"`flops` of cema_fwd must name arguments of cema_fwd, got \['alpha'\]; it has \['x', 'p'",
-        ),
-    ],
-    ids=["none", "unknown-argument"],
-)
-def test_an_op_without_a_formula_of_its_arguments_is_refused(formula, message):
+def test_a_formula_of_other_arguments_is_refused():
+    message = r"`flops` of cema_fwd must name arguments of cema_fwd, got \['alpha'\]; it has \['x', 'p'"
     with pytest.raises(TypeError, match=message):
-        flops.register_formula(ops.cema_fwd.default, formula)
+        flops.register_formula(ops.cema_fwd.default, lambda x, alpha: 0)
 
 
 ELEMENTS = 2 * 9  # tokens of a case

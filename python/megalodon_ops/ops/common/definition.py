@@ -31,7 +31,7 @@ def define_op(
     fake: Callable | None = None,
     backward: Callable | None = None,
     setup_context: Callable | None = None,
-    flops: Callable[..., int] | None = None,
+    flops: Callable[..., int],
 ) -> Callable:
     """Define `megalodon_ops::<schema>` and return the op.
 
