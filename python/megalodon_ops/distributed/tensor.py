@@ -1,18 +1,7 @@
 """Tensor parallel: every rank of a group computes its own channels, norm groups, heads, values and hidden units.
 
-The residual stream is split by channels. With n ranks, D channels and T tokens, a block computes and exchanges
-
-    t = timestep_norm(x)          own groups
-    v = silu(wv t)                all-gather of t; own values
-    c = cema(t)                   own channels
-    m = rms_norm(c)               all-gather of c; every rank computes all of m
-    z, r, wh1 m                   own heads, values, channels
-    y = x + wh1 m + wh2(a r)      reduce-scatter of wh2's products; own channels
-    n = layer_norm(y)             all-gather of y; every rank computes all of n
-    x + fc2(silu(fc1 n) ..)       own hidden units; reduce-scatter of fc2's products; own channels
-
-so three all-gathers and two reduce-scatters of T D numbers, and in the backward the opposite of each. The inputs of a
-norm over all channels are gathered, so its kernel needs no change.
+The residual stream is split by channels; docs/tensor-parallel.md has the part of each rank, and what a block exchanges.
+The inputs of a norm over all channels are gathered, so its kernel needs no change.
 
 Parameters are DTensors on the mesh's dimension `tensor`, for FSDP2, the optimizer and checkpoints. Each module with
 parameters gets `SplitLayer` (tensor_layers.py) as a base. Its forward replaces the parameters by plain tensors, the
@@ -21,9 +10,6 @@ for one process. All exchanges are DTensor's redistributions.
 
 The embedding and the output matrix are split by channels, so they can be tied. For logits and losses the output matrix
 and the last hidden states are gathered, and each rank computes 1/n of the tokens, so every loss is exact.
-
-If there are more ranks than heads, some ranks share a head: each computes the head's queries and keys, and its own part
-of the head's values.
 """
 
 from __future__ import annotations
@@ -32,6 +18,7 @@ import logging
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -39,13 +26,11 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Replicate, Shard
 from torch.utils._pytree import tree_map
 
-from ..model.blocks import BlockState
 from ..model.config import MegalodonConfig
 from ..model.gecko_block import GeckoAttention
 from ..model.layers import take_methods
 from ..model.megalodon import Megalodon
-from ..model.model_state import MegalodonState
-from ..ops.common.states import AttentionState, TimestepNormState
+from ..model.model_state import MegalodonState, as_real, from_named, named_tensors
 from .tensor_layers import SplitComplexEMA, SplitLayer, SplitOutput, redistribute
 
 
@@ -96,26 +81,19 @@ def split_over(model: Megalodon, mesh: DeviceMesh) -> None:
 
 
 def _split(
-    module: nn.Module,
-    dim: int | None,
-    new_class: type[SplitLayer] | None = None,
-    *,
-    mesh: DeviceMesh,
-    gather_input: bool = False,
-    sum_output: bool = False,
-    part: tuple[int, int, int] | None = None,
+    module: nn.Module, dim: int | None, new_class: type[SplitLayer] | None = None, *, mesh: DeviceMesh, **fields: Any
 ) -> None:
     """Make a module a :class:`SplitLayer`, and its parameters DTensors, split along `dim` or replicated.
 
     Args:
         new_class: class of the module; None: its own with :class:`SplitLayer` in front.
-        gather_input, sum_output, part: fields of :class:`SplitLayer`.
+        fields: of :class:`SplitLayer`.
     """
     take_methods(module)
     old_class = type(module)
     # A new module in its place would lose the hooks, the mode and the references of the given one.
     module.__class__ = new_class or type(f"Split{old_class.__name__}", (SplitLayer, old_class), {})
-    module.mesh, module.gather_input, module.sum_output, module.part = mesh, gather_input, sum_output, part
+    vars(module).update(fields, mesh=mesh)
     for name, parameter in [*module.named_parameters(recurse=False)]:
         own = parameter.detach()
         if dim is not None:
@@ -148,44 +126,38 @@ def check_can_split(caller: str, config: MegalodonConfig, ranks: int) -> None:
 
 def split_state(state: MegalodonState, mesh: DeviceMesh, heads: int) -> MegalodonState:
     """This rank's part of a whole state."""
-
-    def split_tensor(tensor: Tensor, dim: int) -> Tensor:
-        return redistribute(tensor, mesh, Replicate(), Shard(dim))
-
-    def split_attention(whole: AttentionState) -> AttentionState:
-        count = max(heads // mesh.size(), 1)
-        k = whole.k.narrow(2, mesh.get_local_rank() * heads // mesh.size(), count)
-        return AttentionState(k, split_tensor(whole.v.flatten(2), 2).unflatten(2, (count, -1)), whole.position)
-
-    return _map_state(state, split_tensor, split_attention)
+    first, count = mesh.get_local_rank() * heads // mesh.size(), max(heads // mesh.size(), 1)
+    split = partial(_redistributed, mesh=mesh, to_whole=False)
+    return _map_state(state, split, lambda k: k.narrow(2, first, count), count)
 
 
 def gather_state(state: MegalodonState, mesh: DeviceMesh, heads: int) -> MegalodonState:
     """The whole state, from the parts of the ranks."""
+    gather, copies = partial(_redistributed, mesh=mesh, to_whole=True), max(mesh.size() // heads, 1)
+    return tree_map(torch.clone, _map_state(state, gather, lambda k: gather(k, 2)[:, :, ::copies], heads))
 
-    def gather_tensor(tensor: Tensor, dim: int) -> Tensor:
-        return redistribute(tensor, mesh, Shard(dim), Replicate())
 
-    def gather_attention(own: AttentionState) -> AttentionState:
-        k, v = gather_tensor(own.k, 2), gather_tensor(own.v.flatten(2), 2).unflatten(2, (heads, -1))
-        return AttentionState(k[:, :, :: max(mesh.size() // heads, 1)], v, own.position)
-
-    return tree_map(torch.clone, _map_state(state, gather_tensor, gather_attention))
+def _redistributed(tensor: Tensor, dim: int, mesh: DeviceMesh, to_whole: bool) -> Tensor:
+    has, wanted = (Shard(dim), Replicate()) if to_whole else (Replicate(), Shard(dim))
+    return redistribute(tensor, mesh, has, wanted)
 
 
 def _map_state(
-    state: MegalodonState,
-    map_tensor: Callable[[Tensor, int], Tensor],
-    map_attention: Callable[[AttentionState], AttentionState],
+    state: MegalodonState, map_tensor: Callable[[Tensor, int], Tensor], map_keys: Callable[[Tensor], Tensor], heads: int
 ) -> MegalodonState:
-    """Apply functions to a state's tensors; `map_tensor` takes a tensor and its dimension of channels or groups."""
+    """Apply functions to a state's keys and other tensors; `map_tensor` takes the dimension of channels or groups.
 
-    def map_norm(norm: TimestepNormState) -> TimestepNormState:
-        residual = None if norm.residual is None else map_tensor(norm.residual, 2)
-        return TimestepNormState(norm.count, map_tensor(norm.mean, 1), map_tensor(norm.var, 1), residual)
+    heads: of the result.
+    """
 
-    def map_block(block: BlockState) -> BlockState:
-        cema = torch.view_as_complex(map_tensor(torch.view_as_real(block.cema), 1))
-        return BlockState(map_norm(block.norm), cema, map_attention(block.attention))
+    def convert(name: str, tensor: Tensor) -> Tensor:
+        field = name.rpartition(".")[2]
+        if field in ("count", "position"):
+            return tensor
+        if field == "k":
+            return map_keys(tensor)
+        if field == "v":
+            return map_tensor(tensor.flatten(2), 2).unflatten(2, (heads, -1))
+        return map_tensor(as_real(tensor), 2 if field == "residual" else 1)
 
-    return state._replace(layers=tuple(map(map_block, state.layers)), norm=map_norm(state.norm))
+    return from_named({name: convert(name, tensor) for name, tensor in named_tensors(state).items()})

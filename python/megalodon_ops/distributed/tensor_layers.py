@@ -39,9 +39,9 @@ class SplitLayer:
     """A layer that computes with its rank's part of the parameters; a base in front of the layer's class."""
 
     mesh: DeviceMesh  # of the ranks that share the layer
-    gather_input: bool  # the channels of the input are gathered
-    sum_output: bool  # outputs are summed over ranks; each rank keeps its own channels of the sum
-    part: tuple[int, int, int] | None  # dimension, begin and length of the rank's part of whole parameters; None: all
+    gather_input: bool = False  # the channels of the input are gathered
+    sum_output: bool = False  # outputs are summed over ranks; each rank keeps its own channels of the sum
+    part: tuple[int, int, int] | None = None  # dimension, begin and length of the rank's part; None: all of it
 
     def forward(self, x: Tensor, **options: Any) -> Any:
         x = redistribute(x, self.mesh, CHANNELS, Replicate(), Partial()) if self.gather_input else x

@@ -273,18 +273,15 @@ def complete(state: MegalodonState) -> MegalodonState:
 
 def named_tensors(state: MegalodonState) -> dict[str, Tensor]:
     """Return the state's tensors, not copied, under names such as `layers.0.norm.mean`."""
-    tensors = {}
-    for i, layer in enumerate(state.layers):
-        tensors |= {f"layers.{i}.norm.{field}": tensor for field, tensor in layer.norm._asdict().items()}
-        tensors |= {f"layers.{i}.attention.{field}": tensor for field, tensor in layer.attention._asdict().items()}
-        tensors[f"layers.{i}.cema"] = layer.cema
-        tensors |= {
-            f"layers.{i}.{field}": tensor for field, tensor in layer._asdict().items() if field.startswith("memory")
-        }
-    tensors |= {f"norm.{field}": tensor for field, tensor in state.norm._asdict().items()}
-    if state.inputs:
-        tensors |= {f"inputs.{field}": tensor for field, tensor in state.inputs._asdict().items()}
-    return {name: tensor for name, tensor in tensors.items() if tensor is not None}
+    return dict(_named("", state))
+
+
+def _named(prefix: str, part: Any) -> Iterator[tuple[str, Tensor]]:
+    if isinstance(part, Tensor):
+        yield prefix.removesuffix("."), part
+    elif part is not None:
+        for field, value in zip(getattr(part, "_fields", range(len(part))), tuple(part)):
+            yield from _named(f"{prefix}{field}.", value)
 
 
 def from_named(tensors: dict[str, Tensor]) -> MegalodonState:
