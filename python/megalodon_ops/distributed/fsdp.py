@@ -11,6 +11,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 
 from ..model.encoder import MegalodonEncoder
+from ..model.folder import empty_model, with_values
 from ..model.layers import WideParameters, wide_parameters
 from ..model.megalodon import Megalodon
 from ..model.weights import set_whole
@@ -111,8 +112,8 @@ def gather_model(model: Megalodon, param_dtype: torch.dtype | None = None) -> Me
 
 def whole_model(model: Megalodon, values: dict[str, Tensor]) -> Megalodon:
     """A plain model with the configuration and mode of `model` and these values, which are not copied."""
-    with torch.device("meta"):
-        plain = (MegalodonEncoder if isinstance(model, MegalodonEncoder) else Megalodon)(model.config)
+    kind = MegalodonEncoder if isinstance(model, MegalodonEncoder) else Megalodon
+    plain = empty_model(kind, model.config, torch.float32)
     if model.config.share_emb:
         values = {**values, "output.output.weight": values["embed.weight"]}
     if odd := sorted(plain.state_dict().keys() ^ values.keys()):
@@ -120,7 +121,4 @@ def whole_model(model: Megalodon, values: dict[str, Tensor]) -> Megalodon:
             f"parallelize: `model` must have the parameters of its configuration, got others, such as {odd[0]}; merge "
             "adapters first."
         )
-    plain.load_state_dict(values, assign=True)
-    if model.config.share_emb:
-        plain.tie_weights()
-    return plain.requires_grad_(False).train(model.training)
+    return with_values(plain, values).requires_grad_(False).train(model.training)

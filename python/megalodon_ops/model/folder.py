@@ -143,10 +143,8 @@ def load_model(
     check_dtype("load", dtype)
     try:
         return read_model(kind, folder, dtype, device)
-    except FileNotFoundError as error:
-        raise FileNotFoundError(f"load: {error}") from error
-    except FileError as error:
-        raise FileError(f"load: {error}") from error
+    except (FileNotFoundError, FileError) as error:
+        raise type(error)(f"load: {error}") from error
 
 
 def is_ours(folder: Path, model_type: str) -> bool:

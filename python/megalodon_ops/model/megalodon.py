@@ -13,12 +13,11 @@ from torch.utils.checkpoint import checkpoint
 
 from .blocks import MegalodonBlock, Output, at_least_float32, recomputes_layers
 from .config import MegalodonConfig, check_config
-from .folder import load_model, save_model
+from .folder import empty_model, load_model, save_model
 from .generation import generate, stream
 from .inputs import check_inputs, check_reads_tokens, embed_numbers, embed_tokens, input_layer, own_weight
 from .layers import is_plain_linear, reset_all_parameters
 from .model_state import MegalodonState, check_state, scales_inputs
-from .quantized_layers import replace_layers
 from .scale import running_scale
 from .sequences import Sequences
 from ..ops.linear_cross_entropy.linear_cross_entropy import blockwise_cross_entropy, has_integers, linear_cross_entropy
@@ -165,7 +164,7 @@ class Megalodon(nn.Module):
 
     def _reference(self) -> Megalodon:
         """Return an unchanged model of this configuration on `meta`, with which :class:`Decoder` compares this one."""
-        return _meta_model(self.config, self.quantization)
+        return _shared_empty_model(Megalodon, self.config, torch.float32, self.quantization)
 
     def forward(
         self,
@@ -392,10 +391,4 @@ def check_targets(tokens: Tensor, targets: Tensor, ignore_index: int) -> int:
     return check_integer("Megalodon", "ignore_index", ignore_index, "an integer below 2^63", -(2**63))
 
 
-@functools.lru_cache(maxsize=8)
-def _meta_model(config: MegalodonConfig, quantization: str | None) -> Megalodon:
-    with torch.device("meta"):
-        model = Megalodon(config)
-        if quantization:
-            replace_layers(model, quantization)
-    return model
+_shared_empty_model = functools.lru_cache(maxsize=8)(empty_model)
