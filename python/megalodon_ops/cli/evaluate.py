@@ -15,9 +15,8 @@ from megalodon_ops.cli.console import bytes_bar
 from megalodon_ops.cli.data import find_files, load_data, load_documents
 from megalodon_ops.cli.documents import RECORD_SUFFIXES
 from megalodon_ops.cli.errors import CommandError
-from megalodon_ops.cli.models import precision, trained_model, usable_device
+from megalodon_ops.cli.models import TrainRecord, precision, trained_model, usable_device
 from megalodon_ops.cli.options import Eval, Quantize
-from megalodon_ops.cli.run_record import TrainRecord
 from megalodon_ops.evaluation import Evaluation, evaluate
 from megalodon_ops.files import write_whole
 from megalodon_ops.tokenizers import Tokenizer

@@ -13,8 +13,8 @@ from typing import NamedTuple
 from megalodon_ops import Megalodon
 from megalodon_ops.cli.errors import CommandError
 from megalodon_ops.cli.evaluate import as_documents
+from megalodon_ops.cli.models import TrainRecord
 from megalodon_ops.cli.processes import Processes
-from megalodon_ops.cli.run_record import TrainRecord
 from megalodon_ops.evaluation import evaluate
 from megalodon_ops.files import FileError
 from megalodon_ops.tokenizers import Tokenizer

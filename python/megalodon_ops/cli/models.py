@@ -1,22 +1,25 @@
-"""Build or load a model on a device from flags."""
+"""Build or load a model on a device from flags, and read what `train` recorded of it."""
 
 from __future__ import annotations
 
 import re
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Annotated, Any, NamedTuple
 
+import msgspec
 import torch
+from msgspec import Meta
 
 from megalodon_ops import Megalodon, MegalodonConfig
 from megalodon_ops.cli.errors import CommandError
-from megalodon_ops.cli.flags import flag_of
-from megalodon_ops.cli.options import ModelOptions, config_field
-from megalodon_ops.cli.run_record import TrainRecord
+from megalodon_ops.cli.flags import convert, flag_of
+from megalodon_ops.cli.options import ModelOptions, NotNegative, Train, config_field
 from megalodon_ops.files import FileError
 from megalodon_ops.ops.common.definition import has_cuda_kernels
 from megalodon_ops.tokenizers import ByteTokenizer, Tokenizer, load_tokenizer
+from megalodon_ops.training.batches import BatchesPosition
 from megalodon_ops.training.run_checkpoint import load_any
+from megalodon_ops.training.schedule import SchedulePosition
 
 WIDTHS = ("z_dim", "value_dim", "ffn_hidden_dim")
 
@@ -70,6 +73,33 @@ def usable_device(name: str) -> torch.device:
 
 
 _DEVICES = "must be cpu, cuda or one card, such as cuda:1; there are no kernels for other devices"
+
+
+class Text(msgspec.Struct):
+    fingerprint: str
+    position: BatchesPosition
+
+
+class TrainRecord(msgspec.Struct):
+    """Fields that `train` adds to a checkpoint's `training.json`."""
+
+    step: Annotated[int, Meta(ge=0)]
+    options: Train
+    data: Text
+    schedule: SchedulePosition
+    seconds: NotNegative
+    held_out_bits_per_byte: NotNegative | None = None
+    """Of the sample of held-out text, after this step; None where it was not evaluated"""
+
+    @classmethod
+    def of(cls, folder: Path, record: dict[str, Any]) -> TrainRecord | None:
+        """Return the record in a checkpoint's folder, or None if another training program wrote it."""
+        if not record.keys() >= {field.name for field in msgspec.structs.fields(cls) if field.required}:
+            return None
+        try:
+            return convert(record, cls)
+        except msgspec.ValidationError as error:
+            raise FileError(f"{folder / 'training.json'}: {error}") from error
 
 
 class TrainedModel(NamedTuple):

@@ -179,16 +179,22 @@ class ModelToRead(Options):
 
 
 @dataclass(kw_only=True)
-class Eval(ModelToRead):
+class TextToRead(Options):
+    """text: the held-out text of the run, if none is given"""
+
+    data: tuple[Path, ...] | None = flag(None, FILES)
+    glob: tuple[str, ...] | None = flag(None, GLOB, action="append", metavar="PATTERN")
+    field: Text = flag("text", FIELD)
+
+
+@dataclass(kw_only=True)
+class Eval(TextToRead, ModelToRead):
     """perplexity and bits per byte by context length, on held-out or given text
 
     python -m megalodon_ops eval --checkpoint runs/prose
     python -m megalodon_ops eval --checkpoint runs/prose --data other.txt --context 2048 8192 32768 all
     """
 
-    data: tuple[Path, ...] | None = flag(None, f"{FILES} (the held-out text of the run)")
-    glob: tuple[str, ...] | None = flag(None, GLOB, action="append", metavar="PATTERN")
-    field: Text = flag("text", FIELD)
     context: tuple[Context, ...] = flag(
         ("all",), "predict in windows of N tokens, each with a fresh state, or from all tokens before", metavar="N"
     )
@@ -222,7 +228,7 @@ class Generate(ModelToRead):
 
 
 @dataclass(kw_only=True)
-class Quantize(Options):
+class Quantize(TextToRead):
     """write a model with weights of 8 or 4 bits, and compare size, bits per byte and tokens a second
 
     python -m megalodon_ops quantize runs/prose --to int8 --out prose-int8
@@ -236,8 +242,6 @@ class Quantize(Options):
     out: Path = flag(REQUIRED, "folder to write", metavar="DIR")
     tokenizer: Path | None = flag(None, "tokenizer of a checkpoint whose folder has none")
     dtype: Literal["float32", "bfloat16"] | None = flag(None, "dtype of activations (the checkpoint's)")
-    data: tuple[Path, ...] | None = flag(None, "text files and folders (the held-out text of the run)")
-    glob: tuple[str, ...] | None = flag(None, GLOB, action="append", metavar="PATTERN")
 
 
 @dataclass(kw_only=True)

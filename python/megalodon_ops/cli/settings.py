@@ -16,10 +16,9 @@ from megalodon_ops import Megalodon, MegalodonConfig
 from megalodon_ops.cli.data import tokens_folder
 from megalodon_ops.cli.errors import CommandError
 from megalodon_ops.cli.flags import convert, fault, flag_of
-from megalodon_ops.cli.models import model_config, read_tokenizer
+from megalodon_ops.cli.models import TrainRecord, model_config, read_tokenizer
 from megalodon_ops.cli.options import CONTEXT_ROWS, LAUNCH_OPTIONS, MINUTES, RATE_TIMES_WIDTH
 from megalodon_ops.cli.options import ModelOptions, Train, config_field
-from megalodon_ops.cli.run_record import TrainRecord
 from megalodon_ops.files import FileError, read_json
 from megalodon_ops.ops.common.checks import short_text
 from megalodon_ops.tokenizers import ByteTokenizer, Tokenizer
@@ -119,7 +118,9 @@ def _initial_model(options: Train) -> tuple[Megalodon, MegalodonConfig, Tokenize
         raise CommandError(f"--init-from {error}") from error
     if model.quantization or model.config.num_features is not None:
         kind = "reads numbers, not text" if model.quantization is None else f"has weights of {model.quantization}"
-        raise CommandError(f"--init-from {folder}: the model {kind}; name one with floating-point weights that reads text")
+        raise CommandError(
+            f"--init-from {folder}: the model {kind}; name one with floating-point weights that reads text"
+        )
     tokenizer = _tokenizer(options) or found or ByteTokenizer()
     if found is not None and tokenizer.fingerprint != found.fingerprint:
         flag = "--data" if options.tokenizer is None else "--tokenizer"
@@ -169,14 +170,12 @@ def _values(options: Train, config: MegalodonConfig) -> dict[str, Any]:
 
 def _with_absolute_paths(options: Train) -> Train:
     """Make the paths in the options absolute."""
-    new: dict[str, Any] = {}
-    for name in ("data", "validation"):
-        if (paths := getattr(options, name)) is not None:
-            new[name] = tuple(path.absolute() for path in paths)
-    for name in ("tokenizer", "init_from"):
-        if (path := getattr(options, name)) is not None:
-            new[name] = path.absolute()
-    absolute = replace(options, **new)
+
+    def absolute_path(value: Any) -> Any:
+        return tuple(map(absolute_path, value)) if isinstance(value, tuple) else value and value.absolute()
+
+    names = ("data", "validation", "tokenizer", "init_from")
+    absolute = replace(options, **{name: absolute_path(getattr(options, name)) for name in names})
     absolute.given = options.given
     return absolute
 
