@@ -65,10 +65,7 @@ def hold_out(documents: Iterable[bytes], validation: Iterable[bytes] | None = No
     """
     texts = _checked("documents", documents)
     sizes = numpy.array([len(text) for text in texts], numpy.int64)
-    if validation is None:
-        corpus = split(texts.__getitem__, _keys(texts), sizes, sizes, bytes)
-    else:
-        corpus = split_from(validation, texts.__getitem__, _keys(texts), sizes, sizes)
+    corpus = split(texts.__getitem__, _keys(texts), sizes, sizes, bytes, validation=validation)
     return corpus._replace(train=list(corpus.train))
 
 
@@ -90,28 +87,6 @@ def key_of(digest: Any) -> int:
     return int.from_bytes(digest.digest()[:8], "big")
 
 
-def split_from(
-    validation: Iterable[bytes],
-    document: Callable[[int], Any],
-    keys: numpy.ndarray,
-    sizes: numpy.ndarray,
-    lengths: numpy.ndarray,
-) -> Corpus:
-    """Hold out the documents of `validation`; other arguments as in :func:`split`."""
-    texts = _checked("validation", validation)
-    held, firsts = numpy.unique(_keys(texts), return_index=True)
-    numbers = numpy.unique(keys, return_index=True)[1]
-    numbers = numbers[~numpy.isin(keys[numbers], held)]
-    if not len(numbers) or not texts:
-        raise ValueError(
-            "hold_out: `documents` must have one that is not in `validation`, and `validation` one, got "
-            f"{len(numbers)} and {len(texts)}."
-        )
-    fingerprint = hashlib.sha256(keys[numbers].tobytes() + b"held out" + held.tobytes()).hexdigest()
-    train = Parts(document, numbers, lengths[numbers])
-    return Corpus(train, [texts[first] for first in firsts], fingerprint, int(sizes[numbers].sum()))
-
-
 def split(
     document: Callable[[int], Any],
     keys: numpy.ndarray,
@@ -119,8 +94,9 @@ def split(
     lengths: numpy.ndarray,
     text_of: Callable[[Any], bytes],
     max_held_out: int | None = None,
+    validation: Iterable[bytes] | None = None,
 ) -> Corpus:
-    """Hold out a twentieth of the text, and at most `max_held_out` bytes, as :func:`hold_out` does.
+    """Hold out `validation`, or a twentieth of the text and at most `max_held_out` bytes, as :func:`hold_out` does.
 
     Args:
         document: document number -> bytes or ids.
@@ -128,6 +104,18 @@ def split(
         text_of: bytes or ids -> text.
     """
     numbers = numpy.unique(keys, return_index=True)[1]  # sorted by key, without duplicates
+    if validation is not None:
+        texts = _checked("validation", validation)
+        held_keys, firsts = numpy.unique(_keys(texts), return_index=True)
+        numbers = numbers[~numpy.isin(keys[numbers], held_keys)]
+        if not len(numbers) or not texts:
+            raise ValueError(
+                "hold_out: `documents` must have one that is not in `validation`, and `validation` one, got "
+                f"{len(numbers)} and {len(texts)}."
+            )
+        fingerprint = hashlib.sha256(keys[numbers].tobytes() + b"held out" + held_keys.tobytes()).hexdigest()
+        train = Parts(document, numbers, lengths[numbers])
+        return Corpus(train, [texts[first] for first in firsts], fingerprint, int(sizes[numbers].sum()))
     fingerprint = hashlib.sha256(keys[numbers].tobytes()).hexdigest()
     sizes, lengths = sizes[numbers], lengths[numbers]
     goal = max(1, int(HELD_OUT_FRACTION * int(sizes.sum())))

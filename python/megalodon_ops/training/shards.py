@@ -1,13 +1,7 @@
 """Tokenized documents in memory-mapped files: the folder that `python -m megalodon_ops tokenize` writes.
 
-    tokens/  dataset.json                  its sources, the tokenizer, counts of each shard
-             tokenizer.json ...            the tokenizer's files
-             shard-000000.tokens.npy       (T,) uint8, uint16 or uint32: the documents' ids, end to end
-             shard-000000.documents.npy    (N, 3) uint64, a row for each document: its end in the shard's tokens, its end in
-                                           the shard's text, its key
-
-The id before a document is not stored. A document's key is the first 8 bytes of its text's sha256, as a big-endian
-number. `dataset.json` lists a shard once its files are on the disk; a folder that lists all shards is complete.
+`dataset.json` lists a shard once its files are on the disk; a folder that lists all shards is complete. docs/data.md
+describes the files.
 """
 
 from __future__ import annotations
@@ -24,7 +18,7 @@ from typing import Annotated, Any, BinaryIO, Literal
 import msgspec
 import numpy
 
-from .corpus import Corpus, key_of, split, split_from
+from .corpus import Corpus, key_of, split
 from ..files import FileError, as_path, opened, reading, write_atomically, write_whole
 from ..tokenizers import Tokenizer, load_tokenizer
 
@@ -127,10 +121,7 @@ class Shards:
         """
         keys, sizes, lengths = self._column(KEYS), self._lengths(BYTES), self._lengths(TOKENS)
         with reading(self.folder):
-            if validation is None:
-                corpus = split(self.document, keys, sizes, lengths, self._text, MAX_HELD_OUT_BYTES)
-            else:
-                corpus = split_from(validation, self.document, keys, sizes, lengths)
+            corpus = split(self.document, keys, sizes, lengths, self._text, MAX_HELD_OUT_BYTES, validation)
         both = self.tokenizer.fingerprint + corpus.fingerprint
         return corpus._replace(fingerprint=hashlib.sha256(both.encode()).hexdigest())
 
