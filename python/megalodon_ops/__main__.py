@@ -1,4 +1,4 @@
-"""`python -m megalodon_ops {info, train, eval, generate, tokenizer, tokenize, plan}`."""
+"""`python -m megalodon_ops {info, train, eval, generate, quantize, tokenizer, tokenize, plan}`."""
 
 import importlib
 
