@@ -13,10 +13,8 @@ from torch.utils.checkpoint import checkpoint
 
 from .config import MegalodonConfig, check_config, config_of_sizes
 from ..ops.gated_silu.gated_silu import gated_silu
-from .layers import (
-    ComplexEMA, LayerNorm, Linear, RMSNorm, SequenceNorm, TimestepNorm, WideParameters, check_no_state,
-    reset_all_parameters,
-)  # fmt: skip
+from .layers import ComplexEMA, LayerNorm, Linear, RMSNorm, SequenceNorm, TimestepNorm, WideParameters, check_no_state
+from .layers import reset_all_parameters
 from .sequences import Sequences
 from ..ops.common.definition import accumulation_dtype, is_exporting
 from ..ops.normalized_attention.normalized_attention import attend
@@ -169,12 +167,11 @@ class NormalizedAttention(WideParameters):
     ) -> tuple[Tensor, tuple]:  # fmt: skip
         """Return a * r and the new state's fields after the first two; `past`: the state before the call."""
         config, rotary = self.config, self.rotary if self._rotary_made_for == self._rotary_for(z) else None
-        a = attend(
-            z, v, self.gamma, self.beta, rotary,
-            num_heads=config.num_heads, chunk_size=config.chunk_size, causal=config.causal, rope_base=config.rotary_base,
-            eps=config.norm_eps, state=past.attention, return_state=return_state, inplace_state=inplace_state,
-            dropkey=config.attention_dropout if self.training else 0.0, **sequences.keywords,
-        )  # fmt: skip
+        parts = dict(num_heads=config.num_heads, rope_base=config.rotary_base, eps=config.norm_eps)
+        masks = dict(causal=config.causal, dropkey=config.attention_dropout if self.training else 0.0)
+        options = dict(chunk_size=config.chunk_size, inplace_state=inplace_state, **masks, **sequences.keywords)
+        states = dict(state=past.attention, return_state=return_state)
+        a = attend(z, v, self.gamma, self.beta, rotary, **parts, **states, **options)
         a, state = a if return_state else (a, None)
         return gated_silu(self.wr(m), a), (state,)
 

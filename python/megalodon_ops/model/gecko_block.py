@@ -15,9 +15,8 @@ from ..ops.chunked_attention.chunked_attention import chunked_attention
 from ..ops.common.definition import autocast, call
 from ..ops.common.states import AttentionState, TimestepNormState, WorkingMemoryState, named_in_programs
 from ..ops.gated_silu.gated_silu import gated_silu
-from ..ops.normalized_qk.normalized_qk import (
-    normalized_qk, rotary_frequencies, rotary_rows, rotary_table_of, rotated_queries_and_keys,
-)  # fmt: skip
+from ..ops.normalized_qk.normalized_qk import normalized_qk, rotary_frequencies, rotary_rows, rotary_table_of
+from ..ops.normalized_qk.normalized_qk import rotated_queries_and_keys
 
 _MEMORY_LOGITS = 3.0  # initial root mean square of the working memory's queries and keys: docs/claims.md
 
@@ -95,15 +94,12 @@ class GeckoAttention(NormalizedAttention):
         grid = {"chunk_size": config.chunk_size, "position": None if past.attention is None else past.attention[2]}
         if config.visible_chunks > 1:
             rotary, grid = self._rotary_over_chunks(z, norm_state.count, sequences)
-        q, k = rotated_queries_and_keys(
-            z, self.gamma[:2], self.beta[:2], rotary, num_heads=config.num_heads, rope_base=config.rotary_base,
-            eps=config.norm_eps, **grid, **keywords,
-        )  # fmt: skip
-        a = sequences.carry(
-            chunked_attention, q, k, v, chunk_size=config.chunk_size, visible_chunks=config.visible_chunks,
-            state=past.attention, return_state=return_state, inplace_state=inplace_state,
-            dropkey=config.attention_dropout if self.training else 0.0,
-        )  # fmt: skip
+        parts = dict(num_heads=config.num_heads, rope_base=config.rotary_base, eps=config.norm_eps)
+        q, k = rotated_queries_and_keys(z, self.gamma[:2], self.beta[:2], rotary, **parts, **grid, **keywords)
+        chunks = dict(chunk_size=config.chunk_size, visible_chunks=config.visible_chunks)
+        states = dict(state=past.attention, return_state=return_state, inplace_state=inplace_state)
+        dropkey = config.attention_dropout if self.training else 0.0
+        a = sequences.carry(chunked_attention, q, k, v, dropkey=dropkey, **chunks, **states)
         a, state = a if return_state else (a, None)
         gated = gated_silu(self.wr(m), a.flatten(-2))
         return gated if read is None else gated + read, (state, *memory)
@@ -113,15 +109,13 @@ class GeckoAttention(NormalizedAttention):
     ) -> tuple[Tensor, ...]:  # fmt: skip
         """Return the working memory's output (B, L, H * V) and its fields of the new state."""
         config = self.config
-        q, k = normalized_qk(  # chunks of one position: no rotation
-            z, self.gamma[2:], self.beta[2:], num_heads=config.num_heads, chunk_size=1, eps=config.norm_eps,
-            **sequences.keywords,
-        )  # fmt: skip
-        read, *memory = sequences.carry(
-            read_write_and_keep, q, k, v, chunk_size=config.chunk_size, visible_chunks=config.visible_chunks,
-            state=None if past.memory is None else past.working_memory(), to_end=return_state, inplace=inplace_state,
-            cached_rows=past.attention[2] if inplace_state and past.attention is not None else None,
-        )  # fmt: skip
+        unrotated = dict(num_heads=config.num_heads, eps=config.norm_eps, chunk_size=1)  # chunks of one position
+        q, k = normalized_qk(z, self.gamma[2:], self.beta[2:], **unrotated, **sequences.keywords)
+        chunks = dict(chunk_size=config.chunk_size, visible_chunks=config.visible_chunks)
+        state = None if past.memory is None else past.working_memory()
+        cached_rows = past.attention[2] if inplace_state and past.attention is not None else None
+        states = dict(state=state, to_end=return_state, inplace=inplace_state, cached_rows=cached_rows)
+        read, *memory = sequences.carry(read_write_and_keep, q, k, v, **chunks, **states)
         return read.flatten(-2), *memory
 
     def _rotary_over_chunks(self, z: Tensor, end: Tensor, sequences: Sequences) -> tuple[Tensor, dict]:

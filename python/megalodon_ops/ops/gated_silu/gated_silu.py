@@ -5,9 +5,7 @@ from __future__ import annotations
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..common.definition import (
-    call, contiguous_or_none, define_op, empty_gradients, empty_like, has_cpu_kernel, launch,
-)  # fmt: skip
+from ..common.definition import call, contiguous_or_none, define_op, empty_gradients, empty_like, has_cpu_kernel, launch
 from ..common.checks import check_device, check_optional_tensor, check_tensor
 
 

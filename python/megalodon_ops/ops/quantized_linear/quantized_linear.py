@@ -9,9 +9,7 @@ import torch
 from torch import Tensor
 
 from ..common.checks import check_device, check_optional_tensor, check_rank, check_tensor, short_text
-from ..common.definition import (
-    autocast, call, contiguous_or_none, define_op, has_cpu_kernel, in_forward_mode, launch,
-)  # fmt: skip
+from ..common.definition import autocast, call, contiguous_or_none, define_op, has_cpu_kernel, in_forward_mode, launch
 from ..linear.linear import linear
 
 KINDS = ("int8", "int4")
