@@ -101,10 +101,11 @@ def _read_packing(
     return offsets
 
 
-def check_labels(op: str, labels: Tensor, batch: Batch, name: str = "labels") -> None:
+def check_labels(op: str, labels: Tensor, shape: tuple[int, int], name: str = "labels") -> None:
     """Raise unless there is an integer label for each token."""
-    if labels.shape != batch.shape:
-        raise ValueError(f"{op}: `{name}` must be {batch.shape} as the tokens, got {tuple(labels.shape)}.")
+    check_tensor(op, name, labels)
+    if labels.shape != shape:
+        raise ValueError(f"{op}: `{name}` must be {shape} as the tokens, got {tuple(labels.shape)}.")
     if not has_integers(labels):
         raise TypeError(f"{op}: `{name}` must be integers, got {labels.dtype}.")
 
@@ -115,7 +116,7 @@ def targets_of(op: str, labels: Tensor, are_shifted: bool, config: MegalodonConf
     It is IGNORED at the ends of rows and documents, and for tokens that the model reads but never predicts (such as a
     start token without a logit); it is arbitrary beyond the tokens of a padded row that have a target.
     """
-    check_labels(op, labels, batch, "shift_labels" if are_shifted else "labels")
+    check_labels(op, labels, batch.shape, "shift_labels" if are_shifted else "labels")
     targets = (labels if batch.padding is None else batch.padding.shift(labels)).long()
     if not are_shifted:
         targets = nn.functional.pad(targets[:, 1:], (0, 1), value=IGNORED)
@@ -249,9 +250,7 @@ def read_batch(
     return batch
 
 
-_READ_BY_OTHER_MODELS = (
-    "tokenizer", "cache_position", "cu_seq_lens_k", "max_length_q", "max_length_k", "token_type_ids",
-)  # fmt: skip
+_READ_BY_OTHER_MODELS = set("tokenizer cache_position cu_seq_lens_k max_length_q max_length_k token_type_ids".split())
 
 
 def kept_positions(op: str, logits_to_keep: int | Tensor | None, batch: Batch) -> Tensor | None:

@@ -11,8 +11,7 @@ from transformers.utils import can_return_tuple
 
 from ..model.blocks import at_least_float32
 from ..model.layers import Linear
-from ..ops.common.checks import check_tensor
-from .arguments import IGNORED, read_batch
+from .arguments import IGNORED, check_labels, read_batch
 from .cache import CACHE
 from .causal_lm import MegalodonCausalModel, MegalodonModel
 from .configuration import MegalodonHFConfig
@@ -119,12 +118,7 @@ class _TokenClassification(MegalodonPreTrainedModel):
         )
         logits, loss = at_least_float32(self.score(self.dropout(output.last_hidden_state))), None
         if labels is not None:
-            check_tensor(type(self).__name__, "labels", labels)
-            if labels.shape != logits.shape[:2]:
-                shape = tuple(logits.shape[:2])
-                raise ValueError(
-                    f"{type(self).__name__}: `labels` must be {shape} as the tokens, got {tuple(labels.shape)}."
-                )
+            check_labels(type(self).__name__, labels, tuple(logits.shape[:2]))
             if attention_mask is not None:
                 labels = labels.masked_fill(attention_mask == 0, IGNORED)
             loss = self.loss_function(logits, labels, self.config)

@@ -230,7 +230,7 @@ class MegalodonEncoderForMaskedLM(MegalodonEncoderPreTrainedModel):
         positions = None if batch.padding is None else batch.padding.positions()
         logits, loss = at_least_float32(map_columns(self.output, output.last_hidden_state, positions)), None
         if labels is not None:
-            check_labels(type(self).__name__, labels, batch)
+            check_labels(type(self).__name__, labels, batch.shape)
             if batch.padding is not None:
                 labels = labels.masked_fill(~batch.padding.present.to(labels.device), IGNORED)
             loss = self.loss_function(
