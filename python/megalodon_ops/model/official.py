@@ -163,7 +163,10 @@ class _Shards(StoredTensors):
     """Parameters in the files of all ranks, each joined when it is read; those in `tensors` are on `meta`."""
 
     def __init__(self, directory: Path) -> None:
-        paths = _shard_files(directory)
+        paths, whole = sorted(directory.glob("consolidated.[0-9][0-9].pth")), directory / "consolidated.pth"
+        if paths and whole.exists():
+            raise FileError(f"{directory}: holds both {whole.name} and {paths[0].name}; one of them must go")
+        paths = paths or [whole]
         super().__init__(path=paths[0] if len(paths) == 1 else directory)
         self._shards = [_read_shard(path) for path in paths]
         kinds = [{name: (t.dtype, *t.shape) for name, t in shard.items()} for shard in self._shards]
@@ -184,14 +187,6 @@ class _Shards(StoredTensors):
             raise FileError(f"{self.path}: `{name}` must be equal in every shard, got other values")
         owns_storage = first.is_contiguous() and first.untyped_storage().nbytes() == first.nbytes
         return first if owns_storage else first.clone(memory_format=torch.contiguous_format)
-
-
-def _shard_files(directory: Path) -> list[Path]:
-    """Return the files of weights, in the order of their ranks."""
-    shards, whole = sorted(directory.glob("consolidated.[0-9][0-9].pth")), directory / "consolidated.pth"
-    if shards and whole.exists():
-        raise FileError(f"{directory}: holds both {whole.name} and {shards[0].name}; one of them must go")
-    return shards or [whole]
 
 
 def _read_shard(path: Path) -> dict[str, Tensor]:
