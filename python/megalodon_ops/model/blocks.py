@@ -167,11 +167,12 @@ class NormalizedAttention(WideParameters):
     ) -> tuple[Tensor, tuple]:  # fmt: skip
         """Return a * r and the new state's fields after the first two; `past`: the state before the call."""
         config, rotary = self.config, self.rotary if self._rotary_made_for == self._rotary_for(z) else None
-        parts = dict(num_heads=config.num_heads, rope_base=config.rotary_base, eps=config.norm_eps)
-        masks = dict(causal=config.causal, dropkey=config.attention_dropout if self.training else 0.0)
-        options = dict(chunk_size=config.chunk_size, inplace_state=inplace_state, **masks, **sequences.keywords)
-        states = dict(state=past.attention, return_state=return_state)
-        a = attend(z, v, self.gamma, self.beta, rotary, **parts, **states, **options)
+        a = attend(
+            z, v, self.gamma, self.beta, rotary,
+            num_heads=config.num_heads, chunk_size=config.chunk_size, causal=config.causal, rope_base=config.rotary_base,
+            eps=config.norm_eps, state=past.attention, return_state=return_state, inplace_state=inplace_state,
+            dropkey=config.attention_dropout if self.training else 0.0, **sequences.keywords,
+        )  # fmt: skip
         a, state = a if return_state else (a, None)
         return gated_silu(self.wr(m), a), (state,)
 

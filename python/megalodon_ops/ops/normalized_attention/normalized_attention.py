@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-from typing import Any
 
 from torch import Tensor
 
@@ -74,13 +73,12 @@ def normalized_attention(
     if not isinstance(z, Tensor):
         return call_with_arrays(normalized_attention, **locals())
     check_tensor("normalized_attention", "v", v)
-    grid = dict(chunk_size=chunk_size, cu_seqlens=cu_seqlens, lengths=lengths)
-    options = dict(causal=causal, dropkey=dropkey, dropkey_seed=dropkey_seed, inplace_state=inplace_state)
-    states = dict(state=state, return_state=return_state)
     try:
         return attend(
-            z, v, gamma, beta, None, num_heads=num_heads, rope_base=rope_base, eps=eps, **grid, **states, **options
-        )
+            z, v, gamma, beta, None, num_heads=num_heads, chunk_size=chunk_size, causal=causal, rope_base=rope_base,
+            eps=eps, state=state, return_state=return_state, inplace_state=inplace_state, dropkey=dropkey,
+            dropkey_seed=dropkey_seed, cu_seqlens=cu_seqlens, lengths=lengths,
+        )  # fmt: skip
     except (TypeError, ValueError) as error:
         raise type(error)(_PARTS.sub("normalized_attention: ", str(error))) from error
 
@@ -93,16 +91,19 @@ def attend(
     rotary: Tensor | None,
     *,
     num_heads: int,
+    chunk_size: int,
+    causal: bool = True,
     rope_base: float,
     eps: float,
     state: AttentionState | None,
     return_state: bool,
-    **options: Any,
+    inplace_state: bool,
+    dropkey: float,
+    dropkey_seed: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
+    lengths: Tensor | None = None,
 ) -> Tensor | tuple[Tensor, AttentionState]:
-    """:func:`normalized_attention` with a rotary table for :func:`rotated_queries_and_keys`.
-
-    options: others of :func:`chunked_attention`.
-    """
+    """:func:`normalized_attention` with a rotary table for :func:`rotated_queries_and_keys`."""
     z, v = autocast(z, v)
     num_heads = check_size("normalized_attention", "num_heads", num_heads)
     if v.dim() != 3 or (z.dim() == 3 and v.shape[:2] != z.shape[:2]):
@@ -111,11 +112,15 @@ def attend(
         )
     if v.shape[-1] % num_heads:
         raise ValueError(f"normalized_attention: `num_heads` must divide v's last axis {v.shape[-1]}, got {num_heads}.")
-    grid = {name: options[name] for name in ("chunk_size", "cu_seqlens", "lengths")}
-    grid["position"] = state_fields("normalized_attention", state, AttentionState)[2]
-    q, k = rotated_queries_and_keys(z, gamma, beta, rotary, num_heads=num_heads, rope_base=rope_base, eps=eps, **grid)
-    v = v.unflatten(-1, (num_heads, -1))
-    result = chunked_attention(q, k, v, state=state, return_state=return_state, **options)
+    q, k = rotated_queries_and_keys(
+        z, gamma, beta, rotary, num_heads=num_heads, chunk_size=chunk_size, rope_base=rope_base, eps=eps,
+        position=state_fields("normalized_attention", state, AttentionState)[2], cu_seqlens=cu_seqlens, lengths=lengths,
+    )  # fmt: skip
+    result = chunked_attention(
+        q, k, v.unflatten(-1, (num_heads, -1)), chunk_size=chunk_size, causal=causal, state=state,
+        return_state=return_state, inplace_state=inplace_state, dropkey=dropkey, dropkey_seed=dropkey_seed,
+        cu_seqlens=cu_seqlens, lengths=lengths,
+    )  # fmt: skip
     if return_state:
         o, state = result
         return o.flatten(-2), state
