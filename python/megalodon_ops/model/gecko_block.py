@@ -94,8 +94,8 @@ class GeckoAttention(NormalizedAttention):
         grid = {"chunk_size": config.chunk_size, "position": None if past.attention is None else past.attention[2]}
         if config.visible_chunks > 1:
             rotary, grid = self._rotary_over_chunks(z, norm_state.count, sequences)
-        parts = dict(num_heads=config.num_heads, rope_base=config.rotary_base, eps=config.norm_eps)
-        q, k = rotated_queries_and_keys(z, self.gamma[:2], self.beta[:2], rotary, **parts, **grid, **keywords)
+        qk_options = dict(num_heads=config.num_heads, rope_base=config.rotary_base, eps=config.norm_eps)
+        q, k = rotated_queries_and_keys(z, self.gamma[:2], self.beta[:2], rotary, **qk_options, **grid, **keywords)
         chunks = dict(chunk_size=config.chunk_size, visible_chunks=config.visible_chunks)
         states = dict(state=past.attention, return_state=return_state, inplace_state=inplace_state)
         dropkey = config.attention_dropout if self.training else 0.0
