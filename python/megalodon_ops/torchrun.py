@@ -1,4 +1,4 @@
-"""Write the error file from which torchrun reports the rank that failed first."""
+"""Commands as processes of torchrun: the error file from which it reports the rank that failed first."""
 
 from __future__ import annotations
 
@@ -11,6 +11,11 @@ from pathlib import Path
 SHUTDOWN_DELAY = 2.0
 """Seconds; by then torchrun, which polls every 0.1 s, has seen that a process ended and stops the others"""
 PEER_FAILURE = "another process has ended, or does not answer"
+
+
+def is_distributed() -> bool:
+    """Return True if a launcher has started this process as one of several."""
+    return "RANK" in os.environ and int(os.environ.get("WORLD_SIZE", "1")) > 1
 
 
 def report_failure(line: str, *, is_root_cause: bool = True) -> None:
@@ -28,10 +33,23 @@ def report_failure(line: str, *, is_root_cause: bool = True) -> None:
 def is_peer_failure(error: BaseException) -> bool:
     """Return True if torch raised the error because another process has ended or does not answer."""
     words = ("gloo", "NCCL", "onnection", "imed out", "ime-out", "timeout", "Broken pipe")
-    is_distributed = "RANK" in os.environ and int(os.environ.get("WORLD_SIZE", "1")) > 1
-    return is_distributed and isinstance(error, RuntimeError) and any(word in str(error) for word in words)
+    return is_distributed() and isinstance(error, RuntimeError) and any(word in str(error) for word in words)
 
 
 def first_line(error: BaseException) -> str:
     """Return the first line of torch's message, without gloo's source position and guesses."""
     return re.sub(r"^\[\S+:\d+\] |\. This is typically .*", "", str(error).strip().partition("\n")[0])[:300]
+
+
+def error_line(error: Exception) -> str | None:
+    """Return the line to print for an error; None if another process failed first."""
+    text = f"{error.filename}: {error.strerror}" if isinstance(error, OSError) and error.filename else str(error)
+    if not is_distributed():
+        return text
+    import torch.distributed as dist
+
+    try:
+        is_root_cause = not dist.is_initialized() or dist.distributed_c10d._get_default_store().add("failed", 1) == 1
+    except RuntimeError:  # the process that holds the store has ended
+        is_root_cause = False
+    return f"rank {os.environ['RANK']}: {text}" if is_root_cause else None

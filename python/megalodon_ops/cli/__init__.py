@@ -66,10 +66,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _show_error(name: str, error: Exception, is_root_cause: bool = True) -> int:
     """Print an error in one line, unless another process has printed its cause."""
-    from megalodon_ops.cli.processes import is_distributed, error_line
-
-    if (line := error_line(error)) is not None:
-        begin = "\n" if is_distributed() else ""  # rank 0's progress bar may be in this line
+    if (line := torchrun.error_line(error)) is not None:
+        begin = "\n" if torchrun.is_distributed() else ""  # rank 0's progress bar may be in this line
         print(f"{begin}megalodon_ops {name}: error: {line}", file=sys.stderr, flush=True)
     torchrun.report_failure(line or torchrun.PEER_FAILURE, is_root_cause=is_root_cause and line is not None)
     return 2
@@ -80,9 +78,7 @@ def process() -> NoReturn:
 
     In a distributed run it ends at once, so that no thread or connection waits for a process that is gone.
     """
-    from megalodon_ops.cli.processes import is_distributed, error_line
-
-    if not is_distributed():
+    if not torchrun.is_distributed():
         raise SystemExit(main())
     code: Any = 1
     try:
@@ -90,7 +86,7 @@ def process() -> NoReturn:
     except SystemExit as end:
         code = end.code
     except Exception as error:
-        if is_root_cause := error_line(error) is not None:
+        if is_root_cause := torchrun.error_line(error) is not None:
             traceback.print_exc()
         line = f"{type(error).__name__}: {error}" if is_root_cause else torchrun.PEER_FAILURE
         torchrun.report_failure(line, is_root_cause=is_root_cause)

@@ -19,7 +19,7 @@ import torch.distributed as dist
 
 from megalodon_ops.cli.errors import CommandError
 from megalodon_ops.ops.common.checks import short_text
-from megalodon_ops.torchrun import first_line
+from megalodon_ops.torchrun import first_line, is_distributed
 
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
@@ -75,11 +75,6 @@ class Processes:
                     )
 
 
-def is_distributed() -> bool:
-    """Return True if a launcher has started this process as one of several."""
-    return "RANK" in os.environ and int(os.environ.get("WORLD_SIZE", "1")) > 1
-
-
 @contextmanager
 def process_group(mesh: Mesh | None, timeout: float) -> Iterator[Processes]:
     """Yield the command's processes. Inside the block, only rank 0 prints."""
@@ -93,7 +88,13 @@ def process_group(mesh: Mesh | None, timeout: float) -> Iterator[Processes]:
     owns_group = not dist.is_initialized()
     if owns_group:
         set_thread_share()
-        _start(timeout)
+        from megalodon_ops.distributed.start import start
+
+        try:
+            start("cuda" if torch.cuda.is_available() else "cpu", timedelta(seconds=timeout))
+        except (RuntimeError, ValueError) as error:
+            lost = f"the processes did not find each other within --timeout {timeout:g} s"
+            raise CommandError(f"{lost}: {first_line(error)}") from error
     processes = Processes(dist.get_rank(), dist.get_world_size())
     with ExitStack() as stack:
         if not processes.is_rank0:
@@ -114,26 +115,3 @@ def set_thread_share() -> None:
     if os.environ.get("OMP_NUM_THREADS", "1") == "1":
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
         torch.set_num_threads(max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", os.environ["WORLD_SIZE"]))))
-
-
-def _start(timeout: float) -> None:
-    from megalodon_ops.distributed.start import start
-
-    try:
-        start("cuda" if torch.cuda.is_available() else "cpu", timedelta(seconds=timeout))
-    except (RuntimeError, ValueError) as error:
-        raise CommandError(
-            f"the processes did not find each other within --timeout {timeout:g} s: {first_line(error)}"
-        ) from error
-
-
-def error_line(error: Exception) -> str | None:
-    """Return the line to print for an error; None if another process failed first."""
-    text = f"{error.filename}: {error.strerror}" if isinstance(error, OSError) and error.filename else str(error)
-    if not is_distributed():
-        return text
-    try:
-        is_root_cause = not dist.is_initialized() or dist.distributed_c10d._get_default_store().add("failed", 1) == 1
-    except RuntimeError:  # the process that holds the store has ended
-        is_root_cause = False
-    return f"rank {os.environ['RANK']}: {text}" if is_root_cause else None

@@ -30,13 +30,14 @@ from megalodon_ops.cli.held_out import Best, best_of_run, bits_per_byte, eval_sa
 from megalodon_ops.cli.lock import folder_lock
 from megalodon_ops.cli.models import precision, usable_device
 from megalodon_ops.cli.options import Train
-from megalodon_ops.cli.processes import Processes, is_distributed, process_group
+from megalodon_ops.cli.processes import Processes, process_group
 from megalodon_ops.cli.settings import new_run, resumed_run, run_folder, with_config
 from megalodon_ops.files import FileError, write_whole
 from megalodon_ops.model.model_state import layout
 from megalodon_ops.model.weights import set_whole
 from megalodon_ops.ops.common.memory import check_fits
 from megalodon_ops.tokenizers import Tokenizer
+from megalodon_ops.torchrun import is_distributed
 from megalodon_ops.training import Batches, Checkpoint, Corpus, Metrics, Muon, Reader, Saver, Schedule, adamw
 from megalodon_ops.training import load_checkpoint, optimizer_threads, read_metrics, threads
 from megalodon_ops.training.batches import Document
@@ -177,8 +178,9 @@ def run(options: Train) -> int:
                         loss = reader.loss(batch) / len(readers)
                     loss.backward()
                     losses.append(loss.detach())
-                norm = full_norm(nn.utils.clip_grad_norm_(model.parameters(), options.clip)).item()
-                loss = sum(losses).item()  # over all processes
+                norm = nn.utils.clip_grad_norm_(model.parameters(), options.clip)
+                norm = (norm.full_tensor() if hasattr(norm, "full_tensor") else norm).item()
+                loss = sum(losses).item()  # as the norm, over all processes
                 if not math.isfinite(loss):
                     raise CommandError(f"the loss is {loss} at step {step + 1}; a lower --lr may help")
                 with threads(optimizer_threads(model)):
@@ -204,7 +206,8 @@ def run(options: Train) -> int:
                 progress.show(row)
 
                 # Before a checkpoint, fit the schedule of a timed run to rank 0's clock.
-                is_due = is_checkpoint_due(step, options.checkpoint_every, schedule)
+                is_early = schedule.budget is not None and MIN_TIMED_STEPS <= step < options.checkpoint_every
+                is_due = step % options.checkpoint_every == 0 or (is_early and step & (step - 1) == 0)
                 if is_due and schedule.budget is not None and step - paced_step >= MIN_TIMED_STEPS:
                     pace = (now - paced_at) / (step - paced_step)
                     schedule.set_pace(step, *processes.broadcast((now - begin, pace)))
@@ -350,16 +353,6 @@ def seed_of_dropout(seed: int, step: int, processes: Processes) -> int:
     """Return a seed that depends only on the run's seed, the step and this process's part of the batch."""
     text = f"{seed} {step} {processes.mesh_rank('data')} {processes.mesh_rank('chunk')}"
     return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big") >> 1
-
-
-def is_checkpoint_due(step: int, every: int, schedule: Schedule) -> bool:
-    early = schedule.budget is not None and MIN_TIMED_STEPS <= step < every and step & (step - 1) == 0
-    return step % every == 0 or early
-
-
-def full_norm(norm: torch.Tensor) -> torch.Tensor:
-    """Return the norm over all processes from the result of `clip_grad_norm_`."""
-    return norm.full_tensor() if hasattr(norm, "full_tensor") else norm
 
 
 def encode(documents: Sequence[bytes] | Parts, tokenizer: Tokenizer) -> Sequence[Document]:

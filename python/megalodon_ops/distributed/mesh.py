@@ -52,7 +52,11 @@ def make_mesh(
         raise TypeError(f"make_mesh: `sizes` must be {_EXPECTED}, or a dictionary, got {describe(sizes)}.")
     if timeout is not None:
         timeout = check_number("make_mesh", "timeout", timeout, "a positive number of seconds or None", 1e-3)
-    device_type = _device_type(device_type)
+    found = "cuda" if torch.cuda.is_available() else "cpu"
+    if device_type not in (None, "cpu", found):
+        words = '"cpu", "cuda" or None' if found == "cuda" else '"cpu" or None without a GPU'
+        raise ValueError(f"make_mesh: `device_type` must be {words}, got {describe(device_type)}.")
+    device_type = device_type or found
     started = not dist.is_initialized()
     if started:
         _start(device_type, timeout)
@@ -95,14 +99,6 @@ def batch_and_tensor(mesh: DeviceMesh, *, replicate: bool) -> tuple[DeviceMesh, 
     options = getattr(mesh.get_group(0)._get_backend(torch.device(mesh.device_type)), "options", None)
     _set_timeout(whole, getattr(options, "_timeout", None))
     return whole[names], whole["tensor"]
-
-
-def _device_type(wanted: str | None) -> str:
-    found = "cuda" if torch.cuda.is_available() else "cpu"
-    if wanted not in (None, "cpu", found):
-        words = '"cpu", "cuda" or None' if found == "cuda" else '"cpu" or None without a GPU'
-        raise ValueError(f"make_mesh: `device_type` must be {words}, got {describe(wanted)}.")
-    return wanted or found
 
 
 def _shape(sizes: str | Mapping[str, int]) -> dict[str, int]:

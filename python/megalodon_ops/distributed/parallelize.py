@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -64,7 +63,11 @@ def parallelize(
     check_torch()
     sizes = check_mesh("parallelize", mesh)
     _check(model, sizes, data, param_dtype)
-    check_same_on_ranks("parallelize", _compared_values(model, data=data, param_dtype=param_dtype), dist.group.WORLD)
+    compared = {f"model.config.{name}": value for name, value in model.config.to_dict().items()}
+    compared |= {"data": data, "param_dtype": param_dtype}
+    for name, parameter in model.named_parameters():
+        compared |= {f"model.{name}": parameter, f"model.{name}.requires_grad": parameter.requires_grad}
+    check_same_on_ranks("parallelize", compared, dist.group.WORLD)
     forget_ended_groups()
     on_meta = next(model.parameters()).is_meta
     plain = copy.deepcopy(model) if on_meta else None
@@ -125,12 +128,3 @@ def _check(model: nn.Module, sizes: dict[str, int], data: object, param_dtype: o
         raise ValueError(
             f"parallelize: `param_dtype` must be torch.bfloat16, float16, float32 or None, got {short_text(param_dtype)}."
         )
-
-
-def _compared_values(model: Megalodon | MegalodonEncoder, **options: Any) -> dict[str, Any]:
-    """Values that must be the same on all ranks."""
-    values = {f"model.config.{name}": value for name, value in model.config.to_dict().items()} | options
-    for name, parameter in model.named_parameters():
-        values[f"model.{name}"] = parameter
-        values[f"model.{name}.requires_grad"] = parameter.requires_grad
-    return values
