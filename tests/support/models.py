@@ -4,10 +4,10 @@ import torch
 
 import megalodon_ops as mo
 
-TINY = dict(
-    num_layers=2, model_dim=32, z_dim=16, value_dim=24, num_heads=2, ffn_hidden_dim=40, cema_ndim=4, chunk_size=8,
-    vocab_size=31, norm_num_groups=4,
-)  # fmt: skip
+TINY = dict(num_layers=2, model_dim=32, z_dim=16, value_dim=24, num_heads=2, ffn_hidden_dim=40, cema_ndim=4)
+TINY |= dict(chunk_size=8, vocab_size=31, norm_num_groups=4)
+SMALLEST = dict(num_layers=1, model_dim=4, z_dim=2, value_dim=2, ffn_hidden_dim=2, cema_ndim=1, chunk_size=2)
+SMALLEST |= dict(vocab_size=9, norm_num_groups=1)
 
 
 def tiny_model(dtype=torch.float64, **overrides) -> mo.Megalodon:

@@ -5,15 +5,49 @@ from __future__ import annotations
 import json
 import os
 import random
+import shutil
 import struct
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-HOSTILE = [
-    None, True, -1, 0, 2**31, 2**64, 10**6, -1.5, 1e308, "x", "", [], {}, [[]], "8", [0, 10**9], "../model", "cuda", "a\nb",
-    "\x1b[31m", "/etc/passwd", "model.safetensors",
-]  # fmt: skip
+HOSTILE = [None, True, -1, 0, 2**31, 2**64, 10**6, -1.5, 1e308, [], {}, [[]], [0, 10**9]]
+HOSTILE += [
+    "x",
+    "",
+    "8",
+    "../model",
+    "cuda",
+    "a\nb",
+    "\x1b[31m",
+    "/etc/passwd",
+    "model.safetensors",
+    "(a+)+$",
+    "\ud800",
+]
+
+
+def edit(path: Path, old: str, new: str) -> None:
+    """Replace the text `old` of a file, which stands there once."""
+    content = path.read_bytes()
+    assert content.count(old.encode()) == 1
+    path.write_bytes(content.replace(old.encode(), new.encode()))
+
+
+def make_folder(path: Path) -> None:
+    path.unlink()
+    path.mkdir()
+
+
+def make_pipe(path: Path) -> None:
+    """Replace a file by a pipe without a writer, which blocks its reader."""
+    path.unlink()
+    os.mkfifo(path)
+
+
+def make_link(path: Path, target: str | Path) -> None:
+    path.unlink()
+    path.symlink_to(target)
 
 
 def key_paths(node: Any, parents: tuple = ()) -> Iterator[tuple]:
@@ -135,3 +169,12 @@ def mutate(path: Path, rng: random.Random) -> str:
     elif path.suffix == ".safetensors":
         ways += [edit_header] * 4 + [not_finite]
     return rng.choice(ways)(path, rng)
+
+
+def mutants(base: Path, root: Path, count: int, seed: int) -> Iterator[tuple[Path, str]]:
+    """Copies of a folder in which one file is corrupted, as folders of the same name in `root`, and descriptions."""
+    rng = random.Random(seed)
+    for i in range(count):
+        folder = root / f"{base.name}-{i}" / "checkpoints" / base.name
+        shutil.copytree(base, folder)
+        yield folder, mutate(rng.choice(sorted(folder.iterdir())), rng)

@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 import json
-import random
-import shutil
 import signal
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import pytest
 import torch
 from command_line import quick_commands
 from models import tiny_model, tokens_of
-from mutations import mutate
+from mutations import mutants
 from released import save_released
 
 import megalodon_ops as mo
@@ -44,6 +43,18 @@ def time_limit(seconds: int) -> Iterator[None]:
         signal.signal(signal.SIGALRM, before)
 
 
+def attempt(call: Callable[[], Any], beginning: str) -> tuple[Any, str | None]:
+    """A call's result (None: it is refused), and its fault: an error other than one line about a file that begins so."""
+    try:
+        with time_limit(30):
+            return call(), None
+    except (ValueError, FileNotFoundError) as error:
+        is_plain = isinstance(error, (FileError, FileNotFoundError)) and str(error).isprintable()
+        return None, None if is_plain and str(error).startswith(beginning) else repr(error)[:300]
+    except BaseException as error:
+        return None, repr(error)[:300]
+
+
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
     out = tmp_path_factory.mktemp("run")
@@ -61,139 +72,84 @@ def test_a_mutated_checkpoint_of_a_run_is_refused_in_one_line_or_runs(run, tmp_p
     base = sorted((out / "checkpoints").iterdir())[-1]
     model, _, record = checkpoint.load_any(base)
     want, wanted = model.state_dict(), json.dumps(record, sort_keys=True)
-    rng = random.Random(SEED)
     bad, refused = [], 0
-    for i in range(count):
-        r = tmp_path / "r"
-        shutil.rmtree(r, ignore_errors=True)
-        folder = r / "checkpoints" / base.name
-        shutil.copytree(base, folder)
-        mutation = mutate(rng.choice(sorted(folder.iterdir())), rng)
+    for i, (folder, mutation) in enumerate(mutants(base, tmp_path, count, SEED)):
         command = [
             ["eval", "--checkpoint", str(folder), "--data", str(text)],
-            ["generate", "--checkpoint", str(r), "--tokens", "3"],
-            ["train", "--resume", "--out", str(r), "--steps", "4"],
+            ["generate", "--checkpoint", str(folder.parents[1]), "--tokens", "3"],
+            ["train", "--resume", "--out", str(folder.parents[1]), "--steps", "4"],
         ][i % 3]
+        loaded, fault = attempt(lambda folder=folder: checkpoint.load_any(folder), "")
+        refused += loaded is None
+        if loaded is not None:
+            weights, found = loaded[0].state_dict(), loaded[2]
+            if any(not torch.equal(weights[name], want[name]) for name in want):
+                fault = "other weights"
+            if found is not None and json.dumps(found, sort_keys=True) != wanted:
+                fault = "another record"
         capsys.readouterr()
-        try:
-            with time_limit(30):
-                try:
-                    model, _, record = checkpoint.load_any(folder)
-                    weights = model.state_dict()
-                except (FileError, FileNotFoundError):
-                    weights = None
-                    refused += 1
-                capsys.readouterr()
-                code = main(command)
-                err = capsys.readouterr().err
-        except BaseException as error:
-            bad.append((mutation, command[0], repr(error)[:300]))
-            continue
-        if weights is not None and any(not torch.equal(weights[name], want[name]) for name in want):
-            bad.append((mutation, "other weights"))
-        if weights is not None and record is not None and json.dumps(record, sort_keys=True) != wanted:
-            bad.append((mutation, "another record"))
+        code, crash = attempt(lambda command=command: main(command), "")
+        err = capsys.readouterr().err
         if code not in (0, 2) or (code == 2 and (err.count("\n") != 1 or not err.startswith("megalodon_ops"))):
-            bad.append((mutation, code, err[:300]))
+            fault = (code, crash, err[:300])
         is_checkpoint = (folder / "training.json").exists()  # without it, the folder is a plain model, for `eval`
-        if weights is None and code == 0 and (command[0] == "train" or is_checkpoint):
-            bad.append((mutation, "refused by load, accepted by", command[0]))
+        if loaded is None and code == 0 and (command[0] == "train" or is_checkpoint):
+            fault = "refused by load, accepted by the command"
+        if fault is not None:
+            bad.append((mutation, command[0], fault))
     assert not bad, bad[:12]
     assert refused > count / 2
 
 
-def fault_of(error: Exception, beginning: str) -> str | None:
-    """Return None for a file's error that is one line and begins so, else its text."""
-    is_plain = isinstance(error, (FileError, FileNotFoundError)) and str(error).isprintable()
-    return None if is_plain and str(error).startswith(beginning) else repr(error)[:300]
-
-
-@mutation_counts(30, 800)
-def test_a_mutated_folder_of_our_format_is_refused_in_one_line_or_computes(tmp_path, count):
+@mutation_counts(15, 400)
+@pytest.mark.parametrize("sharded", [False, True])
+def test_a_mutated_folder_of_our_format_is_refused_in_one_line_or_computes(tmp_path, count, sharded):
     """Changed weights may load if they are finite; all else must be unchanged or refused."""
     text = b"to be or not to be, that is the question " * 9
-    for name, dtype, shard, tokenizer in (
-        ("one", torch.float32, 1 << 30, ByteTokenizer()),
-        ("shards", torch.bfloat16, 20_000, Tokenizer.train([text], vocab_size=270)),
-    ):
-        model = tiny_model(torch.float32, share_emb=name == "one").to(dtype)
-        model.save(tmp_path / name, max_shard_bytes=shard, tokenizer=tokenizer)
-    rng = random.Random(SEED + 3)
-    bad, refused = [], 0
-    for i in range(count):
-        name = ("one", "shards")[i % 2]
-        folder = tmp_path / "d"
-        shutil.rmtree(folder, ignore_errors=True)
-        shutil.copytree(tmp_path / name, folder)
-        mutation = mutate(rng.choice(sorted(folder.iterdir())), rng)
-        try:
-            with time_limit(30):
-                model, tokenizer, _ = checkpoint.load_any(folder)
-                if tokenizer is not None:
-                    tokenizer.decode(tokenizer.encode(text[:50]))
-                if all(torch.equal(p, p) for p in model.parameters()) and model.config.vocab_size == 31:
-                    model(tokens_of(1, 5))
-                else:
-                    bad.append((mutation, "not finite, or another vocabulary"))
-        except (ValueError, FileNotFoundError) as error:
-            refused += 1
-            if fault := fault_of(error, str(folder)):
-                bad.append((mutation, fault))
-        except BaseException as error:
-            bad.append((mutation, repr(error)[:300]))
+    tokenizer = Tokenizer.train([text], vocab_size=270) if sharded else ByteTokenizer()
+    model = tiny_model(torch.float32, share_emb=not sharded).to(torch.bfloat16 if sharded else torch.float32)
+    model.save(tmp_path / "m", max_shard_bytes=20_000 if sharded else 1 << 30, tokenizer=tokenizer)
+
+    def load_and_compute(folder):
+        model, tokenizer, _ = checkpoint.load_any(folder)
+        if tokenizer is not None:
+            tokenizer.decode(tokenizer.encode(text[:50]))
+        assert (
+            all(torch.equal(p, p) for p in model.parameters()) and model.config.vocab_size == 31
+        )  # NaN equals nothing
+        return model(tokens_of(1, 5))
+
+    results = [
+        (mutation, *attempt(lambda folder=folder: load_and_compute(folder), str(folder)))
+        for folder, mutation in mutants(tmp_path / "m", tmp_path, count, SEED + 3)
+    ]
+    bad = [(mutation, fault) for mutation, _, fault in results if fault]
     assert not bad, bad[:12]
-    assert refused > count / 3
+    assert sum(logits is None for _, logits, _ in results) > count / 3
 
 
 @mutation_counts(15, 200)
-def test_a_mutated_folder_of_the_released_format_is_refused_or_gives_its_weights(tmp_path, count):
-    model = tiny_model(torch.float32)
-    want = model.state_dict()
-    rng = random.Random(SEED + 2)
-    bad = []
-    for shards in (1, 2):
-        base = tmp_path / f"b{shards}"
-        base.mkdir()
-        save_released(model, base, shards)
-        for _ in range(count):
-            folder = tmp_path / "d"
-            shutil.rmtree(folder, ignore_errors=True)
-            shutil.copytree(base, folder)
-            mutation = mutate(rng.choice(sorted(folder.iterdir())), rng)
-            try:
-                with time_limit(30):
-                    got = mo.load_official(folder).state_dict()
-                if any(not torch.equal(got[name], want[name]) for name in want):
-                    bad.append((mutation, "other weights"))
-            except (ValueError, FileNotFoundError) as error:
-                if fault := fault_of(error, "load_official: "):
-                    bad.append((mutation, fault))
-            except BaseException as error:
-                bad.append((mutation, repr(error)[:300]))
-    assert not bad, bad[:12]
+@pytest.mark.parametrize("shards", [1, 2])
+def test_a_mutated_folder_of_the_released_format_is_refused_or_gives_its_weights(tmp_path, count, shards):
+    model, base = tiny_model(torch.float32), tmp_path / "m"
+    base.mkdir()
+    save_released(model, base, shards)
+    for folder, mutation in mutants(base, tmp_path, count, SEED + 2):
+        loaded, fault = attempt(lambda folder=folder: mo.load_official(folder), "load_official: ")
+        assert fault is None, (mutation, fault)
+        if loaded is not None:
+            weights = loaded.state_dict()
+            assert all(torch.equal(weights[name], value) for name, value in model.state_dict().items()), mutation
 
 
 @mutation_counts(20, 300)
 def test_a_mutated_state_is_refused_or_valid(tmp_path, count):
     model = tiny_model(torch.float32)
-    _, state = model(tokens_of(2, 5), return_state=True)
-    state.save(tmp_path / "state.safetensors", model.config)
-    rng = random.Random(SEED + 4)
-    bad = []
-    for _ in range(count):
-        folder = tmp_path / "d"
-        shutil.rmtree(folder, ignore_errors=True)
-        folder.mkdir()
+    (tmp_path / "m").mkdir()
+    model(tokens_of(2, 5), return_state=True)[1].save(tmp_path / "m" / "state.safetensors", model.config)
+    for folder, mutation in mutants(tmp_path / "m", tmp_path, count, SEED + 4):
         path = folder / "state.safetensors"
-        shutil.copy(tmp_path / path.name, path)
-        mutation = mutate(path, rng)
-        try:
-            with time_limit(30):
-                found = mo.MegalodonState.load(path, model.config)
-                model(tokens_of(2, 3), state=found)
-        except (ValueError, FileNotFoundError) as error:
-            if not (str(error).isprintable() and str(path) in str(error)):
-                bad.append((mutation, repr(error)[:300]))
-        except BaseException as error:
-            bad.append((mutation, repr(error)[:300]))
-    assert not bad, bad[:12]
+        state, fault = attempt(lambda path=path: mo.MegalodonState.load(path, model.config), str(path))
+        assert fault is None, (mutation, fault)
+        if state is not None:
+            model(tokens_of(2, 3), state=state)

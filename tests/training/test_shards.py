@@ -3,11 +3,13 @@
 import os
 import shutil
 from collections import Counter
+from pathlib import Path
 
 import numpy
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from mutations import edit, make_folder, make_pipe
 
 from megalodon_ops.files import FileError
 from megalodon_ops.tokenizers import ByteTokenizer, Tokenizer
@@ -163,59 +165,55 @@ def test_a_document_without_tokens_is_counted(tmp_path):
     assert (shards.num_documents, shards.num_bytes, shards.num_tokens) == (2, 140_003, 70_002)
 
 
-def edit(path, before, after):
-    content = path.read_bytes()
-    assert content.count(before) >= 1
-    path.write_bytes(content.replace(before, after, 1))
+def overwritten(content):
+    return lambda path: path.write_bytes(content)
 
 
-def flip(path, at):
-    content = bytearray(path.read_bytes())
-    content[at] ^= 1
-    path.write_bytes(content)
+def edited(old, new):
+    return lambda path: edit(path, old, new)
 
 
-def replace_by_folder(path):
-    path.unlink()
-    path.mkdir()
+def unfinished(path):
+    Index(3, BYTES.fingerprint, "0" * 64, [None]).write(path.parent)
 
 
-def replace_by_pipe(path):
-    """Replace the file by a pipe without a writer, which blocks its reader."""
-    path.unlink()
-    os.mkfifo(path)
+def with_another_tokenizer(path):
+    Tokenizer.train([b"others " * 90], vocab_size=280).save(path.parent)
 
 
-DAMAGE = {
-    "no folder": (lambda f: shutil.rmtree(f), "dataset.json: no such file"),
-    "unfinished": (lambda f: Index(3, BYTES.fingerprint, "0" * 64, [None]).write(f), "tokens: is incomplete; run the command `tokenize` again"),
-    "no JSON": (lambda f: (f / "dataset.json").write_text("{"), "dataset.json: Input data was truncated"),
-    "no text": (lambda f: (f / "dataset.json").write_bytes(b"\xff" * 9), "dataset.json: "),
-    "deep": (lambda f: (f / "dataset.json").write_text('{"format": ' + "[" * 10**6), "dataset.json: "),
-    "a folder": (lambda f: replace_by_folder(f / "dataset.json"), "dataset.json: must be a file, got a folder"),
-    "a pipe": (lambda f: replace_by_pipe(f / "dataset.json"), "dataset.json: must be a file, got a pipe"),
-    "a pipe of tokens": (lambda f: replace_by_pipe(f / "shard-000001.tokens.npy"), "tokens.npy: must be a file, got a pipe"),
-    "a pipe of documents": (lambda f: replace_by_pipe(f / "shard-000001.documents.npy"), "documents.npy: must be a file, got a pipe"),
-    "format": (lambda f: edit(f / "dataset.json", b'"format": 3', b'"format": 1'), "dataset.json: Invalid enum value 1 - at `$.format`"),
-    "a count": (lambda f: edit(f / "dataset.json", b'"tokens": ', b'"tokens": -'), "Expected `int` >= 0 - at `$.shards[0].tokens`"),
-    "a field": (lambda f: edit(f / "dataset.json", b"{", b'{"more": 1, '), "contains unknown field `more`"),
-    "tokenizer": (lambda f: Tokenizer.train([b"others " * 90], vocab_size=280).save(f), "its tokenizer is not the one that made the tokens"),
-    "no tokenizer": (lambda f: (f / "tokenizer.json").unlink(), "no tokenizer.json and no tokenizer.model"),
-    "shard": (lambda f: (f / "shard-000001.tokens.npy").unlink(), "tokens.npy: no such file"),
-    "documents": (lambda f: edit(f / "shard-000001.documents.npy", b"(1, 3)", b"(3, 1)"), "documents.npy: must hold (1, 3) numbers of uint64, got (3, 1)"),
-    "type": (lambda f: edit(f / "shard-000001.tokens.npy", b"<u2", b"<i2"), " numbers of uint16, got (4,) of int16"),
-    "another shard's": (lambda f: shutil.copy(f / "shard-000000.documents.npy", f / "shard-000001.documents.npy"), "documents.npy: must end where the shard does"),
-    "short": (lambda f: (f / "shard-000001.tokens.npy").write_bytes(b"x" * 130), "shard-000001.tokens.npy: "),
-    "cut": (lambda f: os.truncate(f / "shard-000001.tokens.npy", 130), "shard-000001.tokens.npy: "),
-    "objects": (lambda f: numpy.save(f / "shard-000001.tokens.npy", numpy.array([{}] * 6)), "shard-000001.tokens.npy: Array can't be memory-mapped"),
-}  # fmt: skip
+def with_the_ends_of_shard_0(path):
+    shutil.copy(path.with_name("shard-000000.documents.npy"), path)
 
 
-@pytest.mark.parametrize("name", DAMAGE)
-def test_damage_is_reported_in_one_line(tmp_path, bpe, name):
+INDEX, TOKENS, ENDS = "dataset.json", "shard-000001.tokens.npy", "shard-000001.documents.npy"
+DAMAGE = [
+    (INDEX, lambda path: shutil.rmtree(path.parent), "dataset.json: no such file"),
+    (INDEX, unfinished, "tokens: is incomplete; run the command `tokenize` again"),
+    (INDEX, overwritten(b"{"), "dataset.json: Input data was truncated"),
+    (INDEX, overwritten(b"\xff" * 9), "dataset.json: "),
+    (INDEX, overwritten(b'{"format": ' + b"[" * 10**6), "dataset.json: "),
+    (INDEX, make_folder, "dataset.json: must be a file, got a folder"),
+    (INDEX, make_pipe, "dataset.json: must be a file, got a pipe"),
+    (INDEX, edited('"format": 3', '"format": 1'), "dataset.json: Invalid enum value 1 - at `$.format`"),
+    (INDEX, edited('"format": 3', '"format": 3, "more": 1'), "contains unknown field `more`"),
+    (INDEX, with_another_tokenizer, "its tokenizer is not the one that made the tokens"),
+    ("tokenizer.json", Path.unlink, "no tokenizer.json and no tokenizer.model"),
+    (TOKENS, make_pipe, "tokens.npy: must be a file, got a pipe"),
+    (TOKENS, Path.unlink, "tokens.npy: no such file"),
+    (TOKENS, edited("<u2", "<i2"), " numbers of uint16, got (4,) of int16"),
+    (TOKENS, overwritten(b"x" * 130), f"{TOKENS}: "),
+    (TOKENS, lambda path: os.truncate(path, 130), f"{TOKENS}: "),
+    (TOKENS, lambda path: numpy.save(path, numpy.array([{}] * 6)), f"{TOKENS}: Array can't be memory-mapped"),
+    (ENDS, make_pipe, "documents.npy: must be a file, got a pipe"),
+    (ENDS, edited("(1, 3)", "(3, 1)"), "documents.npy: must hold (1, 3) numbers of uint64, got (3, 1)"),
+    (ENDS, with_the_ends_of_shard_0, "documents.npy: must end where the shard does"),
+]
+
+
+@pytest.mark.parametrize(("name", "damage", "message"), DAMAGE)
+def test_damage_is_reported_in_one_line(tmp_path, bpe, name, damage, message):
     folder = shards_of(tmp_path / "tokens", [b"to be", b"or not to be", b"that is"], bpe)
-    damage, message = DAMAGE[name]
-    damage(folder)
+    damage(folder / name)
     with pytest.raises((FileError, FileNotFoundError)) as caught:
         Shards(folder).hold_out()
     assert message in str(caught.value) and str(folder) in str(caught.value) and "\n" not in str(caught.value)
@@ -223,7 +221,9 @@ def test_damage_is_reported_in_one_line(tmp_path, bpe, name):
 
 def test_documents_that_end_before_they_begin(tmp_path):
     folder = shards_of(tmp_path / "tokens", [b"to be", b"or not to be", b"that is"], count=1)
-    flip(folder / "shard-000000.documents.npy", 128 + 7)  # the highest byte of the first document's end
+    content = bytearray((path := folder / "shard-000000.documents.npy").read_bytes())
+    content[128 + 7] ^= 1  # the highest byte of the first document's end
+    path.write_bytes(content)
     with pytest.raises(FileError, match="shard-000000.documents.npy: the ends of documents must increase"):
         Shards(folder).hold_out()
 

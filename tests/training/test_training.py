@@ -3,6 +3,7 @@
 import argparse
 import math
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -69,10 +70,8 @@ class Loop:
 
     def save(self, run):
         record = {"batches": self.batches.position(), "schedule": self.schedule.position()}
-        training.save_checkpoint(
-            run, self.step, self.model, optimizer=self.optimizer, state=self.reader.rows(), tokenizer=self.tokenizer,
-            record=record,
-        )  # fmt: skip
+        options = dict(optimizer=self.optimizer, state=self.reader.rows(), tokenizer=self.tokenizer, record=record)
+        training.save_checkpoint(run, self.step, self.model, **options)
 
     def load(self, run):
         found = training.load_checkpoint(run)
@@ -188,17 +187,11 @@ def test_generation_stops_at_the_tokenizers_end():
         assert len(written) < 3000 and b"\3" not in written
 
 
-KINDS = {
-    "bytes": bytes, "bytearray": bytearray, "list": list, "array": lambda ids: np.array(ids, np.int32),
-    "unsigned": lambda ids: np.array(ids, np.uint16), "tensor": torch.tensor,
-}  # fmt: skip
-
-
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", [bytes, bytearray, list, partial(np.array, dtype=np.uint16), np.array, torch.tensor])
 def test_batches_of_all_kinds_of_ids_equal_those_of_bytes(kind):
     documents = [bytes(range(n, n + 30)) for n in range(0, 90, 30)] + [b""]
     wanted = training.Batches(documents, 2, 7, seed=3)
-    found = training.Batches([KINDS[kind](list(document)) for document in documents], 2, 7, seed=3)
+    found = training.Batches([kind(list(document)) for document in documents], 2, 7, seed=3)
     for _ in range(20):
         for one, other in zip(found.next(), wanted.next(), strict=True):
             assert torch.equal(one, other) and one.dtype == torch.int64
@@ -233,90 +226,84 @@ def test_the_schedule_sets_the_rate_of_every_group():
     assert schedule.finished(10) and not schedule.finished(9)
 
 
-WRONG = {
-    "rows": (lambda: training.Batches([b"a"], 0, 3), "Batches: `rows` must be a positive integer"),
-    "length": (lambda: training.Batches([b"a"], 1, 2.5), "Batches: `length` must be a positive integer"),
-    "context": (lambda: training.Batches([b"a"], 1, 2, context="both"), 'Batches: `context` must be "streamed" or'),
-    "context_length": (
-        lambda: training.Batches([b"a"], 1, 2, context_length=0),
-        "Batches: `context_length` must be a positive integer, or None, got 0",
+def batches(*documents, rows=1, length=2, **options):
+    return training.Batches([*documents], rows, length, **options)
+
+
+def seek(**position):
+    batches(b"a").seek(position)
+
+
+def save(model, state=None):
+    training.save_checkpoint("run", 1, model, state=state)
+
+
+def state_of(**fields):
+    return mo.MegalodonState.fresh(replace(CONFIG, **fields), 1)
+
+
+MODEL, OTHER = mo.Megalodon(CONFIG), torch.nn.Linear(2, 2)
+NOT_IDS = "Batches: `documents` must be of bytes or ids, integers of at least 0, got"
+NOT_INSIDE = "Batches.seek: `position` must have as many rows, inside these documents"
+NOT_ITS = "save_checkpoint: `state` must be of `model`, got another's: its tensors are not those of its config:"
+NO_DECAY = "parameter_groups: `weight_decay` must be a number of at least 0, got -1."
+ROWS = "draw_metrics: `rows` must be a list of `read_metrics`, got"
+WRONG = [
+    (lambda: batches(b"a", rows=0), "Batches: `rows` must be a positive integer"),
+    (lambda: batches(b"a", length=2.5), "Batches: `length` must be a positive integer"),
+    (lambda: batches(b"a", context="both"), 'Batches: `context` must be "streamed" or'),
+    (lambda: batches(b"a", context_length=0), "Batches: `context_length` must be a positive integer, or None, got 0"),
+    (lambda: batches(), "Batches: `documents` must hold a token, got none"),
+    (lambda: batches(b""), "Batches: `documents` must hold a token, got none"),
+    (lambda: training.Batches(b"text", 1, 2), "Batches: `documents` must be a list of documents"),
+    (lambda: batches("text").next(), f"{NOT_IDS} text; encode it"),
+    (lambda: batches([1.5, 2]).next(), f"{NOT_IDS} float64"),
+    (lambda: batches(torch.ones(3)).next(), f"{NOT_IDS} float32"),
+    (lambda: batches(np.array([3, -1])).next(), f"{NOT_IDS} -1"),
+    (lambda: batches(b"a").seek(None), "Expected `object`, got `null`"),
+    (lambda: seek(), "Object missing"),
+    (lambda: seek(**batches(b"a", rows=2).position()), NOT_INSIDE),
+    (lambda: seek(taken=1, readers=[[0, -1]]), NOT_INSIDE),
+    (lambda: seek(taken=1, readers=[[0, 5]]), NOT_INSIDE),
+    (lambda: training.Muon(OTHER, lr=-1.0), "Invalid learning rate: -1"),
+    (lambda: training.Muon(MODEL, lr=1.0, weight_decay=-1), NO_DECAY),
+    (lambda: training.adamw(MODEL, lr=1.0, weight_decay=-1), NO_DECAY),
+    (lambda: training.Schedule(lr=1.0, warmup=1, steps=0), "Schedule: `steps` or `minutes` must be given"),
+    (lambda: training.Schedule(lr=1.0, warmup=1), "Schedule: `steps` or `minutes` must be given, and not both"),
+    (
+        lambda: training.Schedule(lr=1.0, warmup=1, steps=1, minutes=1),
+        "Schedule: `steps` or `minutes` must be given, and",
     ),
-    "no documents": (lambda: training.Batches([], 1, 2), "Batches: `documents` must hold a token, got none"),
-    "empty documents": (lambda: training.Batches([b""], 1, 2), "Batches: `documents` must hold a token, got none"),
-    "one document": (lambda: training.Batches(b"text", 1, 2), "Batches: `documents` must be a list of documents"),
-    "a str": (lambda: training.Batches(["text"], 1, 2).next(), "Batches: `documents` must be of bytes or ids, integers of at least 0, got text; encode it"),
-    "float ids": (lambda: training.Batches([[1.5, 2]], 1, 2).next(), "Batches: `documents` must be of bytes or ids, integers of at least 0, got float64"),
-    "a tensor of floats": (lambda: training.Batches([torch.ones(3)], 1, 2).next(), "Batches: `documents` must be of bytes or ids, integers of at least 0, got float32"),
-    "negative ids": (lambda: training.Batches([np.array([3, -1])], 1, 2).next(), "Batches: `documents` must be of bytes or ids, integers of at least 0, got -1"),
-    "no position": (lambda: training.Batches([b"a"], 1, 2).seek(None), "Expected `object`, got `null`"),
-    "position": (lambda: training.Batches([b"a"], 1, 2).seek({}), "Object missing"),
-    "another batch's": (
-        lambda: training.Batches([b"a"], 1, 2).seek(training.Batches([b"a"], 2, 2).position()),
-        "Batches.seek: `position` must have as many rows, inside these documents",
-    ),
-    "before the start": (
-        lambda: training.Batches([b"a"], 1, 2).seek({"taken": 1, "readers": [[0, -1]]}),
-        "Batches.seek: `position` must have as many rows, inside these documents",
-    ),
-    "past the end": (
-        lambda: training.Batches([b"a"], 1, 2).seek({"taken": 1, "readers": [[0, 5]]}),
-        "Batches.seek: `position` must have as many rows, inside these documents",
-    ),
-    "rate": (lambda: training.Muon(torch.nn.Linear(2, 2), lr=-1.0), "Invalid learning rate: -1"),
-    "steps": (lambda: training.Schedule(lr=1.0, warmup=1, steps=0), "Schedule: `steps` or `minutes` must be given"),
-    "endless": (lambda: training.Schedule(lr=1.0, warmup=1), "Schedule: `steps` or `minutes` must be given, and not both"),
-    "two ends": (lambda: training.Schedule(lr=1.0, warmup=1, steps=1, minutes=1), "Schedule: `steps` or `minutes` must be given, and"),
-    "text": (lambda: training.hold_out([b"a"]), "hold_out: `documents` must have at least 2 bytes"),
-    "text as a str": (lambda: training.hold_out(["text"]), "hold_out: `documents` must be of bytes, got 'text'; encode text."),
-    "no model to read": (lambda: training.Reader(torch.nn.Linear(2, 2)), "Reader: `model` must be a Megalodon, got"),
-    "a model to save": (lambda: training.save_checkpoint("run", 1, torch.nn.Linear(2, 2)), "save_checkpoint: `model` must be a Mega"),
-    "a state to save": (
-        lambda: training.save_checkpoint("run", 1, mo.Megalodon(mo.MegalodonConfig(num_layers=1, model_dim=32, z_dim=16, value_dim=32, ffn_hidden_dim=32)), state=3),
-        "save_checkpoint: `state` must be a MegalodonState or None, got 3",
-    ),
-    "a state of more layers to save": (
-        lambda: training.save_checkpoint("run", 1, mo.Megalodon(CONFIG), state=mo.MegalodonState.fresh(replace(CONFIG, num_layers=3), 1)),
-        "save_checkpoint: `state` must be of `model`, got another's: its tensors are not those of its config: 'layers.2.",
-    ),
-    "a state of another chunk to save": (
-        lambda: training.save_checkpoint("run", 1, mo.Megalodon(CONFIG), state=mo.MegalodonState.fresh(replace(CONFIG, chunk_size=9), 1)),
-        "save_checkpoint: `state` must be of `model`, got another's: its tensors are not those of its config: 'layers.0.attention.k'",
-    ),
-    "a state of an encoder to save": (
-        lambda: training.save_checkpoint("run", 1, mo.MegalodonEncoder(mo.MegalodonEncoderConfig(vocab_size=9, **SIZE)), state=mo.MegalodonState.fresh(CONFIG, 1)),
-        "save_checkpoint: `state` must be None for an encoder, got megalodon_ops.model.model_state.MegalodonState.",
-    ),
-    "weight decay of Muon": (
-        lambda: training.Muon(mo.Megalodon(CONFIG), lr=1.0, weight_decay=-1),
-        "parameter_groups: `weight_decay` must be a number of at least 0, got -1.",
-    ),
-    "weight decay of AdamW": (
-        lambda: training.adamw(mo.Megalodon(CONFIG), lr=1.0, weight_decay=-1),
-        "parameter_groups: `weight_decay` must be a number of at least 0, got -1.",
-    ),
-    "a rank too many": (
-        lambda: training.Reader(mo.Megalodon(CONFIG), rank=2, ranks=2),
+    (lambda: training.hold_out([b"a"]), "hold_out: `documents` must have at least 2 bytes"),
+    (lambda: training.hold_out(["text"]), "hold_out: `documents` must be of bytes, got 'text'; encode text."),
+    (lambda: training.hold_out(b"text"), "hold_out: `documents` must be of bytes, got 116"),
+    (lambda: training.Reader(OTHER), "Reader: `model` must be a Megalodon, got"),
+    (
+        lambda: training.Reader(MODEL, rank=2, ranks=2),
         "Reader: `rank` must be an integer in [0, 2), below `ranks`, got 2.",
     ),
-    "no ranks": (lambda: training.Reader(mo.Megalodon(CONFIG), ranks=0), "Reader: `ranks` must be a positive integer"),
-    "threads of no model": (lambda: training.optimizer_threads(None), "optimizer_threads: `model` must be a module, got None"),
-    "no threads": (lambda: training.threads(0).__enter__(), "threads: `count` must be a positive integer below 2^31, got 0."),
-    "metrics of no path": (lambda: training.read_metrics(None), "read_metrics: `path` must be a path, got None."),
-    "metrics in no path": (lambda: training.Metrics(None), "Metrics: `path` must be a path, got None."),
-    "a curve of no rows": (lambda: training.draw_metrics("curve.png", None), "draw_metrics: `rows` must be a list of `read_metrics`, got None."),
-    "a curve of text": (lambda: training.draw_metrics("curve.png", "rows"), "draw_metrics: `rows` must be a list of `read_metrics`, got 'rows'."),
-    "a curve in no path": (lambda: training.draw_metrics(None, []), "draw_metrics: `path` must be a path, got None."),
-    "a mesh in words": (
-        lambda: training.Saver("run", "data=2"),
-        "Saver: `mesh` must be a torch.distributed DeviceMesh, got 'data=2'.",
+    (lambda: training.Reader(MODEL, ranks=0), "Reader: `ranks` must be a positive integer"),
+    (lambda: save(OTHER), "save_checkpoint: `model` must be a Mega"),
+    (lambda: save(MODEL, 3), "save_checkpoint: `state` must be a MegalodonState or None, got 3"),
+    (lambda: save(MODEL, state_of(num_layers=3)), f"{NOT_ITS} 'layers.2."),
+    (lambda: save(MODEL, state_of(chunk_size=9)), f"{NOT_ITS} 'layers.0.attention.k'"),
+    (
+        lambda: save(mo.MegalodonEncoder(mo.MegalodonEncoderConfig(vocab_size=9, **SIZE)), state_of()),
+        "save_checkpoint: `state` must be None for an encoder, got megalodon_ops.model.model_state.MegalodonState.",
     ),
-    "one text": (lambda: training.hold_out(b"text"), "hold_out: `documents` must be of bytes, got 116"),
-}  # fmt: skip
+    (lambda: training.Saver("run", "data=2"), "Saver: `mesh` must be a torch.distributed DeviceMesh, got 'data=2'."),
+    (lambda: training.optimizer_threads(None), "optimizer_threads: `model` must be a module, got None"),
+    (lambda: training.threads(0).__enter__(), "threads: `count` must be a positive integer below 2^31, got 0."),
+    (lambda: training.read_metrics(None), "read_metrics: `path` must be a path, got None."),
+    (lambda: training.Metrics(None), "Metrics: `path` must be a path, got None."),
+    (lambda: training.draw_metrics("curve.png", None), f"{ROWS} None."),
+    (lambda: training.draw_metrics("curve.png", "rows"), f"{ROWS} 'rows'."),
+    (lambda: training.draw_metrics(None, []), "draw_metrics: `path` must be a path, got None."),
+]
 
 
-@pytest.mark.parametrize("name", WRONG)
-def test_wrong_calls(name):
-    call, message = WRONG[name]
+@pytest.mark.parametrize(("call", "message"), WRONG)
+def test_wrong_calls(call, message):
     with pytest.raises((TypeError, ValueError)) as caught:
         call()
     assert str(caught.value).startswith(message)
