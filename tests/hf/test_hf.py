@@ -8,21 +8,19 @@ import json
 import math
 import pickle
 import sys
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
 from assertions import every_case
 from hf_models import seed  # noqa: F401, a fixture
-from hf_models import LENGTHS, SIZES, VARIANTS, close, hf, build_model, padded, prompts, transformers
+from hf_models import QUIET, LENGTHS, SIZES, VARIANTS, close, hf, build_model, padded, prompts, transformers
 
 import megalodon_ops as mo
 from megalodon_ops.hf.cache import CACHE
 
-pytestmark = [
-    pytest.mark.filterwarnings("ignore::DeprecationWarning"),
-    pytest.mark.filterwarnings("ignore::FutureWarning"),
-]
+pytestmark = QUIET
 
 
 # Weights and folders
@@ -84,10 +82,8 @@ def test_tokenizer_of_a_folder(tmp_path: Path) -> None:
     assert batch["input_ids"].tolist() == [[256, *b"to be"], [256, 256, 256, 256, *b"or"]]
     assert batch["attention_mask"].tolist() == [[1] * 6, [0, 0, 0, 1, 1, 1]]
     assert tokenizer.decode(batch["input_ids"][0], skip_special_tokens=True) == "to be"
-    pipe = transformers.pipeline("text-generation", model=str(tmp_path / "ours"))
-    for prompt, (output,) in zip(
-        ["to be", "or"], pipe(["to be", "or"], max_new_tokens=5, do_sample=False, batch_size=2)
-    ):
+    pipe, texts = transformers.pipeline("text-generation", model=str(tmp_path / "ours")), ["to be", "or"]
+    for prompt, (output,) in zip(texts, pipe(texts, max_new_tokens=5, do_sample=False, batch_size=2)):
         ids = torch.tensor([[256, *prompt.encode()]])
         expected = model.megalodon.generate(ids, max_new_tokens=5, temperature=0.0)
         assert output["generated_text"] == bytes(expected[0, 1:].tolist()).decode(errors="replace")
@@ -169,10 +165,8 @@ def test_generation_stops_where_documents_end(tmp_path) -> None:
     ours = mo.Megalodon.load(tmp_path / "theirs")
     assert ours.config.eos_token_id == 3
     ours.save(tmp_path / "ours")
-    for read in (
-        hf.MegalodonForCausalLM.from_pretrained(tmp_path / "ours"),
-        hf.MegalodonForCausalLM.from_megalodon(ours),
-    ):
+    kind = hf.MegalodonForCausalLM
+    for read in (kind.from_pretrained(tmp_path / "ours"), kind.from_megalodon(ours)):
         assert read.generation_config.eos_token_id == 3
         torch.nn.init.zeros_(read.lm_head.weight)  # all tokens, the end included, are equally likely
         written = read.generate(torch.tensor([[1, 2]]), max_new_tokens=4000, do_sample=True, pad_token_id=0)[0].tolist()
@@ -187,7 +181,7 @@ PACKINGS = {
     "position_ids": lambda ends: dict(position_ids=torch.cat([torch.arange(n) for n in LENGTHS])[None]),
     "seq_idx": lambda ends: dict(seq_idx=torch.arange(3).repeat_interleave(torch.tensor(LENGTHS)).int()[None]),
     "position_ids from 2": lambda ends: dict(position_ids=torch.cat([torch.arange(2, n + 2) for n in LENGTHS])[None]),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("packing", PACKINGS.values(), ids=PACKINGS.keys())
@@ -282,45 +276,45 @@ def test_logits_to_keep_and_embeddings() -> None:
 
 def test_wrong_calls() -> None:
     model, ids = build_model(), torch.randint(50, (2, 6))
-    with pytest.raises(ValueError, match="exactly one of"):
-        model()
-    with pytest.raises(ValueError, match="output_attentions"):
-        model(ids, output_attentions=True)
-    with pytest.raises(TypeError, match="must be a megalodon_ops.hf.MegalodonCache"):
-        model(ids, past_key_values=transformers.DynamicCache())
-    cache = model(ids).get(CACHE)
+    cache, new = model(ids).get(CACHE), hf.MegalodonCache()
+    calls = [
+        (ValueError, "exactly one of", lambda: model()),
+        (ValueError, "output_attentions", lambda: model(ids, output_attentions=True)),
+        (ValueError, "two names", lambda: model(ids, cache=new, past_key_values=hf.MegalodonCache())),
+        (ValueError, "labels", lambda: model(ids, labels=ids[:, 1:])),
+        (TypeError, "`labels` must be integers, got torch.float32", lambda: model(ids, labels=ids.float())),
+        (TypeError, "`input_ids` must be a torch tensor, got list", lambda: model([[1, 2]])),
+        (TypeError, "must be a Megalodon, got megalodon_ops.hf.conf", lambda: type(model).from_megalodon(model.config)),
+        (TypeError, "MegalodonCache: `state` must be a MegalodonState or None, got 3", lambda: hf.MegalodonCache(3)),
+        (IndexError, r"in \[0, 50\)", lambda: model(ids + 50)),
+        (IndexError, "out of bounds", lambda: model(ids, logits_to_keep=torch.tensor([6]))),
+        (IndexError, "out of bounds", lambda: model(ids, logits_to_keep=torch.tensor([0, -7]))),
+    ]
+    options = [
+        (TypeError, "must be a megalodon_ops.hf.MegalodonCache", dict(past_key_values=transformers.DynamicCache())),
+        (TypeError, "unexpected argument `unknown`, got .*; leave it out", dict(unknown=3)),
+        (TypeError, "unexpected argument `is_causal`, got .*; leave it out", dict(is_causal=False)),
+        (
+            TypeError,
+            "unexpected argument `output_router_logits`, got .*; leave it out",
+            dict(output_router_logits=True),
+        ),
+    ]
+    calls += [(error, message, partial(model, ids, **wrong)) for error, message, wrong in options]
     for given in (dict(input_ids=ids[:1]), dict(inputs_embeds=torch.randn(1, 6, 32))):
-        with pytest.raises(ValueError, match=f"`cache` must be of 1 rows, those of `{[*given][0]}`, got one of 2"):
-            model(**given, past_key_values=cache)
-    with pytest.raises(TypeError, match="`input_ids` must be a torch tensor, got list"):
-        model([[1, 2]])
-    with pytest.raises(TypeError, match="`model` must be a Megalodon, got megalodon_ops.hf.configuration"):
-        hf.MegalodonForCausalLM.from_megalodon(model.config)
-    with pytest.raises(TypeError, match="MegalodonCache: `state` must be a MegalodonState or None, got 3"):
-        hf.MegalodonCache(3)
-    with pytest.raises(ValueError, match="two names"):
-        model(ids, cache=hf.MegalodonCache(), past_key_values=hf.MegalodonCache())
-    with pytest.raises(ValueError, match="labels"):
-        model(ids, labels=ids[:, 1:])
-    with pytest.raises(TypeError, match="`labels` must be integers, got torch.float32"):
-        model(ids, labels=ids.float())
-    with pytest.raises(IndexError, match=r"in \[0, 50\)"):
-        model(ids + 50)
-    for wrong in ([6], [0, -7]):
-        with pytest.raises(IndexError, match="out of bounds"):
-            model(ids, logits_to_keep=torch.tensor(wrong))
-    for other in (dict(unknown=3), dict(is_causal=False), dict(output_router_logits=True)):
-        with pytest.raises(TypeError, match=f"unexpected argument `{[*other][0]}`, got .*; leave it out"):
-            model(ids, **other)
+        message = f"`cache` must be of 1 rows, those of `{[*given][0]}`, got one of 2"
+        calls.append((ValueError, message, partial(model, **given, past_key_values=cache)))
+    with every_case() as case:
+        for error, message, call in calls:
+            with case(message), pytest.raises(error, match=message):
+                call()
 
 
 def test_arguments_of_other_models_change_nothing(tmp_path: Path) -> None:
     """Arguments that a Llama takes or ignores and that change no result of this model."""
     model, ids = build_model(), torch.randint(50, (2, 6))
-    others = dict(
-        token_type_ids=ids, cache_position=torch.arange(6), max_length_q=6, max_length_k=6, is_causal=True,
-        output_router_logits=False, logits_to_keep=0, tokenizer=None, unknown=None,
-    )  # fmt: skip
+    others = dict(token_type_ids=ids, cache_position=torch.arange(6), max_length_q=6, max_length_k=6, is_causal=True)
+    others |= dict(output_router_logits=False, logits_to_keep=0, tokenizer=None, unknown=None)
     assert torch.equal(model(ids, **others).logits, model(ids).logits)
     model.save_pretrained(tmp_path)
     for name in ("eager", "sdpa"):

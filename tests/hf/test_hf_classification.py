@@ -8,15 +8,12 @@ import pytest
 import torch
 import torch.nn.functional as F
 from hf_models import seed  # noqa: F401, a fixture
-from hf_models import LENGTHS, SIZES, close, hf, padded, prompts, transformers
+from hf_models import QUIET, LENGTHS, SIZES, close, hf, padded, prompts, randomized, transformers
 from torch import Tensor, nn
 
 import megalodon_ops as mo
 
-pytestmark = [
-    pytest.mark.filterwarnings("ignore::DeprecationWarning"),
-    pytest.mark.filterwarnings("ignore::FutureWarning"),
-]
+pytestmark = QUIET
 
 NAMES = {0: "name", 1: "place", 2: "other"}
 CLASSES = {
@@ -29,11 +26,7 @@ CLASSES = {
 def build_classifier(kind: str, **fields) -> nn.Module:
     """Build a model with no zero parameter, as after some training, so that each matters."""
     model_class, _ = CLASSES[kind]
-    model = model_class(model_class.config_class(**SIZES, id2label=NAMES, **fields)).eval()
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.add_(torch.randn_like(parameter), alpha=0.2)
-    return model
+    return randomized(model_class(model_class.config_class(**SIZES, id2label=NAMES, **fields)).eval())
 
 
 def logits_of(model: nn.Module, row: Tensor) -> Tensor:
@@ -93,11 +86,8 @@ def test_loss_of_tokens_ignores_padding(kind: str) -> None:
 def test_heads_are_new_at_first_and_saved_then(kind: str, tmp_path: Path) -> None:
     """The trunk comes from a folder of our own model, and back to one if the model is an encoder."""
     (_, auto), is_causal = CLASSES[kind], "encoder" not in kind
-    ours = (
-        mo.Megalodon(mo.MegalodonConfig(**SIZES))
-        if is_causal
-        else mo.MegalodonEncoder(mo.MegalodonEncoderConfig(**SIZES))
-    )
+    plain = mo.Megalodon(mo.MegalodonConfig(**SIZES))
+    ours = plain if is_causal else mo.MegalodonEncoder(mo.MegalodonEncoderConfig(**SIZES))
     ours.save(tmp_path / "ours")
     model, info = auto.from_pretrained(tmp_path / "ours", id2label=NAMES, output_loading_info=True)
     assert {name.split(".")[0] for name in info["missing_keys"]} == {"score"} and not info["unexpected_keys"]
@@ -139,11 +129,11 @@ def test_adapters_of_peft_train_and_save_the_head(kind: str, tmp_path: Path) -> 
 def test_wrong_calls() -> None:
     rows, tokens, ids = build_classifier("rows"), build_classifier("tokens"), torch.randint(50, (2, 6))
     empty = torch.tensor([[1] * 6, [0] * 6])
-    with pytest.raises(ValueError, match="a token in every row"):
-        rows(ids, attention_mask=empty)
-    with pytest.raises(ValueError, match="a token in every row"):
-        rows(ids[:1], cu_seq_lens_q=torch.tensor([0, 3, 3, 6]))
-    with pytest.raises(ValueError, match="`labels` must be of 2 rows"):
-        rows(ids, labels=torch.tensor([1]))
-    with pytest.raises(ValueError, match=r"`labels` must be \(2, 6\) as the tokens"):
-        tokens(ids, labels=ids[:, 1:])
+    for message, call in (
+        ("a token in every row", lambda: rows(ids, attention_mask=empty)),
+        ("a token in every row", lambda: rows(ids[:1], cu_seq_lens_q=torch.tensor([0, 3, 3, 6]))),
+        ("`labels` must be of 2 rows", lambda: rows(ids, labels=torch.tensor([1]))),
+        (r"`labels` must be \(2, 6\) as the tokens", lambda: tokens(ids, labels=ids[:, 1:])),
+    ):
+        with pytest.raises(ValueError, match=message):
+            call()

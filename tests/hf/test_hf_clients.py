@@ -5,22 +5,19 @@ from __future__ import annotations
 import json
 import os
 import re
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
 from hf_models import seed  # noqa: F401, a fixture
-from hf_models import SIZES, build_model, close, hf, transformers
+from hf_models import QUIET, SIZES, build_model, close, hf, transformers
+from programs import run_python
 
 import megalodon_ops as mo
 from megalodon_ops.model.folder import AUTO_CLASSES
 
-pytestmark = [
-    pytest.mark.filterwarnings("ignore::DeprecationWarning"),
-    pytest.mark.filterwarnings("ignore::FutureWarning"),
-]
+pytestmark = QUIET
 
 SIZES_OF_CLIENTS = dict(hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=32)
 
@@ -159,11 +156,8 @@ model.save_pretrained("again")
 def test_a_new_process_loads_a_folder_that_it_trusts(tmp_path: Path) -> None:
     model = build_model()
     model.megalodon.save(tmp_path / "model")
-    run = subprocess.run(
-        [sys.executable, "-c", PROGRAM], cwd=tmp_path, capture_output=True, text=True, stdin=subprocess.DEVNULL,
-        env={**os.environ, "HF_HUB_OFFLINE": "1", "HF_MODULES_CACHE": str(tmp_path / "modules"),
-             "PYTHONPATH": os.pathsep.join(sys.path)},
-    )  # fmt: skip
+    offline = dict(HF_HUB_OFFLINE="1", HF_MODULES_CACHE=str(tmp_path / "modules"))
+    run = run_python(PROGRAM, folder=tmp_path, **offline, PYTHONPATH=os.pathsep.join(sys.path))
     assert run.returncode == 0, run.stderr[-3000:]
     with torch.no_grad():
         assert torch.equal(torch.load(tmp_path / "logits.pt"), model(torch.arange(9)[None]).logits)

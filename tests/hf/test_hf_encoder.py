@@ -9,15 +9,12 @@ import torch
 import torch.nn.functional as F
 from assertions import every_case
 from hf_models import seed  # noqa: F401, a fixture
-from hf_models import LENGTHS, SIZES, close, hf, padded, prompts, transformers
+from hf_models import QUIET, LENGTHS, SIZES, close, hf, padded, prompts, randomized, transformers
 from torch import Tensor
 
 import megalodon_ops as mo
 
-pytestmark = [
-    pytest.mark.filterwarnings("ignore::DeprecationWarning"),
-    pytest.mark.filterwarnings("ignore::FutureWarning"),
-]
+pytestmark = QUIET
 
 CLASSES = {
     "features": (hf.MegalodonEncoderModel, {}),
@@ -31,10 +28,7 @@ def build_encoder(kind: str, **fields) -> hf.MegalodonEncoderModel:
     """Build a model with no zero parameter, as after some training, so that each matters."""
     model_class, sizes = CLASSES[kind]
     core = mo.MegalodonEncoder(mo.MegalodonEncoderConfig(**{**SIZES, **sizes, **fields})).eval()
-    with torch.no_grad():
-        for parameter in core.parameters():
-            parameter.add_(torch.randn_like(parameter), alpha=0.2)
-    return model_class.from_megalodon(core)
+    return model_class.from_megalodon(randomized(core))
 
 
 def rows_of(model: hf.MegalodonEncoderModel, side: str) -> tuple[list[dict[str, Tensor]], dict[str, Tensor]]:
@@ -45,16 +39,15 @@ def rows_of(model: hf.MegalodonEncoderModel, side: str) -> tuple[list[dict[str, 
         return [{"input_ids": row[None]} for row in rows], batch
     values = 9 * torch.randn(*batch.pop("input_ids").shape, 2)
     present = batch["attention_mask"] == 1
-    return [{"input_values": values[i : i + 1, there]} for i, there in enumerate(present)], dict(
-        **batch, input_values=values
-    )
+    singles = [{"input_values": values[i : i + 1, there]} for i, there in enumerate(present)]
+    return singles, dict(**batch, input_values=values)
 
 
 def expected_of(kind: str, core: mo.MegalodonEncoder, inputs: Tensor) -> Tensor:
+    if kind.startswith("classes"):
+        return core(inputs)
     features = core.features(inputs)
-    return (
-        features if kind == "features" else features @ core.embed.weight.T if kind == "masked tokens" else core(inputs)
-    )
+    return features @ core.embed.weight.T if kind == "masked tokens" else features
 
 
 @pytest.mark.parametrize("side", ["left", "right"])
@@ -164,9 +157,8 @@ def test_untied_masked_token_heads_have_a_matrix(tmp_path: Path) -> None:
     close(again(ids).logits[..., :50], model(ids).logits)
 
     assert torch.equal(mo.MegalodonEncoder.load(tmp_path / "untied")(ids), model.megalodon(ids))
-    new, info = transformers.AutoModelForSequenceClassification.from_pretrained(
-        tmp_path / "untied", output_loading_info=True
-    )
+    auto = transformers.AutoModelForSequenceClassification
+    new, info = auto.from_pretrained(tmp_path / "untied", output_loading_info=True)
     assert not info["unexpected_keys"] and torch.equal(new.model.embed.weight, model.model.embed.weight)
     new.save_pretrained(tmp_path / "classes")
     again, info = transformers.AutoModelForMaskedLM.from_pretrained(tmp_path / "classes", output_loading_info=True)
@@ -289,9 +281,7 @@ def test_wrong_calls() -> None:
         "ForMaskedLM: unexpected argument `input_values`": lambda: predictor(ids, input_values=torch.randn(2, 6, 2)),
         "unexpected argument `input_ids`": lambda: numbers(ids, input_values=torch.randn(2, 6, 2)),
         r"`input_values` must have shape \(B, L, F\)": lambda: numbers(input_values=torch.randn(2, 6)),
-        r"`input_values` must be floating-point numbers \(B, L, 2\)": lambda: numbers(
-            input_values=torch.randn(2, 6, 3)
-        ),
+        r"must be floating-point numbers \(B, L, 2\)": lambda: numbers(input_values=torch.randn(2, 6, 3)),
         r"`input_ids` must be integers \(B, L\)": lambda: model(ids.float()),
         "`labels` must be of 2 rows": lambda: model(ids, labels=torch.tensor([1])),
         "`labels` must be a torch tensor": lambda: model(ids, labels=[1, 0]),
@@ -300,9 +290,7 @@ def test_wrong_calls() -> None:
         "`num_features` must be None, got 2": lambda: hf.MegalodonEncoderForMaskedLM(numbers.config),
         "`model` must have a head": lambda: type(model).from_megalodon(predictor.megalodon),
         "`model` must be a MegalodonEncoder, got": lambda: type(model).from_megalodon(model),
-        "MegalodonEncoderHFConfig: `config` must be a MegalodonEncoderConfig": lambda: type(
-            model.config
-        ).from_megalodon(mo.MegalodonConfig(**SIZES)),
+        "`config` must be a MegalodonEncoderConfig": lambda: type(model.config).from_megalodon(mo.MegalodonConfig()),
     }
     with every_case() as case:
         for message, call in calls.items():

@@ -8,17 +8,14 @@ import pytest
 import torch
 from assertions import every_case
 from hf_models import seed  # noqa: F401, a fixture
-from hf_models import VARIANTS, close, hf, build_model, padded, prompts
+from hf_models import QUIET, VARIANTS, close, hf, build_model, padded, prompts
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
 from megalodon_ops.hf.cache import CACHE
 
-pytestmark = [
-    pytest.mark.filterwarnings("ignore::DeprecationWarning"),
-    pytest.mark.filterwarnings("ignore::FutureWarning"),
-]
+pytestmark = QUIET
 
 
 @pytest.mark.parametrize("side", ["left", "right"])

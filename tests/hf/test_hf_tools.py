@@ -7,16 +7,18 @@ import json
 import math
 import os
 import re
-import subprocess
 import sys
 import warnings
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from paths import DOCS
 import pytest
 import torch
 from command_line import quick_commands
 from command_line import train as train_on
+from programs import run_python
 
 import megalodon_ops as mo
 
@@ -33,19 +35,28 @@ from megalodon_ops.hf.cache import CACHE
 from megalodon_ops.tokenizers import ByteTokenizer
 
 SENTENCE = "the quick brown fox jumps over the lazy dog. "
-SIZES = dict(
-    num_layers=2, model_dim=64, z_dim=32, value_dim=64, num_heads=2, ffn_hidden_dim=64, cema_ndim=4, chunk_size=32,
-    norm_num_groups=4, vocab_size=257, output_size=256,
-)  # fmt: skip
+ENCODER = dict(num_layers=2, model_dim=64, z_dim=32, value_dim=64, num_heads=2, ffn_hidden_dim=64, cema_ndim=4)
+ENCODER |= dict(chunk_size=32, norm_num_groups=4)
+SIZES = dict(**ENCODER, vocab_size=257, output_size=256)
 
 
-def train(model: torch.nn.Module, steps: int = 120) -> None:
-    text = torch.tensor([256, *(SENTENCE * 5).encode()])[None]
-    optimizer = torch.optim.AdamW((p for p in model.parameters() if p.requires_grad), lr=5e-3)
+def fit(model: torch.nn.Module, steps: int, lr: float, batch: Callable[[], dict]) -> torch.Tensor:
+    """Train with AdamW, and return the last loss."""
+    optimizer = torch.optim.AdamW((p for p in model.parameters() if p.requires_grad), lr=lr)
     for _ in range(steps):
-        model(text, labels=text).loss.backward()
+        (loss := model(**batch()).loss).backward()
         optimizer.step()
         optimizer.zero_grad()
+    return loss
+
+
+def arguments_of(folder: Path, **options: Any) -> transformers.TrainingArguments:
+    quiet = dict(report_to=[], disable_tqdm=True, use_cpu=True)
+    return transformers.TrainingArguments(output_dir=str(folder), **quiet, **options)
+
+
+def losses_of(trainer: transformers.Trainer) -> list[float]:
+    return [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
 
 
 @pytest.fixture(scope="module")
@@ -54,16 +65,15 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     torch.manual_seed(0)
     path = tmp_path_factory.mktemp("models") / "fox"
     model = hf.MegalodonForCausalLM(hf.MegalodonHFConfig(**SIZES)).train()
-    train(model)
+    text = torch.tensor([256, *(SENTENCE * 5).encode()])[None]
+    fit(model, 120, 5e-3, lambda: dict(input_ids=text, labels=text))
     model.megalodon.save(path, tokenizer=ByteTokenizer())
     return path
 
 
 def loaded(folder: Path) -> tuple[hf.MegalodonForCausalLM, transformers.PreTrainedTokenizerFast]:
-    return (
-        transformers.AutoModelForCausalLM.from_pretrained(folder),
-        transformers.AutoTokenizer.from_pretrained(folder),
-    )
+    model = transformers.AutoModelForCausalLM.from_pretrained(folder)
+    return model, transformers.AutoTokenizer.from_pretrained(folder)
 
 
 def test_pipeline(folder: Path) -> None:
@@ -82,8 +92,7 @@ def test_pipeline(folder: Path) -> None:
 def test_pipelines_of_encoders(tmp_path: Path) -> None:
     """Classes of texts in padded batches; masked-token prediction with a tokenizer of words."""
     tokenizers = pytest.importorskip("tokenizers")
-    sizes = {name: size for name, size in SIZES.items() if name not in ("vocab_size", "output_size")}
-    encoder = mo.MegalodonEncoder(mo.MegalodonEncoderConfig(**sizes, vocab_size=257, num_classes=3)).eval()
+    encoder = mo.MegalodonEncoder(mo.MegalodonEncoderConfig(**ENCODER, vocab_size=257, num_classes=3)).eval()
     encoder.save(tmp_path / "classes", tokenizer=ByteTokenizer())
     texts = ["the quick", "brown fox jumps over", "the"]
     pipe = transformers.pipeline("text-classification", model=str(tmp_path / "classes"), top_k=None)
@@ -98,15 +107,11 @@ def test_pipelines_of_encoders(tmp_path: Path) -> None:
     core = tokenizers.Tokenizer(tokenizers.models.WordLevel(words))
     core.pre_tokenizer = tokenizers.pre_tokenizers.WhitespaceSplit()
     tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_object=core, pad_token="[PAD]", mask_token="[MASK]")
-    config = hf.MegalodonEncoderHFConfig(**sizes, vocab_size=len(words))
+    config = hf.MegalodonEncoderHFConfig(**ENCODER, vocab_size=len(words))
     model = hf.MegalodonEncoderForMaskedLM(config).train()
     ids = [words[word] for word in sentence]
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
     collator = transformers.DataCollatorForLanguageModeling(tokenizer, mlm_probability=0.3)
-    for _ in range(60):
-        model(**collator([{"input_ids": ids}] * 4)).loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
+    fit(model, 60, 1e-2, lambda: collator([{"input_ids": ids}] * 4))
     guess = transformers.pipeline("fill-mask", model=model.eval(), tokenizer=tokenizer)
     assert guess("the quick [MASK] fox jumps over the lazy dog")[0]["token_str"] == "brown"
 
@@ -120,15 +125,13 @@ def test_trainer_with_an_encoder(tmp_path: Path) -> None:
         mask = torch.nn.utils.rnn.pad_sequence([torch.ones(len(row["input_values"])) for row in rows], batch_first=True)
         return dict(input_values=values, attention_mask=mask, labels=torch.tensor([row["labels"] for row in rows]))
 
-    sizes = {name: size for name, size in SIZES.items() if name not in ("vocab_size", "output_size")}
-    model = hf.MegalodonEncoderForSequenceClassification(
-        hf.MegalodonEncoderHFConfig(**sizes, num_features=1, scale_inputs=False)
+    config = hf.MegalodonEncoderHFConfig(**ENCODER, num_features=1, scale_inputs=False)
+    options = dict(
+        per_device_train_batch_size=8, learning_rate=5e-3, save_steps=20, logging_steps=5, num_train_epochs=1
     )
-    arguments = transformers.TrainingArguments(
-        output_dir=str(tmp_path), per_device_train_batch_size=8, learning_rate=5e-3, report_to=[], use_cpu=True,
-        save_steps=20, logging_steps=5, disable_tqdm=True, num_train_epochs=1,
-    )  # fmt: skip
-    trainer = transformers.Trainer(model, arguments, train_dataset=rows, eval_dataset=rows[:9], data_collator=padded)
+    parts = dict(train_dataset=rows, eval_dataset=rows[:9], data_collator=padded)
+    model = hf.MegalodonEncoderForSequenceClassification(config)
+    trainer = transformers.Trainer(model, arguments_of(tmp_path, **options), **parts)
     trainer.train()
     assert trainer.evaluate()["eval_loss"] < 0.1
     ours = mo.MegalodonEncoder.load(tmp_path / "checkpoint-20")
@@ -142,21 +145,14 @@ def test_trainer_resumes_an_encoder_with_a_tokenizer_that_ends_texts(tmp_path: P
     core.pre_tokenizer = tokenizers.pre_tokenizers.WhitespaceSplit()
     tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_object=core, pad_token="[PAD]", eos_token="[END]")
     rows = [{**tokenizer("a " * (i % 3) + "b"), "labels": i % 2} for i in range(8)]
-    sizes = {name: size for name, size in SIZES.items() if name not in ("vocab_size", "output_size")}
-    model = hf.MegalodonEncoderForSequenceClassification(hf.MegalodonEncoderHFConfig(**sizes, vocab_size=4))
-    arguments = dict(
-        output_dir=str(tmp_path), per_device_train_batch_size=4, report_to=[], use_cpu=True, save_steps=2,
-        disable_tqdm=True,
-    )  # fmt: skip
+    model = hf.MegalodonEncoderForSequenceClassification(hf.MegalodonEncoderHFConfig(**ENCODER, vocab_size=4))
     for steps, checkpoint in ((2, None), (4, tmp_path / "checkpoint-2")):
         if checkpoint is not None:
             model = transformers.AutoModelForSequenceClassification.from_pretrained(checkpoint)
             assert model.config.eos_token_id == 3
             mo.MegalodonEncoder.load(checkpoint)
-        arguments["max_steps"] = steps
-        trainer = transformers.Trainer(
-            model, transformers.TrainingArguments(**arguments), train_dataset=rows, processing_class=tokenizer
-        )
+        arguments = arguments_of(tmp_path, per_device_train_batch_size=4, save_steps=2, max_steps=steps)
+        trainer = transformers.Trainer(model, arguments, train_dataset=rows, processing_class=tokenizer)
         trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
         assert trainer.state.global_step == steps
 
@@ -176,28 +172,22 @@ def test_trainer_with_packed_documents(tmp_path: Path, packing: str) -> None:
     """Loss and gradient equal the mean over the tokens of all documents, read one by one."""
     documents = [SENTENCE[: 5 + 7 * i] for i in range(6)]
     data = [{"input_ids": [256, *document.encode()]} for document in documents]
-    collators = {
-        "position_ids": transformers.DataCollatorWithFlattening(),
-        "cu_seq_lens": transformers.DataCollatorWithFlattening(
-            return_position_ids=False, return_flash_attn_kwargs=True
-        ),
-    }
+    kinds = {"cu_seq_lens": dict(return_position_ids=False, return_flash_attn_kwargs=True), "position_ids": {}}
+    collator = transformers.DataCollatorWithFlattening(**kinds[packing])
     model = transformers.AutoModelForCausalLM.from_config(hf.MegalodonHFConfig(**SIZES))
     expected = hf.MegalodonForCausalLM(model.config)
     expected.load_state_dict(model.state_dict())
-    arguments = transformers.TrainingArguments(
-        output_dir=str(tmp_path), per_device_train_batch_size=3, gradient_accumulation_steps=2, max_steps=1,
-        learning_rate=1e-3, weight_decay=0.0, max_grad_norm=0.0, lr_scheduler_type="constant", report_to=[], use_cpu=True,
-        save_strategy="no", logging_steps=1, disable_tqdm=True, optim="sgd",
-    )  # fmt: skip
-    trainer = transformers.Trainer(model=model, args=arguments, train_dataset=data, data_collator=collators[packing])
+    plain = dict(optim="sgd", learning_rate=1e-3, weight_decay=0.0, max_grad_norm=0.0, lr_scheduler_type="constant")
+    steps = dict(per_device_train_batch_size=3, gradient_accumulation_steps=2, max_steps=1)
+    arguments = arguments_of(tmp_path, **plain, **steps, save_strategy="no", logging_steps=1)
+    trainer = transformers.Trainer(model=model, args=arguments, train_dataset=data, data_collator=collator)
     trainer.train()
     losses = [
         expected(ids := torch.tensor([row["input_ids"]]), labels=ids).loss * len(row["input_ids"][1:]) for row in data
     ]
     loss = sum(losses) / sum(len(row["input_ids"]) - 1 for row in data)
     loss.backward()
-    assert trainer.state.log_history[0]["loss"] == pytest.approx(loss.item(), rel=1e-3)
+    assert losses_of(trainer)[0] == pytest.approx(loss.item(), rel=1e-3)
     for ours, theirs in zip(model.parameters(), expected.parameters(), strict=True):
         torch.testing.assert_close(ours, theirs - 1e-3 * theirs.grad, rtol=1e-4, atol=1e-6)
 
@@ -205,18 +195,13 @@ def test_trainer_with_packed_documents(tmp_path: Path, packing: str) -> None:
 def test_trainer_learns_evaluates_saves_and_resumes(tmp_path: Path) -> None:
     ids = [256, *SENTENCE.encode()]
     model = hf.MegalodonForCausalLM(hf.MegalodonHFConfig(**SIZES))
-    arguments = dict(
-        output_dir=str(tmp_path), per_device_train_batch_size=4, learning_rate=5e-3, report_to=[], use_cpu=True,
-        save_steps=20, logging_steps=10, disable_tqdm=True, gradient_checkpointing=True, eval_strategy="steps",
-        eval_steps=20, lr_scheduler_type="constant",
-    )  # fmt: skip
+    options = dict(per_device_train_batch_size=4, learning_rate=5e-3, lr_scheduler_type="constant", logging_steps=10)
+    options |= dict(save_steps=20, eval_strategy="steps", eval_steps=20, gradient_checkpointing=True)
     data = [{"input_ids": ids, "labels": [-100, *ids[1:]]}] * 160  # 5.0 counts every label that is not -100
     parts = dict(train_dataset=data, eval_dataset=data[:3], data_collator=transformers.default_data_collator)
-    trainer = transformers.Trainer(
-        model=model, args=transformers.TrainingArguments(**arguments, num_train_epochs=1), **parts
-    )
+    trainer = transformers.Trainer(model, arguments_of(tmp_path, **options, num_train_epochs=1), **parts)
     trainer.train()
-    losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+    losses = losses_of(trainer)
     assert losses[-1] < losses[0] / 3
     evaluated = trainer.evaluate()
     again = hf.MegalodonForCausalLM.from_pretrained(tmp_path / "checkpoint-40")
@@ -224,7 +209,7 @@ def test_trainer_learns_evaluates_saves_and_resumes(tmp_path: Path) -> None:
         row = torch.tensor([ids])
         assert again(row, labels=row).loss.item() == pytest.approx(evaluated["eval_loss"], rel=1e-4)
     fresh = hf.MegalodonForCausalLM(hf.MegalodonHFConfig(**SIZES))
-    trainer = transformers.Trainer(model=fresh, args=transformers.TrainingArguments(**arguments, max_steps=41), **parts)
+    trainer = transformers.Trainer(fresh, arguments_of(tmp_path, **options, max_steps=41), **parts)
     trainer.train(resume_from_checkpoint=str(tmp_path / "checkpoint-40"))
     assert trainer.state.global_step == 41 and trainer.evaluate()["eval_loss"] < 2 * evaluated["eval_loss"]
 
@@ -233,15 +218,15 @@ def test_trainer_with_label_smoothing(tmp_path: Path) -> None:
     """The model learns the next token, not the current one, although one token is never predicted."""
     ids = torch.tensor([256, *SENTENCE.encode()])
     model = hf.MegalodonForCausalLM(hf.MegalodonHFConfig(**SIZES))
-    arguments = transformers.TrainingArguments(
-        output_dir=str(tmp_path), per_device_train_batch_size=4, max_steps=60, learning_rate=1e-2, report_to=[],
-        use_cpu=True, save_strategy="no", logging_steps=10, disable_tqdm=True, label_smoothing_factor=0.1,
-    )  # fmt: skip
+    options = dict(
+        per_device_train_batch_size=4, max_steps=60, learning_rate=1e-2, save_strategy="no", logging_steps=10
+    )
     data = [{"input_ids": ids, "labels": ids}] * 240
+    arguments = arguments_of(tmp_path, **options, label_smoothing_factor=0.1)
     trainer = transformers.Trainer(model=model, args=arguments, train_dataset=data, eval_dataset=data[:2])
     trainer.train()
     least = -0.9 * math.log(0.9) - 0.1 * math.log(0.1 / 256)  # the entropy of the target distribution
-    losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+    losses = losses_of(trainer)
     assert 2 * losses[-1] < losses[0] and least < trainer.evaluate()["eval_loss"] < 1.2 * least
     with torch.no_grad():
         assert (model.eval()(ids[None]).logits[0, :-1].argmax(-1) == ids[1:]).float().mean() > 0.9
@@ -257,13 +242,7 @@ def test_lora_trained_and_merged(folder: Path, tmp_path: Path) -> None:
     adapted = peft.get_peft_model(model, config)
     adapted.gradient_checkpointing_enable()
     text = torch.tensor([256, *(b"the slow green turtle creeps under a busy cat. " * 5)])[None]
-    optimizer = torch.optim.AdamW((p for p in adapted.parameters() if p.requires_grad), lr=1e-2)
-    adapted.train()
-    for _ in range(80):
-        (loss := adapted(input_ids=text, labels=text).loss).backward()
-        optimizer.step()
-        optimizer.zero_grad()
-    assert loss < 0.5
+    assert fit(adapted.train(), 80, 1e-2, lambda: dict(input_ids=text, labels=text)) < 0.5
     adapted.save_pretrained(tmp_path / "adapter")
 
     restored = peft.PeftModel.from_pretrained(hf.MegalodonForCausalLM.from_pretrained(folder), tmp_path / "adapter")
@@ -295,8 +274,7 @@ def test_lora_trained_and_merged(folder: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize("layers", [["wz", "wv", "wr", "wh1", "wh2"], "all-linear"], ids=["some layers", "all layers"])
 def test_lora_of_an_encoder_trains_and_saves_the_new_head(tmp_path: Path, layers: list[str] | str) -> None:
     peft = pytest.importorskip("peft")
-    sizes = {name: size for name, size in SIZES.items() if name not in ("vocab_size", "output_size")}
-    config = hf.MegalodonEncoderHFConfig(**sizes, vocab_size=16)
+    config = hf.MegalodonEncoderHFConfig(**ENCODER, vocab_size=16)
     hf.MegalodonEncoderForMaskedLM(config).save_pretrained(tmp_path / "base")
 
     def load_base() -> hf.MegalodonEncoderForSequenceClassification:
@@ -307,14 +285,10 @@ def test_lora_of_an_encoder_trains_and_saves_the_new_head(tmp_path: Path, layers
     adapted = peft.get_peft_model(model, peft.LoraConfig(task_type="SEQ_CLS", r=4, target_modules=layers)).train()
     assert adapted.get_submodule("base_model.model.model.layers.0.mega.wz").lora_A
     assert not [name for name, _ in adapted.named_parameters() if "classifier" in name and "lora" in name]
-    optimizer = torch.optim.AdamW((p for p in adapted.parameters() if p.requires_grad), lr=1e-2)
     ids = torch.randint(16, (64, 12))
     labels = (ids[:, 0] < 8).long()
     ids[:, 1:] = ids[:, :1]
-    for _ in range(20):
-        adapted(input_ids=ids, labels=labels).loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
+    fit(adapted, 20, 1e-2, lambda: dict(input_ids=ids, labels=labels))
     adapted.eval().save_pretrained(tmp_path / "adapter")
     with torch.no_grad():
         logits = adapted(input_ids=ids).logits
@@ -400,12 +374,10 @@ target_delimiter: ""
     )
     model, tokenizer = loaded(folder)
     results = []
+    options = dict(task_manager=TaskManager(include_path=str(tasks), include_defaults=False), bootstrap_iters=0)
     for batch in (1, 4):
-        found = lm_eval.simple_evaluate(
-            model=HFLM(pretrained=model, tokenizer=tokenizer, batch_size=batch, max_length=64),
-            tasks=["fox_choice", "fox_words"], task_manager=TaskManager(include_path=str(tasks), include_defaults=False),
-            bootstrap_iters=0,
-        )  # fmt: skip
+        batched = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=batch, max_length=64)
+        found = lm_eval.simple_evaluate(model=batched, tasks=["fox_choice", "fox_words"], **options)
         results.append(found["results"]["fox_choice"]["acc,none"])
         assert found["results"]["fox_words"]["exact_match,none"] == 1.0
         samples = [sample["resps"] for sample in found["samples"]["fox_choice"]]
@@ -430,10 +402,7 @@ def test_page_runs(folder: Path, tmp_path: Path) -> None:
     page = (DOCS / "transformers.md").read_text()
     blocks = re.findall(r"```python\n(.*?)```", page, re.S)
     (tmp_path / "model").symlink_to(folder)
-    (tmp_path / "page.py").write_text("\n".join(blocks))
-    run = subprocess.run(
-        [sys.executable, "page.py"], cwd=tmp_path, capture_output=True, text=True,
-        env={**os.environ, "HF_HUB_OFFLINE": "1", "PYTHONPATH": os.pathsep.join(sys.path)},
-    )  # fmt: skip
+    path = os.pathsep.join(sys.path)
+    run = run_python("\n".join(blocks), folder=tmp_path, HF_HUB_OFFLINE="1", PYTHONPATH=path)
     assert run.returncode == 0, run.stderr[-3000:]
     assert len(blocks) >= 4

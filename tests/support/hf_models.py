@@ -4,17 +4,17 @@ from __future__ import annotations
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 import megalodon_ops as mo
 
 transformers = pytest.importorskip("transformers")
 hf = pytest.importorskip("megalodon_ops.hf", exc_type=ImportError)
 
-SIZES = dict(
-    num_layers=2, model_dim=32, z_dim=16, value_dim=32, num_heads=2, ffn_hidden_dim=32, cema_ndim=4, chunk_size=8,
-    norm_num_groups=4, vocab_size=50,
-)  # fmt: skip
+QUIET = [pytest.mark.filterwarnings(f"ignore::{kind}") for kind in ("DeprecationWarning", "FutureWarning")]
+"""Marks for tests of transformers, which warns about itself"""
+SIZES = dict(num_layers=2, model_dim=32, z_dim=16, value_dim=32, num_heads=2, ffn_hidden_dim=32, cema_ndim=4)
+SIZES |= dict(chunk_size=8, norm_num_groups=4, vocab_size=50)
 VARIANTS = {
     "plain": {},
     "released": dict(share_emb=True, scale_emb=True, swiglu=True, rescale_nffn=True),
@@ -32,10 +32,14 @@ def seed() -> None:
 def build_model(dtype: torch.dtype = torch.float32, **fields) -> hf.MegalodonForCausalLM:
     """Build a model with no zero parameter, as after some training, so that each matters."""
     core = mo.Megalodon(mo.MegalodonConfig(**{**SIZES, **fields})).to(dtype).eval()
+    return hf.MegalodonForCausalLM.from_megalodon(randomized(core))
+
+
+def randomized(model: nn.Module) -> nn.Module:
     with torch.no_grad():
-        for parameter in core.parameters():
+        for parameter in model.parameters():
             parameter.add_(torch.randn_like(parameter), alpha=0.2)
-    return hf.MegalodonForCausalLM.from_megalodon(core)
+    return model
 
 
 def prompts() -> list[Tensor]:
