@@ -83,10 +83,7 @@ def test_config_round_trip_and_released_fields():
         ({"rope_base": 0.0}, "`rope_base` must be positive or None"),
         ({"output_size": 0}, "`output_size` must be a positive integer"),
         ({"output_size": -5}, "`output_size` must be a positive integer"),
-        (
-            {"vocab_size": 9, "output_size": 10},
-            "`output_size` must be a positive integer of at most vocab_size = 9, or -1",
-        ),
+        ({"vocab_size": 9, "output_size": 10}, "`output_size` must be a positive integer of at most vocab_size = 9"),
         ({"dropout": 1.0}, "`dropout` must be a probability"),
         ({"z_dim": 6, "num_heads": 2}, "`z_dim` must be a multiple of 2"),
         ({"value_dim": 5, "num_heads": 2}, "`value_dim` must be a multiple"),

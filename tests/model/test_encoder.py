@@ -23,10 +23,11 @@ from megalodon_ops.evaluation import evaluate
 
 CONTINUOUS = dict(num_features=2, num_classes=3)
 KINDS = {
-    "tokens": dict(num_classes=3), "numbers, swiglu, gains": dict(**CONTINUOUS, swiglu=True, rescale_nffn=True),
+    "tokens": dict(num_classes=3),
+    "numbers, swiglu, gains": dict(**CONTINUOUS, swiglu=True, rescale_nffn=True),
     "no affine norms, unscaled": dict(num_classes=3, norm_affine=False, scale_emb=False),
     "no head, a group a channel": dict(num_features=1, norm_num_groups=32),
-}  # fmt: skip
+}
 
 
 def tiny_encoder(dtype=torch.float64, **overrides) -> mo.MegalodonEncoder:
@@ -66,10 +67,9 @@ def plain_results(
         coefficients = reference.cema_coefficients(*(b[f"mega.cema.{n}"] for n in ("alpha", "delta", "theta", "gamma")))
         m = reference.bidirectional_cema(t, *coefficients, b["mega.cema.omega"][:, 0], **rows)
         m = reference.rms_norm(m, b.get("mega.rmsnorm.weight"), eps=c.norm_eps)
-        a = reference.normalized_attention(
-            linear("mega.wz", m), F.silu(linear("mega.wv", t)), b["mega.gamma"], b["mega.beta"], num_heads=c.num_heads,
-            chunk_size=c.chunk_size, causal=False, eps=c.norm_eps, **rows,
-        )  # fmt: skip
+        z, v = linear("mega.wz", m), F.silu(linear("mega.wv", t))
+        heads = dict(num_heads=c.num_heads, chunk_size=c.chunk_size, causal=False, eps=c.norm_eps)
+        a = reference.normalized_attention(z, v, b["mega.gamma"], b["mega.beta"], **heads, **rows)
         y = x + linear("mega.wh1", m) + linear("mega.wh2", a * F.silu(linear("mega.wr", m)))
         n = reference.layer_norm(y, b.get("nffn.norm.weight"), b.get("nffn.norm.bias"), eps=c.norm_eps)
         hidden = F.silu(linear("nffn.fc1", n)) * (linear("nffn.fc3", n) if c.swiglu else 1)
@@ -148,9 +148,8 @@ def test_padding_and_packing_change_nothing(kind):
     singles = [inputs[s : s + 1, :n] for s, n in enumerate(lengths)]
     before, after = inputs[:1, -2:], inputs[1:2, -3:]
     packed = torch.cat([before, *singles, after], 1), dict(cu_seqlens=torch.tensor([0, *lengths]).cumsum(0) + 2)
-    noise = inputs if kind == "tokens" else inputs.where(
-        torch.arange(24)[None, :, None] < torch.tensor(lengths)[:, None, None], 1e3 * inputs
-    )  # fmt: skip
+    inside = (torch.arange(24) < torch.tensor(lengths)[:, None]).view(4, 24, *[1] * (inputs.dim() - 2))
+    noise = inputs if kind == "tokens" else inputs.where(inside, 1e3 * inputs)
 
     def results(*calls: tuple[Tensor, dict]) -> dict[str, Tensor]:
         logits = torch.cat([encoder(given, **options) for given, options in calls])
@@ -194,9 +193,9 @@ def test_each_model_refuses_the_other_models_folder(tmp_path):
     encoder, model = tiny_encoder(), tiny_model()
     encoder.save(tmp_path / "encoder")
     model.save(tmp_path / "model")
-    for load, folder, wanted in ((mo.Megalodon.load, "encoder", "megalodon"), (mo.MegalodonEncoder.load, "model", "megalodon_encoder")):  # fmt: skip
+    for kind, folder, wanted in ((type(model), "encoder", "megalodon"), (type(encoder), "model", "megalodon_encoder")):
         with pytest.raises(FileError, match=f'config.json: `model_type` must be "{wanted}", got'):
-            load(tmp_path / folder)
+            kind.load(tmp_path / folder)
     for save, folder in ((model.save, "encoder"), (encoder.save, "model")):
         with pytest.raises(ValueError, match="must be a new folder or a checkpoint, got .*, which holds other files"):
             save(tmp_path / folder)
@@ -339,6 +338,6 @@ def test_an_encoder_has_no_state():
             with case(name), pytest.raises(ValueError, match=rf"`\w+` must be (None|False), got .*; {no_state}\.$"):
                 call()
     with pytest.raises(
-        ValueError, match="MegalodonBlock: `return_state` must be False, got True; an encoder has no state"
+        ValueError, match="MegalodonBlock: `return_state` must be False, got True; an encoder has no st"
     ):
         encoder.layers[0](torch.randn(1, 4, 32).double(), return_state=True)

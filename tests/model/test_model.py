@@ -1,12 +1,10 @@
 """The model: golden logits and gradients, streaming, packing, dtypes."""
 
-import hypothesis.strategies as st
+import backends
 import pytest
 import torch
-from backends import wide_every_device
 import torch.nn.functional as F
 from golden import DATA, MODEL, golden_model
-from hypothesis import given
 from models import TINY, tiny_model, tokens_of
 from safetensors.torch import load_file
 from torch.utils._pytree import tree_map
@@ -55,9 +53,7 @@ def test_logits_are_computed_from_features():
         after = model.features(tokens, state=state)
         torch.testing.assert_close(logits(after), model(tokens, state=state), rtol=0, atol=0)
     packed = dict(cu_seqlens=torch.tensor([0, 8, 21]))
-    torch.testing.assert_close(
-        logits(model.features(tokens[:1], **packed)), model(tokens[:1], **packed), rtol=0, atol=0
-    )
+    assert torch.equal(logits(model.features(tokens[:1], **packed)), model(tokens[:1], **packed))
     model.features(tokens).sum().backward()
     assert all(p.grad.any() for name, p in model.named_parameters() if name != "output.output.weight")
     assert model.output.output.weight.grad is None
@@ -65,7 +61,7 @@ def test_logits_are_computed_from_features():
         model(tokens, tokens, features=True)
 
 
-@wide_every_device
+@backends.wide_every_device
 @pytest.mark.parametrize("plan", MODEL["plans"])
 def test_golden_streaming_plans(golden, plan, backend):
     model, io = golden
@@ -96,33 +92,15 @@ def test_golden_end_state(golden, backend):
             torch.testing.assert_close(ours[:, :position].flatten(), theirs.flatten(), rtol=0, atol=1e-11)
 
 
-@pytest.mark.parametrize("isa", mo._C.available_isas())
-def test_golden_logits_float32(golden, isa, monkeypatch):
+@pytest.mark.parametrize("isa", backends.ISAS)
+def test_golden_logits_float32(golden, isa):
     model, io = golden
-    active = mo._C.active_isa()
-    mo._C.set_isa(isa)
-    try:
+    with backends.isa(isa):
         narrow = mo.Megalodon(model.config)
         narrow.load_state_dict(model.state_dict())
         logits = narrow(io["tokens"])
-    finally:
-        mo._C.set_isa(active)
     assert logits.dtype == torch.float32
     torch.testing.assert_close(logits.double(), io["logits"], rtol=0, atol=5e-5)
-
-
-@given(
-    cuts=st.lists(st.integers(0, 37), max_size=6), options=st.sampled_from([{}, {"swiglu": True, "rescale_nffn": True}])
-)
-def test_streaming_does_not_depend_on_the_split(cuts, options):
-    model, tokens = tiny_model(**options), tokens_of(2, 37)
-    whole = model(tokens)
-    bounds = [0, *sorted(cuts), 37]
-    state, pieces = None, []
-    for start, end in zip(bounds, bounds[1:]):
-        logits, state = model(tokens[:, start:end], state=state, return_state=True)
-        pieces.append(logits)
-    torch.testing.assert_close(torch.cat(pieces, 1), whole, rtol=0, atol=1e-12)
 
 
 def test_rows_of_a_state_are_selected_by_tree_map():
@@ -204,16 +182,7 @@ def test_16_bit_model_keeps_wide_parameters_and_states(dtype):
     wide = tiny_model(torch.float32)
     model, tokens = tiny_model(torch.float32).to(dtype), tokens_of(2, 20)
     for name, parameter in model.named_parameters():
-        linear = name.startswith("embed") or name.split(".")[-2] in {
-            "wv",
-            "wz",
-            "wr",
-            "wh1",
-            "wh2",
-            "fc1",
-            "fc2",
-            "output",
-        }
+        linear = name.startswith("embed") or name.split(".")[-2] in "wv wz wr wh1 wh2 fc1 fc2 output".split()
         assert parameter.dtype == (dtype if linear else torch.float32), name
         if not linear:
             assert torch.equal(parameter, wide.get_parameter(name)), f"{name} was rounded"
@@ -251,10 +220,5 @@ def test_tokens_on_meta_are_refused_by_a_model_with_values():
     with pytest.raises(ValueError, match="`tokens` must have values, got a tensor on the device meta"):
         tiny_model()(tokens)
     with torch.device("meta"):
-        assert mo.Megalodon(mo.MegalodonConfig(**TINY))(tokens).shape == (1, 3, TINY["vocab_size"])
-
-
-def test_shared_and_scaled_embedding():
-    model = tiny_model(share_emb=True, scale_emb=True)
-    assert model.output.output.weight is model.embed.weight
-    assert model(tokens_of(1, 3)).shape == (1, 3, TINY["vocab_size"])
+        logits, state = mo.Megalodon(mo.MegalodonConfig(**TINY))(tokens, return_state=True)
+    assert logits.is_meta and logits.shape == (1, 3, TINY["vocab_size"]) and state.norm.count.is_meta

@@ -220,37 +220,31 @@ def test_what_only_text_has_is_refused_by_name(tmp_path):
     x, tokens = series(model, 1, 8), tokens_of(1, 8)
     _, state = model(x, return_state=True)
     reads_numbers = "`num_features` of the model must be None, got 3; it reads numbers"
-    refused = {
-        reads_numbers: [
-            lambda: model.generate(x, max_new_tokens=1),
-            lambda: model.stream(x),
-            lambda: model.loss(x, tokens),
-            lambda: mo.save_official(model, tmp_path / "official"),
-        ],
-        "must be floating-point numbers \\(B, L, 3\\), got torch.int64": [
-            lambda: model(tokens), lambda: evaluate(model, [[1, 2]])
-        ],
-        "must be finite, got nan at \\[0, 5, 1\\]; a model with missing_values=True takes NaN": [
-            lambda: model(x.index_put((*torch.tensor([[0], [5], [1]]),), torch.tensor(torch.nan, dtype=x.dtype)))
-        ],
-        "must be finite, got -inf at \\[0, 5, 1\\]": [
-            lambda: model_of_numbers(missing_values=True)(
-                x.index_put((*torch.tensor([[0], [5], [1]]),), torch.tensor(-torch.inf, dtype=x.dtype))
-            )
-        ],
-        "with None scaled features, got one with 3": [lambda: text(tokens, state=state)],
-        "must have num_features and scale_inputs": [
-            lambda: text.input_scale(x), lambda: model_of_numbers(scale_inputs=False).input_scale(x)
-        ],
-        "`missing_values` must be False without num_features and scale_inputs": [
-            lambda: mo.MegalodonConfig(missing_values=True),
-            lambda: model_of_numbers(missing_values=True, scale_inputs=False),
-        ],
-        "`share_emb` must be False": [lambda: model_of_numbers(share_emb=True)],
-        "`eos_token_id` must be None": [lambda: model_of_numbers(eos_token_id=1)],
-    }  # fmt: skip
+    not_numbers = r"must be floating-point numbers \(B, L, 3\), got torch.int64"
+    no_scale, no_flag = (
+        "must have num_features and scale_inputs",
+        "`missing_values` must be False without num_features and",
+    )
+    with_nan, with_inf = x.clone(), x.clone()
+    with_nan[0, 5, 1], with_inf[0, 5, 1] = torch.nan, -torch.inf
+    refused = [
+        (reads_numbers, lambda: model.generate(x, max_new_tokens=1)),
+        (reads_numbers, lambda: model.stream(x)),
+        (reads_numbers, lambda: model.loss(x, tokens)),
+        (reads_numbers, lambda: mo.save_official(model, tmp_path / "official")),
+        (not_numbers, lambda: model(tokens)),
+        (not_numbers, lambda: evaluate(model, [[1, 2]])),
+        (r"finite, got nan at \[0, 5, 1\]; a model with missing_values=True takes NaN", lambda: model(with_nan)),
+        (r"finite, got -inf at \[0, 5, 1\]", lambda: model_of_numbers(missing_values=True)(with_inf)),
+        ("with None scaled features, got one with 3", lambda: text(tokens, state=state)),
+        (no_scale, lambda: text.input_scale(x)),
+        (no_scale, lambda: model_of_numbers(scale_inputs=False).input_scale(x)),
+        (no_flag, lambda: mo.MegalodonConfig(missing_values=True)),
+        (no_flag, lambda: model_of_numbers(missing_values=True, scale_inputs=False)),
+        ("`share_emb` must be False", lambda: model_of_numbers(share_emb=True)),
+        ("`eos_token_id` must be None", lambda: model_of_numbers(eos_token_id=1)),
+    ]
     with every_case() as case:
-        for message, calls in refused.items():
-            for i, call in enumerate(calls):
-                with case(message, i), pytest.raises(ValueError, match=message):
-                    call()
+        for i, (message, call) in enumerate(refused):
+            with case(i), pytest.raises(ValueError, match=message):
+                call()

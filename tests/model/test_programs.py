@@ -17,10 +17,14 @@ from megalodon_ops.ops.linear_cross_entropy import linear_cross_entropy as loss
 
 EACH_MODE = pytest.mark.parametrize("strict", [False, pytest.param(True, marks=pytest.mark.slow)], ids=["", "strict"])
 CANNOT_TRACE = pytest.mark.skipif(torch.__version__ < (2, 6), reason="torch 2.5 cannot trace it")
-SLOW = pytest.mark.slow
 EACH_GRAD = pytest.mark.parametrize("grad", [False, True], ids=["no_grad", "grad"])
+F32, BF16 = torch.float32, torch.bfloat16
 SIZES = [(1, 1), (2, 7), (3, 60)]  # 1 to 180 tokens, so that products use each of the kernels
 ALL = dict(swiglu=True, rescale_nffn=True, scale_emb=True, share_emb=True)
+
+
+def slow(*values):
+    return pytest.param(*values, marks=pytest.mark.slow)
 
 
 class Loss(torch.nn.Module):
@@ -68,11 +72,8 @@ def assert_near(found, expected, tolerance=1e-5) -> None:
 
 @pytest.mark.parametrize(  # each pair of the three
     ("grad", "dtype", "strict"),
-    [
-        (False, torch.float32, False), (True, torch.bfloat16, False),
-        pytest.param(True, torch.float32, True, marks=SLOW), pytest.param(False, torch.bfloat16, True, marks=SLOW),
-    ],
-)  # fmt: skip
+    [(False, F32, False), (True, BF16, False), slow(True, F32, True), slow(False, BF16, True)],
+)
 def test_an_exported_forward_takes_other_batches_and_lengths(strict, grad, dtype):
     model = small_model(dtype, **ALL)
     with torch.set_grad_enabled(grad):
@@ -85,9 +86,8 @@ def test_an_exported_forward_takes_other_batches_and_lengths(strict, grad, dtype
 def test_an_exported_program_of_a_wider_model_takes_other_lengths():
     """Its products pass the size from which, with gradients, the op for many rows is faster."""
     model = small_model(model_dim=512, value_dim=1024, ffn_hidden_dim=2048)
-    program = torch.export.export(
-        model, (tokens_of(1, 9),), dynamic_shapes=dict(tokens={1: dims("length")[0]})
-    ).module()
+    shapes = dict(tokens={1: dims("length")[0]})
+    program = torch.export.export(model, (tokens_of(1, 9),), dynamic_shapes=shapes).module()
     for length in (1, 9, 150):
         assert_near(program(tokens_of(1, length)), model(tokens_of(1, length)), 1e-4)
 
@@ -146,11 +146,8 @@ def test_an_exported_model_may_write_its_state_in_place():
 
 @pytest.mark.parametrize(  # each pair of the three
     ("grad", "hooked", "strict"),
-    [
-        (True, False, False), (False, True, False),
-        pytest.param(True, True, True, marks=SLOW), pytest.param(False, False, True, marks=SLOW),
-    ],
-)  # fmt: skip
+    [(True, False, False), (False, True, False), slow(True, True, True), slow(False, False, True)],
+)
 def test_an_exported_loss_takes_other_batches_and_lengths(strict, grad, hooked, monkeypatch):
     """With and without a hook, and with fewer and more logits than one block has."""
     model = small_model()
@@ -234,10 +231,7 @@ def test_a_copied_model_has_the_results_of_the_model(method, dtype):
     assert mo.wide_parameters(copied).keys() == mo.wide_parameters(model).keys()
     assert_equal(copied(tokens), model(tokens))
     copied.loss(tokens, tokens).backward()
-    assert_equal(
-        copied.generate(tokens, max_new_tokens=3, temperature=0),
-        model.generate(tokens, max_new_tokens=3, temperature=0),
-    )
+    assert_equal(*(each.generate(tokens, max_new_tokens=3, temperature=0) for each in (copied, model)))
 
 
 @pytest.mark.parametrize("method", COPIES)
@@ -286,9 +280,7 @@ TRANSFORMS = {
     "vjp": lambda function, parameters: torch.func.vjp(function, parameters),
     "jvp": lambda function, parameters: torch.func.jvp(function, (parameters,), (parameters,)),
     "jacrev": lambda function, parameters: torch.func.jacrev(function)(parameters),
-    "grad of each sample": lambda function, parameters: torch.func.vmap(
-        lambda _: torch.func.grad(function)(parameters)
-    )(torch.zeros(2)),
+    "grad of each sample": lambda f, p: torch.func.vmap(lambda _: torch.func.grad(f)(p))(torch.zeros(2)),
 }
 
 
@@ -304,9 +296,8 @@ def test_differentiating_with_torch_func_is_refused(transform, output):
             return functional_call(model, parameters, (tokens,)).sum()
         return functional_call(Loss(model), {f"model.{name}": p for name, p in parameters.items()}, (tokens, tokens))
 
-    with pytest.raises(
-        NotImplementedError, match="expected a call outside of torch.func's.*differentiate with torch.autograd"
-    ):
+    refused = "expected a call outside of torch.func's.*differentiate with torch.autograd"
+    with pytest.raises(NotImplementedError, match=refused):
         TRANSFORMS[transform](function, parameters)
 
 

@@ -11,6 +11,7 @@ import time
 
 import pytest
 import torch
+from models import SMALLEST
 from torch import nn
 
 import megalodon_ops as mo
@@ -21,10 +22,7 @@ from megalodon_ops.tokenizers import Tokenizer, load_tokenizer
 from megalodon_ops.training import run_checkpoint as runs
 from megalodon_ops.training import load_checkpoint, save_checkpoint
 
-CONFIG = mo.MegalodonConfig(
-    num_layers=1, model_dim=4, z_dim=2, value_dim=2, ffn_hidden_dim=2, cema_ndim=1, chunk_size=2, norm_num_groups=1,
-    vocab_size=9,
-)  # fmt: skip
+CONFIG = mo.MegalodonConfig(**SMALLEST)
 
 
 def model_of(value, config=CONFIG):
@@ -69,11 +67,11 @@ def checkpoint_value(path):
 
 KINDS = {
     "model": (lambda path, value: model_of(value).save(path), lambda path: value_of(mo.Megalodon.load(path))),
-    "released": (lambda path, value: mo.save_official(model_of(value), path), lambda path: value_of(mo.load_official(path))),
-    "checkpoint": (lambda path, value: save_checkpoint(path, 7, model_of(value), record={"value": value}), checkpoint_value),
+    "released": (lambda path, i: mo.save_official(model_of(i), path), lambda path: value_of(mo.load_official(path))),
+    "checkpoint": (lambda path, i: save_checkpoint(path, 7, model_of(i), record={"value": i}), checkpoint_value),
     "state": (save_state, lambda path: mo.MegalodonState.load(path, CONFIG).num_sequences),
     "tokenizer": (save_tokenizer, tokenizer_value),
-}  # fmt: skip
+}
 
 
 def drafts(folder):

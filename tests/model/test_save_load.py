@@ -5,19 +5,16 @@ import os
 import struct
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
-from models import TINY, tiny_model, tokens_of
+from models import SAVED, TINY, tiny_model, tokens_of
 from safetensors.torch import load_file, save_file
 
 import megalodon_ops as mo
 from megalodon_ops.files import FileError
 
-CONFIGS = {
-    "plain": {}, "gated, rescaled": dict(swiglu=True, rescale_nffn=True, scale_emb=True), "shared": dict(share_emb=True),
-    "no affine norms": dict(norm_affine=False, output_size=29), "all else": dict(rope_base=1e5, dropout=0.1, norm_eps=1e-3),
-}  # fmt: skip
 DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
 
 
@@ -27,12 +24,12 @@ def equal_parameters(one, other):
     )
 
 
-@pytest.mark.parametrize("config", CONFIGS)
+@pytest.mark.parametrize("config", SAVED)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_round_trip(tmp_path, config, dtype):
     """In one file and in shards in turn, so that each configuration and each dtype is written in both ways."""
-    shard = (1 << 30, 5000)[([*CONFIGS].index(config) + DTYPES.index(dtype)) % 2]
-    model = tiny_model(torch.float64, **CONFIGS[config]).to(dtype).eval()
+    shard = (1 << 30, 5000)[([*SAVED].index(config) + DTYPES.index(dtype)) % 2]
+    model = tiny_model(torch.float64, **SAVED[config]).to(dtype).eval()
     model.save(tmp_path / "m", max_shard_bytes=shard)
     loaded = mo.Megalodon.load(tmp_path / "m")
     assert loaded.config == model.config and not loaded.training
@@ -63,12 +60,10 @@ def test_content_of_the_folder(tmp_path):
     model = tiny_model(torch.float32, share_emb=True)
     model.save(tmp_path / "m", max_shard_bytes=9000)
     config = json.loads((tmp_path / "m" / "config.json").read_text())
-    assert config == {
-        "model_type": "megalodon", "architectures": ["MegalodonForCausalLM"], "format": 1, "dtype": "float32",
-        "megalodon_ops_version": mo.__version__, **model.config.to_dict(), "auto_map": config["auto_map"],
-        "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 40,
-    }  # fmt: skip
-    assert config["auto_map"]["AutoModelForCausalLM"] == "modeling_megalodon.MegalodonForCausalLM"
+    assert config.pop("auto_map")["AutoModelForCausalLM"] == "modeling_megalodon.MegalodonForCausalLM"
+    expected = dict(model_type="megalodon", architectures=["MegalodonForCausalLM"], format=1, dtype="float32")
+    expected |= dict(hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=40)
+    assert config == expected | model.config.to_dict() | {"megalodon_ops_version": mo.__version__}
     index = json.loads((tmp_path / "m" / "model.safetensors.index.json").read_text())
     assert index["metadata"] == {"total_size": 4 * model.num_parameters()}
     names = [name for name, _ in model.named_parameters()]
@@ -223,10 +218,8 @@ def test_loading_takes_the_weights_memory_once(tmp_path, kind, dtype):
     assert 1 <= ratio < 1.1
 
 
-TRANSFORMERS = {
-    "transformers_version": "5.24.0", "id2label": {"0": "LABEL_0"}, "use_cache": True, "bos_token_id": 256,
-    "tie_word_embeddings": False, "_name_or_path": "x", "torch_dtype": "float32", "chunk_size_feed_forward": 0,
-}  # fmt: skip
+TRANSFORMERS = dict(transformers_version="5.24.0", id2label={"0": "LABEL_0"}, use_cache=True, bos_token_id=256)
+TRANSFORMERS |= dict(tie_word_embeddings=False, _name_or_path="x", torch_dtype="float32", chunk_size_feed_forward=0)
 
 
 def test_fields_and_files_of_transformers_are_accepted(tmp_path):
@@ -268,42 +261,51 @@ def index(**changes):
     return change
 
 
-ONE = torch.ones(1)
-FAULTS = {
-    "type": (fields(model_type="llama"), 'config.json: `model_type` must be "megalodon", got \'llama\''),
-    "format": (fields(format=2), "config.json: `format` must be 1, got 2: a newer megalodon_ops wrote it"),
-    "format true": (fields(format=True), "config.json: `format` must be 1, got True"),
-    "dtype": (fields(dtype="int8"), "config.json: `dtype` must be one of float32, .*, got 'int8'"),
-    "dtype list": (fields(dtype=[]), "config.json: `dtype` must be one of"),
-    "missing": (fields(norm_eps="absent"), "config.json: `norm_eps` is missing"),
-    "a slip": (fields(swiglu="absent", swigloo=True), "config.json: `swiglu` is missing"),
-    "range": (fields(num_layers=0), "config.json: MegalodonConfig: `num_layers` must be a positive integer"),
-    "kind": (fields(swiglu=1), "config.json: MegalodonConfig: `swiglu` must be True or False, got 1"),
-    "released": (fields(model={}), "config.json: is that of a folder of the released code; .*load_official reads it"),
-    "too large": (fields(num_layers=10**9), "config.json: a model of this configuration takes [0-9,.]+ GiB of memory, and"),
-    "layers": (fields(num_layers=3), "model.safetensors: must hold the parameters of config.json; 'layers.2.mega.gamma' is missing"),
-    "fewer layers": (fields(num_layers=1), "model.safetensors: must hold the parameters of config.json; 'layers.1.mega.beta' is none of them"),
-    "width": (fields(ffn_hidden_dim=41), r"model.safetensors: `layers.0.nffn.fc1.weight` must be .* of shape \(41, 32\), got torch.float32 \(40, 32\)"),
-    "no weights": (lambda f: (f / "model.safetensors").unlink(), "model.safetensors: no such file"),
-    "both": (lambda f: (f / "model.safetensors.index.json").write_text("{}"), "holds both model.safetensors and model.safetensors.index.json"),
-    "cut": (lambda f: os.truncate(f / "model.safetensors", 9000), "model.safetensors: "),
-    "huge": (lambda f: os.truncate(f / "model.safetensors", 1 << 40), "model.safetensors: "),
-    "empty": (lambda f: (f / "model.safetensors").write_bytes(b""), "model.safetensors: "),
-    "huge header": (lambda f: (f / "model.safetensors").write_bytes(struct.pack("<Q", 2**62)), "model.safetensors: "),
-    "nan": (tensors(embed__weight=torch.full((31, 32), float("nan"))), "model.safetensors: `embed.weight` must be finite as torch.float32"),
-    "integers": (tensors(embed__weight=torch.zeros(31, 32).int()), "model.safetensors: `embed.weight` must be floating-point numbers of shape .*, got torch.int32"),
-    "one more": (tensors(x=ONE), "model.safetensors: must hold the parameters of config.json; 'x' is none of them"),
-    "odd name": (tensors(**{"x\x1b[1m": ONE}), r"model.safetensors: must hold the parameters of config.json; 'x\\x1b\[1m' is none"),
-    "one less": (tensors(embed__weight=None), "model.safetensors: must hold the parameters of config.json; 'embed.weight' is missing"),
-    "path": (index(**{"embed.weight": "../model-00001-of-00002.safetensors"}), r"index.json: files must be named as .*, got '../model-000"),
-    "absolute": (index(**{"embed.weight": "/etc/passwd"}), "index.json: files must be named as .*, got '/etc/passwd'"),
-    "no file": (index(**{"embed.weight": "model-00009-of-00002.safetensors"}), "model-00009-of-00002.safetensors: no such file"),
-}  # fmt: skip
+def weights_file(change):
+    return lambda folder: change(folder / "model.safetensors")
 
 
-@pytest.mark.parametrize("kind", FAULTS)
-def test_faults_are_one_line(tmp_path, kind):
-    spoil, message = FAULTS[kind]
+ONE, NAN, FIRST = torch.ones(1), torch.full((31, 32), float("nan")), "embed.weight"
+MUST_HOLD = "model.safetensors: must hold the parameters of config.json;"
+SHAPE = r"model.safetensors: `layers.0.nffn.fc1.weight` must be .* of shape \(41, 32\), got torch.float32 \(40, 32\)"
+NAMED = "index.json: files must be named as .*, got"
+FAULTS = [
+    (fields(model_type="llama"), "config.json: `model_type` must be \"megalodon\", got 'llama'"),
+    (fields(format=2), "config.json: `format` must be 1, got 2: a newer megalodon_ops wrote it"),
+    (fields(format=True), "config.json: `format` must be 1, got True"),
+    (fields(dtype="int8"), "config.json: `dtype` must be one of float32, .*, got 'int8'"),
+    (fields(dtype=[]), "config.json: `dtype` must be one of"),
+    (fields(norm_eps="absent"), "config.json: `norm_eps` is missing"),
+    (fields(swiglu="absent", swigloo=True), "config.json: `swiglu` is missing"),
+    (fields(num_layers=0), "config.json: MegalodonConfig: `num_layers` must be a positive integer"),
+    (fields(swiglu=1), "config.json: MegalodonConfig: `swiglu` must be True or False, got 1"),
+    (fields(model={}), "config.json: is that of a folder of the released code; .*load_official reads it"),
+    (fields(num_layers=10**9), "config.json: a model of this configuration takes [0-9,.]+ GiB of memory, and"),
+    (fields(num_layers=3), f"{MUST_HOLD} 'layers.2.mega.gamma' is missing"),
+    (fields(num_layers=1), f"{MUST_HOLD} 'layers.1.mega.beta' is none of them"),
+    (fields(ffn_hidden_dim=41), SHAPE),
+    (weights_file(Path.unlink), "model.safetensors: no such file"),
+    (
+        lambda f: (f / "model.safetensors.index.json").write_text("{}"),
+        "holds both model.safetensors and model.safetensors.i",
+    ),
+    (weights_file(lambda path: os.truncate(path, 9000)), "model.safetensors: "),
+    (weights_file(lambda path: os.truncate(path, 1 << 40)), "model.safetensors: "),
+    (weights_file(lambda path: path.write_bytes(b"")), "model.safetensors: "),
+    (weights_file(lambda path: path.write_bytes(struct.pack("<Q", 2**62))), "model.safetensors: "),
+    (tensors(embed__weight=NAN), "model.safetensors: `embed.weight` must be finite as torch.float32"),
+    (tensors(embed__weight=NAN.int()), "`embed.weight` must be floating-point numbers of shape .*, got torch.int32"),
+    (tensors(x=ONE), f"{MUST_HOLD} 'x' is none of them"),
+    (tensors(**{"x\x1b[1m": ONE}), rf"{MUST_HOLD} 'x\\x1b\[1m' is none"),
+    (tensors(embed__weight=None), f"{MUST_HOLD} 'embed.weight' is missing"),
+    (index(**{FIRST: "../model-00001-of-00002.safetensors"}), f"{NAMED} '../model-000"),
+    (index(**{FIRST: "/etc/passwd"}), f"{NAMED} '/etc/passwd'"),
+    (index(**{FIRST: "model-00009-of-00002.safetensors"}), "model-00009-of-00002.safetensors: no such file"),
+]
+
+
+@pytest.mark.parametrize(("spoil", "message"), FAULTS)
+def test_faults_are_one_line(tmp_path, spoil, message):
     folder = tmp_path / "m"
     tiny_model(torch.float32).save(folder)
     spoil(folder)
@@ -332,9 +334,8 @@ def test_a_subclass_loads_itself(tmp_path):
 
 def test_reset_parameters_after_to_empty():
     """A model from `meta` is initialised as any other, in every parameter of every module."""
-    config = mo.MegalodonConfig(
-        **{**TINY, "model_dim": 256, "vocab_size": 300}, rescale_nffn=True, swiglu=True, share_emb=True
-    )
+    sizes = TINY | {"model_dim": 256, "vocab_size": 300}
+    config = mo.MegalodonConfig(**sizes, rescale_nffn=True, swiglu=True, share_emb=True)
     torch.manual_seed(0)
     plain = mo.Megalodon(config)
     with torch.device("meta"):

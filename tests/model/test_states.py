@@ -183,7 +183,9 @@ def test_a_state_is_a_pytree_of_tensors_that_pickles(state):
     buffer = io.BytesIO()
     torch.save(state, buffer)
     buffer.seek(0)
-    assert_equal(torch.load(buffer, weights_only=True), state)
+    loaded = torch.load(buffer, weights_only=True)
+    assert isinstance(loaded, mo.MegalodonState)
+    assert_equal(loaded, state)
 
 
 @pytest.mark.slow

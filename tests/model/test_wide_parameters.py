@@ -1,11 +1,11 @@
 """Parameters that stay float32 in 16-bit models, and errors of wrong calls that say why."""
 
 import copy
-import io
+from functools import partial
 
 import pytest
 import torch
-from assertions import assert_refuses
+from assertions import assert_refuses, every_case
 from models import TINY, tiny_model, tokens_of
 
 import megalodon_ops as mo
@@ -64,24 +64,6 @@ def test_the_error_of_a_16_bit_parameter_names_wide_parameters():
         model(tokens_of(1, 5))
 
 
-def test_saved_states_load_with_weights_only():
-    model = tiny_model(torch.float32)
-    _, state = model(tokens_of(2, 5), return_state=True)
-    file = io.BytesIO()
-    torch.save(state.detach(), file)
-    file.seek(0)
-    loaded = torch.load(file, weights_only=True)
-    assert isinstance(loaded, mo.MegalodonState)
-    assert torch.equal(model(tokens_of(2, 3), state=loaded), model(tokens_of(2, 3), state=state))
-
-
-def test_the_model_runs_on_the_meta_device():
-    with torch.device("meta"):
-        model = mo.Megalodon(mo.MegalodonConfig(**TINY))
-        logits, state = model(torch.zeros(2, 20, dtype=torch.long), return_state=True)
-    assert logits.is_meta and logits.shape == (2, 20, TINY["vocab_size"]) and state.norm.count.is_meta
-
-
 def test_torch_func_is_refused():
     zeros = torch.zeros(2, 8)
     with pytest.raises(NotImplementedError, match="timestep_norm: .*torch.func"):
@@ -103,36 +85,22 @@ def test_tokens_of_a_wrong_kind_are_refused(tokens):
     assert_refuses((TypeError, ValueError), "Megalodon", "tokens", lambda: tiny_model(torch.float32)(tokens))
 
 
-def states():
-    q = torch.randn(1, 5, 1, 4)
-    _, attention = mo.chunked_attention(q, q, q, chunk_size=4, return_state=True)
-    _, norm = mo.timestep_norm(torch.randn(1, 5, 4), *torch.zeros(2, 4), num_groups=2, return_state=True)
-    return q, attention, norm
-
-
-@pytest.mark.parametrize("field", ["k", "v", "position"])
-def test_an_attention_state_must_be_whole(field):
-    q, state, _ = states()
-    call = lambda: mo.chunked_attention(q, q, q, chunk_size=4, state=state._replace(**{field: None}))  # noqa: E731
-    assert_refuses(ValueError, "chunked_attention", f"state.{field}", call)
-
-
-@pytest.mark.parametrize("field", ["count", "mean", "var"])
-def test_a_norm_state_must_be_whole(field):
-    _, _, state = states()
-    broken = state._replace(**{field: None})
-    call = lambda: mo.timestep_norm(torch.randn(1, 2, 4), *torch.zeros(2, 4), num_groups=2, state=broken)  # noqa: E731
-    assert_refuses(ValueError, "timestep_norm", f"state.{field}", call)
-
-
-@pytest.mark.parametrize("wrong", [(), (1,), [1, 2, 3], {"count": 1}, 5, "state"], ids=repr)
-def test_a_state_of_another_kind_is_refused(wrong):
-    q, _, _ = states()
-    norm = lambda: mo.timestep_norm(torch.randn(1, 2, 4), *torch.zeros(2, 4), num_groups=2, state=wrong)  # noqa: E731
-    assert_refuses(TypeError, "timestep_norm", "state", norm)
-    assert_refuses(
-        TypeError, "chunked_attention", "state", lambda: mo.chunked_attention(q, q, q, chunk_size=4, state=wrong)
-    )
+def test_states_must_be_whole_and_of_their_ops():
+    q, x, zeros = torch.randn(1, 5, 1, 4), torch.randn(1, 5, 4), torch.zeros(2, 4)
+    ops = {
+        "chunked_attention": partial(mo.chunked_attention, q, q, q, chunk_size=4),
+        "timestep_norm": partial(mo.timestep_norm, x, *zeros, num_groups=2),
+    }
+    with every_case() as case:
+        for name, op in ops.items():
+            _, state = op(return_state=True)
+            for field in state._fields[:3]:
+                with case(name, field):
+                    broken = state._replace(**{field: None})
+                    assert_refuses(ValueError, name, f"state.{field}", lambda: op(state=broken))  # noqa: B023
+            for wrong in ((), (1,), [1, 2, 3], {"count": 1}, 5, "state"):
+                with case(name, wrong):
+                    assert_refuses(TypeError, name, "state", lambda: op(state=wrong))  # noqa: B023
 
 
 @pytest.mark.parametrize("norm", [layer_norm, rms_norm])

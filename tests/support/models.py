@@ -8,6 +8,14 @@ TINY = dict(num_layers=2, model_dim=32, z_dim=16, value_dim=24, num_heads=2, ffn
 TINY |= dict(chunk_size=8, vocab_size=31, norm_num_groups=4)
 SMALLEST = dict(num_layers=1, model_dim=4, z_dim=2, value_dim=2, ffn_hidden_dim=2, cema_ndim=1, chunk_size=2)
 SMALLEST |= dict(vocab_size=9, norm_num_groups=1)
+SAVED = {
+    "plain": {},
+    "gated, rescaled": dict(swiglu=True, rescale_nffn=True, scale_emb=True),
+    "shared": dict(share_emb=True),
+    "no affine norms": dict(norm_affine=False, output_size=29),
+    "other base": dict(rope_base=1e5, norm_eps=1e-3),
+}
+"""Configurations that files must hold"""
 
 
 def tiny_model(dtype=torch.float64, **overrides) -> mo.Megalodon:
