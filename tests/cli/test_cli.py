@@ -9,7 +9,7 @@ import sys
 from paths import ROOT
 import pytest
 import torch
-from command_line import rows, shell
+from command_line import assert_refused, error_of, refusals, rows, shell
 from programs import run_python
 
 import megalodon_ops
@@ -172,117 +172,86 @@ def test_commands_find_the_whole_package(at_an_import):
     assert at_an_import("megalodon_ops.cli", show, *shell("info")).stdout == "True\n"
 
 
-ERRORS = {
-    "missing text": (["train", "--data", "{tmp}/missing"], "missing: no such file or folder"),
-    "empty text": (["train", "--data", "{tmp}/empty"], "empty: the file is empty"),
-    "glob": (["train", "--glob", ""], "--glob: must be a pattern of file names such as '*.py', got ''"),
-    "glob alone": (["train", "--glob", "*.py"], "--glob: chooses among the files of folders, and none is named"),
-    "no match": (["train", "--data", "{text}", "--glob", "*.c"], "{text}: no file in this folder matches *.c"),
-    "eval glob": (["eval", "--checkpoint", "{run}", "--glob", "*"], "--glob: chooses among the files of folders, and none"),
-    "config's key": (["train", "--config", "{tmp}/key"], "--config {tmp}/key: not an option of a run: 'layer'; did you mean layers?"),
-    "config's value": (["train", "--config", "{tmp}/value"], "--config {tmp}/value: --steps: must be a whole number, got 'many'"),
-    "no config": (["train", "--config", "{tmp}/none"], "{tmp}/none: "),
-    "config that is no object": (["train", "--config", "{tmp}/one"], "error: --config {tmp}/one: "),
-    "config in another format": (["train", "--config", "{tmp}/x.yaml"], '; it must hold a JSON object of options, such as {"dim": 256}'),
-    "accumulate another number": (["train", "--resume", "--out", "{run}", "--accumulate", "2"], "--accumulate: the run in {run} has 1, got 2"),
-    "steps": (["train", "--steps", "0"], "--steps: must be a whole number >= 1, got '0'"),
-    "two ends": (["train", "--steps", "3", "--minutes", "1"], "--steps: cannot be combined with --minutes"),
-    "minutes": (["train", "--minutes", "nan"], "--minutes: must be a number > 0.0, got 'nan'"),
-    "resume another context length": (["train", "--resume", "--out", "{run}", "--context-length", "9"], "--context-length: the run in {run} has 192, got 9"),
-    "unknown flag": (["train", "--stops", "3"], "train: error: unrecognized arguments: --stops 3; did you mean --steps?"),
-    "another's flag": (["train", "--epochs", "3"], "--epochs 3; python -m megalodon_ops train --help says what there is"),
-    "no flag": (["eval", "--checkpoint", "{run}", "book.txt"], "eval: error: unrecognized arguments: book.txt; python -m"),
-    "before the command": (["--steps", "3", "train"], "error: "),
-    "two bytes": (["train", "--data", "{tmp}/one"], "error: {tmp}/one: must have at least 2 bytes, one to learn and"),
-    "out in the text": (["train", "--data", "{text}", "--out", "{text}/run"], "--out {text}/run: lies in {text}, so that what"),
-    "out without a name": (["train", "--out", ""], "--out: must name a file or a folder, got ''"),
-    "no out": (["train", "--out", "/proc/none"], "--out /proc/none: cannot create the folder: No such file"),
-    "card": (["train", "--device", "cuda:99"], "--device cuda:99: "),
-    "mps": (["train", "--device", "mps"], "--device mps: must be cpu, cuda or one card, such as cuda:1; there are no kernels"),
-    "preset's groups": (["train", "--dim", "42"], "--norm-groups: must be a divisor of --dim = 42, got 8."),
-    "heads": (["train", "--z-dim", "33"], "--z-dim: must be a multiple of 2 * --heads = 2, got 33."),
-    "eval batch": (["eval", "--checkpoint", "{run}", "--batch", "9999999999"], "--batch: must be a whole number <= 2147483647"),
-    "top-k": (["generate", "--checkpoint", "{run}", "--top-k", "9999999999"], "--top-k: must be a whole number <= 2147483647"),
-    "samples": (["generate", "--checkpoint", "{run}", "--samples", "999999999"], "--samples: the state of 999,999,999 samples takes "),
-    "prompt folder": (["generate", "--checkpoint", "{run}", "--prompt-file", "{tmp}"], "--prompt-file {tmp}: Is a directory"),
-    "abbreviation": (["train", "--step", "3"], "unrecognized arguments: --step 3"),
-    "unknown preset": (["train", "--preset", "huge"], "argument --preset: invalid choice: 'huge'"),
-    "config": (["train", "--dim", "33"], "--norm-groups: must be a divisor of --dim = 33"),
-    "device": (["train", "--device", "abacus"], "--device abacus"),
-    "meta device": (["train", "--device", "meta"], "--device meta: must be cpu, cuda or one card, such as cuda:1"),
-    "out is a file": (["train", "--data", "{text}", "--out", "{tmp}/empty"], "--out {tmp}/empty: a file; name a folder"),
-    "out holds a run": (["train", "--out", "{run}"], "holds a run already; continue it with --resume"),
-    "resume nothing": (["train", "--resume", "--out", "{tmp}/missing"], "--resume {tmp}/missing: no such folder"),
-    "resume no checkpoint": (["train", "--resume", "--out", "{tmp}"], "--resume {tmp}: no complete checkpoint"),
-    "resume without out": (["train", "--resume"], "--resume: name the folder of the run with --out DIR"),
-    "resume another config": (["train", "--resume", "--out", "{run}", "--dim", "64"], "--dim: the run in {run} has 32"),
-    "resume another layer": (["train", "--resume", "--out", "{run}", "--no-swiglu"], "--swiglu: the run in {run} has"),
-    "resume another seed": (["train", "--resume", "--out", "{run}", "--seed", "7"], "--seed: the run in {run} has 0"),
-    "resume another text": (["train", "--resume", "--out", "{run}", "--data", __file__], "the text is not the one"),
-    "eval nothing": (["eval", "--checkpoint", "{tmp}/missing"], "--checkpoint {tmp}/missing: no such folder"),
-    "eval no checkpoint": (["eval", "--checkpoint", "{tmp}"], "--checkpoint {tmp}: no model in this folder"),
-    "eval empty text": (["eval", "--checkpoint", "{run}", "--data", "{tmp}/empty"], "empty: the file is empty"),
-    "no checkpoint": (["generate"], "the following arguments are required: --checkpoint"),
-    "generate nothing": (["generate", "--checkpoint", "{tmp}/missing"], "no such folder"),
-    "endless prompt": (["generate", "--checkpoint", "{run}", "--prompt-file", "/dev/zero"], "--prompt-file /dev/zero: must have at most 100,000,000 bytes"),
-    "missing prompt": (["generate", "--checkpoint", "{run}", "--prompt-file", "{tmp}/none"], "--prompt-file {tmp}/none: No such file"),
-    "temperature": (["generate", "--checkpoint", "{run}", "--temperature", "-1"], "--temperature: must be a number >= 0.0"),
-    "mesh": (["plan", "--mesh", "rows=2"], "--mesh: must be sizes of data, chunk and tensor such as data=2,chunk=2, got 'rows=2'"),
-    "planned batch": (["plan", "--mesh", "data=2", "--batch", "3"], "--batch: must be a multiple of the mesh's data = 2, got 3"),
-    "planned types": (["plan", "--param-dtype", "bfloat16", "--dtype", "float32"], "--param-dtype: must be float32, or `dtype` without"),
-    "unknown command": (["fly"], "invalid choice: 'fly'"),
-    "a slip in a command": (["trian"], "); did you mean train?"),
-    "a slip in a choice": (["train", "--preset", "mega1.3b"], "); did you mean mega1.3B?"),
-}  # fmt: skip
+ERRORS = """
+    train --data {tmp}/missing => missing: no such file or folder
+    train --data {tmp}/empty => empty: the file is empty
+    train --glob '' => --glob: must be a pattern of file names such as '*.py', got ''
+    train --glob *.py => --glob: chooses among the files of folders, and none is named
+    train --data {text} --glob *.c => {text}: no file in this folder matches *.c
+    eval --checkpoint {run} --glob * => --glob: chooses among the files of folders, and none
+    train --config {tmp}/key => --config {tmp}/key: not an option of a run: 'layer'; did you mean layers?
+    train --config {tmp}/value => --config {tmp}/value: --steps: must be a whole number, got 'many'
+    train --config {tmp}/none => {tmp}/none:
+    train --config {tmp}/one => error: --config {tmp}/one:
+    train --config {tmp}/x.yaml => ; it must hold a JSON object of options, such as {"dim": 256}
+    train --resume --out {run} --accumulate 2 => --accumulate: the run in {run} has 1, got 2
+    train --steps 0 => --steps: must be a whole number >= 1, got '0'
+    train --steps 3 --minutes 1 => --steps: cannot be combined with --minutes
+    train --minutes nan => --minutes: must be a number > 0.0, got 'nan'
+    train --resume --out {run} --context-length 9 => --context-length: the run in {run} has 192, got 9
+    train --stops 3 => train: error: unrecognized arguments: --stops 3; did you mean --steps?
+    train --epochs 3 => --epochs 3; python -m megalodon_ops train --help says what there is
+    eval --checkpoint {run} book.txt => eval: error: unrecognized arguments: book.txt; python -m
+    --steps 3 train => error:
+    train --data {tmp}/one => error: {tmp}/one: must have at least 2 bytes, one to learn and
+    train --data {text} --out {text}/run => --out {text}/run: lies in {text}, so that what
+    train --out '' => --out: must name a file or a folder, got ''
+    train --out /proc/none => --out /proc/none: cannot create the folder: No such file
+    train --device cuda:99 => --device cuda:99:
+    train --device mps => --device mps: must be cpu, cuda or one card, such as cuda:1; there are no kernels
+    train --dim 42 => --norm-groups: must be a divisor of --dim = 42, got 8.
+    train --z-dim 33 => --z-dim: must be a multiple of 2 * --heads = 2, got 33.
+    eval --checkpoint {run} --batch 9999999999 => --batch: must be a whole number <= 2147483647
+    generate --checkpoint {run} --top-k 9999999999 => --top-k: must be a whole number <= 2147483647
+    generate --checkpoint {run} --samples 999999999 => --samples: the state of 999,999,999 samples takes
+    generate --checkpoint {run} --prompt-file {tmp} => --prompt-file {tmp}: Is a directory
+    train --step 3 => unrecognized arguments: --step 3
+    train --preset huge => argument --preset: invalid choice: 'huge'
+    train --device abacus => --device abacus
+    train --device meta => --device meta: must be cpu, cuda or one card, such as cuda:1
+    train --data {text} --out {tmp}/empty => --out {tmp}/empty: a file; name a folder
+    train --out {run} => holds a run already; continue it with --resume
+    train --resume --out {tmp}/missing => --resume {tmp}/missing: no such folder
+    train --resume --out {tmp} => --resume {tmp}: no complete checkpoint
+    train --resume => --resume: name the folder of the run with --out DIR
+    train --resume --out {run} --dim 64 => --dim: the run in {run} has 32
+    train --resume --out {run} --no-swiglu => --swiglu: the run in {run} has
+    train --resume --out {run} --seed 7 => --seed: the run in {run} has 0
+    train --resume --out {run} --data {here} => the text is not the one
+    eval --checkpoint {tmp}/missing => --checkpoint {tmp}/missing: no such folder
+    eval --checkpoint {tmp} => --checkpoint {tmp}: no model in this folder
+    eval --checkpoint {run} --data {tmp}/empty => empty: the file is empty
+    generate => the following arguments are required: --checkpoint
+    generate --checkpoint {tmp}/missing => no such folder
+    generate --checkpoint {run} --prompt-file /dev/zero => --prompt-file /dev/zero: must have at most 100,000,000 bytes
+    generate --checkpoint {run} --prompt-file {tmp}/none => --prompt-file {tmp}/none: No such file
+    generate --checkpoint {run} --temperature -1 => --temperature: must be a number >= 0.0
+    plan --mesh rows=2 => --mesh: must be sizes of data, chunk and tensor such as data=2,chunk=2, got 'rows=2'
+    plan --mesh data=2 --batch 3 => --batch: must be a multiple of the mesh's data = 2, got 3
+    plan --param-dtype bfloat16 --dtype float32 => --param-dtype: must be float32, or `dtype` without
+    fly => invalid choice: 'fly'
+    trian => ); did you mean train?
+    train --preset mega1.3b => ); did you mean mega1.3B?
+"""
 
 
-@pytest.mark.parametrize("name", ERRORS)
-def test_one_line_and_exit_code_2(name, finished, text, tmp_path, monkeypatch, capsys):
-    def fill(word):
-        for key, path in {"tmp": tmp_path, "run": finished, "text": text}.items():
-            word = word.replace(f"{{{key}}}", str(path))
-        return word
-
-    arguments, message = ERRORS[name]
+@refusals(ERRORS)
+def test_one_line_and_exit_code_2(command, words, finished, text, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    for file, content in {
-        "empty": "",
-        "one": "x",
-        "key": '{"layer": 3}',
-        "value": '{"steps": "many"}',
-        "x.yaml": "dim: 256",
-    }.items():
-        (tmp_path / file).write_text(content)
+    files = {"empty": "", "one": "x", "key": '{"layer": 3}', "value": '{"steps": "many"}', "x.yaml": "dim: 256"}
+    for name, content in files.items():
+        (tmp_path / name).write_text(content)
     before = rows(finished)
-    try:
-        code = main([fill(word) for word in arguments])
-    except SystemExit as stop:  # argparse leaves this way
-        code = stop.code
-    out, err = capsys.readouterr()
-    assert code == 2
-    assert fill(message) in err
-    assert err.startswith("megalodon_ops") and err.count("\n") == 1 and out == ""
+    assert_refused(capsys, command, words, tmp=tmp_path, run=finished, text=text, here=__file__)
     assert rows(finished) == before
 
 
-@pytest.mark.parametrize(
-    "flags",
-    [
-        ["--dim", 10**9],
-        ["--batch", 10**12],
-        ["--length", 10**20],
-        ["--layers", 10**8],
-        ["--cema-ndim", 10**6, "--batch", 10**4],
-        ["--steps", "1" + "0" * 400],
-        ["--vocab", 3],
-    ],
-    ids=lambda flags: f"{flags[0]} {str(flags[1])[:12]}",
-)
+TOO_LARGE = [f"--dim {10**9}", f"--batch {10**12}", f"--length {10**20}", f"--layers {10**8}", "--vocab 3"]
+TOO_LARGE += [f"--cema-ndim {10**6} --batch {10**4}", f"--steps 1{'0' * 400}"]
+
+
+@pytest.mark.parametrize("flags", TOO_LARGE, ids=lambda flags: flags[:22])
 def test_models_beyond_any_memory_are_refused_in_one_line(flags, text, tmp_path, capsys):
-    small = ["--dim", "32", "--norm-groups", "4", "--batch", "3", "--length", "24"]
-    try:
-        code = main(["train", "--data", str(text), "--out", str(tmp_path / "run"), *small, *map(str, flags)])
-    except SystemExit as error:
-        code = error.code
-    err = capsys.readouterr().err
-    assert code == 2 and err.count("\n") == 1 and "error" in err and len(err) < 300
+    small = "--dim 32 --norm-groups 4 --batch 3 --length 24".split()
+    line = error_of(capsys, "train", "--data", text, "--out", tmp_path / "run", *small, *flags.split())
+    assert "error" in line and len(line) < 300

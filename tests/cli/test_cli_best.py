@@ -5,7 +5,7 @@ import shutil
 
 import pytest
 import torch
-from command_line import train
+from command_line import lines_of, output, train
 from killed import COUNTS, killed_at
 
 from megalodon_ops import Megalodon
@@ -54,18 +54,16 @@ def test_the_best_is_kept_beside_the_newest_and_named_at_the_end(text, tmp_path,
     assert main([*resume, "8"]) == 0
     assert best_of_run(tmp_path) == Best(2.0, 4), "a resumed run knows the figure"
     figures(1.9)
-    assert main([*resume, "9"]) == 0
+    assert "held-out text: step 9, 1.900" in output(capsys, *resume, "9")
     assert_best(tmp_path, 1.9, 9)
-    assert "held-out text: step 9, 1.900" in capsys.readouterr().out
 
 
 def test_eval_and_generate_take_it(finished, capsys):
     best = best_of_run(finished)
-    assert main(["eval", "--checkpoint", str(finished / "best")]) == 0
-    out = capsys.readouterr().out
+    out = output(capsys, "eval", "--checkpoint", finished / "best")
     assert f"step {best.step}\n" in out
     assert float(out.splitlines()[-1].split()[0]) == pytest.approx(best.bits_per_byte, abs=2e-4)
-    assert main(["generate", "--checkpoint", str(finished / "best"), "--prompt", "import ", "--tokens", "5"]) == 0
+    output(capsys, "generate", "--checkpoint", finished / "best", "--prompt", "import ", "--tokens", 5)
 
 
 @pytest.mark.parametrize("call", ["fsync", "rename", "mkdir"])
@@ -98,7 +96,7 @@ def test_a_full_disk_leaves_the_best_before(text, tmp_path, figures, capfd, file
     resume = ["train", "--out", str(tmp_path), "--resume", *map(str, flags), "4"]
     with file_size_limit(size - 1):
         assert main(resume) == 2
-    (line,) = (line for line in capfd.readouterr().err.splitlines() if "step/s" not in line and line)
+    (line,) = lines_of(capfd.readouterr().err)
     assert line.startswith(f"megalodon_ops train: error: {tmp_path}/best: could not be written: ")
     assert best_of_run(tmp_path) == Best(3.0, 2) and not list(tmp_path.glob(".best*"))
     assert main(resume) == 0

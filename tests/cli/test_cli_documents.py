@@ -6,7 +6,7 @@ import random
 from collections import Counter
 
 import pytest
-from command_line import TINY
+from command_line import TINY, error_of, output
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -18,20 +18,21 @@ from megalodon_ops.cli.errors import CommandError
 from megalodon_ops.files import FileError
 
 TEXT = st.text(max_size=30)
+FAULTY = (
+    b'{ [1] 3 null "text" {"text":"a"}{"text":"b"} {} {"body":"a"} {"text":null} {"text":["a"]} {"TEXT":"a"}'.split()
+)
+FAULTY += [b'{"text": 5}', b'{"text": 1%s}' % (b"9" * 5000), b'{"text": "\xff"}', b"\xff\xfe", b"\0\0\0"]
+FAULTY += [b"[" * 20_000, b'{"a": ' * 5000]
 LINES = st.one_of(
     TEXT.map(lambda text: (json.dumps({"text": text}).encode(), text.encode() if text else "empty documents")),
-    TEXT.map(lambda text: (json.dumps({"id": [1], "text": text + "x"}, ensure_ascii=False).encode(), (text + "x").encode())),
-    st.sampled_from(["", " ", "\t \r"]).map(lambda blank: (blank.encode(), None)),
-    st.sampled_from(
-        [b"{", b"[1]", b"3", b"null", b'"text"', b"\xff\xfe", b'{"text": "\xff"}', b'{"text": 1' + b"9" * 5000 + b"}",
-         b"[" * 20_000, b'{"a": ' * 5000, b'{"text": "a"} {"text": "b"}', b"\0\0\0"]
-    ).map(lambda line: (line, "lines without a text 'text'")),
-    st.sampled_from([b"{}", b'{"body": "a"}', b'{"text": null}', b'{"text": ["a"]}', b'{"TEXT": "a"}', b'{"text": 5}']).map(
-        lambda line: (line, "lines without a text 'text'")
+    TEXT.map(
+        lambda text: (json.dumps({"id": [1], "text": f"{text}x"}, ensure_ascii=False).encode(), f"{text}x".encode())
     ),
+    st.sampled_from(["", " ", "\t \r"]).map(lambda blank: (blank.encode(), None)),
+    st.sampled_from(FAULTY).map(lambda line: (line, "lines without a text 'text'")),
     st.just((rb'{"text": "a \ud800 b"}', "a \ufffd b".encode())),
     st.just((rb'{"text": "\ud83d\ude00"}', "\U0001f600".encode())),
-)  # fmt: skip
+)
 
 
 @given(lines=st.lists(LINES, max_size=12), size=st.integers(1, 300), ends=st.booleans())
@@ -96,10 +97,7 @@ def write_parquet(path, texts=TEXTS, **options):
 
 
 def zstd():
-    pytest.importorskip("compression.zstd" if reading.sys.version_info >= (3, 14) else "backports.zstd")
-    return reading.importlib.import_module(
-        "compression.zstd" if reading.sys.version_info >= (3, 14) else "backports.zstd"
-    )
+    return pytest.importorskip("compression.zstd" if reading.sys.version_info >= (3, 14) else "backports.zstd")
 
 
 def write_lines(path, texts=TEXTS):
@@ -125,17 +123,10 @@ def test_every_kind_of_file_gives_the_same_documents(tmp_path, name):
 
 def test_columns_of_other_types(tmp_path):
     pyarrow, parquet = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
-    kinds = {
-        "large": pyarrow.large_string(),
-        "bytes": pyarrow.binary(),
-        "coded": pyarrow.dictionary(pyarrow.int32(), pyarrow.string()),
-    }
-    for name, kind in kinds.items():
-        parquet.write_table(
-            pyarrow.table({"text": pyarrow.array(["a", "b", "a"], pyarrow.string()).cast(kind)}),
-            tmp_path / f"{name}.parquet",
-        )
-        assert load_documents([tmp_path / f"{name}.parquet"]) == [b"a", b"b", b"a"], name
+    path, texts = tmp_path / "a.parquet", pyarrow.array(["a", "b", "a"], pyarrow.string())
+    for kind in (pyarrow.large_string(), pyarrow.binary(), pyarrow.dictionary(pyarrow.int32(), pyarrow.string())):
+        parquet.write_table(pyarrow.table({"text": texts.cast(kind)}), path)
+        assert load_documents([path]) == [b"a", b"b", b"a"], kind
 
 
 def test_damaged_and_wrong_files_are_named(tmp_path):
@@ -153,9 +144,11 @@ def test_damaged_and_wrong_files_are_named(tmp_path):
 
 
 BINARY = {
-    "a.png": b"\x89PNG\r\n\x1a\n" + bytes(10), "a.gz": gzip.compress(b"to be or not to be, that is the question"),
-    "a.bin": random.Random(0).randbytes(500), "a.txt": "to be".encode("utf-16"),
-}  # fmt: skip
+    "a.png": b"\x89PNG\r\n\x1a\n" + bytes(10),
+    "a.gz": gzip.compress(b"to be or not to be, that is the question"),
+    "a.bin": random.Random(0).randbytes(500),
+    "a.txt": "to be".encode("utf-16"),
+}
 
 
 @pytest.mark.parametrize("name", BINARY)
@@ -182,10 +175,9 @@ def test_commands_read_documents_from_fields(tmp_path, finished, quick, capsys):
     assert main(["train", "--data", *data, "--out", str(tmp_path / "run"), *TINY, "--steps", "2"]) == 0
     out, err = capsys.readouterr()
     assert " in 38 documents to learn from" in out and "skipped: lines without a text 'body' (1)" in err
-    assert main(["eval", "--checkpoint", str(tmp_path / "run")]) == 0
-    assert main(["eval", "--checkpoint", str(finished), "--data", *data]) == 0
-    assert ": 40 documents, " in capsys.readouterr().out
-    assert main(["tokenizer", "--tokenizer", str(tmp_path / "run" / "best"), *data]) == 0
-    assert "the text: 40 documents" in capsys.readouterr().out
-    assert main(["train", "--data", str(tmp_path / "a.jsonl"), "--out", str(tmp_path / "other")]) == 2
-    assert "no document; skipped: lines without a text 'text' (41); --field names another" in capsys.readouterr().err
+    output(capsys, "eval", "--checkpoint", tmp_path / "run")
+    assert ": 40 documents, " in output(capsys, "eval", "--checkpoint", finished, "--data", *data)
+    tokenizer = ["--tokenizer", tmp_path / "run" / "best"]
+    assert "the text: 40 documents" in output(capsys, "tokenizer", *tokenizer, *data)
+    words = "no document; skipped: lines without a text 'text' (41); --field names another"
+    assert words in error_of(capsys, "train", "--data", tmp_path / "a.jsonl", "--out", tmp_path / "other")

@@ -4,6 +4,7 @@ import json
 
 import pytest
 import torch
+from command_line import assert_refused, refusals
 
 from megalodon_ops.cli import main
 from megalodon_ops.cli.models import trained_model
@@ -59,19 +60,10 @@ def test_json(finished, book, tmp_path, capsys):
     assert [bin["last"] for bin in seven["by_position"]] == [1, 2, 3, 4, 5, 6, 7]
 
 
-@pytest.mark.parametrize(
-    ("flags", "message"),
-    [
-        (["--context", "0"], "--context: must be a whole number >= 1, got '0'"),
-        (["--context", "most"], "--context: must be a whole number, or a word that --help names, got "),
-        (["--json", "{tmp}/none/x.json"], "--json {tmp}/none/x.json: no such folder: {tmp}/none"),
-    ],
-)
-def test_wrong_flags_are_reported_in_one_line_before_anything_is_computed(finished, tmp_path, capsys, flags, message):
-    try:
-        code = main(["eval", "--checkpoint", str(finished), *(flag.format(tmp=tmp_path) for flag in flags)])
-    except SystemExit as stop:
-        code = stop.code
-    said = capsys.readouterr()
-    assert code == 2 and said.out == "" and said.err.count("\n") == 1
-    assert message.format(tmp=tmp_path) in said.err
+@refusals("""
+    eval --checkpoint {run} --context 0 => --context: must be a whole number >= 1, got '0'
+    eval --checkpoint {run} --context most => --context: must be a whole number, or a word that --help names, got
+    eval --checkpoint {run} --json {tmp}/none/x.json => --json {tmp}/none/x.json: no such folder: {tmp}/none
+""")
+def test_wrong_flags_are_reported_in_one_line_before_anything_is_computed(finished, tmp_path, capsys, command, words):
+    assert_refused(capsys, command, words, run=finished, tmp=tmp_path)

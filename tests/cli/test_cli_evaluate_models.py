@@ -6,6 +6,7 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
+from command_line import error_of, output
 from models import tiny_model
 from released import save_released
 
@@ -80,8 +81,7 @@ def test_our_folder_on_tokens(book, bpe, tmp_path, capsys):
     found = figures(capsys, tmp_path, "--checkpoint", tmp_path / "own", "--data", book)
     assert found["all"]["tokens"] < 0.9 * found["all"]["num_bytes"]
     assert_figures(found, model, tokenizer, book.read_bytes())
-    assert main(["eval", "--checkpoint", str(tmp_path / "own"), "--data", str(book)]) == 0
-    line = capsys.readouterr().out.splitlines()[-1]
+    line = output(capsys, "eval", "--checkpoint", tmp_path / "own", "--data", book).splitlines()[-1]
     whole = found["all"]
     assert line == (
         f"{whole['bits_per_byte']:.4f} bits per byte, perplexity {whole['perplexity_per_byte']:.4f} per byte, "
@@ -96,8 +96,7 @@ def test_a_released_folder(book, bpe, tmp_path, capsys):
     save_released(model, folder, 2)
     found = figures(capsys, tmp_path, "--checkpoint", folder, "--data", book, "--tokenizer", bpe)
     assert_figures(found, model, tokenizer, book.read_bytes())
-    assert main(["eval", "--checkpoint", str(folder), "--data", str(book)]) == 2
-    assert "--tokenizer" in capsys.readouterr().err
+    assert "--tokenizer" in error_of(capsys, "eval", "--checkpoint", folder, "--data", book)
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of transformers, depending on the version
@@ -132,7 +131,6 @@ def test_the_precision_is_the_folders_or_the_flags(book, tmp_path, capsys):
 )
 def test_models_that_cannot_be_evaluated_are_reported_in_one_line(book, tmp_path, capsys, overrides, flags, message):
     model_of(ByteTokenizer(), **overrides).save(tmp_path / "own", tokenizer=ByteTokenizer())
-    assert main(["eval", "--checkpoint", str(tmp_path / "own"), *(flag.format(book=book) for flag in flags)]) == 2
-    *bar, line = capsys.readouterr().err.splitlines()
+    flags = (flag.format(book=book) for flag in flags)
+    line = error_of(capsys, "eval", "--checkpoint", tmp_path / "own", *flags, has_bar=True, prints=True)
     assert line.startswith("megalodon_ops eval: error: ") and message in line
-    assert all("B/s" in part or not part.strip() for part in bar)

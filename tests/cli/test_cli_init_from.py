@@ -2,7 +2,8 @@
 
 import pytest
 import torch
-from command_line import TINY, rows
+from command_line import TINY, assert_refused, error_of, evaluated_bits, output, refusals, rows
+from models import TINY as TINY_SIZES
 
 import megalodon_ops as mo
 from megalodon_ops.cli import main
@@ -11,12 +12,11 @@ from megalodon_ops.training import load_checkpoint
 
 pytestmark = pytest.mark.usefixtures("quick")
 
-FLAGS = ["--batch", "3", "--length", "24", "--steps", "2"]
+COMMAND = "train --init-from {source} --data {text} --out {out} --batch 3 --length 24 --steps 2"
 
 
 def init(source, data, out, *flags):
-    arguments = ["train", "--init-from", str(source), "--data", str(data), "--out", str(out), *FLAGS]
-    return main([*arguments, *map(str, flags)])
+    return main([*(word.format(source=source, text=data, out=out) for word in COMMAND.split()), *map(str, flags)])
 
 
 def first_weights(run):
@@ -45,11 +45,7 @@ def test_a_run_starts_from_the_weights_with_other_data_optimizer_and_rate(finish
 @pytest.mark.parametrize("kind", ["own", "bfloat16", "released", "best"])
 def test_every_kind_of_folder(finished, text, tmp_path, kind):
     source, dtype = tmp_path / kind, torch.bfloat16 if kind == "bfloat16" else torch.float32
-    config = mo.MegalodonConfig(
-        num_layers=1, model_dim=32, z_dim=16, value_dim=32, ffn_hidden_dim=32, chunk_size=8, norm_num_groups=4,
-        vocab_size=257,
-    )  # fmt: skip
-    model = mo.Megalodon(config).to(dtype)
+    model = mo.Megalodon(mo.MegalodonConfig(**TINY_SIZES | {"vocab_size": 257})).to(dtype)
     if kind == "released":
         mo.save_official(model, source, tokenizer=ByteTokenizer())
     elif kind == "best":
@@ -61,27 +57,24 @@ def test_every_kind_of_folder(finished, text, tmp_path, kind):
     torch.testing.assert_close(first_weights(tmp_path / "run"), wanted, rtol=0, atol=0)
 
 
-WRONG = {
-    "width": (["--dim", 64], "--dim: the model in {source} has 32, got 64; leave the flag out"),
-    "preset": (["--preset", "small"], "--preset: the model in {source} has a configuration of its own, got small; leave"),
-    "ends": (["--no-end-token"], "--end-token: the model in {source} has True, got False; leave the flag out"),
-    "sharing": (["--share-emb"], "--share-emb: the model in {source} has False, got True; leave the flag out"),
-    "tokenizer": (["--tokenizer", "{bpe}"], "--tokenizer: is of another tokenizer than the model in {source}"),
-    "no model": (["--init-from", "{bpe}"], "--init-from {bpe}: "),
-    "a resume": (["--resume", "--out", "{source}"], "--init-from: the run in {source} has None, got {source}; leave"),
-}  # fmt: skip
+WRONG = """
+    --dim 64 => --dim: the model in {source} has 32, got 64; leave the flag out
+    --preset small => --preset: the model in {source} has a configuration of its own, got small; leave
+    --no-end-token => --end-token: the model in {source} has True, got False; leave the flag out
+    --share-emb => --share-emb: the model in {source} has False, got True; leave the flag out
+    --tokenizer {bpe} => --tokenizer: is of another tokenizer than the model in {source}
+    --init-from {bpe} => --init-from {bpe}:
+    --resume --out {source} => --init-from: the run in {source} has None, got {source}; leave
+"""
 
 
-@pytest.mark.parametrize("name", WRONG)
-def test_contradictions_are_refused_by_name(finished, text, tmp_path, name, capsys):
+@refusals(WRONG)
+def test_contradictions_are_refused_by_name(finished, text, tmp_path, command, words, capsys):
     pytest.importorskip("tokenizers")
     bpe = tmp_path / "bpe.json"
     bpe.write_bytes(Tokenizer.train([b"to be or not to be, that is the question. " * 20], vocab_size=300).content)
-    flags, message = WRONG[name]
-    names = {"source": finished, "bpe": bpe}
-    assert init(finished, text, tmp_path / "run", *(str(flag).format(**names) for flag in flags)) == 2
-    (line,) = capsys.readouterr().err.splitlines()
-    assert message.format(**names) in line
+    paths = dict(source=finished, text=text, out=tmp_path / "run", bpe=bpe)
+    assert_refused(capsys, f"{COMMAND} {command}", words, **paths)
     assert not (tmp_path / "run").exists()
 
 
@@ -104,13 +97,11 @@ def test_flags_that_agree_are_taken(finished, text, tmp_path):
 def test_validation_is_evaluated_and_not_trained_on(text, tmp_path, capsys):
     held_out = text / "3.py"
     flags = ["--data", str(text), "--validation", str(held_out), "--out", str(tmp_path / "run"), *TINY, "--steps", "2"]
-    assert main(["train", *flags]) == 0
-    size = held_out.stat().st_size
-    assert " in 39 documents to learn from" in (out := capsys.readouterr().out) and f", {size:,} in 1 held out" in out
-    assert main(["eval", "--checkpoint", str(tmp_path / "run")]) == 0
+    out = output(capsys, "train", *flags)
+    assert " in 39 documents to learn from" in out and f", {held_out.stat().st_size:,} in 1 held out" in out
     last = rows(tmp_path / "run")[-1]["held_out_bits_per_byte"]
-    assert float(capsys.readouterr().out.splitlines()[-1].split()[0]) == pytest.approx(last, abs=2e-4)
-    assert main(["train", "--out", str(tmp_path / "run"), "--resume", "--validation", str(text / "4.py")]) == 2
-    assert "the text is not the one" in capsys.readouterr().err
-    assert main(["train", "--data", str(held_out), "--validation", str(held_out), "--out", str(tmp_path / "no")]) == 2
-    assert f"{held_out}: must have a document that is not in --validation" in capsys.readouterr().err
+    assert evaluated_bits(capsys, "--checkpoint", tmp_path / "run") == pytest.approx(last, abs=2e-4)
+    resume = ["train", "--out", tmp_path / "run", "--resume", "--validation", text / "4.py"]
+    assert "the text is not the one" in error_of(capsys, *resume)
+    wrong = error_of(capsys, "train", "--data", held_out, "--validation", held_out, "--out", tmp_path / "no")
+    assert f"{held_out}: must have a document that is not in --validation" in wrong

@@ -4,10 +4,10 @@ import re
 
 import pytest
 import torch
+from command_line import error_of, output
 from models import tiny_model
 
 from megalodon_ops import Megalodon, quantize
-from megalodon_ops.cli import main
 from megalodon_ops.tokenizers import ByteTokenizer
 
 pytestmark = pytest.mark.usefixtures("quick")
@@ -15,22 +15,21 @@ pytestmark = pytest.mark.usefixtures("quick")
 
 def test_a_run(finished, tmp_path, capsys):
     out = tmp_path / "small"
-    assert main(["quantize", str(finished), "--to", "int8", "--out", str(out), "--dtype", "bfloat16"]) == 0
-    figures = dict(re.findall(r"^ *(.+?)  +([\d.,]+ +[\d.,]+)", capsys.readouterr().out, re.M))
+    shown = output(capsys, "quantize", finished, "--to", "int8", "--out", out, "--dtype", "bfloat16")
+    figures = dict(re.findall(r"^ *(.+?)  +([\d.,]+ +[\d.,]+)", shown, re.M))
     (wide, small), bits, speeds = ([float(n.replace(",", "")) for n in figures[k].split()] for k in figures)
     assert [*figures] == ["megabytes", "bits per byte", "tokens a second"]
     assert 0.5 < small / wide < 0.8 and 0 < abs(bits[1] / bits[0] - 1) < 0.01 and min(speeds) > 0
     assert Megalodon.load(out).quantization == "int8" and Megalodon.load(out).embed.dtype == torch.bfloat16
-    assert main(["eval", "--checkpoint", str(out), "--data", __file__]) == 0
-    assert main(["generate", "--checkpoint", str(out), "--tokens", "3"]) == 0
+    output(capsys, "eval", "--checkpoint", out, "--data", __file__)
+    output(capsys, "generate", "--checkpoint", out, "--tokens", 3)
 
 
 def test_a_saved_model(tmp_path, capsys):
     model = tiny_model(torch.float32, vocab_size=257)
     model.save(tmp_path / "wide", tokenizer=ByteTokenizer())
-    command = ["quantize", str(tmp_path / "wide"), "--to", "int4", "--out"]
-    assert main([*command, str(tmp_path / "small")]) == 0
-    assert "bits per byte" not in capsys.readouterr().out
+    small = ["quantize", tmp_path / "wide", "--to", "int4", "--out", tmp_path / "small"]
+    assert "bits per byte" not in output(capsys, *small)
     tokens = torch.tensor([[1, 2, 3]])
     assert torch.equal(Megalodon.load(tmp_path / "small")(tokens), quantize(model, "int4")(tokens))
     lines, into = tmp_path / "lines.jsonl", ["--out", str(tmp_path / "measured")]
@@ -44,7 +43,6 @@ def test_a_saved_model(tmp_path, capsys):
         ("new", "small", "`model` must have floating-point weights, got one of int4"),
         ("new", "none", "error: .*/none: no such folder"),
     ):
-        command[1] = str(tmp_path / run)
-        assert main([*command, str(tmp_path / out)]) == 2
-        assert re.search(error, capsys.readouterr().err)
+        command = ["quantize", tmp_path / run, "--to", "int4", "--out", tmp_path / out]
+        assert re.search(error, error_of(capsys, *command))
     assert not (tmp_path / "new").exists()

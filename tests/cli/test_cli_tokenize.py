@@ -4,10 +4,11 @@ import gzip
 import json
 import os
 import shutil
+from functools import partial
 from pathlib import Path
 
 import pytest
-from command_line import TINY, rows, train
+from command_line import TINY, error_of, evaluated_bits, rows, train
 from killed import killed_at
 from programs import run_python
 
@@ -19,6 +20,8 @@ from megalodon_ops.training import Shards, load_checkpoint
 from megalodon_ops.training.shards import Index, shard_paths
 
 pytestmark = pytest.mark.usefixtures("quick")
+
+IS_TOKENS = "is a folder of tokens, which `train --data` reads; name text"
 
 
 def tokenize(out, *arguments):
@@ -185,44 +188,25 @@ def test_memory_does_not_grow_with_the_text(tmp_path):
 
 
 def test_one_line_and_exit_code_2(mixed, bpe, tmp_path, capsys):
-    def error(*arguments):
-        try:
-            code = main(["tokenize", *map(str, arguments)])
-        except SystemExit as stop:
-            code = stop.code
-        out, err = capsys.readouterr()
-        lines = [
-            line for line in err.splitlines() if line.strip() and "tokenizing" not in line and ": taking " not in line
-        ]
-        assert code == 2 and len(lines) == 1 and out == "", lines
-        return lines[0]
-
-    out = tmp_path / "tokens"
+    error, out, none = partial(error_of, capsys, "tokenize", has_bar=True), tmp_path / "tokens", tmp_path / "none"
     assert "the following arguments are required: --out" in error(mixed)
-    assert "error: " + str(tmp_path / "none") + ": no such file or folder" in error(tmp_path / "none", "--out", out)
-    assert "--tokenizer" in error(mixed, "--tokenizer", tmp_path / "none", "--out", out)
+    assert f"error: {none}: no such file or folder" in error(none, "--out", out)
+    assert "--tokenizer" in error(mixed, "--tokenizer", none, "--out", out)
     assert "--field: must be text, got ''" in error(mixed, "--field", "", "--out", out)
     assert "--shard-size: must be a whole number >= 1, got '0'" in error(mixed, "--shard-size", "0", "--out", out)
-    assert "no document in these files; skipped: lines without a text 'body' (2)" in error(
-        mixed / "c.ndjson", "--field", "body", "--out", out
-    )
+    words = "no document in these files; skipped: lines without a text 'body' (2)"
+    assert words in error(mixed / "c.ndjson", "--field", "body", "--out", out)
     assert not out.exists()
     out.mkdir()
     (out / ".user_file").write_text("a user's")
     (tmp_path / "blank.jsonl").write_text("\n \n")
     assert "no document in these files; they are blank" in error(tmp_path / "blank.jsonl", "--out", out)
-    assert contents(out) == {Path(".user_file"): b"a user's", Path(".lock"): b""}, (
-        "only the command's own files are removed"
-    )
+    assert contents(out) == {Path(".user_file"): b"a user's", Path(".lock"): b""}, "a user's files stay"
     assert f"--out {mixed}: holds other files, such as a.jsonl; name another folder" in error(mixed, "--out", mixed)
     assert tokenize(out, mixed / "c.ndjson") == 0
-    capsys.readouterr()
-    assert f"--out {out}: was begun with other files, flags or another tokenizer, or a file was changed since" in error(
-        mixed, "--out", out
-    )
-    assert f"error: {out}: is a folder of tokens, which `train --data` reads; name text" in error(
-        out, "--out", tmp_path / "x"
-    )
+    words = f"--out {out}: was begun with other files, flags or another tokenizer, or a file was changed since"
+    assert words in error(mixed, "--out", out)
+    assert f"error: {out}: {IS_TOKENS}" in error(out, "--out", tmp_path / "x")
     assert not (tmp_path / "x").exists()
 
 
@@ -273,19 +257,14 @@ def test_training_on_tokens_equals_training_on_text(text, bpe, tmp_path, kind, c
     flags = [] if kind == "bytes" else ["--tokenizer", bpe]
     assert tokenize(tmp_path / "tokens", text, *flags) == 0
     assert train(text, tmp_path / "from-text", "--steps", 8, "--eval-every", 4, *flags) == 0
-    before = capsys.readouterr().out
     assert train(tmp_path / "tokens", tmp_path / "whole", "--steps", 8, "--eval-every", 4) == 0
-    after = capsys.readouterr().out
     assert rows(tmp_path / "whole") == rows(tmp_path / "from-text")
-    split = "bytes in 38 documents to learn from"
-    assert split in before and split in after
+    assert capsys.readouterr().out.count("bytes in 38 documents to learn from") == 2
     found = load_checkpoint(tmp_path / "whole")
     assert found.tokenizer().fingerprint == Shards(tmp_path / "tokens").tokenizer.fingerprint
     assert found.record["data"]["fingerprint"] == Shards(tmp_path / "tokens").hold_out().fingerprint
-    capsys.readouterr()
-    assert main(["eval", "--checkpoint", str(tmp_path / "whole")]) == 0
-    bits = float(capsys.readouterr().out.splitlines()[-1].split()[0])
-    assert bits == pytest.approx(rows(tmp_path / "whole")[-1]["held_out_bits_per_byte"], abs=2e-4)
+    last = rows(tmp_path / "whole")[-1]["held_out_bits_per_byte"]
+    assert evaluated_bits(capsys, "--checkpoint", tmp_path / "whole") == pytest.approx(last, abs=2e-4)
 
 
 def test_a_run_on_tokens_resumes_to_equal_losses(text, bpe, tmp_path):
@@ -318,27 +297,16 @@ def test_wrong_data_for_training(text, bpe, tmp_path, capsys):
     tokens = tmp_path / "tokens"
     assert tokenize(tokens, text) == 0
 
-    def error(*arguments):
-        capsys.readouterr()
-        assert main([*map(str, arguments)]) == 2
-        err = capsys.readouterr().err
-        assert err.count("\n") == 1
-        return err
-
-    new = ["--out", tmp_path / "run", *TINY]
-    assert f"--tokenizer {bpe}: the tokens in {tokens} are from another tokenizer; leave the flag out" in error(
-        "train", "--data", tokens, "--tokenizer", bpe, *new
-    )
+    error, new = partial(error_of, capsys), ["--out", tmp_path / "run", *TINY]
+    words = f"--tokenizer {bpe}: the tokens in {tokens} are from another tokenizer; leave the flag out"
+    assert words in error("train", "--data", tokens, "--tokenizer", bpe, *new)
     assert f"--data {tokens}: holds tokens, so it must be named alone" in error("train", "--data", tokens, text, *new)
     assert "--glob: chooses among files of text" in error("train", "--data", tokens, "--glob", "*", *new)
     assert not (tmp_path / "run").exists()
-    assert f"{tokens}: is a folder of tokens, which `train --data` reads; name text" in error(
-        "tokenizer", "--train", "--vocab-size", 300, "--out", tmp_path / "x", tokens
-    )
+    new_tokenizer = ["tokenizer", "--train", "--vocab-size", 300, "--out", tmp_path / "x"]
+    assert f"{tokens}: {IS_TOKENS}" in error(*new_tokenizer, tokens)
     assert train(tokens, tmp_path / "run", "--steps", 1) == 0
-    assert f"error: {tokens}: is a folder of tokens, which `train --data` reads; name text" in error(
-        "eval", "--checkpoint", tmp_path / "run", "--data", tokens
-    )
+    assert f"error: {tokens}: {IS_TOKENS}" in error("eval", "--checkpoint", tmp_path / "run", "--data", tokens)
     assert tokenize(tmp_path / "others", text / "0.py", text / "1.py") == 0
     resume = ["train", "--resume", "--out", tmp_path / "run", "--steps", 2, "--data"]
     assert "--resume: the text is not the one this run was started with" in error(*resume, tmp_path / "others")

@@ -8,7 +8,7 @@ import sys
 
 import pytest
 import torch
-from command_line import quick_commands, rows, train
+from command_line import assert_refused, error_of, evaluated_bits, output, quick_commands, refusals, rows, train
 from released import save_released
 
 import megalodon_ops as mo
@@ -38,11 +38,6 @@ def run(text, bpe, tmp_path_factory):
     with quick_commands():
         assert train(text, out, "--steps", 40, "--eval-every", 20, "--tokenizer", bpe) == 0
     return out
-
-
-def output(capsys, *arguments):
-    assert main([*map(str, arguments)]) == 0
-    return capsys.readouterr().out
 
 
 def test_a_trained_tokenizer(text, bpe, tmp_path, capsys):
@@ -112,9 +107,8 @@ def test_a_run_without_end_tokens_resumes_without(text, tmp_path, monkeypatch):
 
 
 def test_eval_repeats_the_end_of_training(run, text, capsys):
-    out = output(capsys, "eval", "--checkpoint", run, "--batch", 2)
-    bits = float(out.splitlines()[-1].split()[0])
-    assert bits == pytest.approx(rows(run)[-1]["held_out_bits_per_byte"], abs=2e-4)
+    last = rows(run)[-1]["held_out_bits_per_byte"]
+    assert evaluated_bits(capsys, "--checkpoint", run, "--batch", 2) == pytest.approx(last, abs=2e-4)
     out = output(capsys, "eval", "--checkpoint", run, "--data", text / "0.py", "--context", 8, "all")
     assert "1 documents, 500 bytes" in out and len(out.splitlines()) == 4
 
@@ -170,10 +164,8 @@ def test_interrupted_and_resumed(text, bpe, tmp_path, capsys):
     assert main(resume) == 0
     assert rows(out) == whole
     assert main([*resume, "--tokenizer", str(bpe)]) == 0
-    capsys.readouterr()
     Tokenizer.train([b"other text " * 9], vocab_size=SIZE).save(tmp_path)
-    assert main([*resume, "--tokenizer", str(tmp_path)]) == 2
-    assert "has another; leave the flag out" in capsys.readouterr().err
+    assert "has another; leave the flag out" in error_of(capsys, *resume, "--tokenizer", tmp_path)
 
 
 @pytest.mark.parametrize("keeps", [True, False])
@@ -182,31 +174,31 @@ def test_sentencepiece(text, tmp_path, capsys, keeps):
     sentencepiece = pytest.importorskip("sentencepiece")
     source = tmp_path / "all.txt"
     source.write_bytes(b"".join(path.read_bytes() for path in sorted(text.glob("*.py"))))
-    sentencepiece.SentencePieceTrainer.train(
-        input=str(source), model_prefix=str(tmp_path / "sp"), vocab_size=400, minloglevel=2, byte_fallback=True,
-        model_type="bpe", bos_id=-1, hard_vocab_limit=False,
-        **(dict(normalization_rule_name="identity", remove_extra_whitespaces=False) if keeps else {}),
-    )  # fmt: skip
+    files = dict(input=str(source), model_prefix=str(tmp_path / "sp"))
+    options = dict(
+        vocab_size=400, minloglevel=2, byte_fallback=True, model_type="bpe", bos_id=-1, hard_vocab_limit=False
+    )
+    options |= dict(normalization_rule_name="identity", remove_extra_whitespaces=False) if keeps else {}
+    sentencepiece.SentencePieceTrainer.train(**files, **options)
     assert train(text, tmp_path / "run", "--steps", 3, "--tokenizer", tmp_path / "sp.model") == 0
     shown = output(capsys, "tokenizer", "--tokenizer", tmp_path / "sp.model", source)
     assert ("1 are not decoded exactly" in shown) == (not keeps)
     found = load_checkpoint(tmp_path / "run")
     assert (found.folder / "tokenizer.model").exists() and found.config.vocab_size == found.tokenizer().vocab_size
-    assert (
-        output(capsys, "generate", "--checkpoint", tmp_path / "run", "--prompt", "def", "--tokens", 3).find("def") >= 0
-    )
+    assert "def" in output(capsys, "generate", "--checkpoint", tmp_path / "run", "--prompt", "def", "--tokens", 3)
 
 
 def test_a_folder_without_a_tokenizer(run, bpe, tmp_path, capsys):
     trained = trained_model(run, torch.device("cpu"))
     trained.model.save(tmp_path / "bare")
-    command = ["generate", "--checkpoint", str(tmp_path / "bare"), "--tokens", "5"]
-    assert main(command) == 2
-    assert "holds no tokenizer.json and no tokenizer.model" in capsys.readouterr().err
-    assert main([*command, "--tokenizer", str(bpe)]) == 0
-    assert main(["eval", "--checkpoint", str(tmp_path / "bare"), "--tokenizer", str(bpe)]) == 2
-    assert "is not a run of `train`, so it has no held-out text; give --data" in capsys.readouterr().err
-    assert main(["eval", *command[1:3], "--tokenizer", str(bpe), "--data", __file__]) == 0
+    bare, words = (
+        ["--checkpoint", tmp_path / "bare"],
+        "is not a run of `train`, so it has no held-out text; give --data",
+    )
+    assert "holds no tokenizer.json and no tokenizer.model" in error_of(capsys, "generate", *bare, "--tokens", 5)
+    output(capsys, "generate", *bare, "--tokens", 5, "--tokenizer", bpe)
+    assert words in error_of(capsys, "eval", *bare, "--tokenizer", bpe)
+    output(capsys, "eval", *bare, "--tokenizer", bpe, "--data", __file__)
     trained.model.save(tmp_path / "whole", tokenizer=trained.tokenizer)
     assert main(["generate", "--checkpoint", str(tmp_path / "whole"), "--tokens", "5"]) == 0
 
@@ -231,8 +223,7 @@ def test_a_checkpoint_of_another_training_program(run, bpe, tmp_path, capsys):
     flags = ["--checkpoint", tmp_path / "own"]
     assert output(capsys, "generate", *flags, "--tokens", 99).count("\ufffd") > 9
     assert " bits per byte" in output(capsys, "eval", *flags, "--data", __file__)
-    assert main(["eval", *map(str, flags)]) == 2
-    assert "is not a run of `train`, so it has no held-out text; give --data" in capsys.readouterr().err
+    assert "is not a run of `train`, so it has no held-out text; give --data" in error_of(capsys, "eval", *flags)
 
 
 def test_without_the_package(run, bpe, text, tmp_path, monkeypatch, capsys):
@@ -242,10 +233,8 @@ def test_without_the_package(run, bpe, text, tmp_path, monkeypatch, capsys):
         ["generate", "--checkpoint", run],
         ["tokenizer", "--train", "--vocab-size", "300", "--out", tmp_path / "x"],
     ):
-        assert main([*map(str, command)]) == 2
-        err = capsys.readouterr().err
-        assert err.endswith('[train]"\n') and "needs tokenizers, which is not installed: pip install" in err
-        assert err.count("\n") == 1
+        line = error_of(capsys, *command)
+        assert line.endswith('[train]"') and "needs tokenizers, which is not installed: pip install" in line
     assert train(text, tmp_path / "bytes", "--steps", 1) == 0, "bytes need no package"
 
 
@@ -255,45 +244,35 @@ def test_bytes_have_a_tokenizer_file(finished):
     assert json.loads((folder / "tokenizer_config.json").read_text())["bos_token"] == "<|startoftext|>"
 
 
-ERRORS = {
-    "no file": (["train", "--tokenizer", "{tmp}/none"], "--tokenizer {tmp}/none: no such file"),
-    "no tokenizer": (["train", "--tokenizer", "{tmp}/noise"], "--tokenizer {tmp}/noise: neither a JSON file of the"),
-    "a run": (["train", "--tokenizer", "{run}"], "no tokenizer.model in this folder; that of a run is in each folder of its ch"),
-    "out nowhere": (["tokenizer", "--train", "--vocab-size", "300", "--out", "/proc/none/x", __file__], "--out /proc/none/x: could not be"),
-    "empty folder": (["train", "--tokenizer", "{tmp}"], "--tokenizer {tmp}: no tokenizer.json and no tokenizer.model"),
-    "no JSON": (["train", "--tokenizer", "{tmp}/half.json"], "--tokenizer {tmp}/half.json: EOF while parsing"),
-    "another": (["generate", "--checkpoint", "{run}", "--tokenizer", "{bytes}"], "{run} holds another tokenizer"),
-    "too many ids": (
-        ["generate", "--checkpoint", "{small}", "--tokenizer", "{bpe}"],
-        "its tokenizer has 400 ids, and the model knows 257",
-    ),
-    "samples": (["generate", "--checkpoint", "{run}", "--samples", "2", "--temperature", "0"], "--samples: must be 1"),
-    "both": (["generate", "--checkpoint", "{run}", "--prompt", "a", "--prompt-file", "-"], "--prompt-file: cannot be combined with --prompt"),
-    "stop": (["generate", "--checkpoint", "{run}", "--stop", ""], "--stop: must be text, got ''"),
-    "nothing": (["tokenizer"], "give --train to train one, or --tokenizer FILE to see"),
-    "no out": (["tokenizer", "--train", "--vocab-size", "300"], "--train: needs --vocab-size N, how many ids there may be, and --out"),
-    "no size": (["tokenizer", "--train", "--out", "{tmp}/x"], "--train: needs --vocab-size N, how many ids there may be, and --out"),
-    "small": (["tokenizer", "--train", "--out", "x", "--vocab-size", "257"], "--vocab-size: must be a whole number >= 258, got '257'"),
-    "out folder": (["tokenizer", "--train", "--vocab-size", "300", "--out", "{tmp}"], "--out {tmp}: a folder, name a file"),
-    "out alone": (["tokenizer", "--tokenizer", "{bpe}", "--out", "x"], "--out: belongs to --train"),
-    "glob": (["tokenizer", "--tokenizer", "{bpe}", "--glob", "*"], "--glob: chooses among the files of folders, and"),
-    "no text": (["tokenizer", "--tokenizer", "{bpe}", "{tmp}/none"], "error: {tmp}/none: no such file or folder"),
-}  # fmt: skip
+ERRORS = """
+    train --tokenizer {tmp}/none => --tokenizer {tmp}/none: no such file
+    train --tokenizer {tmp}/noise => --tokenizer {tmp}/noise: neither a JSON file of the
+    train --tokenizer {run} => no tokenizer.model in this folder; that of a run is in each folder of its ch
+    tokenizer --train --vocab-size 300 --out /proc/none/x {here} => --out /proc/none/x: could not be
+    train --tokenizer {tmp} => --tokenizer {tmp}: no tokenizer.json and no tokenizer.model
+    train --tokenizer {tmp}/half.json => --tokenizer {tmp}/half.json: EOF while parsing
+    generate --checkpoint {run} --tokenizer {bytes} => {run} holds another tokenizer
+    generate --checkpoint {small} --tokenizer {bpe} => its tokenizer has 400 ids, and the model knows 257
+    generate --checkpoint {run} --samples 2 --temperature 0 => --samples: must be 1
+    generate --checkpoint {run} --prompt a --prompt-file - => --prompt-file: cannot be combined with --prompt
+    generate --checkpoint {run} --stop '' => --stop: must be text, got ''
+    tokenizer => give --train to train one, or --tokenizer FILE to see
+    tokenizer --train --vocab-size 300 => --train: needs --vocab-size N, how many ids there may be, and --out
+    tokenizer --train --out {tmp}/x => --train: needs --vocab-size N, how many ids there may be, and --out
+    tokenizer --train --out x --vocab-size 257 => --vocab-size: must be a whole number >= 258, got '257'
+    tokenizer --train --vocab-size 300 --out {tmp} => --out {tmp}: a folder, name a file
+    tokenizer --tokenizer {bpe} --out x => --out: belongs to --train
+    tokenizer --tokenizer {bpe} --glob * => --glob: chooses among the files of folders, and
+    tokenizer --tokenizer {bpe} {tmp}/none => error: {tmp}/none: no such file or folder
+"""
 
 
-@pytest.mark.parametrize("name", ERRORS)
-def test_one_line_and_exit_code_2(name, run, bpe, finished, tmp_path, capsys):
+@refusals(ERRORS)
+def test_one_line_and_exit_code_2(command, words, run, bpe, finished, tmp_path, capsys):
     (tmp_path / "noise").write_bytes(b"\x00\x01noise")
     (tmp_path / "half.json").write_bytes(b'{"model": {')
     ByteTokenizer().save(tmp_path / "bytes")
-    arguments, message = ERRORS[name]
-    if "{small}" in arguments:
+    if "{small}" in command:
         trained_model(finished, torch.device("cpu")).model.save(tmp_path / "small")
-    paths = dict(tmp=tmp_path, run=run, bpe=bpe, bytes=tmp_path / "bytes", small=tmp_path / "small")
-    try:
-        code = main([argument.format(**paths) for argument in arguments])
-    except SystemExit as stop:
-        code = stop.code
-    out, err = capsys.readouterr()
-    assert code == 2 and message.format(**paths) in err
-    assert err.startswith("megalodon_ops") and err.count("\n") == 1 and out == ""
+    paths = dict(tmp=tmp_path, run=run, bpe=bpe, bytes=tmp_path / "bytes", small=tmp_path / "small", here=__file__)
+    assert_refused(capsys, command, words, **paths)

@@ -7,7 +7,7 @@ import signal
 
 import pytest
 import torch
-from command_line import Forked, overflow, rows, train
+from command_line import Forked, error_of, evaluated_bits, output, overflow, rows, train
 from models import tiny_model
 
 from megalodon_ops.cli import main
@@ -21,28 +21,18 @@ def test_a_changed_config_in_the_checkpoint_is_noticed(text, tmp_path, capsys):
     assert train(text, tmp_path, "--steps", 1) == 0
     config = next((tmp_path / "checkpoints").glob("step-*1/config.json"))
     config.write_text(config.read_text().replace('"norm_eps": 1e-05', '"norm_eps": 2e-05'))
-    capsys.readouterr()
-    assert main(["eval", "--checkpoint", str(config.parent)]) == 2
-    assert "config.json: was changed after it was written: its checksum is another" in capsys.readouterr().err
+    words = "config.json: was changed after it was written: its checksum is another"
+    assert words in error_of(capsys, "eval", "--checkpoint", config.parent)
 
 
 def test_eval_repeats_the_end_of_training(finished, capsys):
-    assert main(["eval", "--checkpoint", str(finished), "--batch", "2"]) == 0
-    last = capsys.readouterr().out.splitlines()[-1].split()
-    assert float(last[0]) == pytest.approx(rows(finished)[-1]["held_out_bits_per_byte"], abs=2e-4)
-    perplexity = float(last[last.index("perplexity") + 1])
-    assert perplexity == pytest.approx(2 ** float(last[0]), rel=1e-3)
-
-
-def test_eval_of_files(finished, text, capsys):
-    assert main(["eval", "--checkpoint", str(finished), "--data", str(text / "0.py"), str(text / "1.py")]) == 0
-    assert "2 documents, 1,000 bytes" in capsys.readouterr().out
+    last = rows(finished)[-1]["held_out_bits_per_byte"]
+    assert evaluated_bits(capsys, "--checkpoint", finished, "--batch", 2) == pytest.approx(last, abs=2e-4)
 
 
 def test_generate(finished, capsys):
     def generate(*flags):
-        assert main(["generate", "--checkpoint", str(finished), "--prompt", "import ", "--tokens", "40", *flags]) == 0
-        return capsys.readouterr().out
+        return output(capsys, "generate", "--checkpoint", finished, "--prompt", "import ", "--tokens", 40, *flags)
 
     text = generate()
     assert text.startswith("import ") and len(text) > len("import ")
@@ -53,8 +43,7 @@ def test_generate(finished, capsys):
 
 def test_several_prompts_are_continued_one_after_the_other(finished, capsys):
     def generate(*flags):
-        assert main(["generate", "--checkpoint", str(finished), "--tokens", "9", *flags]) == 0
-        return capsys.readouterr().out
+        return output(capsys, "generate", "--checkpoint", finished, "--tokens", 9, *flags)
 
     one, other = (generate("--prompt", prompt) for prompt in ("import ", "def "))
     both = ["--prompt", "import ", "--prompt", "def "]
@@ -96,31 +85,27 @@ def test_a_prompt_from_standard_input_on_an_ascii_terminal(finished):
 )
 def test_weights_with_non_finite_losses_are_an_error(ended, capsys, flags):
     overflow(ended)
-    assert main([*flags, "--checkpoint", str(ended)]) == 2
-    *bar, line = capsys.readouterr().err.splitlines()
+    line = error_of(capsys, *flags, "--checkpoint", ended, has_bar=True, prints=True)
     assert line.startswith(f"megalodon_ops {flags[0]}: error: ") and "weights are too large" in line
-    assert all("B/s" in part or not part.strip() for part in bar)
 
 
 def test_perplexity_beyond_float64(ended, capsys):
     """Bad weights with finite losses are evaluated."""
     overflow(ended, by=1e4)
-    assert main(["eval", "--checkpoint", str(ended)]) == 0
-    assert capsys.readouterr().out.endswith(" bits per byte, perplexity inf per byte\n")
+    shown = output(capsys, "eval", "--checkpoint", ended)
+    assert shown.endswith(" bits per byte, perplexity inf per byte\n")
 
 
-def test_eval_of_a_folder_takes_matching_files(finished, text, capsys):
-    command = ["eval", "--checkpoint", str(finished), "--data", str(text)]
-    assert main([*command, "--glob", "1.py", "--glob", "2?.py"]) == 0
-    assert "11 documents, 5,500 bytes" in capsys.readouterr().out
+def test_eval_of_files_and_of_matching_files_in_a_folder(finished, text, capsys):
+    command = ["eval", "--checkpoint", finished, "--data"]
+    assert "2 documents, 1,000 bytes" in output(capsys, *command, text / "0.py", text / "1.py")
+    assert "11 documents, 5,500 bytes" in output(capsys, *command, text, "--glob", "1.py", "--glob", "2?.py")
 
 
 def test_a_checkpoint_of_another_program_is_evaluated_and_generates(text, tmp_path, capsys):
     """Its record is not that of `train`, so `eval` needs --data."""
     model = tiny_model(torch.float32, vocab_size=257, output_size=256)
     save_checkpoint(tmp_path, 1, model, tokenizer=ByteTokenizer(), record={"position": 3})
-    assert main(["eval", "--checkpoint", str(tmp_path), "--data", str(text / "0.py")]) == 0
-    assert "bits per byte" in capsys.readouterr().out
-    assert main(["generate", "--checkpoint", str(tmp_path), "--prompt", "a"]) == 0
-    assert main(["eval", "--checkpoint", str(tmp_path)]) == 2
-    assert capsys.readouterr().err.count("\n") == 1
+    assert "bits per byte" in output(capsys, "eval", "--checkpoint", tmp_path, "--data", text / "0.py")
+    output(capsys, "generate", "--checkpoint", tmp_path, "--prompt", "a")
+    error_of(capsys, "eval", "--checkpoint", tmp_path)

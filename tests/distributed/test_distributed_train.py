@@ -10,8 +10,8 @@ from functools import partial
 
 import pytest
 import torch.distributed as dist
-from command_line import rows, train
-from launched import TINY, Launch, command, copy_without_the_last, flags, lines_of
+from command_line import lines_of, rows, train
+from launched import TINY, Launch, command, copy_without_the_last, flags
 
 from megalodon_ops import torchrun
 from megalodon_ops.cli.console import Progress
@@ -122,9 +122,8 @@ def test_only_rank_0_prints(run_on_mesh):
     for words in ("bits per byte", "gzip -9", "continued by the model, 3 of 3"):
         assert words in first.out
     assert "tokens/s=" in first.err and "6/6" in first.err
-    assert {path.name for path in out.iterdir()} == {
-        ".lock", "best", "checkpoints", "loss_curve.png", "metrics.jsonl", "options.json",
-    }  # fmt: skip
+    names = ".lock best checkpoints loss_curve.png metrics.jsonl options.json".split()
+    assert sorted(path.name for path in out.iterdir()) == names
     row = [row for row in read_metrics(out / "metrics.jsonl") if "loss" in row][-1]
     assert row["tokens"] == 6 * 4 * 48, "of all processes"
     (end,) = [row for row in rows(out) if row.get("final")]
@@ -163,10 +162,7 @@ WRONG = {
         "--length 31: the mesh's chunk=2 splits 1 x 31 tokens, which must be at least 2 chunks of 16, or a multiple of 2 rows",
     ),
     "mesh": ([["--mesh", "data=3"]] * 2, "--mesh data=3: needs 3 processes, got 2"),
-    "seeds": (
-        [["--seed", 1], ["--seed", 2]],
-        "--seed must be the same in all processes, got ",
-    ),
+    "seeds": ([["--seed", 1], ["--seed", 2]], "--seed must be the same in all processes, got "),
     "loss": ([["--lr", 1e18]] * 2, "the loss is "),
     "device": ([["--device", "cuda:1"]] * 2, "--device cuda:1: "),
 }
@@ -186,7 +182,7 @@ FAULTS = {
     "unreadable text": (1, "megalodon_ops.training.Batches.next", OSError(5, "Input/output error", "book.txt")),
     "full disk": (0, "megalodon_ops.training.Metrics.write", OSError("metrics.jsonl: could not be written: disk full")),
     "bad evaluation": (1, "megalodon_ops.cli.held_out.evaluate", FloatingPointError("the loss of the text is nan")),
-}  # fmt: skip
+}
 
 
 def inject_fault(fault):
@@ -266,10 +262,8 @@ def test_a_signal_stops_all_at_one_step_and_the_run_resumes_on_another_mesh(rank
     whole, _ = run_on_mesh("data=2")
     results = ranks.run(command_with_a_signal, 2, flags(text, tmp_path / "run", *STEPS))
     assert [result.code for result in results] == [128 + signal.SIGTERM] * 2, results
-    assert (
-        f"stopped after step 3; continue with: python -m megalodon_ops train --out {tmp_path}/run --resume"
-        in results[0].out
-    )
+    words = f"stopped after step 3; continue with: python -m megalodon_ops train --out {tmp_path}/run --resume"
+    assert words in results[0].out
     assert load_checkpoint(tmp_path / "run").step == 3 == rows(tmp_path / "run")[-1]["step"]
     assert (tmp_path / "run" / "loss_curve.png").exists()
     results = ranks.run(command, 2, ["train", "--out", str(tmp_path / "run"), "--resume", "--mesh", "chunk=2"])
@@ -334,20 +328,15 @@ def test_processes_resume_only_a_run_with_the_same_options(ranks, single_run, te
     before = {path: path.stat().st_mtime_ns for path in out.rglob("*")}
     named = flags(text, out, *STEPS)
     no_rate = [word for word in named if word not in ("--lr", "0.01")]
-    for arguments, message in (
-        (
-            ["train", "--data", str(text), "--out", str(out)],
-            f"--dim: the run in {out} has 32, got 128; go on with --resume",
-        ),
-        (no_rate, f"--lr: the run in {out} has 0.01, got 0.04; go on with --resume"),
-        (
-            [*named, "--steps", "7"],
-            f"--steps: the run in {out} has 6, got 7; go on with --resume, or start another run",
-        ),
+    defaults = ["train", "--data", str(text), "--out", str(out)]
+    for arguments, option, message in (
+        (defaults, "--dim", "has 32, got 128; go on with --resume"),
+        (no_rate, "--lr", "has 0.01, got 0.04; go on with --resume"),
+        ([*named, "--steps", "7"], "--steps", "has 6, got 7; go on with --resume, or start another run"),
     ):
         results = ranks.run(command, 2, arguments)
         assert [result.code for result in results] == [2, 2], arguments
-        assert message in results[0].err + results[1].err
+        assert f"{option}: the run in {out} {message}" in results[0].err + results[1].err
         assert {path: path.stat().st_mtime_ns for path in out.rglob("*") if path.name != ".lock"} == before
     results = ranks.run(command, 2, named)
     assert [result.code for result in results] == [0, 0], results

@@ -10,8 +10,8 @@ import time
 from paths import TESTS
 import pytest
 import torch
-from command_line import rows, shell
-from launched import TORCHRUN, Launch, ended_afterwards, flags, free_port, lines_of, workers
+from command_line import lines_of, rows, shell
+from launched import TORCHRUN, Launch, ended_afterwards, flags, free_port, workers
 
 from megalodon_ops.cli import processes
 from megalodon_ops.training.run_checkpoint import load_checkpoint
@@ -30,11 +30,10 @@ LIMIT = 240
 
 def start(options, arguments, cwd, program=("-m", "megalodon_ops"), **environment):
     """Start torchrun in a process group of its own, with a port of its own."""
-    return subprocess.Popen(
-        [*TORCHRUN, *map(str, options), "--master-port", str(free_port()), *map(str, program), *arguments],
-        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=cwd, start_new_session=True,
-        env={**os.environ, "OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "passive", **environment},
-    )  # fmt: skip
+    command = [*TORCHRUN, *map(str, options), "--master-port", str(free_port()), *map(str, program), *arguments]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "passive", **environment}
+    pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    return subprocess.Popen(command, **pipes, cwd=cwd, start_new_session=True, env=environment)
 
 
 def lines_of_the_command(err):
@@ -142,10 +141,8 @@ def test_a_process_that_does_not_answer(text, tmp_path):
 def test_a_missing_process(text, tmp_path):
     """One line, soon after --timeout, from a process that has not imported torch before the command."""
     environment = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "RANK": "1", "WORLD_SIZE": "2"}
-    result = subprocess.run(
-        shell(*flags(text, tmp_path / "run", "--timeout", 2)),
-        capture_output=True, text=True, timeout=LIMIT, env={**os.environ, **environment, "LOCAL_RANK": "0"},
-    )  # fmt: skip
+    options = dict(capture_output=True, text=True, timeout=LIMIT, env={**os.environ, **environment, "LOCAL_RANK": "0"})
+    result = subprocess.run(shell(*flags(text, tmp_path / "run", "--timeout", 2)), **options)
     assert result.returncode == 2
     (line,) = lines_of(result.stderr)
     begin = "megalodon_ops train: error: rank 1: the processes did not find each other within --timeout 2 s: "

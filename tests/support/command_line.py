@@ -5,6 +5,8 @@ from __future__ import annotations
 import argparse
 import multiprocessing
 import os
+import re
+import shlex
 import shutil
 import sys
 import tempfile
@@ -33,6 +35,57 @@ def train(text: Path, out: Path, *flags: object) -> int:
 
 def shell(*arguments: object) -> list[str]:
     return [sys.executable, "-m", "megalodon_ops", *map(str, arguments)]
+
+
+def output(capsys: pytest.CaptureFixture[str], *arguments: object) -> str:
+    """Run a command that succeeds, and return what it prints."""
+    assert main([*map(str, arguments)]) == 0
+    return capsys.readouterr().out
+
+
+def evaluated_bits(capsys: pytest.CaptureFixture[str], *arguments: object) -> float:
+    """The bits per byte that `eval` prints."""
+    return float(output(capsys, "eval", *arguments).splitlines()[-1].split()[0])
+
+
+def error_of(
+    capsys: pytest.CaptureFixture[str], *arguments: object, has_bar: bool = False, prints: bool = False
+) -> str:
+    """Run a command that fails, and return its error: one line, and all that it writes.
+
+    With `has_bar`, there may be progress bars and messages about the data, too; with `prints`, results.
+    """
+    capsys.readouterr()
+    try:
+        code = main([*map(str, arguments)])
+    except SystemExit as end:  # argparse leaves this way
+        code = end.code
+    out, err = capsys.readouterr()
+    (line,) = lines_of(err)
+    assert code == 2 and line.startswith("megalodon_ops"), (code, line)
+    assert (prints or out == "") and (has_bar or err.count("\n") == 1), (out, err)
+    return line
+
+
+def lines_of(text: str) -> list[str]:
+    """The lines of a text without progress bars and the message about the data."""
+    skipped = re.compile(r"%\||B/s|\d(step/s|s/step)|megalodon_ops: taking ")
+    return [line for line in text.splitlines() if line.strip() and not skipped.search(line)]
+
+
+def refusals(table: str) -> pytest.MarkDecorator:
+    """Parametrize a test by cases "command => words of its error"; the words may stand on a line of their own."""
+    cases = re.findall(r"^ *(\S.*?)\s+=> (.+)$", table, re.M)
+    return pytest.mark.parametrize(("command", "words"), cases, ids=[command for command, _ in cases])
+
+
+def assert_refused(capsys: pytest.CaptureFixture[str], command: str, words: str, **paths: object) -> None:
+    """Assert that a command fails with these words; {name} in both stands for a path."""
+
+    def filled(text: str) -> str:
+        return re.sub(r"\{(\w+)\}", lambda found: str(paths.get(found[1], found[0])), text)
+
+    assert filled(words) in error_of(capsys, *map(filled, shlex.split(command)))
 
 
 class Forked(multiprocessing.get_context("fork").Process):

@@ -100,12 +100,6 @@ def free_port() -> int:
         return free.getsockname()[1]
 
 
-def lines_of(text: str) -> list[str]:
-    """The lines of a text without progress bars and the message about the data."""
-    skipped = ("step/s", "s/step", "megalodon_ops: taking ")
-    return [line for line in text.splitlines() if line and not any(words in line for words in skipped)]
-
-
 def copy_without_the_last(run: Path, target: Path) -> Path:
     """Copy a run without its last checkpoint."""
     shutil.copytree(run, target)
