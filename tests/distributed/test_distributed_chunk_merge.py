@@ -73,9 +73,8 @@ def test_200_000_positions_are_exact():
     gen = torch.Generator().manual_seed(0)
     p, q = coefficients(torch.float32, gen)
     length = 200_000
-    merged = merged_cema(
-        q, torch.zeros(2, 1, D, N, dtype=torch.complex64), [0, 1], [length, 7], torch.ones(1, D, N) + 0j
-    )
+    ends, start = torch.zeros(2, 1, D, N, dtype=torch.complex64), torch.ones(1, D, N) + 0j
+    merged = merged_cema(q, ends, [0, 1], [length, 7], start)
     for value, pole in zip(merged.flatten().tolist(), q.flatten().tolist()):
         exact = math.exp((length + 7) * math.log(abs(pole)))  # |q^n| by logarithms of float64
         assert abs(value) == pytest.approx(exact, rel=1e-6, abs=1e-40)
@@ -123,20 +122,18 @@ def test_sources_of_a_packed_row(chunks, data):
     assert ending == [s for s, (a, b) in enumerate(zip(offsets, offsets[1:])) if a < b]
 
 
-@given(
-    st.integers(1, 6), st.integers(1, 9), st.lists(st.integers(0, 60), min_size=2, max_size=5), st.integers(0, 8),
-    st.booleans(),
-)  # fmt: skip
+OFFSETS = st.lists(st.integers(0, 60), min_size=2, max_size=5).map(sorted)
+
+
+@given(st.integers(1, 6), st.integers(1, 9), OFFSETS, st.integers(0, 8), st.booleans())
 def test_split_cuts_at_chunk_boundaries(ranks, chunk_size, offsets, position, packed):
-    offsets = sorted(offsets)
     length, position = offsets[-1] + 3, 0 if packed else position % chunk_size
     offsets = offsets if packed else [0, length]
     cuts = [columns(rank, ranks, length, chunk_size, offsets, position) for rank in range(ranks)]
     assert cuts[0][0] == 0 and cuts[-1][1] == length and all(a[1] == b[0] for a, b in zip(cuts, cuts[1:]))
-    pieces_of(
-        0, [b - a for a, b in cuts], rows=1, chunk_size=chunk_size, cu_seqlens=offsets if packed else None,
-        positions=[position] * (len(offsets) - 1),
-    )  # fmt: skip
+    lengths, positions = [b - a for a, b in cuts], [position] * (len(offsets) - 1)
+    packing = dict(cu_seqlens=offsets if packed else None, positions=positions)
+    pieces_of(0, lengths, rows=1, chunk_size=chunk_size, **packing)
     if not packed and position == 0 and length % chunk_size == 0:  # whole chunks are shared out evenly
         counts = [(b - a) // chunk_size for a, b in cuts]
         assert max(counts) - min(counts) <= 1

@@ -210,25 +210,12 @@ def test_a_parallel_model_takes_over_all_of_a_model(ended_process_group):
 def test_wrong_arguments_are_refused(ended_process_group):
     mesh = make_mesh("data=1", device_type="cpu")
     other = dist.device_mesh.init_device_mesh("cpu", (1,), mesh_dim_names=("dp",))
+    kinds = "`model` must be a Megalodon or a MegalodonEncoder that is not parallel yet, got"
+    quantized = mo.quantize(tiny_model(torch.float32), "int8")
     for model, given, error, words in (
-        (
-            "model",
-            mesh,
-            TypeError,
-            "`model` must be a Megalodon or a MegalodonEncoder that is not parallel yet, got 'model'.",
-        ),
-        (
-            torch.nn.Linear(1, 1),
-            mesh,
-            TypeError,
-            "`model` must be a Megalodon or a MegalodonEncoder that is not parallel yet, got torch.nn.modules.linear.Linear.",
-        ),
-        (
-            mo.quantize(tiny_model(torch.float32), "int8"),
-            mesh,
-            ValueError,
-            "`model` must have floating-point weights, got one of int8.",
-        ),
+        ("model", mesh, TypeError, f"{kinds} 'model'."),
+        (torch.nn.Linear(1, 1), mesh, TypeError, f"{kinds} torch.nn.modules.linear.Linear."),
+        (quantized, mesh, ValueError, "`model` must have floating-point weights, got one of int8."),
         (tiny_model(), None, TypeError, "`mesh` must be a torch.distributed DeviceMesh, got None."),
         (tiny_model(), other, ValueError, "`mesh` must have dimensions named any of data, chunk, tensor, .* got dp."),
     ):

@@ -77,9 +77,8 @@ def test_is_initialised_on_meta_and_refused_when_parallel(parallelize_runs):
 
 def refuse_chunk():
     mesh = make_mesh("chunk=2", device_type="cpu")
-    with pytest.raises(
-        ValueError, match="^parallelize: `mesh` must have chunk = 1 for an encoder, got 2; only rows are split"
-    ):
+    words = "^parallelize: `mesh` must have chunk = 1 for an encoder, got 2; only rows are split"
+    with pytest.raises(ValueError, match=words):
         parallelize(new_encoder(), mesh)
 
 

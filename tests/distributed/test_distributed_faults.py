@@ -8,6 +8,7 @@ import re
 import subprocess
 import sys
 import time
+from dataclasses import dataclass, field
 from typing import Any
 
 import pytest
@@ -25,15 +26,27 @@ MAX_DELAY = 30.0
 """Seconds until a process notices that it cannot go on, on a busy machine; the processes' time-out is longer"""
 
 
-def call_error(pieces: tuple[int, ...], options: dict[str, Any], rank_1_options: dict[str, Any]) -> str:
-    """The error of a call with other arguments or another past on rank 1."""
-    options = options | (rank_1_options if dist.get_rank() == 1 else {})
-    model = cut_over_all_ranks(tiny_model())
-    tokens = options.pop("tokens", tokens_of(2, pieces[dist.get_rank()]))
-    if "past" in options:
-        _, options["state"] = model.alone()(
-            tokens_of(options.pop("sequences", 2), options.pop("past")), return_state=True
-        )
+@dataclass(frozen=True)
+class Fault:
+    """A call on three ranks that must raise an error, the same on all."""
+
+    message: str
+    options: dict[str, Any] = field(default_factory=dict)
+    rank_1: dict[str, Any] = field(default_factory=dict)
+    """other options of rank 1"""
+    past: tuple[int, int] = (0, 0)
+    """tokens in the state of rank 1 and of the others"""
+    pieces: tuple[int, ...] = (8, 8, 4)
+    rows: int = 2
+    """of the state"""
+
+
+def call_error(fault: Fault) -> str:
+    rank, model = dist.get_rank(), cut_over_all_ranks(tiny_model())
+    options = fault.options | (fault.rank_1 if rank == 1 else {})
+    tokens = options.pop("tokens", tokens_of(2, fault.pieces[rank]))
+    if past := fault.past[rank != 1]:
+        _, options["state"] = model.alone()(tokens_of(fault.rows, past), return_state=True)
     try:
         if options.pop("loss", False):
             model.loss(tokens, tokens, **options)
@@ -45,46 +58,39 @@ def call_error(pieces: tuple[int, ...], options: dict[str, Any], rank_1_options:
 
 
 LENGTHS = torch.tensor([20, 9])
-FAULTS = {
-    "a piece that ends inside a chunk": (
-        (13, 16, 4), {}, {},
+FAULTS = [
+    Fault(
         "Megalodon: `tokens` must end at a chunk boundary on every rank but the last, got a piece of rank 0 of its group "
-        r"that ends 5 tokens into a chunk of 8 of sequence 0; split\(tokens, mesh, chunk_size=8\) makes pieces of whole chunks.",
+        "that ends 5 tokens into a chunk of 8 of sequence 0; "
+        r"split\(tokens, mesh, chunk_size=8\) makes pieces of whole chunks.",
+        pieces=(13, 16, 4),
     ),
-    "lengths beyond the tokens": (
-        (8, 8, 4), dict(lengths=torch.tensor([21, 3])), {}, r"`lengths` must be 2 lengths in \[0, 20\], .* got \[21, 3\]"
-    ),
-    "offsets of a piece": (
-        (8, 8, 4), dict(cu_seqlens=torch.tensor([0, 5, 21])), {}, r"`cu_seqlens` must be ascending offsets of one row"
-    ),
-    "lengths that are no integers": (
-        (8, 8, 4), dict(lengths=LENGTHS * 1.0), {}, r"`lengths` must be integers \(n,\), got torch.float32 \(2,\)"
-    ),
-    "other lengths": (
-        (8, 8, 4), dict(lengths=LENGTHS), dict(lengths=LENGTHS + torch.tensor([0, 1])),
+    Fault(r"`lengths` must be 2 lengths in \[0, 20\], .* got \[21, 3\]", dict(lengths=torch.tensor([21, 3]))),
+    Fault("`cu_seqlens` must be ascending offsets of one row", dict(cu_seqlens=torch.tensor([0, 5, 21]))),
+    Fault(r"`lengths` must be integers \(n,\), got torch.float32 \(2,\)", dict(lengths=LENGTHS * 1.0)),
+    Fault(
         r"`lengths` must be the same on the ranks 0, 1, 2, got \[20, 9\] on rank 0 and \[20, 10\] on rank 1\.",
+        dict(lengths=LENGTHS),
+        dict(lengths=LENGTHS + torch.tensor([0, 1])),
     ),
-    "no lengths": ((8, 8, 4), dict(lengths=LENGTHS), dict(lengths=None), r"got \[20, 9\] on rank 0 and None on rank 1"),
-    "other rows": ((8, 8, 4), {}, dict(tokens=tokens_of(3, 8)), "`rows of tokens` must be .* got 2 on rank 0 and 3 on rank 1"),
-    "logits and losses": ((8, 8, 4), {}, dict(loss=True), "`call` must be .* got logits on rank 0 and loss, mean"),
-    "a reduction": ((8, 8, 4), dict(loss=True), dict(reduction="sum"), "`call` must be .* got loss, mean .* and loss, sum"),
-    "another ignore_index": ((8, 8, 4), dict(loss=True), dict(ignore_index=0), "`call` must be .* without -100 .* without 0"),
-    "a returned state": ((8, 8, 4), {}, dict(return_state=True), "`return_state` must be .* got False .* True on rank 1"),
-    "no state": ((8, 8, 4), {}, dict(past=8), "`state` must be .* got None on rank 0 and given on rank 1"),
-    "another past": (
-        (8, 8, 4), dict(past=8), dict(past=16), r"`state.norm.count` must be .* \[8, 8\] on rank 0 and \[16, 16\] on rank 1"
-    ),
-    "a state of other sequences": ((8, 8, 4), dict(past=8, sequences=3), {}, "`state` must be of 2 rows, those of `tokens`, got one of 3"),
-    "a cut inside a chunk of the past": ((8, 8, 4), dict(past=3), {}, "ends 3 tokens into a chunk of 8 of sequence 0"),
-}  # fmt: skip
+    Fault(r"got \[20, 9\] on rank 0 and None on rank 1", dict(lengths=LENGTHS), dict(lengths=None)),
+    Fault("`rows of tokens` must be .* got 2 on rank 0 and 3 on rank 1", rank_1=dict(tokens=tokens_of(3, 8))),
+    Fault("`call` must be .* got logits on rank 0 and loss, mean", rank_1=dict(loss=True)),
+    Fault("`call` must be .* got loss, mean .* and loss, sum", dict(loss=True), dict(reduction="sum")),
+    Fault("`call` must be .* without -100 .* without 0", dict(loss=True), dict(ignore_index=0)),
+    Fault("`return_state` must be .* got False .* True on rank 1", rank_1=dict(return_state=True)),
+    Fault("`state` must be .* got None on rank 0 and given on rank 1", past=(8, 0)),
+    Fault(r"`state.norm.count` must be .* \[8, 8\] on rank 0 and \[16, 16\] on rank 1", past=(16, 8)),
+    Fault("`state` must be of 2 rows, those of `tokens`, got one of 3", past=(8, 8), rows=3),
+    Fault("ends 3 tokens into a chunk of 8 of sequence 0", past=(3, 3)),
+]
 
 
-@pytest.mark.parametrize("fault", FAULTS)
+@pytest.mark.parametrize("fault", FAULTS, ids=lambda fault: fault.message[:50])
 def test_ranks_of_a_sequence_raise_the_same_error(ranks, fault):
-    pieces, options, rank_1_options, message = FAULTS[fault]
-    errors = ranks.run(call_error, 3, pieces, options, rank_1_options)
+    errors = ranks.run(call_error, 3, fault)
     assert len({*errors}) == 1, errors
-    assert errors[0].startswith("ValueError: ") and re.search(message, errors[0]), errors[0]
+    assert errors[0].startswith("ValueError: ") and re.search(fault.message, errors[0]), errors[0]
 
 
 def compare(values: list[dict[str, Any]]) -> Any:
@@ -97,15 +103,13 @@ def compare(values: list[dict[str, Any]]) -> Any:
 def test_a_comparison_names_the_difference(ranks):
     same = {"a": 1, "b": torch.arange(3.0)}
     assert ranks.run(compare, 3, [same] * 3) == [[0, 1, 2]] * 3
-    for other, words in (
-        ({**same, "a": 2}, "f: `a` must be the same on the ranks 0, 1, 2, got 1 on rank 0 and 2 on rank 2."),
-        ({"b": same["b"]}, "f: `a` must be the same on the ranks 0, 1, 2, got 1 on rank 0 and nothing on rank 2."),
-        (
-            {**same, "b": torch.arange(3.0) + 1},
-            "f: `b` must be the same on the ranks 0, 1, 2, got float32 (3,) of checksum ",
-        ),
+    for other, name, words in (
+        ({**same, "a": 2}, "a", "1 on rank 0 and 2 on rank 2."),
+        ({"b": same["b"]}, "a", "1 on rank 0 and nothing on rank 2."),
+        ({**same, "b": torch.arange(3.0) + 1}, "b", "float32 (3,) of checksum "),
     ):
         errors = ranks.run(compare, 3, [same, same, other])
+        words = f"f: `{name}` must be the same on the ranks 0, 1, 2, got {words}"
         assert len({*errors}) == 1 and errors[0].startswith(words), errors
 
 
@@ -164,11 +168,9 @@ def test_programs_end_after_one_fails(tmp_path):
     """Without a launcher: Python ends, even if gloo's threads still wait."""
     program = tmp_path / "train.py"
     program.write_text(FAILING.replace("CONFIG", repr(TINY)))
-    environment = os.environ | dict(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(free_port()), WORLD_SIZE="2")
-    processes = [
-        subprocess.Popen([sys.executable, program], env=environment | dict(RANK=str(rank)), stderr=subprocess.PIPE, text=True)
-        for rank in range(2)
-    ]  # fmt: skip
+    variables = os.environ | dict(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(free_port()), WORLD_SIZE="2")
+    options, environments = dict(stderr=subprocess.PIPE, text=True), [variables | {"RANK": rank} for rank in "01"]
+    processes = [subprocess.Popen([sys.executable, program], env=variables, **options) for variables in environments]
     try:
         (_, other), (_, failed) = (process.communicate(timeout=120) for process in processes)
     finally:
@@ -184,9 +186,8 @@ def test_the_last_lines_of_torchrun_are_the_first_failure(tmp_path):
     """The other rank prints one line before. test_distributed_train_launch.py kills a process of `train`."""
     program = tmp_path / "train.py"
     program.write_text(FAILING.replace("CONFIG", repr(TINY)))
-    found = subprocess.run(
-        [*TORCHRUN, "2", "--master-port", str(free_port()), program], capture_output=True, text=True, timeout=120
-    )
+    command = [*TORCHRUN, "2", "--master-port", str(free_port()), program]
+    found = subprocess.run(command, capture_output=True, text=True, timeout=120)
     last = found.stderr.rpartition("Root Cause")[2].strip().splitlines()
     assert last[-2].startswith("  traceback : ValueError: amid the layers"), found.stderr
     assert "  rank      : 1 (local_rank: 1)" in last, found.stderr

@@ -143,10 +143,8 @@ def test_peak_of_a_step(fields, dtype, monkeypatch):
     assert sum(memory.values()) == pytest.approx(peak, rel=0.1)
 
 
-KINDS = {
-    "gather": "gathered", "scatter": "scattered", "reduce": "reduced", "alltoall": "to all",  # collectives
-    "forward": "gathered", "backward": "to all", "handed on": "to all",  # of a plan
-}  # fmt: skip
+KINDS = {"gather": "gathered", "scatter": "scattered", "reduce": "reduced", "alltoall": "to all"}  # of collectives
+KINDS |= {"forward": "gathered", "backward": "to all", "handed on": "to all"}  # of a plan
 
 
 def kind_of(name: str) -> str:

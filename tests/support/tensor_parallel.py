@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from case import sequence_options
 from models import TINY, tiny_model
 from torch import Tensor
 
@@ -72,10 +73,7 @@ def _results(work: Work, model: mo.Megalodon, mesh: Any) -> dict[str, Tensor]:
     tokens, targets = torch.randint(TINY["vocab_size"], (2, work.rows, work.length), generator=gen)
     past = torch.randint(TINY["vocab_size"], (work.rows, work.past), generator=gen)
     targets[:, ::5] = -100
-    options = {
-        name: torch.tensor(getattr(work, name))
-        for name in ("lengths", "cu_seqlens") if getattr(work, name) is not None
-    }  # fmt: skip
+    options = sequence_options(work.cu_seqlens, work.lengths)
     if mesh is not None:
         tokens, targets = (split(tensor, mesh, chunk_size=TINY["chunk_size"]) for tensor in (tokens, targets))
         past = split(past, mesh, chunk_size=TINY["chunk_size"])
