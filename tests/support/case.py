@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.utils._pytree import tree_map_only
 
+F32 = torch.float32
 Tensors = dict[str, Tensor]
 Sizes = dict[str, Any]
 """Keyword arguments of a function that builds a case"""
@@ -85,12 +86,14 @@ class Case:
         return replace(self, tensors=tensors, options=options)
 
 
-def sequence_options(cu_seqlens: Sequence[int] | None, lengths: Sequence[int] | None) -> dict[str, Tensor]:
+def sequence_options(
+    cu_seqlens: Sequence[int] | None = None, lengths: Sequence[int] | None = None
+) -> dict[str, Tensor]:
     named = {"cu_seqlens": cu_seqlens, "lengths": lengths}
     return {name: torch.tensor(values) for name, values in named.items() if values is not None}
 
 
-def count_sequences(B: int, cu_seqlens: Sequence[int] | None) -> int:
+def count_sequences(B: int, cu_seqlens: Sequence[int] | None = None, lengths: Sequence[int] | None = None) -> int:
     return B if cu_seqlens is None else len(cu_seqlens) - 1
 
 

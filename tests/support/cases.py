@@ -17,13 +17,6 @@ from sequence_norm.sequence_norm_case import sequence_norm_case
 from timestep_norm.timestep_norm_case import timestep_norm_case
 from timestep_norm.timestep_norm_end_state_case import timestep_norm_end_state_case
 
-__all__ = [
-    "BUILDERS", "OPS", "SMALL", "WITH_STATE", "Case", "Tensors", "adaptive_working_memory_case", "bidirectional_cema_case",
-    "cema_case", "cema_end_state_case", "chunked_attention_case", "generator", "normalized_attention_case",
-    "normalized_qk_case", "randn", "real_dtype", "sequence_norm_case", "timestep_norm_case",
-    "timestep_norm_end_state_case", "uniform",
-]  # fmt: skip
-
 
 def _declared() -> dict[str, Op]:
     paths = sorted(TESTS.glob("ops/*/*_case.py"))

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 import torch
-from case import Case, Op, Tensors, count_sequences, generator, randn, real_dtype, sequence_options
+from case import F32, Case, Op, Tensors, count_sequences, generator, randn, real_dtype, sequence_options
 from drawing import CHANNELS, DTYPES, KINDS, SEEDS, lengths_around, sequences
 from hypothesis import strategies as st
 
@@ -15,19 +14,17 @@ from megalodon_ops import WorkingMemoryState
 
 
 def adaptive_working_memory_case(
-    B: int = 2, L: int = 9, H: int = 2, K: int = 3, V: int = 5, C: int = 4, *, dtype: torch.dtype = torch.float32,
-    seed: int = 0, size: float = 1.0, visible_chunks: int = 1, state: bool = False,
-    cu_seqlens: Sequence[int] | None = None, lengths: Sequence[int] | None = None,
-) -> Case:  # fmt: skip
+    B=2, L=9, H=2, K=3, V=5, C=4, *, dtype=F32, seed=0, size=1.0, visible_chunks=1, state=False, **rows
+) -> Case:
     """Queries and keys of scale `size`; memories of some sequences are empty."""
     gen, real = generator(seed), real_dtype(dtype)
     tensors = {
         name: (scale * randn(gen, B, L, H, width)).to(dtype)
         for name, scale, width in (("q", size, K), ("k", size, K), ("v", 1, V))
     }
-    options = {"chunk_size": C, "visible_chunks": visible_chunks, **sequence_options(cu_seqlens, lengths)}
+    options = {"chunk_size": C, "visible_chunks": visible_chunks, **sequence_options(**rows)}
     if state:
-        S = count_sequences(B, cu_seqlens)
+        S = count_sequences(B, **rows)
         kept = attention_state(gen, S, visible_chunks * C, H, K, V, dtype)
         chunks = torch.arange(S) % 3 * (kept.position >= (visible_chunks - 1) * C)
         written = (chunks > 0)[:, None, None]
@@ -43,11 +40,12 @@ def adaptive_working_memory_cases(
 ) -> Case:
     """Scores from nearly uniform to nearly one-hot."""
     C = draw(st.sampled_from([1, 2, 5, 16, 33]))
+    rows = draw(sequences(lengths_around(C), kinds))
+    sizes = dict(H=draw(st.integers(1, 3)), K=draw(CHANNELS), V=draw(CHANNELS))
+    sizes |= dict(C=C, size=draw(st.sampled_from([0.1, 1.0, 10.0])), visible_chunks=draw(st.sampled_from([1, 2])))
     return adaptive_working_memory_case(
-        **draw(sequences(lengths_around(C), kinds)), H=draw(st.integers(1, 3)), K=draw(CHANNELS), V=draw(CHANNELS), C=C,
-        size=draw(st.sampled_from([0.1, 1.0, 10.0])), visible_chunks=draw(st.sampled_from([1, 2])), dtype=draw(dtypes),
-        seed=draw(SEEDS), state=draw(st.booleans()),
-    )  # fmt: skip
+        **rows, **sizes, dtype=draw(dtypes), seed=draw(SEEDS), state=draw(st.booleans())
+    )
 
 
 def _with_state(tensors: Tensors, options: dict[str, Any]) -> dict[str, Any]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import partial
 from itertools import pairwise
 
 import pytest
@@ -74,10 +75,8 @@ def test_positions_that_would_overflow_are_refused(L):
     case = adaptive_working_memory_case(L=L, state=True)
     for wrong in (-1, 2**62 + 1, 2**63 - 3):
         kept = case.options["kept"]._replace(position=torch.tensor([0, wrong]))
-        assert_refuses(
-            ValueError, "adaptive_working_memory", "state.position",
-            lambda kept=kept: forward(mo.adaptive_working_memory, case.with_options(kept=kept)),
-        )  # fmt: skip
+        call = partial(forward, mo.adaptive_working_memory, case.with_options(kept=kept))
+        assert_refuses(ValueError, "adaptive_working_memory", "state.position", call)
 
 
 def memory_model(dtype=torch.float64, **overrides):

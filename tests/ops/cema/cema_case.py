@@ -2,20 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 import torch
-from case import Case, CudaSizes, Op, count_sequences, generator, randn, real_dtype, sequence_options, uniform
+from case import F32, Case, CudaSizes, Op, count_sequences, generator, randn, real_dtype, sequence_options, uniform
 from drawing import CHANNELS, DTYPES, KINDS, SEEDS, lengths_around, sequences
 from hypothesis import strategies as st
 
 
 def cema_case(
-    B: int = 2, L: int = 9, D: int = 5, N: int = 4, *, dtype: torch.dtype = torch.float32, seed: int = 0,
-    radius: tuple[float, float] = (0.5, 0.99), angle: tuple[float, float] = (-3.0, 3.0), state: bool = False,
-    cu_seqlens: Sequence[int] | None = None, lengths: Sequence[int] | None = None,
-) -> Case:  # fmt: skip
+    B=2, L=9, D=5, N=4, *, dtype=F32, seed=0, radius=(0.5, 0.99), angle=(-3.0, 3.0), state=False, **rows
+) -> Case:
     """Poles q with modulus in `radius` and phase in `angle`."""
     gen, real = generator(seed), real_dtype(dtype)
     complex_ = torch.complex128 if real == torch.float64 else torch.complex64
@@ -26,9 +23,9 @@ def cema_case(
         "gamma": (randn(gen, D, N, dtype=torch.complex128) / N**0.5).to(complex_),
         "omega": randn(gen, D, dtype=real),
     }
-    options = sequence_options(cu_seqlens, lengths)
+    options = sequence_options(**rows)
     if state:
-        tensors["state"] = randn(gen, count_sequences(B, cu_seqlens), D, N, dtype=complex_)
+        tensors["state"] = randn(gen, count_sequences(B, **rows), D, N, dtype=complex_)
     return Case("cema", tensors, options, dtype)
 
 
@@ -39,10 +36,8 @@ def cema_sizes(draw: st.DrawFn, dtypes: st.SearchStrategy[torch.dtype], kinds: t
     D = draw(CHANNELS if N <= 8 else st.sampled_from([1, 3, 5, 8, 13, 17]))  # to limit the time
     radius = draw(st.sampled_from([(0.0, 0.2), (0.3, 0.99), (1 - 1e-3, 1 - 1e-5), (1 - 1e-5, 1 - 1e-5)]))
     angle = draw(st.sampled_from([(-3.2, 3.2), (0.0, 1e-4), (0.0, 0.0), (3.1, 3.2)]))
-    return dict(
-        **draw(sequences(lengths_around(32), kinds)), D=D, N=N, radius=radius, angle=angle,
-        dtype=draw(dtypes), seed=draw(SEEDS),
-    )  # fmt: skip
+    rows = draw(sequences(lengths_around(32), kinds))
+    return dict(**rows, D=D, N=N, radius=radius, angle=angle, dtype=draw(dtypes), seed=draw(SEEDS))
 
 
 @st.composite

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 import torch
-from case import Case, CudaSizes, Op, Tensors, count_sequences, generator, randn, sequence_options
+from case import F32, Case, CudaSizes, Op, Tensors, count_sequences, generator, randn, sequence_options
 from drawing import CHANNELS, DTYPES, KINDS, SEEDS, lengths_around, sequences
 from hypothesis import strategies as st
 
@@ -16,22 +15,16 @@ STARTS: tuple[dict[str, bool], ...] = ({}, {"state": True}, {"causal": False})
 
 
 def chunked_attention_case(
-    B: int = 2, L: int = 9, H: int = 2, K: int = 3, V: int = 5, C: int = 4, *, dtype: torch.dtype = torch.float32,
-    seed: int = 0, causal: bool = True, visible_chunks: int = 1, scale: float = 1.0, dropkey: float = 0.0,
-    state: bool = False, cu_seqlens: Sequence[int] | None = None, lengths: Sequence[int] | None = None,
-) -> Case:  # fmt: skip
-    gen = generator(seed)
+    B=2, L=9, H=2, K=3, V=5, C=4, *, dtype=F32, seed=0, causal=True, scale=1.0, dropkey=0.0, state=False, **others
+) -> Case:
+    """`others`: visible_chunks, cu_seqlens and lengths."""
+    gen, visible_chunks, rows = generator(seed), others.pop("visible_chunks", 1), others
     tensors = {name: randn(gen, B, L, H, size, dtype=dtype) for name, size in (("q", K), ("k", K), ("v", V))}
-    options = {
-        "chunk_size": C,
-        "scale": scale,
-        **sequence_options(cu_seqlens, lengths),
-        **mask_options(causal, dropkey, seed),
-    }
+    options = {"chunk_size": C, "scale": scale, **sequence_options(**rows), **mask_options(causal, dropkey, seed)}
     if visible_chunks > 1:
         options["visible_chunks"] = visible_chunks
     if state:
-        options["state"] = attention_state(gen, count_sequences(B, cu_seqlens), visible_chunks * C, H, K, V, dtype)
+        options["state"] = attention_state(gen, count_sequences(B, **rows), visible_chunks * C, H, K, V, dtype)
     return Case("chunked_attention", tensors, options, dtype)
 
 
@@ -60,11 +53,11 @@ def chunked_attention_cases(
     """Different key and value widths; chunks of one row up to more rows than a block."""
     C, visible_chunks = draw(st.sampled_from([1, 2, 3, 8, 16, 17, 64, 67])), draw(st.sampled_from([1, 1, 2]))
     starts, dropkeys = (STARTS, [0.0, 0.25, 0.9]) if visible_chunks == 1 else (STARTS[:2], [0.0])
-    return chunked_attention_case(
-        **draw(sequences(lengths_around(C), kinds)), H=draw(st.integers(1, 3)), K=draw(CHANNELS), V=draw(CHANNELS), C=C,
-        scale=draw(st.sampled_from([1.0, 0.125, -0.5])), dropkey=draw(st.sampled_from(dropkeys)),
-        visible_chunks=visible_chunks, dtype=draw(dtypes), seed=draw(SEEDS), **draw(st.sampled_from(starts)),
-    )  # fmt: skip
+    rows = draw(sequences(lengths_around(C), kinds))
+    sizes = dict(H=draw(st.integers(1, 3)), K=draw(CHANNELS), V=draw(CHANNELS))
+    sizes |= dict(C=C, scale=draw(st.sampled_from([1.0, 0.125, -0.5])), dropkey=draw(st.sampled_from(dropkeys)))
+    sizes |= dict(visible_chunks=visible_chunks, dtype=draw(dtypes), seed=draw(SEEDS))
+    return chunked_attention_case(**rows, **sizes, **draw(st.sampled_from(starts)))
 
 
 def call(function, inputs: list, tensors: Tensors, options: dict[str, Any]) -> Tensors:

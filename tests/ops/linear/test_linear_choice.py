@@ -217,8 +217,10 @@ def test_a_wrong_environment_variable_is_refused(monkeypatch):
         imported_again(monkeypatch, "blas")
 
 
-@pytest.mark.parametrize(("vendor", "mkl", "expected"), [("GenuineIntel", True, False), ("AuthenticAMD", True, True),
-                                                         ("AuthenticAMD", False, False)])  # fmt: skip
+@pytest.mark.parametrize(
+    ("vendor", "mkl", "expected"),
+    [("GenuineIntel", True, False), ("AuthenticAMD", True, True), ("AuthenticAMD", False, False)],
+)
 def test_mkl_is_slow_on_processors_of_other_vendors(monkeypatch, tmp_path, vendor, mkl, expected):
     cpuinfo = tmp_path / "cpuinfo"
     cpuinfo.write_text(f"vendor_id : {vendor}\n")

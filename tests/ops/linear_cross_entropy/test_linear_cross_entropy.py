@@ -198,13 +198,13 @@ def test_batches_strides_and_integer_types(reduction, small_blocks):
     hidden, weight, targets = inputs(4 * ROWS)
     strided = hidden.detach().reshape(4, ROWS, D).transpose(0, 1).requires_grad_()
     index = targets.reshape(4, ROWS).t().int()
+
+    def flattened(x, w, t, **options):
+        losses = expected_loss(x.flatten(0, 1), w, t.flatten().long(), **options)
+        return losses.reshape(t.shape if reduction == "none" else ())
+
     found = results(linear_cross_entropy, strided, weight, index, reduction=reduction)
-    wanted = results(
-        lambda x, w, t, **o: expected_loss(x.flatten(0, 1), w, t.flatten().long(), **o).reshape(
-            t.shape if reduction == "none" else ()
-        ),
-        strided, weight, index, reduction=reduction,
-    )  # fmt: skip
+    wanted = results(flattened, strided, weight, index, reduction=reduction)
     torch.testing.assert_close(found, wanted, rtol=1e-12, atol=1e-14)
 
 

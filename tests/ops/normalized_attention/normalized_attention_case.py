@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 
 import torch
-from case import Case, Op, count_sequences, generator, randn
+from case import F32, Case, Op, count_sequences, generator, randn
 from drawing import CHANNELS, DTYPES, KINDS, SEEDS, lengths_around, sequences
 from hypothesis import strategies as st
 
@@ -14,17 +13,15 @@ from normalized_qk.normalized_qk_case import normalized_qk_case
 
 
 def normalized_attention_case(
-    B: int = 2, L: int = 9, H: int = 2, K: int = 4, V: int = 5, C: int = 4, *, dtype: torch.dtype = torch.float32,
-    seed: int = 0, causal: bool = True, dropkey: float = 0.0, state: bool = False,
-    cu_seqlens: Sequence[int] | None = None, lengths: Sequence[int] | None = None,
-) -> Case:  # fmt: skip
+    B=2, L=9, H=2, K=4, V=5, C=4, *, dtype=F32, seed=0, causal=True, dropkey=0.0, state=False, **rows
+) -> Case:
     gen = generator(seed)
-    qk = normalized_qk_case(B, L, H, K, C, dtype=dtype, seed=seed, cu_seqlens=cu_seqlens, lengths=lengths)
+    qk = normalized_qk_case(B, L, H, K, C, dtype=dtype, seed=seed, **rows)
     tensors = {"z": qk.tensors["z"], "v": randn(gen, B, L, H * V, dtype=dtype)}
     tensors |= {"gamma": qk.tensors["gamma"] * 4, "beta": qk.tensors["beta"] * 4}
     options = qk.options | mask_options(causal, dropkey, seed)
     if state:
-        options["state"] = attention_state(gen, count_sequences(B, cu_seqlens), C, H, K, V, dtype)
+        options["state"] = attention_state(gen, count_sequences(B, **rows), C, H, K, V, dtype)
     return Case("normalized_attention", tensors, options, dtype)
 
 
@@ -33,11 +30,12 @@ def normalized_attention_cases(
     draw: st.DrawFn, dtypes: st.SearchStrategy[torch.dtype] = DTYPES, kinds: tuple[str, ...] = KINDS
 ) -> Case:
     C = draw(st.sampled_from([1, 2, 5, 16, 33]))
+    rows = draw(sequences(lengths_around(C), kinds))
+    H, K = draw(st.integers(1, 3)), draw(st.sampled_from([2, 4, 6, 16, 34]))
+    sizes = dict(H=H, K=K, V=draw(CHANNELS), C=C, dropkey=draw(st.sampled_from([0.0, 0.25])))
     return normalized_attention_case(
-        **draw(sequences(lengths_around(C), kinds)), H=draw(st.integers(1, 3)),
-        K=draw(st.sampled_from([2, 4, 6, 16, 34])), V=draw(CHANNELS), C=C, dropkey=draw(st.sampled_from([0.0, 0.25])),
-        dtype=draw(dtypes), seed=draw(SEEDS), **draw(st.sampled_from(STARTS)),
-    )  # fmt: skip
+        **rows, **sizes, dtype=draw(dtypes), seed=draw(SEEDS), **draw(st.sampled_from(STARTS))
+    )
 
 
 OP = Op(

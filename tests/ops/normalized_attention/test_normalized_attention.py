@@ -78,11 +78,9 @@ def test_decoding_token_by_token(inplace):
     empty = (torch.zeros(2, C, H, K).double(), torch.zeros(2, C, H, V).double(), torch.zeros(2, dtype=torch.int64))
     state, outputs = AttentionState(*empty), []
     z, v, gamma, beta = case.tensors.values()
-    for t in range(21):
-        o, state = mo.normalized_attention(
-            z[:, t : t + 1], v[:, t : t + 1], gamma, beta, num_heads=H, chunk_size=C,
-            state=state, return_state=True, inplace_state=inplace,
-        )  # fmt: skip
+    options = dict(num_heads=H, chunk_size=C, return_state=True, inplace_state=inplace)
+    for token, value in zip(z.split(1, 1), v.split(1, 1), strict=True):
+        o, state = mo.normalized_attention(token, value, gamma, beta, state=state, **options)
         outputs.append(o)
     assert_close(torch.cat(outputs, 1), whole["o"], tolerance=1e-12)
     assert torch.equal(state.position, torch.tensor([5, 5]))

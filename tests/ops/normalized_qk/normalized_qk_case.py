@@ -2,35 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 import torch
-from case import Case, CudaSizes, Op, Tensors, count_sequences, generator, randn, real_dtype, sequence_options
+from case import F32, Case, CudaSizes, Op, Tensors, count_sequences, generator, randn, real_dtype, sequence_options
 from drawing import DTYPES, KINDS, SEEDS, lengths_around, sequences
 from hypothesis import strategies as st
 
 
 def normalized_qk_case(
-    B: int = 2, L: int = 9, H: int = 2, K: int = 6, C: int = 4, *, dtype: torch.dtype = torch.float32, seed: int = 0,
-    size: float = 1.0, rope_base: float = 10000.0, eps: float = 1e-5, position: bool = False,
-    cu_seqlens: Sequence[int] | None = None, lengths: Sequence[int] | None = None,
-) -> Case:  # fmt: skip
+    B=2, L=9, H=2, K=6, C=4, *, dtype=F32, seed=0, size=1.0, rope_base=1e4, eps=1e-5, position=False, **rows
+) -> Case:
     gen, real = generator(seed), real_dtype(dtype)
     tensors = {
         "z": (size * randn(gen, B, L, H * K)).to(dtype),
         "gamma": randn(gen, 2, H * K, dtype=real) / 2,
         "beta": randn(gen, 2, H * K, dtype=real) / 4,
     }
-    options = {
-        "num_heads": H,
-        "chunk_size": C,
-        "rope_base": rope_base,
-        "eps": eps,
-        **sequence_options(cu_seqlens, lengths),
-    }
+    options = {"num_heads": H, "chunk_size": C, "rope_base": rope_base, "eps": eps, **sequence_options(**rows)}
     if position:
-        options["position"] = torch.randint(C, (count_sequences(B, cu_seqlens),), generator=gen)
+        options["position"] = torch.randint(C, (count_sequences(B, **rows),), generator=gen)
     return Case("normalized_qk", tensors, options, dtype, terms=0.1 / max(size, eps**0.5))
 
 
@@ -40,12 +31,11 @@ def normalized_qk_cases(
 ) -> Case:
     """z from far below eps to large; chunks shorter and longer than the sequence."""
     C = draw(st.sampled_from([1, 2, 5, 8, 16, 64, 2048]))
-    return normalized_qk_case(
-        **draw(sequences(lengths_around(min(C, 16)), kinds)), H=draw(st.integers(1, 4)),
-        K=draw(st.sampled_from([2, 4, 6, 16, 18, 34, 64])), C=C, rope_base=draw(st.sampled_from([10.0, 1e4, 1e5])),
-        size=draw(st.sampled_from([1e-3, 1.0, 100.0])), position=draw(st.booleans()),
-        dtype=draw(dtypes), seed=draw(SEEDS),
-    )  # fmt: skip
+    rows, H = draw(sequences(lengths_around(min(C, 16)), kinds)), draw(st.integers(1, 4))
+    K, rope_base = draw(st.sampled_from([2, 4, 6, 16, 18, 34, 64])), draw(st.sampled_from([10.0, 1e4, 1e5]))
+    values = dict(size=draw(st.sampled_from([1e-3, 1.0, 100.0])), position=draw(st.booleans()))
+    values |= dict(dtype=draw(dtypes), seed=draw(SEEDS))
+    return normalized_qk_case(**rows, H=H, K=K, C=C, rope_base=rope_base, **values)
 
 
 def call(function, inputs: list, tensors: Tensors, options: dict[str, Any]) -> Tensors:

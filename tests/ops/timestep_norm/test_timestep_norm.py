@@ -36,10 +36,9 @@ def test_golden(name, implementation, backend):
     x = t["x"][kept][None].requires_grad_()
     weight, bias = (t["weight_plus1"] - 1).requires_grad_(), t["bias"].clone().requires_grad_()
     mean, var = t["prev_mean"].clone().requires_grad_(), t["prev_var"].clone().requires_grad_()
-    y, state = implementation.timestep_norm(
-        x, weight, bias, num_groups=config["G"], eps=config["eps"], return_state=True, cu_seqlens=cu_seqlens,
-        state=TimestepNormState(t["prev_count"], mean, var),
-    )  # fmt: skip
+    options = dict(num_groups=config["G"], eps=config["eps"], return_state=True, cu_seqlens=cu_seqlens)
+    state = TimestepNormState(t["prev_count"], mean, var)
+    y, state = implementation.timestep_norm(x, weight, bias, state=state, **options)
     assert_close(y[0], t["y"][kept], tolerance=TOLERANCE)
     assert_close(state.mean, t["mean"], tolerance=TOLERANCE)
     assert_close(state.var, t["var"], tolerance=TOLERANCE)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -14,10 +13,8 @@ from megalodon_ops import TimestepNormState
 
 
 def timestep_norm_case(
-    B: int = 2, L: int = 9, G: int = 3, width: int = 4, *, dtype: torch.dtype = torch.float32, seed: int = 0,
-    mean: float = 0.5, std: float = 1.0, eps: float = 1e-5, count: int | None = None,
-    cu_seqlens: Sequence[int] | None = None, lengths: Sequence[int] | None = None,
-) -> Case:  # fmt: skip
+    B=2, L=9, G=3, width=4, *, dtype=torch.float32, seed=0, mean=0.5, std=1.0, eps=1e-5, count=None, **rows
+) -> Case:
     """G groups of `width` channels around `mean`; with `count`, a state of about as many positions."""
     gen, real, D = generator(seed), real_dtype(dtype), G * width
     tensors = {
@@ -25,9 +22,9 @@ def timestep_norm_case(
         "weight": randn(gen, D, dtype=real) / 2,
         "bias": randn(gen, D, dtype=real),
     }
-    options = {"num_groups": G, "eps": eps, **sequence_options(cu_seqlens, lengths)}
+    options = {"num_groups": G, "eps": eps, **sequence_options(**rows)}
     if count is not None:
-        S = count_sequences(B, cu_seqlens)
+        S = count_sequences(B, **rows)
         tensors["mean"] = (mean + std * randn(gen, S, G) / 4).to(real)
         tensors["var"] = (std**2 * uniform(gen, 0.5, 1.5, S, G)).to(real)
         options["count"] = count + torch.arange(S)
@@ -47,10 +44,9 @@ def timestep_norm_sizes(
     if dtype == torch.float32:  # 16-bit types lose the spread; float64 has no better reference
         values += [(1e4, 1e-2), (-1e3, 1.0), (0.0, 1e-4)]
     mean, std = draw(st.sampled_from(values))
-    return dict(
-        **draw(sequences(lengths_around(32), kinds)), G=draw(st.sampled_from([1, 2, 3, 5, 8])),
-        width=draw(st.sampled_from([1, 2, 3, 8, 16, 17, 33])), mean=mean, std=std, dtype=dtype, seed=draw(SEEDS),
-    )  # fmt: skip
+    rows, G = draw(sequences(lengths_around(32), kinds)), draw(st.sampled_from([1, 2, 3, 5, 8]))
+    width = draw(st.sampled_from([1, 2, 3, 8, 16, 17, 33]))
+    return dict(**rows, G=G, width=width, mean=mean, std=std, dtype=dtype, seed=draw(SEEDS))
 
 
 @st.composite
@@ -58,10 +54,8 @@ def timestep_norm_cases(
     draw: st.DrawFn, dtypes: st.SearchStrategy[torch.dtype] = DTYPES, kinds: tuple[str, ...] = KINDS
 ) -> Case:
     """Fresh states and states of long sequences."""
-    return timestep_norm_case(
-        **draw(timestep_norm_sizes(dtypes, kinds)), count=draw(st.sampled_from([None, 0, 1, 1000, 10**6])),
-        eps=draw(st.sampled_from([1e-5, 1e-3])),
-    )  # fmt: skip
+    sizes, count = draw(timestep_norm_sizes(dtypes, kinds)), draw(st.sampled_from([None, 0, 1, 1000, 10**6]))
+    return timestep_norm_case(**sizes, count=count, eps=draw(st.sampled_from([1e-5, 1e-3])))
 
 
 def _with_state(tensors: Tensors, options: dict[str, Any]) -> dict[str, Any]:
