@@ -15,10 +15,7 @@ os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 # Without it, torch refuses matrix products on a GPU under use_deterministic_algorithms. cuBLAS reads it once.
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 
-LONG = (
-    "test_distributed", "test_cuda_known_bugs", "test_cuda_sanitized", "test_readme", "test_hf_tools", "test_docs",
-    "test_corrupt_checkpoints", "test_memory_limits", "test_fork",
-)  # fmt: skip
+LONG = "distributed cuda_known_bugs cuda_sanitized readme hf_tools docs corrupt_checkpoints memory_limits fork"
 """Files that start first, because each keeps a worker busy for long"""
 
 
@@ -43,5 +40,5 @@ def pytest_collection() -> Iterator[None]:
 @pytest.hookimpl(trylast=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Sort tests: long files first, then files with many tests."""
-    counts = Counter(item.path.name for item in items)
-    items.sort(key=lambda i: (not i.path.name.startswith(LONG), -counts[i.path.name], i.path.name))
+    counts, long = Counter(item.path.name for item in items), tuple(f"test_{name}" for name in LONG.split())
+    items.sort(key=lambda i: (not i.path.name.startswith(long), -counts[i.path.name], i.path.name))

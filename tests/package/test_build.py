@@ -124,19 +124,16 @@ def test_the_version_of_nvcc_is_read(tmp_path):
 
 def configure(folder: Path, *options: str) -> subprocess.CompletedProcess[str]:
     found = [f"-DPython_EXECUTABLE={sys.executable}", f"-Dpybind11_DIR={pybind11.get_cmake_dir()}"]
-    return cmake(
-        "-S", ROOT, "-B", folder / "build", "-DSKBUILD_PROJECT_VERSION=0", *found, *options, path=folder / "bin"
-    )  # fmt: skip
+    arguments = ["-S", ROOT, "-B", folder / "build", "-DSKBUILD_PROJECT_VERSION=0", *found, *options]
+    return cmake(*arguments, path=folder / "bin")
 
 
 def test_cuda_is_left_out_if_nvcc_is_old_or_broken(tmp_path):
     fake_nvcc(tmp_path / "bin", "11.5.119")
     run = configure(tmp_path)
     assert run.returncode == 0, run.stderr
-    assert (
-        "CUDA kernels: not built (nvcc is 11.5.119, and 11.8 or newer is needed: on the PATH or in CUDACXX)"
-        in run.stdout
-    )
+    words = "CUDA kernels: not built (nvcc is 11.5.119, and 11.8 or newer is needed: on the PATH or in CUDACXX)"
+    assert words in run.stdout
     run = configure(tmp_path, "-DMEGALODON_OPS_CUDA=ON")
     assert run.returncode != 0
     assert "CUDA kernels: nvcc is 11.5.119, and 11.8 or newer is needed" in " ".join(run.stderr.split())

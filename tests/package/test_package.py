@@ -121,19 +121,12 @@ def test_threads_follow_torch():
 
 def test_bindings_refuse_unsafe_tensors():
     x, p, q, omega = torch.zeros(1, 4, 6), torch.zeros(6, 2), torch.zeros(6, 2, dtype=torch.complex64), torch.zeros(6)
-    arguments = dict(
-        x=x, p=p, q=q, gamma=q, omega=omega, state=None, cu=None, lengths=None, y=x.clone(), state_out=None
-    )
+    absent = dict(state=None, cu=None, lengths=None)
+    arguments = dict(x=x, p=p, q=q, gamma=q, omega=omega, **absent, y=x.clone(), state_out=None)
     _C.cema_fwd(*arguments.values())
-    for name, bad in {
-        "x": x.transpose(1, 2),
-        "p": p[:5],
-        "omega": omega.double(),
-        "y": torch.zeros(1, 4, 5),
-        "state_out": q[None, :5],
-        "cu": torch.tensor([0, 5]),
-        "lengths": torch.tensor([5]),
-    }.items():
+    wrong = dict(x=x.transpose(1, 2), p=p[:5], omega=omega.double(), y=torch.zeros(1, 4, 5), state_out=q[None, :5])
+    wrong |= dict(cu=torch.tensor([0, 5]), lengths=torch.tensor([5]))
+    for name, bad in wrong.items():
         with pytest.raises((ValueError, TypeError), match=f"cema: `{name}"):
             _C.cema_fwd(*{**arguments, name: bad}.values())
 

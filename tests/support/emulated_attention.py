@@ -27,13 +27,13 @@ def scaled_case(**shape):
 def run(emulator, case, offset=0):
     """Return o and lse of the forward's kernels."""
     q, k, v = (case.tensors[name] for name in "qkv")
-    options = case.options
+    options = (
+        dict(state=None, causal=True, dropkey=0.0, dropkey_seed=None, cu_seqlens=None, lengths=None) | case.options
+    )
     o, lse = torch.empty_like(v), q.new_empty(q.shape[:-1], dtype=accumulation_dtype(q.dtype))
-    emulator.call(
-        "chunked_attention_fwd", q, k, v, *(options.get("state") or (None,) * 3), options["chunk_size"],
-        options.get("causal", True), options["scale"], options.get("dropkey", 0.0), options.get("dropkey_seed"), options.get("cu_seqlens"),
-        options.get("lengths"), o, lse, offset=offset,
-    )  # fmt: skip
+    names = ("chunk_size", "causal", "scale", "dropkey", "dropkey_seed", "cu_seqlens", "lengths")
+    arguments = q, k, v, *(options["state"] or (None,) * 3), *(options[name] for name in names)
+    emulator.call("chunked_attention_fwd", *arguments, o, lse, offset=offset)
     return {"o": o, "lse": lse}
 
 

@@ -13,10 +13,8 @@ from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import Any
 
-PRELOADED = [
-    "pytest", "hypothesis", "megalodon_ops.cli.train", "megalodon_ops.distributed", "torch._dynamo", "torch.distributed.fsdp",
-    "torch.distributed.tensor", "torch.distributed.checkpoint",
-]  # fmt: skip
+PRELOADED = ["pytest", "hypothesis", "megalodon_ops.cli.train", "megalodon_ops.distributed", "torch._dynamo"]
+PRELOADED += [f"torch.distributed.{name}" for name in ("fsdp", "tensor", "checkpoint")]
 """Imported once, by the process from which the pool is forked"""
 TIMEOUT = 120.0
 """Seconds that a function may take in all ranks, on a busy machine"""

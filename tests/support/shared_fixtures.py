@@ -25,10 +25,8 @@ if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # `pytest &` ignores Ctrl
 # Every run draws the same examples; HYPOTHESIS_PROFILE=explore draws new ones, and more.
 WHOLE_TEST = [HealthCheck.function_scoped_fixture]  # one backend for all examples of a test
 settings.register_profile("default", max_examples=15, deadline=None, derandomize=True, suppress_health_check=WHOLE_TEST)
-settings.register_profile(
-    "explore", max_examples=300, deadline=None, print_blob=True,
-    suppress_health_check=[*WHOLE_TEST, HealthCheck.too_slow],
-)  # fmt: skip
+TOO_SLOW = [*WHOLE_TEST, HealthCheck.too_slow]
+settings.register_profile("explore", max_examples=300, deadline=None, print_blob=True, suppress_health_check=TOO_SLOW)
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "default"))
 
 
