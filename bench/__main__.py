@@ -18,10 +18,8 @@ import torch
 
 from . import gpu, harness, machine, report, summary
 
-BENCHES = (
-    "cema", "timestep_norm", "attention", "working_memory", "linear", "elementwise", "overhead", "model", "small_weights", "encoder",
-    "stream", "waiting",
-)  # fmt: skip
+BENCHES = "cema timestep_norm attention working_memory linear elementwise overhead".split()
+BENCHES += "model small_weights encoder stream waiting".split()
 
 
 def main() -> int:
@@ -56,10 +54,9 @@ def main() -> int:
     date = datetime.date.today().isoformat()
     part = [] if set(options.only) == set(BENCHES) else options.only
     stem = options.out / "-".join([date, hardware.NAME, *part, *(["quick"] if options.quick else [])])
-    report.write(
-        stem, results, failures, hardware.describe(), limits, device=hardware.NAME,
-        date=date, seconds=time.monotonic() - begin, quick=options.quick,
-    )  # fmt: skip
+    seconds = round(time.monotonic() - begin)
+    run = report.Run(hardware.describe(), limits, hardware.NAME, date, seconds, options.quick)
+    report.write(stem, results, failures, run)
     print(f"wrote {stem}.md", file=sys.stderr)
     if hardware is machine and not part and not options.quick:
         print(summary.text(Path(f"{stem}.md")))

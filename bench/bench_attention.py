@@ -12,7 +12,7 @@ normalized_qk, an element of z:
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from functools import partial
 
 import torch
@@ -56,10 +56,20 @@ def cases(quick: bool, gpu: bool) -> Iterator[Case]:
             yield _qk(L, Z=256, H=1, C=C, dtype=dtype, backward=backward, compiled=dtype == torch.float32 and backward)
 
 
+RIVALS = ("row blocks", "sdpa")
+
+
 def _attention(
-    L: int, *, C: int, K: int, V: int, H: int, dtype: torch.dtype, backward: bool = False,
-    rivals: tuple[str, ...] = ("row blocks", "sdpa"),
-) -> Case:  # fmt: skip
+    L: int,
+    *,
+    C: int,
+    K: int,
+    V: int,
+    H: int,
+    dtype: torch.dtype,
+    backward: bool = False,
+    rivals: Sequence[str] = RIVALS,
+) -> Case:
     torch.manual_seed(0)
     q, k = (torch.randn(1, L, H, K, dtype=dtype) * K**-0.25 for _ in range(2))  # scores of variance 1
     v, do = (torch.randn(1, L, H, V, dtype=dtype) for _ in range(2))

@@ -9,7 +9,7 @@ Coefficients and states are D N numbers and are not counted.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import torch
 
@@ -49,9 +49,14 @@ def cases(quick: bool, gpu: bool) -> Iterator[Case]:
 
 
 def _case(
-    batch: int, length: int, dim: int, dtype: torch.dtype, *, backward: bool = False,
-    rivals: tuple[str, ...] = ("blocks",),
-) -> Case:  # fmt: skip
+    batch: int,
+    length: int,
+    dim: int,
+    dtype: torch.dtype,
+    *,
+    backward: bool = False,
+    rivals: Sequence[str] = ("blocks",),
+) -> Case:
     torch.manual_seed(0)
     x, dy = (torch.randn(batch, length, dim, dtype=dtype) for _ in range(2))
     coefficients = [t.detach() for t in mo.ComplexEMA(dim, N).coefficients()]

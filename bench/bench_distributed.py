@@ -35,10 +35,8 @@ import megalodon_ops as mo
 from . import machine
 from .hand_over import HandOver
 
-CONFIG = dict(
-    num_layers=4, model_dim=256, num_heads=1, z_dim=128, value_dim=512, ffn_hidden_dim=512, cema_ndim=16, chunk_size=512,
-    vocab_size=256, norm_num_groups=32,
-)  # fmt: skip
+CONFIG = dict(num_layers=4, model_dim=256, num_heads=1, z_dim=128, value_dim=512, ffn_hidden_dim=512, cema_ndim=16)
+CONFIG |= dict(chunk_size=512, vocab_size=256, norm_num_groups=32)
 QUICK = CONFIG | dict(num_layers=2, model_dim=64, z_dim=32, value_dim=64, ffn_hidden_dim=64, chunk_size=128)
 
 
@@ -277,10 +275,10 @@ def measure(ranks: int, way: str, config: dict[str, Any], tokens: int, steps: in
     in_step = sum(critical_path(part, in_step=True)[0] for part in traces)
     processors = [sum(event.seconds for trace in part for event in trace) for part in traces]
     sent = [max(sum(event.bytes for event in trace) for trace in part) / config["num_layers"] for part in traces]
-    return Row(
-        ranks, way if ranks > 1 else "one process", forward, forward + backward, in_step, sum(processors),
-        sum(result[2] for result in results) / processors[0], depth + depth_back, *sent, results[0][3], results[0][4],
-    )  # fmt: skip
+    exchanges = sum(result[2] for result in results) / processors[0]
+    times = forward, forward + backward, in_step, sum(processors)
+    name = way if ranks > 1 else "one process"
+    return Row(ranks, name, *times, exchanges, depth + depth_back, *sent, results[0][3], results[0][4])
 
 
 def agrees(row: Row, single: Row) -> bool:
@@ -290,19 +288,18 @@ def agrees(row: Row, single: Row) -> bool:
 
 def table(rows: list[Row]) -> str:
     single = rows[0]
-    columns = [
-        "processes", "way", "forward s", "times faster", "step s", "times faster", "in step s", "times faster",
-        "processors s", "exchange, of a forward", "exchanges in a row", "KiB a layer, forward", "backward",
-    ]  # fmt: skip
-    lines = [columns, ["---"] * len(columns)]
+    head = (
+        "processes | way | forward s | times faster | step s | times faster | in step s | times faster | processors s"
+    )
+    head += " | exchange, of a forward | exchanges in a row | KiB a layer, forward | backward"
+    lines = [head, " | ".join(["---"] * (head.count("|") + 1))]
     for row in rows:
+        times = (row.forward, single.forward), (row.step, single.step), (row.in_step, single.step)
+        cells = [str(row.ranks), row.way, *(f"{cell:.2f}" for own, one in times for cell in (own, one / own))]
+        exchanges = f"{100 * row.exchanges:.1f} %" if row.way == "chunk parallel" else ""
         sent = (f"{count / 1024:.0f}" if row.ranks > 1 else "" for count in (row.bytes_forward, row.bytes_backward))
-        lines.append([
-            str(row.ranks), row.way, f"{row.forward:.2f}", f"{single.forward / row.forward:.2f}", f"{row.step:.2f}",
-            f"{single.step / row.step:.2f}", f"{row.in_step:.2f}", f"{single.step / row.in_step:.2f}", f"{row.processors:.2f}",
-            f"{100 * row.exchanges:.1f} %" if row.way == "chunk parallel" else "", str(row.depth or ""), *sent,
-        ])  # fmt: skip
-    return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
+        lines.append(" | ".join([*cells, f"{row.processors:.2f}", exchanges, str(row.depth or ""), *sent]))
+    return "\n".join(f"| {line} |" for line in lines)
 
 
 def main() -> int:
@@ -326,15 +323,14 @@ def main() -> int:
     wrong = [f"{row.ranks} processes, {row.way}" for row in rows if not agrees(row, rows[0])]
     date = datetime.date.today().isoformat()
     facts = {
-        "model": ", ".join(f"{name} {value}" for name, value in config.items()), "tokens": f"{tokens:,} in one row, float32",
+        "model": ", ".join(f"{name} {value}" for name, value in config.items()),
+        "tokens": f"{tokens:,} in one row, float32",
         "load": f"{load:.1f} processes wanted a core when the bench began, {os.getloadavg()[0]:.1f} when it ended",
         **machine.describe(),
-    }  # fmt: skip
-    page = [
-        f"# Chunk parallel, {date}", __doc__.split("\n\n", 1)[1].strip(),
-        "\n".join(f"- {name}: {value}" for name, value in facts.items()), table(rows),
-        *([f"Failed: {', '.join(wrong)}"] if wrong else []),
-    ]  # fmt: skip
+    }
+    page = [f"# Chunk parallel, {date}", __doc__.split("\n\n", 1)[1].strip()]
+    page += ["\n".join(f"- {name}: {value}" for name, value in facts.items()), table(rows)]
+    page += [f"Failed: {', '.join(wrong)}"] if wrong else []
     options.out.mkdir(parents=True, exist_ok=True)
     stem = options.out / f"{date}-distributed{'-quick' if options.quick else ''}"
     stem.with_suffix(".md").write_text("\n\n".join(page) + "\n")

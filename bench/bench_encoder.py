@@ -26,11 +26,8 @@ from .harness import OURS, Case, Outputs, Path
 LENGTHS = (1 << 14, 1 << 16, 1 << 18)
 LONGEST = {OURS: 1 << 18, "plain torch": 1 << 16, "Transformer encoder": 1 << 16, "Mamba": 1 << 14}
 TOLERANCE = 1e-3
-CONFIG = mo.MegalodonEncoderConfig(
-    num_layers=2, model_dim=64, z_dim=32, value_dim=128, ffn_hidden_dim=128, norm_num_groups=4, chunk_size=128,
-    num_features=1,
-    scale_inputs=False,  # as the plain model
-)  # fmt: skip
+SIZES = dict(num_layers=2, model_dim=64, z_dim=32, value_dim=128, ffn_hidden_dim=128, norm_num_groups=4, chunk_size=128)
+CONFIG = mo.MegalodonEncoderConfig(**SIZES, num_features=1, scale_inputs=False)  # unscaled, as the plain model
 
 
 def cases(quick: bool, gpu: bool) -> Iterator[Case]:
@@ -71,10 +68,9 @@ def _case(length: int, names: list[str]) -> Case:
     weights = sum(m.weight.numel() for m in encoder.modules() if isinstance(m, nn.Linear))
     attention = (8 * CONFIG.z_dim + 6 * CONFIG.value_dim) * CONFIG.chunk_size
     cema = 2 * (48 * CONFIG.cema_ndim + 6) * CONFIG.model_dim
-    return Case(
-        name="encoder forward + backward", shape=f"{encoder.num_parameters() / 1e3:.0f}k L {length}", dtype="fp32",
-        paths=[*paths.values()], expected=paths["plain torch"].call if "plain torch" in paths else None,
-        tolerance=TOLERANCE, units=length, unit="token",
-        flops=length * (6 * weights + CONFIG.num_layers * (attention + cema)), bytes=12 * weights, cold=False, fewer_threads=False,
-        all_peaks=True,
-    )  # fmt: skip
+    work = "encoder forward + backward", f"{encoder.num_parameters() / 1e3:.0f}k L {length}", "fp32"
+    expected = paths["plain torch"].call if "plain torch" in paths else None
+    flops = length * (6 * weights + CONFIG.num_layers * (attention + cema))
+    cost = dict(units=length, unit="token", flops=flops, bytes=12 * weights)
+    timed = dict(cold=False, fewer_threads=False, all_peaks=True)
+    return Case(*work, [*paths.values()], expected, TOLERANCE, **cost, **timed)

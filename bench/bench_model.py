@@ -27,14 +27,10 @@ import megalodon_ops as mo
 from . import plain_models
 from .harness import DTYPES, OURS, Case, Outputs, Path, forward
 
-_25M = dict(
-    num_layers=6, model_dim=512, num_heads=4, z_dim=256, value_dim=1024, ffn_hidden_dim=2048, chunk_size=1024,
-    vocab_size=256,
-)  # fmt: skip
-QUICK = dict(
-    num_layers=2, model_dim=128, num_heads=2, z_dim=64, value_dim=128, ffn_hidden_dim=256, chunk_size=128,
-    vocab_size=256,
-)  # fmt: skip
+_25M = dict(num_layers=6, model_dim=512, num_heads=4, z_dim=256, value_dim=1024, ffn_hidden_dim=2048)
+_25M |= dict(chunk_size=1024, vocab_size=256)
+QUICK = dict(num_layers=2, model_dim=128, num_heads=2, z_dim=64, value_dim=128, ffn_hidden_dim=256)
+QUICK |= dict(chunk_size=128, vocab_size=256)
 # Gradients of the deepest parameters collect the rounding errors of every layer; 16-bit ones keep two digits.
 TRAINING_TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.1}
 FORWARD_TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.05}
@@ -61,9 +57,8 @@ def cases(quick: bool, gpu: bool) -> Iterator[Case]:
 
 
 def _gpu_cases(quick: bool) -> Iterator[Case]:
-    presets = {"2M": mo.MegalodonConfig(**QUICK)} if quick else {
-        "200M": mo.MegalodonConfig.preset("mega200M"), "1.3B": mo.MegalodonConfig.preset("mega1.3B")
-    }  # fmt: skip
+    presets = {size: mo.MegalodonConfig.preset(f"mega{size}") for size in ("200M", "1.3B")}
+    presets = {"2M": mo.MegalodonConfig(**QUICK)} if quick else presets
     for name, config in presets.items():
         model = _Model(name, config, torch.bfloat16)
         C = config.chunk_size
@@ -103,18 +98,22 @@ class _Model:
         cema = length * config.model_dim * ((48 * N + 6) if training else (12 * N + 2))
         return length * self.weights * (6 if training else 2) + config.num_layers * (attention + cema)
 
-    def case(self, name: str, length: int, paths: list[Path], training: bool, **fields) -> Case:
+    def case(
+        self, name: str, length: int, paths: list[Path], expected: Callable[[], Outputs] | None, *, training: bool
+    ) -> Case:
         return Case(
             name=name,
             shape=f"{self.name} L {length}",
             dtype=DTYPES[self.dtype],
             paths=paths,
+            expected=expected,
+            tolerance=(TRAINING_TOLERANCE if training else FORWARD_TOLERANCE)[self.dtype],
             units=length,
             unit="token",
             flops=self.flops(length, training),
             bytes=self.weights * self.size * (3 if training else 1),
             cold=False,
-            **fields,
+            fewer_threads=False,
         )
 
 
@@ -163,10 +162,7 @@ def _training(model: _Model, length: int, *, plain: bool = False, linears_alone:
             exact = _Model(model.name, model.config).ours
             exact.load_state_dict(model.ours.state_dict())  # the same 16-bit weights, in float32
             expected = plain_step(exact)
-    return model.case(
-        "training step", length, paths, training=True, expected=expected, tolerance=TRAINING_TOLERANCE[model.dtype],
-        fewer_threads=False,
-    )  # fmt: skip
+    return model.case("training step", length, paths, expected, training=True)
 
 
 def _linears_alone(model: _Model, length: int) -> Callable[[], Outputs]:
@@ -197,10 +193,8 @@ def _packed(model: _Model, length: int, documents: int) -> Case:
         Path(OURS, partial(step, partial(model.ours.loss, cu_seqlens=offsets))),
         _other("megalodon_ops, one document", partial(step, model.ours.loss)),
     ]
-    case = model.case(
-        f"training step, {documents} packed documents", length, paths, training=True,
-        expected=partial(step, _cross_entropy(unpacked)), tolerance=TRAINING_TOLERANCE[model.dtype], fewer_threads=False,
-    )  # fmt: skip
+    expected, name = partial(step, _cross_entropy(unpacked)), f"training step, {documents} packed documents"
+    case = model.case(name, length, paths, expected, training=True)
     case.flops = documents * model.flops(length // documents, training=True)
     return case
 
@@ -211,10 +205,7 @@ def _forward(model: _Model, length: int, llama: bool = True) -> Case:
     paths = [Path(OURS, forward(model.ours, tokens)), Path("plain torch", plain)]
     if llama:
         paths.append(_other("Llama", forward(model.llama, tokens)))
-    return model.case(
-        "forward", length, paths, training=False, expected=plain, tolerance=FORWARD_TOLERANCE[model.dtype],
-        fewer_threads=False,
-    )  # fmt: skip
+    return model.case("forward", length, paths, plain, training=False)
 
 
 def _decode(model: _Model, context: int, llama: bool = True) -> Case:
@@ -263,10 +254,9 @@ def _decode(model: _Model, context: int, llama: bool = True) -> Case:
     paths = [Path(OURS, decode, before=restore), _other("weights read once", read_weights)]
     if llama:
         paths.insert(1, _other("Llama", decode_llama))
-    case = model.case(
-        f"decode {DECODED} tokens after {context}", DECODED, paths, training=False, expected=expected,
-        tolerance=FORWARD_TOLERANCE[model.dtype],
-    )  # fmt: skip
+    name = f"decode {DECODED} tokens after {context}"
+    case = model.case(name, DECODED, paths, expected, training=False)
+    case.fewer_threads = True
     config = model.config
     cached = (
         context % C * config.num_layers * (config.z_dim + config.value_dim)

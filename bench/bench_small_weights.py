@@ -42,11 +42,10 @@ def cases(quick: bool, gpu: bool) -> Iterator[Case]:
             for i, (name, each) in enumerate(zip(models, decoding, strict=True))
         ]
         past = config.num_layers * context * (config.z_dim + config.value_dim) * half.embed.weight.element_size()
-        yield Case(
-            name=f"decode after {context} tokens, int8", shape="2M" if quick else "200M", dtype="bf16", paths=paths,
-            expected=decoding[0].by_layers, tolerance=FORWARD_TOLERANCE[torch.bfloat16], units=DECODED, unit="token",
-            bytes=DECODED * (read + past), cold=False,
-        )  # fmt: skip
+        work = f"decode after {context} tokens, int8", "2M" if quick else "200M", "bf16"
+        cost = dict(units=DECODED, unit="token", bytes=DECODED * (read + past))
+        tolerance = FORWARD_TOLERANCE[torch.bfloat16]
+        yield Case(*work, paths, expected=decoding[0].by_layers, tolerance=tolerance, **cost, cold=False)
 
 
 class _Decoding:

@@ -38,11 +38,9 @@ def _case(length: int, piece: int) -> Case:
     poles = torch.polar(radius, torch.rand(DIM, N) * torch.logspace(0, -4, N))
     coefficients = (1 - radius, poles, torch.randn(DIM, N, dtype=torch.complex64), torch.ones(DIM))
     run = partial(_stream, length, piece, coefficients)
-    return Case(
-        name=f"{length:,} positions in pieces of {piece}", shape=f"D {DIM} G {GROUPS} N {N}", dtype="fp32",
-        paths=[Path(OURS, partial(run, torch.float32))], expected=partial(run, torch.float64), tolerance=TOLERANCE,
-        units=length * DIM, cold=False, fewer_threads=False,
-    )  # fmt: skip
+    work = f"{length:,} positions in pieces of {piece}", f"D {DIM} G {GROUPS} N {N}", "fp32"
+    paths, expected = [Path(OURS, partial(run, torch.float32))], partial(run, torch.float64)
+    return Case(*work, paths, expected, TOLERANCE, units=length * DIM, cold=False, fewer_threads=False)
 
 
 @torch.no_grad()

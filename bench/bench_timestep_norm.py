@@ -38,9 +38,15 @@ def cases(quick: bool, gpu: bool) -> Iterator[Case]:
 
 
 def _case(
-    batch: int, length: int, dim: int, groups: int, dtype: torch.dtype, *, backward: bool = False,
+    batch: int,
+    length: int,
+    dim: int,
+    groups: int,
+    dtype: torch.dtype,
+    *,
+    backward: bool = False,
     compiled: bool = False,
-) -> Case:  # fmt: skip
+) -> Case:
     torch.manual_seed(0)
     x, dy = (torch.randn(batch, length, dim, dtype=dtype) for _ in range(2))
     inputs = (x, 0.1 * torch.randn(dim), 0.1 * torch.randn(dim))

@@ -36,11 +36,10 @@ def cases(quick: bool, gpu: bool) -> Iterator[Case]:
     try:
         for name, busy in {"idle": 0, f"beside {BUSY} busy processes": BUSY}.items():
             paths = [Path(label, run.next_steps(steps, busy), before=run.restart) for label, run in runs.items()]
-            yield Case(
-                name=f"steps of the default run, {name}", shape=f"0.67M, {steps} steps", dtype="fp32", paths=paths,
-                expected=runs["OpenMP's default"].first_steps(steps), tolerance=1e-6, units=steps * 64 * 64,
-                unit="token", cold=False, fewer_threads=False,
-            )  # fmt: skip
+            work = f"steps of the default run, {name}", f"0.67M, {steps} steps", "fp32"
+            expected = runs["OpenMP's default"].first_steps(steps)
+            timed = dict(units=steps * 64 * 64, unit="token", cold=False, fewer_threads=False)
+            yield Case(*work, paths, expected, tolerance=1e-6, **timed)
     finally:
         for run in runs.values():
             run.end()
@@ -51,11 +50,12 @@ class _Run:
 
     def __init__(self, variables: dict[str, str]):
         ours = ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY")
-        environment = {name: value for name, value in os.environ.items() if name not in ours}
-        self.process = subprocess.Popen(
-            [sys.executable, "-m", "bench.waiting_run"], env=environment | variables, text=True, bufsize=1,
-            stdin=subprocess.PIPE, stdout=subprocess.PIPE,
-        )  # fmt: skip
+        environment = {name: value for name, value in os.environ.items() if name not in ours} | variables
+        command, pipes = (
+            [sys.executable, "-m", "bench.waiting_run"],
+            dict(stdin=subprocess.PIPE, stdout=subprocess.PIPE),
+        )
+        self.process = subprocess.Popen(command, env=environment, text=True, bufsize=1, **pipes)
 
     def restart(self) -> None:
         self._ask("restart")

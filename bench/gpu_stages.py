@@ -67,37 +67,28 @@ def stages(python: str, folder: Path, here: bool) -> dict[str, list[Step]]:
     backends = [*one_process, "tests/ops", "-m", "", "-k", "cuda and not emulated"]
     uncached = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
     bench = [python, "-m", "bench", "--device", "cuda", "--out", str(folder)]
+    # One worker: a fault loses the context of its process, and the next worker goes on.
+    smoke = [python, *PYTEST, "-n", "1", "tests/cuda/test_cuda_smoke.py", "-k", "real_sizes"]
+    checked = ["--error-exitcode", "1", *one_process, "tests/cuda/test_cuda.py", "-k", SANITIZED]
+    sanitizers = [
+        Step(tool, ["compute-sanitizer", "--tool", tool, *checked], 60, uncached, tool="compute-sanitizer")
+        for tool in SANITIZERS
+    ]
+    floors = [python, "-m", "bench.predict", "--measure", "--json", str(folder / "floors.json")]
+    ops = "cema timestep_norm attention linear elementwise overhead stream".split()
     return {
         "environment": [*made, Step("info", [python, "-m", "megalodon_ops", "info"], 2)],
-        "smoke": [
-            Step(
-                # A worker: a fault loses the context of its process, and the next worker goes on.
-                "smoke", [python, *PYTEST, "-n", "1", "tests/cuda/test_cuda_smoke.py", "-k", "real_sizes"], 15,
-                {"MEGALODON_OPS_SMOKE": str(folder / "smoke.jsonl")},
-            )
-        ],
+        "smoke": [Step("smoke", smoke, 15, {"MEGALODON_OPS_SMOKE": str(folder / "smoke.jsonl")})],
         "kernels": [
             Step("test_cuda", [*one_process, "tests/cuda/test_cuda.py"], 30),
             Step("decoder", [*one_process, "tests/cuda/test_cuda_decoder.py"], 10),
             Step("backends", backends, 60),
         ],
-        "sanitizers": [
-            Step(
-                tool, ["compute-sanitizer", "--tool", tool, "--error-exitcode", "1", *one_process, "tests/cuda/test_cuda.py", "-k", SANITIZED],
-                60, uncached, tool="compute-sanitizer",
-            )
-            for tool in SANITIZERS
-        ],
-        "suite": [
-            Step("default", [python, *PYTEST], 60),
-            Step("slow", [python, *PYTEST, "-m", "slow"], 180),
-        ],
-        "benches": [
-            Step("floors", [python, "-m", "bench.predict", "--measure", "--json", str(folder / "floors.json")], 20),
-            Step("ops", [*bench, "--only", "cema", "timestep_norm", "attention", "linear", "elementwise", "overhead", "stream"], 60),
-        ],
+        "sanitizers": sanitizers,
+        "suite": [Step("default", [python, *PYTEST], 60), Step("slow", [python, *PYTEST, "-m", "slow"], 180)],
+        "benches": [Step("floors", floors, 20), Step("ops", [*bench, "--only", *ops], 60)],
         "model": [Step("mega200M", [*bench, "--only", "model"], 60)],
-    }  # fmt: skip
+    }
 
 
 def query(fields: str) -> list[str] | None:
@@ -163,10 +154,9 @@ def run_step(stage: str, step: Step, folder: Path) -> Outcome:
     with log.open("w") as output, sampled_load(load):
         print(" ".join(step.command), file=output, flush=True)
         try:
-            process = subprocess.run(
-                step.command, cwd=ROOT, stdout=output, stderr=subprocess.STDOUT, timeout=60 * step.minutes, check=False,
-                env=os.environ | {"CUBLAS_WORKSPACE_CONFIG": ":4096:8"} | step.variables,
-            )  # fmt: skip
+            variables = os.environ | {"CUBLAS_WORKSPACE_CONFIG": ":4096:8"} | step.variables
+            streams = dict(stdout=output, stderr=subprocess.STDOUT, timeout=60 * step.minutes)
+            process = subprocess.run(step.command, cwd=ROOT, env=variables, check=False, **streams)
             status = "passed" if process.returncode == 0 else f"failed (exit status {process.returncode})"
         except subprocess.TimeoutExpired:
             status = f"stopped after {step.minutes:g} minutes"
@@ -219,18 +209,19 @@ def report(folder: Path, facts: dict[str, str], problems: list[str], outcomes: d
     )
     steps = [(stage, o.step, o.status, f"{o.minutes:.1f}", "; ".join(o.last_lines[-1:])) for stage, o in all_steps]
     loads = [(stage, o.step, name, value) for stage, o in all_steps for name, value in o.load.items()]
+    head = ("shape", "path", "floor", "kernels", "library", "library, predicted")
+    times = markdown(head, time_rows(folder / "floors.json"))
     parts = [
         f"# {facts.get('card', 'No GPU')}, {datetime.date.today()}",
         f"## Verdict\n\n{verdict}",
         "## Machine\n\n" + "\n".join(f"- {name}: {value}" for name, value in facts.items()),
         f"```\n{versions}\n```",
         "## Kernels, by the smoke test\n\n" + markdown(("kernel", "result", "cases", "types", "first error"), kernels),
-        "## Times\n\nMicroseconds. A floor is computed from the machine code; see bench/README.md.\n\n"
-        + markdown(("shape", "path", "floor", "kernels", "library", "library, predicted"), time_rows(folder / "floors.json")),
+        f"## Times\n\nMicroseconds. A floor is computed from the machine code; see bench/README.md.\n\n{times}",
         "## Stages\n\n" + markdown(("stage", "step", "result", "minutes", "last line"), steps),
         "## Power and clocks (W, MHz, MHz, degrees C)\n\n" + markdown(("stage", "step", "what", "values"), loads),
         f"## What to send back\n\n`{folder.name}.tar.gz`: this report, the logs of all steps, and the benches' tables.",
-    ]  # fmt: skip
+    ]
     return "\n\n".join(parts) + "\n"
 
 

@@ -182,10 +182,8 @@ def _measure(bench: str, case: Case, threads: int, effort: Effort, *, memory: bo
         _take_samples(active, case, threads, effort)
     finally:
         gc.enable()
-    return Result(
-        bench, case.name, case.shape, case.dtype, threads, case.units, case.unit, case.flops, case.bytes,
-        case.tolerance, timings,
-    )  # fmt: skip
+    work = {name: getattr(case, name) for name in ("shape", "dtype", "units", "unit", "flops", "bytes", "tolerance")}
+    return Result(bench=bench, case=case.name, threads=threads, timings=timings, **work)
 
 
 def _take_samples(runners: list[_Runner], case: Case, threads: int, effort: Effort) -> None:

@@ -16,19 +16,15 @@ from . import baselines
 
 def megalodon(model: mo.Megalodon, tokens: Tensor) -> Tensor:
     """Logits of `model` by the ops of baselines.py; no dropout, L at most the chunk size or a multiple of it."""
-    x = _blocks(
-        model, F.embedding(tokens, model.embed.weight), _timestep_norm, baselines.cema_blocks,
-        baselines.attention_row_blocks,
-    )  # fmt: skip
+    x = F.embedding(tokens, model.embed.weight)
+    x = _blocks(model, x, _timestep_norm, baselines.cema_blocks, baselines.attention_row_blocks)
     return F.linear(_timestep_norm(model.output.final_norm, x), model.output.output.weight).float()
 
 
 def megalodon_encoder(model: mo.MegalodonEncoder, numbers: Tensor) -> Tensor:
     """Features of one row of continuous input (1, L, F), by the same ops; the same conditions hold."""
-    x = _blocks(
-        model, _linear(model.embed, numbers), _sequence_norm, baselines.bidirectional_cema,
-        partial(baselines.attention_sdpa, causal=False),
-    )  # fmt: skip
+    x, attend = _linear(model.embed, numbers), partial(baselines.attention_sdpa, causal=False)
+    x = _blocks(model, x, _sequence_norm, baselines.bidirectional_cema, attend)
     return _sequence_norm(model.final_norm, x)
 
 
@@ -46,7 +42,7 @@ def _blocks(
         m = F.rms_norm(c.float(), (config.model_dim,), 1 + mega.rmsnorm.weight, config.norm_eps).to(x.dtype)
         q, k = baselines.normalized_qk(
             _linear(mega.wz, m), mega.gamma, mega.beta, num_heads=config.num_heads, rotary=rotary, eps=config.norm_eps
-        )  # fmt: skip
+        )
         v = F.silu(_linear(mega.wv, t)).unflatten(-1, (config.num_heads, -1))
         a = attend(q, k, v, chunk_size=chunk_size).flatten(-2)
         y = x + _linear(mega.wh1, m) + _linear(mega.wh2, a * F.silu(_linear(mega.wr, m)))

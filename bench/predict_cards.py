@@ -26,6 +26,7 @@ class Card:
 _HOPPER = "H100 white paper; mma.sync reaches 0.62 of the peak's 4096 (arXiv 2402.13499); L2: not public, the A100's"
 _FLASH = {64: (262, 264), 128: (298, 291), 256: (278, None)}
 """arXiv 2407.08608, figures 5 (causal, C 2048) and 6 (not causal), H100"""
+_BLACKWELL = "data sheet of the DGX: 75 TFLOP/s in fp32, 8 TB/s; mma.sync, L2: not public, the H100's and the A100's"
 _ADA = "Ada white paper; L2 5 TB/s, as chipsandcheese.com found on the 4090"
 CARDS = {
     "A100": Card(80, 108, 1.41, 2039, 5120, 2048, 64, 164, 64, "A100 white paper, 80 GB SXM"),
@@ -36,11 +37,8 @@ CARDS = {
     "H200": Card(90, 132, 1.755, 4800, 5120, 2540, 128, 228, 64, f"H200 data sheet; {_HOPPER}", _FLASH),
     "L40S": Card(89, 142, 2.52, 864, 2048, 1024, 128, 100, 48, f"data sheet: 91.6 and 362 TFLOP/s; {_ADA}"),
     "4090": Card(89, 128, 2.52, 1008, 2048, 512, 128, 100, 48, _ADA),
-    "B200": Card(
-        100, 148, 1.965, 8000, 5120, 2540, 128, 228, 64,
-        "data sheet of the DGX: 75 TFLOP/s in fp32, 8 TB/s; mma.sync and L2: not public, the H100's and the A100's",
-    ),
-}  # fmt: skip
+    "B200": Card(100, 148, 1.965, 8000, 5120, 2540, 128, 228, 64, _BLACKWELL),
+}
 """By words of torch's name for the card"""
 
 

@@ -31,11 +31,11 @@ def attention_fwd(T: int, C: int, K: int, V: int, H: int) -> Iterator[Launch]:
     depth, rows = math.ceil(K / 64) * 64, range(0, C, 128)
     tiles = sum(math.ceil((row + 128) / keys) for row in rows) / len(rows)
     visible = sum((row + 16 * warp + 15) // keys + 1 for row in rows for warp in range(8)) / len(rows) / 8
-    yield Launch(
-        f"chunked_attention_fwd_mma_kernel<bf16, {columns}, {keys}>", T / 128 * H * math.ceil(V / columns), 256,
-        memory=4 * T * H * (K + V), shared=2 * (128 * max(depth, columns) + keys * (depth + columns)),
-        trips={VALUE_LOADS: visible, SCORE_LOADS: visible * depth / 64}, work={"LDGSTS": tiles * keys * (depth + columns) / 2048},
-    )  # fmt: skip
+    kernel = f"chunked_attention_fwd_mma_kernel<bf16, {columns}, {keys}>"
+    blocks, shared = T / 128 * H * math.ceil(V / columns), 2 * (128 * max(depth, columns) + keys * (depth + columns))
+    trips = {VALUE_LOADS: visible, SCORE_LOADS: visible * depth / 64}
+    work = {"LDGSTS": tiles * keys * (depth + columns) / 2048}
+    yield Launch(kernel, blocks, 256, 4 * T * H * (K + V), shared, trips, work)
 
 
 def attention_bwd(T: int, C: int, K: int, V: int, H: int) -> Iterator[Launch]:
@@ -78,11 +78,11 @@ def _cema(T: int, D: int, N: int, backward: bool, by_products: bool = False) -> 
     elif by_products:
         groups, columns = math.ceil(T / 1024), math.ceil(D / 16)
         shares = min(groups, max(1, 264 // columns))
-        mode_trips = groups / shares * math.ceil(lanes / 8)
-        yield Launch(
-            f"cema_tiles_kernel<{1 if lanes == 4 else 2}>", columns * shares, 256, 2 * tensor + 4 * states, 92416,
-            {"HMMA": groups / shares * 8, "FFMA": 2 * 8 * mode_trips, r"LDG\.E\.64": mode_trips, r"LDG\.E\.128": groups / shares},
-        )  # fmt: skip
+        rounds = groups / shares
+        modes = rounds * math.ceil(lanes / 8)
+        trips = {"HMMA": rounds * 8, "FFMA": 2 * 8 * modes, r"LDG\.E\.64": modes, r"LDG\.E\.128": rounds}
+        kernel = f"cema_tiles_kernel<{1 if lanes == 4 else 2}>"
+        yield Launch(kernel, columns * shares, 256, 2 * tensor + 4 * states, 92416, trips)
         yield Launch("cema_cross_kernel<float>", D * lanes / 32, 512, 5 * states)
     else:
         yield launch(f"cema_local_kernel<bf16, {max_modes}>", max_modes, scans * (tensor + states), 8, scans=scans)
@@ -108,10 +108,8 @@ def timestep_norm_bwd(T: int, D: int, G: int) -> Iterator[Launch]:
     most = min(max(2**18 // D, 32), 256)
     per_share = math.ceil(tiles / most)
     yield Launch("timestep_norm_bwd_sums_kernel<bf16, 8, true>", tiles * slices, 256, 4 * T * D + 12 * T * G + sums)
-    yield Launch(
-        "timestep_norm_bwd_kernel<bf16, 8>", tiles / per_share * slices, 256, 6 * T * D + 12 * T * G + sums,
-        trips={r"LDG\.E\.128": 2 * per_share},
-    )  # fmt: skip
+    blocks, trips = tiles / per_share * slices, {r"LDG\.E\.128": 2 * per_share}
+    yield Launch("timestep_norm_bwd_kernel<bf16, 8>", blocks, 256, 6 * T * D + 12 * T * G + sums, trips=trips)
 
 
 def normalized_qk_fwd(T: int, C: int, K: int, H: int) -> Iterator[Launch]:
@@ -129,11 +127,9 @@ def normalized_qk_bwd(T: int, C: int, K: int, H: int) -> Iterator[Launch]:
 
 def attention_step(T: int, cached: int, K: int, V: int, H: int) -> Iterator[Launch]:
     """chunked_attention_step.cuh: T sequences of one token, each with `cached` keys, K from 256. Omits the merge."""
-    spans = math.ceil(cached / 64)
-    yield Launch(
-        "chunked_attention_step_kernel<bf16, 8>", T * H * spans * math.ceil(V / 512), 128, 2 * T * H * cached * (K + V),
-        shared=4 * (K + 1024 + 64), trips={r"LDS\.128": 4 * math.ceil(K / 256), "CS2R": 8},
-    )  # fmt: skip
+    blocks, memory = T * H * math.ceil(cached / 64) * math.ceil(V / 512), 2 * T * H * cached * (K + V)
+    trips = {r"LDS\.128": 4 * math.ceil(K / 256), "CS2R": 8}
+    yield Launch("chunked_attention_step_kernel<bf16, 8>", blocks, 128, memory, 4 * (K + 1024 + 64), trips)
 
 
 def cema_step(T: int, D: int, N: int, steps: int) -> Iterator[Launch]:

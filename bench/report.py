@@ -37,26 +37,34 @@ _LIMIT_NAMES = {
 }
 
 
-def write(
-    stem: Path, results: Sequence[Result], failures: Sequence[str], machine: dict[str, str], limits: dict[int, Limits],
-    *, device: str, date: str, seconds: float, quick: bool,
-) -> None:  # fmt: skip
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """A run of the benches."""
+
+    machine: dict[str, str]
+    """facts, by name"""
+    limits: dict[int, Limits]
+    """of the machine, by number of threads"""
+    device: str
+    date: str
+    seconds: int
+    quick: bool
+
+
+def write(stem: Path, results: Sequence[Result], failures: Sequence[str], run: Run) -> None:
     """Write `stem`.json, `stem`.md and the plots `stem`-<bench>.png."""
     stem.parent.mkdir(parents=True, exist_ok=True)
-    record = dict(
-        date=date, device=device, seconds=round(seconds), quick=quick, machine=machine, failures=list(failures),
-        limits={threads: dataclasses.asdict(values) for threads, values in limits.items()},
-        results=[dataclasses.asdict(result) for result in results],
-    )  # fmt: skip
+    machine, limits = run.machine, run.limits
+    record = dataclasses.asdict(run) | dict(failures=list(failures), results=[*map(dataclasses.asdict, results)])
     stem.with_name(stem.name + ".json").write_text(json.dumps(record, indent=1) + "\n")
-    quick_note = "\n\nSmall shapes and few samples: a test of the benches, not a measurement." if quick else ""
+    quick_note = "\n\nSmall shapes and few samples: a test of the benches, not a measurement." if run.quick else ""
     rows = [[name, *(_number(getattr(limits[t], key)) for t in limits)] for key, name in _LIMIT_NAMES.items()]
     parts = [
         _HEAD.format(
-            title=_title(machine, [result.bench for result in results], date),
+            title=_title(machine, [result.bench for result in results], run.date),
             machine="\n".join(f"- {key}: {value}" for key, value in machine.items()),
             limits=_table(["", *(_threads(t) for t in limits)], rows),
-            minutes=seconds / 60,
+            minutes=run.seconds / 60,
             quick=quick_note,
         )
     ]
@@ -92,37 +100,28 @@ def ours_table(results: Iterable[Result], limits: dict[int, Limits]) -> str:
             flops, gigabytes = (None if work is None else work / seconds / 1e9 for work in (r.flops, r.bytes))
             rival = best and statistics.median(getattr(best, state) or best.warm)
             mark = "*" if best and best.note.startswith("one call") else ""
-            rows.append([
-                r.case, r.shape, r.dtype, str(r.threads), state, _milliseconds(seconds), _spread(samples),
-                _per_unit(seconds, r), _number(gigabytes), _percent(gigabytes, limit.copy), _number(flops),
-                _percent(flops, limit.fma_fp32), _percent(flops, gemm), best.path if best else "",
-                _milliseconds(rival) + mark if best else "", f"**{rival / seconds:.3g}**" if best else "",
-            ])  # fmt: skip
-    head = [
-        "work", "shape", "type", "threads", "cache", "ms", "±", "speed", "GB/s", "of torch's copy", "GFLOP/s", "of FMA peak",
-        "of torch GEMM", "best in plain torch", "its ms", "times faster",
-    ]  # fmt: skip
-    return _table(head, rows)
+            cells = [r.case, r.shape, r.dtype, str(r.threads), state, _milliseconds(seconds), _spread(samples)]
+            cells += [_per_unit(seconds, r), _number(gigabytes), _percent(gigabytes, limit.copy)]
+            cells += [_number(flops), _percent(flops, limit.fma_fp32), _percent(flops, gemm)]
+            cells += [best.path, _milliseconds(rival) + mark, f"**{rival / seconds:.3g}**"] if best else [""] * 3
+            rows.append(cells)
+    head = "work|shape|type|threads|cache|ms|±|speed|GB/s|of torch's copy|GFLOP/s|of FMA peak|of torch GEMM"
+    return _table(f"{head}|best in plain torch|its ms|times faster".split("|"), rows)
 
 
 def paths_table(results: Sequence[Result]) -> str:
     """All paths at the largest number of threads."""
     all_threads = max(r.threads for r in results)
-    rows = [
-        [
-            r.case, r.shape, r.dtype, t.path, _milliseconds(statistics.median(t.warm)) if t.warm else "",
-            _milliseconds(statistics.median(t.cold)) if t.cold else "", _spread(t.warm), str(len(t.warm)),
-            f"{t.median / r.ours.median:.3g}" if t.warm else "", "" if t.error is None else f"{t.error:.0e}",
-            "" if t.peak_memory is None else f"{t.peak_memory / 2**20:,.0f}", t.note,
-        ]
-        for r in results
-        if r.threads == all_threads
-        for t in r.timings
-    ]  # fmt: skip
-    head = [
-        "work", "shape", "type", "path", "warm ms", "cold ms", "±", "n", "time / ours", "error", "peak MiB", "note",
-    ]  # fmt: skip
-    return _table(head, rows)
+    rows = []
+    for r, t in ((r, t) for r in results if r.threads == all_threads for t in r.timings):
+        times = (_milliseconds(statistics.median(samples)) if samples else "" for samples in (t.warm, t.cold))
+        ratio, error = f"{t.median / r.ours.median:.3g}" if t.warm else "", "" if t.error is None else f"{t.error:.0e}"
+        peak = "" if t.peak_memory is None else f"{t.peak_memory / 2**20:,.0f}"
+        rows.append(
+            [r.case, r.shape, r.dtype, t.path, *times, _spread(t.warm), str(len(t.warm)), ratio, error, peak, t.note]
+        )
+    head = "work|shape|type|path|warm ms|cold ms|±|n|time / ours|error|peak MiB|note"
+    return _table(head.split("|"), rows)
 
 
 def summary(result: Result) -> str:

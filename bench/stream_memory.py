@@ -19,9 +19,8 @@ import torch
 
 import megalodon_ops as mo
 
-CONFIG = dict(
-    num_layers=4, model_dim=128, num_heads=2, z_dim=64, value_dim=256, ffn_hidden_dim=256, chunk_size=512, vocab_size=256,
-)  # fmt: skip
+CONFIG = dict(num_layers=4, model_dim=128, num_heads=2, z_dim=64, value_dim=256, ffn_hidden_dim=256)
+CONFIG |= dict(chunk_size=512, vocab_size=256)
 MAX_GROWTH = 0.02
 Samples = list[tuple[int, int]]
 """Number of tokens so far, and resident bytes then"""

@@ -21,10 +21,8 @@ def steps(corpus: Corpus) -> Iterator[float]:
     torch.manual_seed(options.seed)
     model = mo.Megalodon(config).train()
     optimizer = Muon(model, lr=options.lr, weight_decay=options.weight_decay)
-    batches = Batches(
-        corpus.train, options.batch, options.length, start=tokenizer.start, seed=options.seed,
-        context_length=options.context_length,
-    )  # fmt: skip
+    order = dict(start=tokenizer.start, seed=options.seed, context_length=options.context_length)
+    batches = Batches(corpus.train, options.batch, options.length, **order)
     reader = Reader(model)
     while True:
         loss = reader.loss(batches.next())

@@ -132,13 +132,12 @@ def api_of_ops() -> str:
 def api_of_references() -> str:
     """A section for each module of references, with its docstring and its functions."""
     reference = importlib.import_module("megalodon_ops.reference")
-    return _sections({
-        module.rpartition(".")[2].removesuffix("_reference"): [
-            f".. automodule:: {module}", "   :no-members:",
-            *(f".. autofunction:: megalodon_ops.reference.{name}" for name in names),
-        ]
-        for module, names in functions_by_module(reference).items()
-    })  # fmt: skip
+    sections = {}
+    for module, names in functions_by_module(reference).items():
+        functions = [f".. autofunction:: megalodon_ops.reference.{name}" for name in names]
+        title = module.rpartition(".")[2].removesuffix("_reference")
+        sections[title] = [f".. automodule:: {module}", "   :no-members:", *functions]
+    return _sections(sections)
 
 
 def _sections(directives: dict[str, list[str]]) -> str:

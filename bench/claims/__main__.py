@@ -14,18 +14,13 @@ from types import ModuleType
 
 import torch
 
-from . import (
-    ablation, context, encoder, forecast, gecko_loss, gecko_tasks, long_loss, loss, memory, overview, report, speed, task_runs,
-)  # fmt: skip
+from . import ablation, context, encoder, forecast, gecko_loss, gecko_tasks, long_loss, loss, memory
+from . import overview, report, speed, task_runs
 from .runs import Session, duration, results
 
-CLAIMS = {
-    "loss": loss, "speed": speed, "context": context, "tasks": task_runs, "memory": memory, "ablation": ablation,
-    "encoder": encoder,
-}  # fmt: skip
-OTHER_CLAIMS = {
-    "long-loss": long_loss, "gecko-tasks": gecko_tasks, "gecko-loss": gecko_loss, "forecast": forecast,
-}  # fmt: skip
+CLAIMS = {"loss": loss, "speed": speed, "context": context, "tasks": task_runs, "memory": memory}
+CLAIMS |= {"ablation": ablation, "encoder": encoder}
+OTHER_CLAIMS = {"long-loss": long_loss, "gecko-tasks": gecko_tasks, "gecko-loss": gecko_loss, "forecast": forecast}
 """Claims that are no part of `all`: their runs take a day, or need the packages of other forecasters"""
 
 

@@ -50,9 +50,12 @@ def work(scratch: Path, *, size: str, tokens: int, longest: int, seed: int, data
     bits = {name: {str(each.context): each.bits_per_byte for each in found} for name, found in by_source.items()}
     return result | {
         "bits_per_byte": {str(context): fmean(found[str(context)] for found in bits.values()) for context in contexts},
-        "by_source": bits, "by_position": by_position([found[-1] for found in by_source.values()]),
-        "text": long.fingerprint, "train_bytes": sum(map(len, long.train)), "parameters": model.num_parameters(),
-    }  # fmt: skip
+        "by_source": bits,
+        "by_position": by_position([found[-1] for found in by_source.values()]),
+        "text": long.fingerprint,
+        "train_bytes": sum(map(len, long.train)),
+        "parameters": model.num_parameters(),
+    }
 
 
 def by_position(found: list[Evaluation]) -> list[list[float]]:

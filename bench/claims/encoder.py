@@ -89,23 +89,20 @@ class Task(NamedTuple):
 
 RATES = {MEGALODON: 4e-3, TRANSFORMER: 4e-3}
 _NUMBERS = dict(num_features=1, scale_inputs=False)  # the tasks' own scale, which both models read
-TASKS = {
-    "listops": Task(
-        long_rows.listops, dict(num_layers=3, model_dim=64, chunk_size=128, vocab_size=16, num_classes=10),
-        first_length=8, max_length=128, batch=4096, steps=600, seconds={MEGALODON: 70, TRANSFORMER: 75},
-        num_evaluated=500, other_lengths=(512, 2000),
-    ),
-    "words": Task(
-        long_rows.words, dict(num_layers=2, model_dim=32, chunk_size=100, **_NUMBERS, num_classes=10),
-        first_length=1000, max_length=16000, batch=32000, steps=200, seconds={MEGALODON: 45, TRANSFORMER: 2},
-        num_evaluated=200, patch=160, longer=25,
-    ),
-    "pathfinder": Task(
-        long_rows.pathfinder, dict(num_layers=2, model_dim=32, chunk_size=128, **_NUMBERS, num_classes=2),
-        first_length=1024, max_length=1024, batch=8192, steps=150, seconds={MEGALODON: 20, TRANSFORMER: 40},
-        num_evaluated=500,
-    ),
-}  # fmt: skip
+_LISTOPS = dict(num_layers=3, model_dim=64, chunk_size=128, vocab_size=16, num_classes=10)
+_WORDS = dict(num_layers=2, model_dim=32, chunk_size=100, **_NUMBERS, num_classes=10)
+_PATHFINDER = dict(num_layers=2, model_dim=32, chunk_size=128, **_NUMBERS, num_classes=2)
+
+
+def _seconds(megalodon: int, transformer: int) -> dict[str, int]:
+    return {MEGALODON: megalodon, TRANSFORMER: transformer}
+
+
+TASKS = {  # rows from a first length to the last, positions of a step, steps, seconds, rows to evaluate
+    "listops": Task(long_rows.listops, _LISTOPS, 8, 128, 4096, 600, _seconds(70, 75), 500, other_lengths=(512, 2000)),
+    "words": Task(long_rows.words, _WORDS, 1000, 16000, 32000, 200, _seconds(45, 2), 200, patch=160, longer=25),
+    "pathfinder": Task(long_rows.pathfinder, _PATHFINDER, 1024, 1024, 8192, 150, _seconds(20, 40), 500),
+}
 """Rates tried in the short runs: 0.001 and 0.004 for the Transformer, 0.004 for MEGALODON, and for words also 0.01"""
 
 
@@ -147,10 +144,8 @@ def work(scratch: Path, *, task: str, model: str, steps: int, asked: int, lr: fl
     peak = machine.peak_memory_since(in_use)
     lengths = (spec.max_length, *spec.other_lengths)
     decisive, *others = (accuracy(net, spec, length, asked, seed) for length in lengths)
-    return {
-        **result, **decisive, "beside": others, "peak_bytes": peak, "seconds": result["train_seconds"],
-        "parameters": sum(p.numel() for p in net.parameters()),
-    }  # fmt: skip
+    found = dict(beside=others, peak_bytes=peak, parameters=sum(p.numel() for p in net.parameters()))
+    return {**result, **decisive, **found, "seconds": result["train_seconds"]}
 
 
 def build(spec: Task, model: str) -> nn.Module:
@@ -208,11 +203,9 @@ def table(results: list[dict[str, Any]]) -> list[str]:
             ]
             for index, longest in enumerate((spec.max_length, *spec.other_lengths)):
                 found = [[run, *run["beside"]][index] for run in runs]
-                cells = [
-                    task, f"{longest:,}", model, f"{runs[0]['parameters']:,}", verdict.spread([a["right"] for a in found]),
-                    f"{statistics.fmean(a['guess'] for a in found):.4f}", *(training_cells if not index else [""] * 3),
-                ]  # fmt: skip
-                lines.append(f"| {' | '.join(cells)} |")
+                right, guess = verdict.spread([a["right"] for a in found]), statistics.fmean(a["guess"] for a in found)
+                cells = [task, f"{longest:,}", model, f"{runs[0]['parameters']:,}", right, f"{guess:.4f}"]
+                lines.append(f"| {' | '.join(cells + (training_cells if not index else [''] * 3))} |")
     return lines
 
 

@@ -62,11 +62,9 @@ def train_once(
 ) -> dict[str, Any] | None:
     size, tokens = QUICK if session.quick else (SIZE, TOKENS)
     reading = estimate(size, entrant.chunk, entrant.model, len(CONTEXTS) * loss.HELD_OUT, LENGTH, training=False)
-    return session.run(
-        f"{entrant.model} chunk={entrant.chunk} lr={lr:g} seed={seed}", work,
-        estimate(size, entrant.chunk, entrant.model, tokens, LENGTH) + reading, **entrant._asdict(), size=size,
-        tokens=tokens, lr=lr, seed=seed, data=data,
-    )  # fmt: skip
+    seconds = estimate(size, entrant.chunk, entrant.model, tokens, LENGTH) + reading
+    settings = entrant._asdict() | dict(size=size, tokens=tokens, lr=lr, seed=seed, data=data)
+    return session.run(f"{entrant.model} chunk={entrant.chunk} lr={lr:g} seed={seed}", work, seconds, **settings)
 
 
 def work(

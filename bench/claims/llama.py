@@ -57,12 +57,11 @@ class Llama(nn.Module):
 
         super().__init__()
         self.window, self.dim = window, dim
-        config = LlamaConfig(
-            vocab_size=vocab, hidden_size=dim, intermediate_size=hidden, num_hidden_layers=num_layers,
-            num_attention_heads=dim // head_dim(dim), max_position_embeddings=1 << 20, tie_word_embeddings=False,
-            use_cache=False, attn_implementation="sdpa",
-            bos_token_id=None, eos_token_id=None, pad_token_id=None,
-        )  # fmt: skip
+        sizes = dict(vocab_size=vocab, hidden_size=dim, intermediate_size=hidden, num_hidden_layers=num_layers)
+        sizes |= dict(num_attention_heads=dim // head_dim(dim), max_position_embeddings=1 << 20)
+        tokens = dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"))
+        options = dict(tie_word_embeddings=False, use_cache=False, attn_implementation="sdpa")
+        config = LlamaConfig(**sizes, **tokens, **options)
         self.net = LlamaForCausalLM(config)
 
     @classmethod

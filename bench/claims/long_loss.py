@@ -68,10 +68,11 @@ def run(session: Session, data: list[str] | None) -> None:
     def bits(key: RunKey, seed: int) -> float | None:
         """Bits per byte of the validation packages."""
         label = " ".join(str(value) for name, value in key.settings().items() if name != "lr")
-        found = session.run(
-            f"{label} lr={key.lr:g} seed={seed}", work, seconds(key, tokens, vocabulary), **key.settings(),
-            rows=ROWS[key.length], tokens=tokens, vocabulary=vocabulary, data=data, seed=seed,
-        )  # fmt: skip
+        settings = key.settings() | dict(
+            rows=ROWS[key.length], tokens=tokens, vocabulary=vocabulary, data=data, seed=seed
+        )
+        estimated = seconds(key, tokens, vocabulary)
+        found = session.run(f"{label} lr={key.lr:g} seed={seed}", work, estimated, **settings)
         return None if found is None else loss.as_figure(window_bits(found, "validation"))
 
     def best_rate(key: RunKey, extra: int = loss.EXTRA_RATES) -> RunKey:
@@ -128,10 +129,9 @@ def work(
             part: bits_per_byte(net, documents, [length], PIECE)[str(length)] for part, documents in held_out.items()
         }
 
-    result = train_on_text(
-        net, Recipe(tokens, rows, length, lr, optimizer=optimizer), corpus.train, scratch, seed=seed, carries=carries,
-        evaluation=evaluation, start=corpus.tokenizer.start, context_length=2 * length,
-    )  # fmt: skip
+    recipe = Recipe(tokens, rows, length, lr, optimizer=optimizer)
+    reading = dict(seed=seed, carries=carries, start=corpus.tokenizer.start, context_length=2 * length)
+    result = train_on_text(net, recipe, corpus.train, scratch, evaluation=evaluation, **reading)
     whole = bits_per_byte(net, corpus.test, ["all"], PIECE if carries else length // 2)
     return result | {"whole": whole["all"], "parameters": net.num_parameters(), "text": corpus.facts}
 
@@ -186,11 +186,9 @@ def table(results: list[dict[str, Any]]) -> list[str]:
         for content in results
     }
     found = [figures(results, pick) for pick in FIGURES.values()]
-    lines = [
-        "Bits per byte, in windows of a row except for whole documents.", "",
-        f"| text | row | model | parameters | optimizer, rate | seeds | {' | '.join(FIGURES)} |",
-        "|" + " --- |" * (6 + len(FIGURES)),
-    ]  # fmt: skip
+    lines = ["Bits per byte, in windows of a row except for whole documents.", ""]
+    lines.append(f"| text | row | model | parameters | optimizer, rate | seeds | {' | '.join(FIGURES)} |")
+    lines.append("|" + " --- |" * (6 + len(FIGURES)))
     for key in found[0]:
         rate = f"{key.optimizer}, {key.lr:g}" + (", chosen" if key in keys else "")
         cells = [

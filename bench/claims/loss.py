@@ -47,10 +47,8 @@ def train_by_sweep(session: Session, label: str, tokens: int, **settings: Any) -
     third = tokens // 3
 
     def train_loss(rate: float) -> float | None:
-        found = session.run(
-            f"{label} sweep lr={rate:g}", work, seconds(third, **settings), **settings, tokens=third, lr=rate,
-            seed=session.seed, held_out=False,
-        )  # fmt: skip
+        run = dict(tokens=third, lr=rate, seed=session.seed, held_out=False)
+        found = session.run(f"{label} sweep lr={rate:g}", work, seconds(third, **settings), **settings, **run)
         return None if found is None else as_figure(found["train_loss"])
 
     rate = sweep(train_loss, RATES)
@@ -58,15 +56,12 @@ def train_by_sweep(session: Session, label: str, tokens: int, **settings: Any) -
     return rate
 
 
-def train_seeds(
-    session: Session, label: str, tokens: int, rate: float, seeds: Iterable[int], **settings: Any
-) -> None:  # fmt: skip
+def train_seeds(session: Session, label: str, tokens: int, rate: float, seeds: Iterable[int], **settings: Any) -> None:
     """Run the seeds at one rate, and evaluate them on the held-out text."""
+    estimated = seconds(tokens, held_out=True, **settings)
     for seed in seeds:
-        session.run(
-            f"{label} seed={seed}", work, seconds(tokens, held_out=True, **settings), **settings, tokens=tokens, lr=rate,
-            seed=seed, held_out=True,
-        )  # fmt: skip
+        run = dict(tokens=tokens, lr=rate, seed=seed, held_out=True)
+        session.run(f"{label} seed={seed}", work, estimated, **settings, **run)
 
 
 def sweep(loss: Callable[[float], float | None], rates: tuple[float, ...], extra: int = EXTRA_RATES) -> float:
@@ -193,12 +188,10 @@ def table(results: list[dict[str, Any]]) -> list[str]:
     found = [figures(results, pick) for pick in FIGURES.values()]
     parameters = {(c["settings"]["size"], c["settings"]["model"]): c["result"]["parameters"] for c in results}
     for key in found[0]:
-        cells = [
-            key.size, key.model, f"{parameters[key.size, key.model]:,}", "" if key.model == models.LLAMA else str(key.chunk),
-            f"{key.lr:g}" + (", the sweep's" if key in chosen_keys(results) else ""), str(len(found[0][key])),
-            *(verdict.spread(by_key[key]) for by_key in found),
-        ]  # fmt: skip
-        lines.append("| " + " | ".join(cells) + " |")
+        chunk = "" if key.model == models.LLAMA else str(key.chunk)
+        rate = f"{key.lr:g}" + (", the sweep's" if key in chosen_keys(results) else "")
+        cells = [key.size, key.model, f"{parameters[key.size, key.model]:,}", chunk, rate, str(len(found[0][key]))]
+        lines.append("| " + " | ".join([*cells, *(verdict.spread(by_key[key]) for by_key in found)]) + " |")
     return lines
 
 

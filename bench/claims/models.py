@@ -139,6 +139,9 @@ def one_hop(model: mo.Megalodon) -> mo.Megalodon:
 
 NO_EMA = "no ema"
 ABLATIONS: dict[str, Callable[[mo.Megalodon], mo.Megalodon]] = {
-    "layer norm": layer_norms, "ema": real_ema, NO_EMA: without_ema, "plain attention": plain_attention,
+    "layer norm": layer_norms,
+    "ema": real_ema,
+    NO_EMA: without_ema,
+    "plain attention": plain_attention,
     "one hop": one_hop,
-}  # fmt: skip
+}

@@ -38,14 +38,13 @@ def page_of(claim: str, module: ModuleType, found: list[dict[str, Any]], name: s
     quick = []
     if name.endswith("-quick"):
         quick = ["", "**A quick run: it tests the programs and says nothing about the claim.**"]
-    return [
-        f"# {module.TITLE}: " + (f"a quick run ({decided})" if quick else decided), *quick, "", module.RULE, "",
-        *module.table(found), "",
-        "| comparison | verdict |", "| --- | --- |", *(f"| {comparison} | {verdict} |" for comparison, verdict in verdicts.items()), "",
-        f"![{module.TITLE}]({name}.png)", "",
-        f"`python -m bench.claims {claim}`, {len(found)} runs, {spent} in all, {dates[0]} to {dates[-1]}"
-        + (f", seeds {', '.join(map(str, seeds))}" if seeds else "") + f"; {'; '.join(processors)}; {'; '.join(versions)}.",
-    ]  # fmt: skip
+    lines = [f"# {module.TITLE}: " + (f"a quick run ({decided})" if quick else decided), *quick, "", module.RULE, ""]
+    lines += [*module.table(found), "", "| comparison | verdict |", "| --- | --- |"]
+    lines += [f"| {comparison} | {verdict} |" for comparison, verdict in verdicts.items()]
+    runs = f"{len(found)} runs, {spent} in all, {dates[0]} to {dates[-1]}"
+    runs += f", seeds {', '.join(map(str, seeds))}" if seeds else ""
+    runs += f"; {'; '.join(processors)}; {'; '.join(versions)}."
+    return [*lines, "", f"![{module.TITLE}]({name}.png)", "", f"`python -m bench.claims {claim}`, {runs}"]
 
 
 def draw(plot: Callable[[Any], None], path: Path) -> None:

@@ -62,12 +62,9 @@ class Session:
         load, begin = os.getloadavg()[0], time.monotonic()
         result = work(scratch, **settings)
         took = result.pop("seconds", None) or time.monotonic() - begin
-        record = {
-            "claim": self.claim, "run": name, "settings": settings, "result": result,
-            "seconds": round(took, 1), "estimated_seconds": round(seconds, 1),
-            "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
-            "load_at_start": round(load, 2), "machine": facts(),
-        }  # fmt: skip
+        date = datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")
+        record = dict(claim=self.claim, run=name, settings=settings, result=result, seconds=round(took, 1))
+        record |= dict(estimated_seconds=round(seconds, 1), date=date, load_at_start=round(load, 2), machine=facts())
         records.append(self.path, record)
         scratch.unlink(missing_ok=True)
         print(f"{self.claim}: {name}, took {duration(took)}", flush=True)

@@ -70,11 +70,9 @@ def train_once(
     session: Session, task: str, entrant: Entrant, data: list[str] | None, lr: float, seed: int
 ) -> dict[str, Any] | None:
     size, steps, asked = QUICK if session.quick else (SIZE, STEPS, NUM_EVALUATED)
-    return session.run(
-        f"{task} {entrant.label} lr={lr:g} seed={seed}", work, seconds(size, entrant, task, steps, asked), task=task,
-        **entrant._asdict(), size=size, steps=steps, asked=asked, data=data if TASKS[task].needs_text else None, lr=lr,
-        seed=seed,
-    )  # fmt: skip
+    data, estimated = data if TASKS[task].needs_text else None, seconds(size, entrant, task, steps, asked)
+    settings = dict(task=task, **entrant._asdict(), size=size, steps=steps, asked=asked, data=data, lr=lr, seed=seed)
+    return session.run(f"{task} {entrant.label} lr={lr:g} seed={seed}", work, estimated, **settings)
 
 
 def seconds(size: str, entrant: Entrant, task: str, steps: int, asked: int) -> float:

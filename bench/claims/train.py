@@ -57,10 +57,8 @@ class Recipe(NamedTuple):
 def config(size: str, chunk_size: int, vocabulary: int = VOCABULARY) -> mo.MegalodonConfig:
     """MEGALODON of a named size: values and hidden units 2 D, keys D / 2, norm groups of 16 channels."""
     layers, dim = SIZES[size]
-    return mo.MegalodonConfig(
-        num_layers=layers, model_dim=dim, z_dim=dim // 2, value_dim=2 * dim, num_heads=1, ffn_hidden_dim=2 * dim,
-        norm_num_groups=dim // 16, chunk_size=chunk_size, vocab_size=vocabulary,
-    )  # fmt: skip
+    widths = dict(model_dim=dim, z_dim=dim // 2, value_dim=2 * dim, ffn_hidden_dim=2 * dim, norm_num_groups=dim // 16)
+    return mo.MegalodonConfig(num_layers=layers, **widths, num_heads=1, chunk_size=chunk_size, vocab_size=vocabulary)
 
 
 SIZES = {"1M": (5, 128), "4M": (5, 256), "100k": (2, 64), "tiny": (1, 32)}
@@ -112,10 +110,8 @@ def train(
             evaluations[marks[step]] = evaluation()
         if clock() - saved_at > SAVE_SECONDS or step == recipe.steps:
             saved_at = clock()
-            content = {
-                "model": model.state_dict(), "optimizer": optimizer.state_dict(), "position": position(), "step": step,
-                "losses": losses, "looks": evaluations, "seconds": spent + saved_at - begin,
-            }  # fmt: skip
+            content = dict(model=model.state_dict(), optimizer=optimizer.state_dict(), position=position(), step=step)
+            content |= dict(losses=losses, looks=evaluations, seconds=spent + saved_at - begin)
             draft = scratch.with_suffix(".draft")
             torch.save(content, draft)
             draft.replace(scratch)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import time
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -45,11 +46,10 @@ def restored_process(monkeypatch):
 def hardware(request, monkeypatch):
     """The processor, or a simulated card."""
     if request.param == "cuda":
-        card = dataclasses.make_dataclass("Card", ["L2_cache_size"])(1 << 10)
-        for name, value in {
-            "Event": Event, "synchronize": lambda: None, "get_device_properties": lambda device: card,
-            "reset_peak_memory_stats": lambda: None, "memory_allocated": lambda: 5, "max_memory_allocated": lambda: 12,
-        }.items():  # fmt: skip
+        card = SimpleNamespace(L2_cache_size=1 << 10)
+        simulated = dict(Event=Event, synchronize=lambda: None, get_device_properties=lambda device: card)
+        simulated |= dict(memory_allocated=lambda: 5, max_memory_allocated=lambda: 12)
+        for name, value in (simulated | {"reset_peak_memory_stats": lambda: None}).items():
             monkeypatch.setattr(torch.cuda, name, value)
     monkeypatch.setattr(harness, "hardware", {"cpu": machine, "cuda": gpu}[request.param])
     return request.param

@@ -22,10 +22,8 @@ from megalodon_ops.training import Batches, Reader
 pytest.importorskip("transformers")
 pytest.importorskip("matplotlib")
 
-from bench.claims import (  # noqa: E402
-    ablation, context, encoder, gecko_loss, gecko_tasks, long_loss, loss, memory, models, report, runs, speed, task_runs,
-    train, verdict,
-)  # fmt: skip
+from bench.claims import ablation, context, encoder, gecko_loss, gecko_tasks, long_loss, loss, memory  # noqa: E402
+from bench.claims import models, report, runs, speed, task_runs, train, verdict  # noqa: E402
 from bench.claims.__main__ import CLAIMS, OTHER_CLAIMS, main  # noqa: E402
 from bench.claims.llama import Llama, WindowState, hidden_units, group_by_length  # noqa: E402
 
@@ -34,10 +32,8 @@ ABLATIONS = [*models.ABLATIONS]
 RESULTS = Path(report.__file__).with_name("results")
 CLAIMS_PAGE = (DOCS / "claims.md").read_text()
 SECTIONS = dict(re.findall(r"^## ([\w ]+)\n(.*?)(?=^## )", CLAIMS_PAGE, re.M | re.S))
-TITLES = {
-    "loss": "Loss", "speed": "Speed", "memory": "Memory", "context": "Context", "ablation": "Parts", "tasks": "Tasks",
-    "encoder": "Encoder", "gecko-tasks": "Successor", "gecko-loss": "Text", "long-loss": "Longer runs",
-}  # fmt: skip
+TITLES = {name: name.capitalize() for name in ("loss", "speed", "memory", "context", "tasks", "encoder")}
+TITLES |= {"ablation": "Parts", "gecko-tasks": "Successor", "gecko-loss": "Text", "long-loss": "Longer runs"}
 
 
 @pytest.fixture(autouse=True)

@@ -56,16 +56,14 @@ def test_the_decay_norm_is_the_released_one(case):
     x, scale, shift, mean, var = inputs = [
         data[name].requires_grad_() for name in ("x", "scale", "shift", "mean", "var")
     ]
-    ys, states = [], []
+    ys, states, betas = [], [], data["betas"].tolist()
     for row in range(len(x)):
         bos, rows, parts = data["bos"][row], slice(row, row + 1), []
         state = data["count"][rows], mean[rows], var[rows]
         begins = sorted({0, *bos.nonzero()[:, 0].tolist()})
         for begin, end in zip(begins, [*begins[1:], len(bos)], strict=True):
-            y, state = gecko.timestep_decay_norm(
-                x[rows, begin:end], scale - 1, shift, num_groups=3, betas=data["betas"].tolist(),
-                state=None if bos[begin] else state,
-            )  # fmt: skip
+            state, piece = None if bos[begin] else state, x[rows, begin:end]
+            y, state = gecko.timestep_decay_norm(piece, scale - 1, shift, num_groups=3, betas=betas, state=state)
             parts.append(y)
         ys.append(torch.cat(parts, 1))
         states.append(state)
@@ -99,10 +97,9 @@ def test_all_parts_make_the_released_model(name, monkeypatch):
     """Except that the released omega is 1, and its gamma is not divided by sqrt(N)."""
     monkeypatch.setattr(gecko.DecayNorm, "betas", (0.9, 0.95))
     data, two_hop = golden(name), name == "model_two_hop"
-    config = mo.MegalodonConfig(
-        num_layers=2, model_dim=16, z_dim=8, value_dim=12, num_heads=2, ffn_hidden_dim=20, cema_ndim=3, chunk_size=4,
-        vocab_size=11, norm_num_groups=4, swiglu=True, rescale_nffn=two_hop, scale_emb=two_hop,
-    )  # fmt: skip
+    sizes = dict(num_layers=2, model_dim=16, z_dim=8, value_dim=12, num_heads=2, ffn_hidden_dim=20, cema_ndim=3)
+    sizes |= dict(chunk_size=4, vocab_size=11, norm_num_groups=4)
+    config = mo.MegalodonConfig(**sizes, swiglu=True, rescale_nffn=two_hop, scale_emb=two_hop)
     model = Gecko(config, Parts(visible_chunks=2, decay_norm=True, memory="mean")).double()
     model = model if two_hop else models.one_hop(model)
     assert {type(m) for m in model.modules() if isinstance(m, mo.TimestepNorm)} == {gecko.DecayNorm}
@@ -140,17 +137,15 @@ def test_without_parts_it_is_megalodon():
     assert model.loss(tokens[:1], targets[:1], cu_seqlens=bounds).shape == ()
 
 
-@pytest.mark.parametrize(
-    ("name", "fields"),
-    [
-        ("memory, logits of 3", {"working_memory": True}),
-        ("two chunks", {"visible_chunks": 2, "rope_base": gecko.ROPE_BASE}),
-        (
-            "two chunks with memory, logits of 3",
-            {"working_memory": True, "visible_chunks": 2, "rope_base": gecko.ROPE_BASE},
-        ),
-    ],
-)
+MEMORY, TWO_CHUNKS = dict(working_memory=True), dict(visible_chunks=2, rope_base=gecko.ROPE_BASE)
+KEPT = {
+    "memory, logits of 3": MEMORY,
+    "two chunks": TWO_CHUNKS,
+    "two chunks with memory, logits of 3": MEMORY | TWO_CHUNKS,
+}
+
+
+@pytest.mark.parametrize(("name", "fields"), KEPT.items(), ids=KEPT)
 def test_the_package_has_the_parts_that_pay(name, fields):
     """The claim's part and the configuration's fields give the same model, also at initialization."""
     torch.manual_seed(0)

@@ -99,16 +99,16 @@ def test_needle(length):
     assert max(depths) - min(depths) > (length - 60) / 2
 
 
+FUNCTIONS = {"MIN": min, "MAX": max, "SM": lambda v: sum(v) % 10, "MED": lambda v: int(statistics.median(v))}
+
+
 def value(words):
     """Value of an expression, read from the left with a stack of open operators."""
     stack = [[]]
     for word in words:
         if word == "]":
             name, *values = stack.pop()
-            result = {
-                "MIN": min, "MAX": max, "SM": lambda v: sum(v) % 10, "MED": lambda v: int(statistics.median(v)),
-            }[name](values)  # fmt: skip
-            stack[-1].append(result)
+            stack[-1].append(FUNCTIONS[name](values))
         elif word.isdigit():
             stack[-1].append(int(word))
         else:
@@ -119,9 +119,8 @@ def value(words):
 
 @pytest.mark.parametrize("length", [32, 256])
 def test_listops(length):
-    words = (
-        {1 + digit: str(digit) for digit in range(10)} | {i: name for name, i in tasks.OPERATORS.items()} | {15: "]"}
-    )
+    words = {1 + digit: str(digit) for digit in range(10)} | {15: "]"}
+    words |= {i: name for name, i in tasks.OPERATORS.items()}
     for tokens, targets in examples("listops", 12, length):
         size = max(i for i, token in enumerate(tokens) if token) + 1
         expression = [words[token] for token in tokens[:size]]
@@ -145,8 +144,4 @@ def test_listops(length):
 
 def test_values_of_operators():
     assert tasks.value_of("MED", [1, 4]) == 2 and tasks.value_of("MED", [9, 1, 5]) == 5
-    assert (
-        tasks.value_of("SM", [9, 9, 5]) == 3
-        and tasks.value_of("MIN", [3, 2]) == 2
-        and tasks.value_of("MAX", [3, 2]) == 3
-    )
+    assert [tasks.value_of(name, [9, 9, 5]) for name in ("SM", "MIN", "MAX")] == [3, 5, 9]

@@ -75,9 +75,8 @@ def test_the_list_of_packages_is_complete(language, train, validation):
     lines = [line.split() for line in text.PACKAGES[language].read_text().splitlines()]
     size = {part: sum(int(line[4]) for line in lines if line[0] == part) for part, *_ in lines}
     assert size["train"] > train and size["validation"] > validation and size["test"] > 1.8e6
-    assert all(len(line) == 6 and len(line[5]) == 64 for line in lines) and len({line[1] for line in lines}) == len(
-        lines
-    )
+    assert all(len(line) == 6 and len(line[5]) == 64 for line in lines)
+    assert len({line[1] for line in lines}) == len(lines)
 
 
 def test_missing_packages_are_an_error(monkeypatch):

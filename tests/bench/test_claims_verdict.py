@@ -37,14 +37,8 @@ def test_curves_fall_or_do_not():
 
 
 def content(settings, result):
-    return {
-        "settings": settings,
-        "result": result,
-        "run": "seed",
-        "seconds": 1.0,
-        "date": "2026-01-01",
-        "machine": runs.facts(),
-    }
+    facts = dict(run="seed", seconds=1.0, date="2026-01-01", machine=runs.facts())
+    return {"settings": settings, "result": result, **facts}
 
 
 def test_speed_compares_with_the_faster_llama():
@@ -79,12 +73,8 @@ def test_a_loss_is_decided_by_the_sweeps_choices_when_all_sizes_have_run():
     def run(size, model, seed, lr=2e-3, held_out=True, chunk=loss.LENGTH, train_loss=1.0):
         bits = {2e-3: {models.MEGALODON: 2.0, models.LLAMA: 3.0}[model], 1e-3: 4.0}[lr] + 0.01 * seed
         settings = {"size": size, "model": model, "chunk": chunk, "lr": lr, "held_out": held_out}
-        result = {
-            "parameters": 1,
-            "train_loss": train_loss,
-            "held_out_bits_per_byte": {str(loss.LENGTH): bits, "all": bits},
-        }
-        return content(settings, result)
+        by_context = {str(loss.LENGTH): bits, "all": bits}
+        return content(settings, dict(parameters=1, train_loss=train_loss, held_out_bits_per_byte=by_context))
 
     def sweep(size, **settings):
         return [
@@ -130,12 +120,8 @@ def test_tasks_are_decided_when_all_have_run():
 
 def test_long_runs_choose_by_validation_and_are_decided_by_test(tmp_path, monkeypatch, capsys):
     ours, theirs = loss.MODELS
-    best = {
-        (ours, "adamw"): (1.5, 8e-3),
-        (ours, "muon"): (1.4, 32e-3),
-        (theirs, "adamw"): (1.4, 5e-4),
-        (theirs, "muon"): (1.5, 2e-3),
-    }
+    best = {(ours, "adamw"): (1.5, 8e-3), (ours, "muon"): (1.4, 32e-3)}
+    best |= {(theirs, "adamw"): (1.4, 5e-4), (theirs, "muon"): (1.5, 2e-3)}
 
     def work(scratch, *, size, length, model, optimizer, lr, seed, **_):
         bits, rate = best[model, optimizer]
@@ -169,9 +155,8 @@ def test_long_runs_choose_by_validation_and_are_decided_by_test(tmp_path, monkey
     long_rows = [content for content in found if content["settings"]["length"] == 2048]
     assert long_loss.verdicts(long_rows)["claim"] == verdict.UNDECIDED
     row = next(line for line in long_loss.table(found) if "| 512 " in line and "muon, 0.032, chosen" in line)
-    assert row.startswith(
-        "| Python | 512 | megalodon | 1 | muon, 0.032, chosen | 3 | 1.3010 ± 0.0010 | 1.8010 ± 0.0010 | 2.0510"
-    )
+    figures = "1.3010 ± 0.0010 | 1.8010 ± 0.0010 | 2.0510"
+    assert row.startswith(f"| Python | 512 | megalodon | 1 | muon, 0.032, chosen | 3 | {figures}")
 
 
 def test_a_part_of_gecko_pays_where_the_control_of_equal_operations_is_worse():
@@ -217,16 +202,12 @@ def test_a_part_of_gecko_pays_where_the_control_of_equal_operations_is_worse():
     assert comparison not in gecko_tasks.verdicts(all_with({both: 0.8, memory: 0.75}))
 
     def bits(shown, seeds=3, lr=4e-3):
-        return [
-            content(
-                {**entrant._asdict(), "lr": lr, "seed": seed},
-                {
-                    "bits_per_byte": {str(n): shown.get(entrant, 2.0) + 1e-4 * seed for n in gecko_loss.CONTEXTS},
-                    "train_loss": lr,
-                },
-            )
-            for entrant, seed in itertools.product(gecko_loss.ENTRANTS, range(seeds))
-        ]
+        def run(entrant, seed):
+            by_context = dict.fromkeys(map(str, gecko_loss.CONTEXTS), shown.get(entrant, 2.0) + 1e-4 * seed)
+            settings = {**entrant._asdict(), "lr": lr, "seed": seed}
+            return content(settings, {"bits_per_byte": by_context, "train_loss": lr})
+
+        return [run(*each) for each in itertools.product(gecko_loss.ENTRANTS, range(seeds))]
 
     part = gecko_loss.PARTS[0]
     assert gecko_loss.verdicts(bits({part: 1.995}, 1))["claim"] == verdict.NOT_HELD

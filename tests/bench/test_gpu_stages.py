@@ -24,10 +24,10 @@ esac
 NVCC = '#!/bin/sh\necho "Cuda compilation tools, release 13.0, V13.0.88"\n'
 SANITIZER = '#!/bin/sh\necho "$@" "$PYTORCH_NO_CUDA_MEMORY_CACHING"\n[ "$2" != racecheck ]\n'
 SMOKE = [
-    {"case": "cema, steps", "dtype": "torch.float32", "kernels": ["cema_step_kernel"], "error": ""},
-    {"case": "cema, scans", "dtype": "torch.bfloat16", "kernels": ["cema_output_kernel"], "error": "y: 3 | elements differ"},
-    {"case": "attention", "dtype": "torch.float16", "kernels": [], "error": "out of memory"},
-]  # fmt: skip
+    dict(case="cema, steps", dtype="torch.float32", kernels=["cema_step_kernel"], error=""),
+    dict(case="cema, scans", dtype="torch.bfloat16", kernels=["cema_output_kernel"], error="y: 3 | elements differ"),
+    dict(case="attention", dtype="torch.float16", kernels=[], error="out of memory"),
+]
 TIMES = [["200M", "attention forward", "447.0", "470.1", "251.0", "products 240"]]
 
 

@@ -11,10 +11,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 import megalodon_ops.hf as hf
 
-SIZES = dict(
-    num_layers=2, model_dim=32, z_dim=32, value_dim=32, num_heads=2, ffn_hidden_dim=64, cema_ndim=4, chunk_size=16,
-    norm_num_groups=4, vocab_size=1024, pad_token_id=0,
-)  # fmt: skip
+SIZES = dict(num_layers=2, model_dim=32, z_dim=32, value_dim=32, num_heads=2, ffn_hidden_dim=64, cema_ndim=4)
+SIZES |= dict(chunk_size=16, norm_num_groups=4, vocab_size=1024, pad_token_id=0)
 CLASSES = [
     value for value in map(vars(hf).get, hf.__all__) if isinstance(value, type) and issubclass(value, PreTrainedModel)
 ]

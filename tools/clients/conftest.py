@@ -9,10 +9,8 @@ import torch
 import megalodon_ops.hf as hf
 
 torch.set_num_threads(1)
-LAYERS = {
-    "q_proj": "wz", "k_proj": "wr", "v_proj": "wv", "o_proj": "wh1", "gate_proj": "fc1", "up_proj": "fc1",
-    "down_proj": "fc2",
-}  # fmt: skip
+LAYERS = {"q_proj": "wz", "k_proj": "wr", "v_proj": "wv", "o_proj": "wh1"}
+LAYERS |= {"gate_proj": "fc1", "up_proj": "fc1", "down_proj": "fc2"}
 for _name, _table in vars(peft.utils.constants).items():
     if _name.endswith("_MODULES_MAPPING") and "llama" in _table:
         for _config in (hf.MegalodonHFConfig, hf.MegalodonEncoderHFConfig):
