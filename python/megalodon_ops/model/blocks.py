@@ -13,8 +13,8 @@ from torch.utils.checkpoint import checkpoint
 
 from .config import MegalodonConfig, check_config, config_of_sizes
 from ..ops.gated_silu.gated_silu import gated_silu
-from .layers import ComplexEMA, LayerNorm, Linear, RMSNorm, SequenceNorm, TimestepNorm, WideParameters, check_no_state
-from .layers import reset_all_parameters
+from .layers import ComplexEMA, LayerNorm, Linear, RMSNorm, SequenceNorm
+from .layers import TimestepNorm, WideParameters, check_no_state, reset_all_parameters
 from .sequences import Sequences
 from ..ops.common.definition import accumulation_dtype, is_exporting
 from ..ops.normalized_attention.normalized_attention import attend

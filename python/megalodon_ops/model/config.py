@@ -194,15 +194,14 @@ class MegalodonConfig:
     def _layer_shapes(self) -> dict[str, tuple[int, ...]]:
         D, N, Z, V, F = self.model_dim, self.cema_ndim, self.z_dim, self.value_dim, self.ffn_hidden_dim
         R, affine = D if self.causal else 2 * D, 4 if self.working_memory else 2
-        shapes = {
-            "mega.gamma": (affine, Z), "mega.beta": (affine, Z), "mega.timenorm.weight": (D,), "mega.timenorm.bias": (D,),
-            "mega.cema.alpha": (R, N, 1), "mega.cema.delta": (R, N, 1), "mega.cema.theta": (R, 1, 1),
-            "mega.cema.gamma": (R, N, 2), "mega.cema.omega": (D, 1), "mega.rmsnorm.weight": (D,),
-            "mega.wv.weight": (V, D), "mega.wv.bias": (V,), "mega.wz.weight": (Z, D), "mega.wz.bias": (Z,),
-            "mega.wr.weight": (V, D), "mega.wr.bias": (V,), "mega.wh1.weight": (D, D), "mega.wh1.bias": (D,),
-            "mega.wh2.weight": (D, V), "nffn.alpha": (D,), "nffn.norm.weight": (D,), "nffn.norm.bias": (D,),
-            "nffn.fc1.weight": (F, D), "nffn.fc2.weight": (D, F), "nffn.fc3.weight": (F, D),
-        }  # fmt: skip
+        shapes = {"mega.gamma": (affine, Z), "mega.beta": (affine, Z)}
+        shapes |= {"mega.timenorm.weight": (D,), "mega.timenorm.bias": (D,)}
+        shapes |= {"mega.cema.alpha": (R, N, 1), "mega.cema.delta": (R, N, 1), "mega.cema.theta": (R, 1, 1)}
+        shapes |= {"mega.cema.gamma": (R, N, 2), "mega.cema.omega": (D, 1), "mega.rmsnorm.weight": (D,)}
+        for name, outputs in (("wv", V), ("wz", Z), ("wr", V), ("wh1", D)):
+            shapes |= {f"mega.{name}.weight": (outputs, D), f"mega.{name}.bias": (outputs,)}
+        shapes |= {"mega.wh2.weight": (D, V), "nffn.alpha": (D,), "nffn.norm.weight": (D,), "nffn.norm.bias": (D,)}
+        shapes |= {"nffn.fc1.weight": (F, D), "nffn.fc2.weight": (D, F), "nffn.fc3.weight": (F, D)}
         absent = set() if self.norm_affine else {"mega.rmsnorm.weight", "nffn.norm.weight", "nffn.norm.bias"}
         absent |= set() if self.rescale_nffn else {"nffn.alpha"}
         absent |= set() if self.swiglu else {"nffn.fc3.weight"}
@@ -288,10 +287,9 @@ CLIENT_NAMES = {
 """Names by which programs for transformers read fields of a `config.json`, and the fields"""
 _FIELDS_WITHOUT_EFFECT = set("init_mode dropout hidden_dropout attention_dropout layerwise_ckpt eos_token_id".split())
 _LARGEST_FLOAT32 = (2 - 2**-23) * 2.0**127
-_SMALL = dict(  # for a run of minutes on a few cores: docs/training.md
-    num_layers=3, model_dim=128, z_dim=64, value_dim=256, num_heads=1, ffn_hidden_dim=192, cema_ndim=8, chunk_size=256,
-    norm_num_groups=8, swiglu=True, vocab_size=257,
-)  # fmt: skip
+# For a run of minutes on a few cores: docs/training.md.
+_SMALL = dict(num_layers=3, model_dim=128, z_dim=64, value_dim=256, num_heads=1, ffn_hidden_dim=192, cema_ndim=8)
+_SMALL |= dict(chunk_size=256, norm_num_groups=8, swiglu=True, vocab_size=257)
 _MEGA_1_3B = dict(num_layers=24, model_dim=2048, z_dim=512, value_dim=4096, num_heads=2, norm_num_groups=64)
 _MEGA_7B = dict(num_layers=32, model_dim=4096, z_dim=1024, value_dim=8192, num_heads=4, norm_num_groups=64)
 _PRESETS: dict[str, dict[str, Any]] = {

@@ -15,8 +15,8 @@ from ..ops.chunked_attention.chunked_attention import chunked_attention
 from ..ops.common.definition import autocast, call
 from ..ops.common.states import AttentionState, TimestepNormState, WorkingMemoryState, named_in_programs
 from ..ops.gated_silu.gated_silu import gated_silu
-from ..ops.normalized_qk.normalized_qk import normalized_qk, rotary_frequencies, rotary_rows, rotary_table_of
-from ..ops.normalized_qk.normalized_qk import rotated_queries_and_keys
+from ..ops.normalized_qk.normalized_qk import normalized_qk, rotary_frequencies, rotary_rows
+from ..ops.normalized_qk.normalized_qk import rotary_table_of, rotated_queries_and_keys
 
 _MEMORY_LOGITS = 3.0  # initial root mean square of the working memory's queries and keys: docs/claims.md
 

@@ -9,9 +9,8 @@ from torch import Tensor
 
 from ..common.arrays import call_with_arrays
 from ..common.checks import check_flag, check_rank, check_width
-from ..common.definition import (
-    call, contiguous_or_none, define_op, empty_gradients, empty_like, int64_or_none, launch, num_sequences,
-)  # fmt: skip
+from ..common.definition import call, contiguous_or_none, define_op, empty_gradients
+from ..common.definition import empty_like, int64_or_none, launch, num_sequences
 from ..common.flops import num_tokens
 
 

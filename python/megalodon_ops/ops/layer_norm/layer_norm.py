@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..common.definition import accumulation_dtype, call, contiguous_or_none, define_op, empty_gradients, empty_like
-from ..common.definition import has_cpu_kernel, launch
+from ..common.definition import accumulation_dtype, call, contiguous_or_none, define_op
+from ..common.definition import empty_gradients, empty_like, has_cpu_kernel, launch
 from ..common.checks import check_device, check_number, check_optional_tensor, check_tensor
 
 

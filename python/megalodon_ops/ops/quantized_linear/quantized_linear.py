@@ -166,12 +166,12 @@ def _check(x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None) -> Non
         raise ValueError("quantized_linear: `x` must have shape (..., I), got ().")
     inputs, outputs, blocks = x.shape[-1], weight.shape[0] if weight.dim() else 0, -(-x.shape[-1] // _BLOCK)
     is_int8 = weight.dtype == torch.int8
+    packed, scales = (inputs, (outputs,)) if is_int8 else (_BLOCK // 2 * blocks, (outputs, _BLOCK // _GROUP * blocks))
     wanted = [
-        ("weight", weight, (outputs, inputs if is_int8 else _BLOCK // 2 * blocks), weight.dtype),
-        ("scale", scale, (outputs,) if is_int8 else (outputs, _BLOCK // _GROUP * blocks),
-         torch.float32 if is_int8 else torch.bfloat16),
+        ("weight", weight, (outputs, packed), weight.dtype),
+        ("scale", scale, scales, torch.float32 if is_int8 else torch.bfloat16),
         ("bias", bias, (outputs,), x.dtype),
-    ]  # fmt: skip
+    ]
     for argument, tensor, shape, dtype in wanted:
         if tensor is None:
             continue

@@ -9,10 +9,8 @@ import torch
 from torch import Tensor
 
 from ..common.arrays import call_with_arrays
-from ..common.definition import (
-    accumulation_dtype, call, contiguous_or_none, define_op, empty_gradients, empty_like, int64_or_none, launch,
-    num_sequences,
-)  # fmt: skip
+from ..common.definition import accumulation_dtype, call, contiguous_or_none, define_op, empty_gradients
+from ..common.definition import empty_like, int64_or_none, launch, num_sequences
 from ..common.flops import num_tokens
 from ..common.states import TimestepNormState, state_fields
 from ..common.checks import check_flag, check_number, check_rank, check_size, check_width
