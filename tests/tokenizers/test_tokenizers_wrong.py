@@ -91,16 +91,17 @@ def test_wrong_calls(tokenizer):
         Tokenizer.train([SOURCE], vocab_size="many")
 
 
-DUPLICATE_IDS = {
+WRONG_IDS = {
     "of the model": lambda fields: fields["model"]["vocab"].update(b=0),
     "added": lambda fields: fields["added_tokens"].append({**fields["added_tokens"][0], "content": "<t>"}),
     "added over the model's": lambda fields: fields["added_tokens"][0].update(id=1),
+    "large": lambda fields: fields["model"]["vocab"].update(b=2**31),
 }
 
 
-@pytest.mark.parametrize("case", DUPLICATE_IDS)
-def test_duplicate_ids_are_refused(tmp_path, case):
-    """The package accepts such a file and loses one token."""
+@pytest.mark.parametrize("case", WRONG_IDS)
+def test_duplicate_and_large_ids_are_refused(tmp_path, case):
+    """The package accepts a file with the same id twice and loses one token."""
     package("tokenizers")
     model = word_level_model({"a": 0, "b": 1})
     model.add_special_tokens(["<s>"])
@@ -108,9 +109,10 @@ def test_duplicate_ids_are_refused(tmp_path, case):
     path = tmp_path / "tokenizer.json"
     path.write_text(json.dumps(fields))
     assert load_tokenizer(path).vocab_size == 3
-    DUPLICATE_IDS[case](fields)
+    WRONG_IDS[case](fields)
     path.write_text(json.dumps(fields))
-    with pytest.raises(FileError, match=rf"^{path}: two tokens have the id \d, '.*' and '.*'$"):
+    twice, large = r"two tokens have the id \d, '.*' and '.*'", r"ids must be below 2\^31, got 2147483648"
+    with pytest.raises(FileError, match=f"^{path}: {large if case == 'large' else twice}$"):
         load_tokenizer(path)
 
 
