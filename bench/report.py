@@ -10,8 +10,9 @@ from pathlib import Path
 
 import numpy as np
 
-from .harness import Result
+from .harness import OURS, Result, Timing
 from .machine import Limits
+from .plots import BLUE, GREY, ORANGE, plain_ticks
 
 _HEAD = """# {title}
 
@@ -132,7 +133,7 @@ def summary(result: Result) -> str:
 
 
 def plot(results: Sequence[Result], path: Path) -> None:
-    """Median time of every path, warm, at the largest number of threads; bars span the quartiles."""
+    """Median time of every path, warm, at the largest number of threads; lines span the quartiles."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -140,8 +141,6 @@ def plot(results: Sequence[Result], path: Path) -> None:
 
     all_threads = max(r.threads for r in results)
     results = [r for r in results if r.threads == all_threads]
-    names = list(dict.fromkeys(t.path for r in results for t in r.timings if t.warm))
-    colors = dict(zip(names, plt.colormaps["tab10"].colors * len(names), strict=False))
     figure, axes = plt.subplots(figsize=(11, 1.2 + 0.34 * sum(len(r.timings) + 1 for r in results)))
     y, ticks = 0.0, []
     for r in results:
@@ -149,18 +148,23 @@ def plot(results: Sequence[Result], path: Path) -> None:
         ticks.append((y + (len(bars) - 1) / 2, f"{r.case}\n{r.shape}, {r.dtype}"))
         for t in bars:
             low, middle, high = (1e3 * q for q in np.percentile(t.warm, (25, 50, 75)))
-            axes.barh(y, middle, color=colors[t.path], xerr=[[middle - low], [high - middle]], ecolor="0.3")
-            axes.text(high * 1.06, y, _milliseconds(middle / 1e3), va="center", fontsize=7)
+            axes.plot((low, high), (y, y), color=_colour(t), linewidth=1.5)
+            axes.plot(middle, y, "o", color=_colour(t))
+            text = f"{_milliseconds(middle / 1e3)}  {t.path}"
+            axes.annotate(text, (high, y), (8, 0), textcoords="offset points", va="center", fontsize=7)
             y += 1
         y += 1
     axes.set(xscale="log", xlabel=f"milliseconds, {_threads(all_threads)}, warm; less is better")
     axes.set_yticks(*zip(*ticks, strict=True), fontsize=7)
     axes.invert_yaxis()
     axes.margins(x=0.12, y=0.01)
-    handles = [plt.Rectangle((0, 0), 1, 1, color=colors[name]) for name in names]
-    axes.legend(handles, names, fontsize=7, loc="lower center", bbox_to_anchor=(0.4, 1), ncols=4, frameon=False)
+    plain_ticks(axes.xaxis)
     figure.savefig(path, dpi=110, bbox_inches="tight")
     plt.close(figure)
+
+
+def _colour(timing: Timing) -> str:
+    return BLUE if timing.path == OURS else GREY if timing.rival else ORANGE
 
 
 def _table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:

@@ -19,6 +19,8 @@ import torch
 
 import megalodon_ops as mo
 
+from .plots import plain_ticks
+
 CONFIG = dict(num_layers=4, model_dim=128, num_heads=2, z_dim=64, value_dim=256, ffn_hidden_dim=256)
 CONFIG |= dict(chunk_size=512, vocab_size=256)
 MAX_GROWTH = 0.02
@@ -101,6 +103,7 @@ def plot(streams: dict[str, Samples], path: Path) -> None:
     for name, samples in streams.items():
         axes.plot(*zip(*((count, size / 2**20) for count, size in samples), strict=True), marker="o", label=name)
     axes.set(xscale="log", xlabel="tokens", ylabel="resident memory, MiB", ylim=(0, None))
+    plain_ticks(axes.xaxis)
     axes.legend(loc="lower right")
     figure.savefig(path, dpi=110, bbox_inches="tight")
     plt.close(figure)

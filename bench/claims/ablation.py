@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+from bench.plots import BLUE, GREY
+
 from . import loss, models, verdict
 from .runs import Session
 
@@ -42,7 +44,7 @@ def plot(results: list[dict[str, Any]], figure: Any) -> None:
     found = loss.figures(results, loss.window_bits)
     names = [key.model for key in found]
     for key, values in found.items():
-        colour = "tab:blue" if key.model == models.MEGALODON else "tab:gray"
+        colour = BLUE if key.model == models.MEGALODON else GREY
         axes.plot(values, [names.index(key.model)] * len(values), "o", color=colour)
     axes.set_yticks(range(len(names)), names)
-    axes.set(xlabel=next(iter(loss.FIGURES)))
+    axes.set(xlabel=next(iter(loss.FIGURES)), ylabel="model")

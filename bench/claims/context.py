@@ -7,6 +7,7 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
+from bench.plots import BLUE
 from megalodon_ops.evaluation import Evaluation, evaluate
 
 from . import models, text, verdict
@@ -103,10 +104,10 @@ def table(results: list[dict[str, Any]]) -> list[str]:
 def plot(results: list[dict[str, Any]], figure: Any) -> None:
     left, right = figure.subplots(1, 2)
     contexts, found = curves(results)
-    for content, curve in zip(results, found, strict=True):
-        left.plot(contexts, curve, marker="o", label=content["run"])
+    for content, curve, style in zip(results, found, ("-", "--", ":", "-."), strict=False):
+        left.plot(contexts, curve, style, marker="o", color=BLUE, label=content["run"])
         last, bits, _ = zip(*content["result"]["by_position"], strict=True)
-        right.plot(last, bits, lw=0.8)
+        right.plot(last, bits, style, color=BLUE, lw=0.8)
     axis_of_tokens(left, "context, tokens")
     left.set_ylabel("bits per byte of the whole text")
     axis_of_tokens(right, "tokens that a prediction is made from")

@@ -22,6 +22,7 @@ from torch import nn
 
 import megalodon_ops as mo
 from bench import machine, plain_models
+from bench.plots import BLUE, ORANGE
 
 from . import long_rows, models, verdict
 from .runs import Session
@@ -44,7 +45,7 @@ RULE = (
 )
 MEGALODON, TRANSFORMER = MODELS = models.MEGALODON, "transformer"
 LONG_TRANSFORMER = "transformer, longer"
-COLOURS = {MEGALODON: "tab:blue", TRANSFORMER: "tab:orange"}
+COLOURS = {MEGALODON: BLUE, TRANSFORMER: ORANGE}
 GROWTH_PART = 0.6
 """Part of a run in which the rows grow"""
 MIN_DIFFERENCE = 0.03
@@ -215,8 +216,7 @@ def plot(results: list[dict[str, Any]], figure: Any) -> None:
         for model, runs in ((model, found[model]) for model in MODELS):
             for run in runs:
                 axes.plot(*zip(*run["curve"]), color=COLOURS[model], label=model if run is runs[0] else None)
-        axes.set(title=task, xlabel="step of training")
-    figure.axes[0].set_ylabel("loss")
+        axes.set(title=task, xlabel="optimizer step", ylabel="loss")
     figure.axes[-1].legend()
 
 

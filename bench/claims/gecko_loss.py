@@ -6,6 +6,8 @@ import itertools
 from pathlib import Path
 from typing import Any
 
+from bench.plots import INK
+
 from . import gecko, loss, models, runs, text, verdict
 from .runs import Session
 from .task_runs import Entrant
@@ -117,7 +119,7 @@ def verdicts(results: list[dict[str, Any]]) -> dict[str, str]:
         comparisons = [(against_control, control(part), MIN_GAIN)]
         comparisons += [(against_chunks, other, 0.0) for other in MEGALODONS[:2]]
         for outcomes, other, least in comparisons:
-            for context in CONTEXTS[2:]:
+            for context, marker in zip(CONTEXTS[2:], "os", strict=True):
                 ours, theirs = (found.get(entrant, {}).get(context, []) for entrant in (part, other))
                 comparison = f"{part.model}: lower than MEGALODON in chunks of {other.chunk}"
                 comparison += f", by {least:g}" if least else ""
@@ -145,9 +147,9 @@ def plot(results: list[dict[str, Any]], figure: Any) -> None:
     axes = figure.add_subplot()
     found = figures(results)
     names = [f"{entrant.model}, {entrant.chunk}" for entrant in found]
-    for context in CONTEXTS[2:]:
+    for context, marker in zip(CONTEXTS[2:], "os", strict=True):
         points = [(value, i) for i, by in enumerate(found.values()) for value in by[context]]
-        axes.plot(*zip(*points, strict=True), "o", fillstyle="none", label=f"windows of {context}")
+        axes.plot(*zip(*points, strict=True), marker, color=INK, fillstyle="none", label=f"windows of {context}")
     axes.set_yticks(range(len(names)), names)
-    axes.set(xlabel="held out, bits per byte")
+    axes.set(xlabel="held out, bits per byte", ylabel="model, positions of a chunk")
     axes.legend()

@@ -6,6 +6,8 @@ import itertools
 import statistics
 from typing import Any
 
+from bench.plots import BLUE, GREEN, GREY, INK, RED, plain_ticks
+
 from . import gecko, models, runs, task_runs, verdict
 from .runs import Session
 from .task_runs import SIZE, Entrant
@@ -144,6 +146,7 @@ def table(results: list[dict[str, Any]]) -> list[str]:
 def plot(results: list[dict[str, Any]], figure: Any) -> None:
     found = task_runs.cells(results, ENTRANTS)
     for axes, task in zip(figure.subplots(1, len(RATES), sharey=True), RATES, strict=True):
+        styles = dict(zip(PARTS, itertools.product((GREEN, RED, INK, GREY), ("-", "--", ":", "-."))))
         for entrant in (MEGALODONS[0], *PARTS):
             points = [
                 (length_of(setting), statistics.fmean(shares[entrant]))
@@ -151,9 +154,10 @@ def plot(results: list[dict[str, Any]], figure: Any) -> None:
                 if name == task and entrant in shares and "pairs" not in setting
             ]
             if points:
-                style = "k-" if entrant.model == models.MEGALODON else "-"
-                axes.plot(*zip(*points, strict=True), style, marker=".", label=entrant.model)
+                colour, style = styles.get(entrant, (BLUE, "-"))
+                axes.plot(*zip(*points, strict=True), style, color=colour, marker=".", label=entrant.model)
         axes.set(title=f"{task}, chunks of {CHUNK}", xscale="log", ylim=(-0.02, 1.02), xlabel="tokens of a row")
+        plain_ticks(axes.xaxis)
     handles = {
         label: line for axes in figure.axes for line, label in zip(*axes.get_legend_handles_labels(), strict=True)
     }

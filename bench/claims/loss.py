@@ -6,6 +6,8 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from bench.plots import plain_ticks
+
 from . import models, text, verdict
 from .runs import Session
 from .train import Recipe, bits_per_byte, config, estimate, train_on_text
@@ -205,6 +207,7 @@ def plot(results: list[dict[str, Any]], figure: Any) -> None:
             colour = models.COLOURS[settings["model"]]
             style = "-" if settings["size"] != "4M" else "--"
             axes.plot(steps, losses, style, color=colour, lw=0.8, label=f"{settings['model']} {settings['size']}")
-    axes.set(xlabel="step", ylabel="training loss, nats a byte", yscale="log")
+    axes.set(xlabel="optimizer step", ylabel="training loss, nats a byte", yscale="log")
+    plain_ticks(axes.yaxis)
     handles = dict(zip(*reversed(axes.get_legend_handles_labels()), strict=True))
     axes.legend(handles.values(), handles.keys())

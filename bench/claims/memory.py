@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from bench import machine, stream_memory
+from bench.plots import plain_ticks
 
 from . import models, verdict
 from .report import axis_of_tokens
@@ -150,6 +151,7 @@ def plot(results: list[dict[str, Any]], figure: Any) -> None:
         left.plot([*by_length], mebibytes, marker="o", label=name, color=models.COLOURS[name])
     axis_of_tokens(left, "tokens of a row")
     left.set(yscale="log", ylabel="training, MiB")
+    plain_ticks(left.yaxis)
     left.legend()
     plot_streams(results, right)
 

@@ -17,11 +17,13 @@ from torch.nn.utils import parametrize
 import megalodon_ops as mo
 from megalodon_ops.ops.common.states import TimestepNormState
 
+from bench.plots import BLUE, ORANGE
+
 from . import gecko
 from .llama import Llama
 
 MEGALODON, LLAMA = "megalodon", "llama"
-COLOURS = {MEGALODON: "tab:blue", LLAMA: "tab:orange"}
+COLOURS = {MEGALODON: BLUE, LLAMA: ORANGE}
 
 
 def build(name: str, config: mo.MegalodonConfig, window: int, seed: int) -> nn.Module:

@@ -11,6 +11,7 @@ import torch
 
 import megalodon_ops as mo
 from bench import bench_model, harness
+from bench.plots import plain_ticks
 
 from . import models, verdict
 from .report import axis_of_tokens
@@ -108,3 +109,4 @@ def plot_rates(results: list[dict[str, Any]], axes: Any) -> None:
     axes.plot(lengths, others, marker="o", label="Llama, the faster of two", color=models.COLOURS[models.LLAMA])
     axis_of_tokens(axes, "tokens of a row")
     axes.set(yscale="log", ylabel="tokens a second")
+    plain_ticks(axes.yaxis)

@@ -11,6 +11,8 @@ import numpy
 import torch
 from torch import nn
 
+from bench.plots import GREY
+
 from . import loss, models, text, verdict
 from .runs import Session
 from .tasks import NONE, TASKS
@@ -202,11 +204,12 @@ def plot(results: list[dict[str, Any]], figure: Any) -> None:
                 lengths, shares = [row["length"] for row in rows], [row["targets"] for row in rows]
                 style = ":" if entrant == SHORT_CHUNKS else "-"
                 axes.plot(lengths, shares, style, color=models.COLOURS[entrant.model], marker=".", label=entrant.label)
-        axes.axhline(spec.guess, color="gray", lw=0.6)
+        axes.axhline(spec.guess, color=GREY, lw=0.6)
         axes.set(title=task, xscale="log", ylim=(-0.02, 1.02))
         lengths = [spec.length * times for times in TIMES]
         axes.set_xticks(lengths, map(str, lengths))
         axes.minorticks_off()
+        axes.set_xlabel("tokens of a row")
     handles = {
         label: line for axes in figure.axes for line, label in zip(*axes.get_legend_handles_labels(), strict=True)
     }

@@ -1,16 +1,14 @@
 """Tokens a second at 25M parameters, from the newest page of bench/results: this package, plain torch, and a Llama."""
 
-import sys
-
 from matplotlib.patches import Patch
-from style import BLUE, GREY, ORANGE, REPOSITORY, panels
+from style import BLUE, GREY, ORANGE, panels
 
-sys.path.insert(0, str(REPOSITORY))
-from bench.summary import MODELS, Page, newest, tokens_a_second  # noqa: E402
+from bench.summary import MODELS, Page, newest, tokens_a_second
 
 PATHS = {"megalodon_ops": BLUE, "plain torch": GREY, "Llama": ORANGE}
-WORKS = dict(zip(("2,048 tokens", "8,192", "after 1,000", "32,744 tokens"), (*MODELS[:2], *MODELS[-2:])))
+WORKS = dict(zip(("2,048 tokens", "8,192 tokens", "1,000 tokens", "32,744 tokens"), (*MODELS[:2], *MODELS[-2:])))
 """Works by the labels below their bars"""
+AXES = {"training": "length of a row", "decoding": "context"}
 PAGE = Page(newest())
 
 
@@ -24,7 +22,7 @@ def measured() -> dict[str, dict[str, float]]:
     return found
 
 
-def draw(axes, title: str, groups: dict[str, dict[str, float]]) -> None:
+def draw(axes, work: str, groups: dict[str, dict[str, float]]) -> None:
     place, ticks = 0.0, []
     for label, rates in groups.items():
         ticks.append((place + (len(rates) - 1) / 2, label))
@@ -34,17 +32,16 @@ def draw(axes, title: str, groups: dict[str, dict[str, float]]) -> None:
             place += 1
         place += 0.7
     axes.set_xticks(*zip(*ticks))
-    axes.set_yticks([])
-    axes.tick_params(length=0)
-    axes.spines["left"].set_visible(False)
-    axes.set_xlim(-0.6, 5.3)
-    axes.set_title(title, fontsize=11, loc="left", pad=14)
+    axes.tick_params(axis="x", length=0)
+    axes.yaxis.set_major_formatter("{x:,.0f}")
+    axes.set(xlim=(-0.6, 5.3), xlabel=AXES[work], ylabel="tokens a second")
+    axes.set_title(work, fontsize=11, loc="left", pad=14)
 
 
 rates = measured()
-figure, both = panels(6.4, 3.4, columns=2)
-for axes, title, labels in zip(both, ("training", "decoding"), (list(rates)[:2], list(rates)[2:])):
-    draw(axes, f"{title}, tokens a second", {label: rates[label] for label in labels})
+figure, both = panels(6.8, 3.6, columns=2)
+for axes, work, labels in zip(both, AXES, (list(rates)[:2], list(rates)[2:])):
+    draw(axes, work, {label: rates[label] for label in labels})
 patches = [Patch(color=colour) for colour in PATHS.values()]
 names = ["this package", "MEGALODON in plain torch", "Llama"]
 figure.legend(patches, names, loc="lower left", bbox_to_anchor=(0, 0.06), ncols=3, handlelength=1, columnspacing=1.2)

@@ -4,12 +4,9 @@ A dot is a row of a bench's first table, with all threads and a warm cache; of t
 Forwards whose backward has a row are left out.
 """
 
-import sys
+from style import GREEN, INK, RED, panels
 
-from style import GREEN, INK, RED, REPOSITORY, panels
-
-sys.path.insert(0, str(REPOSITORY))
-from bench.summary import RESULTS, Page  # noqa: E402
+from bench.summary import RESULTS, Page
 
 BENCHES = {"cema", "timestep_norm", "attention", "linear", "elementwise", "model"}
 

@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 
 import matplotlib.pyplot as plt
 from matplotlib.axes import Axes
-from matplotlib.axis import Axis
 from matplotlib.figure import Figure
 from matplotlib.patches import FancyBboxPatch
 
 REPOSITORY = Path(__file__).resolve().parents[2]
-INK, GREY, LIGHT = "#24292f", "#8c959f", "#eaeef2"
-BLUE, ORANGE, GREEN, RED = "#2f6fb0", "#d9822b", "#3a8f5c", "#b5433f"
-SEQUENCES = [BLUE, ORANGE, GREEN]
+sys.path.insert(0, str(REPOSITORY))
+from bench.plots import BLUE, GREEN, GREY, INK, LIGHT, ORANGE, RED, plain_ticks  # noqa: E402, F401
+
+SEQUENCES = [GREEN, RED, INK]
 
 _FONT = {"font.size": 11, "text.color": INK, "axes.labelcolor": INK, "xtick.color": INK, "ytick.color": INK}
 _AXES = {"axes.edgecolor": GREY, "axes.spines.top": False, "axes.spines.right": False, "legend.frameon": False}
@@ -23,12 +24,6 @@ def panels(width: float, height: float, columns: int = 1) -> tuple[Figure, Axes]
     """Create a figure of `width` by `height` inches for plots, and its axes, side by side."""
     plt.rcParams.update(_FONT | _AXES)
     return plt.subplots(1, columns, figsize=(width, height))
-
-
-def plain_ticks(*axes: Axis) -> None:
-    """Write powers of ten on the ticks as plain numbers."""
-    for axis in axes:
-        axis.set_major_formatter(lambda value, _: f"{value:,.10g}")
 
 
 def sheet(width: float, height: float, x: tuple[float, float], y: tuple[float, float]) -> Axes:

@@ -22,6 +22,9 @@ from megalodon_ops.training import Batches, Reader
 pytest.importorskip("transformers")
 pytest.importorskip("matplotlib")
 
+from matplotlib.figure import Figure  # noqa: E402
+
+from bench import plots  # noqa: E402
 from bench.claims import ablation, context, encoder, gecko_loss, gecko_tasks, long_loss, loss, memory  # noqa: E402
 from bench.claims import models, report, runs, speed, task_runs, train, verdict  # noqa: E402
 from bench.claims.__main__ import CLAIMS, OTHER_CLAIMS, main  # noqa: E402
@@ -34,6 +37,7 @@ CLAIMS_PAGE = (DOCS / "claims.md").read_text()
 SECTIONS = dict(re.findall(r"^## ([\w ]+)\n(.*?)(?=^## )", CLAIMS_PAGE, re.M | re.S))
 TITLES = {name: name.capitalize() for name in ("loss", "speed", "memory", "context", "tasks", "encoder")}
 TITLES |= {"ablation": "Parts", "gecko-tasks": "Successor", "gecko-loss": "Text", "long-loss": "Longer runs"}
+COLOURS = {models.MEGALODON: plots.BLUE, models.LLAMA: plots.ORANGE, encoder.TRANSFORMER: plots.ORANGE}
 
 
 @pytest.fixture(autouse=True)
@@ -330,6 +334,26 @@ def test_a_claim_from_its_runs_to_its_page(claim, small, tmp_path, capsys, monke
     verdicts = (verdict.HELD, verdict.NOT_HELD, verdict.UNDECIDED)
     assert re.search(r"^# .*: a quick run \((.*)\)$", page, re.M)[1] in verdicts
     assert "says nothing about the claim" in page and (tmp_path / "out" / f"{claim}-quick.png").stat().st_size > 5000
+
+
+@pytest.mark.parametrize("claim", TITLES)
+def test_plots_have_labelled_axes_plain_numbers_and_the_colours_of_all_plots(claim):
+    path = RESULTS / f"{claim}.jsonl"
+    if not path.exists():
+        pytest.skip("needs bench/claims/results, which a source distribution does not hold")
+    figure = Figure()
+    (CLAIMS | OTHER_CLAIMS)[claim].plot([*runs.results(path).values()], figure)
+    figure.draw_without_rendering()
+    for axes in figure.axes:
+        assert axes.get_xlabel()
+        assert axes.get_ylabel() or figure.get_supylabel()
+        for axis in (axes.xaxis, axes.yaxis):
+            texts = [label.get_text() for label in (*axis.get_ticklabels(), *axis.get_ticklabels(minor=True))]
+            assert not any("$" in text for text in texts), texts
+        for line in axes.get_lines():
+            name = line.get_label().split()[0].strip(",").lower()
+            assert line.get_color() == COLOURS.get(name, line.get_color()), line.get_label()
+            assert line.get_color() in (plots.BLUE, plots.ORANGE, plots.GREEN, plots.RED, plots.INK, plots.GREY)
 
 
 def numbers(text):

@@ -133,6 +133,7 @@ def test_metrics_after_the_checkpoint_are_dropped(tmp_path):
 
 
 def test_curve_has_labelled_axes(tmp_path, monkeypatch):
+    from bench.plots import BLUE, GREY
     from matplotlib.figure import Figure
 
     figures = []
@@ -144,7 +145,8 @@ def test_curve_has_labelled_axes(tmp_path, monkeypatch):
     rows += [{"step": 20, "held_out_bits_per_byte": 3.0}, {"step": 50, "held_out_bits_per_byte": 2.0, "final": True}]
     draw_metrics(tmp_path / "curve.png", rows, {"gzip -9": 2.2})
     (axes,) = figures[0].axes
-    assert (axes.get_xlabel(), axes.get_ylabel()) == ("step", "bits per byte")
+    assert (axes.get_xlabel(), axes.get_ylabel()) == ("optimizer step", "bits per byte")
+    assert {line.get_color() for line in axes.get_lines()} == {BLUE, GREY}  # as on all plots
     labels = [label.get_text() for label in axes.get_legend().get_texts()]
     assert labels == ["training, smoothed", "held-out, a sample of all", "held-out, all", "gzip -9 (2.20)"]
     short = [{"step": i, "bits_per_byte": 8.0 - 0.01 * i} for i in range(3)] + rows[-1:]

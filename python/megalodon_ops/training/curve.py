@@ -11,6 +11,8 @@ from .. import extras
 from ..files import as_path, write_atomically
 from ..ops.common.checks import describe
 
+_BLUE, _GREY = "#2f6fb0", "#8c959f"  # a model of this package, and what it is compared with
+
 
 def draw_metrics(
     path: str | os.PathLike, rows: list[dict[str, Any]], references: dict[str, float] | None = None
@@ -23,19 +25,19 @@ def draw_metrics(
     if not isinstance(rows, list | tuple) or not all(isinstance(row, dict) for row in rows):
         raise TypeError(f"draw_metrics: `rows` must be a list of `read_metrics`, got {describe(rows)}.")
     figure = extras.load("matplotlib.figure", "train").Figure(figsize=(8, 5), dpi=120, layout="constrained")
-    axes = figure.add_subplot(xlabel="step", ylabel="bits per byte", title="bits per byte of a run")
+    axes = figure.add_subplot(xlabel="optimizer step", ylabel="bits per byte", title="bits per byte of a run")
     train = [(row["step"], row["bits_per_byte"]) for row in rows if "bits_per_byte" in row]
     tops = [4.5, *(references or {}).values()]  # the first steps may be far above
     if train:
         steps, bits = numpy.array(train).T
-        axes.plot(steps, bits, color="tab:blue", alpha=0.25, linewidth=0.8)
+        axes.plot(steps, bits, color=_BLUE, alpha=0.2, linewidth=0.8)
         width = -(-len(bits) // 50)
         smooth = numpy.convolve(bits, numpy.full(width, 1 / width), "valid")
-        axes.plot(steps[width - 1 :], smooth, color="tab:blue", label="training, smoothed")
+        axes.plot(steps[width - 1 :], smooth, color=_BLUE, alpha=0.6, label="training, smoothed")
         tops.append(float(numpy.percentile(bits, 95)))
     for final, style in {
-        False: dict(color="tab:orange", marker="o", markersize=3, label="held-out, a sample of all"),
-        True: dict(color="tab:red", marker="*", markersize=9, linestyle="", label="held-out, all"),
+        False: dict(color=_BLUE, marker="o", markersize=3, label="held-out, a sample of all"),
+        True: dict(color=_BLUE, marker="*", markersize=9, linestyle="", label="held-out, all"),
     }.items():
         evaluations = [row for row in rows if "held_out_bits_per_byte" in row and bool(row.get("final")) == final]
         if evaluations:
@@ -43,7 +45,7 @@ def draw_metrics(
             axes.plot([row["step"] for row in evaluations], figures, **style)
             tops.append(min(figures))
     for (name, bits), style in zip((references or {}).items(), ("--", ":"), strict=False):
-        axes.axhline(bits, color="gray", linestyle=style, label=f"{name} ({bits:.2f})")
+        axes.axhline(bits, color=_GREY, linestyle=style, label=f"{name} ({bits:.2f})")
     axes.set_ylim(top=1.02 * max(tops))
     axes.grid(alpha=0.3)
     if axes.has_data():
