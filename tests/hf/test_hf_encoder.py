@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 
 import pytest
@@ -135,6 +136,21 @@ def test_folders_are_read_by_all_classes_from_masked_tokens_to_classification(tm
     assert config.to_megalodon() == ours.config and config != hf.MegalodonEncoderHFConfig(**SIZES)
 
 
+@pytest.mark.parametrize("vocab_size", [257, 4097])
+@torch.no_grad()
+def test_the_loss_of_a_new_masked_token_head_is_that_of_a_guess(vocab_size: int) -> None:
+    sizes = dict(num_layers=2, model_dim=128, z_dim=32, value_dim=64, ffn_hidden_dim=64, norm_num_groups=8)
+    targets = torch.randint(vocab_size - 1, (8, 100))
+    is_hidden = torch.rand(targets.shape) < 0.15
+    tokens, labels = targets.masked_fill(is_hidden, vocab_size - 1), targets.masked_fill(~is_hidden, -100)
+    model = hf.MegalodonEncoderForMaskedLM(hf.MegalodonEncoderHFConfig(**sizes, vocab_size=vocab_size))
+    encoder = mo.MegalodonEncoder(model.config.to_megalodon())
+    encoder.init_tied_head()
+    ours = mo.linear_cross_entropy(encoder.features(tokens), encoder.embed.weight, labels)
+    for loss in (model(tokens, labels=labels).loss, ours):
+        assert 0.95 * math.log(vocab_size) < loss < 1.1 * math.log(vocab_size)
+
+
 def test_untied_masked_token_heads_have_a_matrix(tmp_path: Path) -> None:
     torch.manual_seed(3)
     model = hf.MegalodonEncoderForMaskedLM(hf.MegalodonEncoderHFConfig(**SIZES, tie_word_embeddings=False))
@@ -198,6 +214,8 @@ def test_new_models_are_initialised_as_ours() -> None:
     ):
         torch.manual_seed(3)
         ours = mo.MegalodonEncoder(our_config)
+        if auto is transformers.AutoModelForMaskedLM:
+            ours.init_tied_head()
         torch.manual_seed(3)
         theirs = auto.from_config(config)
         assert all(torch.equal(a, b) for a, b in zip(ours.parameters(), theirs.parameters(), strict=True))

@@ -198,6 +198,7 @@ class MegalodonEncoderForMaskedLM(MegalodonEncoderPreTrainedModel):
             self.output = Linear(config.model_dim, config.vocab_size, bias=False, token_rows=True)
         if tied:
             self.output.weight = embed.weight
+            self.megalodon.init_tied_head()
         self.post_init()
         self.output._is_hf_initialized = tied or not embed.weight.is_meta  # by the constructor
 
