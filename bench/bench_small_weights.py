@@ -1,12 +1,17 @@
-"""Decoding of one sequence by weights of 32, 16, 8 and 4 bits, after few and many tokens of a chunk.
+"""A token of one sequence by weights of 32, 16, 8 and 4 bits, after few and many tokens of a chunk, and reading a prompt.
 
 Bytes: for each decoded token the weights of ours, int8, without the embedding, and the chunk's keys and values so far.
-The others do other work, with their own rounding, and are shown for comparison. int8 and int4 compute in bfloat16.
+int8 and int4 compute in bfloat16. The others do other work, with their own rounding, and are shown for comparison; so
+does a Llama in llama.cpp that reads as many weights for a token, if its packages are installed. The plain Llama checks
+llama.cpp's F32. The first token of each decoder is not timed.
 """
 
 from __future__ import annotations
 
+import dataclasses
+import sys
 from collections.abc import Callable, Iterator
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -14,9 +19,12 @@ from torch import Tensor
 import megalodon_ops as mo
 
 from .bench_model import DECODED, FORWARD_TOLERANCE, QUICK
-from .harness import OURS, Case, Outputs, Path
+from .harness import OURS, Case, Disagreement, Outputs, Path, relative_error
+from .llama_cpp_model import INSTALLED, TYPES, LlamaCpp
+from .plain_models import Llama
 
 _CONTEXTS = (8, 512, 1536)
+_PROMPT = 512
 
 
 @torch.no_grad()
@@ -25,47 +33,105 @@ def cases(quick: bool, gpu: bool) -> Iterator[Case]:
         return
     torch.manual_seed(0)
     config = mo.MegalodonConfig(**QUICK) if quick else mo.MegalodonConfig.preset("mega200M")
+    contexts, prompt = ((_CONTEXTS[0], config.chunk_size // 2), 64) if quick else (_CONTEXTS, _PROMPT)
     wide = mo.Megalodon(config).eval()
     half = mo.Megalodon(config).eval()
     half.load_state_dict(wide.state_dict())
     half.to(torch.bfloat16)
     int8 = mo.quantize(half, "int8")
-    models = {f"{OURS}, int8": int8, "int4": mo.quantize(half, "int4"), "bfloat16": half, "float32": wide}
+    models = {OURS: int8, "int4": mo.quantize(half, "int4"), "bfloat16": half, "float32": wide}
     for model in models.values():
         mo.use_huge_pages(model)
+    llamas = _llamas(wide, contexts[-1] + DECODED + 1)
+    shape = "2M" if quick else "200M"
+    like = Case("", shape, "bf16", [], None, FORWARD_TOLERANCE[torch.bfloat16], units=DECODED, unit="token", cold=False)
     read = sum(p.nbytes for p in int8.parameters()) - sum(p.nbytes for p in int8.embed.parameters())
-    for context in (_CONTEXTS[0], config.chunk_size // 2) if quick else _CONTEXTS:
-        tokens = torch.randint(config.vocab_size, (1, context + DECODED))
-        decoding = [_Decoding(model, tokens, context) for model in models.values()]
-        paths = [
-            Path(OURS if name.startswith(OURS) else name, each.decode, each.restore, rival=False, checked=i == 0)
-            for i, (name, each) in enumerate(zip(models, decoding, strict=True))
-        ]
+    for context in contexts:
+        tokens = torch.randint(config.vocab_size, (1, context + DECODED + 1))
+        ours = {name: _Decoding(model, tokens, context) for name, model in models.items()}
+        others = {name: _LlamaDecoding(llama, tokens, context) for name, llama in llamas.items()}
         past = config.num_layers * context * (config.z_dim + config.value_dim) * half.embed.weight.element_size()
-        work = f"decode after {context} tokens, int8", "2M" if quick else "200M", "bf16"
-        cost = dict(units=DECODED, unit="token", bytes=DECODED * (read + past))
-        tolerance = FORWARD_TOLERANCE[torch.bfloat16]
-        yield Case(*work, paths, expected=decoding[0].by_layers, tolerance=tolerance, **cost, cold=False)
+        yield dataclasses.replace(
+            like,
+            name=f"decode after {context} tokens, int8",
+            bytes=DECODED * (read + past),
+            paths=[_path(name, each.decode, each.restore) for name, each in {**ours, **others}.items()],
+            expected=ours[OURS].by_layers,
+        )
+    tokens = torch.randint(config.vocab_size, (1, prompt))
+    calls = {name: partial(_read_prompt, model, tokens) for name, model in models.items()}
+    calls |= {name: partial(_read, llama, tokens) for name, llama in llamas.items()}
+    yield dataclasses.replace(
+        like,
+        name=f"read a prompt of {prompt} tokens, int8",
+        units=prompt,
+        paths=[_path(name, call) for name, call in calls.items()],
+        expected=lambda: (int8(tokens)[:, -1:],),
+    )
+
+
+def _llamas(model: mo.Megalodon, context: int) -> dict[str, LlamaCpp]:
+    """The Llama of the size of `model` in llama.cpp, by path."""
+    if not INSTALLED:
+        print("small_weights: pip install llama-cpp-python gguf to compare with llama.cpp", file=sys.stderr)
+        return {}
+    plain, tokens = Llama.sized_like(model), torch.randint(model.config.vocab_size, (1, 32))
+    llamas = {f"llama.cpp {kind}": LlamaCpp(plain, kind, context) for kind in TYPES}
+    error = relative_error([llamas["llama.cpp F32"].read(tokens, 0)], [plain(tokens)[:, -1:]])
+    if error > FORWARD_TOLERANCE[torch.float32]:
+        raise Disagreement(f"llama.cpp, F32: error {error:.1e}, more than {FORWARD_TOLERANCE[torch.float32]:.0e}")
+    return llamas
+
+
+def _path(name: str, call: Callable[[], Outputs], before: Callable[[], None] | None = None) -> Path:
+    return Path(name, call, before, rival=False, checked=name == OURS)
+
+
+def _read_prompt(model: mo.Megalodon, tokens: Tensor) -> Outputs:
+    """Logits of the last token of a prompt; the state is made, too."""
+    with torch.no_grad():
+        features, _ = model.features(tokens, return_state=True)
+        return (model.output.output(features[:, -1:]).float(),)
+
+
+def _read(llama: LlamaCpp, tokens: Tensor) -> Outputs:
+    return (llama.read(tokens, 0),)
 
 
 class _Decoding:
-    """Decode the tokens after `context`, one a call, from one state."""
+    """Decode the tokens after `context` and one more, one a call, from one state."""
 
+    @torch.no_grad()
     def __init__(self, model: mo.Megalodon, tokens: Tensor, context: int) -> None:
-        self.model, self.new = model, tokens[:, context:].split(1, 1)
+        self.model, (self.first, *self.new) = model, tokens[:, context:].split(1, 1)
         _, self.start = model(tokens[:, :context], return_state=True)
-        self.decoder: Callable[[Tensor], Tensor] | None = None
 
     def restore(self) -> None:
         self.decoder = mo.Decoder(self.model, self.start)
+        self.decoder(self.first)  # records the step
 
     def decode(self) -> Outputs:
         return [self.decoder(token) for token in self.new]
 
     @torch.no_grad()
     def by_layers(self) -> Outputs:
-        logits, state = [], self.start
+        _, state = self.model(self.first, state=self.start, return_state=True)
+        logits = []
         for token in self.new:
             result, state = self.model(token, state=state, return_state=True)
             logits.append(result)
         return logits
+
+
+class _LlamaDecoding:
+    """The same by llama.cpp, which forgets what it has read after `context`."""
+
+    def __init__(self, llama: LlamaCpp, tokens: Tensor, context: int) -> None:
+        self.llama, self.context, (self.first, *self.new) = llama, context, tokens[:, context:].split(1, 1)
+        llama.read(tokens[:, :context], 0)
+
+    def restore(self) -> None:
+        self.llama.read(self.first, self.context)
+
+    def decode(self) -> Outputs:
+        return [self.llama.read(token, self.context + i) for i, token in enumerate(self.new, 1)]

@@ -9,6 +9,8 @@ import re
 from pathlib import Path
 from typing import NamedTuple
 
+from .bench_model import DECODED
+
 RESULTS = Path(__file__).with_name("results")
 
 
@@ -40,6 +42,8 @@ MODELS = (
 )
 README = (*OPS[:3], MODELS[0])
 ENCODER = "encoder forward + backward"
+LLAMA_CPP = "llama.cpp Q4_0"
+"""A path of the bench `small_weights`, which are named by their weights; this package's int8 is measured as its own"""
 
 
 class Row(NamedTuple):
@@ -112,6 +116,34 @@ class Page:
             lines.append(f"| {int(length):,} positions | {' | '.join(paths.get(name, '') for name in names)} |")
         return lines
 
+    def decoding(self) -> dict[str, dict[str, float]]:
+        """Tokens a second by path of `small_weights` and by work: after so many tokens, or reading a prompt."""
+        found: dict[str, dict[str, float]] = {}
+        for line in self.lines:
+            if line["bench"] == "small_weights" and "path" in line:
+                name = "int8" if line["path"] == "megalodon_ops" else line["path"]
+                count = int(re.search(r"\d+", line["work"])[0])
+                label = f"after {count:,} tokens" if line["work"].startswith("decode") else f"prompt of {count:,}"
+                work = Work("", "", "", DECODED if label.startswith("after") else count)
+                found.setdefault(name, {})[label] = tokens_a_second(line["warm ms"], work)
+        return found
+
+    def weights_table(self) -> list[str]:
+        """Milliseconds of a token, and tokens a second of reading a prompt, by weights."""
+        found = self.decoding()
+        labels = [*next(iter(found.values()))]
+        lines = [
+            f"| {self.cores} cores of an {self.processor}, {self.date} | {' | '.join(labels)} |",
+            "|---" * (1 + len(labels)) + "|",
+        ]
+        for name, rates in found.items():
+            cells = [
+                f"{1000 / rates[label]:.1f} ms" if label.startswith("after") else f"{rates[label]:,.0f} tokens/s"
+                for label in labels
+            ]
+            lines.append(f"| {name} | {' | '.join(cells)} |")
+        return lines
+
 
 def text(path: Path) -> str:
     page = Page(path)
@@ -120,8 +152,10 @@ def text(path: Path) -> str:
         "docs/performance.md, Ops": page.performance_table(OPS),
         "docs/performance.md, Models": page.performance_table(MODELS),
     }
-    if (encoder_page := newest_encoder_page()) is not None:
+    if (encoder_page := newest_page_with(ENCODER)) is not None:
         parts["docs/performance.md, Encoder"] = encoder_page.encoder_table()
+    if (weights_page := newest_page_with(LLAMA_CPP)) is not None:
+        parts["docs/cpu.md, Weights of 8 and 4 bits"] = weights_page.weights_table()
     return "\n".join(f"{where}:\n\n" + "\n".join(lines) + "\n" for where, lines in parts.items())
 
 
@@ -129,10 +163,10 @@ def newest() -> Path:
     return sorted(RESULTS.glob("????-??-??-cpu.md"))[-1]
 
 
-def newest_encoder_page() -> Page | None:
-    """The newest page with rows of the encoder; `python -m bench --only encoder` writes one too."""
+def newest_page_with(cell: str) -> Page | None:
+    """The newest page of which a row has this cell; `python -m bench --only BENCH` writes one, too."""
     pages = [Page(path) for path in sorted(RESULTS.glob("????-??-??-cpu*.md")) if "quick" not in path.name]
-    return next((page for page in reversed(pages) if f"| {ENCODER} |" in page.text), None)
+    return next((page for page in reversed(pages) if f"| {cell} |" in page.text), None)
 
 
 def _lines(page: str) -> list[dict[str, str]]:

@@ -11,7 +11,10 @@ import pytest
 import torch
 from models import tiny_model
 
-from bench import bench_encoder, bench_stream, gpu, harness, machine, report, stream_memory, summary
+from bench import (
+    bench_encoder, bench_small_weights, bench_stream, gpu, harness, llama_cpp_model, machine, plain_models, report,
+    stream_memory, summary,
+)  # fmt: skip
 from bench.harness import OURS, Case, Disagreement, Effort, Path
 
 X = torch.arange(4.0)
@@ -166,8 +169,33 @@ def test_pages_show_the_newest_results():
     for works in (summary.OPS, summary.MODELS):
         assert len(page.performance_table(works)) >= 2 + len(works)
         assert "\n".join(page.performance_table(works)) in (root / "docs" / "performance.md").read_text()
-    if (page := summary.newest_encoder_page()) is not None:
+    if (page := summary.newest_page_with(summary.ENCODER)) is not None:
         assert "\n".join(page.encoder_table()) in (root / "docs" / "performance.md").read_text()
+    page = summary.newest_page_with(summary.LLAMA_CPP)
+    assert "\n".join(page.weights_table()) in (root / "docs" / "cpu.md").read_text(), "run python -m bench.summary"
+
+
+def test_small_weights_without_llama_cpp_say_what_to_install(monkeypatch, capsys):
+    monkeypatch.setattr(bench_small_weights, "INSTALLED", False)
+    first = next(bench_small_weights.cases(quick=True, gpu=False))
+    assert "pip install llama-cpp-python gguf" in capsys.readouterr().err
+    assert [path.name for path in first.paths] == [OURS, "int4", "bfloat16", "float32"]
+    for path in first.paths:
+        path.before()
+        assert [logits.shape for logits in path.call()] == [(1, 1, 256)] * bench_small_weights.DECODED
+
+
+@torch.no_grad()
+def test_llama_cpp_has_the_logits_of_the_plain_llama():
+    pytest.importorskip("llama_cpp")
+    pytest.importorskip("gguf")
+    llama, tokens = plain_models.Llama(256, 128, 2, 192), torch.randint(256, (1, 40))
+    expected = llama(tokens)[:, -1:]
+    for kind, bound in {"F32": 1e-3, "BF16": 2e-2, "Q8_0": 2e-2, "Q4_0": 0.3}.items():
+        model = llama_cpp_model.LlamaCpp(llama, kind, 64)
+        model.read(tokens[:, :30], 0)
+        model.read(tokens[:, 10:], 30)  # forgotten by the next
+        assert harness.relative_error([model.read(tokens[:, 30:], 30)], [expected]) < bound
 
 
 def test_the_encoders_paths_agree_and_are_summarized(tmp_path, monkeypatch):

@@ -151,6 +151,8 @@ def test_the_pages_build_without_a_warning(tmp_path):
     assert done.returncode == 0, done.stderr[-4000:]
     assert (tmp_path / "pages" / "docs" / "ops" / "cema.html").exists()
     assert dead_links(tmp_path / "pages") == []
+    search = (tmp_path / "pages" / "searchindex.js").read_text()
+    assert [word for word in ("forecast", "onnx", "chat", "quantiz") if f'"{word}":' not in search] == []  # stems
 
 
 def dead_links(site: Path) -> list[str]:
