@@ -336,7 +336,7 @@ class Decoder:
             return self._runner(tokens, state=state, return_state=True, inplace_state=True)
         sequences = KeptSequences()
         logits, state = self._runner._compute(tokens, None, False, "mean", -100, state, True, True, sequences)
-        return (logits, *sequences.stacked()), state
+        return (logits, *sequences.norms, *sequences.averages), state
 
     def _has_room(self, length: int) -> bool:
         """Return True if no sequence fills its cache within `length` positions; a full one drops a chunk."""

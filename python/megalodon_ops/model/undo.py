@@ -38,18 +38,6 @@ class KeptSequences(Sequences):
         self.averages.append(t)
         return given
 
-    def stacked(self) -> tuple[Tensor, Tensor]:
-        """Return the inputs of the norms (layers + 1, B, L, D) and of CEMA (layers, B, L, D)."""
-        return _stack(self.norms), _stack(self.averages)
-
-
-def _stack(tensors: list[Tensor]) -> Tensor:
-    """Stack tensors by copies, which a recorded step runs without Python; it would call torch.stack."""
-    stack = tensors[0].new_empty(len(tensors), *tensors[0].shape)
-    for i, x in enumerate(tensors):
-        stack[i].copy_(x)
-    return stack
-
 
 @dataclass
 class _Call:
@@ -69,7 +57,7 @@ class _Call:
     tokens: Tensor
     """(B, L), or numbers (B, L, F)"""
     inputs: Sequence[Tensor] = ()
-    """those of :meth:`KeptSequences.stacked`"""
+    """those of the norms and of CEMA, as :class:`KeptSequences` keeps them"""
 
 
 def make_history(model: nn.Module, state: MegalodonState, size: int, changes: list[str]) -> History | None:
@@ -112,7 +100,7 @@ class History:
     ) -> Tensor:
         """Run the decoder's call with `tokens`, which updates `state`, and keep its last `size` + 1 tokens.
 
-        `run` and `run_model` return logits and the tensors of :meth:`KeptSequences.stacked`.
+        `run` and `run_model` return logits and the tensors of :class:`KeptSequences`.
         """
         if (many := tokens.shape[1] - self.size - 1) > 0:
             logits, *_ = run_model(tokens[:, :many])
@@ -229,11 +217,13 @@ class History:
         scale: TimestepNormState | tuple[()],
     ) -> tuple[Any, Tensor, Any]:  # fmt: skip
         """Return the states of the norms, of CEMA and of the inputs' scale after the first `lengths` tokens of a call."""
-        x, averages = (inputs[:, at] for inputs in call.inputs)
+        num_norms = len(call.norms.count) // len(call.kept)
+        x = torch.stack(tuple(call.inputs[:num_norms]))[:, at]
         all_lengths, zeros = lengths.repeat(len(x)), call.norms.mean.new_zeros(x.shape[-1])
         options = dict(num_groups=self._config.norm_num_groups, state=norms, return_state=True, lengths=all_lengths)
         _, new_norms = timestep_norm(x.flatten(0, 1), zeros, zeros, **options)
-        x, options = averages.permute(1, 2, 0, 3).flatten(2), dict(state=average, return_state=True, lengths=lengths)
+        x = torch.cat(tuple(call.inputs[num_norms:]), 2)[at]
+        options = dict(state=average, return_state=True, lengths=lengths)
         _, new_average = cema(x, self._p, self._q, self._q, self._p[:, 0], **options)
         new_scale = ()
         if scale:

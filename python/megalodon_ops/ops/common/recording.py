@@ -133,7 +133,7 @@ class Step:
 
         self._recording, self._memory, in_python = _C.Recording(), [], []
         self._calls_python = False
-        self._own_threads = sum(tensor.numel() for tensor in tensors_in(self._leaves)) < _TORCH_GRAIN
+        self._own_threads = max((tensor.numel() for tensor in tensors_in(self._leaves)), default=0) < _TORCH_GRAIN
         for call in calls:
             if isinstance(call.function, str):  # its arguments are tensors and scalars
                 args = [placed(value) if isinstance(value, Tensor) else value for value in call.args]
