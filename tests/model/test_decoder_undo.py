@@ -158,15 +158,15 @@ def test_long_calls_keep_their_last_tokens_and_old_calls_are_dropped():
 def test_tokens_of_several_chunks_are_taken_back():
     """Also if a call is longer than a chunk."""
     for chunk_size, variant in itertools.product((CHUNK, 3), VARIANTS.values()):
-        model, state = model_and_state(rows=2, seen=11, chunk_size=chunk_size, **variant)
+        model, state = model_and_state(torch.float64, rows=2, seen=11, chunk_size=chunk_size, **variant)
         decoder, other = (mo.Decoder(model, state, undo=60) for _ in range(2))
         for tokens in tokens_of(2, 60).split(7, 1):
             decoder(tokens)
-        decoder.undo(torch.tensor([60, 25]))
+        decoder.undo(torch.tensor([60, 27]))
         assert_bits(decoder.state[[0]], other.state[[0]])
-        for tokens in tokens_of(2, 60)[:, :35].split(7, 1):
+        for tokens in tokens_of(2, 60)[:, :33].split(7, 1):
             other(tokens)
-        assert_bits(decoder.state[[1]], other.state[[1]])
+        assert_close(decoder.state[[1]], other.state[[1]], 1e-11)
 
 
 def test_modules_between_the_recurrences_may_be_changed():
