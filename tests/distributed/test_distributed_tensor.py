@@ -9,11 +9,13 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.distributed.tensor
+from assertions import every_case
 from models import TINY, tiny_model, tokens_of
 from tensor_parallel import Work, compare, worst_error
 
 import megalodon_ops as mo
 from megalodon_ops.evaluation import evaluate
+from megalodon_ops.model.model_state import named_tensors
 
 pytest.importorskip("torch.distributed.fsdp")
 from megalodon_ops.distributed import make_mesh, parallelize, split  # noqa: E402
@@ -58,6 +60,36 @@ def test_gradients_of_logits_features_losses_and_states_are_those_of_one_process
     for found in ranks.run(gradients, 2, True):
         for name, grad in wanted.items():
             torch.testing.assert_close(found[name], grad, rtol=1e-9, atol=1e-9, msg=name)
+
+
+def results_of_numbers(parallel: bool, config: dict[str, bool]) -> dict[str, torch.Tensor]:
+    """Outputs, states and gradients of two calls on numbers, the second with the state of the first."""
+    model = tiny_model(num_features=3, output_size=5, num_heads=1, **config)
+    x = 5 + torch.randn(2, 21, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(3)).cumsum(1)
+    if model.config.missing_values:
+        x[:, ::4, 1] = torch.nan
+    x.requires_grad_()
+    if parallel:
+        model = parallelize(model, make_mesh("tensor=2", device_type="cpu"))
+    first, state = model(x[:, :8], return_state=True)
+    second, after = model(x[:, 8:], lengths=torch.tensor([13, 9]), state=state, return_state=True)
+    outputs = torch.cat([first, second], 1)[:, :17]
+    (outputs.square().sum() + model.features(x).sum(-1).pow(3).sum()).backward()
+    results = {f"state {name}": tensor.detach() for name, tensor in named_tensors(after).items()}
+    for name, parameter in model.named_parameters():
+        results[f"d {name}"] = parameter.grad.full_tensor() if parallel else parameter.grad
+    grad = x.grad[:, 2:]  # those of the first values are divided by a deviation of 0
+    return results | {"outputs": outputs.detach(), "d x": grad}
+
+
+def test_a_model_of_numbers_equals_one_process(ranks):
+    with every_case() as case:
+        for config in ({}, dict(missing_values=True, swiglu=True), dict(scale_inputs=False)):
+            wanted = results_of_numbers(False, config)
+            for rank, found in enumerate(ranks.run(results_of_numbers, 2, True, config)):
+                for name, value in wanted.items():
+                    with case(config, rank, name):
+                        torch.testing.assert_close(found[name], value, rtol=1e-9, atol=1e-9)
 
 
 def test_16_bit_matrices_differ_by_their_rounding_alone(ranks):

@@ -8,7 +8,8 @@ parameters gets `SplitLayer` (tensor_layers.py) as a base. Its forward replaces 
 rank's own parts, and, as set below, gathers the module's input or sums its output; so the forward of a block is the one
 for one process. All exchanges are DTensor's redistributions.
 
-The embedding and the output matrix are split by channels, so they can be tied. For logits and losses the output matrix
+The embedding and the output matrix are split by channels, so they can be tied; every rank standardises all of a model's
+numbers and maps them to its own channels. For logits and losses the output matrix
 and the last hidden states are gathered, and each rank computes 1/n of the tokens, so every loss is exact.
 """
 
@@ -31,7 +32,7 @@ from ..model.gecko_block import GeckoAttention
 from ..model.layers import take_methods
 from ..model.megalodon import Megalodon
 from ..model.model_state import MegalodonState, as_real, from_named, named_tensors
-from .tensor_layers import SplitComplexEMA, SplitLayer, SplitOutput, redistribute
+from .tensor_layers import SplitComplexEMA, SplitInputMap, SplitLayer, SplitOutput, redistribute
 
 
 def _is_logged(record: logging.LogRecord) -> bool:
@@ -73,7 +74,10 @@ def split_over(model: Megalodon, mesh: DeviceMesh) -> None:
             split(nffn.fc3, 0)
         mega.config = own_config
         mega.timenorm.num_groups //= ranks
-    split(model.embed, 1)
+    if config.num_features is None:
+        split(model.embed, 1)
+    else:
+        split(model.embed, 0, SplitInputMap)
     split(model.output.output, 1, SplitOutput)
     split(model.output.final_norm, 0)
     model.output.final_norm.num_groups //= ranks
@@ -109,8 +113,6 @@ def check_can_split(caller: str, config: MegalodonConfig, ranks: int) -> None:
     if GeckoAttention.serves(config):
         unsplit = "a working memory or attention to two chunks"
         raise ValueError(f"{caller}: `mesh` must have tensor = 1 for a model with {unsplit}, got {ranks}.")
-    if config.num_features is not None:
-        raise ValueError(f"{caller}: `mesh` must have tensor = 1 for a model of numbers (num_features), got {ranks}.")
     for field in ("norm_num_groups", "value_dim", "ffn_hidden_dim"):
         if (size := getattr(config, field)) % ranks:
             raise ValueError(f"{caller}: `mesh` must have a size of tensor that divides {field} = {size}, got {ranks}.")

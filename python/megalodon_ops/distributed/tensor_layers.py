@@ -72,6 +72,13 @@ class SplitComplexEMA(SplitLayer, ComplexEMA):
             return super().coefficients()
 
 
+class SplitInputMap(SplitLayer, Linear):
+    """The map of numbers to a rank's own channels; the numbers, whole on every rank, get the sum of its gradients."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(redistribute(x, self.mesh, Replicate(), Replicate(), Partial()))
+
+
 class SplitOutput(SplitLayer, Linear):
     """The output matrix, split by columns; each rank computes the product for its share of the tokens."""
 
