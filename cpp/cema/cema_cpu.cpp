@@ -2,40 +2,40 @@
 //
 //   h_t = q h_{t-1} + p x_t,   y_t = Re(sum_n gamma_n h_t[n]) + omega x_t     x, y (T, D);  h, q, gamma (D, N) complex
 //
-// Ownership. A lane is a channel; lanes are independent. A job is a strip of channels and a group of spans; a span is a
-// sequence, or a part of one if there are too few channels and sequences for the threads. A tile is 32 positions of one
-// vector of the strip. Spans and groups fix the order of every sum and depend on shapes alone, so results are bit-equal
-// for any number of threads.
+// Ownership. A lane is a channel; lanes are independent. A vector has as many channels as a register has lanes; a
+// strip is several vectors. A span is a sequence, or a part of one if there are few channels and sequences. A job is
+// one strip and a group of spans; a tile is one vector and 32 positions. Spans and groups fix the order of every sum
+// and depend on shapes alone, so results are bit-equal for any number of threads.
 //
 // Forward, for each span, each 32 positions, each tile:
 //   scan 4 modes at a time with the state in registers. The first pass reads the vectors of x, D elements apart, and
-//   copies them to a contiguous tile (2 KB); the last pass writes y. 16-bit rows are converted to the tile before the
-//   passes and from it after them. Meanwhile, rows of x and y of the next 32 positions are prefetched into the L2, a
-//   line every few positions, and coefficients and state of the next modes into the L1
+//   copies them to a contiguous tile (2 KB); the last pass writes y. 16-bit types are converted before the first pass
+//   and after the last one. The passes prefetch rows of x and y of the next 32 positions into the L2, one line every
+//   few positions, and the coefficients and state of the next modes into the L1
 // The folded form has u = h / p and c = gamma p: u = q u + x, y = Re(c u), 6 multiply-adds per mode and position. A
 // carried state is divided by p only if no p is tiny; otherwise the direct form runs (7 multiply-adds). u may overflow
 // where h does not, and never recovers: if a span's last u is not finite, the call is recomputed in direct form.
 //
-// Backward, with w = dh/dq and g = dL/dh; coefficients and states are conjugated, so that the sums are gradients:
+// Backward, with w = dh/dq and g = dL/dh. In phase 1, q, h and w are conjugates, so that the sums are gradients:
 //   1. upwards:    w_t = q w_{t-1} + h_{t-1};  sum dy w -> dq,  sum dy h -> dgamma, dp,  sum dy x -> domega
 //   2. downwards:  g_t = conj(q) g_{t+1} + conj(gamma) dy_t;  dx_t = sum_n p Re(g_t) + omega dy_t; this is the forward
 //                  scan over rows in reverse, also in folded form
 //   3. add the groups' sums in order -> dp, dq, dgamma, domega
 // Since w runs forwards, nothing is stored per position: scratch is O(D N) per group, with 18 multiply-adds per mode
-// and position. Recomputing h under a reverse scan would take 20, and checkpoints. Sums are added in double after each
-// tile. With a state or its gradient, the direct forms run (21 multiply-adds), with dp = sum x Re(g): no division, no
-// cancellation. They also run, as a second try, if a sum or the last u or g of a span is not finite.
+// and position. A reverse scan that recomputes h would take 20 and stored states. Sums are added in double after each
+// tile. If a state or a gradient of one is given, the direct forms run (21 multiply-adds), with dp = sum x Re(g): no
+// division, no cancellation. The direct forms also recompute a call if a sum, or a span's last u or g, is not finite.
 //
 // End states alone: a scan without output takes 4 multiply-adds, reads x and writes nothing. A backward without dy runs
 // both scans in the direct form (14 multiply-adds), reads x twice and writes dx.
 //
-// Sequences of several spans: every span is scanned from zero first (4 multiply-adds). A merge along the sequence in
-// double, h -> q^length h + local, then gives each span its initial state and, downwards, its dstate_out.
+// Sequences of several spans: every span is first scanned from zero (4 multiply-adds), which gives `local`. A merge in
+// double, h -> q^length h + local, then gives each span its initial state; against time, it gives its dstate_out.
 //
 // Short sequences, as in decoding: a lane is a mode, and states stay in their (D, N) order.
 //
-// Registers of the scan: 4 modes x (q, c, h) x (re, im) = 24, x, the sum and temporaries. Cache: 64 rows of x and y as
-// wide as the strip, coefficients and states; strips are narrow enough for half the L2 (cema_plan.h).
+// Registers of the scan: 4 modes x (q, c, h) x (re, im) = 24, x, the sum and temporaries. Cache: a strip's 64 rows of x
+// and y, its coefficients and its states fit into half the L2 (cema_plan.h).
 // Bytes: forward reads x and writes y, the minimum; backward reads x once, dy twice and writes dx, 4/3 of the minimum.
 
 #include "cema.h"
@@ -286,8 +286,8 @@ bool run_backward(const CemaBwdParams& params, const CemaPlan& plan, bool folded
 }
 
 // Phases 1 and 2, in the folded form if no state is carried and nothing overflows, else in the direct form. The folded
-// form fills `sums` and `params.dx`, which may be null; the direct form always fills `all_sums` and `dx`. Returns true
-// if the result is the folded form's.
+// form writes `sums` and `params.dx`, which may be null; the direct form writes `all_sums` and `dx`, which may not.
+// Returns true if the folded form computed the result.
 template <class T>
 bool run_folded_or_direct(CemaBwdParams params, const CemaPlan& plan, double* sums, double* all_sums, void* dx) {
   if (!params.state && !params.dstate_out && run_backward<T>(params, plan, true, sums)) return true;
@@ -373,7 +373,7 @@ void backward(const CemaBwdParams& params) {
 
 }  // namespace
 
-// Without tokens there are only states; if none are wanted, nothing loops over the sequences: there may be 2^60.
+// Without tokens, only states are computed. If none are wanted, no loop over the sequences runs: there may be 2^60.
 void cema_fwd_cpu(const CemaFwdParams& params) {
   if (params.channels == 0 || (params.sequences.tokens == 0 && !params.state_out)) return;
   dispatch_dtype(params.dtype, [&](auto element) { forward<decltype(element)>(params); });

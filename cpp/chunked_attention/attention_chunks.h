@@ -16,18 +16,18 @@
 
 namespace megalodon::MEGALODON_ISA {
 
-// The part of a chunk that exists after this call. Rows are numbered from the chunk's start: rows below `cached` are
-// keys of the cache, rows from `cached` on are tokens.
+// A chunk of a sequence, up to the last token of this call. Its rows are numbered from the chunk's start: rows of the
+// cache first, then tokens of this call.
 struct Chunk {
   int64_t sequence;
-  int64_t start;   // on the sequence's chunk grid
-  int64_t cached;
-  int64_t token;   // the token of row `cached`
-  int64_t keys;    // rows
+  int64_t start;   // position of row 0 on the sequence's chunk grid
+  int64_t cached;  // number of rows in the cache
+  int64_t token;   // index of the first token, which is row `cached`
+  int64_t keys;    // number of rows, those in the cache included
   bool causal;
 
   int64_t queries() const { return keys - cached; }
-  // Query `row` sees the keys [0, seen_by(row)); the queries from first_to_see(row) on see key `row`.
+  // Query `row` sees the keys [0, seen_by(row)). Key `row` is visible to the queries [first_to_see(row), keys).
   int64_t seen_by(int64_t row) const { return causal ? row + 1 : keys; }
   int64_t first_to_see(int64_t row) const { return causal ? row : 0; }
 };
@@ -68,10 +68,11 @@ ChunkRows<T> chunk_rows(const ChunkedAttentionParams& p, const Chunk& chunk, int
 }
 
 // Prefetches the next rows of up to four tensors into the L2, a few at a time between the tiles of the current work.
-// The rows of one head are not adjacent, so each would miss the cache; the hardware prefetches wide rows.
+// The rows of one head are not adjacent in memory, so each narrow row would miss the cache. The hardware prefetches
+// wide rows itself.
 class RowsAhead {
  public:
-  // Adds the tokens among rows [begin, end).
+  // Adds the rows [begin, end), except cached rows; adds none if rows are wide.
   template <class T>
   void add(const ChunkRows<T>& rows, int64_t width, int64_t begin, int64_t end) {
     constexpr int64_t kWide = 1024, element = sizeof(T);
@@ -114,7 +115,7 @@ MEGALODON_INLINE Vec<R> lane_numbers() {
 }
 
 // A block of scores is one panel of S^T: row r holds the scores of key `key + r` for the queries from `query` on.
-// Sets the score of every key that the query does not see to -inf.
+// Sets a score to -inf if its query does not see its key. `beyond` is negative there, in each lane.
 template <class R>
 void mask_unseen(R* scores, int64_t key, int64_t keys, int64_t query, const Chunk& chunk) {
   const Vec<R> more_seen = chunk.causal ? lane_numbers<R>() : zeros<R>();
@@ -126,8 +127,9 @@ void mask_unseen(R* scores, int64_t key, int64_t keys, int64_t query, const Chun
     }
 }
 
-// DropKey: the score of (row, column) is dropped if word column % 4 of Philox(seed; column / 4, row, head, sequence) is
-// less than dropkey * 2^32. Rows and columns are numbered on the sequence's chunk grid.
+// DropKey. Philox(seed; column / 4, row, head, sequence) returns four words, for four columns. The score of (row,
+// column) is dropped if its word, number column % 4, is less than dropkey * 2^32. Rows and columns are positions on the
+// sequence's chunk grid.
 class DropKey {
  public:
   explicit DropKey(const ChunkedAttentionParams& p)
@@ -195,10 +197,10 @@ class DropKey {
   uint64_t seed_, threshold_;
 };
 
-// Calls body(chunk, head) for every head of every chunk; work(chunk) is the work of one head. Each call runs on one
-// thread, whose body is make(1). If it is faster, large chunks come first, on the caller with body = make(threads): the
-// parallel_jobs inside body then spread their blocks of `block` rows over the threads. A single head of a single chunk
-// also runs on the caller.
+// Calls body(chunk, head) for every head of every chunk; work(chunk) is the work of one head. Threads share these
+// calls; each thread has its own body = make(1). If an estimate says that it is faster, the calling thread first
+// processes the large chunks, one call after the other with body = make(threads): parallel_jobs inside the body spread
+// blocks of `block` rows over the threads. A single head of a single chunk is processed in this way, too.
 template <class Work, class Make>
 void for_each_chunk(const std::vector<Chunk>& chunks, int64_t heads, int64_t block, Work&& work, Make&& make) {
   const int threads = num_threads();
@@ -215,7 +217,7 @@ void for_each_chunk(const std::vector<Chunk>& chunks, int64_t heads, int64_t blo
   const auto end_from = [&](auto at) {
     struct Thread {
       double end;
-      bool operator<(const Thread& other) const { return end > other.end; }  // at the top: the thread free first
+      bool operator<(const Thread& other) const { return end > other.end; }  // earliest end on top
     };
     std::priority_queue<Thread> team({}, std::vector<Thread>(static_cast<size_t>(threads)));
     double last = 0;
@@ -247,7 +249,7 @@ void for_each_chunk(const std::vector<Chunk>& chunks, int64_t heads, int64_t blo
   });
 }
 
-// Scratch memory S(params) for each thread inside a body of for_each_chunk.
+// Scratch memory of type S for each thread that takes part in a body of for_each_chunk.
 template <class S>
 class PerThread {
  public:

@@ -15,7 +15,7 @@ PyObject* interned(const char* text) { return PyUnicode_InternFromString(text); 
 struct Names {
   PyObject* shape = interned("shape");
   PyObject* dtype = interned("dtype");
-  PyObject* is_here = interned(kReadable ? "is_cpu" : "is_cuda");
+  PyObject* is_here = interned(kReadable ? "is_cpu" : "is_cuda");  // on the device of this module's kernels
   PyObject* data_ptr = interned("data_ptr");
   PyObject* is_contiguous = interned("is_contiguous");
 };
@@ -133,7 +133,7 @@ void TensorView::read_attributes(py::handle object) {
 }
 
 void TensorView::check_memory() const {
-  // A tensor without storage has the address null plus its offset; no system maps the first 64 KiB.
+  // If a tensor's storage was freed, its address is null plus the tensor's offset. No system maps the first 64 KiB.
   constexpr uintptr_t kLeastAddress = 1 << 16;
   if (reinterpret_cast<uintptr_t>(data_) < kLeastAddress && elements() > 0)
     fail("in memory, got a tensor whose storage was resized to 0 bytes", "resize it back first");
@@ -157,7 +157,7 @@ std::string TensorView::shape_text() const {
   return text.str();
 }
 
-// A tensor of four axes, (B, L, H, ...), may lack its batch or its heads.
+// Fix for a tensor that lacks one axis. Of four axes, (B, L, H, ...), it may be the batch or the heads.
 static const char* missing_axis(int rank) {
   return rank == 4 ? "; add the batch dimension, or one of a single head." : "; add a batch dimension.";
 }

@@ -21,8 +21,8 @@
 
 #include "fork.h"
 
-// Functions of GCC's OpenMP, which torch's wheels for Linux contain; LLVM's, in those for macOS, has them, too. A
-// `#pragma omp parallel` would call LLVM's own ones if clang compiled it.
+// Functions of GCC's OpenMP runtime, which torch's wheels for Linux contain. LLVM's runtime, in the wheels for macOS,
+// exports them, too. A `#pragma omp parallel` compiled by clang would call functions that only LLVM's runtime has.
 extern "C" {
 int omp_get_max_threads();
 int omp_get_num_threads();
@@ -38,7 +38,7 @@ namespace megalodon {
 namespace {
 
 thread_local bool uses_own_threads = false, is_in_body = false;
-thread_local int number_of_body = 0;
+thread_local int number_of_body = 0;  // of the body that this thread runs: see body_number()
 
 struct Region {
   ThreadBody body;
@@ -71,8 +71,9 @@ class Event {
     sleeps_ = false;
   }
 
-  // Call after each change of an atomic that the condition reads. The thread either sees the change before it sleeps,
-  // or is seen to sleep: both atomics are sequentially consistent.
+  // Call after each change of an atomic that the condition reads. That atomic and `sleeps_` are sequentially
+  // consistent: either the waiting thread reads the change before it sleeps, or this call reads that it sleeps, and
+  // wakes it.
   void notify() {
     if (!sleeps_) return;
     { const std::lock_guard<std::mutex> asleep(mutex_); }
@@ -95,13 +96,13 @@ class Event {
   std::condition_variable change_;
 };
 
-// Own threads of one calling thread, as OpenMP has a pool for each.
+// This package's threads for one calling thread. Each calling thread has its own team, as in OpenMP.
 class Team {
  public:
   ~Team() { end(); }
 
-  // The caller runs body 0, then those of threads that have not started: it never waits for a thread that still has to
-  // get a processor.
+  // The caller runs body 0, then each body that no thread has started yet. So it waits only for running bodies, never
+  // for a thread that has no processor yet.
   void run(int count, const Region& region) {
     while (static_cast<int>(workers_.size()) + 1 < count) start();
     region_ = region;
@@ -154,7 +155,7 @@ class Team {
     const int number = static_cast<int>(workers_.size()) + 1;
     const std::vector<int> processors = processors_of_thread(number);
     Worker& self = *workers_.emplace_back(std::make_unique<Worker>());
-    // Signals go to the program's threads, but for the faults of a kernel.
+    // The new thread blocks all signals except faults of a kernel; the program's threads handle them.
     sigset_t blocked, before;
     sigfillset(&blocked);
     for (const int fault : {SIGBUS, SIGFPE, SIGILL, SIGSEGV}) sigdelset(&blocked, fault);
@@ -175,8 +176,8 @@ class Team {
                              "`; set fewer by torch.set_num_threads.");
   }
 
-  // Processors of a thread where OpenMP binds threads to places (OMP_PROC_BIND, OMP_PLACES), one place after another.
-  // None elsewhere: the thread inherits the caller's.
+  // Processors for a new thread. If OpenMP binds its threads to places (OMP_PROC_BIND, OMP_PLACES), thread i gets the
+  // i-th place after the caller's. Otherwise the result is empty: the thread inherits the caller's processors.
   static std::vector<int> processors_of_thread(int number) {
     std::vector<int> processors;
     if (const int places = omp_get_num_places(); places > 0 && omp_get_place_num() >= 0) {

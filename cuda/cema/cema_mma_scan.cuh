@@ -4,26 +4,30 @@
 //
 //   e = sum_j q^(15-j) x_j      v <- q^16 v + e      y_i = sum_(j<=i) k_(i-j) x_j + sum_n Re(c_n q_n^(i+1) v_n)
 //
-// k_i = Re(sum_n c_n q_n^i), omega in k_0. A product's A has 16 tiles: x, 16 x 16 and exact, or v of 8 modes, 16 x 16
-// in pairs (cema.cuh). Its B belong to a channel and stay in registers:
+// k_i = Re(sum_n c_n q_n^i), omega in k_0. The rows of A in a product D = A B are 16 tiles; its columns are x of 16
+// positions, exact in bf16, or the pairs (cema.cuh) of v of 8 modes. The matrices B stay in registers, for one channel:
 //
-//   Powers    16 positions x pairs of 4 modes: q^(15-j), in three parts of bf16 that sum to a float
-//   Readings  16 positions x 8 positions: k_(i-j); pairs of 8 modes x 8 positions: Re(c q^(i+1) v) as two factors of v
+//   Powers    16 positions x pairs of 4 modes: q^(15-j), each a sum of three bf16
+//   Readings  16 positions x 8 positions: k_(i-j); pairs of 8 modes x 8 positions: the two factors of a pair of v in
+//             Re(c q^(i+1) v)
 //
-// Readings, and v as their operand, have two parts: 16 bits of each term, of which y keeps 8. v itself, carried from
-// block to block, is a sum in float: tensor cores truncate sums. D of e has v's pairs in the layout of A.
-// A zero of k times NaN would be NaN: if any x of a block is not finite, its y comes from x without later positions.
+// Each number of Readings, and of v in their products, is a sum of two bf16: 16 bits, of which y keeps 8. The carried v
+// is summed in float outside of tensor cores, which truncate sums. D of the product for e is laid out as A is, so v
+// needs no shuffle. B has zeros where j > i, and zero times NaN is NaN: if any x of a block is not finite, each y_i is
+// computed with zeros instead of the later x.
 //
-// Rows k = 2t, 2t + 1, 2t + 8, 2t + 9 of a product are positions t, t + 4, t + 8, t + 12: a lane's registers are halves
-// of words of shared memory, (x of channel 2p, x of channel 2p + 1), that four lanes read as neighbours. Columns of
-// Readings, and so of y, have the same order. y replaces x. The adjoint's scan runs on reversed tiles.
+// A word of shared memory holds x of channels 2p and 2p + 1 at one position; a register of A joins halves of two words.
+// Rows k = 2t, 2t + 1, 2t + 8, 2t + 9 of B are positions t, t + 4, t + 8, t + 12, so that four lanes read neighbouring
+// words. Columns of Readings, and so of y, have the same order. y replaces x. The adjoint's scan runs on reversed
+// tiles.
 //
 // Grid: x over 16 channels, y over 16 tiles; a warp takes two channels, one after the other.
 // Registers: at most 128 (16 warps per SM). Shared memory: 67.7 KB, and 1 KB in phase 4.
-// H100, (B 8, L 2048, D 1024, N 16), phase 2: 0.8 M products, 7 us at 1024 multiply-adds per cycle and SM; x 33.5 MB
-// in, states 17 MB out: 15 us. Phase 4: 1.8 M products, 16 us; 1.4 warp instructions per 4 positions of a channel, 25
-// us; x and states in, y out, 84 MB, 25 us. The whole forward: 55 us, 17 MB of states, 5 MB of coefficients.
-// Example: L = 256, T = 512: 4 tiles, one group, 12 rows of zeros; v = 0 enters the tiles 0 and 2.
+// H100, (B 8, L 2048, D 1024, N 16), estimated. Phase 2: 15 us for memory (x in, 33.5 MB; states out, 17 MB), 7 us for
+// 0.8 M products at 1024 multiply-adds per cycle and SM. Phase 4: 25 us for memory (x and states in, y out, 84 MB), 25
+// us for 1.4 warp instructions per 4 positions of a channel, 16 us for 1.8 M products. The whole forward: 55 us, 17 MB
+// of states, 5 MB of coefficients.
+// Example: L = 256, T = 512: 4 tiles in the rows of A, and 12 rows of zeros. Tiles 0 and 2 begin a row: v = 0 there.
 #pragma once
 
 #include "cema_mma_parts.cuh"
@@ -31,8 +35,8 @@
 namespace megalodon {
 namespace cema {
 
-constexpr int kReadingParts = 2;  // of a value read in bf16
-// Words of shared memory: of a tile, and of a pair of channels.
+constexpr int kReadingParts = 2;  // bf16 parts of each number of Readings
+// Words of shared memory: of a tile, of a pair of channels (16 tiles), of a block.
 constexpr int kRowPitch = kMmaTile + 4, kRowsPitch = kMmaRows * kRowPitch + 4, kScanWords = kMmaWarps * kRowsPitch;
 
 // Returns true if no number of A in the warp is an infinity or NaN.
@@ -51,7 +55,7 @@ struct Readings {
 
   GPU_INLINE Readings(const Scan& scan, int64_t channel, float* kernel) {
     const int lane = threadIdx.x % gpu::kWarp, g = lane / 4, t = lane % 4;
-    float k[3] = {};  // k_0, and k of the positions after step_of(g) and step_of(g + 8)
+    float k[3] = {};  // k_0, k_(step_of(g) + 1) and k_(step_of(g + 8) + 1)
     GPU_UNROLL
     for (int n = 0; n < groups; ++n) {
       const auto plane = [&](int index) { return scan.plane<float>(index)[(4 * n + t) * scan.width + channel]; };
@@ -61,7 +65,7 @@ struct Readings {
       GPU_UNROLL
       for (int half = 0; half < 2; ++half) {
         const auto power = gpu::ld<Pair<float>>(scan.power<float>(step_of(g + 8 * half) + 1, 4 * n + t, channel));
-        // Outputs of power times (1, 0), and times (0, 1): the columns of the power's matrix.
+        // The outputs from the two columns of the power's matrix, that is, from power (1, 0) and power (0, 1).
         float factors[2] = {first * power.first + second * power.second,
                             first * (beta * power.second) + second * (power.first - two_shears * power.second)};
         k[1 + half] += factors[0];
@@ -136,13 +140,13 @@ struct Readings {
   }
 };
 
-// The blocks of 16 tiles of one channel, e of a warp's two; 4 groups = N'.
+// 16 tiles of one channel, number `e` of the warp's two. Has N' modes (cema_arrays.cuh), in groups of 4.
 template <int groups>
 struct Channel {
   const Scan& scan;
-  int64_t first, channel;  // first: tile
+  int64_t first, channel;  // first: the first tile
   int e;
-  uint32_t* words;  // the warp's
+  uint32_t* words;  // shared memory of the warp's channels
   float v[groups][1][4] = {};
 
   GPU_INLINE Channel(const Scan& scan_, int64_t first_, int64_t channel_, int e_, uint32_t* words_)
@@ -160,7 +164,8 @@ struct Channel {
         if (tile < scan.tiles) f(tile, 4 * n + t, v[n][0][i], v[n][0][i + 1]);
     }
   }
-  // Calls visit(x in A, words of x of tiles g and g + 8) for each block, before v advances.
+  // For each block of 16 positions, calls visit(x, upper, lower) and then advances v. x: the block's A; upper, lower:
+  // words of x of tiles g and g + 8.
   template <class Visit>
   GPU_INLINE void advance(Visit&& visit) {
     const int g = threadIdx.x % gpu::kWarp / 4, t = threadIdx.x % 4;
@@ -211,7 +216,8 @@ struct Channel {
     });
     if (scan.final) make_final_states();
   }
-  // Of the tiles that end a sequence. Goes through `states`, since registers cannot be indexed.
+  // Stores the final states of the sequences that end with one of the tiles. They are read back from scan.pairs, since
+  // registers cannot be indexed.
   GPU_INLINE void make_final_states() {
     store();
     const int g = threadIdx.x % gpu::kWarp / 4, t = threadIdx.x % 4;
@@ -228,7 +234,7 @@ struct Channel {
   }
 };
 
-// Tiles and channels of a block, in its words of shared memory.
+// The tiles and channels of a thread block, in shared memory.
 struct Block {
   const Scan& scan;
   uint32_t* words;

@@ -6,30 +6,31 @@
 //
 // x, y (T, D) of type T; weight, bias (D), stats (3, T, G), states (S, G) of type R, float or double.
 //
-// Grid: a block per tile and slice of the channels, neighbouring blocks neighbouring slices: see timestep_norm.cuh.
-// Launches: timestep_norm_fwd_moments, phases 1 to 3 without a carry, which stores each tile's moments;
-//   timestep_norm_carry, which scans the moments; timestep_norm_fwd, all phases, last tiles first, as they are still in
-//   L2. The first two are skipped if no sequence continues from a tile to the next: decoding a token is one launch.
-//   timestep_norm_fwd_empty copies the states of empty sequences, if there may be any.
-//   If only end states are wanted, timestep_norm_end_state replaces timestep_norm_fwd: phases 1 to 4 of the tiles in
-//   which a sequence ends. x is then read once, and again in these tiles.
-// Phases: 1. a warp reduces its rows, F channels to gm and gv, by sums of differences from the group's first channel
-//            and then from the mean; gm is a pair of R. A lane keeps its vectors of the rows for phase 5.
+// Grid: one block per tile and slice of the channels (timestep_norm.cuh); blocks of a tile's slices are consecutive.
+// Launches: timestep_norm_fwd_moments runs phases 1 to 3 without a carry and stores each tile's moments;
+//   timestep_norm_carry scans the moments; timestep_norm_fwd runs all phases, from the last tile to the first, since
+//   the last ones are still in L2. The first two launches are skipped if no sequence continues from a tile to the next,
+//   so decoding a token is one launch. timestep_norm_fwd_empty copies the states of empty sequences, if there may be
+//   any. If only end states are wanted, timestep_norm_end_state replaces timestep_norm_fwd: it runs phases 1 to 4 in
+//   the tiles in which a sequence ends, and only these tiles of x are read twice.
+// Phases: 1. a warp computes gm and gv of its rows: gm by a sum of differences from the group's first channel, gv by
+//            one of squared differences from gm; gm is a pair of R. A lane keeps its vectors of the rows for phase 5.
 //         2. a warp merges those of its rows that belong to its last sequence;
 //         3. a thread per group merges the warps in order of time, from the carry on, in double;
-//         4. a warp scans its rows from the state that enters it, adding changes of mean and variance to the entering
-//            pair, so R is enough: errors are relative to the changes, and states do not drift;
+//         4. a warp scans its rows from the state that enters it. It sums only the changes of mean and variance since
+//            that state, in R: errors are relative to these changes, so states do not drift;
 //         5. y.
-// If F is not a multiple of the vector width, or a tensor is misaligned, a lane's vectors have one element. Then, and
-// if a group has more vectors than a warp has lanes, phases 1 and 5 read x again, mostly from L1.
+// If F is not a multiple of the vector width, or a tensor is misaligned, a lane's vectors have one element. In this
+// case, or if a group has more vectors than a warp has lanes, phases 1 and 5 read x again, mostly from L1.
 //
 // Shared memory: 6 KB; 16 KB in the carry kernel. Registers: at most 128, so two blocks per SM; no spills (but 12 bytes
 // for fp16 on sm_80).
-// Bytes: the minimum is x and y once and stats once; timestep_norm_fwd reads x again, from L2 if it is there. Carries:
-// 16 bytes per tile and group, written and read twice: 1% of x for F = 32 in bf16. Gains and shifts come from L1 for 7
-// of 8 warps.
+// Bytes: the minimum is x, y and stats once; timestep_norm_fwd reads x again, from L2 if it is there. Carries have 16
+// bytes per tile and group, which are written and read twice: 1.6% of x for F = 32 in bf16. 7 of a block's 8 warps read
+// weight and bias from L1.
 // H100, (B 8, L 2048, D 1024, G 32) bf16: 67 + 6.3 MB, 22 us at 3.35 TB/s, 32 us if x comes from memory twice.
-// Example: F = 32 bf16: 4 lanes per group, 8 groups per warp, 256 channels per block; lane 5: 8 .. 15 of group 1.
+// Example: F = 32 bf16: 4 lanes per group, 8 groups per warp, 256 channels per block; lane 5 has channels 8 to
+// 15 of group 1.
 #pragma once
 
 #include "timestep_norm.cuh"
@@ -128,8 +129,8 @@ class RowMoments {
 // Results of phases 2 and 3 in shared memory.
 template <class R>
 struct Exchange {
-  double *mean, *var;  // (kWarps, 32): of a warp's last rows, then of the state that enters the warp
-  double* weight;      // (kWarps): the share of a warp's last rows in all timesteps of their sequence
+  double *mean, *var;  // (kWarps, 32): of the warp's rows of its last sequence; after phase 3, the state that enters
+  double* weight;      // (kWarps): number of these rows / number of timesteps of their sequence so far
 };
 
 template <class R>
@@ -140,11 +141,11 @@ GPU_INLINE Exchange<R> make_exchange() {
   return {mean, var, weight};
 }
 
-// Number of a warp's rows in the sequence of its last row, whose position is `step`; 0 if that row is padding.
+// Number of a warp's rows in the sequence of its last row; 0 if that row is padding. `step`: Rows::step of that row.
 GPU_INLINE int rows_of_last(int step) { return step < kRows ? step + 1 : kRows; }
 
-// The thread that looked up a warp's last row computes the weight of the warp's rows. kFromTile: a sequence that enters
-// the tile is counted from the tile's first row.
+// The thread that looked up a warp's last row stores the warp's Exchange::weight. kFromTile: if the sequence began
+// before the tile, only its timesteps in the tile count.
 template <bool kFromTile, class R>
 GPU_INLINE void weigh_rows(const Exchange<R>& exchange, const Rows<R>& rows, int64_t seen) {
   const int row = threadIdx.x;
@@ -222,7 +223,7 @@ __global__ void __launch_bounds__(kThreads, 2)
 // Moments of neighbouring tiles.
 struct Span {
   double steps, mean, var;
-  bool closed;  // the last sequence begins inside
+  bool closed;  // the last sequence begins inside, so earlier tiles have no influence
 };
 
 GPU_INLINE Span combine(const Span& before, const Span& after) {
@@ -372,7 +373,7 @@ __global__ void __launch_bounds__(kThreads, 2)
   }
 }
 
-// A thread takes a group of a sequence without tokens, or without channels.
+// One thread per sequence and group. Stores the states of sequences without tokens or, if D = 0, of all sequences.
 template <class R>
 __global__ void __launch_bounds__(kThreads) timestep_norm_fwd_empty_kernel(TimestepNormFwdParams p) {
   const int64_t i = int64_t{blockIdx.x} * kThreads + threadIdx.x, count = p.sequences.count * p.groups;

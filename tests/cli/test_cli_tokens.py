@@ -247,7 +247,7 @@ def test_bytes_have_a_tokenizer_file(finished):
 ERRORS = """
     train --tokenizer {tmp}/none => --tokenizer {tmp}/none: no such file
     train --tokenizer {tmp}/noise => --tokenizer {tmp}/noise: neither a JSON file of the
-    train --tokenizer {run} => no tokenizer.model in this folder; that of a run is in each folder of its ch
+    train --tokenizer {run} => no tokenizer.model in this folder; a run's tokenizer is in each of its ch
     tokenizer --train --vocab-size 300 --out /proc/none/x {here} => --out /proc/none/x: could not be
     train --tokenizer {tmp} => --tokenizer {tmp}: no tokenizer.json and no tokenizer.model
     train --tokenizer {tmp}/half.json => --tokenizer {tmp}/half.json: EOF while parsing

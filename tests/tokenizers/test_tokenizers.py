@@ -167,7 +167,7 @@ def test_a_named_end(tmp_path):
     for named in (Tokenizer.from_file(tmp_path / "tokenizer.json", end="<end>"), load_tokenizer(tmp_path)):
         assert (named.start, named.end, named.end_token) == (2, 1, "<end>")
         assert named.fingerprint == one.fingerprint, "ids are the same"
-    with pytest.raises(FileError, match="the end of a document, '<stop>', must be a token of its vocabulary"):
+    with pytest.raises(FileError, match="the end token '<stop>' must be in the vocabulary"):
         Tokenizer.from_file(tmp_path / "tokenizer.json", end="<stop>")
 
 

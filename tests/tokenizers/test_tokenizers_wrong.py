@@ -53,7 +53,7 @@ def test_wrong_folders(tmp_path):
             load_tokenizer(tmp_path)
     package("tokenizers")
     (tmp_path / "tokenizer_config.json").write_text('{"bos_token": "nowhere"}')
-    with pytest.raises(FileError, match="the start of a document, 'nowhere', must be a token of its vocabulary"):
+    with pytest.raises(FileError, match="the start token 'nowhere' must be in the vocabulary"):
         load_tokenizer(tmp_path)
 
 

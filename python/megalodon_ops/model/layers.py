@@ -81,7 +81,7 @@ def wide_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
 
 
 def _with_state_options(op: Callable[..., Tensor]) -> Callable[..., Any]:
-    """Give an op without a state the options of one with it: `state` must be None, and `return_state` adds None."""
+    """Add the options of ops with a state to an op without one: `return_state=True` returns (y, None)."""
 
     def wrapper(*tensors: Tensor, state: None = None, return_state: bool = False, **options) -> Any:
         check_no_state(op.__name__, state, False)
@@ -259,7 +259,7 @@ class Linear(nn.Linear):
     def reset_parameters(self) -> None:
         if self.token_rows:
             _init_token_rows(self.weight)
-        elif not self.weight.is_meta:  # as ComplexEMA
+        elif not self.weight.is_meta:  # no values to set on the meta device
             nn.init.normal_(self.weight, std=(3 * self.in_features) ** -0.5)
         if self.bias is not None:
             nn.init.zeros_(self.bias)
@@ -270,7 +270,7 @@ _METHODS = ("forward", "reset_parameters")
 
 
 def take_methods(layer: nn.Module) -> None:
-    """Make a layer with the methods of :class:`Linear` an instance of it, which may become one of a subclass."""
+    """Undo :meth:`Linear.give_methods`: make the layer an instance of :class:`Linear`, whose class may be changed."""
     if has_own_forward(layer):
         layer.__class__ = Linear
         for name in _METHODS:

@@ -18,7 +18,7 @@ from ..extras import load
 from ..ops.common.checks import check_integer, describe, short_text
 
 START_TOKEN = "<|startoftext|>"
-"""The token before a document, in the byte tokenizer and in tokenizers without one"""
+"""Start token of the byte tokenizer; added to other tokenizers that have no start token"""
 START_TOKENS = ("<s>", "<bos>", "[BOS]", "<|begin_of_text|>", START_TOKEN, "<|endoftext|>")
 """Common names of the token before a document; the first one in the vocabulary is used"""
 END_TOKENS = ("</s>", "<eos>", "[EOS]", "<|end_of_text|>", "<|endoftext|>")
@@ -28,7 +28,7 @@ _BYTES_JSON = Path(__file__).with_name("bytes.json").read_bytes()  # the byte to
 _CHARACTERS = {letter: bytes([byte]) for letter, byte in json.loads(_BYTES_JSON)["model"]["vocab"].items()}
 _BYTE_TOKENS = {f"<0x{byte:02X}>": bytes([byte]) for byte in range(256)}
 _BYTE_LEVEL, _SPACED = {"ByteLevel"}, {"Metaspace", "Replace", "ByteFallback", "Fuse", "Strip"}  # kinds of decoders
-_BATCH = 8  # windows encoded in parallel; the packages take a hundred bytes per token
+_BATCH = 8  # windows encoded in parallel; few, because the packages take a hundred bytes of memory per token
 
 
 class Tokenizer:
@@ -68,13 +68,15 @@ class Tokenizer:
     def from_file(path: str | Path, *, start: str | None = None, end: str | None = None) -> Tokenizer:
         """Load a JSON file of the `tokenizers` package or a sentencepiece model.
 
-        start: text of the token before a document. None: the first of `START_TOKENS` in the vocabulary (for a
-        sentencepiece model, its own), else `START_TOKEN`, added as the last id.
-        end: text of the token after a document. None: the first of `END_TOKENS` in the vocabulary (for a sentencepiece
-        model, its own), else `start`.
+        Args:
+            start: text of the token before a document. None: a sentencepiece model's own, or the first of
+                `START_TOKENS` in a JSON file's vocabulary. If there is none, `START_TOKEN` is added as the last id.
+            end: text of the token after a document. None: a sentencepiece model's own, or the first of `END_TOKENS` in
+                a JSON file's vocabulary. If there is none, `start`.
 
-        Raises FileError if the file holds no tokenizer, FileNotFoundError, and ImportError if the package that reads it
-        is missing.
+        Raises:
+            FileError: the file holds no tokenizer. FileNotFoundError: there is no file. ImportError: the package that
+            reads the file is not installed.
         """
         path = as_path("Tokenizer.from_file", "path", path)
         with opened(path) as file:
@@ -88,7 +90,7 @@ class Tokenizer:
     @staticmethod
     def train(documents: Iterable[bytes | str], *, vocab_size: int) -> Tokenizer:
         """Train a byte-level BPE of at most `vocab_size` ids: 256 bytes, merges, `START_TOKEN`."""
-        wanted = "an integer above 257, which 256 bytes and the start of a document take"
+        wanted = "an integer above 257, for 256 bytes, the start token and at least one merge"
         vocab_size = check_integer("Tokenizer.train", "vocab_size", vocab_size, wanted, 258)
         documents = as_texts("Tokenizer.train", "documents", documents)
         load("tokenizers", "train")
@@ -118,10 +120,10 @@ class Tokenizer:
         return [numpy.concatenate(parts) for parts in found[:-1]]
 
     def encode_stream(self, documents: Iterable[Iterable[bytes]]) -> Iterator[tuple[numpy.ndarray, int, bool]]:
-        """Yield the ids of documents, each given in pieces, window by window, in constant memory.
+        """Encode documents, each given as pieces of text, in constant memory.
 
-        For each window of text: its ids, int32, its bytes, and True if it is the last of its document. All cores encode
-        in parallel.
+        Yields for each window of text: its ids, int32; its number of bytes; True if it is the last window of its
+        document. All cores encode in parallel.
         """
         documents = (as_texts("encode_stream", "documents", pieces) for pieces in documents)
         windows = chain.from_iterable(map(windows_of, documents))
@@ -142,9 +144,9 @@ class Tokenizer:
         return b"".join(self.text_of(ids))
 
     def text_of(self, ids: Iterable[int], *, after: Sequence[int] = ()) -> Iterator[bytes]:
-        """Yield the bytes of each id; `after`: the ids that precede the first one in the document.
+        """Yield the bytes of each id; `after` has ids of the document before the first one.
 
-        A token may end inside a letter, so UTF-8 is complete at the end of the text only.
+        A token may end inside a character, so UTF-8 is complete at the end of the text only.
         """
         is_first = self._adds_space and all(number == self.start for number in after)
         for given in ids:
@@ -167,7 +169,8 @@ class Tokenizer:
         folder.mkdir(parents=True, exist_ok=True)
         config: dict[str, Any] = {"bos_token": self.start_token, "eos_token": self.end_token}
         config |= {"clean_up_tokenization_spaces": False}
-        if self.file_name == "tokenizer.json":  # transformers pads with `start`: not learned unless it is `end`, too
+        # transformers leaves padding out of the loss. `start` is never a target, unless it is `end`, too.
+        if self.file_name == "tokenizer.json":
             config |= {"tokenizer_class": "PreTrainedTokenizerFast", "pad_token": self.start_token}
             config |= {"padding_side": "left"}
         paths = (folder / self.file_name, folder / "tokenizer_config.json")
@@ -190,7 +193,7 @@ class Tokenizer:
     def _encode_windows(self, windows: list[Window]) -> list[numpy.ndarray]:
         """Return the ids of each window, int32."""
         texts = [window.text.decode(errors="replace") for window in windows]
-        if self._adds_space:  # an added space replaces the window's own
+        if self._adds_space:  # the package adds the space that a window starts with
             texts = [text if own.is_first else text.removeprefix(" ") for text, own in zip(texts, windows, strict=True)]
         return [numpy.array(ids, numpy.int32) for ids in self._encode(texts)]
 
@@ -305,7 +308,7 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
     for name in ("tokenizer.json", "tokenizer.model"):
         if (path / name).exists():
             return Tokenizer.from_file(path / name, **_config_tokens(path / "tokenizer_config.json"))
-    fix = "; that of a run is in each folder of its checkpoints" if (path / "checkpoints").is_dir() else ""
+    fix = "; a run's tokenizer is in each of its checkpoints' folders" if (path / "checkpoints").is_dir() else ""
     raise FileNotFoundError(f"{path}: no tokenizer.json and no tokenizer.model in this folder{fix}")
 
 
@@ -325,7 +328,7 @@ def _config_tokens(path: Path) -> dict[str, str | None]:
 def _edge_token(edge: str, wanted: str | None, ids: dict[str, int], usual: Iterable[str], default: str) -> str:
     """Return a document's start or end token: the wanted one, else the first usual one, else the default."""
     if wanted not in (None, default, *ids):
-        raise ValueError(f"the {edge} of a document, {short_text(wanted)}, must be a token of its vocabulary")
+        raise ValueError(f"the {edge} token {short_text(wanted)} must be in the vocabulary")
     return wanted or next((token for token in usual if token in ids), default)
 
 

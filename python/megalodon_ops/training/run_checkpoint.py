@@ -4,11 +4,11 @@
                                     optimizer.safetensors, state.safetensors, random.safetensors, training.json
     run/checkpoints/step-00000200/  config.json, tokenizer.json, training.json        if several processes write
                                     distributed/    each process's part of every tensor (saver.py)
-    run/best/                       as one of these, without optimizer and states of rows
+    run/best/                       the same files, without the states of the optimizer and the rows
 
 A folder is complete or absent, whatever happens to the writing process. If its files differ from the sizes and sha256
-sums in `training.json`, the checkpoint before it is read. Only folders named `step-` and at least eight digits are
-checkpoints; everything else belongs to the user.
+sums in `training.json`, a resume reads the previous checkpoint instead. Only folders named `step-` and at least eight
+digits are checkpoints; everything else belongs to the user.
 """
 
 from __future__ import annotations
@@ -112,7 +112,10 @@ class Checkpoint:
         optimizer.load_state_dict({**optimizer.state_dict(), "state": states})
 
     def restore_random(self, device: torch.device | str = "cpu") -> None:
-        """Restore torch's random generators, of the CPU and a CUDA device, as one saving process had them."""
+        """Restore the states of torch's random generators, of the CPU and of `device` if it is a CUDA device.
+
+        If several processes saved the checkpoint, these are the states of one of them.
+        """
         device, stored = as_device("restore_random", device), stored_tensors(self.folder, "random")
         torch.set_rng_state(stored.get("cpu"))
         if device.type == "cuda" and "cuda" in stored.tensors:
@@ -134,10 +137,10 @@ def save_checkpoint(
     """Write `run/checkpoints/step-<step>/`, and keep the newest `keep` checkpoints up to this step.
 
     Args:
-        best: write `run/best/` instead, in the place of the one before; no other checkpoint is removed.
+        best: replace `run/best/` instead, and remove no checkpoint.
         optimizer: must hold tensors for the model's parameters only.
         state: state of the rows before the next batch.
-        tokenizer: saved along by its method `save(folder)`.
+        tokenizer: saved into the same folder, by its method `save(folder)`.
         record: other values that a resume needs, such as the position in the text, as JSON.
 
     Returns:
@@ -203,7 +206,7 @@ def training_tensors(
         try:
             check_layout(rows, layout(model.config, *batch_of(rows)))
         except ValueError as error:
-            raise ValueError(f"save_checkpoint: `state` must be of `model`, got another's: {error}.") from error
+            raise ValueError(f"save_checkpoint: `state` must be of `model`, got another model's: {error}.") from error
         kinds["state"] = _as_rows(rows, mesh)
     for parameter, values in ({} if optimizer is None else optimizer.state).items():
         for key, value in values.items():
@@ -216,7 +219,7 @@ def training_tensors(
 
 
 def _as_rows(tensors: dict[str, Tensor], mesh: DeviceMesh | None) -> dict[str, Tensor]:
-    """Wrap this process's rows as its shards of DTensors of all rows, split over the dimension `data`."""
+    """Return DTensors of all rows; the given tensors are this process's shards along the mesh's dimension `data`."""
     if mesh is None:
         return tensors
     from torch.distributed.tensor import DTensor, Replicate, Shard  # here: it takes long to load
@@ -241,8 +244,8 @@ def load_checkpoint(path: str | os.PathLike, *, verify: bool = True) -> Checkpoi
     Damaged checkpoints of a run are skipped, with a warning in the log `megalodon_ops` that names the fault.
 
     Args:
-        verify: compare all files with the sums in `training.json`. In several processes, let one verify and send the
-            folder to the others.
+        verify: compare all files with the sums in `training.json`. In several processes, let one verify, and let
+            the others open `folder` of its result with `verify=False`.
     """
     path = as_path("load_checkpoint", "path", path)
     if not os.path.lexists(path):

@@ -21,7 +21,7 @@ from .flops import register_formula
 
 _library = torch.library.Library("megalodon_ops", "DEF")
 OWN_TYPES = (Tensor, torch.nn.Parameter)
-"""Tensor types of torch itself; a subclass may differ from what its memory holds"""
+"""Tensor types whose values are the content of their memory; those of other subclasses may differ from it"""
 
 
 def define_op(
@@ -36,14 +36,16 @@ def define_op(
     """Define `megalodon_ops::<schema>` and return the op.
 
     Args:
-        schema: torch's, with names for the results. The backward of an op names its incoming gradients `d<result>`, its
-            results `d<argument>` and its other arguments as the op does.
+        schema: torch's schema, with a name for each result. In the schema of a backward, the incoming gradients are
+            named `d<result>`, the results `d<argument>`, and the other arguments as in the op's schema.
         kernel: computes the op on the CPU, and on CUDA devices if the op has kernels for them.
         fake: computes the outputs' shapes for tracing. None: the outputs are :func:`empty_gradients` of arguments.
-        backward: the op that computes the gradients; the names in its schema say what is kept for it (see
-            :func:`_autograd_by_names`). With `setup_context`: the backward of a torch.autograd.Function. None:
-            differentiation raises, as for a backward itself. Forward-mode differentiation always raises.
-        flops: floating-point operations for torch.utils.flop_counter, from the arguments that its parameters name.
+        backward: the op that computes the gradients; what its schema names is saved for it
+            (:func:`_autograd_by_names`). With `setup_context`: a function, the backward of a torch.autograd.Function.
+            None: differentiation raises an error, as it does for backward ops. Forward-mode differentiation always
+            raises an error.
+        flops: function that returns the floating-point operations, for torch.utils.flop_counter. Its parameters have
+            the names of arguments of the op.
     """
     name = schema.split("(")[0]
     qualified = f"megalodon_ops::{name}"
@@ -81,8 +83,8 @@ def _autograd_by_names(op: Callable, backward_op: Callable) -> tuple[Callable, C
             return dx, dp, dq, dgamma, domega, None if state is None else dstate, None, None, None
 
     The arguments of `backward_op` that are not incoming gradients are saved, tensors and scalars apart. A result whose
-    gradient it does not take is not differentiable. If it takes an incoming gradient as `Tensor?`, gradients that did
-    not arrive are None, and required ones are replaced by zeros like the op's first argument.
+    gradient it does not take is not differentiable. If it takes an incoming gradient as `Tensor?`, missing gradients
+    are passed as None, or where the type is `Tensor` as zeros like the op's first argument.
     """
     arguments, results = ([value.name for value in values] for values in (op._schema.arguments, op._schema.returns))
     backward_arguments = [argument.name for argument in backward_op._schema.arguments]
@@ -144,7 +146,10 @@ def _fake_gradients(op: Callable) -> Callable:
 
 
 def _with_version_counts(op: Callable, kernel: Callable) -> Callable:
-    """`kernel`, with new versions for the tensors that it writes: a backward that needs an overwritten value raises."""
+    """`kernel`, which then also increments the version of each tensor that it writes.
+
+    A backward that needs an overwritten value therefore raises an error.
+    """
     written = [i for i, a in enumerate(op._schema.arguments) if a.alias_info is not None and a.alias_info.is_write]
 
     def counting_kernel(*args):
@@ -182,7 +187,10 @@ def _autograd_function(name: str, setup_context: Callable | None, backward: Call
 
 
 def _autograd_kernel(op: Callable, function: type[torch.autograd.Function]) -> Callable:
-    """Kernel of torch.library.register_autograd minus steps that no op here needs; they cost more than a short call."""
+    """The kernel that torch.library.register_autograd makes, minus steps that no op here needs.
+
+    They cost more than a short call.
+    """
 
     def kernel(keyset, *args):
         def below(*args):
@@ -216,7 +224,7 @@ _is_exporting = getattr(torch.compiler, "is_exporting", torch.compiler.is_compil
 
 
 def is_exporting() -> bool:
-    """Return True if torch.export is tracing; choices by size must then be made inside an op, in each run."""
+    """Return True if torch.export is tracing. A choice that depends on sizes must then be made inside an op."""
     return _is_exporting()
 
 
@@ -251,7 +259,7 @@ def _on_one_device(op: Callable, fake: Callable) -> Callable:
 
 
 def has_cpu_kernel(x: Tensor) -> bool:
-    """Return True if an op with CPU kernels only runs them on `x`; otherwise torch computes the op."""
+    """Return True if an op without CUDA kernels has a kernel for `x`; otherwise torch's functions compute the op."""
     return x.is_cpu and x.is_floating_point()
 
 
@@ -265,7 +273,7 @@ observer = _Observer()
 
 
 def launch(name: str, *args) -> None:
-    """Run a kernel on contiguous tensors, in place on those that it writes. The first argument is a tensor."""
+    """Run a kernel on contiguous tensors, some of which it writes. The first argument is a tensor."""
     if args[0].is_cuda:
         return _launch_cuda(name, args)
     if observer.note is not None:
