@@ -189,19 +189,21 @@ def by_model(results: list[dict[str, Any]], field: str) -> dict[str, dict[str, l
     for content in results:
         if "panel" in content["settings"]:
             by_panel = found[content["settings"]["model"]]
-            by_panel.setdefault(content["settings"]["panel"], []).append(content["result"][field])
+            values = content["result"] | {"seconds": content["seconds"]}
+            by_panel.setdefault(content["settings"]["panel"], []).append(values[field])
     return found
 
 
 def relative(results: list[dict[str, Any]], field: str) -> dict[str, list[float]]:
     """Geometric mean over all panels of a model's figure divided by the seasonal naive forecast's, for each seed.
 
-    A model without seeds has its figure as often as the verdicts ask for; one that lacks a panel has none.
+    A model without seeds has its figure as often as the verdicts ask for; one that lacks a run has none.
     """
     found = by_model(results, field)
     means: dict[str, list[float]] = {}
     for model, by_panel in found.items():
-        if by_panel.keys() != SOURCES.keys() or found[NAIVE].keys() != SOURCES.keys():
+        is_complete = by_panel.keys() == found[NAIVE].keys() == SOURCES.keys()
+        if not is_complete or len({*map(len, by_panel.values())}) > 1:
             means[model] = []
             continue
         ratios = [[value / found[NAIVE][panel][0] for value in values] for panel, values in by_panel.items()]
@@ -260,11 +262,13 @@ def table(results: list[dict[str, Any]]) -> list[str]:
 def plot(results: list[dict[str, Any]], figure: Any) -> None:
     left, right = figure.subplots(1, 2)
     found = by_model(results, "mase")
-    for model, by_panel in found.items():
+    for model, by_panel in ((model, found[model]) for model in (MEGALODON, *OTHERS)):
         ratios = [(panel, value / found[NAIVE][panel][0]) for panel, values in by_panel.items() for value in values]
         if ratios:
             left.plot(*zip(*ratios), "o", color=COLOURS[model], fillstyle="none", label=model)
-    left.set(ylabel=f"MASE relative to {NAIVE}", xlabel="panel")
+    left.set(yscale="log", ylabel=f"MASE relative to {NAIVE}", xlabel="panel")
+    left.set_yticks([0.2, 0.5, 1, 2, 5], ["0.2", "0.5", "1", "2", "5"])
+    left.minorticks_off()
     left.tick_params(axis="x", rotation=30)
     left.legend(fontsize="small")
     times: dict[str, list[tuple[int, float]]] = {}
@@ -275,8 +279,12 @@ def plot(results: list[dict[str, Any]], figure: Any) -> None:
     for method, points in times.items():
         style = "--" if method.endswith("anew") else "-"
         right.plot(*zip(*sorted(points)), style, marker="o", color=COLOURS[_model_of(method)], label=method)
-    right.set(xscale="log", yscale="log", xlabel="observations so far", ylabel="one more observation, ms")
-    right.legend(fontsize="small")
+    right.set(
+        xscale="log", yscale="log", ylim=(0.03, 1e7), xlabel="observations so far", ylabel="one more observation, ms"
+    )
+    for axis in (right.xaxis, right.yaxis):
+        axis.set_major_formatter(lambda number, _: f"{number:,.10g}")
+    right.legend(fontsize="small", loc="upper right")
 
 
 def _model_of(method: str) -> str:

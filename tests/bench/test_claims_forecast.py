@@ -8,7 +8,8 @@ import torch
 
 pytest.importorskip("transformers")
 
-from bench.claims import forecast, forecasters, verdict  # noqa: E402
+from bench.claims import forecast, forecasters, report, runs, verdict  # noqa: E402
+from bench.claims.__main__ import main  # noqa: E402
 from bench.claims.forecast_data import LEVELS, SOURCES, Panel, mase, weighted_quantile_loss  # noqa: E402
 
 
@@ -76,7 +77,11 @@ def test_training_reads_nothing_after_the_first_origin(monkeypatch):
 
 
 def content(panel, model, value, seed=0):
-    return {"settings": {"panel": panel, "model": model, "seed": seed}, "result": {"mase": value, "wql": value}}
+    return {
+        "settings": {"panel": panel, "model": model, "seed": seed},
+        "result": {"mase": value, "wql": value},
+        "seconds": 1.0,
+    }
 
 
 def results(ours, theirs, panels=SOURCES):
@@ -111,3 +116,20 @@ def test_panels_are_those_of_the_packages():
         "fertility": ((192, 52), 43), "uschange": ((5, 187), 155), "water": ((1, 1268), 1076),
     }  # fmt: skip
     assert all(numpy.isfinite(source.load().values).all() for source in SOURCES.values())
+
+
+@pytest.mark.slow
+def test_a_quick_run_from_end_to_end(tmp_path, capsys):
+    """It takes the packages of the other forecasters, which no extra installs."""
+    for name in ("statsmodels", "statsforecast", "neuralforecast"):
+        pytest.importorskip(name)
+    assert main(["forecast", "--quick", "--threads", "1", "--out", str(tmp_path)]) == 0
+    found = runs.results(tmp_path / "forecast-quick.jsonl")
+    assert found.keys() >= {
+        "sunspots NHITS seed=2",
+        "stream MEGALODON, Decoder 200",
+        "stream AutoARIMA, fitted anew 100",
+    }
+    assert all(0 < content["result"].get("mase", 1) < 4 for content in found.values())
+    page = report.report("forecast", forecast, tmp_path / "forecast-quick.jsonl")
+    assert f"| sunspots | 1 | {SOURCES['sunspots'].load().num_training}" in page and "neuralforecast" in page
