@@ -17,6 +17,7 @@ from typing import Any
 import numpy
 import torch
 
+from bench import plots
 from . import forecasters, models, verdict
 from .forecast_data import SOURCES, Panel, mase, weighted_quantile_loss
 from .runs import Session
@@ -48,13 +49,7 @@ OTHERS = (*CLASSICAL, NHITS)
 RATES = {MEGALODON: 1e-3, NHITS: 1e-3}
 NEURAL = {MEGALODON: forecasters.megalodon, NHITS: forecasters.nhits, LONG_NHITS: forecasters.nhits}
 FIGURES = {"MASE": "mase", "WQL": "wql"}
-COLOURS = {
-    MEGALODON: "tab:blue",
-    NHITS: "tab:orange",
-    "AutoETS": "tab:green",
-    "AutoARIMA": "tab:red",
-    NAIVE: "tab:gray",
-}
+COLOURS = {MEGALODON: plots.BLUE, NHITS: plots.INK, "AutoETS": plots.GREEN, "AutoARIMA": plots.RED, NAIVE: plots.GREY}
 ESTIMATES = {NAIVE: 1, "AutoETS": 3, "AutoARIMA": 40}
 """Seconds for a panel"""
 COUNTS, QUICK_COUNTS = (1_000, 10_000, 100_000), (100, 200)
@@ -282,8 +277,8 @@ def plot(results: list[dict[str, Any]], figure: Any) -> None:
     right.set(
         xscale="log", yscale="log", ylim=(0.03, 1e7), xlabel="observations so far", ylabel="one more observation, ms"
     )
-    for axis in (right.xaxis, right.yaxis):
-        axis.set_major_formatter(lambda number, _: f"{number:,.10g}")
+    right.set_xticks([1_000, 10_000, 100_000], ["1,000", "10,000", "100,000"])
+    plots.plain_ticks(right.yaxis)
     right.legend(fontsize="small", loc="upper right")
 
 

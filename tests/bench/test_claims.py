@@ -37,7 +37,7 @@ CLAIMS_PAGE = (DOCS / "claims.md").read_text()
 SECTIONS = dict(re.findall(r"^## ([\w ]+)\n(.*?)(?=^## )", CLAIMS_PAGE, re.M | re.S))
 TITLES = {name: name.capitalize() for name in ("loss", "speed", "memory", "context", "tasks", "encoder")}
 TITLES |= {"ablation": "Parts", "gecko-tasks": "Successor", "gecko-loss": "Text", "long-loss": "Longer runs"}
-TITLES["forecast"] = "Forecasts"
+TITLES |= {"forecast": "Forecasts"}
 COLOURS = {models.MEGALODON: plots.BLUE, models.LLAMA: plots.ORANGE, encoder.TRANSFORMER: plots.ORANGE}
 
 
