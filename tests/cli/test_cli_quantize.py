@@ -32,10 +32,10 @@ def test_a_saved_model(tmp_path, capsys):
     assert "bits per byte" not in output(capsys, *small)
     tokens = torch.tensor([[1, 2, 3]])
     assert torch.equal(Megalodon.load(tmp_path / "small")(tokens), quantize(model, "int4")(tokens))
-    lines, into = tmp_path / "lines.jsonl", ["--out", str(tmp_path / "measured")]
+    lines = tmp_path / "lines.jsonl"
     lines.write_text('{"words": "to be or not to be"}\n')
-    assert main([*command[:4], *into, "--data", str(lines), "--field", "words"]) == 0
-    assert f"%, {lines}" in capsys.readouterr().out
+    measured = [*small[:4], "--out", tmp_path / "measured", "--data", lines, "--field", "words"]
+    assert f"%, {lines}" in output(capsys, *measured)
     (tmp_path / "other").mkdir()
     (tmp_path / "other/file").touch()
     for out, run, error in (

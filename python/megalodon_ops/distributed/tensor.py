@@ -154,7 +154,7 @@ def _map_state(
 
     def convert(name: str, tensor: Tensor) -> Tensor:
         field = name.rpartition(".")[2]
-        if field in ("count", "position"):
+        if field in ("count", "position") or name.startswith("inputs."):  # the same on every rank
             return tensor
         if field == "k":
             return map_keys(tensor)
