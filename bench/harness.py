@@ -4,16 +4,16 @@ A `Case` is one piece of work with a `Path` for each way of doing it, ours first
 
 1. Agreement. Every path runs once, and its outputs are compared with the expected ones, which may be the outputs of a
    path. If ours miss the tolerance, the case raises `Disagreement` and is not timed. This call also compiles.
-2. Memory. Freed memory is returned to the system, and the peak memory of one call is read (Linux only): for our path
-   in the call of phase 1, for a rival that is not slow in one more call. Runs on fewer threads skip this phase.
-3. Warm-up. Every short path is called again, and so is every path called before phase 2 last returned memory.
+2. Memory. Freed memory is returned to the system, and the peak memory of one call is read (Linux only). For our path
+   this is the call of phase 1; a rival that is not slow is called once more. Runs on fewer threads skip this phase.
+3. Warm-up. A path with short calls is called twice. Another path is called once if phase 2 has returned memory.
 4. Time. Paths take turns, A B A B, so that a slower moment of the machine hits all of them. A path stops when it has
    enough samples or has used up its seconds, so slow paths have few samples. A slow rival is timed by one call after
    phase 1; a very slow rival by the call of phase 1 itself.
    warm: an untimed call comes first, then the timed one, or as many calls in a row as take a millisecond.
    cold: a buffer twice as large as the last-level cache is read and written first, then one call is timed.
-   If the machine was slower than its best before or after, the samples are taken again, unless that takes long; if it
-   is still slower, a note says so.
+   If multiply-adds ran below the machine's full speed just before or after the samples, the samples are taken again,
+   unless they took long. If the speed stays low, a note says so.
 
 Results are freed outside the timed part. The allocator keeps freed memory (`megalodon_ops.keep_freed_memory`), so the
 times exclude the system's clearing of pages, which `machine.Limits.first_touch` shows.
@@ -43,7 +43,7 @@ DTYPES = {torch.float32: "fp32", torch.bfloat16: "bf16"}
 
 _SHORT = 1e-3  # seconds; shorter calls are timed several in a row
 _CACHEABLE = 0.1  # seconds; the cache fills in a millisecond, so its state does not affect longer calls
-_LONG = 3.0  # seconds; longer calls are timed once after the first; samples that took longer are not repeated
+_LONG = 3.0  # seconds; a path with longer calls may stop after one sample; samples that took longer are not repeated
 _SLOW = 1.35  # seconds; a rival whose first call takes longer gets one more call
 _VERY_SLOW = 6.0  # seconds; a rival whose first call takes longer gets no other call
 
@@ -77,7 +77,7 @@ class Case:
     dtype: str
     paths: list[Path]
     expected: Callable[[], Outputs] | None
-    """None: nothing to compare; a path's own `call` is not called twice"""
+    """computes the outputs to compare with, or None. If it is the `call` of a path, it is called once for both"""
     tolerance: float
     """on max |got - expected| / max |expected|, each output by itself"""
     units: int
@@ -92,7 +92,7 @@ class Case:
     fewer_threads: bool = True
     """also time on fewer threads than all"""
     all_peaks: bool = False
-    """also read the peak memory of slow rivals, in the call of phase 1, on new pages"""
+    """also read the peak memory of slow rivals; before each call of phase 1, freed memory is returned to the system"""
 
 
 @dataclass
@@ -147,8 +147,8 @@ class Effort:
 
     samples: int = 11
     seconds: float = 0.15
-    """for each path and state of the cache; three times as many for the first three samples, no limit for the first two,
-    or for the first of a long call"""
+    """for each path, with a warm and with a cold cache; a path takes two samples in any case, or one if its calls are
+    long, and a third if these took at most three times as long"""
     compiled: bool = True
     """also measure the rivals by torch.compile, which take seconds to compile"""
     attempts: int = 3
@@ -156,7 +156,7 @@ class Effort:
 
 
 def measure(bench: str, case: Case, threads: Sequence[int], effort: Effort) -> Iterator[Result]:
-    """Results, most threads first; with fewer threads only ours and the best rival, warm."""
+    """Yield a result for each number of threads, most first; with fewer threads, only ours and the best rival, warm."""
     all_threads, *fewer = sorted(threads, reverse=True)
     if not effort.compiled:
         case = dataclasses.replace(case, paths=[path for path in case.paths if not path.compiled])
@@ -164,9 +164,9 @@ def measure(bench: str, case: Case, threads: Sequence[int], effort: Effort) -> I
     yield result
     best = result.best_rival
     rivals = [path for path in case.paths[1:] if best and path.name == best.path and len(best.warm) > 1]
-    duel = dataclasses.replace(case, paths=[case.paths[0], *rivals], expected=None, cold=False)
+    fastest = dataclasses.replace(case, paths=[case.paths[0], *rivals], expected=None, cold=False)
     for count in fewer if case.fewer_threads else ():
-        yield _measure(bench, duel, count, effort, memory=False)
+        yield _measure(bench, fastest, count, effort, memory=False)
 
 
 def _measure(bench: str, case: Case, threads: int, effort: Effort, *, memory: bool = True) -> Result:

@@ -15,14 +15,15 @@
 namespace megalodon::MEGALODON_ISA {
 
 inline constexpr int kTileSteps = 32;
-// A pass's modes fill 32 registers (scan: q, c, s, 6 per mode; sensitivity: q, u, w and two sums, 10). With 16
-// registers, coefficients become memory operands, which costs less than the latency that fewer modes would expose.
+// The modes of a pass fill 32 registers: 6 per mode in a scan (q, c and s), 10 in a sensitivity pass (q, u, w and two
+// sums). With 16 registers, coefficients become memory operands, which costs less than the latency that fewer modes
+// would expose.
 inline constexpr int kScanModes = 4;
 inline constexpr int kSensitivityModes = 2;
 
 enum Coef { kQRe, kQIm, kCRe, kCIm, kP, kCoefs };
 
-// Sums over positions, in double: gradients before the factors that are constant over positions.
+// Sums over positions, in double. A gradient is such a sum times factors that are the same at all positions.
 enum Sum { kSumWRe, kSumWIm, kSumHRe, kSumHIm, kSumP, kSumEndRe, kSumEndIm, kSums };
 
 // out = omega in; then for each mode and position:
@@ -55,15 +56,16 @@ MEGALODON_INLINE void for_each_pass(int64_t modes, F&& pass, int64_t n = 0) {
   if constexpr (size > 1) for_each_pass<size / 2>(modes, pass, n);
 }
 
-// Prefetches the next tiles' rows of two tensors into the L2, a line of each every few positions of a pass: many at
-// once would fill the L1's load buffers and stall the pass.
+// Prefetches the next tiles' rows of two tensors into the L2. During a pass, it fetches a line of each every few
+// positions: many lines at once would fill the L1's load buffers and stall the pass. Lines come in runs, along the rows
+// or along the columns.
 struct FetchAhead {
   static constexpr int kBlock = 4;  // positions, unrolled
 
   const char *a = nullptr, *b = nullptr;  // the next lines
-  int64_t count = 0, left = 0;            // lines of a run, and lines left of the current run
+  int64_t count = 0, left = 0;            // lines in a run, and lines left in the current run
   int64_t runs = 0;                       // runs left
-  int64_t step = 0, skip = 0;             // bytes from line to line, and from a run's last line to the next run's first
+  int64_t step = 0, skip = 0;             // bytes to add after every line, and after every run
   int burst = 1, pause = 1;               // lines per burst; blocks from burst to burst, a power of two
 
   // Sets a pace of at least one line per `steps` positions.

@@ -1,12 +1,12 @@
-// Products of many rows, bound by multiplications, in float32 and shorter. With AMX: linear_amx_cpu.cpp.
+// Products of many rows, limited by multiplications, in float32 and 16-bit types. With AMX: linear_amx_cpu.cpp.
 //
 //   y_to (+)= sum_i x_ti w_oi + b_o
 //
-// The weights are packed a block of at most kColumns outputs and kDepth inputs at a time, by all threads together, and
-// stay in the last-level cache. Then a job packs the block's inputs of some rows of x, which stay in the L2, and
-// multiplies them by the panels of the block (gemm.h): a tile is computed in registers and stored to y. Products deeper
-// than a block are summed in y or, if y is shorter than float, in a buffer for kSumRows rows of y at a time. A sum adds
-// runs of kRunDepth in the order of the depth, for any number of threads.
+// All threads together pack a block of the weights, of at most kColumns outputs and kDepth inputs; it stays in the
+// last-level cache. Then a job packs the block's inputs of some rows of x, which stay in the L2, and multiplies them by
+// the panels of the block (gemm.h): a tile is computed in registers and stored to y. Products deeper than a block are
+// summed in y or, if y is shorter than float, in a buffer for kSumRows rows of y at a time. The terms of a sum are
+// added in runs of kRunDepth, in the order of the depth; the number of threads does not change this order.
 
 #include "linear.h"
 
@@ -31,8 +31,8 @@ struct Place {
   bool add, first, last;
 };
 
-// Memory for packed operands and sums that a calling thread keeps between calls, for itself (0) and its helpers. Its
-// size depends on U and the purpose alone.
+// Memory for packed operands and sums. The calling thread keeps it between calls: matrix 0 for itself, the others for
+// the threads that help. The size of a matrix depends on U and the purpose alone.
 enum class For { weights, x, sums };
 template <class U, For purpose>
 U* thread_memory(int64_t rows, int64_t columns, size_t helper = 0) {
@@ -73,7 +73,7 @@ class Product {
   }
 
  private:
-  // Size of a block of `all`, at most `most`: equal sizes in multiples of `unit`, which divides `most`.
+  // Size of the blocks into which `all` is split: equal, at most `most`, a multiple of `unit`, which divides `most`.
   static int64_t even(int64_t all, int64_t most, int64_t unit) {
     return all > 0 ? round_up(ceil_div(all, ceil_div(all, most)), unit) : unit;
   }
@@ -110,7 +110,7 @@ class Product {
     });
   }
 
-  // Sums of a product that is deeper than a block; null if they are complete after one block.
+  // Where sums are kept between blocks of the depth: y or a buffer. Null if y is not float and one block is enough.
   float* sums_of(const Block& block) const {
     if constexpr (kSumsInY) {
       return y_ + block.row * p.outputs + block.column;
@@ -118,7 +118,7 @@ class Product {
       return block.depth < p.inputs ? thread_memory<float, For::sums>(kSumRows, kColumns + kLanes) : nullptr;
     }
   }
-  // Outside y, a vector is added to the stride: rows a power of two apart would evict each other from a cache.
+  // Rows of the buffer are a vector longer: rows a power of two apart would evict each other from a cache.
   int64_t sums_stride(const Block& block) const {
     return kSumsInY ? p.outputs : round_up(block.columns, kLanes) + kLanes;
   }
@@ -138,7 +138,7 @@ class Product {
     });
   }
 
-  // x becomes A = M^T if it is transposed.
+  // Packs x for use as A = M (gemm.h) or, if x is transposed, as A = M^T.
   void pack_x(const Block& block, Panels to) const {
     const auto input = [&](int64_t i) {
       return i < block.depth ? x_ + (block.first + i) * p.rows + block.row : nullptr;

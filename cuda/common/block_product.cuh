@@ -3,13 +3,14 @@
 //   TensorProduct<T, kVectors>   T = bf16 or fp16 on tensor cores; kVectors: rows of 16-byte vectors
 //   PlainProduct<R>              R = float or double by multiply-adds, for any alignment
 //
-// D is kEdge x kEdge. A slab is kDepth indices of the inner dimension: kEdge rows of kDepth elements if the operand's
-// rows run along it (A, B^T), kDepth rows of kEdge elements if they run across it ("by depth": A^T, B). A thread holds
-// kMicro x kMicro elements of D: at(r, c) is the element (row(r), column(c)). A row of D is spread over the threads
-// with slot() = 0 .. kSlots - 1.
+// D is kEdge x kEdge. A slab holds an operand at kDepth indices of the inner dimension. If the operand's rows run along
+// that dimension (A, B^T), a slab has kEdge rows of kDepth elements. If they run across it ("by depth": A^T, B), a slab
+// has kDepth rows of kEdge elements. A thread holds kMicro x kMicro elements of D: at(r, c) is the element
+// (row(r), column(c)). The threads that hold elements of one row of D have slot() = 0 .. kSlots - 1.
 //
-// load() fills a slab; the caller commits and waits. Row r is the first `valid` elements from row_of(r) on, in global
-// memory, then zeros; zeros alone if row_of(r) is null. row_of.anywhere() is an aligned address in global memory.
+// load() fills a slab; the caller commits and waits for the copies. Row r of the slab gets `valid` elements from the
+// address row_of(r) in global memory, then zeros; if row_of(r) is null, it gets only zeros. row_of.anywhere() is an
+// arbitrary aligned address in global memory.
 // multiply() skips terms beyond `depth` and elements beyond `rows` and `columns` where that is cheap.
 // store() writes the columns [0, valid) of row r of D to row_of(r), unless row_of(r) is null.
 // replace() replaces each element x of a slab by f(x).
@@ -55,7 +56,7 @@ struct TensorProduct {
     return static_cast<int>(threadIdx.x / kWarp % 4) * 4 + lane() % 4;
   }
 
-  // kWhole: the rows of row_of consist of 16-byte vectors, even if kVectors is false.
+  // kWhole: the rows at row_of(r) consist of 16-byte vectors; this can hold even if kVectors is false.
   template <bool kByDepth, bool kWhole = kVectors, class RowOf>
   GPU_INLINE static void load(T* slab, int64_t valid, RowOf&& row_of) {
     constexpr int rows = kByDepth ? kDepth : kEdge, width = kByDepth ? kEdge : kDepth, units = width / Tile<T>::kUnit;
@@ -63,13 +64,13 @@ struct TensorProduct {
     if constexpr (!kWhole) {
       tile.template load<false>(rows, width, static_cast<int>(valid < width ? valid : width), row_of);
     } else {
-      // A thread copies one column of units, from rows whose units are in the same order.
+      // A thread copies one column of units. Its rows are a multiple of 8 apart, so their units are in the same order.
       constexpr int step = kThreads / units;
       static_assert(step % 8 == 0);
       const int first = static_cast<int>(threadIdx.x / units), column = threadIdx.x % units * Tile<T>::kUnit;
       const bool inside = column < valid;
       T* const to = tile.unit(first, column);
-      _Pragma("unroll 2")  // more rows at once need more registers, as do more turns of multiply()'s loop
+      _Pragma("unroll 2")  // unrolling this loop or that of multiply() further needs more registers
       for (int r = 0; r < rows; r += step) {
         const T* from = row_of(first + r);
         const bool live = from && inside;
@@ -82,7 +83,8 @@ struct TensorProduct {
   GPU_INLINE static void multiply(Sum& d, const T* a_slab, const T* b_slab, int64_t depth, int64_t rows,
                                   int64_t columns) {
     if (warp_row() >= rows || warp_column() >= columns) return;
-    // The rows of ldmatrix's four 8 x 8 matrices, two by two, in row-major or in column-major order.
+    // A lane gives ldmatrix the address of one row of four 8 x 8 matrices, which are arranged 2 x 2. The lanes take the
+    // matrices in column-major order by (major, minor), in row-major order by (across, along).
     const int major = lane() % 16, minor = lane() / 16 * 8, across = lane() % 8 + minor, along = lane() / 8 % 2 * 8;
     const int a_at = kAByDepth ? place(a_slab, kEdge, across, warp_row() + along)
                                : place(a_slab, kDepth, warp_row() + major, minor);
@@ -147,8 +149,8 @@ struct TensorProduct {
   }
 
  private:
-  // Place in a slab of the unit from (row, column) on. Rows that are 16 apart have their units in the same order; the
-  // unit from (row, column ^ 16 j) on, j < 4, is at this place ^ 16 j.
+  // Offset in a slab of the unit that begins at (row, column). Rows that are 16 apart have their units in the same
+  // order. The unit at (row, column ^ 16 j), j < 4, has this offset ^ 16 j.
   GPU_INLINE static int place(const T* slab, int width, int row, int column) {
     return static_cast<int>(Tile<T>(const_cast<T*>(slab), width).unit(row, column) - slab);
   }

@@ -1,7 +1,7 @@
 """Write files and folders atomically, and read untrusted files.
 
-Only regular files are opened. A fault in a file raises a FileError of one line that begins with the file's path, or a
-FileNotFoundError. Writing follows symbolic links and replaces their targets.
+Only regular files are opened. A missing file raises a FileNotFoundError. Another fault raises a FileError, whose
+message is one line and begins with the file's path. Writing follows symbolic links and replaces their targets.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ def as_path(caller: str, argument: str, value: object) -> Path:
 
 @contextmanager
 def reading(path: Path) -> Iterator[None]:
-    """Turn errors of the block into a FileError that names the file, and those of too little memory into an OSError."""
+    """Convert errors in the `with` block: to an OSError if memory is short, else to a FileError that names the file."""
     try:
         yield
     except (FileError, FileNotFoundError, ModuleNotFoundError):
@@ -60,7 +60,7 @@ def reading(path: Path) -> Iterator[None]:
 
 
 def file_size(path: Path) -> int:
-    """Return the bytes of a regular file, through links; a folder, pipe or device is refused unopened."""
+    """Return the size of a regular file in bytes, following links; for a folder, pipe or device raise a FileError."""
     with reading(path):
         try:
             found = path.stat()
@@ -73,7 +73,7 @@ def file_size(path: Path) -> int:
 
 @contextmanager
 def opened(path: Path) -> Iterator[BinaryIO]:
-    """Open a regular file for reading; errors of the block are faults of the file."""
+    """Open a regular file for reading; errors in the `with` block are converted as by :func:`reading`."""
     file_size(path)
     with reading(path), open(path, "rb") as file:
         yield file
@@ -101,12 +101,13 @@ def read_json(path: Path) -> dict[str, Any]:
 
 @contextmanager
 def write_atomically(path: Path, *, folder: bool = False, token: str | None = None) -> Iterator[Path]:
-    """Yield the path of a draft, a file to write or an empty folder to fill, and rename it to `path` in the end.
+    """Yield the path of a draft, a file or with `folder` an empty folder, and rename the draft to `path` at the end.
 
-    If the process is killed meanwhile, the old content of `path` stays. (Where folders cannot be exchanged and the
-    process is killed between two renames, it stays inside `.<name>.draft-...`.) A draft that cannot be finished is
-    removed, since it would keep a full disk full. The draft of a killed process is removed by the next call for the
-    same path. Processes that write one path at once have separate drafts; the last to finish wins.
+    If the process is killed meanwhile, the old content of `path` stays. (A file system that cannot exchange folders
+    needs two renames; if the process is killed between them, the old content stays inside `.<name>.draft-...`.) If an
+    error ends the block, the draft is removed, to free its space on the disk. The draft of a killed process is removed
+    by the next call for the same path. Processes that write to one path at once have separate drafts; the last to
+    finish wins.
     """
     path = Path(os.path.realpath(path))
     try:
@@ -132,10 +133,10 @@ def write_whole(path: Path, content: bytes) -> None:
 
 
 def remove_drafts(parent: Path, name: str) -> None:
-    """Remove drafts that killed processes left of the file or folder `name`, which may be a pattern."""
+    """Remove the drafts of killed processes for the file or folder `name`, which may be a pattern."""
     for lock in parent.glob(f".{name}.draft-*.lock"):
         with suppress(OSError), open(lock, "r+b") as file:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # fails where the process lives
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # fails if the process is alive
             shutil.rmtree(lock.with_suffix(""), ignore_errors=True)
             lock.unlink()
 
@@ -147,10 +148,10 @@ def draft_path(path: Path, token: str) -> Path:
 
 @contextmanager
 def drafting(path: Path, token: str | None = None) -> Iterator[Path]:
-    """Yield the path of a draft and hold its lock; remove it in the end. Processes take turns with one token."""
+    """Yield the path of a draft and hold its lock; remove the draft at the end. Calls with one `token` take turns."""
     draft, has_lock = draft_path(path, token or uuid.uuid4().hex[:8]), False
     path.parent.mkdir(parents=True, exist_ok=True)
-    while not has_lock:  # again if the last holder has removed the file
+    while not has_lock:  # lock again if the last holder has removed the lock file
         with open(f"{draft.parent}.lock", "ab") as lock:
             with suppress(OSError):  # a file system without locks, where drafts of killed processes stay
                 fcntl.flock(lock, fcntl.LOCK_EX)
@@ -164,18 +165,18 @@ def drafting(path: Path, token: str | None = None) -> Iterator[Path]:
 
 
 def _replace(draft: Path, path: Path) -> None:
-    """Rename a folder to `path`, even while other processes do so."""
+    """Rename a folder to `path` and replace the folder there, even if other processes do the same at once."""
     while not _exchange(draft, path):
         old = draft.with_name(f"old-{uuid.uuid4().hex[:8]}")
         try:
-            with drafting(path, "turn"):  # the name is free for a moment
+            with drafting(path, "turn"):  # `path` does not exist between the renames
                 with suppress(FileNotFoundError):
                     os.rename(path, old)
                 return os.rename(draft, path)
         except BaseException as error:
             with suppress(OSError):
                 os.rename(old, path)
-            if getattr(error, "errno", None) not in (errno.ENOTEMPTY, errno.EEXIST):  # of another process
+            if getattr(error, "errno", None) not in (errno.ENOTEMPTY, errno.EEXIST):  # another process was faster
                 raise
 
 
@@ -198,7 +199,7 @@ def write_safetensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str
         plain[name] = tensor.clone() if begin in seen else tensor
         seen.add(begin)
     path.touch()
-    mode = path.stat().st_mode  # the user's default; the library's files are readable by their owner alone
+    mode = path.stat().st_mode  # the user's default; files of safetensors are readable only by their owner
     try:
         save_file(plain, path, metadata=metadata or {"format": "pt"})
     except SafetensorError as error:

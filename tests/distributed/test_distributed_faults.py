@@ -81,7 +81,7 @@ FAULTS = [
     Fault("`return_state` must be .* got False .* True on rank 1", rank_1=dict(return_state=True)),
     Fault("`state` must be .* got None on rank 0 and given on rank 1", past=(8, 0)),
     Fault(r"`state.norm.count` must be .* \[8, 8\] on rank 0 and \[16, 16\] on rank 1", past=(16, 8)),
-    Fault("`state` must be of 2 rows, those of `tokens`, got one of 3", past=(8, 8), rows=3),
+    Fault("`state` must have 2 sequences, as many as `tokens`, got 3", past=(8, 8), rows=3),
     Fault("ends 3 tokens into a chunk of 8 of sequence 0", past=(3, 3)),
 ]
 

@@ -189,8 +189,8 @@ def test_non_finite_losses_are_an_error(where):
 @pytest.mark.parametrize(
     ("texts", "options", "error", "message"),
     [
-        ([], {}, ValueError, "`documents` must hold a token to predict"),
-        ([[3]], {}, ValueError, "`documents` must hold a token to predict"),
+        ([], {}, ValueError, "`documents` must have a token to predict"),
+        ([[3]], {}, ValueError, "`documents` must have a token to predict"),
         (["text"], {}, TypeError, "`tokens` must be integers, got 'text'; encode text with a tokenizer"),
         ([b"text"], {}, TypeError, "encode text with a tokenizer"),
         ([[0.5, 1.0]], {}, ValueError, "`tokens` must be integers"),

@@ -289,7 +289,7 @@ def test_replaced_rows_go_on_as_in_a_decoder_of_their_own():
         assert all(torch.equal(found[[row]], one(tokens[[row], :1])) for row, one in enumerate(single))
     for rows, wrong, message in (
         (torch.tensor([0, 0]), others[:2], "`rows` must be different integers"),
-        (torch.tensor([0]), others[:2], "`state` must be of 1 rows, those of `rows`, got one of 2"),
+        (torch.tensor([0]), others[:2], "`state` must have 1 sequences, as many as `rows`, got 2"),
         (torch.tensor([3]), others[:1], r"`rows` must be in \[0, 3\), got \[3\]"),
         (torch.tensor([0]), others[:1].to(torch.float64), "must be torch.float32 beside the other tensors"),
     ):

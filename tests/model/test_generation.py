@@ -316,7 +316,7 @@ def test_invalid_arguments_and_combinations_are_refused(model, argument, options
 def test_a_state_of_other_rows_is_refused(model):
     state = mo.MegalodonState.fresh(model.config, 3, dtype=torch.float64)
     with pytest.raises(
-        ValueError, match=r"generate: `state` must be of 5 rows, those of `prompt`, got one of 3; state\[rows\]"
+        ValueError, match=r"generate: `state` must have 5 sequences, as many as `prompt`, got 3; .* state\[rows\]"
     ):
         model.generate(PROMPT, max_new_tokens=1, state=state)
 

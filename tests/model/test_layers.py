@@ -149,7 +149,9 @@ def test_halves_of_a_block_take_sizes():
         assert type(layers[0]) is type(layers[1]) and layers[0].config == layers[1].config
         assert torch.equal(layers[0](x), layers[1](x))
         config = layers[0].config
-        with pytest.raises(TypeError, match=rf"{half.__name__}: `z_dim` must be a field of `config`, got both"):
+        with pytest.raises(
+            TypeError, match=rf"{half.__name__}: `z_dim` must be set in `config`, got it as an argument"
+        ):
             half(config, z_dim=8)
         with pytest.raises(TypeError, match=rf"{half.__name__}: `zdim` must be a field of MegalodonConfig"):
             half(24, zdim=8)

@@ -69,19 +69,21 @@ def evaluate(
     modes = [(module, module.training) for module in model.modules()]
     model.eval()
     found: dict[Context, Evaluation] = {}
-    whole: Evaluation | None = None  # of a context that cut no document; larger contexts give the same result
+    uncut: Evaluation | None = None  # the result of a context that cut no document; larger contexts have the same
     try:
         for context in sorted(lengths, key=lengths.get):
-            if whole is None:
+            if uncut is None:
                 found[context], has_cut = _evaluate(model, documents, context, lengths[context], rows, piece)
-                whole = None if has_cut else found[context]
+                uncut = None if has_cut else found[context]
             else:
-                found[context] = dataclasses.replace(whole, context=context)
+                found[context] = dataclasses.replace(uncut, context=context)
             counts = {each.context: each.tokens for each in found.values()}
-            if not min(counts.values()) or len(set(counts.values())) > 1:  # such as pieces that can be read only once
+            # Counts can differ: a document that is an iterator of pieces is empty the second time.
+            if not min(counts.values()) or len(set(counts.values())) > 1:
                 raise ValueError(
-                    "evaluate: `documents` must hold a token to predict, beside start tokens, and the same tokens "
-                    f"for every context, got {', '.join(f'{count} for {context}' for context, count in counts.items())}."
+                    "evaluate: `documents` must have a token to predict after the start tokens, and the same tokens "
+                    "for every context, got "
+                    f"{', '.join(f'{count} with context {context}' for context, count in counts.items())}."
                 )
     finally:
         for module, training in modes:
@@ -95,10 +97,10 @@ def _evaluate(
     """Return the losses for one context, and True if a document was longer than a window."""
     tally, reader, has_cut = Tally(), _Reader(model), False
     queue = open_documents(documents, tally.add_bytes)
-    lanes: list[Iterator[list[Segment]]] = []
+    lanes: list[Iterator[list[Segment]]] = []  # each reads documents from the queue, one after another
     while True:
         segments = [(number, segment) for number, lane in enumerate(lanes) for segment in next(lane, [])]
-        while len(lanes) < rows:  # one more lane, while there are documents
+        while len(lanes) < rows:  # add a lane if documents are left
             lane = segments_of(queue, length, piece)
             if not (taken := next(lane, [])):
                 break
@@ -112,7 +114,7 @@ def _evaluate(
 
 
 class _Reader:
-    """The model, and its states in the lanes' unfinished windows."""
+    """Reader of segments, which keeps the model's states for windows that continue in the next call."""
 
     def __init__(self, model: Megalodon):
         self.model = model
@@ -123,7 +125,7 @@ class _Reader:
     def read(self, segments: list[tuple[int, Segment]]) -> Iterator[tuple[list[Segment], Tensor]]:
         """Yield the losses (T,) of all segments: first of whole windows, which need no state, then of parts of windows.
 
-        `segments` are (lane, segment), with one segment of every lane that has an unfinished window.
+        `segments` are pairs (lane, segment). Every lane with an unfinished window must have one that continues it.
         """
         whole = [segment for _, segment in segments if segment.start == 0 and segment.ends]
         if whole:

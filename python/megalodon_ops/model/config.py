@@ -30,9 +30,9 @@ class MegalodonConfig:
     model_dim: int = 1024
     """D"""
     z_dim: int = 256
-    """H * K, the shared queries and keys"""
+    """H * K, width of the projection that queries and keys share"""
     value_dim: int = 2048
-    """H * V"""
+    """H * V, width of the values"""
     num_heads: int = 1
     """H"""
     ffn_hidden_dim: int = 2048
@@ -64,19 +64,19 @@ class MegalodonConfig:
     share_emb: bool = False
     """the output matrix is the embedding"""
     layerwise_ckpt: bool = False
-    """recompute each layer in the backward (training only): memory of one layer instead of all"""
+    """recompute each layer in the backward (training only), to hold the activations of one layer instead of all"""
     eos_token_id: int | None = None
     """token that ends a document and stops `generate`, or None; not a field of the released code"""
     working_memory: bool = False
-    """each block reads an :func:`adaptive_working_memory` of the chunks beyond attention; the released code has neither
-    this field nor the next"""
+    """each block also reads an :func:`adaptive_working_memory` of the chunks that attention does not see; the released
+    code has neither this field nor the next"""
     visible_chunks: int = 1
-    """chunks that attention sees, a position's own among them: 1 or 2"""
+    """chunks that attention sees, including the position's own: 1 or 2"""
     num_features: int | None = None
     """F, numbers per position of continuous input; None: the input is tokens"""
     scale_inputs: bool = True
-    """standardise each of the F numbers by the mean and deviation of its own sequence: up to the position, or, for an
-    encoder, of the whole sequence"""
+    """standardise each of the F numbers by its mean and deviation over the sequence up to the position; in an encoder,
+    over the whole sequence"""
     missing_values: bool = False
     """NaN among the F numbers is a missing value: the model reads the mean and a flag; needs scale_inputs"""
 
@@ -133,7 +133,7 @@ class MegalodonConfig:
 
     @property
     def num_outputs(self) -> int:
-        """Logits or, with `num_features`, numbers per position of the output."""
+        """Outputs per position: logits or, with `num_features`, numbers."""
         if self.output_size != -1:
             return self.output_size
         return self.vocab_size if self.num_features is None else self.num_features
@@ -222,7 +222,8 @@ class MegalodonConfig:
         """A configuration by its name, with single fields replaced.
 
         Args:
-            name: a released one; "paper7B", the paper's; or "small", of bytes, the default of the command `train`.
+            name: one of :meth:`presets`: a released configuration; "paper7B", that of the paper; or "small", a model
+                of bytes, the default of the command `train`.
 
         Raises:
             ValueError: there is no such name. TypeError: there is no such field.
@@ -241,7 +242,7 @@ class MegalodonConfig:
         return dataclasses.asdict(self)
 
     def meaning(self) -> dict[str, Any]:
-        """Fields that determine a trained model's results and its states: not dropout and the like."""
+        """Return the fields that affect a trained model's outputs and states, without dropout and the like."""
         return {name: value for name, value in self.to_dict().items() if name not in _FIELDS_WITHOUT_EFFECT}
 
     @classmethod
@@ -260,16 +261,16 @@ class MegalodonConfig:
 def check_config(
     module: str, config: object, kind: type[MegalodonConfig] = MegalodonConfig, *, accept_encoder: bool = False
 ) -> None:
-    """Raise a TypeError unless `config` is a `kind`; parts of models accept an encoder's configuration, too."""
+    """Raise a TypeError unless `config` is a `kind`; with `accept_encoder`, it may be an encoder's configuration."""
     if not isinstance(config, kind) or not (accept_encoder or config.causal == kind.causal):
         raise TypeError(f"{module}: `config` must be a {kind.__name__}, got {describe(config)}.")
 
 
 def config_of_sizes(module: str, config: object, sizes: dict[str, Any]) -> object:
-    """Return a module's configuration, given as such, or as its width and other fields of a MegalodonConfig."""
+    """Return the configuration of a module: `config` itself, or one of width `config` with the fields `sizes`."""
     if not isinstance(config, int) or isinstance(config, bool):
         if sizes:
-            raise TypeError(f"{module}: `{min(sizes)}` must be a field of `config`, got both; set it there.")
+            raise TypeError(f"{module}: `{min(sizes)}` must be set in `config`, got it as an argument beside `config`.")
         return config
     names = [field.name for field in dataclasses.fields(MegalodonConfig)]
     if unknown := sizes.keys() - set(names):
@@ -284,7 +285,7 @@ CLIENT_NAMES = {
     "num_attention_heads": "num_heads",
     "intermediate_size": "ffn_hidden_dim",
 }
-"""Names by which programs for transformers read fields of a `config.json`, and the fields"""
+"""Fields by their names in transformers, under which other programs read them from a `config.json`"""
 _FIELDS_WITHOUT_EFFECT = set("init_mode dropout hidden_dropout attention_dropout layerwise_ckpt eos_token_id".split())
 _LARGEST_FLOAT32 = (2 - 2**-23) * 2.0**127
 # For a run of minutes on a few cores: docs/training.md.

@@ -71,7 +71,7 @@ _TIED_GAIN = 0.9
 
 
 class _Head(nn.Module):
-    """Logits of features h: a linear layer of the mean over a row's positions of silu(W h + b + h)."""
+    """Classification head: the logits are a linear map of the mean of silu(W h + b + h) over a sequence."""
 
     def __init__(self, dim: int, num_classes: int) -> None:
         super().__init__()
@@ -88,8 +88,8 @@ class MegalodonEncoder(nn.Module):
     The blocks are those of :class:`Megalodon` with :func:`sequence_norm`, :func:`bidirectional_cema` and attention to
     the whole chunk. An encoder has no state and does not stream.
 
-    Source: arXiv 2404.08801, section 4.5, and the code in which its encoders were developed; no encoder of the final
-    block was released.
+    Source: arXiv 2404.08801, section 4.5, and the code in which its encoders were developed. No encoder with the final
+    version of the block was released.
 
     Example:
         >>> import torch, megalodon_ops as mo
@@ -149,7 +149,7 @@ class MegalodonEncoder(nn.Module):
         return load_model(cls, directory, dtype=dtype, device=device)
 
     def save(self, directory: str | os.PathLike, *, tokenizer: Any = None, max_shard_bytes: int = 4 << 30) -> None:
-        """Write the encoder to a folder for :meth:`load`, complete or not at all, as :meth:`Megalodon.save` does.
+        """Write the encoder to a folder that :meth:`load` reads, atomically, as :meth:`Megalodon.save` does.
 
         Example:
             >>> import tempfile, torch, megalodon_ops as mo
@@ -192,7 +192,7 @@ class MegalodonEncoder(nn.Module):
         sequences = Sequences(cu_seqlens, lengths)
         check_inputs("MegalodonEncoder", "inputs", inputs, self, sequences)
         x = self._hidden(self._embed(inputs, sequences), sequences)
-        check_not_empty("MegalodonEncoder", "inputs", x, sequences)  # here: the ops have checked offsets and lengths
+        check_not_empty("MegalodonEncoder", "inputs", x, sequences)  # the ops have checked offsets and lengths
         return x if features or self.classifier is None else at_least_float32(self.classifier(x, **sequences.keywords))
 
     def _hidden(self, x: Tensor, sequences: Sequences) -> Tensor:
@@ -220,7 +220,7 @@ class MegalodonEncoder(nn.Module):
     def pool(x: Tensor, *, cu_seqlens: Tensor | None = None, lengths: Tensor | None = None) -> Tensor:
         """Mean (S, D) of x (B, L, D) over each sequence, summed in float64; zero for an empty sequence."""
         check_rank("MegalodonEncoder.pool", "x", x, "(B, L, D)", 3)
-        each_channel = dict(num_groups=x.shape[-1])  # the statistics of a channel include its mean
+        each_channel = dict(num_groups=x.shape[-1])  # one channel per group: the statistics are its own
         return timestep_norm_end_state(x, **each_channel, cu_seqlens=cu_seqlens, lengths=lengths).mean.to(x.dtype)
 
     def _embed(self, inputs: Tensor, sequences: Sequences) -> Tensor:

@@ -86,7 +86,7 @@ class Megalodon(nn.Module):
         return getattr(self.layers[0].mega.wz, "kind", None)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> nn.Module:
-        """Move and cast all parameters; a shared embedding stays shared, also when it leaves `meta`."""
+        """Move or cast all parameters; a shared embedding stays shared, also after a move from the device `meta`."""
         shared = own_weight(self.embed) is not None and own_weight(self.embed) is own_weight(self.output.output)
         super()._apply(fn, recurse)
         if shared:
@@ -99,14 +99,14 @@ class Megalodon(nn.Module):
     ) -> Megalodon:
         """Load a model from a folder that :meth:`save`, `python -m megalodon_ops train` or transformers wrote.
 
-        On the CPU the weights are memory-mapped: a tensor is read from the disk at its first use, without a second
-        copy, and changes of weights stay in memory. Do not truncate or overwrite the files of a loaded model. Replacing
-        the folder by :meth:`save` is safe: the old files stay on the disk until the model is gone.
+        On the CPU the weights are memory-mapped: a tensor is read from the disk at its first use and is not copied.
+        Changes to the weights are not written to the files. Do not truncate or overwrite the files of a loaded model.
+        Replacing the folder by :meth:`save` is safe: the old files stay on the disk as long as the model exists.
 
         Args:
             directory: holds `config.json` and `model.safetensors`, or shards that `model.safetensors.index.json` names.
-            dtype: that of the linear layers and the embedding; None: the folder's. Wide parameters stay float32 under a
-                16-bit dtype.
+            dtype: of the linear layers and the embedding; None: as in the folder. The parameters of
+                :func:`wide_parameters` stay float32 under a 16-bit dtype.
             device: the device of the parameters.
 
         Returns:
@@ -123,15 +123,15 @@ class Megalodon(nn.Module):
         """Write the model to a folder that :meth:`load` and transformers' `from_pretrained` read.
 
         Args:
-            directory: a new or empty folder, or one that holds a checkpoint, which is replaced: files that this method
-                does not write stay, and so does a tokenizer unless another is given.
+            directory: a new or empty folder, or one with a checkpoint, which is replaced. Files that this method does
+                not write are kept, and so is the folder's tokenizer if `tokenizer` is None.
             tokenizer: saved with the model; has a method `save(folder)`, as those of :mod:`megalodon_ops.tokenizers`.
-            max_shard_bytes: larger weights are split into files of at most this size (but no parameter is split) and an
-                index.
+            max_shard_bytes: if the weights are larger, they are split into files of at most this size, with an index.
+                No parameter is split, even if it is larger.
 
-        The folder is complete or not there: it is written under another name, flushed to the disk and renamed. If the
-        process is killed while it replaces a checkpoint, or if several processes save there at once, the folder holds
-        one whole checkpoint. A file system that cannot exchange two folders may leave the old one in
+        The write is atomic: the folder is written under another name, flushed to the disk and renamed. If the process
+        is killed while it replaces a checkpoint, or if several processes save there at once, the folder holds one
+        whole checkpoint. A file system that cannot exchange two folders may leave the old one in
         `.<name>.draft-...`.
 
         Raises:
@@ -149,21 +149,21 @@ class Megalodon(nn.Module):
         save_model(self, directory, tokenizer=tokenizer, max_shard_bytes=max_shard_bytes)
 
     def alone(self) -> Megalodon:
-        """Return the model for whole sequences in one process: itself, unless it is split over several ranks.
+        """Return the model for use in one process, on whole sequences: itself, unless it is split over several ranks.
 
-        For a model of :func:`megalodon_ops.distributed.parallelize`, this is another one with the same parameters,
-        which exchanges no states and no losses.
+        For a model of :func:`megalodon_ops.distributed.parallelize`, return a model with all parameters, whose calls
+        exchange nothing with other ranks.
         """
         return self
 
     def num_parameters(self) -> int:
-        """Number of parameters; a quantised one counts as one."""
+        """Number of parameters; a quantised model has as many as before :func:`quantize`."""
         if self.quantization:
             return self.config.num_parameters()
         return sum(parameter.numel() for parameter in self.parameters())
 
     def _reference(self) -> Megalodon:
-        """Return an unchanged model of this configuration on `meta`, with which :class:`Decoder` compares this one."""
+        """Return an unmodified model of this configuration on `meta`; :class:`Decoder` compares this model with it."""
         return _shared_empty_model(Megalodon, self.config, torch.float32, self.quantization)
 
     def forward(
@@ -180,7 +180,7 @@ class Megalodon(nn.Module):
         cu_seqlens: Tensor | None = None,
         lengths: Tensor | None = None,
     ) -> Tensor | tuple[Tensor, MegalodonState]:
-        """Compute the logits of the next token after every token or, with `targets`, their loss, as :meth:`loss`.
+        """Compute the logits of the next token at every position; with `targets`, the loss, as :meth:`loss` does.
 
         Args:
             tokens: (B, L) integers or, with the configuration's `num_features`, (B, L, F) floating-point numbers.
@@ -195,8 +195,9 @@ class Megalodon(nn.Module):
             lengths: (B,) tokens in each right-padded row.
 
         Returns:
-            logits or, with `num_features`, numbers (B, L, num_outputs), float32 (float64 for a float64 model); arbitrary at padding. Or the loss, or
-            the features. With `return_state` also the state, a :class:`MegalodonState`.
+            the logits or, with `num_features`, the predicted numbers: (B, L, num_outputs), float32 (float64 for a
+            float64 model), with arbitrary values at padding. With `targets` the loss; with `features` the features.
+            With `return_state` also the state, a :class:`MegalodonState`.
 
         Raises:
             ValueError, TypeError: an argument is wrong, or two do not go together. IndexError: a token is outside of the
@@ -294,10 +295,10 @@ class Megalodon(nn.Module):
     def input_scale(self, inputs: Tensor, *, state: MegalodonState | None = None) -> tuple[Tensor, Tensor]:
         """Mean and deviation by which a model with `num_features` and `scale_inputs` standardises each position.
 
-        A model that predicts its own series in these units gets back to the data's by `mean + deviation * output`.
+        If a model's outputs are in these units, `mean + deviation * output` converts them to the units of the data.
 
         Args:
-            inputs: (B, L, F), rows of the call whose scale is wanted.
+            inputs: (B, L, F), the inputs of a call of the model.
             state: the initial state of that call.
 
         Returns:
@@ -332,7 +333,7 @@ class Megalodon(nn.Module):
     def _check(
         self, op: str, argument: str, tokens: Tensor, state: MegalodonState | None, sequences: Sequences = Sequences()
     ) -> None:
-        """Raise unless tokens, the `argument` of `op`, and the state of their past fit the model."""
+        """Raise an error, naming `op` and `argument`, unless `tokens` and the initial state fit the model."""
         check_inputs(op, argument, tokens, self, sequences)
         if state is not None:
             offsets = sequences.cu_seqlens

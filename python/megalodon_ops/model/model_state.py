@@ -41,10 +41,9 @@ Rows = slice | Sequence[int] | Tensor
 class MegalodonState(NamedTuple):
     """State that a call of the model passes on to the next call; its size does not depend on the length of the past.
 
-    A state is a pytree of tensors whose first dimension is the S sequences of a batch. `state[rows]` is the state of
-    some of the sequences, in arbitrary order and with repetitions: a slice, a list or a 1-D tensor of integers or bools
-    names them. No method changes the state it is called on, and results of `clone`, `reset`, `cat` and `state[rows]`
-    share no memory with it.
+    A state is a pytree of tensors whose first dimension is the S sequences of a batch. `state[rows]` selects sequences
+    by a slice, a list or a 1-D tensor of integers or bools; integers may be in arbitrary order and repeat. No method
+    changes the state it is called on, and results of `clone`, `reset`, `cat` and `state[rows]` share no memory with it.
 
     Example:
         >>> import torch, megalodon_ops as mo
@@ -60,7 +59,8 @@ class MegalodonState(NamedTuple):
     norm: TimestepNormState
     """the final norm's"""
     inputs: TimestepNormState | tuple[()] = ()
-    """that of the inputs' scale, F groups in float64; with `missing_values` count is (S, F); (): inputs are not scaled"""
+    """running statistics of the inputs, one group per feature, float64; with `missing_values`, count is (S, F); (): the
+    model does not scale its inputs"""
 
     @staticmethod
     def fresh(
@@ -155,7 +155,7 @@ class MegalodonState(NamedTuple):
         return _map(Tensor.detach, self)
 
     def save(self, path: str | os.PathLike, config: MegalodonConfig) -> None:
-        """Write the state to one safetensors file, which is complete or not there.
+        """Write the state to one safetensors file, atomically.
 
         Args:
             path: the file; an existing file is replaced.
@@ -233,13 +233,13 @@ class MegalodonState(NamedTuple):
 
 
 def check_state(op: str, state: object, config: MegalodonConfig, rows: int, argument: str) -> None:
-    """Raise unless the state fits this configuration and has `rows` sequences, as `argument` does."""
+    """Raise an error unless the state fits the configuration and has `rows` sequences, as many as `argument`."""
     if not isinstance(state, MegalodonState):
         raise TypeError(f"{op}: `state` must be a MegalodonState or None, got {describe(state)}.")
     if state.num_sequences != rows:
         raise ValueError(
-            f"{op}: `state` must be of {rows} rows, those of `{argument}`, got one of {state.num_sequences}; "
-            "state[rows] selects and repeats."
+            f"{op}: `state` must have {rows} sequences, as many as `{argument}`, got {state.num_sequences}; "
+            "select or repeat them by state[rows]."
         )
     features = config.num_features if scales_inputs(config) else None
     if (got := state.inputs.mean.shape[1] if state.inputs else None) != features:
@@ -338,8 +338,8 @@ def layout(config: MegalodonConfig, rows: int, activations: torch.dtype) -> Layo
     real, heads = accumulation_dtype(activations), config.num_heads
 
     def norm(prefix: str, groups: int, real: torch.dtype) -> Layout:
-        counts_groups = prefix == "inputs." and config.missing_values
-        yield f"{prefix}count", torch.int64, (rows, groups) if counts_groups else (rows,)
+        has_group_counts = prefix == "inputs." and config.missing_values
+        yield f"{prefix}count", torch.int64, (rows, groups) if has_group_counts else (rows,)
         yield f"{prefix}mean", real, (rows, groups)
         yield f"{prefix}var", real, (rows, groups)
         yield f"{prefix}residual", real, (rows, 2, groups)

@@ -31,12 +31,12 @@ BLAMED = {
         "generate: `do_sample` must be left out, as there is no such option; temperature=0 takes the likeliest",
     ),
     "a slip": (lambda: model.generate(tokens, max_new_tokens=1, top=3), "generate: `top` must be left out, .* option\\."),
-    "a state of two rows": (with_state(model), "Megalodon: `state` must be of 3 rows, those of `tokens`, got one of 2; state"),
-    "in features": (with_state(model.features), "Megalodon: `state` must be of 3 rows, those of `tokens`, got one of 2"),
-    "in generate": (with_state(model.generate, max_new_tokens=1), "generate: `state` must be of 3 rows, those of `prompt`"),
+    "a state of two rows": (with_state(model), "Megalodon: `state` must have 3 sequences, .* got 2; select or repeat"),
+    "in features": (with_state(model.features), "Megalodon: `state` must have 3 sequences, as many as `tokens`, got 2"),
+    "in generate": (with_state(model.generate, max_new_tokens=1), "generate: .* 3 sequences, as many as `prompt`"),
     "a packed state": (
         lambda: model(tokens[:1], state=model_state, cu_seqlens=torch.tensor([0, 2, 4, 5])),
-        "Megalodon: `state` must be of 3 rows, those of `cu_seqlens`, got one of 2",
+        "Megalodon: `state` must have 3 sequences, as many as `cu_seqlens`, got 2",
     ),
     "a state of another model": (
         lambda: tiny_model(torch.float32, cema_ndim=3)(tokens, state=model_state),
