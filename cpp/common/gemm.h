@@ -6,9 +6,10 @@
 //   same wherever the element is, so a packed matrix serves as A in two ways:
 //     A = M     rows of the tile are rows of M, the depth runs along its columns (panel after panel)
 //     A = M^T   rows of the tile are columns of M, the depth runs along its rows (within one panel)
-//   Tile: 8 rows x 3 vectors with AVX-512 (24 sums, 3 of B, the rest for A), 4 x 3 with AVX2, 4 x 2 without FMA, 8 x 2
-//   of float and 4 x 2 of double on Arm. The panel at the right edge uses only vectors that hold columns; with AVX-512
-//   and enough rows its tiles also have 24 sums, 12 x 2 or 24 x 1. Rows are padded to kTileRows, the depth to a unit.
+//   A tile is 8 rows x 3 vectors with AVX-512 (24 registers of sums, 3 of B, the rest for A), 4 x 3 with AVX2, 4 x 2
+//   without FMA; on Arm 8 x 2 of float and 4 x 2 of double. In the last panel, vectors without columns of the matrix
+//   are skipped; with AVX-512 and enough rows, its tiles are then 12 x 2 or 24 x 1, to keep 24 sums. Rows are padded to
+//   kTileRows, the depth to a unit.
 //
 //   A unit is what one lane multiplies at once: one element of the compute type or, if the CPU multiplies pairs, two
 //   bfloat16 that are neighbours along the depth. So pairs need M in two formats: paired along the columns for A = M,
@@ -107,8 +108,8 @@ struct Ahead {
 };
 
 // One tile: C = gain A B, or with factors C = diag(factors) C + gain A B. a_panel is the distance between the panels of
-// A = M. Each group of units prefetches a little, since a burst would delay the loads: the next panel of A = M, the
-// tile of C, and from `ahead` on what later tiles read.
+// A = M. Prefetches fetch the next panel of A = M, the tile of C, and memory from `ahead` on, for later tiles. They are
+// spread over the groups of units, since a burst would delay the loads.
 template <bool kTransposeA, int kVectors, int kRows, class U>
 __attribute__((noinline)) void multiply_tile(int64_t depth, const U* a, int64_t a_panel, const U* b, SumOf<U> gain,
                                              const SumOf<U>* factors, SumOf<U>* c, const char* ahead) {
@@ -156,7 +157,7 @@ __attribute__((noinline)) void multiply_tile(int64_t depth, const U* a, int64_t 
 }
 
 // kTallRows rows are computed together, by one tile of 24 x 1 or two of 12 x 2. tile_rows() is the number of rows
-// computed next if `rows` are left: a multiple of kTileRows, so no tile leaves the padding or the block.
+// to compute next if `rows` are left. It is a multiple of kTileRows, so no tile exceeds the padded rows or the block.
 template <class U> inline constexpr int kTallRows = kTileRows<U> * (kWide ? kTileVectors : 1);
 template <class U>
 MEGALODON_INLINE int64_t tile_rows(int vectors, int64_t rows) {
@@ -264,7 +265,8 @@ class TileRegisters {
 template <class... Arguments> void multiply_rows_amx(Arguments...) = delete;
 #endif
 
-// Factors of the rows of a tile. Static, or two versions of the module in one process would share them.
+// Factors of a tile's rows, for C += gain A B. If they were not static, two versions of the module in one process would
+// share them.
 template <class R>
 static constexpr R kOnes[] = {1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1};
 

@@ -7,11 +7,11 @@
 //   dbeta_i = sum_T e_i;  dgamma_i = sum_T e_i zn / sqrt(K)
 //   dzn = e_0 a_0 + e_1 a_1;  dz = r (dzn - zn mean_K(dzn zn))
 //
-// Tokens are cut into blocks by their number alone. A thread takes a block, lists its tokens and their rows of the
-// rotary table, and processes one head of a token at a time (backward: of kTile tokens), K values in L1. A vector holds
-// whole (re, im) pairs; of a vector of the table, even lanes become pairs of cosines, odd lanes pairs of signed sines.
-// Backward: tiles add to the block's sums for dgamma and dbeta, (4, H, K) of R in L1 or L2; blocks add these to one of
-// at most kParts sums in double, each over neighbouring blocks in order, and the parts are added in order.
+// The blocks of tokens depend only on the number of tokens. A thread takes a block, lists its tokens and their rows of
+// the rotary table, and processes one head of a token at a time (backward: of kTile tokens), K values in L1. A vector
+// holds whole (re, im) pairs. A vector of the table holds (cos, sin) pairs, which become (cos, cos) and (-sin, sin).
+// Backward: the tiles of a block add to its sums for dgamma and dbeta, (4, H, K) of R in L1 or L2. The sums of
+// neighbouring blocks are added in order, in double, to one of at most kParts sums, and these are added in order.
 //
 // Memory traffic, in elements: forward z, q, k; backward z, dq, dk, dz; plus K table values per token, from L2 or L3.
 

@@ -10,14 +10,14 @@
 //
 // Phases: 1. prepare, a warp for each token and head: delta, and zeros in the gradients of padding;
 //         2. scores, a block for each tile: S = q k^T, dP = do v^T; P from S, dS from P and dP;
-//         3. products, a block for each kEdge rows of dq, dk or dv by kEdge channels: sums over the tiles of a row of
-//            tiles (dq = dS k) or of a column of tiles, a panel (dk = dS^T q, dv = P^T do).
-// Phases 2 and 3 run in rounds of as many panels as fit kTileBytes or an eighth of the tensors, at least one (2 kEdge C
-// elements of T). dk and dv of a panel are complete within its round. A chunk cut by rounds carries its sums of dq in
-// type R, from one of two buffers to the other, keys in order. Blocks of cached rows alone have no queries and no
-// gradient and are skipped.
+//         3. products, a block for each kEdge rows by kEdge channels of dq, dk or dv: sums over a row of tiles
+//            (dq = dS k), or over a column of tiles, which is called a panel (dk = dS^T q, dv = P^T do).
+// Phases 2 and 3 run in rounds. A round has at least one panel, of 2 kEdge C elements of T, and as many as fit into
+// kTileBytes or an eighth of the tensors' bytes, whichever is more. It completes their dk and dv. If a chunk's panels
+// are in several rounds, each adds to its dq in order: a round reads the sums, of type R, from one of two buffers and
+// writes them to the other. Blocks with only cached rows have neither queries nor gradients and are skipped.
 // If a chunk is one block of rows, phase 2 scales the rows of P to sum 1 and takes delta_i = sum_j P_ij dP_ij: with few
-// keys, terms cancel and the rounding of o to 16 bits would show.
+// keys, the terms of dS cancel, and delta_i = do_i . o_i would show that o is rounded to 16 bits.
 //
 // A block has 256 threads and a ring of three slabs of both operands (block_product.cuh), filled by cp.async.
 //   bf16, fp16    kEdge 128, slabs 64 deep, 96 KiB, and 1 KiB for scores; an SM has 1 block of scores or, if
@@ -27,11 +27,11 @@
 // to two registers in products on sm_80 and sm_90, once per thread, outside the loop.
 //
 // NaN and infinity: tiles on the diagonal hold zeros for pairs that do not see each other, and 0 times a NaN of q, k or
-// do is NaN. If a block of products finds a NaN, it computes its sums twice more, without the zeros (`add_products`). A
-// call that overflowed then takes three times as many products, instead of a loop over the rows for each element.
+// do is NaN. If a block of phase 3 finds a NaN, it computes its sums twice more, such that 0 times NaN adds nothing
+// (`add_products`): three times as many products in a call that overflowed, but no loop over the rows per element.
 //
-// Bytes: q, k, v, do twice and o once, dq, dk, dv once, each more often from L2: 4 kEdge (K + V) elements of operands
-// per tile, P V / kEdge times, dS 2 K / kEdge times.
+// Bytes: q, k, v and do twice, o, dq, dk and dv once. From L2, operands are read more often: 4 kEdge (K + V) elements
+// for each tile; a tile of P is read V / kEdge times, one of dS 2 K / kEdge times.
 // H100, (B 8, L 2048, H 1, K 256, V 2048, C 2048) bf16: 173 GFLOP, 10 of them above the diagonal, 175 us at 990
 // TFLOP/s; 302 MB of tensors, 90 us at 3.35 TB/s; 2.7 GB from L2, 64 FLOP per byte. Workspace 64 MiB.
 //
@@ -58,7 +58,7 @@ GPU_INLINE uint64_t dropped_scores(const DropKey& drop, int64_t row, int64_t col
   if constexpr (sizeof(typename Product::T) == 2) {
     for (int i = 0; column % 4 == 0 && i < 16; ++i) {
       float kept[4] = {1, 1, 1, 1};
-      const int top = i / 4 * 2, left = i % 4 * 2;  // the fragment's first element of the thread's
+      const int top = i / 4 * 2, left = i % 4 * 2;  // (r, c) of the thread's first element in fragment i
       drop.apply(kept, static_cast<uint32_t>(row + Product::warp_row() + 8 * top),
                  static_cast<uint32_t>((column + Product::warp_column()) / 4 + left), 0);
       GPU_UNROLL
@@ -208,11 +208,12 @@ GPU_INLINE void scale_by(typename Product::Sum& sum, typename Product::R factor)
   }
 }
 
-// Adds the products of `count` slabs of weights, P or dS, and of rows to a sum: load(slab, a, b) loads both, and
-// multiply(slab, a, b) adds their product. Returns false if a sum of the block is NaN; then the caller calls again.
-// Pass 1 finds the sums that see a NaN or infinity with a weight other than 0; pass 2 adds the finite elements of rows
-// to the others. `pass` is in shared memory, as the loop has no register for it. Thread 0 sets it; the others read it
-// after the pipeline's first barrier, which exists as `count` is at least 1.
+// Adds the product of weights (P or dS) and rows to `sum`, in `count` slabs: load(slab, a, b) loads weights into a and
+// rows into b, and multiply(slab, a, b) adds their product. Returns false if the caller must call again, because a sum
+// of the block is NaN. There are at most two more passes: pass 1 sets a sum to NaN if a NaN or infinity in rows has a
+// weight other than 0, else to 0; pass 2 adds the products of finite elements. `pass` is in shared memory, as the loop
+// has no register for it. Thread 0 sets it; the others read it after the pipeline's first barrier, which exists as
+// `count` is at least 1.
 template <class Product, class Load, class Multiply>
 GPU_INLINE bool add_products(typename Product::Sum& sum, int* pass, typename Product::T* slabs, int count, Load&& load,
                              Multiply&& multiply) {
@@ -243,13 +244,13 @@ GPU_INLINE bool add_products(typename Product::Sum& sum, int* pass, typename Pro
   if (gpu::block_sum(again) == 0) return true;
   if (threadIdx.x == 0) *pass = last + 1;
   GPU_UNROLL
-  for (int e = 0; e < kElements; ++e)  // an infinity, not from a product with 0, stays
+  for (int e = 0; e < kElements; ++e)  // infinite sums stay: a product with 0 is never infinite
     if (fabs(element(e)) != INFINITY) element(e) = last == kPlain || element(e) == 0 ? R{0} : R{NAN};
   __syncthreads();  // not for order: without it nvcc 13.0 spills 7 registers for sm_90, not 1
   return false;
 }
 
-// dv, or dk, of a panel: the products of its P, or dS, with kEdge columns of do, or q. Returns add_products' result.
+// kEdge columns of a panel's dv = P^T do if `values`, else of dk = dS^T q. Returns false if add_products does.
 template <class Product>
 GPU_INLINE bool differentiate_keys(const ChunkedAttentionBwdParams& p, const BwdPlan& plan, int64_t round,
                                    int64_t panel, bool values, int column, typename Product::Sum& sum, int* pass,
@@ -293,7 +294,8 @@ GPU_INLINE bool differentiate_queries(const ChunkedAttentionBwdParams& p, const 
   constexpr int kEdge = Product::kEdge, kDepth = Product::kDepth, kMicro = Product::kMicro;
   ChunkBlock block;
   if (!find_block<kEdge>(block, p, plan, round * plan.panels + number)) return true;
-  // The chunk's block 0 as a panel of this round, possibly outside it, and the keys [key, stop) of round and queries.
+  // zero: number of the chunk's block 0 among the round's panels, negative if it was in an earlier round.
+  // [key, stop): the keys of this round's panels that the queries see.
   const int64_t zero = block.number - round * plan.panels, end = (plan.panels - zero) * kEdge;
   const int query = block.first, key = zero < 0 ? static_cast<int>(-zero) * kEdge : 0;
   const int seen = p.causal && query + kEdge < block.rows ? query + kEdge : block.rows;

@@ -63,7 +63,7 @@ def test_without_a_command_the_help_is_shown(capsys):
     out, err = capsys.readouterr()
     assert stopped.value.code == 0 and err == "" and out.startswith("usage: ")
     one_line = " ".join(out.split())
-    assert "count a tokenizer's tokens (`tokenize` writes them)" in one_line
+    assert "print the bytes per token of a tokenizer (`tokenize` writes tokens)" in one_line
     assert "`train --data` (`tokenizer` makes the tokenizer)" in one_line
 
 

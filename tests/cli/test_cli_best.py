@@ -42,7 +42,9 @@ def test_the_best_is_kept_beside_the_newest_and_named_at_the_end(text, tmp_path,
     figures(3.0, 2.0, 2.5)
     assert train(text, tmp_path, *STEPS) == 0
     assert_best(tmp_path, 2.0, 4)
-    words = f"best on the sample of held-out text: step 4, 2.000 bits per byte; take it by --checkpoint {tmp_path}/best"
+    words = (
+        f"best on the sample of held-out text: step 4, 2.000 bits per byte; load it with --checkpoint {tmp_path}/best"
+    )
     assert words in capsys.readouterr().out
     best, newest = (
         {path.name for path in (tmp_path / name).iterdir()} for name in ("best", "checkpoints/step-00000006")

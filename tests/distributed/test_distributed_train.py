@@ -159,7 +159,7 @@ WRONG = {
     "rows": ([["--batch", 3]] * 2, "--batch 3: must be a multiple of the mesh's data=2"),
     "length": (
         [["--mesh", "chunk=2", "--batch", 1, "--length", 31]] * 2,
-        "--length 31: the mesh's chunk=2 splits 1 x 31 tokens, which must be at least 2 chunks of 16, or a multiple of 2 rows",
+        "--length 31: the mesh's chunk=2 cannot split 1 x 31 tokens; give at least 2 chunks of 16 tokens, or a multiple of 2 rows",
     ),
     "mesh": ([["--mesh", "data=3"]] * 2, "--mesh data=3: needs 3 processes, got 2"),
     "seeds": ([["--seed", 1], ["--seed", 2]], "--seed must be the same in all processes, got "),

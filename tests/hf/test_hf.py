@@ -202,7 +202,7 @@ def test_wrong_packing() -> None:
     restart = torch.tensor([[0, 1, 2, 0, 1, 2]])
     with pytest.raises(ValueError, match="packed into one row"):
         model(ids, position_ids=restart)
-    with pytest.raises(ValueError, match="no cache"):
+    with pytest.raises(ValueError, match="must not be given with packed documents"):
         model(ids[:1], position_ids=restart, use_cache=True)
 
 
@@ -302,7 +302,7 @@ def test_wrong_calls() -> None:
     ]
     calls += [(error, message, partial(model, ids, **wrong)) for error, message, wrong in options]
     for given in (dict(input_ids=ids[:1]), dict(inputs_embeds=torch.randn(1, 6, 32))):
-        message = f"`cache` must be of 1 rows, those of `{[*given][0]}`, got one of 2"
+        message = f"`cache` must have 1 rows, as `{[*given][0]}` has, got 2"
         calls.append((ValueError, message, partial(model, **given, past_key_values=cache)))
     with every_case() as case:
         for error, message, call in calls:

@@ -288,7 +288,9 @@ def test_wrong_calls() -> None:
     no_state = r"must be None, got .*; an encoder has no state: it reads the whole row\.$"
     calls = {
         "unexpected argument `is_causal`, got True": lambda: model(ids, is_causal=True),
-        "`attention_mask` must leave a token to every row, got a row without": lambda: model(ids, attention_mask=empty),
+        "`attention_mask` must have a token in every row, got a row without one": lambda: model(
+            ids, attention_mask=empty
+        ),
         "`cu_seqlens` must leave": lambda: model(ids[:1], cu_seq_lens_q=torch.tensor([0, 3, 3, 6])),
         f"`use_cache` {no_state}": lambda: model(ids, use_cache=True),
         f"`past_key_values` {no_state}": lambda: predictor(ids, past_key_values=hf.MegalodonCache()),

@@ -244,7 +244,7 @@ def state_of(**fields):
 
 MODEL, OTHER = mo.Megalodon(CONFIG), torch.nn.Linear(2, 2)
 NOT_IDS = "Batches: `documents` must be of bytes or ids, integers of at least 0, got"
-NOT_INSIDE = "Batches.seek: `position` must have as many rows, inside these documents"
+NOT_INSIDE = "Batches.seek: `position` must have as many rows as these batches, and offsets inside these documents"
 NOT_ITS = "save_checkpoint: `state` must be of `model`, got another model's: its tensors are not those of its config:"
 NO_DECAY = "parameter_groups: `weight_decay` must be a number of at least 0, got -1."
 ROWS = "draw_metrics: `rows` must be a list of `read_metrics`, got"

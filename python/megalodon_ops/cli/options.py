@@ -41,9 +41,9 @@ CONFIG_FIELDS = {
 """Short option names -> fields of MegalodonConfig"""
 
 LAUNCH_OPTIONS = ("out", "resume", "config", "mesh", "timeout")
-"""Options of `train` that belong to a launch, not to the run"""
+"""Options of one call of `train`, which the run does not record"""
 FILES = "text (a document each), .jsonl and .parquet (a document in each line or row), folders"
-GLOB = "in folders, take files that match, such as '*.py' or 'src/*.c', text or not; repeatable (text files)"
+GLOB = "pattern of files to read in folders, such as '*.py' or 'src/*.c', even if not UTF-8; repeatable (text files)"
 FIELD = "field of a JSON object, or column of a .parquet file, that holds a document"
 VOCABULARY = "a JSON file of the `tokenizers` package or a sentencepiece model, or a folder with one (none: bytes)"
 
@@ -70,7 +70,7 @@ class ModelOptions(Options):
     ffn_dim: Natural | None = flag(None, "hidden units of the feed-forward layer")
     cema_ndim: Natural | None = flag(None, "complex CEMA states per channel")
     norm_groups: Natural | None = flag(None, "groups of the timestep norms")
-    dropout: Probability | None = flag(None, "dropout of what attention and feed-forward add to a block")
+    dropout: Probability | None = flag(None, "dropout of the outputs of attention and of the feed-forward layer")
     attention_dropout: Probability | None = flag(None, "probability that a key is hidden from a query (DropKey)")
     swiglu: bool | None = flag(None, "gate the feed-forward layer with a third matrix")
     share_emb: bool | None = flag(None, "use the embedding as output matrix")
@@ -93,9 +93,11 @@ def config_field(name: str) -> str:
 class BatchOptions(ModelOptions):
     """batches and optimizer"""
 
-    # Many short rows: a batch teaches more, the more its rows differ.
+    # Many short rows: each reads another document, so a step learns from many documents.
     batch: Natural = flag(64, "rows in a batch")
-    accumulate: Natural = flag(1, "batches per step; N act as one N times larger, in the memory of one")
+    accumulate: Natural = flag(
+        1, "batches per step; N batches train as one with N times as many rows, in the memory of one"
+    )
     length: Natural = flag(64, "bytes or tokens in a row")
     context_length: Natural | None = flag(
         None, f"cut longer documents into parts of at most N tokens ({CONTEXT_ROWS} times --length)"
@@ -147,7 +149,7 @@ class Train(BatchOptions):
     checkpoint_every: Natural = flag(200, "steps between checkpoints")
     seed: Seed = flag(0, "seed of weights, document order and dropout")
     device: str = flag("cpu", "device to compute on")
-    dtype: Literal["float32", "bfloat16"] = flag("float32", "dtype of products, bfloat16 by autocast")
+    dtype: Literal["float32", "bfloat16"] = flag("float32", "dtype of matrix products; bfloat16 uses autocast")
     mesh: Mesh | None = flag(
         None,
         "mesh of torchrun's processes: rows are split over data, sequences over chunk, layers over tensor "
@@ -160,7 +162,7 @@ class Train(BatchOptions):
     )
 
     def record(self) -> dict[str, Any]:
-        """Return the options that checkpoints and `options.json` record: all but those of the launch."""
+        """Return the options that checkpoints and `options.json` record: all but those of one call of the command."""
         values = to_builtins(self, enc_hook=str)
         left_out = LAUNCH_OPTIONS if self.init_from is None else (*LAUNCH_OPTIONS, "preset")
         return {name: value for name, value in values.items() if name not in left_out}
@@ -174,7 +176,7 @@ class ModelToRead(Options):
     tokenizer: Path | None = flag(None, "tokenizer of a checkpoint whose folder has none")
     device: str = flag("cpu", "device to compute on")
     dtype: Literal["float32", "bfloat16"] | None = flag(
-        None, "dtype of products, bfloat16 by autocast (the run's, or float32)"
+        None, "dtype of matrix products; bfloat16 uses autocast (the run's, or float32)"
     )
 
 
@@ -196,7 +198,7 @@ class Eval(TextToRead, ModelToRead):
     """
 
     context: tuple[Context, ...] = flag(
-        ("all",), "predict in windows of N tokens, each with a fresh state, or from all tokens before", metavar="N"
+        ("all",), "predict in windows of N tokens, each from a fresh state; all: a document is one window", metavar="N"
     )
     end_token: bool = flag(False, "also count the loss of each document's end token")
     json: Path | None = flag(None, "file to write all figures to", metavar="FILE")
@@ -246,7 +248,7 @@ class Quantize(TextToRead):
 
 @dataclass(kw_only=True)
 class TrainTokenizer(Options):
-    """make or measure a tokenizer: train a byte-level BPE, or count a tokenizer's tokens (`tokenize` writes them)
+    """train a byte-level BPE tokenizer, or print the bytes per token of a tokenizer (`tokenize` writes tokens)
 
     python -m megalodon_ops tokenizer --train --vocab-size 4096 --out bpe.json book.txt notes --glob '*.txt'
     python -m megalodon_ops tokenizer --tokenizer bpe.json other.txt
@@ -255,7 +257,7 @@ class TrainTokenizer(Options):
     files: tuple[Path, ...] = flag((), FILES, positional=True, nargs="*", metavar="FILE")
     glob: tuple[str, ...] | None = flag(None, GLOB, action="append", metavar="PATTERN")
     field: Text = flag("text", FIELD)
-    train: bool = flag(False, "train on the part of the FILEs that `train` learns from (Python's standard library)")
+    train: bool = flag(False, "train on the FILEs, without the text that `train` holds out (Python's standard library)")
     vocab_size: Annotated[int, Meta(gt=257, lt=1 << 24)] | None = flag(
         None, "maximum number of ids: 256 bytes, merges, and a start token"
     )
@@ -284,7 +286,7 @@ class Tokenize(Options):
     field: Text = flag("text", FIELD)
     shard_size: Annotated[int, Meta(ge=1, lt=1 << 20)] = flag(
         64,
-        "MiB of text in a shard, all that is lost by a kill; longer text, compressed files and row groups stay whole",
+        "MiB of text in a shard; a kill loses one shard; long texts, compressed files and row groups stay whole",
     )
 
 
@@ -301,7 +303,7 @@ class Plan(ModelOptions):
     )
     device: Literal["cpu", "cuda"] = flag("cpu", "kind of the devices")
     context: Natural | None = flag(None, "tokens of a sequence (8 chunks)")
-    batch: Natural | None = flag(None, "sequences of a step, of all devices (one for each of data)")
+    batch: Natural | None = flag(None, "sequences of a step on all devices (as many as the mesh's data)")
     dtype: Literal["float32", "bfloat16", "autocast"] = flag(
         "bfloat16", "of products and activations; autocast: bfloat16 products of float32 parameters"
     )

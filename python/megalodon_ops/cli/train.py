@@ -54,9 +54,9 @@ PEAK_TFLOPS = {
     "NVIDIA A100 80GB PCIe": (312, 19.5), "NVIDIA H100 80GB HBM3": (989.5, 67), "NVIDIA H200": (989.5, 67),
     "NVIDIA B200": (2250, 80),
 }  # fmt: skip
-"""Dense peak in bfloat16, and in float32 without TF32, by CUDA's name of the device; docs/training.md names the sources"""
+"""Dense peaks in TFLOP/s, of bfloat16 and of float32 without TF32, by device name; docs/training.md has the sources"""
 MIN_TIMED_STEPS = 8
-"""Fewest steps to estimate the time of a step from"""
+"""Minimum number of steps for an estimate of the time of a step"""
 
 
 def run(options: Train) -> int:
@@ -79,12 +79,12 @@ def run(options: Train) -> int:
             check_shares(options, config, sizes)
             processes.mesh = make_mesh(sizes, device_type=device.type, timeout=options.timeout)
         check_memory(options, config, processes.size)
-        at_peak = tokens_at_peak(options, config, device, processes.size)
+        peak_tokens_per_second = tokens_at_peak(options, config, device, processes.size)
         log = Metrics
         if options.tensorboard:
             from megalodon_ops.cli.events import Events as log
 
-        # The text, in part held out.
+        # The training text and the held-out text.
         corpus = load_data(options, quiet=saved is not None)
         processes.check_same({"the text": corpus.fingerprint})
         if saved and corpus.fingerprint != saved.record["data"]["fingerprint"]:
@@ -144,8 +144,8 @@ def run(options: Train) -> int:
         saver, saved_step = Saver(out, processes.mesh), step if saved else None
         bytes_per_token = corpus.num_bytes / int(batches.lengths.sum(dtype="int64"))
         sample = eval_sample(corpus.held_out)
-        begin = paced_at = time.monotonic()
-        begin, paced_step = begin - elapsed, step
+        timing_start, timing_start_step = time.monotonic(), step  # for the next estimate of a step's time
+        begin = timing_start - elapsed
 
         def record() -> dict[str, Any]:
             return {
@@ -199,8 +199,8 @@ def run(options: Train) -> int:
                     "seconds": round(now - begin, 3),
                     "tokens_per_second": round(tokens / (now - step_begin)),
                 }
-                if at_peak is not None:
-                    row["mfu"] = round(tokens / (now - step_begin) / at_peak, 4)
+                if peak_tokens_per_second is not None:
+                    row["mfu"] = round(tokens / (now - step_begin) / peak_tokens_per_second, 4)
                 if metrics is not None:
                     metrics.write(**row)
                 progress.show(row)
@@ -208,10 +208,10 @@ def run(options: Train) -> int:
                 # Before a checkpoint, fit the schedule of a timed run to rank 0's clock.
                 is_early = schedule.budget is not None and MIN_TIMED_STEPS <= step < options.checkpoint_every
                 is_due = step % options.checkpoint_every == 0 or (is_early and step & (step - 1) == 0)
-                if is_due and schedule.budget is not None and step - paced_step >= MIN_TIMED_STEPS:
-                    pace = (now - paced_at) / (step - paced_step)
+                if is_due and schedule.budget is not None and step - timing_start_step >= MIN_TIMED_STEPS:
+                    pace = (now - timing_start) / (step - timing_start_step)  # seconds per step
                     schedule.set_pace(step, *processes.broadcast((now - begin, pace)))
-                    paced_at, paced_step = now, step
+                    timing_start, timing_start_step = now, step
                 if step % options.eval_every == 0 or schedule.finished(step):
                     with progress.describe("evaluating held-out text"):
                         progress.held_out = bits_per_byte(model.alone(), tokenizer, sample, autocast, processes)
@@ -227,7 +227,7 @@ def run(options: Train) -> int:
             with progress.describe("writing the checkpoint"):
                 saver.wait()
 
-        # The end: bits per byte of all held-out text, beside compressors, and samples.
+        # The end: bits per byte of the model and of compressors on all held-out text, and samples.
         if stopped:
             if processes.is_rank0:
                 draw_metrics(out / CURVE, read_metrics(out / METRICS))
@@ -254,7 +254,7 @@ def run(options: Train) -> int:
             if best.step:
                 print(
                     f"best on the sample of held-out text: step {best.step}, {best.bits_per_byte:.3f} bits per byte; "
-                    f"take it by --checkpoint {shlex.quote(str(out / BEST))}"
+                    f"load it with --checkpoint {shlex.quote(str(out / BEST))}"
                 )
             show_sample(unsharded, tokenizer, corpus.held_out, options.seed, autocast)
         return 0
@@ -286,8 +286,8 @@ def check_shares(options: Train, config: MegalodonConfig, sizes: Mesh) -> None:
     rows = options.batch // data
     if rows % chunk and rows * options.length < chunk * config.chunk_size:
         raise CommandError(
-            f"--length {options.length}: the mesh's chunk={chunk} splits {rows} x {options.length} tokens, which must be at "
-            f"least {chunk} chunks of {config.chunk_size}, or a multiple of {chunk} rows"
+            f"--length {options.length}: the mesh's chunk={chunk} cannot split {rows} x {options.length} tokens; "
+            f"give at least {chunk} chunks of {config.chunk_size} tokens, or a multiple of {chunk} rows"
         )
     if ":" in options.device:
         raise CommandError(f"--device {options.device}: each process takes its own GPU; use cuda")
@@ -295,10 +295,12 @@ def check_shares(options: Train, config: MegalodonConfig, sizes: Mesh) -> None:
 
 def check_memory(options: Train, config: MegalodonConfig, processes: int) -> None:
     """Refuse, before allocating, a run whose parameters, activations and states exceed the memory."""
-    pair, weights_gradients_and_moments, token_target_and_activations = 2, 4, 4 + config.num_layers
-    numbers = weights_gradients_and_moments * config.num_parameters()
-    numbers += token_target_and_activations * options.batch * options.length * config.model_dim
-    numbers += pair * options.accumulate * options.batch * config.num_layers * config.model_dim * config.cema_ndim
+    per_parameter = 4  # the weight, its gradient and two moments
+    per_channel = 4 + config.num_layers  # of a token: the token, its target and the layers' activations
+    per_state = 2  # complex
+    numbers = per_parameter * config.num_parameters()
+    numbers += per_channel * options.batch * options.length * config.model_dim
+    numbers += per_state * options.accumulate * options.batch * config.num_layers * config.model_dim * config.cema_ndim
     try:
         check_fits(numbers * torch.float32.itemsize // processes, f"training {config.num_parameters():,} parameters")
     except ValueError as error:
@@ -306,7 +308,10 @@ def check_memory(options: Train, config: MegalodonConfig, processes: int) -> Non
 
 
 def tokens_at_peak(options: Train, config: MegalodonConfig, device: torch.device, processes: int) -> float | None:
-    """Return the tokens per second at the devices' peak rate, in full chunks; None if the peak is unknown."""
+    """Return the tokens per second of training at the devices' peak TFLOP/s; None if the peak is unknown.
+
+    Operations are those of tokens in full chunks.
+    """
     peaks = PEAK_TFLOPS.get(torch.cuda.get_device_name(device)) if device.type == "cuda" else None
     if options.peak_tflops is None and peaks is None:
         return None
@@ -344,8 +349,8 @@ def summary(out: Path, options: Train, model: Megalodon, corpus: Corpus, batches
         f"{out}: {number}{model.num_parameters():,} parameters; "
         f"{corpus.num_bytes:,} bytes in {len(corpus.train)} documents to learn from{cuts}, "
         f"{sum(map(len, corpus.held_out)):,} in {len(corpus.held_out)} held out\n"
-        f"beside model and optimizer, a checkpoint holds {states / 1e6:,.1f} MB of the {rows:,} rows' states; "
-        "the newest two are kept, and the model of the best"
+        f"a checkpoint holds the model, the optimizer and {states / 1e6:,.1f} MB of the {rows:,} rows' states; "
+        "the newest two are kept, and so is the best model"
     )
 
 

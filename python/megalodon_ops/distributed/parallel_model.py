@@ -44,7 +44,7 @@ class Ranks:
 
 
 class _ParallelModel:
-    """Base of models on several ranks, in front of the class of the model in one process."""
+    """Mixin that runs a model on several ranks; the next base class is that of the model in one process."""
 
     def __init__(self, model: Megalodon | MegalodonEncoder, ranks: Ranks) -> None:
         """Take the modules, the mode and the hooks of a model, which is left without modules."""
@@ -62,11 +62,11 @@ class _ParallelModel:
             raise
 
     def alone(self) -> Megalodon | MegalodonEncoder:
-        """Return a model of this process with all parameters, for whole sequences; its calls exchange nothing.
+        """Return a model with all parameters in this process, for whole sequences; its calls exchange nothing.
 
-        It is for calls without gradients, such as :func:`megalodon_ops.evaluation.evaluate`. Sharded parameters are
-        gathered, in the dtypes of their computation: every rank must call this, and holds the whole model while it
-        keeps the result. Other parameters are shared, not copied.
+        The model is for calls without gradients, such as :func:`megalodon_ops.evaluation.evaluate`. Every rank must
+        call this: sharded parameters are gathered, and matrices are cast to `param_dtype`. A rank holds the whole model
+        while it keeps the result. Parameters that are neither sharded nor cast are shared, not copied.
         """
         return gather_model(self, self._ranks.param_dtype)
 
@@ -81,13 +81,13 @@ class _ParallelModel:
 class ParallelMegalodon(_ParallelModel, Megalodon):
     """A model on several ranks, made by :func:`parallelize`; every rank calls it with its piece of the batch.
 
-    `tokens` and `targets` are the rank's rows and its piece of their columns; `lengths`, `cu_seqlens` and `state` are
-    of the whole sequences, equal on all ranks of a chunk group, and so is the state that is returned. A piece ends at a
-    chunk boundary of the sequence that it cuts, except at the end of the sequence.
+    `tokens` and `targets` are the rank's rows and its piece of their columns. `lengths`, `cu_seqlens`, `state` and the
+    returned state describe whole sequences, and are equal on all ranks of a chunk group. A piece that ends inside a
+    sequence ends at the end of one of the sequence's chunks.
 
-    Logits and features are the piece's. With reduction "mean" or "sum", the loss is that of the targets of all ranks,
-    the same on every rank, and its gradients, averaged over the ranks, are exactly those of one process; "none" gives
-    the piece's losses.
+    Logits and features are the piece's. With reduction "mean" or "sum", the loss covers the targets of all ranks and is
+    the same on every rank. Its gradients, averaged over the ranks, are exactly those of one process. With "none", the
+    losses are the piece's.
 
     How it works: the model's own forward runs on every rank. FSDP2 (fsdp.py) gathers a block's parameters before the
     block and averages gradients after it. On a chunk group, blocks ask their sequences (chunk.py) for the initial
@@ -142,10 +142,10 @@ class ParallelMegalodon(_ParallelModel, Megalodon):
         return TotalLoss.apply(loss, (targets != ignore_index).sum(), self._ranks.batch, reduction == "mean")
 
     def stream(self, prompt: Tensor, **options: Any) -> TokenStream:
-        """Continue this rank's own prompts, whole on a chunk group too, as :meth:`Megalodon.stream` does.
+        """Continue this rank's prompts, as :meth:`Megalodon.stream` does; every rank must call this.
 
-        Every rank must call this, as the model of :meth:`alone` streams; each may stop at any token. The ranks of a
-        chunk group pass the same prompts; for prompts of its own, a rank calls the model of :meth:`alone`.
+        The ranks of a chunk group pass the same prompts, whole ones. The model of :meth:`alone` generates the tokens,
+        so a rank may stop at any token. To continue prompts of its own in a chunk group, a rank calls that model.
         """
         if self._ranks.chunk is not None:
             fix = "each rank has the whole prompts, not a piece of them"
@@ -173,8 +173,8 @@ class ParallelMegalodon(_ParallelModel, Megalodon):
 class ParallelMegalodonEncoder(_ParallelModel, MegalodonEncoder):
     """An encoder on several ranks, made by :func:`parallelize`; every rank calls it with its rows of the batch.
 
-    Gradients are averaged over the ranks: those of each rank's mean loss are the whole batch's if all ranks have the
-    same number of rows. Every rank must make every call.
+    Gradients are averaged over the ranks. If each rank computes the mean loss of its rows, and all have the same number
+    of rows, the averages are the gradients of the whole batch's mean loss. Every rank must make every call.
     """
 
     def forward(self, inputs: Tensor, **options: Any) -> Tensor:

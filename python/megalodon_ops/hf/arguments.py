@@ -25,7 +25,7 @@ class Padding(NamedTuple):
     present: Tensor
     """(B, L) bool, True for columns with a token"""
     columns: Tensor
-    """(B, W) column of each token, then that of a row's last token; W is the most tokens in a row, at least 1"""
+    """(B, W) columns of each row's tokens; shorter rows repeat the last one. W: most tokens in a row, at least 1"""
     lengths: Tensor | None
     """(B,) tokens in each row, None if each has W. 0 if none of a row's tokens is in this call"""
 
@@ -39,14 +39,14 @@ class Padding(NamedTuple):
 
 
 def select(rows: Tensor, columns: Tensor) -> Tensor:
-    """Return columns (K,), the same in all rows, or (B, K), of rows (B, L) or (B, L, D)."""
+    """Select columns of rows (B, L) or (B, L, D); `columns`: (K,) for all rows, or (B, K)."""
     if columns.dim() == 1:
         return rows[:, columns]
     return rows.gather(1, columns if rows.dim() == 2 else columns[..., None].expand(-1, -1, rows.shape[2]))
 
 
 def _read_padding(op: str, attention_mask: Tensor | None, shape: tuple[int, int], past: int) -> Padding | None:
-    """Return the padding in a call's columns, which are the mask's last ones, or None if there is none."""
+    """Return the padding of a call, whose columns are the last ones of the mask; None if it has no padding."""
     if attention_mask is None:
         return None
     batch, length = shape
@@ -55,7 +55,7 @@ def _read_padding(op: str, attention_mask: Tensor | None, shape: tuple[int, int]
         got = tuple(attention_mask.shape)
         raise ValueError(f"{op}: `attention_mask` must be ({batch}, {length}){past_too}, got {got}.")
     mask = attention_mask[:, attention_mask.shape[1] - length :]
-    present, is_compiling = mask != 0, torch.compiler.is_compiling()  # a program does not depend on the values
+    present, is_compiling = mask != 0, torch.compiler.is_compiling()  # compiled programs do not read the mask's values
     if not is_compiling:
         if bool((mask == 1).all()):
             return None
@@ -113,22 +113,24 @@ def check_labels(op: str, labels: Tensor, shape: tuple[int, int], name: str = "l
 def targets_of(op: str, labels: Tensor, are_shifted: bool, config: MegalodonConfig, batch: Batch) -> Tensor:
     """Return the target of each token (B, W): its own label if labels `are_shifted`, else that of the token after it.
 
-    It is IGNORED at the ends of rows and documents, and for tokens that the model reads but never predicts (such as a
-    start token without a logit); it is arbitrary beyond the tokens of a padded row that have a target.
+    The target is IGNORED at the ends of rows and documents, and where it is a token that the model reads but never
+    predicts (such as a start token without a logit). In a padded row of n tokens, only the first n - 1
+    targets are defined, or the first n if labels `are_shifted`.
     """
     check_labels(op, labels, batch.shape, "shift_labels" if are_shifted else "labels")
     targets = (labels if batch.padding is None else batch.padding.shift(labels)).long()
     if not are_shifted:
         targets = nn.functional.pad(targets[:, 1:], (0, 1), value=IGNORED)
         if batch.cu_seqlens is not None:
-            targets[:, batch.cu_seqlens.long() - 1] = IGNORED  # -1, of an offset of 0, is the row's end
+            targets[:, batch.cu_seqlens.long() - 1] = IGNORED  # offset 0 gives -1, the row's end
     return targets.masked_fill((targets >= config.num_outputs) & (targets < config.vocab_size), IGNORED)
 
 
 def map_columns(head: nn.Module, hidden: Tensor, positions: Tensor | None) -> Tensor:
-    """Return head(hidden) (B, K, V) at `positions` (K,) or (B, K), None: all, of hidden (B, W, D).
+    """Return head(hidden) (B, K, V) at the `positions`, (K,) or (B, K); None: all. hidden: (B, W, D).
 
-    The head maps all tokens if they are fewer, so that padding changes no bit of its products.
+    If there are more positions than tokens, the head maps the tokens before the selection, so that padding changes no
+    bit of its products.
     """
     if positions is None:
         return head(hidden)
@@ -198,12 +200,12 @@ def read_batch(
     seq_idx: Tensor | None = None,
     **others: Any,
 ) -> Batch:
-    """Check the arguments of a model's call; `inputs` is its argument `main_input_name`."""
+    """Check the arguments of a model's call; `inputs` is the argument that `model.main_input_name` names."""
     op, config = type(model).__name__, model.config
     name, letters = model.main_input_name, "(B, L)" if model.main_input_name == "input_ids" else "(B, L, F)"
     settings = dict(is_causal=model._ours.config_type.causal, output_router_logits=False)
     for other, value in others.items():
-        if other not in _READ_BY_OTHER_MODELS and value is not None and value is not settings.get(other):
+        if other not in _IGNORED_ARGUMENTS and value is not None and value is not settings.get(other):
             raise TypeError(f"{op}: unexpected argument `{other}`, got {describe(value)}; leave it out.")
     if not model._ours.config_type.causal:
         for other, value in dict(cache=cache, past_key_values=past_key_values, use_cache=use_cache or None).items():
@@ -228,7 +230,7 @@ def read_batch(
     check_tensor(op, name, given)
     check_rank(op, name, given, letters, letters.count(",") + 1)
     if cache is not None and (rows := cache.batch_size) not in (-1, len(given)):
-        raise ValueError(f"{op}: `cache` must be of {len(given)} rows, those of `{name}`, got one of {rows}.")
+        raise ValueError(f"{op}: `cache` must have {len(given)} rows, as `{name}` has, got {rows}.")
     batch = Batch(name, given, cache, cache is not None or bool(use_cache))
     if batch.shape[1] == 0:
         raise ValueError(f"{op}: there must be a token, got {batch.shape}.")
@@ -240,17 +242,19 @@ def read_batch(
         or torch.compiler.is_compiling()
         or bool(batch.lengths.all())
     ):
-        raise ValueError(f"{op}: `attention_mask` must leave a token to every row, got a row without.")
+        raise ValueError(f"{op}: `attention_mask` must have a token in every row, got a row without one.")
     indices = dict(position_ids=position_ids, seq_idx=seq_idx)
     batch.cu_seqlens = _read_packing(op, batch.shape, cu_seq_lens_q, batch.padding, **indices)
     if batch.cu_seqlens is not None and batch.returns_cache:
-        raise ValueError(f"{op}: packed documents end in the call, so there must be no cache.")
+        raise ValueError(
+            f"{op}: `cache` and `use_cache` must not be given with packed documents, which end in the call."
+        )
     if use_cache is None and batch.cu_seqlens is None and not model.training:
         batch.returns_cache |= config.use_cache
     return batch
 
 
-_READ_BY_OTHER_MODELS = set("tokenizer cache_position cu_seq_lens_k max_length_q max_length_k token_type_ids".split())
+_IGNORED_ARGUMENTS = set("tokenizer cache_position cu_seq_lens_k max_length_q max_length_k token_type_ids".split())
 
 
 def kept_positions(op: str, logits_to_keep: int | Tensor | None, batch: Batch) -> Tensor | None:

@@ -55,7 +55,7 @@ class NormalizedAttention(WideParameters):
 
     Args:
         config: a configuration, or the width D of x; then fields of a :class:`MegalodonConfig` follow by name.
-            `norm_num_groups` is by default the largest number of up to 32 that divides both D and 32.
+            `norm_num_groups` is by default gcd(D, 32).
 
     Example:
         >>> import torch, megalodon_ops as mo
@@ -230,7 +230,7 @@ class MegalodonBlock(nn.Module):
     """
 
     gradient_checkpointing = False
-    """True: `_gradient_checkpointing_func` runs the block in training and recomputes it, as transformers' layers do"""
+    """If True, training calls the block by `_gradient_checkpointing_func`, to recompute it; transformers sets both"""
     _gradient_checkpointing_func: Callable
 
     def __init__(self, config: MegalodonConfig, layer: int = 0) -> None:
@@ -253,7 +253,7 @@ class MegalodonBlock(nn.Module):
         options.pop("inplace_state", None)
         if state is None and not return_state:
             return self._gradient_checkpointing_func(partial(self._compute, **options), x)
-        return checkpoint(self._compute, x, use_reentrant=False, **options)  # others may cut a state's gradient
+        return checkpoint(self._compute, x, use_reentrant=False, **options)  # others may lose a state's gradient
 
     def _compute(
         self, x: Tensor, *, state: BlockState | None, return_state: bool, **options

@@ -48,7 +48,7 @@ class Batch(NamedTuple):
     cu_seqlens: Tensor
     """(S + 1,) int64"""
     carry: Tensor
-    """(S,) int64, the row of the batch before whose end state is the sequence's initial state; -1: a fresh state"""
+    """(S,) int64, the row whose end state, in the previous batch, is the sequence's initial state; -1: a fresh state"""
     last: Tensor
     """(R,) int64, the last sequence of each row, whose state the next batch may carry; -1: a row without text"""
 
@@ -70,8 +70,9 @@ class Batches:
         end: the id after a document, only ever a target; "start": `start` serves as both, as with bytes; None:
             documents end with their last id.
         context_length: maximum targets of a document; longer ones are cut into the fewest equal parts, which are then
-            shuffled as documents. Only the last part has the end. A document longer than a row and than a row's share
-            of all tokens is cut, too, so that the rows of a few books read different text. None: no document is cut.
+            shuffled as documents. Only the last part has the end. A value above the number of all targets divided by
+            the number of rows is reduced to this, but not below `length`: so the rows of a batch read different text
+            even if there are only a few books. None: no document is cut.
 
     Attributes:
         lengths: (N,) int64, targets of each document or part, including its end.
@@ -121,7 +122,7 @@ class Batches:
         if context_length is not None:
             check_integer("Batches", "context_length", context_length, "a positive integer, or None", 1)
             share = -(-int(self.lengths.sum()) // self.batch)
-            longest = max(min(context_length, max(self.length, share)), 1 + ends)  # an end has an id before it
+            longest = max(min(context_length, max(self.length, share)), 1 + ends)  # room for an id before the end
             if self.lengths.max() > longest:
                 self.documents = _cut(self.documents, self.lengths, longest)
                 self.lengths = self.documents.lengths
@@ -139,7 +140,9 @@ class Batches:
         lengths = [self.lengths[number] if number < len(self.lengths) else 0 for number, _ in found.readers]
         inside = (number < 0 or 0 <= at < length for (number, at), length in zip(found.readers, lengths, strict=True))
         if len(found.readers) != len(self.readers) or not all(inside):
-            raise ValueError("Batches.seek: `position` must have as many rows, inside these documents.")
+            raise ValueError(
+                "Batches.seek: `position` must have as many rows as these batches, and offsets inside these documents."
+            )
         self.taken, self.readers = found.taken, found.readers
 
     def __iter__(self) -> Iterator[Batch]:
@@ -194,7 +197,7 @@ class Batches:
             kind = "text; encode it" if ids.dtype.kind == "U" else ids.dtype
             got = ids.min() if ids.dtype.kind in "iu" else kind
             raise ValueError(f"Batches: `documents` must be of bytes or ids, integers of at least 0, got {got}.")
-        if len(ids) < stop - first:  # the piece has one target more than the document has ids
+        if len(ids) < stop - first:  # the piece's last target is the end
             ids = numpy.append(ids, self.end)
         return (int(ids[0]), ids[1:]) if offset else (self.start, ids)
 
@@ -207,7 +210,7 @@ class Batches:
         return int(self._order[index])
 
     def _shuffled(self, epoch: int) -> numpy.ndarray:
-        """Return the order of documents in an epoch, the same in every version."""
+        """Return the order of documents in an epoch, the same in every version of NumPy and of this package."""
         keys = -self.lengths
         if self.seed is not None:
             texts = (b"%d %d %d" % (self.seed, epoch, number) for number in range(len(keys)))

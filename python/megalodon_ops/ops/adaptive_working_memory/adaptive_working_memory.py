@@ -16,7 +16,7 @@ from ..common.checks import check_device, check_flag, check_rank, check_sequence
 from .working_memory_plan import OP as _NAME, Plan, length
 
 _FEW_TOKENS = 32
-"""most tokens of a call to the CPU kernel, made for decoding"""
+"""Calls with a state and at most this many tokens use the CPU kernel for decoding"""
 
 
 def adaptive_working_memory(
@@ -39,15 +39,16 @@ def adaptive_working_memory(
         P &= \mathrm{softmax}_t(k), \quad \Phi = \mathrm{softmax}_K(k), \quad
         r = e^{w - z'}, \quad w = \log \textstyle\sum_t e^{k_t}, \quad z' = \log (e^z + e^w)
 
-    Row i of M is a mean over the past of what M did not predict, weighted by exp(k_ti); z is the logarithm of the
-    weights' sum. Chunks are those of :func:`chunked_attention`, which attends to the position's own chunk.
+    Row i of M is the mean, over past positions t, of the part of v_t that M did not predict, weighted by exp(k_ti); z
+    is the logarithm of the sum of the weights. Chunks are those of :func:`chunked_attention`, which attends to the
+    position's own chunk.
 
     Args:
         q, k: (B, L, H, K) float32, float64, bfloat16 or float16, without rotary positions.
         v: (B, L, H, V) in q's dtype.
         chunk_size: C.
-        visible_chunks: 1 or 2, the number of chunks that attention sees, its own included. For 2 the memory is written
-            one chunk later, so that it contains what attention no longer sees.
+        visible_chunks: 1 or 2, the number of chunks that attention sees, the position's own included. For 2, each chunk
+            is written one chunk later, when attention no longer sees it.
         state: the state that an earlier call returned; None: an empty memory.
         return_state: also return the state after each sequence's last position.
         cu_seqlens, lengths: sequences as in :func:`cema`.
@@ -60,10 +61,10 @@ def adaptive_working_memory(
         ValueError: a shape or a value is wrong. TypeError: a dtype is wrong. Second derivatives are not supported.
 
     Gradients go to every tensor but the state's k and v, which are constant in the backward. Softmax, M and z are
-    float32 (float64 for float64), factors of products are rounded to q's dtype. The op is a loop of torch's matrix
-    products over chunks: 6 K V operations for each position and head. On the CPU a call of up to 32 tokens with a state
-    is one kernel. Only the inputs are kept for the backward, which recomputes the memory. On a GPU the host waits for
-    `cu_seqlens`, `lengths` and the state's positions.
+    float32 (float64 for float64); operands of matrix products are rounded to q's dtype. The op is a loop of torch's
+    matrix products over chunks: 6 K V operations for each position and head. On the CPU a call of up to 32 tokens with
+    a state is one kernel. Only the inputs are kept for the backward, which recomputes the memory. On a GPU the host
+    waits for `cu_seqlens`, `lengths` and the state's positions.
 
     Arrays of other libraries: see :mod:`megalodon_ops.ops.common.arrays`.
 
@@ -109,7 +110,7 @@ def read_and_write(
     q: Tensor, k: Tensor, v: Tensor, chunk_size: int, visible_chunks: int, state: WorkingMemoryState | None,
     cu_seqlens: Tensor | None, lengths: Tensor | None, to_end: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """Return o, memory and mass, from checked arguments; memory and mass are empty without `to_end`."""
+    """Return o and, if `to_end`, the memory and mass after the last position, else empty ones. Checks nothing."""
     memory, mass, cache_k, position, cache_v = (None,) * 5 if state is None else state
     tensors = (q, k, v, memory, mass, cache_k, cache_v, position)
     return call(adaptive_working_memory_fwd, *tensors, chunk_size, visible_chunks, cu_seqlens, lengths, to_end)
@@ -156,13 +157,13 @@ def end_position(
 
 
 class _Writer:
-    """Weights and values of all chunks to write, and the writing of one turn's chunks to the memory."""
+    """Weights and values of the n chunks that are written; :meth:`write` writes those of one turn (:class:`Plan`)."""
 
     def __init__(
         self, plan: Plan, k: Tensor, v: Tensor, cache_k: Tensor | None, cache_v: Tensor | None, z: Tensor
     ) -> None:
         """Update z (S H, K) in place."""
-        self.U = plan.take_written(v, cache_v)  # (n H, C, V): v, and U = V - F M once written
+        self.U = plan.take_written(v, cache_v)  # (n H, C, V): v; `write` replaces it by U = V - F M
         logits = plan.take_written(k, cache_k).to(z.dtype)  # (n H, C, K)
         w = logits.logsumexp(1)  # (n H, K)
         added = w.index_fill(0, plan.absent, -torch.inf)
@@ -218,7 +219,7 @@ def _fwd_fake(q, k, v, *others):
 def _bwd(
     do, dmemory_out, dmass_out, q, k, v, memory, mass, cache_k, cache_v, position, chunk_size, visible_chunks, cu_seqlens, lengths
 ):  # fmt: skip
-    """Formulas: adaptive_working_memory_reference.py. Without dmemory_out and dmass_out nothing depends on the state."""
+    """Formulas: adaptive_working_memory_reference.py. Without dmemory_out and dmass_out, the end state is unused."""
     to_end, dtype = dmemory_out is not None or dmass_out is not None, q.dtype
     plan = Plan(q, chunk_size, visible_chunks, position, cu_seqlens, lengths, to_end)
     M, z = plan.start(q, v, memory, mass)
@@ -261,23 +262,25 @@ _TENSORS = (
 
 
 def _flops(q, v, position, chunk_size, visible_chunks, cu_seqlens, lengths, return_state):
-    read, compared, written = _passes(q, position, chunk_size, visible_chunks, cu_seqlens, lengths, return_state)
-    return 2 * (read + compared + written) * q.shape[2] * q.shape[3] * v.shape[3]
+    read, predicted, written = _position_counts(
+        q, position, chunk_size, visible_chunks, cu_seqlens, lengths, return_state
+    )
+    return 2 * (read + predicted + written) * q.shape[2] * q.shape[3] * v.shape[3]
 
 
 def _bwd_flops(q, v, position, chunk_size, visible_chunks, cu_seqlens, lengths, dmemory_out, dmass_out):
     to_end = dmemory_out is not None or dmass_out is not None
-    read, compared, written = _passes(q, position, chunk_size, visible_chunks, cu_seqlens, lengths, to_end)
-    return 2 * (2 * read + 3 * (compared + written)) * q.shape[2] * q.shape[3] * v.shape[3]
+    read, predicted, written = _position_counts(q, position, chunk_size, visible_chunks, cu_seqlens, lengths, to_end)
+    return 2 * (2 * read + 3 * (predicted + written)) * q.shape[2] * q.shape[3] * v.shape[3]
 
 
-def _passes(
+def _position_counts(
     q: Tensor, position: Tensor | None, chunk_size: int, visible: int, cu_seqlens: Tensor | None, lengths: Tensor | None,
     to_end: bool,
 ) -> tuple[int, int, int]:  # fmt: skip
-    """Numbers of positions that read a memory, that are compared with a memory before they write it, and that write it.
+    """Numbers of positions that read M, for which Phi M is computed, and that are written to M.
 
-    A memory that nobody reads is not written; an empty memory is not compared.
+    Without `to_end`, chunks that no position reads are not written; for an empty M, Phi M is not computed.
     """
     counts = lengths_of(q, cu_seqlens, lengths)
     seen = readable_values(position, [0] * len(counts))
@@ -285,8 +288,8 @@ def _passes(
     written = [(end if to_end else max(end - 1, 0)) // chunk_size * chunk_size for end in ends]
     late = (visible - 1) * chunk_size  # positions at a sequence's end that are not written yet
     written = [max(n - late, 0) if position is None else n for n in written]
-    compared = [max(n - chunk_size, 0) if position is None else n for n in written]
-    return sum(counts), sum(compared), sum(written)
+    predicted = [max(n - chunk_size, 0) if position is None else n for n in written]
+    return sum(counts), sum(predicted), sum(written)
 
 
 adaptive_working_memory_bwd = define_op(
