@@ -173,7 +173,7 @@ def test_wrong_masks() -> None:
     empty = torch.tensor([[0] * 6, [1] * 6])
     ends_early = torch.tensor([[1, 1, 1, 0, 0, 0], [1] * 6])
     for mask, options, columns in ((empty, {}, 6), (ends_early, dict(prefill_chunk_size=4), 2)):
-        with pytest.raises(ValueError, match=f"a token to every row in the last {columns} columns"):
+        with pytest.raises(ValueError, match=f"a token in every row of the last {columns} columns"):
             model.generate(ids, attention_mask=mask, max_new_tokens=2, **options)
     for positions in (
         dict(position_ids=torch.tensor([[0, 1, 2, 3, 0, 1]])),

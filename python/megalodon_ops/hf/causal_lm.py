@@ -293,8 +293,8 @@ class MegalodonForCausalLM(MegalodonCausalModel, GenerationMixin):
             last = mask[:, past + (width - past - 1) // piece * piece :]
             if not bool(last.any(1).all()):
                 raise ValueError(
-                    f"{type(self).__name__}: `attention_mask` must leave a token to every row in the last {last.shape[1]} "
-                    "columns, which are read before the first new token, got a row without; pad on the left."
+                    f"{type(self).__name__}: `attention_mask` must have a token in every row of the last {last.shape[1]} "
+                    "columns, which are read before the first new token, got a row without one; pad on the left."
                 )
         super()._prepare_cache_for_generation(generation_config, model_kwargs, *others, **options)
         if generation_config.use_cache and all(model_kwargs.get(name) is None for name in names):
