@@ -74,9 +74,13 @@ def test_launches_of_a_decoded_token(cuda):
     """In each layer, and around the layers; more launches than these have a reason."""
     (one, one_torch), (two, two_torch) = (launches_of_a_token(cuda, layers) for layers in (1, 2))
     assert two - one == Counter(
-        timestep_norm_fwd_kernel=1, cema_step_kernel=1, normalized_qk_fwd_warp_kernel=1, chunked_attention_step_kernel=1,
-        chunked_attention_merge_kernel=1, chunked_attention_state_kernel=1,
-    )  # fmt: skip
+        timestep_norm_fwd_kernel=1,
+        cema_step_kernel=1,
+        normalized_qk_fwd_warp_kernel=1,
+        chunked_attention_step_kernel=1,
+        chunked_attention_merge_kernel=1,
+        chunked_attention_state_kernel=1,
+    )
     assert one - (two - one) == Counter(timestep_norm_fwd_kernel=1)
     x = torch.ones(4)
     with _TorchLaunches() as rms_norm:  # several functions on the CPU, one on CUDA since torch 2.9

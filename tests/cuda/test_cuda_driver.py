@@ -27,6 +27,18 @@ TOO_OLD = (
     "the driver supports CUDA 12.8, the kernels were built with CUDA 13.0; update the driver to 580 or newer, or install "
     "from source with an nvcc of CUDA 12 in CUDACXX"
 )
+TOO_NEW = (
+    "the driver supports CUDA 13.0, the kernels were built with CUDA 14.1; update the driver to one of CUDA 14, or install "
+    "from source with an nvcc of CUDA 13 in CUDACXX"
+)
+FAR_TOO_OLD = "the driver supports CUDA 10.2, the kernels were built with CUDA 12.9; update the driver to 525 or newer"
+OTHER_CARD = (
+    "the kernels were built for 90, the GPU is 8.0; install again with -C cmake.define.MEGALODON_OPS_ARCHITECTURES=80"
+)
+NO_PTX = (
+    "the driver supports CUDA 13.0 and compiles no PTX of CUDA 13.1; update the driver, or install again with -C "
+    "cmake.define.MEGALODON_OPS_ARCHITECTURES=80"
+)
 NO_DRIVER = "no driver; the kernels were built with CUDA 13.0, install driver 580 or newer"
 
 
@@ -36,14 +48,13 @@ NO_DRIVER = "no driver; the kernels were built with CUDA 13.0, install driver 58
         (12080, 13000, TOO_OLD),
         (0, 13000, NO_DRIVER),
         (0, 12040, "no driver; the kernels were built with CUDA 12.4, install driver 525 or newer"),
-        (13000, 14010, "the driver supports CUDA 13.0, the kernels were built with CUDA 14.1; update the driver to one of "
-         "CUDA 14, or install from source with an nvcc of CUDA 13 in CUDACXX"),
-        (10020, 12090, "the driver supports CUDA 10.2, the kernels were built with CUDA 12.9; update the driver to 525 or newer"),
+        (13000, 14010, TOO_NEW),
+        (10020, 12090, FAR_TOO_OLD),
         (13000, 13000, None),
         (13000, 13010, None),  # machine code of a newer minor version runs
         (13000, 12080, None),
     ],
-)  # fmt: skip
+)
 def test_a_driver_runs_kernels_of_its_major_version_and_older_ones(driver, runtime, problem):
     assert driver_problem(driver, runtime) == problem
 
@@ -52,16 +63,12 @@ def test_a_driver_runs_kernels_of_its_major_version_and_older_ones(driver, runti
     ("message", "driver", "runtime", "problem"),
     [
         ("kernel: CUDA driver version is insufficient for CUDA runtime version", 12080, 13000, TOO_OLD),
-        ("kernel: no kernel image is available for execution on the device", 13000, 13000,
-         "the kernels were built for 90, the GPU is 8.0; install again with -C cmake.define.MEGALODON_OPS_ARCHITECTURES=80"),
-        ("kernel: invalid device function", 13000, 13000,
-         "the kernels were built for 90, the GPU is 8.0; install again with -C cmake.define.MEGALODON_OPS_ARCHITECTURES=80"),
-        ("kernel: the provided PTX was compiled with an unsupported toolchain.", 13000, 13010,
-         "the driver supports CUDA 13.0 and compiles no PTX of CUDA 13.1; update the driver, or install again with -C "
-         "cmake.define.MEGALODON_OPS_ARCHITECTURES=80"),
+        ("kernel: no kernel image is available for execution on the device", 13000, 13000, OTHER_CARD),
+        ("kernel: invalid device function", 13000, 13000, OTHER_CARD),
+        ("kernel: the provided PTX was compiled with an unsupported toolchain.", 13000, 13010, NO_PTX),
         ("kernel: an illegal memory access was encountered", 13000, 13000, None),
     ],
-)  # fmt: skip
+)
 def test_the_cause_of_a_failed_launch(message, driver, runtime, problem):
     assert launch_problem(message, driver, runtime, "90", (8, 0)) == problem
 
@@ -119,6 +126,7 @@ JIT = (
     "no machine code for compute capability 9.0: the driver compiles PTX of sm_80 at the first launch, in about half a "
     "minute; or install again with -C cmake.define.MEGALODON_OPS_ARCHITECTURES=90"
 )
+NO_CODE = "no code for compute capability {}; install again with -C cmake.define.MEGALODON_OPS_ARCHITECTURES={}"
 
 
 @pytest.mark.parametrize(
@@ -128,10 +136,10 @@ JIT = (
         ("80", (8, 9), None),
         ("80, 90-real", (9, 0), None),
         ("80-real, 90", (8, 0), None),
-        ("90", (8, 0), "no code for compute capability 8.0; install again with -C cmake.define.MEGALODON_OPS_ARCHITECTURES=80"),
-        ("90-real", (10, 0), "no code for compute capability 10.0; install again with -C cmake.define.MEGALODON_OPS_ARCHITECTURES=100"),
+        ("90", (8, 0), NO_CODE.format("8.0", 80)),
+        ("90-real", (10, 0), NO_CODE.format("10.0", 100)),
     ],
-)  # fmt: skip
+)
 def test_a_build_without_machine_code_for_the_card(built, capability, note):
     assert compile_note(built, capability) == note
 

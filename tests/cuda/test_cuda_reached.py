@@ -148,34 +148,37 @@ CASES = {
     "nine-queries": (chunked_attention_case, {}, {"B": 1, "H": 1, "state": True, "cu_seqlens": NINE}),
     "nine-queries-16": (chunked_attention_case, {}, {"B": 1, "H": 1, "state": True, "cu_seqlens": NINE, "dtype": BF16}),
     "two-turns-of-spans": (
-        chunked_attention_case, {"attention_span": 8},
+        chunked_attention_case,
+        {"attention_span": 8},
         {"B": 1, "L": 1, "H": 1, "K": 200, "V": 200, "C": 100, "scale": 0.05, "state": True},
     ),
     "two-turns-of-spans-16": (
-        chunked_attention_case, {"attention_span": 8},
+        chunked_attention_case,
+        {"attention_span": 8},
         {"B": 1, "L": 1, "H": 1, "K": 200, "V": 200, "C": 100, "scale": 0.05, "state": True, "dtype": BF16},
     ),
     "nine-sequences": (chunked_attention_case, {}, {"B": 1, "cu_seqlens": NINE, "dtype": BF16}),
     "more-depth-than-tensor-cores-take": (
-        chunked_attention_case, {}, {"B": 2, "L": 70, "H": 1, "K": 258, "V": 10, "C": 70, "lengths": [0, 69], "dtype": BF16}
+        chunked_attention_case,
+        {},
+        {"B": 2, "L": 70, "H": 1, "K": 258, "V": 10, "C": 70, "lengths": [0, 69], "dtype": BF16},
     ),
-    "elements-of-that": (
-        chunked_attention_case, {}, {"B": 1, "L": 5, "H": 1, "K": 257, "V": 6, "C": 5, "dtype": BF16}
-    ),
+    "elements-of-that": (chunked_attention_case, {}, {"B": 1, "L": 5, "H": 1, "K": 257, "V": 6, "C": 5, "dtype": BF16}),
     "three-lookups-of-a-part": (
-        normalized_qk_case, {"qk_part": 24}, {"B": 1, "L": 49, "H": 1, "K": 264, "C": 9, "cu_seqlens": [*NINE, 49]}
+        normalized_qk_case,
+        {"qk_part": 24},
+        {"B": 1, "L": 49, "H": 1, "K": 264, "C": 9, "cu_seqlens": [*NINE, 49]},
     ),
     "three-lookups-of-a-part-16": (
-        normalized_qk_case, {"qk_part": 24},
+        normalized_qk_case,
+        {"qk_part": 24},
         {"B": 1, "L": 49, "H": 1, "K": 264, "C": 9, "cu_seqlens": [*NINE, 49], "dtype": BF16},
     ),
     "nine-sequences-of-queries": (normalized_qk_case, {}, {"B": 1, "cu_seqlens": NINE, "dtype": BF16}),
     "two-blocks-of-empty-groups": (timestep_norm_case, {}, {"B": 1, "L": 2, "G": 300, "width": 1, "lengths": [0]}),
-    "nine-sequences-of-the-norm": (
-        timestep_norm_case, {}, {"B": 1, "cu_seqlens": NINE, "count": 3, "dtype": BF16}
-    ),
+    "nine-sequences-of-the-norm": (timestep_norm_case, {}, {"B": 1, "cu_seqlens": NINE, "count": 3, "dtype": BF16}),
     "two-warps-of-tiles": (timestep_norm_case, {}, {"B": 1, "L": 768, "G": 1, "width": 1, "count": 3}),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("name", CASES)

@@ -59,19 +59,17 @@ def with_rising_scores(case, slope=0.05):
 # A block has 128 rows (16-bit types) or 64. Slabs of queries and keys have 64 channels (16-bit types) or 128 bytes,
 # tiles of keys 32 to 64 rows, slices of V 64 to 512 columns.
 FORWARD = {
-    "three-slices-of-values": {
-        "L": 130, "H": 2, "K": 136, "V": 520, "C": 110, "dtype": BF16, "dropkey": 0.2, "lengths": [121]
-    },
-    "four-blocks-of-rows": {"L": 390, "H": 3, "K": 8, "V": 16, "C": 200, "dtype": F16, "dropkey": 0.3},
-    "128-columns": {"L": 150, "H": 2, "K": 16, "V": 104, "C": 150, "dtype": BF16},
-    "128-columns-of-many-channels": {"L": 130, "H": 1, "K": 136, "V": 128, "C": 130, "dtype": F16},
-    "float-64": {"L": 132, "H": 2, "K": 72, "V": 24, "C": 132, "dtype": F32, "dropkey": 0.3},
-    "float-256": {"L": 132, "H": 1, "K": 8, "V": 200, "C": 132, "dtype": F32},
-    "float-512-thrice": {"L": 34, "H": 1, "K": 8, "V": 1028, "C": 140, "dtype": F32, "position": 100},
-    "double-64": {"L": 132, "H": 1, "K": 40, "V": 6, "C": 132, "dtype": F64},
-    "double-256-thrice": {"L": 34, "H": 2, "K": 6, "V": 514, "C": 140, "dtype": F64, "position": 60},
-    "bfloat16-256-thrice": {"L": 10, "H": 1, "K": 264, "V": 520, "C": 140, "dtype": BF16, "position": 60},
-}  # fmt: skip
+    "three-slices-of-values": dict(L=130, H=2, K=136, V=520, C=110, dtype=BF16, dropkey=0.2, lengths=[121]),
+    "four-blocks-of-rows": dict(L=390, H=3, K=8, V=16, C=200, dtype=F16, dropkey=0.3),
+    "128-columns": dict(L=150, H=2, K=16, V=104, C=150, dtype=BF16),
+    "128-columns-of-many-channels": dict(L=130, H=1, K=136, V=128, C=130, dtype=F16),
+    "float-64": dict(L=132, H=2, K=72, V=24, C=132, dtype=F32, dropkey=0.3),
+    "float-256": dict(L=132, H=1, K=8, V=200, C=132, dtype=F32),
+    "float-512-thrice": dict(L=34, H=1, K=8, V=1028, C=140, dtype=F32, position=100),
+    "double-64": dict(L=132, H=1, K=40, V=6, C=132, dtype=F64),
+    "double-256-thrice": dict(L=34, H=2, K=6, V=514, C=140, dtype=F64, position=60),
+    "bfloat16-256-thrice": dict(L=10, H=1, K=264, V=520, C=140, dtype=BF16, position=60),
+}
 
 
 @pytest.mark.parametrize("shape", FORWARD.values(), ids=FORWARD)

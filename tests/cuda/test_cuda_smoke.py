@@ -32,36 +32,55 @@ SCANS = {"B": 4, "L": 1000, "D": 770, "N": 16}
 NORM = {"B": 8, "L": 2048, "G": 32, "width": 32}
 WIDE = {"B": 4, "L": 4096, "H": 1, "K": 256, "V": 2048, "C": 2048, "scale": 1 / 16}
 NARROW = {"B": 2, "L": 2048, "H": 8, "K": 64, "V": 64, "C": 1024, "scale": 1 / 8}
+ONE_HEAD = {"B": 1, "L": 70, "H": 1, "C": 40}
+ATTENTION, TWO_TYPES = "chunked_attention", (BF16, F32)
 # Op, types, real sizes, and those of them that are small where the kernels are emulated.
 CASES: dict[str, tuple[str, tuple[torch.dtype, ...], dict, dict]] = {
     # B L D N is at least 2^28, from which on the tensor cores are used; N 4: their gradients, and the scan's outputs.
-    "cema, tensor cores": ("cema", (BF16,), {"B": 8, "L": 2048, "D": 1024, "N": 16}, {"L": 128, "D": 8, "N": 5}),
-    "cema, tensor cores, 4 modes": ("cema", (BF16,), {"B": 8, "L": 4096, "D": 2048, "N": 4}, {"L": 128, "D": 8}),
-    "cema, scans": ("cema", TYPES, SCANS, {"B": 2, "L": 140, "D": 6, "N": 3}),
-    "cema, scans of elements": ("cema", (BF16, F32), SCANS | {"D": 771}, {"B": 2, "L": 140, "D": 5, "N": 3}),
-    "cema, 40 modes and a state": ("cema", (BF16, F32), {"B": 3, "L": 700, "D": 256, "N": 40, "state": True, "lengths": [700, 0, 33]}, {"L": 70, "D": 4, "lengths": [70, 0, 33]}),
-    "cema, steps": ("cema", TYPES, {"B": 32, "L": 1, "D": 2048, "N": 16, "state": True}, {"B": 2, "D": 8, "N": 3}),
-    "cema_end_state": ("cema_end_state", TYPES, {"B": 4, "L": 1000, "D": 512, "N": 16}, {"B": 2, "L": 70, "D": 6, "N": 3}),
-    "timestep_norm": ("timestep_norm", TYPES, NORM, {"B": 2, "L": 70, "G": 2}),
-    "timestep_norm, elements": ("timestep_norm", TYPES, NORM | {"width": 31}, {"B": 2, "L": 70, "G": 2, "width": 5}),
-    "timestep_norm, wide groups and a state": ("timestep_norm", TYPES, NORM | {"L": 300, "G": 2, "width": 1024, "count": 7, "lengths": [300, 0, 1, 64, 65, 300, 2, 128]}, {"L": 70, "width": 264, "lengths": [70, 0, 1, 64, 65, 9, 2, 7]}),
-    "timestep_norm_end_state": ("timestep_norm_end_state", TYPES, NORM, {"B": 2, "L": 70, "G": 2}),
-    "normalized_qk, warps": ("normalized_qk", TYPES, {"B": 2, "L": 4096, "H": 4, "K": 64, "C": 2048}, {"L": 20, "C": 16}),
-    "normalized_qk, blocks": ("normalized_qk", TYPES, {"B": 2, "L": 2048, "H": 2, "K": 1024, "C": 1024}, {"L": 9, "C": 16}),
-    "normalized_qk, elements": ("normalized_qk", TYPES, {"B": 2, "L": 2048, "H": 2, "K": 250, "C": 1024}, {"L": 9, "C": 16}),
-    "attention, 200M": ("chunked_attention", (BF16, F16, F32), WIDE, {"B": 1, "L": 70, "C": 40, "K": 64, "V": 264}),
-    "attention, 64 channels": ("chunked_attention", TYPES, NARROW, {"B": 1, "L": 140, "H": 1, "C": 70}),
-    "attention, 128 channels": ("chunked_attention", (BF16, F32), NARROW | {"K": 128, "V": 128}, {"B": 1, "L": 70, "H": 1, "C": 40}),
-    "attention, elements, DropKey": ("chunked_attention", (BF16, F32), NARROW | {"K": 63, "V": 100, "dropkey": 0.1}, {"B": 1, "L": 70, "H": 1, "C": 40}),
-    "attention, 264 channels": ("chunked_attention", (BF16,), NARROW | {"K": 264}, {"B": 1, "L": 20, "H": 1, "C": 20}),
-    "attention, whole chunks": ("chunked_attention", (BF16, F32), NARROW | {"causal": False}, {"B": 1, "L": 70, "H": 1, "C": 40}),
-    "attention, steps": ("chunked_attention", TYPES, {"B": 8, "L": 1, "H": 1, "K": 256, "V": 2048, "C": 2048, "state": True, "scale": 1 / 16}, {"B": 2, "C": 70, "V": 520}),
-    "attention, from a state": ("chunked_attention", (BF16, F32), {"B": 4, "L": 500, "H": 2, "K": 64, "V": 128, "C": 512, "state": True, "scale": 1 / 8}, {"B": 2, "L": 70, "C": 48}),
-}  # fmt: skip
+    "cema, tensor cores": ("cema", (BF16,), dict(B=8, L=2048, D=1024, N=16), dict(L=128, D=8, N=5)),
+    "cema, tensor cores, 4 modes": ("cema", (BF16,), dict(B=8, L=4096, D=2048, N=4), dict(L=128, D=8)),
+    "cema, scans": ("cema", TYPES, SCANS, dict(B=2, L=140, D=6, N=3)),
+    "cema, scans of elements": ("cema", TWO_TYPES, SCANS | dict(D=771), dict(B=2, L=140, D=5, N=3)),
+    "cema, 40 modes and a state": (
+        "cema",
+        TWO_TYPES,
+        dict(B=3, L=700, D=256, N=40, state=True, lengths=[700, 0, 33]),
+        dict(L=70, D=4, lengths=[70, 0, 33]),
+    ),
+    "cema, steps": ("cema", TYPES, dict(B=32, L=1, D=2048, N=16, state=True), dict(B=2, D=8, N=3)),
+    "cema_end_state": ("cema_end_state", TYPES, dict(B=4, L=1000, D=512, N=16), dict(B=2, L=70, D=6, N=3)),
+    "timestep_norm": ("timestep_norm", TYPES, NORM, dict(B=2, L=70, G=2)),
+    "timestep_norm, elements": ("timestep_norm", TYPES, NORM | dict(width=31), dict(B=2, L=70, G=2, width=5)),
+    "timestep_norm, wide groups and a state": (
+        "timestep_norm",
+        TYPES,
+        NORM | dict(L=300, G=2, width=1024, count=7, lengths=[300, 0, 1, 64, 65, 300, 2, 128]),
+        dict(L=70, width=264, lengths=[70, 0, 1, 64, 65, 9, 2, 7]),
+    ),
+    "timestep_norm_end_state": ("timestep_norm_end_state", TYPES, NORM, dict(B=2, L=70, G=2)),
+    "normalized_qk, warps": ("normalized_qk", TYPES, dict(B=2, L=4096, H=4, K=64, C=2048), dict(L=20, C=16)),
+    "normalized_qk, blocks": ("normalized_qk", TYPES, dict(B=2, L=2048, H=2, K=1024, C=1024), dict(L=9, C=16)),
+    "normalized_qk, elements": ("normalized_qk", TYPES, dict(B=2, L=2048, H=2, K=250, C=1024), dict(L=9, C=16)),
+    "attention, 200M": (ATTENTION, (BF16, F16, F32), WIDE, dict(B=1, L=70, C=40, K=64, V=264)),
+    "attention, 64 channels": (ATTENTION, TYPES, NARROW, dict(B=1, L=140, H=1, C=70)),
+    "attention, 128 channels": (ATTENTION, TWO_TYPES, NARROW | dict(K=128, V=128), ONE_HEAD),
+    "attention, elements, DropKey": (ATTENTION, TWO_TYPES, NARROW | dict(K=63, V=100, dropkey=0.1), ONE_HEAD),
+    "attention, 264 channels": (ATTENTION, (BF16,), NARROW | dict(K=264), dict(B=1, L=20, H=1, C=20)),
+    "attention, whole chunks": (ATTENTION, TWO_TYPES, NARROW | dict(causal=False), ONE_HEAD),
+    "attention, steps": (ATTENTION, TYPES, WIDE | dict(B=8, L=1, state=True), dict(B=2, C=70, V=520)),
+    "attention, from a state": (
+        ATTENTION,
+        TWO_TYPES,
+        NARROW | dict(B=4, L=500, H=2, V=128, C=512, state=True),
+        dict(B=2, L=70, C=48),
+    ),
+}
 LIBRARIES = ("attention, 200M", "attention, 64 channels", "attention, 128 channels", "attention, whole chunks")
 KERNELS = {
-    name for path in (ROOT / "cuda").rglob("*.cu*") for name in re.findall(r"__global__[^;{]*?\b(\w+_kernel)\(", path.read_text())
-}  # fmt: skip
+    name
+    for path in (ROOT / "cuda").rglob("*.cu*")
+    for name in re.findall(r"__global__[^;{]*?\b(\w+_kernel)\(", path.read_text())
+}
 
 
 def gradients(function: Callable, case: Case):

@@ -179,15 +179,19 @@ BUGS = {  # (file, right, wrong): kernels of wrappers.cu that change
     ("async.cuh", '"n"(kPending)', '"n"(kPending + 1)'): {"waits<0>", "waits<2>"},
     ("matrix.cuh", "x4.trans.", "x4."): {"transposed<4>"},
     ("matrix.cuh", "m8n8.x2.shared", "m8n8.x2.trans.shared"): {"matrices<2>"},
-    ("matrix.cuh", "bf16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}", "bf16.f32 {%0,%1,%2,%3}, {%4,%6,%5,%7}"): {"multiplies<bf16>"},
-    ("matrix.cuh", "f16.f16.f32 {%0,%1,%2,%3}, {%4", "f16.f16.f32 {%0,%2,%1,%3}, {%4"): {"multiplies<fp16>"},
-    ("matrix.cuh", "tf32.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}", "tf32.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%9,%8}"): {
-        "multiplies<float>"
+    ("matrix.cuh", "bf16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}", "bf16.f32 {%0,%1,%2,%3}, {%4,%6,%5,%7}"): {
+        "multiplies<bf16>"
     },
+    ("matrix.cuh", "f16.f16.f32 {%0,%1,%2,%3}, {%4", "f16.f16.f32 {%0,%2,%1,%3}, {%4"): {"multiplies<fp16>"},
+    (
+        "matrix.cuh",
+        "tf32.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}",
+        "tf32.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%9,%8}",
+    ): {"multiplies<float>"},
     ("convert.cuh", '"f"(high), "f"(low)', '"f"(low), "f"(high)'): {"packs<bf16>", "packs<fp16>"},
     ("convert.cuh", "__byte_perm(low, high,", "__byte_perm(high, low,"): {"joins<0>", "joins<1>"},
     ("portable.cuh", '"bar.sync %0, %1;"', '"bar.sync %1, %0;"'): {"barrier"},
-}  # fmt: skip
+}
 
 
 def test_bugs_in_the_branch_for_nvcc_are_found(tmp_path):

@@ -49,8 +49,9 @@ def wrong_cases(draw: st.DrawFn, op: str) -> Case:
     numbers = st.integers(0, L) | st.integers(-3, L + 3) | WRONG
     kind = draw(st.sampled_from(["packed", "padded", "dense"] if op in WITH_POSITIONS else ["packed", "padded"]))
     B = 1 if kind == "packed" else 3
-    case = build(op, B=B, L=L, dtype=draw(st.sampled_from([BF16, F32, F64])),
-                 **({"cu_seqlens": [0] * draw(st.integers(1, 8))} if kind == "packed" else {}))  # fmt: skip
+    dtype = draw(st.sampled_from([BF16, F32, F64]))
+    packed = {"cu_seqlens": [0] * draw(st.integers(1, 8))} if kind == "packed" else {}
+    case = build(op, B=B, L=L, dtype=dtype, **packed)
     if kind == "packed":
         count = len(case.options["cu_seqlens"])
         case = case.with_options(cu_seqlens=torch.tensor(draw(st.lists(numbers, min_size=count, max_size=count))))

@@ -21,43 +21,39 @@ ORDERS = ("forward", "reverse", "random")
 
 # Shapes by kernel: each tiling and each kind of tail. Sequences, chunks and tiles end at arbitrary rows.
 ON_TENSOR_CORES = {
-    "64-columns": {"L": 75, "H": 2, "K": 40, "V": 24, "C": 67, "dtype": BF16, "state": True, "dropkey": 0.3},
-    "64-columns-chunk-before-the-tiles-end": {"B": 1, "L": 70, "H": 1, "K": 8, "V": 8, "C": 47, "dtype": BF16},
-    "64-columns-one-head": {"L": 130, "H": 1, "K": 128, "V": 64, "C": 200, "dtype": F16},
-    "128-columns": {"L": 70, "H": 1, "K": 128, "V": 72, "C": 48, "dtype": BF16, "lengths": [70, 33]},
-    "128-columns-short-tiles": {"B": 1, "L": 66, "H": 1, "K": 136, "V": 120, "C": 64, "dtype": F16, "dropkey": 0.5},
-    "128-columns-with-dropkey": {"B": 1, "L": 140, "H": 1, "K": 8, "V": 72, "C": 140, "dtype": BF16, "dropkey": 0.3},
-    "256-columns": {"L": 34, "H": 1, "K": 16, "V": 136, "C": 33, "dtype": BF16, "state": True},
-    "256-columns-twice": {"L": 35, "H": 2, "K": 250, "V": 258, "C": 20, "dtype": BF16, "dropkey": 0.2,
-                          "lengths": [35, 20]},
-    "one-channel": {"L": 20, "H": 3, "K": 1, "V": 1, "C": 7, "dtype": F16},
-    "whole-chunks": {"B": 1, "L": 150, "H": 2, "K": 8, "V": 8, "C": 47, "dtype": BF16, "causal": False},
-    "whole-chunks-of-two-blocks": {"L": 150, "H": 1, "K": 8, "V": 8, "C": 141, "dtype": F16, "causal": False,
-                                   "lengths": [130, 150], "dropkey": 0.3},
-    "whole-chunks-packed": {"B": 1, "L": 70, "H": 1, "K": 8, "V": 8, "C": 9, "dtype": BF16, "causal": False,
-                            "cu_seqlens": [1, 8, 8, 40, 67]},
-}  # fmt: skip
+    "64-columns": dict(L=75, H=2, K=40, V=24, C=67, dtype=BF16, state=True, dropkey=0.3),
+    "64-columns-chunk-before-the-tiles-end": dict(B=1, L=70, H=1, K=8, V=8, C=47, dtype=BF16),
+    "64-columns-one-head": dict(L=130, H=1, K=128, V=64, C=200, dtype=F16),
+    "128-columns": dict(L=70, H=1, K=128, V=72, C=48, dtype=BF16, lengths=[70, 33]),
+    "128-columns-short-tiles": dict(B=1, L=66, H=1, K=136, V=120, C=64, dtype=F16, dropkey=0.5),
+    "128-columns-with-dropkey": dict(B=1, L=140, H=1, K=8, V=72, C=140, dtype=BF16, dropkey=0.3),
+    "256-columns": dict(L=34, H=1, K=16, V=136, C=33, dtype=BF16, state=True),
+    "256-columns-twice": dict(L=35, H=2, K=250, V=258, C=20, dtype=BF16, dropkey=0.2, lengths=[35, 20]),
+    "one-channel": dict(L=20, H=3, K=1, V=1, C=7, dtype=F16),
+    "whole-chunks": dict(B=1, L=150, H=2, K=8, V=8, C=47, dtype=BF16, causal=False),
+    "whole-chunks-of-two-blocks": dict(
+        L=150, H=1, K=8, V=8, C=141, dtype=F16, causal=False, lengths=[130, 150], dropkey=0.3
+    ),
+    "whole-chunks-packed": dict(B=1, L=70, H=1, K=8, V=8, C=9, dtype=BF16, causal=False, cu_seqlens=[1, 8, 8, 40, 67]),
+}
 WITHOUT_TENSOR_CORES = {
-    "float-64-columns": {"B": 1, "L": 70, "H": 1, "K": 20, "V": 24, "C": 67, "dtype": F32, "state": True,
-                         "dropkey": 0.3},
-    "float-256-columns": {"L": 33, "H": 1, "K": 37, "V": 100, "C": 48, "dtype": F32, "lengths": [30, 17]},
-    "float-512-columns": {"L": 20, "H": 1, "K": 16, "V": 260, "C": 13, "dtype": F32, "dropkey": 0.9},
-    "float-512-columns-twice": {"B": 1, "L": 20, "H": 1, "K": 3, "V": 514, "C": 13, "dtype": F32, "lengths": [15]},
-    "double-64-columns": {"L": 20, "H": 2, "K": 18, "V": 10, "C": 32, "dtype": F64, "state": True, "dropkey": 0.3},
-    "double-256-columns": {"B": 1, "L": 20, "H": 1, "K": 5, "V": 258, "C": 70, "dtype": F64},
-    "bfloat16-many-channels": {"B": 1, "L": 20, "H": 1, "K": 264, "V": 72, "C": 13, "dtype": BF16, "dropkey": 0.2},
-    "float-whole-chunks": {"B": 1, "L": 70, "H": 1, "K": 20, "V": 24, "C": 33, "dtype": F32, "causal": False},
-    "double-whole-chunk-of-two-blocks": {"L": 70, "H": 1, "K": 6, "V": 8, "C": 2**33, "dtype": F64, "causal": False,
-                                         "lengths": [70, 66]},
-}  # fmt: skip
+    "float-64-columns": dict(B=1, L=70, H=1, K=20, V=24, C=67, dtype=F32, state=True, dropkey=0.3),
+    "float-256-columns": dict(L=33, H=1, K=37, V=100, C=48, dtype=F32, lengths=[30, 17]),
+    "float-512-columns": dict(L=20, H=1, K=16, V=260, C=13, dtype=F32, dropkey=0.9),
+    "float-512-columns-twice": dict(B=1, L=20, H=1, K=3, V=514, C=13, dtype=F32, lengths=[15]),
+    "double-64-columns": dict(L=20, H=2, K=18, V=10, C=32, dtype=F64, state=True, dropkey=0.3),
+    "double-256-columns": dict(B=1, L=20, H=1, K=5, V=258, C=70, dtype=F64),
+    "bfloat16-many-channels": dict(B=1, L=20, H=1, K=264, V=72, C=13, dtype=BF16, dropkey=0.2),
+    "float-whole-chunks": dict(B=1, L=70, H=1, K=20, V=24, C=33, dtype=F32, causal=False),
+    "double-whole-chunk-of-two-blocks": dict(L=70, H=1, K=6, V=8, C=2**33, dtype=F64, causal=False, lengths=[70, 66]),
+}
 FEW_QUERIES = {
-    "decode": {"B": 3, "L": 1, "H": 2, "K": 32, "V": 40, "C": 200, "dtype": BF16, "state": True},
-    "wide": {"B": 2, "L": 2, "H": 1, "K": 264, "V": 520, "C": 70, "dtype": F16, "state": True, "dropkey": 0.5},
-    "float": {"B": 3, "L": 8, "H": 2, "K": 36, "V": 44, "C": 70, "dtype": F32, "state": True, "lengths": [1, 0, 8]},
-    "double": {"B": 2, "L": 3, "H": 1, "K": 18, "V": 258, "C": 90, "dtype": F64, "state": True, "dropkey": 0.2},
-    "packed": {"B": 1, "L": 12, "H": 1, "K": 8, "V": 8, "C": 7, "dtype": BF16, "state": True,
-               "cu_seqlens": [1, 2, 2, 11]},
-}  # fmt: skip
+    "decode": dict(B=3, L=1, H=2, K=32, V=40, C=200, dtype=BF16, state=True),
+    "wide": dict(B=2, L=2, H=1, K=264, V=520, C=70, dtype=F16, state=True, dropkey=0.5),
+    "float": dict(B=3, L=8, H=2, K=36, V=44, C=70, dtype=F32, state=True, lengths=[1, 0, 8]),
+    "double": dict(B=2, L=3, H=1, K=18, V=258, C=90, dtype=F64, state=True, dropkey=0.2),
+    "packed": dict(B=1, L=12, H=1, K=8, V=8, C=7, dtype=BF16, state=True, cu_seqlens=[1, 2, 2, 11]),
+}
 KERNELS = {
     "chunked_attention_fwd_mma_kernel": ON_TENSOR_CORES,
     "chunked_attention_fwd_fma_kernel": WITHOUT_TENSOR_CORES,
@@ -66,10 +62,11 @@ KERNELS = {
 PATHS = {name: (kernel, shape) for kernel, shapes in KERNELS.items() for name, shape in shapes.items()}
 
 
-MISALIGNED = ("64-columns", "128-columns", "256-columns-twice", "one-channel", "float-64-columns", "float-512-columns",
-              "double-64-columns", *FEW_QUERIES)  # fmt: skip
+MISALIGNED = (
+    "64-columns 128-columns 256-columns-twice one-channel float-64-columns float-512-columns double-64-columns".split()
+)
 ALIGNMENTS = {f"{name}-0": (*path, 0) for name, path in PATHS.items()}
-ALIGNMENTS |= {f"{name}-1": (*PATHS[name], 1) for name in MISALIGNED}
+ALIGNMENTS |= {f"{name}-1": (*PATHS[name], 1) for name in (*MISALIGNED, *FEW_QUERIES)}
 
 
 @pytest.mark.parametrize(("kernel", "shape", "offset"), ALIGNMENTS.values(), ids=ALIGNMENTS)
@@ -263,8 +260,9 @@ def test_values_of_nan_cost_a_few_forwards(emulator, K, V, dtype):
     assert usual < cost < 5 * usual and 2 * usual < largest_cost < 8 * usual
 
 
-@pytest.mark.parametrize("path", ["64-columns-one-head", "128-columns", "float-64-columns", "float-512-columns",
-                                  "double-256-columns", "wide", "float"])  # fmt: skip
+@pytest.mark.parametrize(
+    "path", "64-columns-one-head 128-columns float-64-columns float-512-columns double-256-columns wide float".split()
+)
 def test_no_bank_conflicts(emulator, path):
     kernel, shape = PATHS[path]
     run(emulator, scaled_case(**shape))

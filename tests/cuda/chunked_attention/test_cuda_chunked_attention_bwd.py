@@ -20,12 +20,13 @@ from megalodon_ops.ops.common.philox import dropkey_mask
 KERNELS = "chunked_attention_bwd_{}_kernel"
 EDGE = 128  # rows of a tile of 16-bit elements
 
+ODD = {"B": 2, "L": 21, "H": 3, "K": 5, "V": 3, "C": 9}
 SHAPES = {
     # A tile has 128 rows (float64: 64), a slab 64 elements (float32 and float64: 16).
     "a-chunk-in-a-tile": {"B": 1, "L": 50, "H": 2, "K": 24, "V": 40, "C": 40},
     "tiles-of-a-chunk": {"B": 1, "L": 150, "H": 1, "K": 8, "V": 16, "C": 140},
     "slabs-and-slices": {"B": 1, "L": 20, "H": 1, "K": 136, "V": 264, "C": 16},
-    "odd": {"B": 2, "L": 21, "H": 3, "K": 5, "V": 3, "C": 9},
+    "odd": ODD,
     "keys-in-the-cache": {"B": 3, "L": 7, "H": 2, "K": 8, "V": 8, "C": 136, "state": True},
     "dropkey": {"B": 1, "L": 33, "H": 2, "K": 8, "V": 8, "C": 16, "dropkey": 0.4},
     "dropkey-in-odd-chunks": {"B": 1, "L": 23, "H": 2, "K": 8, "V": 8, "C": 10, "dropkey": 0.4},
@@ -36,11 +37,10 @@ SHAPES = {
     "a-sequence-more-than-lanes": {"B": 1, "L": 45, "H": 1, "K": 8, "V": 8, "C": 64, "cu_seqlens": list(range(34))},
     "many-sequences": {"B": 1, "L": 45, "H": 1, "K": 8, "V": 8, "C": 64, "cu_seqlens": list(range(41))},
     "whole-chunks": {"B": 1, "L": 150, "H": 2, "K": 8, "V": 16, "C": 140, "causal": False},
-    "whole-chunks-padded": {"B": 2, "L": 21, "H": 2, "K": 5, "V": 3, "C": 9, "causal": False, "lengths": [21, 12],
-                            "dropkey": 0.2},
+    "whole-chunks-padded": ODD | {"H": 2, "causal": False, "lengths": [21, 12], "dropkey": 0.2},
     "no-keys": {"B": 1, "L": 5, "H": 1, "K": 0, "V": 3, "C": 4},
     "no-values": {"B": 1, "L": 5, "H": 1, "K": 3, "V": 0, "C": 4},
-}  # fmt: skip
+}
 
 
 PATHS = {

@@ -70,10 +70,9 @@ def _compile(folder: Path, compiler: str, target: str, verbose: bool) -> None:
     _copy_kernels(ROOT / "cuda", folder / "cuda")
     if not any((folder / name).exists() for name in ("build.ninja", "Makefile")):
         generator = ["-G", "Ninja"] if shutil.which("ninja") else []
-        _run(
-            ["cmake", "-S", str(FOLDER), "-B", str(folder), *generator, f"-DCMAKE_CXX_COMPILER={compiler}",
-             f"-DPython_EXECUTABLE={sys.executable}", f"-Dpybind11_DIR={pybind11.get_cmake_dir()}"], verbose
-        )  # fmt: skip
+        programs = [f"-DCMAKE_CXX_COMPILER={compiler}", f"-DPython_EXECUTABLE={sys.executable}"]
+        options = [*generator, *programs, f"-Dpybind11_DIR={pybind11.get_cmake_dir()}"]
+        _run(["cmake", "-S", str(FOLDER), "-B", str(folder), *options], verbose)
     _run(["cmake", "--build", str(folder), "--target", target, "--parallel", str(os.cpu_count() or 1)], verbose)
 
 

@@ -19,6 +19,10 @@ NARROW_PRODUCT = (
     r"\b(?:block|grid)(?:Idx|Dim)\.[xyz]\s*\*\s*(?:k[A-Z]|\d|block|grid|thread|static_cast<int>)"
     r"|(?:\bk[A-Z]\w*|\d|Dim\.[xyz])\s*\*\s*(?:blockIdx|gridDim)\."
 )
+DEVICE_GLOBAL = (
+    r"^\s*(?:(?:static|inline|constexpr|const)\s+)*__(?:device|managed|constant)__\s+[\w:<>, ]+[\s*]\w+\s*(?:\[|=|;)"
+)
+STATIC_AT_RUN_TIME = r"\bstatic\b(?!.*\bconstexpr\b)[^;(){}]*(?:=|\{|\([^)]*\)\s*;)"
 # Patterns allowed only in cuda/common.
 ONLY_IN_COMMON = {
     r"\basm\b": "inline PTX belongs in cuda/common",
@@ -34,13 +38,11 @@ EVERYWHERE = {
     r"\batomic\w+\s*\(": "sums by atomics differ from run to run; reduce in a fixed order",
     r"__threadfence|__nanosleep|\bvolatile\b(?!\s*\()": "blocks must not wait for each other; launch another kernel",
     r"\bwhile\s*\([^;]*\)\s*;": "spin wait; launch another kernel",
-    r"^\s*(?:(?:static|inline|constexpr|const)\s+)*__(?:device|managed|constant)__\s+[\w:<>, ]+[\s*]\w+\s*(?:\[|=|;)":
-        "device globals are one per module; pass a pointer",
+    DEVICE_GLOBAL: "device globals are one per module; pass a pointer",
     r"\]\s*(?:\([^)]*\)\s*)?(?:mutable\s*)?__(?:host|device)__": "device lambdas need an extension; use a struct",
     r"cooperative_groups|\bcub\b|\bthrust\b": "no cooperative groups, CUB or Thrust in kernels",
-    r"\bstatic\b(?!.*\bconstexpr\b)[^;(){}]*(?:=|\{|\([^)]*\)\s*;)":
-        "a static initialised at run time does not link in the emulator",
-}  # fmt: skip
+    STATIC_AT_RUN_TIME: "a static initialised at run time does not link in the emulator",
+}
 # A cast of a 64-bit product of tensor sizes loses its upper half. Exceptions: elements of one token or head.
 SMALL_PRODUCTS = ("p.heads * width",)
 MAX_LINES = 400
@@ -121,9 +123,9 @@ def _without_comments(text: str) -> str:
 
     def blank(match: re.Match[str]) -> str:
         token = match[0]
-        return token if token.startswith('"') and "/" not in token and token.endswith(('.h"', '.cuh"')) else (
-            '""' if token.startswith('"') else "\n" * token.count("\n")
-        )  # fmt: skip
+        if not token.startswith('"'):
+            return "\n" * token.count("\n")
+        return token if "/" not in token and token.endswith(('.h"', '.cuh"')) else '""'
 
     return re.sub(r'"(?:\\.|[^"\\\n])*"|//[^\n]*|/\*.*?\*/', blank, text, flags=re.DOTALL)
 

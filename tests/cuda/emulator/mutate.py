@@ -39,16 +39,18 @@ ROOT = Path(__file__).parents[3]
 TABLE = Path(__file__).parent / "survivors.tsv"
 SURVIVED = "survived"
 KINDS = (
-    "race", "out of bounds", "uninitialised read", "read-only buffer", "divergent barrier", "deadlock",
-    "invalid operation", "misaligned", "copy in flight", "copy never waited for", "copy never committed",
-    "wrong memory", "not device memory", "wrong mma fragment", "invalid launch",
-)  # fmt: skip
+    "race, out of bounds, uninitialised read, read-only buffer, divergent barrier, deadlock, invalid operation, "
+    "misaligned, copy in flight, copy never waited for, copy never committed, wrong memory, not device memory, "
+    "wrong mma fragment, invalid launch"
+).split(", ")
 BARRIERS = r"sync|named_barrier|_wait|_commit"  # in Mutant.change
 WRAPPER_TESTS = "test_cuda_instructions.py"  # tests of cuda/common
 OP_TESTS = {  # tests of all ops
-    "test_cuda_ops.py": [], "test_cuda_wrong_offsets.py": [], "test_ops.py": ["cuda-emulated"],
+    "test_cuda_ops.py": [],
+    "test_cuda_wrong_offsets.py": [],
+    "test_ops.py": ["cuda-emulated"],
     "test_range.py": ["cuda-emulated"],
-}  # fmt: skip
+}
 
 
 @dataclass
@@ -153,10 +155,9 @@ class Session:
             "MEGALODON_OPS_REACHED": "",  # do not record iterations of mutants
         }
         command = [sys.executable, "tests/cuda/emulator/mutant_session.py", str(self.output.with_suffix(".log"))]
-        self.process = subprocess.Popen(
-            [*command, *(str(path_of(file)) for file in sorted(files))], cwd=folder, env=environment, text=True,
-            stdin=subprocess.PIPE, stdout=subprocess.PIPE,
-        )  # fmt: skip
+        command += [str(path_of(file)) for file in sorted(files)]
+        pipes = dict(stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+        self.process = subprocess.Popen(command, cwd=folder, env=environment, **pipes)
         self.tests: list[str] = self._answer()
 
     def _answer(self) -> Any:

@@ -35,10 +35,9 @@ def run(library: Path, *arguments: str, timeout: float = 300) -> subprocess.Comp
     preload = f"{runtime()} libstdc++.so.6"  # must be loaded when libasan looks for __cxa_throw
     options = {"ASAN_OPTIONS": "detect_leaks=0:detect_stack_use_after_return=0", "LD_PRELOAD": preload}
     path = os.pathsep.join(filter(None, [TEST_PATH, os.environ.get("PYTHONPATH")]))
-    return subprocess.run(
-        [sys.executable, str(Path(__file__)), str(library), *arguments],
-        env=os.environ | options | {"PYTHONPATH": path}, capture_output=True, text=True, check=False, timeout=timeout,
-    )  # fmt: skip
+    command = [sys.executable, str(Path(__file__)), str(library), *arguments]
+    environment = os.environ | options | {"PYTHONPATH": path}
+    return subprocess.run(command, env=environment, capture_output=True, text=True, check=False, timeout=timeout)
 
 
 def run_plants(library: Path, names: list[str], *, bug: bool) -> None:

@@ -12,8 +12,10 @@ def without_comments(text: str) -> str:
     """The text with comments, strings and preprocessor lines replaced by spaces."""
     return re.sub(
         r'"(?:\\.|[^"\\\n])*"|//[^\n]*|/\*.*?\*/|^[ \t]*#(?:\\\n|[^\n])*',
-        lambda token: re.sub(r"[^\n]", " ", token[0]), text, flags=re.DOTALL | re.MULTILINE,
-    )  # fmt: skip
+        lambda token: re.sub(r"[^\n]", " ", token[0]),
+        text,
+        flags=re.DOTALL | re.MULTILINE,
+    )
 
 
 def closing(code: str, opening: int) -> int:

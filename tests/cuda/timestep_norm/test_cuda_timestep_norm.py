@@ -176,10 +176,9 @@ def tiled_cases(draw) -> Case:
     lengths = draw(st.lists(LENGTHS, min_size=1, max_size=4))
     before, after = draw(st.integers(0, 9)), draw(st.integers(0, 9))
     cu_seqlens = [before + sum(lengths[:i]) for i in range(len(lengths) + 1)]
-    return timestep_norm_case(
-        B=1, L=cu_seqlens[-1] + after, G=draw(st.sampled_from([1, 3])), width=draw(st.integers(1, 2)),
-        count=draw(st.sampled_from([None, 0, 3])), cu_seqlens=cu_seqlens, dtype=torch.float64,
-    )  # fmt: skip
+    L, G, width = cu_seqlens[-1] + after, draw(st.sampled_from([1, 3])), draw(st.integers(1, 2))
+    options = dict(count=draw(st.sampled_from([None, 0, 3])), cu_seqlens=cu_seqlens, dtype=torch.float64)
+    return timestep_norm_case(B=1, L=L, G=G, width=width, **options)
 
 
 def test_sequences_that_begin_and_end_anywhere_in_tiles(emulated_module):
