@@ -65,8 +65,9 @@ def cases_of(op, **sizes):
     """Calls by name: each kind of batch in each dtype, then hard values."""
     cases = {
         (name, dtype): BUILDERS[op](**sequences, **sizes, dtype=dtype)
-        for name, sequences in SEQUENCES.items() for dtype in DTYPES
-    }  # fmt: skip
+        for name, sequences in SEQUENCES.items()
+        for dtype in DTYPES
+    }
     hard, shape = (HARD_POLES, HARD_SHAPES["odd"]) if op == "cema_end_state" else (FRESH_VALUES, SHAPES["odd"])
     return cases | {(name,): BUILDERS[op](**shape, **numbers) for name, numbers in hard.items()}
 

@@ -31,8 +31,9 @@ from megalodon_ops.ops.gated_silu.gated_silu import gated_silu
 from megalodon_ops.ops.layer_norm.layer_norm import layer_norm, rms_norm
 from megalodon_ops.ops.linear.linear import linear_few_rows, linear_fwd
 from megalodon_ops.ops.linear_cross_entropy.linear_cross_entropy import (
-    linear_cross_entropy_fwd, linear_cross_entropy_sum,
-)  # fmt: skip
+    linear_cross_entropy_fwd,
+    linear_cross_entropy_sum,
+)
 from megalodon_ops.ops.quantized_linear.quantized_linear import quantize_weight, quantized_linear_fwd
 
 ops = torch.ops.megalodon_ops
@@ -59,13 +60,17 @@ EXPECTED = {
     "normalized_qk": (normalized_qk_case(H=2, K=6), ELEMENTS * 12 * 13, ELEMENTS * 12 * 23),
     # Nine positions in chunks of four allow 10 + 10 + 1 pairs.
     "chunked_attention": (
-        chunked_attention_case(H=2, K=3, V=5, C=4), 2 * 21 * 2 * 2 * (3 + 5), 2 * 21 * 2 * 2 * (3 * 3 + 2 * 5)
+        chunked_attention_case(H=2, K=3, V=5, C=4),
+        2 * 21 * 2 * 2 * (3 + 5),
+        2 * 21 * 2 * 2 * (3 * 3 + 2 * 5),
     ),
     # Nine positions read and eight write; four of these subtract what the memory returns for their key.
     "adaptive_working_memory": (
-        adaptive_working_memory_case(H=2, K=3, V=5, C=4), 2 * (9 + 8 + 4) * 60, 2 * (2 * 9 + 3 * 8 + 3 * 4) * 60
+        adaptive_working_memory_case(H=2, K=3, V=5, C=4),
+        2 * (9 + 8 + 4) * 60,
+        2 * (2 * 9 + 3 * 8 + 3 * 4) * 60,
     ),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize(("case", "fwd", "bwd"), EXPECTED.values(), ids=EXPECTED)
@@ -153,9 +158,7 @@ def test_layers_around_the_ops():
     def both(call):
         return lambda: sum(t.abs().sum() for t in call()).backward()
 
-    assert counted(both(lambda: [layer_norm(x, weight, bias)])) == {
-        "layer_norm_fwd": 24 * 7, "layer_norm_bwd": 24 * 16
-    }  # fmt: skip
+    assert counted(both(lambda: [layer_norm(x, weight, bias)])) == {"layer_norm_fwd": 24 * 7, "layer_norm_bwd": 24 * 16}
     assert counted(both(lambda: [rms_norm(x)])) == {"layer_norm_fwd": 24 * 3, "layer_norm_bwd": 24 * 8}
     assert counted(both(lambda: [gated_silu(x, x)])) == {"gated_silu_fwd": 24 * 5, "gated_silu_bwd": 24 * 11}
     alpha, theta, gamma = (torch.zeros(*shape, requires_grad=True) for shape in ((4, 3, 1), (4, 1, 1), (4, 3, 2)))
@@ -188,10 +191,8 @@ class WithoutHooks(TorchDispatchMode):
 
 def test_counting_does_not_change_the_computation(monkeypatch):
     """Under FlopCounterMode, which hooks every module, the loss still computes each block of logits once."""
-    config = mo.MegalodonConfig(
-        num_layers=2, model_dim=64, z_dim=32, value_dim=96, num_heads=2, ffn_hidden_dim=80, cema_ndim=4, chunk_size=16,
-        vocab_size=300, norm_num_groups=8, swiglu=True,
-    )  # fmt: skip
+    sizes = dict(model_dim=64, z_dim=32, value_dim=96, num_heads=2, ffn_hidden_dim=80, cema_ndim=4, vocab_size=300)
+    config = mo.MegalodonConfig(num_layers=2, chunk_size=16, norm_num_groups=8, swiglu=True, **sizes)
     rows, length = 2, 64
     monkeypatch.setattr(loss, "_CPU_BLOCK", 64 * config.vocab_size)  # two blocks
     model, tokens = mo.Megalodon(config), torch.zeros(rows, length, dtype=torch.int64)

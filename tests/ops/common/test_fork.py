@@ -80,10 +80,8 @@ print("children", os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
 
 def outcome(*arguments: object, **environment: str) -> list[str]:
     command = [sys.executable, "-W", "ignore", "-c", PROGRAM, *map(str, arguments)]
-    process = subprocess.Popen(
-        command, env={**os.environ, **environment}, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-        start_new_session=True,
-    )  # fmt: skip
+    pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    process = subprocess.Popen(command, env={**os.environ, **environment}, start_new_session=True, **pipes)
     try:
         out, err = process.communicate(timeout=120)
     except subprocess.TimeoutExpired:

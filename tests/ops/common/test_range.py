@@ -59,19 +59,18 @@ def assert_reaches_only_dependent_results(run, case, do, clean, cached, name, pl
     C, tolerance = case.options["chunk_size"], TOLERANCE[case.dtype]
     t = cached + torch.arange(do.shape[1])
     for head in range(do.shape[2]):
-        found, expected = ({key: t[:, :, head] for key, t in results.items() if t.dim() == 4 and key in RESULTS}
-                           for results in (dirty, clean))  # fmt: skip
+        found, expected = (
+            {key: t[:, :, head] for key, t in results.items() if t.dim() == 4 and key in RESULTS}
+            for results in (dirty, clean)
+        )
         if head not in places:
             assert_all_close(found, expected, tolerance=tolerance)
             continue
         row, value = places[head]
         in_chunk = t // C == t[row] // C
         for result, where in dependent_results(name, t[row], t).items():
-            kept = ~(in_chunk & where)
-            assert_close(
-                found[result][:, kept], expected[result][:, kept],
-                tolerance=tolerance, name=f"{result} at positions of head {head} that do not depend on it",
-            )  # fmt: skip
+            kept, title = ~(in_chunk & where), f"{result} at positions of head {head} that do not depend on it"
+            assert_close(found[result][:, kept], expected[result][:, kept], tolerance=tolerance, name=title)
         if name == "v":
             o, seen = found["o"][0], in_chunk & (t >= t[row])
             assert not o[seen, 1].isfinite().any(), "a value that a row sees was lost"

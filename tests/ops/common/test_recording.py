@@ -95,11 +95,18 @@ def test_what_torch_computes_between_two_ops_is_called_and_named():
 
 
 BETWEEN_OPS = {
-    "sum": lambda x, w: x + w, "difference": lambda x, w: x - w, "product": lambda x, w: w * x, "quotient": lambda x, w: x / w,
-    "numbers": lambda x, w: (x * 3 - 0.5) * -0.7 + 2, "row": lambda x, w: x + w[0], "row first": lambda x, w: w[:1] - x,
-    "in place": lambda x, w: x.clone().mul_(w).add_(1.5).sub_(w), "zero": lambda x, w: x * 0.0,
-    "copy": lambda x, w: torch.empty_like(x).copy_(x) + w, "views": lambda x, w: (x + w).flatten()[3:] * 2,
-}  # fmt: skip
+    "sum": lambda x, w: x + w,
+    "difference": lambda x, w: x - w,
+    "product": lambda x, w: w * x,
+    "quotient": lambda x, w: x / w,
+    "numbers": lambda x, w: (x * 3 - 0.5) * -0.7 + 2,
+    "row": lambda x, w: x + w[0],
+    "row first": lambda x, w: w[:1] - x,
+    "in place": lambda x, w: x.clone().mul_(w).add_(1.5).sub_(w),
+    "zero": lambda x, w: x * 0.0,
+    "copy": lambda x, w: torch.empty_like(x).copy_(x) + w,
+    "views": lambda x, w: (x + w).flatten()[3:] * 2,
+}
 
 
 def test_kernels_in_place_of_torch():

@@ -120,10 +120,8 @@ def test_kernels_around_the_ops(run, dtype, name):
 
 
 def test_decoder():
-    config = mo.MegalodonConfig(
-        num_layers=2, model_dim=33, z_dim=18, value_dim=35, num_heads=1, ffn_hidden_dim=51, chunk_size=16,
-        vocab_size=67, norm_num_groups=3,
-    )  # fmt: skip
+    sizes = dict(model_dim=33, z_dim=18, value_dim=35, ffn_hidden_dim=51, vocab_size=67)
+    config = mo.MegalodonConfig(num_layers=2, num_heads=1, chunk_size=16, norm_num_groups=3, **sizes)
     torch.manual_seed(0)
     model, tokens = mo.Megalodon(config), torch.randint(67, (3, 45), generator=generator(0))
     with torch.no_grad():

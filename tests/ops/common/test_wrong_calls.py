@@ -23,10 +23,8 @@ from cases import OPS
 from models import TINY, tiny_model, tokens_of
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
-from wrong_values import (
-    COMPLEX_TENSOR, NEGATIVE, NO_DEVICE, NO_FLAG, NO_NUMBER, NO_PATH, NO_SIZE, NO_STATE, NO_TENSOR, NO_WEIGHTS,
-    ONE, OPTIONAL_INTEGERS, OPTIONAL_TENSOR, REAL, SHAPES, TENSOR, ZERO,
-)  # fmt: skip
+from wrong_values import COMPLEX_TENSOR, NEGATIVE, NO_DEVICE, NO_FLAG, NO_NUMBER, NO_PATH, NO_SIZE, NO_STATE, NO_TENSOR
+from wrong_values import NO_WEIGHTS, ONE, OPTIONAL_INTEGERS, OPTIONAL_TENSOR, REAL, SHAPES, TENSOR, ZERO
 
 import megalodon_ops as mo
 from megalodon_ops.evaluation import evaluate
@@ -59,21 +57,17 @@ attention_state = mo.chunked_attention(q, q, values, chunk_size=C, return_state=
 memory_state = mo.adaptive_working_memory(q, q, values, chunk_size=C, return_state=True)[1]
 seed = torch.tensor([5])
 sizes, eps = dict(num_heads=H, chunk_size=C), {**NO_NUMBER, **NEGATIVE}
-attention = dict(
-    causal=NO_FLAG, state=NO_STATE, return_state=NO_FLAG, inplace_state=NO_FLAG, dropkey={**NO_NUMBER, **NEGATIVE, **ONE},
-    dropkey_seed={**NO_TENSOR, "two": torch.tensor([1, 2]), "float tensor": torch.tensor([1.0])}, chunk_size=NO_SIZE,
-    lengths=OPTIONAL_INTEGERS,
-)  # fmt: skip
+NO_SEED = {**NO_TENSOR, "two": torch.tensor([1, 2]), "float tensor": torch.tensor([1.0])}
+attention = dict(causal=NO_FLAG, state=NO_STATE, return_state=NO_FLAG, inplace_state=NO_FLAG, chunk_size=NO_SIZE)
+attention |= dict(dropkey={**NO_NUMBER, **NEGATIVE, **ONE}, dropkey_seed=NO_SEED, lengths=OPTIONAL_INTEGERS)
 model = tiny_model(torch.float32).eval()
 model_state = model(tokens_of(2, 5), return_state=True)[1]
 decoder = mo.Decoder(model, model_state)
 encoder = mo.MegalodonEncoder(mo.MegalodonEncoderConfig(**TINY, num_classes=3))
 encoder_of_numbers = mo.MegalodonEncoder(mo.MegalodonEncoderConfig(**TINY, num_features=D))
 tokens = tokens_of(2, 5)
-WHOLE = {
-    "none": None, **NO_TENSOR, "one axis more": SHAPES["one axis more"], "no axes": SHAPES["no axes"],
-    "float tensor": Tensor.float, "bools": Tensor.bool,
-}  # fmt: skip
+WHOLE = {"none": None, **NO_TENSOR, "float tensor": Tensor.float, "bools": Tensor.bool}
+WHOLE |= {shape: SHAPES[shape] for shape in ("one axis more", "no axes")}
 TOKENS = {**WHOLE, "negative": lambda t: t - 50, "beyond": lambda t: t + 50}
 NO_MODEL_STATE = {
     **NO_TENSOR,
@@ -83,10 +77,9 @@ NO_MODEL_STATE = {
     "endless": lambda s: s._replace(norm=s.norm._replace(count=torch.full_like(s.norm.count, 2**63 - 3))),
 }
 
-NO_TOKENS = {
-    "bool": True, "string": "12", "float": 2.0, "negative": -1, "beyond": 31, "of floats": [1.0], "of strings": ["1"],
-    "of bools": [True], "with one beyond": [1, 31], "tensor": torch.tensor([1, 2]), "dictionary": {1: 2},
-}  # fmt: skip
+NO_TOKENS = {"bool": True, "string": "12", "float": 2.0, "negative": -1, "beyond": 31, "dictionary": {1: 2}}
+NO_TOKENS |= {"of floats": [1.0], "of strings": ["1"], "of bools": [True], "with one beyond": [1, 31]}
+NO_TOKENS["tensor"] = torch.tensor([1, 2])
 
 
 def usual_call(op: Op) -> Call:
@@ -94,10 +87,8 @@ def usual_call(op: Op) -> Call:
     case = op.case(lengths=[5, 2], **op.with_state)
     wrong = {name: COMPLEX_TENSOR if t.is_complex() else TENSOR for name, t in case.tensors.items()}
     wrong["state"] = {kind: value for kind, value in wrong["state"].items() if kind != "none"}
-    return Call(
-        getattr(mo, op.name), {**case.tensors, **case.options, "return_state": True},
-        {**wrong, "return_state": NO_FLAG, "lengths": OPTIONAL_INTEGERS},
-    )  # fmt: skip
+    wrong |= {"return_state": NO_FLAG, "lengths": OPTIONAL_INTEGERS}
+    return Call(getattr(mo, op.name), {**case.tensors, **case.options, "return_state": True}, wrong)
 
 
 CALLS = {
