@@ -11,10 +11,8 @@ import pytest
 import torch
 from models import tiny_model
 
-from bench import (
-    bench_encoder, bench_small_weights, bench_stream, gpu, harness, llama_cpp_model, machine, plain_models, report,
-    stream_memory, summary,
-)  # fmt: skip
+from bench import bench_encoder, bench_small_weights, bench_stream, gpu, harness, llama_cpp_model
+from bench import machine, plain_models, report, stream_memory, summary
 from bench.harness import OURS, Case, Disagreement, Effort, Path
 
 X = torch.arange(4.0)

@@ -112,9 +112,14 @@ def test_panels_are_those_of_the_packages():
         pytest.importorskip(name)
     sizes = {name: (source.load().values.shape, source.load().num_training) for name, source in SOURCES.items()}
     assert sizes == {
-        "elnino": ((1, 732), 636), "co2": ((1, 526), 430), "sunspots": ((1, 309), 270), "macrodata": ((9, 203), 171),
-        "fertility": ((192, 52), 43), "uschange": ((5, 187), 155), "water": ((1, 1268), 1076),
-    }  # fmt: skip
+        "elnino": ((1, 732), 636),
+        "co2": ((1, 526), 430),
+        "sunspots": ((1, 309), 270),
+        "macrodata": ((9, 203), 171),
+        "fertility": ((192, 52), 43),
+        "uschange": ((5, 187), 155),
+        "water": ((1, 1268), 1076),
+    }
     assert all(numpy.isfinite(source.load().values).all() for source in SOURCES.values())
 
 

@@ -42,10 +42,8 @@ def test_bfloat16_generation_equals_ours() -> None:
 
 def test_sampling_uses_the_models_logits() -> None:
     model, prompt = build_model(**VARIANTS["bytes"]), torch.randint(50, (2, 9))
-    output = model.generate(
-        prompt, max_new_tokens=12, do_sample=True, top_k=0, temperature=0.7, output_logits=True, output_scores=True,
-        return_dict_in_generate=True,
-    )  # fmt: skip
+    sampling, outputs = dict(do_sample=True, top_k=0, temperature=0.7), dict(output_logits=True, output_scores=True)
+    output = model.generate(prompt, max_new_tokens=12, return_dict_in_generate=True, **sampling, **outputs)
     with torch.no_grad():
         logits = model.megalodon(output.sequences)[:, 8:-1]
     close(torch.stack(output.logits, 1)[..., :50], logits)

@@ -73,10 +73,19 @@ def parametrize_weight(block):
     torch.nn.utils.parametrize.register_parametrization(block.mega.wr, "weight", AddOne())
 
 
+def change_rotary_base(block):
+    block.mega.config = dataclasses.replace(block.mega.config, rope_base=10.0)
+
+
+def add_one(module, args, result):
+    """A hook of a block or model, which also return a state."""
+    return result[0] + 1, result[1]
+
+
 BLOCK_CHANGES = {
     "hook": (lambda block: block.mega.wv.register_forward_hook(lambda module, args, y: y + 1), ".mega.wv"),
     "pre-hook": (lambda block: block.nffn.register_forward_pre_hook(lambda module, args: (args[0] + 1,)), ".nffn"),
-    "hook of the block": (lambda block: block.register_forward_hook(lambda module, args, out: (out[0] + 1, out[1])), ""),
+    "hook of the block": (lambda block: block.register_forward_hook(add_one), ""),
     "replaced": (replace_linear, ".mega.wz"),
     "torch's": (lambda block: replace_linear(block, torch.nn.Linear), ".mega.wz"),
     "subclass": (use_subclass, ".mega.wv"),
@@ -86,11 +95,9 @@ BLOCK_CHANGES = {
     "function": (norm_as_function, ".mega"),
     "parametrized": (parametrize_weight, ".mega.wr"),
     "eps": (lambda block: setattr(block.mega.rmsnorm, "eps", 0.1), ".mega.rmsnorm"),
-    "config": (
-        lambda block: setattr(block.mega, "config", dataclasses.replace(block.mega.config, rope_base=10.0)), ".mega"
-    ),
+    "config": (change_rotary_base, ".mega"),
     "no gate": (lambda block: setattr(block.nffn, "fc3", None), ".nffn.fc3"),
-}  # fmt: skip
+}
 LINEAR_LAYERS = [f"mega.{name}" for name in ("wv", "wz", "wr", "wh1", "wh2")] + [f"nffn.fc{i}" for i in (1, 2, 3)]
 ALL_LINEAR_LAYERS = [*(f"layers.{i}.{name}" for i in (0, 2) for name in LINEAR_LAYERS), "output.output"]
 
@@ -263,6 +270,10 @@ class OtherOutput(torch.nn.Module):
         self.final_norm, self.output = output.final_norm, torch.nn.Sequential(output.output, torch.nn.Tanh())
 
 
+def embed_by_function(model):
+    replace_module(model, "embed", lambda embed: lambda tokens: embed(tokens) + 1)
+
+
 MODEL_CHANGES = {
     "hooked embedding": (lambda model: model.embed.register_forward_hook(lambda module, args, x: x + 1), "`embed`"),
     "renormalised embedding": (lambda model: setattr(model.embed, "max_norm", 0.5), "`embed`"),
@@ -270,12 +281,10 @@ MODEL_CHANGES = {
     "other output": (lambda model: setattr(model, "output", OtherOutput(model.output)), "`output`"),
     "hooked output": (hook_output, "`output.output`"),
     "wrapped output": (wrap_output, "`output.output`"),
-    "hooked model": (lambda model: model.register_forward_hook(lambda module, args, out: (out[0] + 1, out[1])), "`model`"),
+    "hooked model": (lambda model: model.register_forward_hook(add_one), "`model`"),
     "list of layers": (lambda model: replace_module(model, "layers", lambda layers: list(layers)[::-1]), "`model`"),
-    "embedding a function": (
-        lambda model: replace_module(model, "embed", lambda embed: lambda tokens: embed(tokens) + 1), "`model`"
-    ),
-}  # fmt: skip
+    "embedding a function": (embed_by_function, "`model`"),
+}
 
 
 @pytest.mark.parametrize("change", MODEL_CHANGES)

@@ -209,10 +209,9 @@ class TestStops:
         endless = [single_row(model, row, 20, seed=row).tolist() for row in range(5)]
         sequences = [endless[row][start : start + n] for row, start, n in slices]
         stops = [[t] for t in ([tokens] if isinstance(tokens, int) else tokens or [])] + sequences
-        found, lengths = model.generate(
-            padded(padding), lengths=LENGTHS, padding=padding, max_new_tokens=20, seed=0, stop_tokens=tokens,
-            stop_sequences=sequences or None, return_lengths=True,
-        )  # fmt: skip
+        options = dict(max_new_tokens=20, seed=0, stop_tokens=tokens, stop_sequences=sequences or None)
+        prompt = dict(prompt=padded(padding), lengths=LENGTHS, padding=padding)
+        found, lengths = model.generate(**prompt, **options, return_lengths=True)
         expected = [self.cut(row, stops) for row in endless]
         assert lengths.tolist() == [n + len(new) for n, new in zip(LENGTHS.tolist(), expected, strict=True)]
         assert found.shape[1] == 19 + max(map(len, expected))

@@ -124,7 +124,8 @@ def test_errors(models):
     numbers = mo.Megalodon(
         mo.MegalodonConfig(num_layers=1, model_dim=32, z_dim=16, value_dim=32, ffn_hidden_dim=32, num_features=2)
     )
-    for draft, error in ((other, ValueError), (numbers, ValueError), ("lookup", TypeError), (torch.nn.Linear(2, 2), TypeError)):  # fmt: skip
+    no_models = ("lookup", torch.nn.Linear(2, 2))
+    for draft, error in ((other, ValueError), (numbers, ValueError), *((wrong, TypeError) for wrong in no_models)):
         with pytest.raises(error, match="generate: `draft` must"):
             model.generate(prompt, max_new_tokens=2, draft=draft)
     for wrong in (0, -1, 1.5):

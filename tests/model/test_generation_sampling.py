@@ -11,11 +11,16 @@ from models import tiny_model, tokens_of
 from megalodon_ops.model import sampling
 from megalodon_ops.model.sampling import Sampling, numbers_of_seeds
 
+VALUES = {"temperature": (0.5, 1.5), "top_k": (3, 99), "top_p": (0.6, 1.0, 1e-9), "min_p": (0.2, 0.0, 1.0)}
 OPTIONS = [
-    {}, {"temperature": 0.5}, {"temperature": 1.5}, {"top_k": 3}, {"top_k": 99}, {"top_p": 0.6}, {"top_p": 1.0},
-    {"top_k": 8, "top_p": 0.8}, {"min_p": 0.2}, {"min_p": 0.0}, {"min_p": 1.0}, {"top_k": 6, "top_p": 0.9, "min_p": 0.3},
-    {"top_p": 0.7, "temperature": 0.8, "repetition_penalty": 1.4}, {"repetition_penalty": 0.5}, {"top_p": 1e-9}, {"top_k": 2, "top_p": 5e-324},
-]  # fmt: skip
+    {},
+    *({name: value} for name, values in VALUES.items() for value in values),
+    {"repetition_penalty": 0.5},
+    {"top_k": 8, "top_p": 0.8},
+    {"top_k": 2, "top_p": 5e-324},
+    {"top_k": 6, "top_p": 0.9, "min_p": 0.3},
+    {"top_p": 0.7, "temperature": 0.8, "repetition_penalty": 1.4},
+]
 
 
 def expected_probabilities(logits, seen, options):
@@ -145,9 +150,12 @@ def test_filters_are_those_of_transformers(options):
     logits = 2 * torch.randn(1, 31, generator=torch.Generator().manual_seed(5))
     prompt, scores = torch.tensor([[3, 5, 3, 30]]), logits.clone()
     order = {
-        "repetition_penalty": processors.RepetitionPenaltyLogitsProcessor, "temperature": processors.TemperatureLogitsWarper,
-        "top_k": processors.TopKLogitsWarper, "top_p": processors.TopPLogitsWarper, "min_p": processors.MinPLogitsWarper,
-    }  # fmt: skip
+        "repetition_penalty": processors.RepetitionPenaltyLogitsProcessor,
+        "temperature": processors.TemperatureLogitsWarper,
+        "top_k": processors.TopKLogitsWarper,
+        "top_p": processors.TopPLogitsWarper,
+        "min_p": processors.MinPLogitsWarper,
+    }
     for name, processor in order.items():
         if name in options:
             scores = processor(options[name])(prompt, scores)

@@ -86,9 +86,8 @@ def test_saved_as_small_weights_and_loaded(kind, share_emb, tmp_path):
     model = tiny_model(torch.bfloat16, share_emb=share_emb)
     small, tokens = mo.quantize(model, kind), tokens_of(2, 9)
     small.save(tmp_path / "small", max_shard_bytes=3000)
-    assert json.loads((tmp_path / "small/config.json").read_text())["quantization_config"] == {
-        "quant_method": "megalodon_ops", "kind": kind,
-    }  # fmt: skip
+    config = json.loads((tmp_path / "small/config.json").read_text())
+    assert config["quantization_config"] == {"quant_method": "megalodon_ops", "kind": kind}
     loaded = mo.Megalodon.load(tmp_path / "small")
     assert torch.equal(loaded(tokens), small(tokens)) and loaded.quantization == kind
     assert loaded.layers[0].mega.wv.weight.dtype == (torch.int8 if kind == "int8" else torch.uint8)
