@@ -59,10 +59,9 @@ def _write(llama: Llama, kind: str, context: int, path: Path) -> None:
     for i, layer in enumerate(layers):
         q, k, v = layer.qkv.weight.chunk(3)
         gate, up = layer.gate_up.weight.chunk(2)
-        own = dict(
-            attn_norm=layer.norm1.weight, attn_q=_neighbours(q), attn_k=_neighbours(k), attn_v=v, attn_output=layer.out.weight,
-            ffn_norm=layer.norm2.weight, ffn_gate=gate, ffn_up=up, ffn_down=layer.down.weight,
-        )  # fmt: skip
+        own = dict(attn_norm=layer.norm1.weight, attn_q=_neighbours(q), attn_k=_neighbours(k), attn_v=v)
+        own |= dict(attn_output=layer.out.weight)
+        own |= dict(ffn_norm=layer.norm2.weight, ffn_gate=gate, ffn_up=up, ffn_down=layer.down.weight)
         weights.update({f"blk.{i}.{name}": weight for name, weight in own.items()})
     for name, weight in weights.items():
         stored = gguf.GGMLQuantizationType[kind if weight.ndim == 2 else "F32"]

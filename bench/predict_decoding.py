@@ -16,10 +16,8 @@ from megalodon_ops.model.model_state import as_real
 from .predict_cards import Card
 
 # Kernels of an op for one token of each sequence, in a chunk of more than 64 keys.
-OPS = {
-    "timestep_norm_fwd": 1, "cema_fwd": 1, "normalized_qk_fwd": 1, "chunked_attention_fwd": 2, "chunked_attention_state_": 1,
-    "linear_fwd": 1,
-}  # fmt: skip
+OPS = dict.fromkeys("timestep_norm_fwd cema_fwd normalized_qk_fwd chunked_attention_state_ linear_fwd".split(), 1)
+OPS["chunked_attention_fwd"] = 2
 BY_PYTHON, GRAPH, IN_GRAPH = (4.0, 8.0), 10.0, (1.0, 1.5)
 """Microseconds, assumed: a launch with Python before it; the launch of a graph with its copies; a kernel in a graph"""
 

@@ -235,10 +235,9 @@ def table(results: list[dict[str, Any]]) -> list[str]:
         for model in found["mase"]:
             values = {field: by[model].get(panel, []) for field, by in found.items()}
             if values["mase"]:
-                cells = [
-                    panel, f"{series} | {positions:,}", SOURCES[panel].origin, model, verdict.spread(values["mase"]),
-                    verdict.spread(values["wql"]), f"{statistics.fmean(values['seconds']):.1f}", str(len(values["mase"])),
-                ]  # fmt: skip
+                errors = [verdict.spread(values[field]) for field in ("mase", "wql")]
+                effort = [f"{statistics.fmean(values['seconds']):.1f}", str(len(values["mase"]))]
+                cells = [panel, f"{series} | {positions:,}", SOURCES[panel].origin, model, *errors, *effort]
                 lines.append(f"| {' | '.join(cells)} |")
     means = {field: relative(results, field) for field in FIGURES.values()}
     for model in means["mase"]:

@@ -86,7 +86,11 @@ def _csv(package: str, path: str, *columns: int) -> ndarray:
     return numpy.loadtxt(text, delimiter=",", skiprows=1, usecols=columns, ndmin=2).T
 
 
-_MACRO = ("realgdp", "realcons", "realinv", "realgovt", "realdpi", "cpi", "m1", "tbilrate", "unemp")
+_ECONOMY = "realgdp realcons realinv realgovt realdpi cpi m1 tbilrate unemp".split()
+_macrodata = partial(_statsmodels, "macrodata", *_ECONOMY)
+_sunspots = partial(_statsmodels, "sunspots", "SUNACTIVITY")
+_uschange = partial(_csv, "aeon.datasets", "data/Uschange/Uschange.csv", 2, 3, 4, 5, 6)
+_water = partial(_csv, "river.datasets", "water-flow.csv", 1)
 
 
 class Source(NamedTuple):
@@ -107,18 +111,9 @@ class Source(NamedTuple):
 SOURCES = {
     "elnino": Source(_elnino, "statsmodels, public domain: sea surface temperature, months", 12, 12, 8, 12),
     "co2": Source(_co2, "statsmodels, public domain: CO2 on Mauna Loa, months", 12, 12, 8, 12),
-    "sunspots": Source(
-        partial(_statsmodels, "sunspots", "SUNACTIVITY"), "statsmodels, public domain: sunspots, years", 11, 11, 8, 4
-    ),
-    "macrodata": Source(
-        partial(_statsmodels, "macrodata", *_MACRO), "statsmodels, public domain: economy of the US, quarters", 4, 4, 8, 4
-    ),
+    "sunspots": Source(_sunspots, "statsmodels, public domain: sunspots, years", 11, 11, 8, 4),
+    "macrodata": Source(_macrodata, "statsmodels, public domain: economy of the US, quarters", 4, 4, 8, 4),
     "fertility": Source(_fertility, "statsmodels, terms of the World Bank: births per woman, years", 1, 5, 3, 2),
-    "uschange": Source(
-        partial(_csv, "aeon.datasets", "data/Uschange/Uschange.csv", 2, 3, 4, 5, 6),
-        "aeon, BSD 3-clause: changes in the economy of the US, quarters", 4, 4, 8, 4,
-    ),
-    "water": Source(
-        partial(_csv, "river.datasets", "water-flow.csv", 1), "river, BSD 3-clause: flow of water, hours", 24, 24, 8, 24
-    ),
-}  # fmt: skip
+    "uschange": Source(_uschange, "aeon, BSD 3-clause: changes in the economy of the US, quarters", 4, 4, 8, 4),
+    "water": Source(_water, "river, BSD 3-clause: flow of water, hours", 24, 24, 8, 24),
+}

@@ -55,13 +55,10 @@ class Forecaster(nn.Module):
         self.season, self.horizon = season, horizon
         self.lags = [season - 1 - step % season for step in range(horizon)]
         """Positions from the last value back to the seasonal naive forecasts"""
-        self.model = mo.Megalodon(
-            mo.MegalodonConfig(
-                num_layers=1, model_dim=32, z_dim=16, value_dim=32, ffn_hidden_dim=32, cema_ndim=8, norm_num_groups=4,
-                chunk_size=64, hidden_dropout=0.4, dropout=0.4,
-                num_features=3, output_size=horizon * (len(LEVELS) + _NUM_WEIGHTS),
-            )
-        )  # fmt: skip
+        sizes = dict(num_layers=1, model_dim=32, z_dim=16, value_dim=32, ffn_hidden_dim=32, cema_ndim=8, chunk_size=64)
+        ends = dict(num_features=3, output_size=horizon * (len(LEVELS) + _NUM_WEIGHTS))
+        config = mo.MegalodonConfig(**sizes, **ends, norm_num_groups=4, hidden_dropout=0.4, dropout=0.4)
+        self.model = mo.Megalodon(config)
 
     def forward(self, values: Tensor) -> Tensor:
         """Return quantiles (B, L, horizon, levels) after each of the values (B, L); arbitrary in the first season."""
@@ -151,11 +148,11 @@ def nhits_model(horizon: int, season: int, seed: int = 0, **options: Any) -> Any
     from neuralforecast.losses.pytorch import MQLoss
     from neuralforecast.models import NHITS
 
-    return NHITS(
-        h=horizon, input_size=3 * max(season, horizon), scaler_type="standard", loss=MQLoss(level=INTERVALS),
-        random_seed=seed, num_lr_decays=-1, max_steps=10**6, val_check_steps=10**6, accelerator="cpu", logger=False,
-        enable_progress_bar=False, enable_model_summary=False, enable_checkpointing=False, **options,
-    )  # fmt: skip
+    inputs = dict(input_size=3 * max(season, horizon), scaler_type="standard")
+    steps = dict(num_lr_decays=-1, max_steps=10**6, val_check_steps=10**6, random_seed=seed)
+    outputs = ("logger", "enable_progress_bar", "enable_model_summary", "enable_checkpointing")
+    quiet = dict.fromkeys(outputs, False)
+    return NHITS(h=horizon, loss=MQLoss(level=INTERVALS), accelerator="cpu", **inputs, **steps, **quiet, **options)
 
 
 def nhits(panel: Panel, *, seed: int, seconds: float, lr: float) -> dict[str, Any]:
