@@ -21,10 +21,15 @@ def run(options: Options) -> int:
     try:
         found = plan(
             dataclasses.replace(config, vocab_size=options.vocab or MegalodonConfig.preset(options.preset).vocab_size),
-            options.mesh or {}, context=options.context or 8 * config.chunk_size, batch=options.batch, device=options.device,
-            dtype=torch.float32 if options.dtype == "float32" else torch.bfloat16, autocast=options.dtype == "autocast",
-            param_dtype=getattr(torch, options.param_dtype), data="replicate" if options.replicate else "shard",
-        )  # fmt: skip
+            options.mesh or {},
+            context=options.context or 8 * config.chunk_size,
+            batch=options.batch,
+            device=options.device,
+            dtype=torch.float32 if options.dtype == "float32" else torch.bfloat16,
+            autocast=options.dtype == "autocast",
+            param_dtype=getattr(torch, options.param_dtype),
+            data="replicate" if options.replicate else "shard",
+        )
     except ValueError as error:
         name, _, fault = str(error).removeprefix("plan: `").partition("` ")
         raise CommandError(f"{flag_of(name)}: {fault.removesuffix('.')}") from error

@@ -50,10 +50,14 @@ from megalodon_ops.training.record import RECORD
 METRICS, CURVE, OPTIONS = "metrics.jsonl", "loss_curve.png", "options.json"
 OPTIMIZERS = {"muon": Muon, "adamw": adamw}
 PEAK_TFLOPS = {
-    "NVIDIA A100-SXM4-40GB": (312, 19.5), "NVIDIA A100-PCIE-40GB": (312, 19.5), "NVIDIA A100-SXM4-80GB": (312, 19.5),
-    "NVIDIA A100 80GB PCIe": (312, 19.5), "NVIDIA H100 80GB HBM3": (989.5, 67), "NVIDIA H200": (989.5, 67),
+    "NVIDIA A100-SXM4-40GB": (312, 19.5),
+    "NVIDIA A100-PCIE-40GB": (312, 19.5),
+    "NVIDIA A100-SXM4-80GB": (312, 19.5),
+    "NVIDIA A100 80GB PCIe": (312, 19.5),
+    "NVIDIA H100 80GB HBM3": (989.5, 67),
+    "NVIDIA H200": (989.5, 67),
     "NVIDIA B200": (2250, 80),
-}  # fmt: skip
+}
 """Dense peaks in TFLOP/s, of bfloat16 and of float32 without TF32, by device name; docs/training.md has the sources"""
 MIN_TIMED_STEPS = 8
 """Minimum number of steps for an estimate of the time of a step"""

@@ -119,9 +119,13 @@ def plan(
         key=sum,
     )
     memory = {
-        "parameters": stored, "Adam's moments": 2 * stored, "gradients": gradients,
-        "gathered parameters, whole gradients": gathered, "activations": activations, "scratch memory": scratch,
-    }  # fmt: skip
+        "parameters": stored,
+        "Adam's moments": 2 * stored,
+        "gradients": gradients,
+        "gathered parameters, whole gradients": gathered,
+        "activations": activations,
+        "scratch memory": scratch,
+    }
 
     # Bytes gathered or reduced, and by how many devices; see docs/chunk-parallel.md and tensor-parallel.md.
     norm, cema = 2 * config.norm_num_groups * 8, 2 * config.model_dim * config.cema_ndim * 4  # bytes of a row's states

@@ -240,9 +240,14 @@ def read_model(kind: type[Model], folder: Path, dtype: torch.dtype | None, devic
 
 
 def model_of(
-    kind: type[Model], config: MegalodonConfig, dtype: torch.dtype, weights: StoredTensors,
-    quantization: str | None = None, *, device: torch.device,
-) -> Model:  # fmt: skip
+    kind: type[Model],
+    config: MegalodonConfig,
+    dtype: torch.dtype,
+    weights: StoredTensors,
+    quantization: str | None = None,
+    *,
+    device: torch.device,
+) -> Model:
     """Build a model from checked weights, in evaluation mode."""
     model = empty_model(kind, config, dtype, quantization)
     values = {name: weights.get(name, parameter.dtype, device) for name, parameter in model.named_parameters()}

@@ -105,8 +105,14 @@ class GeckoAttention(NormalizedAttention):
         return gated if read is None else gated + read, (state, *memory)
 
     def _read_and_write(
-        self, z: Tensor, v: Tensor, past: MemoryBlockState, return_state: bool, inplace_state: bool, sequences: Sequences
-    ) -> tuple[Tensor, ...]:  # fmt: skip
+        self,
+        z: Tensor,
+        v: Tensor,
+        past: MemoryBlockState,
+        return_state: bool,
+        inplace_state: bool,
+        sequences: Sequences,
+    ) -> tuple[Tensor, ...]:
         """Return the working memory's output (B, L, H * V) and its fields of the new state."""
         config = self.config
         unrotated = dict(num_heads=config.num_heads, eps=config.norm_eps, chunk_size=1)  # chunks of one position

@@ -213,9 +213,14 @@ class History:
             to[at] = after
 
     def _recurrences(
-        self, call: _Call, at: Tensor | slice, lengths: Tensor, norms: TimestepNormState, average: Tensor,
+        self,
+        call: _Call,
+        at: Tensor | slice,
+        lengths: Tensor,
+        norms: TimestepNormState,
+        average: Tensor,
         scale: TimestepNormState | tuple[()],
-    ) -> tuple[Any, Tensor, Any]:  # fmt: skip
+    ) -> tuple[Any, Tensor, Any]:
         """Return the states of the norms, of CEMA and of the inputs' scale after the first `lengths` tokens of a call."""
         num_norms = len(call.norms.count) // len(call.kept)
         x = torch.stack(tuple(call.inputs[:num_norms]))[:, at]

@@ -275,9 +275,14 @@ def _bwd_flops(q, v, position, chunk_size, visible_chunks, cu_seqlens, lengths, 
 
 
 def _position_counts(
-    q: Tensor, position: Tensor | None, chunk_size: int, visible: int, cu_seqlens: Tensor | None, lengths: Tensor | None,
+    q: Tensor,
+    position: Tensor | None,
+    chunk_size: int,
+    visible: int,
+    cu_seqlens: Tensor | None,
+    lengths: Tensor | None,
     to_end: bool,
-) -> tuple[int, int, int]:  # fmt: skip
+) -> tuple[int, int, int]:
     """Numbers of positions that read M, for which Phi M is computed, and that are written to M.
 
     Without `to_end`, chunks that no position reads are not written; for an empty M, Phi M is not computed.

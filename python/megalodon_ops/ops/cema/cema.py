@@ -138,10 +138,9 @@ def _fwd_fake(x, p, q, gamma, omega, state, cu_seqlens, lengths, return_state):
 def _bwd(dy, dstate_out, x, p, q, gamma, omega, state, cu_seqlens, lengths):
     x, p, q, gamma, omega = x.contiguous(), p.contiguous(), q.contiguous(), gamma.contiguous(), omega.contiguous()
     *grads, dstate = empty_gradients(x, p, q, gamma, omega, state)
-    launch(
-        "cema_bwd", x, p, q, gamma, omega, contiguous_or_none(state), cu_seqlens, lengths,
-        dy.contiguous(), contiguous_or_none(dstate_out), *grads, None if state is None else dstate,
-    )  # fmt: skip
+    incoming = dy.contiguous(), contiguous_or_none(dstate_out)
+    results = *grads, None if state is None else dstate
+    launch("cema_bwd", x, p, q, gamma, omega, contiguous_or_none(state), cu_seqlens, lengths, *incoming, *results)
     return *grads, dstate
 
 

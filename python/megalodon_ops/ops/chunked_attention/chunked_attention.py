@@ -166,20 +166,18 @@ def _bwd(
     if path := _library_path("backward", q, k, v, position, chunk_size, causal, scale, dropkey, cu_seqlens, lengths):
         return dense_attention.backward(path, do, q, k, v, o, lse, chunk_size, causal, scale)
     grads = empty_gradients(q, k, v)
-    launch(
-        "chunked_attention_bwd", q, k, v, contiguous_or_none(cache_k), contiguous_or_none(cache_v), contiguous_or_none(position), chunk_size,
-        causal, scale, dropkey, dropkey_seed, cu_seqlens, lengths, o.contiguous(), lse.contiguous(), do.contiguous(), *grads,
-    )  # fmt: skip
+    cached = contiguous_or_none(cache_k), contiguous_or_none(cache_v), contiguous_or_none(position)
+    options = chunk_size, causal, scale, dropkey, dropkey_seed, cu_seqlens, lengths
+    outputs = o.contiguous(), lse.contiguous(), do.contiguous()
+    launch("chunked_attention_bwd", q, k, v, *cached, *options, *outputs, *grads)
     return grads
 
 
 def _state(k, v, cache_k, cache_v, position, chunk_size, cu_seqlens, lengths):
     k, v = k.contiguous(), v.contiguous()
     outputs = _state_fake(k, v, cache_k, cache_v, position, chunk_size, cu_seqlens, lengths)
-    launch(
-        "chunked_attention_state", k, v, contiguous_or_none(cache_k), contiguous_or_none(cache_v), contiguous_or_none(position), chunk_size,
-        cu_seqlens, lengths, *outputs,
-    )  # fmt: skip
+    cache_k, cache_v, position = contiguous_or_none(cache_k), contiguous_or_none(cache_v), contiguous_or_none(position)
+    launch("chunked_attention_state", k, v, cache_k, cache_v, position, chunk_size, cu_seqlens, lengths, *outputs)
     return outputs
 
 

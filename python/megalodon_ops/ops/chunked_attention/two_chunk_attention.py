@@ -49,9 +49,15 @@ class _Grids:
     """The places of the sequences' positions on the early grid, and the late windows of longer sequences."""
 
     def __init__(
-        self, x: Tensor, C: int, position: Tensor | None, cu_seqlens: Tensor | None, lengths: Tensor | None,
-        *, state_only: bool = False,
-    ) -> None:  # fmt: skip
+        self,
+        x: Tensor,
+        C: int,
+        position: Tensor | None,
+        cu_seqlens: Tensor | None,
+        lengths: Tensor | None,
+        *,
+        state_only: bool = False,
+    ) -> None:
         """x (B, L, ...); position (S,) valid rows of the cache. state_only: only the state after x is computed."""
         self.has_late = False
         if _caller.knows_that_positions_fit:

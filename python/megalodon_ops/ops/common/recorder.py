@@ -20,8 +20,8 @@ from .definition import observer
 
 aten = torch.ops.aten
 _CPU = torch._C.DispatchKeySet(torch._C.DispatchKey.CPU)
-_EMPTY = {aten.empty.memory_format, aten.empty_like.default, aten.new_empty.default, aten.empty_strided.default,
-          aten.new_empty_strided.default}  # fmt: skip
+_EMPTY = {aten.empty.memory_format, aten.empty_like.default, aten.new_empty.default}
+_EMPTY |= {aten.empty_strided.default, aten.new_empty_strided.default}
 _HOST_READS = (Tensor.tolist, Tensor.numpy, Tensor.__array__, Tensor.__dlpack__, Tensor.data_ptr)
 PRODUCTS = {aten.mm.default, aten.addmm.default, aten.bmm.default, aten.baddbmm.default}
 """called in Python without a warning: the call is short beside the product"""

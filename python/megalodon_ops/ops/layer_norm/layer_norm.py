@@ -87,10 +87,8 @@ def _fwd_fake(x, weight, bias, eps, is_rms_norm):
 
 def _bwd(dy, x, weight, bias, eps, is_rms_norm):
     dx, dweight, dbias = empty_gradients(x, weight, bias)
-    launch(
-        "layer_norm_bwd", x.contiguous(), contiguous_or_none(weight), eps, is_rms_norm, dy.contiguous(), dx,
-        None if weight is None else dweight, None if bias is None else dbias,
-    )  # fmt: skip
+    results = dx, None if weight is None else dweight, None if bias is None else dbias
+    launch("layer_norm_bwd", x.contiguous(), contiguous_or_none(weight), eps, is_rms_norm, dy.contiguous(), *results)
     return dx, dweight, dbias
 
 

@@ -166,13 +166,10 @@ def _rotary(
 
 
 def _fwd(z, gamma, beta, rotary, num_heads, chunk_size, rope_base, eps, position, cu_seqlens, lengths):
-    z = z.contiguous()
+    z, gamma, beta, position = z.contiguous(), gamma.contiguous(), beta.contiguous(), contiguous_or_none(position)
     q, k = _fwd_fake(z, gamma, beta, rotary, num_heads, chunk_size, rope_base, eps, position, cu_seqlens, lengths)
     rotary = _rotary(z, rotary, num_heads, chunk_size, rope_base, position)
-    launch(
-        "normalized_qk_fwd", z, gamma.contiguous(), beta.contiguous(), num_heads, chunk_size, eps, rotary,
-        contiguous_or_none(position), cu_seqlens, lengths, q, k,
-    )  # fmt: skip
+    launch("normalized_qk_fwd", z, gamma, beta, num_heads, chunk_size, eps, rotary, position, cu_seqlens, lengths, q, k)
     return q, k
 
 
@@ -185,10 +182,8 @@ def _bwd(dq, dk, z, gamma, beta, rotary, num_heads, chunk_size, rope_base, eps, 
     z, gamma, beta = z.contiguous(), gamma.contiguous(), beta.contiguous()
     grads = empty_gradients(z, gamma, beta)
     rotary = _rotary(z, rotary, num_heads, chunk_size, rope_base, position)
-    launch(
-        "normalized_qk_bwd", z, gamma, beta, num_heads, chunk_size, eps, rotary,
-        contiguous_or_none(position), cu_seqlens, lengths, dq.contiguous(), dk.contiguous(), *grads,
-    )  # fmt: skip
+    options = num_heads, chunk_size, eps, rotary, contiguous_or_none(position), cu_seqlens, lengths
+    launch("normalized_qk_bwd", z, gamma, beta, *options, dq.contiguous(), dk.contiguous(), *grads)
     return grads
 
 

@@ -128,15 +128,13 @@ def timestep_norm_end_state(
 
 
 def _fwd(x, weight, bias, num_groups, eps, count, mean, var, residual, cu_seqlens, lengths, return_stats, return_state):
-    x = x.contiguous()
+    x, weight, bias = x.contiguous(), weight.contiguous(), bias.contiguous()
     y, stats, *state_out = outputs = _fwd_fake(
         x, weight, bias, num_groups, eps, count, mean, var, residual, cu_seqlens, lengths, return_stats, return_state
     )
-    launch(
-        "timestep_norm_fwd", x, weight.contiguous(), bias.contiguous(), num_groups, eps, count, contiguous_or_none(mean),
-        contiguous_or_none(var), contiguous_or_none(residual), cu_seqlens, lengths,
-        y, stats if return_stats else None, *(state_out if return_state else (None,) * 4),
-    )  # fmt: skip
+    state = count, contiguous_or_none(mean), contiguous_or_none(var), contiguous_or_none(residual)
+    results = y, stats if return_stats else None, *(state_out if return_state else (None,) * 4)
+    launch("timestep_norm_fwd", x, weight, bias, num_groups, eps, *state, cu_seqlens, lengths, *results)
     return outputs
 
 
@@ -167,11 +165,10 @@ def _bwd(
     x, weight, bias = x.contiguous(), weight.contiguous(), bias.contiguous()
     mean, var = contiguous_or_none(mean), contiguous_or_none(var)
     *grads, dmean, dvar = empty_gradients(x, weight, bias, mean, var)
-    launch(
-        "timestep_norm_bwd", x, weight, bias, num_groups, eps, count, mean, var, contiguous_or_none(residual), cu_seqlens,
-        lengths, stats.contiguous(), dy.contiguous(), contiguous_or_none(dmean_out), contiguous_or_none(dvar_out), *grads,
-        *((None, None) if count is None else (dmean, dvar)),
-    )  # fmt: skip
+    inputs = x, weight, bias, num_groups, eps, count, mean, var, contiguous_or_none(residual), cu_seqlens, lengths
+    incoming = dy.contiguous(), contiguous_or_none(dmean_out), contiguous_or_none(dvar_out)
+    state_grads = (None, None) if count is None else (dmean, dvar)
+    launch("timestep_norm_bwd", *inputs, stats.contiguous(), *incoming, *grads, *state_grads)
     return *grads, dmean, dvar
 
 
@@ -219,10 +216,9 @@ def _end_state_fwd_fake(x, num_groups, cu_seqlens, lengths):
 def _end_state_bwd(dmean_out, dvar_out, x, mean_out, residual_out, num_groups, cu_seqlens, lengths):
     x = x.contiguous()
     dx = empty_like(x)
-    launch(
-        "timestep_norm_end_state_bwd", x, num_groups, cu_seqlens, lengths, mean_out.contiguous(),
-        residual_out.contiguous(), contiguous_or_none(dmean_out), contiguous_or_none(dvar_out), dx,
-    )  # fmt: skip
+    outputs = mean_out.contiguous(), residual_out.contiguous()
+    incoming = contiguous_or_none(dmean_out), contiguous_or_none(dvar_out)
+    launch("timestep_norm_end_state_bwd", x, num_groups, cu_seqlens, lengths, *outputs, *incoming, dx)
     return dx
 
 
