@@ -6,7 +6,7 @@ A `Case` is one piece of work with a `Path` for each way of doing it, ours first
    path. If ours miss the tolerance, the case raises `Disagreement` and is not timed. This call also compiles.
 2. Memory. Freed memory is returned to the system, and the peak memory of one call is read (Linux only). For our path
    this is the call of phase 1; a rival that is not slow is called once more. Runs on fewer threads skip this phase.
-3. Warm-up. A path with short calls is called twice. Another path is called once if phase 2 has returned memory.
+3. Warm-up. A path with calls below 0.1 s is called twice. Other paths are called once if phase 2 has returned memory.
 4. Time. Paths take turns, A B A B, so that a slower moment of the machine hits all of them. A path stops when it has
    enough samples or has used up its seconds, so slow paths have few samples. A slow rival is timed by one call after
    phase 1; a very slow rival by the call of phase 1 itself.
@@ -42,7 +42,7 @@ Outputs = Sequence[Tensor]
 DTYPES = {torch.float32: "fp32", torch.bfloat16: "bf16"}
 
 _SHORT = 1e-3  # seconds; shorter calls are timed several in a row
-_CACHEABLE = 0.1  # seconds; the cache fills in a millisecond, so its state does not affect longer calls
+_CACHE_MATTERS = 0.1  # seconds; the cache fills in a millisecond, so its state does not affect longer calls
 _LONG = 3.0  # seconds; a path with longer calls may stop after one sample; samples that took longer are not repeated
 _SLOW = 1.35  # seconds; a rival whose first call takes longer gets one more call
 _VERY_SLOW = 6.0  # seconds; a rival whose first call takes longer gets no other call
@@ -61,7 +61,7 @@ class Path:
     before: Callable[[], None] | None = None
     """runs untimed before every call"""
     rival: bool = True
-    """compete for the best plain-torch path; False: other work, shown for comparison"""
+    """a plain-torch path, a candidate for :attr:`Result.best_rival`; False: other work, shown for comparison"""
     checked: bool = True
     """compare the outputs with those expected"""
     compiled: bool = False
@@ -147,16 +147,19 @@ class Effort:
 
     samples: int = 11
     seconds: float = 0.15
-    """for each path, with a warm and with a cold cache; a path takes two samples in any case, or one if its calls are
-    long, and a third if these took at most three times as long"""
+    """limit for each path, once with a warm and once with a cold cache. A path takes at least two samples (one if its
+    calls are long), and a third if these took at most three times the limit"""
     compiled: bool = True
     """also measure the rivals by torch.compile, which take seconds to compile"""
     attempts: int = 3
-    """at finding the machine at full speed"""
+    """maximum times that samples are taken, until the machine runs at full speed"""
 
 
 def measure(bench: str, case: Case, threads: Sequence[int], effort: Effort) -> Iterator[Result]:
-    """Yield a result for each number of threads, most first; with fewer threads, only ours and the best rival, warm."""
+    """Yield a result for each number of threads, in descending order.
+
+    Only the first has all paths. The others have our path and the best rival, with a warm cache.
+    """
     all_threads, *fewer = sorted(threads, reverse=True)
     if not effort.compiled:
         case = dataclasses.replace(case, paths=[path for path in case.paths if not path.compiled])
@@ -175,7 +178,7 @@ def _measure(bench: str, case: Case, threads: int, effort: Effort, *, memory: bo
     active = _check(case, timings, memory)
     memory_returned = memory and any([*(runner.read_memory() for runner in active), case.all_peaks])
     for runner in active:
-        runner.warm_up(2 if runner.seconds < _CACHEABLE else int(memory_returned))
+        runner.warm_up(2 if runner.seconds < _CACHE_MATTERS else int(memory_returned))
     gc.collect()
     gc.disable()
     try:
@@ -194,7 +197,7 @@ def _take_samples(runners: list[_Runner], case: Case, threads: int, effort: Effo
         start, undisturbed = time.perf_counter(), hardware.has_its_cores(threads)
         _take_turns(runners, effort, warm=True)
         if case.cold:
-            _take_turns([runner for runner in runners if runner.seconds < _CACHEABLE], effort, warm=False)
+            _take_turns([runner for runner in runners if runner.seconds < _CACHE_MATTERS], effort, warm=False)
         if undisturbed and hardware.has_its_cores(threads):
             return
         if time.perf_counter() - start > _LONG:
@@ -213,7 +216,7 @@ class _Runner:
     """approximate time of a call"""
 
     def read_memory(self) -> bool:
-        """Read the peak memory of a call; return False if it is known."""
+        """Read the peak memory of a call; return False if it was known before."""
         if self.timing.peak_memory is not None:
             return False
         if self.path.before:
@@ -225,7 +228,7 @@ class _Runner:
         return True
 
     def warm_up(self, calls: int) -> None:
-        """Measure the time of a call that needs no new memory."""
+        """Call the path, and keep the shortest time: that of a call that needs no new memory."""
         for _ in range(calls):
             if self.path.before:
                 self.path.before()
@@ -239,7 +242,7 @@ class _Runner:
             self.path.before()
         if flush:
             flush()
-        elif not single_call and self.seconds < _CACHEABLE:
+        elif not single_call and self.seconds < _CACHE_MATTERS:
             self.path.call()
         seconds, _ = hardware.timed(self.path.call, calls)
         (self.timing.cold if flush else self.timing.warm).append(seconds)

@@ -16,21 +16,22 @@
 // carried state is divided by p only if no p is tiny; otherwise the direct form runs (7 multiply-adds). u may overflow
 // where h does not, and never recovers: if a span's last u is not finite, the call is recomputed in direct form.
 //
-// Backward, with w = dh/dq and g = dL/dh. In phase 1, q, h and w are conjugates, so that the sums are gradients:
+// Backward, with w = dh/dq and g = dL/dh. Phase 1 computes with the conjugates of q, h and w: its sums are gradients.
 //   1. upwards:    w_t = q w_{t-1} + h_{t-1};  sum dy w -> dq,  sum dy h -> dgamma, dp,  sum dy x -> domega
 //   2. downwards:  g_t = conj(q) g_{t+1} + conj(gamma) dy_t;  dx_t = sum_n p Re(g_t) + omega dy_t; this is the forward
 //                  scan over rows in reverse, also in folded form
 //   3. add the groups' sums in order -> dp, dq, dgamma, domega
 // Since w runs forwards, nothing is stored per position: scratch is O(D N) per group, with 18 multiply-adds per mode
-// and position. A reverse scan that recomputes h would take 20 and stored states. Sums are added in double after each
-// tile. If a state or a gradient of one is given, the direct forms run (21 multiply-adds), with dp = sum x Re(g): no
-// division, no cancellation. The direct forms also recompute a call if a sum, or a span's last u or g, is not finite.
+// and position. A reverse scan that recomputes h would take 20, and would need stored states. Sums are added in double
+// after each tile. If an initial state or the gradient of an end state is given, the direct forms run (21
+// multiply-adds). They compute dp = sum x Re(g), without division and without cancellation. They also recompute a call
+// if a sum, or a span's last u or g, is not finite.
 //
 // End states alone: a scan without output takes 4 multiply-adds, reads x and writes nothing. A backward without dy runs
 // both scans in the direct form (14 multiply-adds), reads x twice and writes dx.
 //
 // Sequences of several spans: every span is first scanned from zero (4 multiply-adds), which gives `local`. A merge in
-// double, h -> q^length h + local, then gives each span its initial state; against time, it gives its dstate_out.
+// double, h -> q^length h + local, then gives each span its initial state; a merge in reverse gives its dstate_out.
 //
 // Short sequences, as in decoding: a lane is a mode, and states stay in their (D, N) order.
 //
@@ -286,7 +287,7 @@ bool run_backward(const CemaBwdParams& params, const CemaPlan& plan, bool folded
 }
 
 // Phases 1 and 2, in the folded form if no state is carried and nothing overflows, else in the direct form. The folded
-// form writes `sums` and `params.dx`, which may be null; the direct form writes `all_sums` and `dx`, which may not.
+// form writes `sums` and `params.dx`; both may be null. The direct form writes `all_sums` and `dx`; neither may be.
 // Returns true if the folded form computed the result.
 template <class T>
 bool run_folded_or_direct(CemaBwdParams params, const CemaPlan& plan, double* sums, double* all_sums, void* dx) {

@@ -1,4 +1,5 @@
-// Normalized queries and keys: per-head RMS norm of a shared z, affine, rotary. Derivation: ops/normalized_qk/normalized_qk_reference.py.
+// Normalized queries and keys: per-head RMS norm of a shared z, affine, rotary.
+// Derivation: ops/normalized_qk/normalized_qk_reference.py.
 //
 //   r = 1 / sqrt(mean_K z^2 + eps);  zn = z r;  q = rotate(zn a_0 + beta_0),  k = rotate(zn a_1 + beta_1)
 //   a_i = (1 + gamma_i) / sqrt(K);  rotate: (re, im) <- (re cos - im sin, im cos + re sin) for each pair of channels
@@ -7,11 +8,12 @@
 //   dbeta_i = sum_T e_i;  dgamma_i = sum_T e_i zn / sqrt(K)
 //   dzn = e_0 a_0 + e_1 a_1;  dz = r (dzn - zn mean_K(dzn zn))
 //
-// The blocks of tokens depend only on the number of tokens. A thread takes a block, lists its tokens and their rows of
-// the rotary table, and processes one head of a token at a time (backward: of kTile tokens), K values in L1. A vector
-// holds whole (re, im) pairs. A vector of the table holds (cos, sin) pairs, which become (cos, cos) and (-sin, sin).
-// Backward: the tiles of a block add to its sums for dgamma and dbeta, (4, H, K) of R in L1 or L2. The sums of
-// neighbouring blocks are added in order, in double, to one of at most kParts sums, and these are added in order.
+// The division into blocks depends only on the number of tokens. A thread takes a block, lists its tokens and their
+// rows of the rotary table, and processes one head of one token at a time (backward: of kTile tokens), whose K values
+// are in L1. A vector holds whole (re, im) pairs. A vector of the table holds (cos, sin) pairs, which become (cos, cos)
+// and (-sin, sin).
+// Backward: the tiles of a block add to its sums for dgamma and dbeta, (4, H, K) of R in L1 or L2. Neighbouring blocks
+// form at most kParts parts. In double, a part adds its blocks' sums in order; then the parts' sums are added in order.
 //
 // Memory traffic, in elements: forward z, q, k; backward z, dq, dk, dz; plus K table values per token, from L2 or L3.
 
@@ -31,6 +33,7 @@ constexpr int64_t kBlockTokens = 64;
 constexpr int64_t kParts = 64;
 constexpr int kTile = 4;
 
+// For each pair of lanes (a, b): swap_pairs returns (b, a), double_even (a, a), double_odd (b, b).
 template <class R, int... i>
 MEGALODON_INLINE Vec<R> swap_pairs(Vec<R> v, std::integer_sequence<int, i...>) {
   return __builtin_shufflevector(v, v, (i ^ 1)...);
@@ -89,7 +92,7 @@ MEGALODON_INLINE Compute<T> inverse_rms(const T* z, int64_t key_dim, double eps)
   return squares_in_range(mean) ? 1 / std::sqrt(mean) : wide_inverse_rms(z, key_dim, eps);
 }
 
-// Data shared by all threads: the affine map in the form q = zn gain + shift.
+// Data shared by all threads: the gains a_0 and a_1 of the affine map.
 template <class R>
 struct Affine {
   explicit Affine(const NormalizedQkParams& p)

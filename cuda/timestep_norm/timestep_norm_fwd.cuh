@@ -6,25 +6,25 @@
 //
 // x, y (T, D) of type T; weight, bias (D), stats (3, T, G), states (S, G) of type R, float or double.
 //
-// Grid: one block per tile and slice of the channels (timestep_norm.cuh); blocks of a tile's slices are consecutive.
+// Grid: one block per tile and slice of the channels (timestep_norm.cuh); the blocks of one tile are consecutive.
 // Launches: timestep_norm_fwd_moments runs phases 1 to 3 without a carry and stores each tile's moments;
-//   timestep_norm_carry scans the moments; timestep_norm_fwd runs all phases, from the last tile to the first, since
-//   the last ones are still in L2. The first two launches are skipped if no sequence continues from a tile to the next,
-//   so decoding a token is one launch. timestep_norm_fwd_empty copies the states of empty sequences, if there may be
-//   any. If only end states are wanted, timestep_norm_end_state replaces timestep_norm_fwd: it runs phases 1 to 4 in
+//   timestep_norm_carry scans the moments; timestep_norm_fwd runs all phases. Its first blocks take the last tiles of
+//   x, which are still in L2. The first two launches are skipped if no sequence continues from a tile to the next, so
+//   decoding a token is one launch. timestep_norm_fwd_empty copies the states of empty sequences, if there may be any.
+//   If only end states are wanted, timestep_norm_end_state replaces timestep_norm_fwd: it runs phases 1 to 4 in
 //   the tiles in which a sequence ends, and only these tiles of x are read twice.
 // Phases: 1. a warp computes gm and gv of its rows: gm by a sum of differences from the group's first channel, gv by
-//            one of squared differences from gm; gm is a pair of R. A lane keeps its vectors of the rows for phase 5.
-//         2. a warp merges those of its rows that belong to its last sequence;
-//         3. a thread per group merges the warps in order of time, from the carry on, in double;
+//            a sum of squared differences from gm; gm is a pair of R. A lane keeps its vectors of the rows for phase 5.
+//         2. a warp merges the moments of those of its rows that belong to its last sequence;
+//         3. a thread per group merges the warps' moments in order of time, starting from the carry, in double;
 //         4. a warp scans its rows from the state that enters it. It sums only the changes of mean and variance since
 //            that state, in R: errors are relative to these changes, so states do not drift;
 //         5. y.
 // If F is not a multiple of the vector width, or a tensor is misaligned, a lane's vectors have one element. In this
 // case, or if a group has more vectors than a warp has lanes, phases 1 and 5 read x again, mostly from L1.
 //
-// Shared memory: 6 KB; 16 KB in the carry kernel. Registers: at most 128, so two blocks per SM; no spills (but 12 bytes
-// for fp16 on sm_80).
+// Shared memory: 6 KB; 16 KB in the carry kernel. Registers: at most 128, so two blocks per SM; no spills (except
+// 12 bytes for fp16 on sm_80).
 // Bytes: the minimum is x, y and stats once; timestep_norm_fwd reads x again, from L2 if it is there. Carries have 16
 // bytes per tile and group, which are written and read twice: 1.6% of x for F = 32 in bf16. 7 of a block's 8 warps read
 // weight and bias from L1.
@@ -38,7 +38,7 @@
 namespace megalodon {
 namespace timestep_norm {
 
-// Phase 1: gm and gv of the warp's rows, and their x. kHeld: a group has no more vectors than lanes.
+// Phase 1: gm and gv of the warp's rows. kHeld: a group has no more vectors than lanes, so lanes keep x in registers.
 template <class T, int kWidth, bool kHeld>
 class RowMoments {
   using R = Compute<T>;
@@ -129,7 +129,8 @@ class RowMoments {
 // Results of phases 2 and 3 in shared memory.
 template <class R>
 struct Exchange {
-  double *mean, *var;  // (kWarps, 32): of the warp's rows of its last sequence; after phase 3, the state that enters
+  double *mean, *var;  // (kWarps, 32): moments of the warp's rows in its last sequence; after phase 3, the state that
+                       // enters the warp
   double* weight;      // (kWarps): number of these rows / number of timesteps of their sequence so far
 };
 

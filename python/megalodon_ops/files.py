@@ -101,7 +101,9 @@ def read_json(path: Path) -> dict[str, Any]:
 
 @contextmanager
 def write_atomically(path: Path, *, folder: bool = False, token: str | None = None) -> Iterator[Path]:
-    """Yield the path of a draft, a file or with `folder` an empty folder, and rename the draft to `path` at the end.
+    """Yield the path of a draft to write, and rename the draft to `path` at the end.
+
+    With `folder`, the draft is an empty folder; otherwise it is a file, which does not exist yet.
 
     If the process is killed meanwhile, the old content of `path` stays. (A file system that cannot exchange folders
     needs two renames; if the process is killed between them, the old content stays inside `.<name>.draft-...`.) If an
@@ -121,7 +123,7 @@ def write_atomically(path: Path, *, folder: bool = False, token: str | None = No
             flush(path.parent)
         remove_drafts(path.parent, glob.escape(path.name))
     except OSError as error:
-        # The cause is an error of a file inside the folder.
+        # An OSError that caused another one is about a file inside the folder; it has the reason.
         cause = error.__cause__ if isinstance(error.__cause__, OSError) else error
         raise OSError(f"{path}: could not be written: {cause.strerror or cause}") from cause
 
@@ -148,7 +150,10 @@ def draft_path(path: Path, token: str) -> Path:
 
 @contextmanager
 def drafting(path: Path, token: str | None = None) -> Iterator[Path]:
-    """Yield the path of a draft and hold its lock; remove the draft at the end. Calls with one `token` take turns."""
+    """Yield the path of a draft and hold its lock; remove the draft at the end.
+
+    Calls with the same `token` take turns.
+    """
     draft, has_lock = draft_path(path, token or uuid.uuid4().hex[:8]), False
     path.parent.mkdir(parents=True, exist_ok=True)
     while not has_lock:  # lock again if the last holder has removed the lock file

@@ -184,7 +184,7 @@ def run(options: Train) -> int:
                     losses.append(loss.detach())
                 norm = nn.utils.clip_grad_norm_(model.parameters(), options.clip)
                 norm = (norm.full_tensor() if hasattr(norm, "full_tensor") else norm).item()
-                loss = sum(losses).item()  # as the norm, over all processes
+                loss = sum(losses).item()  # of the whole batch on all processes, like the norm
                 if not math.isfinite(loss):
                     raise CommandError(f"the loss is {loss} at step {step + 1}; a lower --lr may help")
                 with threads(optimizer_threads(model)):
@@ -300,7 +300,7 @@ def check_shares(options: Train, config: MegalodonConfig, sizes: Mesh) -> None:
 def check_memory(options: Train, config: MegalodonConfig, processes: int) -> None:
     """Refuse, before allocating, a run whose parameters, activations and states exceed the memory."""
     per_parameter = 4  # the weight, its gradient and two moments
-    per_channel = 4 + config.num_layers  # of a token: the token, its target and the layers' activations
+    per_channel = 4 + config.num_layers  # for each channel of a token: its id, its target and the layers' activations
     per_state = 2  # complex
     numbers = per_parameter * config.num_parameters()
     numbers += per_channel * options.batch * options.length * config.model_dim
@@ -314,7 +314,7 @@ def check_memory(options: Train, config: MegalodonConfig, processes: int) -> Non
 def tokens_at_peak(options: Train, config: MegalodonConfig, device: torch.device, processes: int) -> float | None:
     """Return the tokens per second of training at the devices' peak TFLOP/s; None if the peak is unknown.
 
-    Operations are those of tokens in full chunks.
+    Operations are counted for full chunks.
     """
     peaks = PEAK_TFLOPS.get(torch.cuda.get_device_name(device)) if device.type == "cuda" else None
     if options.peak_tflops is None and peaks is None:
@@ -365,7 +365,7 @@ def seed_of_dropout(seed: int, step: int, processes: Processes) -> int:
 
 
 def encode(documents: Sequence[bytes] | Parts, tokenizer: Tokenizer) -> Sequence[Document]:
-    """Return the documents' ids, or the bytes themselves for bytes; documents without tokens are skipped."""
+    """Return the documents' ids, without empty documents; for a byte tokenizer or shards, the documents themselves."""
     if tokenizer.byte_level or isinstance(documents, Parts):
         return documents
     read = work_bar(iterable=documents, unit=" documents", desc="encoding", delay=1)

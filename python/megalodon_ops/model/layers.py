@@ -54,7 +54,7 @@ class WideParameters(nn.Module):
 
 
 def wide_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
-    """Return the parameters that stay float32 in a 16-bit model: of CEMA, the norms and the attention's affine map.
+    """Return the parameters that stay float32 in a 16-bit model: CEMA's, the norms' and the attention's affine map.
 
     Their modules keep these parameters wide under `model.to(torch.bfloat16)`, a 16-bit default dtype,
     `load_state_dict(assign=True)` and wherever a parameter is set as an attribute. A tool that writes to
@@ -166,7 +166,7 @@ class ComplexEMA(WideParameters):
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
-        if self.alpha.is_meta:  # no values to set, and torch's functions would import its compiler, 1.6 s
+        if self.alpha.is_meta:  # no values to set; torch's functions would import its compiler, which takes 1.6 s
             return
         dim, directions = self.omega.shape[0], self.alpha.shape[0] // self.omega.shape[0]
         nn.init.normal_(self.alpha, std=0.2)
@@ -270,7 +270,7 @@ _METHODS = ("forward", "reset_parameters")
 
 
 def take_methods(layer: nn.Module) -> None:
-    """Undo :meth:`Linear.give_methods`: make the layer an instance of :class:`Linear`, whose class may be changed."""
+    """Undo :meth:`Linear.give_methods`: make the layer a :class:`Linear`, from which a class can be derived."""
     if has_own_forward(layer):
         layer.__class__ = Linear
         for name in _METHODS:
@@ -284,7 +284,7 @@ def has_own_forward(module: nn.Module) -> bool:
 
 
 class Embedding(nn.Embedding):
-    """A row of D numbers for each token, initially normal with std 1 / sqrt(D), cut at 3 std."""
+    """A row of D numbers for each token, initially normal with std 1 / sqrt(D), truncated at 3 std."""
 
     def reset_parameters(self) -> None:
         _init_token_rows(self.weight)
@@ -308,9 +308,9 @@ _HOOKS = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backw
 def is_plain_linear(module: nn.Module) -> bool:
     """Return True if calling the module only computes :func:`megalodon_ops.linear` of its weight and bias.
 
-    Another class (adapters, parametrizations and sharded modules have their own), a hook, another forward or parameters
-    of a tensor subclass may compute something else: such a module must be called. Hooks on all modules, such as those
-    of torch's FlopCounterMode, only observe and do not count here.
+    Return False for a module of another class (as adapters, parametrizations and sharded modules are), with a hook,
+    with another forward, or with parameters of a tensor subclass: it may compute something else. Hooks on all modules,
+    such as those of torch's FlopCounterMode, only observe and do not count here.
     """
     if type(module) is not nn.Linear or not has_own_forward(module):
         return False

@@ -295,7 +295,7 @@ class Megalodon(nn.Module):
     def input_scale(self, inputs: Tensor, *, state: MegalodonState | None = None) -> tuple[Tensor, Tensor]:
         """Mean and deviation by which a model with `num_features` and `scale_inputs` standardises each position.
 
-        If a model's outputs are in these units, `mean + deviation * output` converts them to the units of the data.
+        If outputs are standardised in the same way, `mean + deviation * output` converts them to the data's units.
 
         Args:
             inputs: (B, L, F), the inputs of a call of the model.

@@ -1,4 +1,4 @@
-"""Tokenizers of bytes, of JSON files of the `tokenizers` package, and of sentencepiece models."""
+"""Tokenizers: bytes, JSON files of the `tokenizers` package, sentencepiece models."""
 
 from __future__ import annotations
 
@@ -144,7 +144,7 @@ class Tokenizer:
         return b"".join(self.text_of(ids))
 
     def text_of(self, ids: Iterable[int], *, after: Sequence[int] = ()) -> Iterator[bytes]:
-        """Yield the bytes of each id; `after` has ids of the document before the first one.
+        """Yield the bytes of each id; `after` has earlier ids of the same document.
 
         A token may end inside a character, so UTF-8 is complete at the end of the text only.
         """
@@ -169,7 +169,7 @@ class Tokenizer:
         folder.mkdir(parents=True, exist_ok=True)
         config: dict[str, Any] = {"bos_token": self.start_token, "eos_token": self.end_token}
         config |= {"clean_up_tokenization_spaces": False}
-        # transformers leaves padding out of the loss. `start` is never a target, unless it is `end`, too.
+        # Pad with `start`: transformers leaves padding out of the loss. `start` is a target only if it is also `end`.
         if self.file_name == "tokenizer.json":
             config |= {"tokenizer_class": "PreTrainedTokenizerFast", "pad_token": self.start_token}
             config |= {"padding_side": "left"}
@@ -180,7 +180,7 @@ class Tokenizer:
                 settings.write_text(json.dumps(config, indent=1) + "\n")
 
     def _encode(self, texts: list[str]) -> list[list[int]]:
-        """Return the ids of each text, by the package."""
+        """Encode texts by the package that read the file."""
         raise NotImplementedError
 
     def _set_vocabulary(self, ids: dict[str, int], table: dict[int, bytes]) -> None:
@@ -223,7 +223,7 @@ class ByteTokenizer(Tokenizer):
 
 
 class JSONTokenizer(Tokenizer):
-    """A JSON file of the `tokenizers` package; its vocabulary is of bytes or has U+2581 for a space."""
+    """A tokenizer from a JSON file of the `tokenizers` package; byte-level, or with U+2581 for a space."""
 
     def __init__(self, content: bytes, path: str, start: str | None = None, end: str | None = None):
         load("tokenizers", "train")
@@ -253,7 +253,7 @@ class JSONTokenizer(Tokenizer):
             if not (_BYTE_LEVEL <= kinds or (kinds and kinds <= _SPACED)):
                 got = ", ".join(sorted(kinds)) or "none"
                 raise ValueError(
-                    f"its decoder must be ByteLevel, or of {', '.join(sorted(_SPACED))}, got {short_text(got)}"
+                    f"its decoder must be ByteLevel, or consist of {', '.join(sorted(_SPACED))}, got {short_text(got)}"
                 )
             bytes_of = _character_bytes if _BYTE_LEVEL <= kinds else _spaced_bytes
             table = {number: bytes_of(token) for token, number in ids.items()}
@@ -267,7 +267,7 @@ class JSONTokenizer(Tokenizer):
 
 
 class SentencePieceTokenizer(Tokenizer):
-    """A sentencepiece model."""
+    """A tokenizer from a sentencepiece model."""
 
     file_name = "tokenizer.model"
 
@@ -296,9 +296,9 @@ class SentencePieceTokenizer(Tokenizer):
 
 
 def load_tokenizer(path: str | Path) -> Tokenizer:
-    """Load a `tokenizer.json` or `tokenizer.model`, or that of a checkpoint's folder.
+    """Load a tokenizer from its file, or from a folder that holds a `tokenizer.json` or `tokenizer.model`.
 
-    In a folder, a `tokenizer_config.json` may name the tokens before and after a document.
+    In such a folder, as a checkpoint's, a `tokenizer_config.json` may name the tokens before and after a document.
 
     Raises FileError if a file is damaged, FileNotFoundError if there is none.
     """

@@ -70,8 +70,8 @@ class Batches:
         end: the id after a document, only ever a target; "start": `start` serves as both, as with bytes; None:
             documents end with their last id.
         context_length: maximum targets of a document; longer ones are cut into the fewest equal parts, which are then
-            shuffled as documents. Only the last part has the end. A value above the number of all targets divided by
-            the number of rows is reduced to this, but not below `length`: so the rows of a batch read different text
+            shuffled as documents. Only the last part has the end. The value is limited to the number of all targets
+            divided by the number of rows, or to `length` if that is larger. So the rows of a batch read different text
             even if there are only a few books. None: no document is cut.
 
     Attributes:
@@ -197,7 +197,7 @@ class Batches:
             kind = "text; encode it" if ids.dtype.kind == "U" else ids.dtype
             got = ids.min() if ids.dtype.kind in "iu" else kind
             raise ValueError(f"Batches: `documents` must be of bytes or ids, integers of at least 0, got {got}.")
-        if len(ids) < stop - first:  # the piece's last target is the end
+        if len(ids) < stop - first:  # the piece's last target is the id `end`
             ids = numpy.append(ids, self.end)
         return (int(ids[0]), ids[1:]) if offset else (self.start, ids)
 
