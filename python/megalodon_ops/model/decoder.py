@@ -28,7 +28,7 @@ from .layers import has_own_forward, wide_parameters
 from .model_state import MegalodonState, as_real, check_state, complete, layout, named_tensors
 from .quantized_layers import small_tensors
 from .sequences import Sequences
-from .undo import KeptSequences, check_history, make_history
+from .undo import check_history, make_history
 
 _NEVER = -(2**62)
 _CAPTURED_LENGTH = 8  # tokens of a row: one, or a draft of several
@@ -59,8 +59,8 @@ class Decoder:
     Args:
         model: the :class:`Megalodon` that gives the logits.
         state: the state of B sequences, as a call of the model returned it. The decoder copies the state.
-        undo: number of tokens that :meth:`undo` can take back. The past before each of them is kept, without keys and
-            values. A call is split where a chunk ends, and where it has more than undo + 1 tokens.
+        undo: number of tokens that :meth:`undo` can take back. The past before their calls is kept, without keys and
+            values. Of a call with more than 2 undo + 1 tokens of a row, the last undo + 1 are read by a call of their own.
 
     Attributes:
         fused: True if one call of kernels, or a CUDA graph, computes everything and calls no module. If a changed module
@@ -117,20 +117,18 @@ class Decoder:
             self._find_hooks() if self._captures else self._find_changes(changes)
         )
         self._runner = with_fixed_coefficients(model, changes)
-        self._history = make_history(model, self._state, undo, changes)
+        self._history = make_history(model.config, self._state, undo, self._max_tokens // max(self.num_sequences, 1))
 
     @property
     def state(self) -> MegalodonState:
         """A copy of the state after all tokens so far."""
-        with self._lock:
-            self._check_state()
-            return self._state.clone()
+        return self._copied_state(0)
 
     def state_of(self, rows: Tensor) -> MegalodonState:
         """A copy of the state of the sequences `rows` (n,) after all tokens so far."""
         with self._lock:
             self._check_state()
-            return self._state[rows]
+            return (self._state if self._history is None else self.state)[rows]
 
     @torch.no_grad()
     def reorder(self, rows: Tensor) -> None:
@@ -151,6 +149,7 @@ class Decoder:
         sources = rows[targets]
         with self._lock:
             self._check_state()
+            self._read_pending()
             since_divergence = self._tokens_read - self._last_equal[targets, sources]
             self._last_equal.fill_diagonal_(self._tokens_read)
             self._last_equal = self._last_equal[rows][:, rows]
@@ -189,6 +188,7 @@ class Decoder:
         rows, new = rows.long(), named_tensors(state)
         with self._lock:
             self._check_state()
+            self._read_pending()
             for name, tensor in named_tensors(self._state).items():
                 tensor[rows.to(tensor.device)] = new[name].to(tensor.device)
             rows = rows.cpu()
@@ -199,10 +199,14 @@ class Decoder:
 
     @torch.no_grad()
     def undo(self, counts: int | Tensor) -> None:
-        """Take back the last tokens, in place: the decoder continues as if it had not read them.
+        """Take back the last tokens, in place: the decoder continues as if it had not read them, to the bit.
 
-        Where the tokens of whole calls are taken back, the state has the bits that it had before these calls. Where a
-        call keeps some of its tokens, it is that of the kept ones, up to rounding; its bits do not depend on the others.
+        The state is again that before the oldest call of which tokens are taken back. The next call reads the kept tokens
+        of that call in front of its own, and returns the logits of its own. So states and logits have the bits of a
+        decoder that never read the other tokens, and that reads the kept and the next ones in one call. Where rows keep
+        different numbers of tokens, they are read at once, by a call of the model with `lengths`. Kept tokens are also
+        read by a call of their own by :meth:`reorder` and :meth:`replace`, and where they and the next ones are more than
+        2 undo + 1, or than the step takes.
 
         Args:
             counts: number of tokens, for all rows or (B,) integers for each; at most the constructor's `undo`.
@@ -223,16 +227,15 @@ class Decoder:
         """
         with self._lock:
             self._check_state()
-            check_history(self._history).take_back(self._state, counts)
-            self._longest = None
+            counts = check_history(self._history).check_counts(counts)
+            self._longest, self._state_is_whole = None, False
+            self._history.take_back(self._state, counts, self._read)
+            self._state_is_whole = True
 
     def state_before(self, counts: int | Tensor) -> MegalodonState:
         """A copy of the state before the last `counts` tokens, which :meth:`undo` would take back."""
-        with self._lock:
-            self._check_state()
-            state = self.state
-            check_history(self._history).copy().take_back(state, counts)
-            return state
+        check_history(self._history)
+        return self._copied_state(counts)
 
     def __call__(self, tokens: Tensor) -> Tensor:
         """Logits (B, L, num_outputs) after each of the next tokens (B, L), float32 (float64 for a float64 model).
@@ -261,10 +264,8 @@ class Decoder:
                 self._check_tokens(tokens)
             self._state_is_whole = False
             try:
-                if self._history is None:
-                    logits = self._run(tokens)
-                else:
-                    logits = self._history.run(tokens, self._state, self._run, self._run_model)
+                history = self._history
+                logits = self._run(tokens) if history is None else history.run(tokens, self._state, self._run)
             except BaseException as error:
                 outside = (tokens < 0) | (tokens >= self._model.config.vocab_size)  # refused before a layer runs
                 self._state_is_whole = isinstance(error, IndexError) and bool(outside.any())
@@ -291,20 +292,41 @@ class Decoder:
             if not 0 <= token < self._model.config.vocab_size:
                 raise IndexError(f"Decoder: `tokens` must be in [0, {self._model.config.vocab_size}), got {token}.")
 
-    def _run(self, tokens: Tensor) -> Any:
+    @torch.no_grad()
+    def _copied_state(self, counts: Tensor | int) -> MegalodonState:
+        """Return a copy of the state before the last `counts` tokens, after all others, pending ones included."""
+        with self._lock:
+            self._check_state()
+            state = self._state.clone()
+            if self._history is not None:
+                history = self._history.copy()
+                history.take_back(state, history.check_counts(counts), self._read)
+                history.read_pending(state, self._read)
+            return state
+
+    def _read_pending(self) -> None:
+        if self._history is not None:
+            self._history.read_pending(self._state, self._read)
+
+    def _read(self, tokens: Tensor, state: MegalodonState, **lengths: Tensor) -> MegalodonState:
+        """Return the state after tokens (B, L), by the layers."""
+        with self._autocast:
+            return self._call_model(tokens, state, **lengths)[1]
+
+    def _run(self, tokens: Tensor) -> Tensor:
         if not self._runs_step(tokens):
             return self._run_model(tokens)
         longest = self._longest
-        results = self._run_step(tokens)
+        logits = self._run_step(tokens)
         self._longest = None if longest is None else longest + tokens.shape[1]
-        return results
+        return logits
 
     def _runs_step(self, tokens: Tensor) -> bool:
         if self._captures and torch.cuda.is_current_stream_capturing():  # by the caller
             return False
         return 0 < self.num_sequences * tokens.shape[1] <= self._max_tokens and self._has_room(tokens.shape[1])
 
-    def _run_step(self, tokens: Tensor) -> Any:
+    def _run_step(self, tokens: Tensor) -> Tensor:
         """Run the step for rows of this length; the first call records it."""
         if self._captures:
             return self._run_captured(tokens)
@@ -316,27 +338,22 @@ class Decoder:
         with self._called_in_python(recorder), self._autocast:
             step = Step("Decoder", self._call_model, (tokens,), self._state, **options)
         self._steps[tokens.shape[1]] = step
-        results, step.first = step.first, None
-        return results
+        logits, step.first = step.first, None
+        return logits
 
-    def _run_captured(self, tokens: Tensor) -> Any:
+    def _run_captured(self, tokens: Tensor) -> Tensor:
         """Run the captured step for rows of this length; its first call runs the modules, its second one captures."""
         length = tokens.shape[1]
         if length not in self._steps:
             self._steps[length] = CapturedStep(self._runner)
-        results = self._steps[length](positions_fit()(self._run_model), tokens)
+        logits = self._steps[length](positions_fit()(self._run_model), tokens)
         if problem := self._steps[length].problem:
             self._max_tokens, self.fused = 0, False
             warnings.warn(f"Decoder: {problem}, so modules run one by one, which takes longer.", stacklevel=5)
-        return results
+        return logits
 
-    def _call_model(self, tokens: Tensor, state: MegalodonState) -> tuple[Any, MegalodonState]:
-        """Return the logits, with a history also the inputs of the recurrences, and the new state."""
-        if self._history is None:
-            return self._runner(tokens, state=state, return_state=True, inplace_state=True)
-        sequences = KeptSequences()
-        logits, state = self._runner._compute(tokens, None, False, "mean", -100, state, True, True, sequences)
-        return (logits, *sequences.norms, *sequences.averages), state
+    def _call_model(self, tokens: Tensor, state: MegalodonState, **lengths: Tensor) -> tuple[Tensor, MegalodonState]:
+        return self._runner(tokens, state=state, return_state=True, inplace_state=True, **lengths)
 
     def _has_room(self, length: int) -> bool:
         """Return True if no sequence fills its cache within `length` positions; a full one drops a chunk."""
@@ -348,17 +365,17 @@ class Decoder:
         return self._longest + length < config.num_cached_positions
 
     @torch.no_grad()
-    def _run_model(self, tokens: Tensor) -> Any:
+    def _run_model(self, tokens: Tensor) -> Tensor:
         self._longest = None
         with self._autocast:
-            results, after = self._call_model(tokens, self._state)
+            logits, after = self._call_model(tokens, self._state)
         copies: dict[torch.dtype, list[tuple[Tensor, Tensor]]] = {}
         for old, new in zip(tree_leaves(self._state), tree_leaves(after), strict=True):
             if old is not new:
                 copies.setdefault(as_real(old).dtype, []).append((as_real(old), as_real(new)))
         for pairs in copies.values():  # on CUDA, tensors of a dtype are copied by one launch
             torch._foreach_copy_(*zip(*pairs))
-        return results
+        return logits
 
     def _may_record(self, autocast: bool) -> bool:
         config = self._model.config
