@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import contextlib
-import functools
 import threading
 import warnings
-from collections.abc import Callable, Iterator
-from typing import Any, NoReturn
+from typing import NoReturn
 
 import torch
 from torch import Tensor, nn
@@ -16,15 +13,16 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 
 from ..ops.chunked_attention.two_chunk_attention import positions_fit
 from ..ops.linear import linear
-from ..ops.common.definition import OWN_TYPES, accumulation_dtype, check_runs_now, is_autocast_enabled
+from ..ops.common.definition import accumulation_dtype, check_runs_now, is_autocast_enabled
 from ..ops.common.checks import check_device, check_tensor, describe
 from ..ops.common.recorder import Recorder
 from ..ops.common.recording import Step
 from .blocks import at_least_float32
 from .captured_step import CapturedStep, hooked_module, may_capture
+from .changed_modules import OUTPUT_PARTS, called_in_python, changed_modules
 from .fixed_coefficients import with_fixed_coefficients
 from .inputs import check_inputs
-from .layers import has_own_forward, wide_parameters
+from .layers import wide_parameters
 from .model_state import MegalodonState, as_real, check_state, complete, layout, named_tensors
 from .quantized_layers import small_tensors
 from .sequences import Sequences
@@ -112,7 +110,7 @@ class Decoder:
         self._steps: dict[int, Step | CapturedStep] = {}
         """recorded and captured steps by the number of tokens of a row"""
         self._changed: dict[str, nn.Module] = {}
-        changes = list(_changes(model, model._reference(), ""))
+        changes = list(changed_modules(model, model._reference()))
         self.fused = self._max_tokens >= self.num_sequences and (
             self._find_hooks() if self._captures else self._find_changes(changes)
         )
@@ -335,7 +333,7 @@ class Decoder:
             return step(tokens)
         recorder = Recorder()
         options = dict(recorder=recorder, checks_host_reads=False, warns=False)  # _has_room checks what is read
-        with self._called_in_python(recorder), self._autocast:
+        with called_in_python(self._runner, self._changed, self._model._reference(), recorder), self._autocast:
             step = Step("Decoder", self._call_model, (tokens,), self._state, **options)
         self._steps[tokens.shape[1]] = step
         logits, step.first = step.first, None
@@ -408,7 +406,7 @@ class Decoder:
         if {"", "layers"} & {*changes}:  # the model itself, or a list that it does not call: nothing is recorded
             self._max_tokens = 0
             return False
-        called = [part for name in changes for part in _OUTPUT_PARTS.get(name, [name])]
+        called = [part for name in changes for part in OUTPUT_PARTS.get(name, [name])]
         modules = dict(model.named_modules(remove_duplicate=False))
         self._changed = {name: modules[name] for name in called if isinstance(modules.get(name), nn.Module)}
         self._check_tensors(model._reference())
@@ -435,87 +433,12 @@ class Decoder:
             if limit and bool(((tensor < 0) | (tensor >= limit)).any()):
                 raise ValueError(f"Decoder: `state.{name}` must be in [0, {limit}), got {tensor.tolist()}.")
 
-    @contextlib.contextmanager
-    def _called_in_python(self, recorder: Recorder) -> Iterator[None]:
-        """Put a :class:`_CalledModule` in the place of each changed module while a step is recorded."""
-        reference, places = self._model._reference(), []
-        for name, module in self._changed.items():
-            parent, _, child = name.rpartition(".")
-            called = _CalledModule(name, module, reference.get_submodule(name), recorder)
-            places.append((self._runner.get_submodule(parent)._modules, child, module, called))
-        with _REPLACING:
-            for modules, child, _, called in places:
-                modules[child] = called
-            try:
-                yield
-            finally:
-                for modules, child, module, _ in places:
-                    modules[child] = module
-
-
-class _CalledModule(nn.Module):
-    """A changed module that a recorded step calls in Python, between two kernels."""
-
-    def __init__(self, name: str, module: nn.Module, plain: nn.Module, recorder: Recorder) -> None:
-        super().__init__()
-        self._run = functools.partial(_call_module, name, module.__call__, plain)
-        self._recorder = recorder
-
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
-        return self._recorder.call(self._run, *args, **kwargs)
-
-
-def _call_module(name: str, call: Callable, plain: nn.Module, x: Tensor, *args: Any, **kwargs: Any) -> Any:
-    """Call a module with a copy of its input x, which a hook may keep; check a linear layer's result."""
-    given = x.clone()
-    result = call(given, *args, **kwargs)
-    x.copy_(given)  # a hook may have changed the input, which other modules read
-    if isinstance(plain, nn.Linear):
-        check_tensor("Decoder", f"{name}(x)", result)
-        shape = (*x.shape[:-1], plain.out_features)
-        if result.shape != shape or result.dtype != x.dtype:
-            raise ValueError(
-                f"Decoder: `{name}` must return {x.dtype} {shape} as the layer in whose place it stands, got "
-                f"{result.dtype} {tuple(result.shape)}."
-            )
-    return result
-
 
 def _check_tensor_is(name: str, tensor: Tensor, dtype: torch.dtype, shape: tuple[int, ...]) -> None:
     if tensor.dtype != dtype:
         raise TypeError(f"Decoder: `{name}` must be {dtype} beside the other tensors, got {tensor.dtype}; convert it.")
     if tensor.shape != shape:
         raise ValueError(f"Decoder: `{name}` must have shape {shape}, got {tuple(tensor.shape)}.")
-
-
-_REPLACING = threading.RLock()  # two threads that record steps of one model wait for each other
-_OUTPUT_PARTS = {"output": ["output.final_norm", "output.output"]}  # the model calls these, not `output`
-_IGNORED_ATTRIBUTES = ("training", "layer", "token_rows", "forward", "reset_parameters")
-"""Attributes for initialisation, changed by train() and eval(), or compared by :func:`has_own_forward`"""
-
-
-def _changes(module: nn.Module, reference: nn.Module, name: str) -> Iterator[str]:
-    """Yield the names of the outermost modules that differ from their counterparts in `reference`."""
-    if not isinstance(module, nn.Module):
-        yield name
-        return
-    attributes = {k: v for k, v in vars(reference).items() if k[0] != "_" and k not in _IGNORED_ATTRIBUTES}
-    parameters = module._parameters.values()
-    same = (
-        type(module) is type(reference)
-        and (has_own_forward(module) if has_own_forward(reference) else "forward" not in vars(module))
-        and not (module._forward_hooks or module._forward_pre_hooks)
-        and module._modules.keys() == reference._modules.keys()
-        and module._parameters.keys() == reference._parameters.keys()
-        and module._buffers.keys() == reference._buffers.keys()
-        and all(parameter is None or type(parameter) in OWN_TYPES for parameter in parameters)
-        and all(getattr(module, key, None) == value for key, value in attributes.items())
-    )
-    if not same:
-        yield name
-        return
-    for child, part in reference._modules.items():
-        yield from _changes(module._modules[child], part, f"{name}.{child}".removeprefix("."))
 
 
 def _contiguous_copy(state: MegalodonState) -> MegalodonState:
