@@ -2,7 +2,7 @@
 
 MODEL and DRAFT are folders that `Megalodon.load` reads, best of runs on the same text, such as RUN/best of `train`. Each
 prompt is 256 bytes of one of the files, which the models should not have read. For each way, tokens a second of one
-sequence, calls of the model for each token, and the share of the guesses that were kept. All ways take their turn at
+sequence, calls of the decoder for each token, and the share of the guesses that were kept. All ways take their turn at
 each prompt, so that a busy machine slows them alike; rates are of the prompts' median.
 """
 

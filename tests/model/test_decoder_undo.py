@@ -181,6 +181,16 @@ def test_rows_that_are_moved_or_replaced_have_no_past():
         decoder.reorder(torch.tensor([1, 2, 2]))
         assert_bits(decoder.state, expected)
         assert_refuses(ValueError, "Decoder", "counts", lambda: decoder.undo(1))  # noqa: B023
+        decoder(tokens[:, :4])
+        decoder.undo(1)  # these rows are read before they move or are replaced
+        expected = decoder.state
+        decoder.reorder(torch.tensor([2, 1, 0]))
+        assert_bits(decoder.state, expected[[2, 1, 0]])
+        decoder(tokens[:, :4])
+        decoder.undo(3)
+        expected = decoder.state
+        decoder.replace(torch.tensor([1]), state[[0]])
+        assert_bits(decoder.state, mo.MegalodonState.cat([expected[[0]], state[[0]], expected[[2]]]))
         decoder, before = mo.Decoder(model, state, undo=UNDO), other.state
         decoder(tokens[:, :4]), other(tokens[:, :4])
         decoder.replace(torch.tensor([1]), before[[1]])

@@ -81,7 +81,7 @@ def test_a_draft_that_is_right_saves_calls(models, monkeypatch):
     options = dict(max_new_tokens=31, temperature=0.0)
     expected = model.generate(tokens_of(1, 9), **options)
     assert calls == [1] * 31
-    # The decoder splits a call at the end of a chunk, below the calls that are counted.
+    # Tokens that stay of several calls may take a call of their own, below the calls that are counted.
     for each, draft_tokens in ((tiny_model().eval(), 4), (draft, 4)):
         calls.clear()
         assert torch.equal(model.generate(tokens_of(1, 9), draft=each, draft_tokens=draft_tokens, **options), expected)
