@@ -58,7 +58,7 @@ class Decoder:
         model: the :class:`Megalodon` that gives the logits.
         state: the state of B sequences, as a call of the model returned it. The decoder copies the state.
         undo: number of tokens that :meth:`undo` can take back. The past before their calls is kept, without keys and
-            values. Of a call with more than 2 undo + 1 tokens of a row, the last undo + 1 are read by a call of their own.
+            values. Of a call with more than 2 undo + 1 tokens of a row, the last undo + 1 are a call of their own.
 
     Attributes:
         fused: True if one call of kernels, or a CUDA graph, computes everything and calls no module. If a changed module
@@ -199,12 +199,12 @@ class Decoder:
     def undo(self, counts: int | Tensor) -> None:
         """Take back the last tokens, in place: the decoder continues as if it had not read them, to the bit.
 
-        The state is again that before the oldest call of which tokens are taken back. The next call reads the kept tokens
-        of that call in front of its own, and returns the logits of its own. So states and logits have the bits of a
-        decoder that never read the other tokens, and that reads the kept and the next ones in one call. Where rows keep
-        different numbers of tokens, they are read at once, by a call of the model with `lengths`. Kept tokens are also
-        read by a call of their own by :meth:`reorder` and :meth:`replace`, and where they and the next ones are more than
-        2 undo + 1, or than the step takes.
+        The state is again that before the oldest call of which tokens are taken back. The next call reads the kept
+        tokens of that call in front of its own, and returns the logits of its own. So states and logits have the bits
+        of a decoder that never read the other tokens, and that reads the kept and the next ones in one call. Where rows
+        keep different numbers of tokens, they are read at once, by a call of the model with `lengths`. Kept tokens are
+        also read by a call of their own in :meth:`reorder` and :meth:`replace`, and where they and the next ones are
+        more than 2 undo + 1, or than the step takes. A copy of the state includes them.
 
         Args:
             counts: number of tokens, for all rows or (B,) integers for each; at most the constructor's `undo`.
