@@ -1,4 +1,4 @@
-"""What the launches of a decoded token cost: with Python between them, and in a CUDA graph. For predict.py."""
+"""Predicted cost of the launches of a decoded token, with Python between them and in a CUDA graph. For predict.py."""
 
 from __future__ import annotations
 

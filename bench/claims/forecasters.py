@@ -72,9 +72,9 @@ class Forecaster(nn.Module):
 
     def quantiles(self, outputs: Tensor, last: Tensor, naive: Tensor, change: Tensor, scale: Tensor) -> Tensor:
         """Return quantiles (..., horizon, levels) from outputs (..., O), seasonal naive forecasts (..., horizon) and (...)."""
-        *offsets, towards_naive, of_change = outputs.unflatten(-1, (self.horizon, -1)).unbind(-1)
+        *offsets, towards_naive, change_share = outputs.unflatten(-1, (self.horizon, -1)).unbind(-1)
         last, change, scale = last[..., None], change[..., None], scale[..., None, None]
-        middle = last + towards_naive.sigmoid() * (naive - last) + of_change.sigmoid() * change
+        middle = last + towards_naive.sigmoid() * (naive - last) + change_share.sigmoid() * change
         return middle[..., None] + scale * torch.stack(offsets, -1)
 
 
