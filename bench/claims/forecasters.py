@@ -172,9 +172,11 @@ def nhits(panel: Panel, *, seed: int, seconds: float, lr: float) -> dict[str, An
         def on_train_end(self, trainer: Any, module: Any) -> None:
             spent.update(steps=trainer.global_step, train_seconds=self.limit.spent)
 
-    model = nhits_model(panel.horizon, panel.season, seed, learning_rate=lr, callbacks=[StopAtLimit()])
-    forecaster = NeuralForecast([model], freq=1)
-    table = forecaster.cross_validation(_frame(panel.values), n_windows=panel.origins, step_size=panel.step)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of Lightning, which does not save the callback
+        model = nhits_model(panel.horizon, panel.season, seed, learning_rate=lr, callbacks=[StopAtLimit()])
+        forecaster = NeuralForecast([model], freq=1)
+        table = forecaster.cross_validation(_frame(panel.values), n_windows=panel.origins, step_size=panel.step)
     return {"quantiles": _quantiles(panel, table, "NHITS", "NHITS-median"), **spent}
 
 
