@@ -9,7 +9,7 @@ from collections import Counter
 import pytest
 import torch
 from backends import needs_gpu
-from decoding import assert_decodes, by_decoder
+from decoding import Wrapped, assert_decodes, by_decoder
 from models import tiny_model, tokens_of
 
 import megalodon_ops as mo
@@ -75,15 +75,6 @@ def test_memory_is_freed_with_the_decoder():
     by_decoder(decoder, [tokens_of(3, 1).cuda()] * 3)
     del decoder, model
     assert torch.cuda.memory_allocated() <= memory + (32 << 20)  # a workspace of the side stream
-
-
-class Wrapped(torch.nn.Module):
-    def __init__(self, layer, change):
-        super().__init__()
-        self.layer, self.change = layer, change
-
-    def forward(self, x):
-        return self.change(self.layer(x))
 
 
 def synchronise(y):

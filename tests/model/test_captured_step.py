@@ -13,7 +13,7 @@ from collections import Counter
 import pytest
 import torch
 from assertions import every_case
-from decoding import assert_decodes, assert_equal, by_decoder, by_layers, model_and_state
+from decoding import Wrapped, assert_decodes, assert_equal, by_decoder, by_layers, model_and_state
 from fake_graphs import count, described, fake_graphs  # noqa: F401
 from models import tiny_model, tokens_of
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -72,17 +72,6 @@ def test_calls_of_several_lengths_share_the_state():
     pieces = tokens_of(2, 30).split([1, 3, 1, 9, 3, 3, 1, 9], 1)
     assert_equal(by_decoder(mo.Decoder(model, state), pieces), by_layers(model, state, pieces))
     assert (count("capture"), count("replay")) == (2, 4)
-
-
-class Wrapped(torch.nn.Module):
-    """A layer in the place of another one, as an adapter is."""
-
-    def __init__(self, layer, change):
-        super().__init__()
-        self.layer, self.change = layer, change
-
-    def forward(self, x):
-        return self.change(self.layer(x))
 
 
 def is_capturing():

@@ -52,3 +52,14 @@ def assert_decodes(decoder, model, tokens, length=1):
     found = by_decoder(decoder, pieces)
     assert_equal(found, by_layers(model, state, pieces))
     assert all(logits.isfinite().all() for logits in found[: len(pieces)])
+
+
+class Wrapped(torch.nn.Module):
+    """A layer in the place of another one, as an adapter is."""
+
+    def __init__(self, layer, change):
+        super().__init__()
+        self.layer, self.change = layer, change
+
+    def forward(self, x):
+        return self.change(self.layer(x))

@@ -11,7 +11,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_map_only
 
 from ..ops.common.recorder import tensors_in
 from .model_state import MegalodonState
@@ -22,7 +21,7 @@ _READ_VALUES = {torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shape}
 
 
 class CapturedStep:
-    """function(tokens) -> tensors, for tokens of one shape, where the function updates its state in place.
+    """function(tokens) -> a tensor, for tokens of one shape, where the function updates its state in place.
 
     The first call runs the function on a side stream, as torch requires before a capture: kernels are loaded, and
     libraries allocate their workspaces. The second call captures a graph, and later ones replay it. All memory that the
@@ -40,7 +39,7 @@ class CapturedStep:
         self._graph: torch.cuda.CUDAGraph | None = None
         self.problem: str | None = None
 
-    def __call__(self, function: Callable[[Tensor], Any], tokens: Tensor) -> Any:
+    def __call__(self, function: Callable[[Tensor], Tensor], tokens: Tensor) -> Tensor:
         """Return function(tokens), which is the same one in all calls; keeping it could keep its owner alive."""
         with torch.inference_mode(False), torch.no_grad(), torch.cuda.device(tokens.device):
             if self._tokens is None:
@@ -52,27 +51,27 @@ class CapturedStep:
             if self.problem is not None:
                 return function(tokens)
             self._graph.replay()
-            return tree_map_only(Tensor, torch.clone, self._results)
+            return self._result.clone()
 
-    def _warm_up(self, function: Callable[[Tensor], Any]) -> Any:
+    def _warm_up(self, function: Callable[[Tensor], Tensor]) -> Tensor:
         current, host_work = torch.cuda.current_stream(), _HostWork(self._model)
         self._stream.wait_stream(current)
         with torch.cuda.stream(self._stream), host_work:
-            results = function(self._tokens)
+            result = function(self._tokens)
         self.problem = host_work.problem
         current.wait_stream(self._stream)
-        copied = tree_map_only(Tensor, torch.clone, results)
-        self._stream.wait_stream(current)  # the results' memory returns to the side stream
+        copied = result.clone()
+        self._stream.wait_stream(current)  # the result's memory returns to the side stream
         return copied
 
-    def _capture(self, function: Callable[[Tensor], Any]) -> None:
+    def _capture(self, function: Callable[[Tensor], Tensor]) -> None:
         graph, error = torch.cuda.CUDAGraph(), None
         try:
             # Not torch.cuda.graph, which collects garbage and frees cached memory, a tenth of a second and more.
             with _CAPTURING, torch.cuda.stream(self._stream):
                 graph.capture_begin(capture_error_mode="thread_local")
                 try:
-                    self._results = function(self._tokens)
+                    self._result = function(self._tokens)
                 except BaseException as raised:  # the end of the capture then raises, too
                     error = raised
                 graph.capture_end()

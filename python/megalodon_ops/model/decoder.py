@@ -414,7 +414,7 @@ class Decoder:
 
     def _check_tensors(self, reference: nn.Module) -> None:
         """Raise unless the parameters outside of changed modules, and the state, have the model's shapes and dtypes."""
-        config, dtype = self._model.config, self._like.dtype
+        dtype = self._like.dtype
         given, wide = dict(self._model.named_parameters(remove_duplicate=False)), wide_parameters(reference)
         small = small_tensors(reference)
         for name, parameter in reference.named_parameters(remove_duplicate=False):
