@@ -1,4 +1,5 @@
-// The functions of a module: each file of bindings adds entries to a list; the module's entry point calls them.
+// Registration of a module's functions: each file of bindings adds entries to a list, and the module's entry point
+// calls every entry.
 #pragma once
 
 #include <pybind11/pybind11.h>
@@ -24,7 +25,7 @@ class Registration {
   const Registration* next_;
 };
 
-// "x chunk_size" of the parameters "(py::handle x_, int64_t chunk_size)".
+// Returns "x chunk_size" for the parameters "(py::handle x_, int64_t chunk_size)".
 inline std::string parameter_names(const std::string& parameters) {
   std::string names;
   for (size_t end = parameters.find_first_of(",)"); end != std::string::npos;

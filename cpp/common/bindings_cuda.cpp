@@ -13,7 +13,8 @@ PYBIND11_MODULE(_cuda, module) {
     info["architectures"] = MEGALODON_CUDA_ARCHITECTURES;
     return info;
   });
-  // (version that the driver supports, or 0 without one; version of the linked runtime): 13000 is CUDA 13.0.
+  // Returns (newest version that the driver supports, or 0 without a driver; version of the linked runtime). 13000 is
+  // CUDA 13.0.
   module.def("cuda_versions", [] {
     int driver = 0, runtime = 0;
     if (cudaDriverGetVersion(&driver) != cudaSuccess) driver = 0;

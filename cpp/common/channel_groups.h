@@ -1,4 +1,5 @@
-// Rows of channels in groups of arbitrary size: sums over each group, and group values broadcast to the channels.
+// Rows of channels in groups of arbitrary size: sums over each group, and broadcasts of a group's value to its
+// channels.
 #pragma once
 
 #include <type_traits>
@@ -32,9 +33,9 @@ class Channels {
 
   Channels(int64_t channels, int64_t groups)
       : count(channels), groups(groups), group_size(channels / groups), vectors((channels + lanes - 1) / lanes),
-        width(smaller(channels, lanes)), one_group_a_vector(group_size % lanes == 0),
-        first_group_(one_group_a_vector ? 0 : vectors), index_(one_group_a_vector ? 0 : vectors) {
-    if (one_group_a_vector) return;
+        width(smaller(channels, lanes)), one_group_per_vector(group_size % lanes == 0),
+        first_group_(one_group_per_vector ? 0 : vectors), index_(one_group_per_vector ? 0 : vectors) {
+    if (one_group_per_vector) return;
     for (int64_t j = 0; j < vectors; ++j) {
       first_group_[j] = offset(j) / group_size;
       for (int lane = 0; lane < lanes; ++lane)
@@ -43,12 +44,12 @@ class Channels {
   }
   int64_t offset(int64_t j) const { return smaller(j * lanes, count - width); }
 
-  // Calls op(j, offset, width, s) for each vector j of channels; s[row][i] is the row's statistic i for them.
-  // statistics[i] points to (rows, G) values and may be read kLanes past its end.
+  // Calls op(j, offset, width, s) for each vector j of channels. s[row][i] is statistic i of the row, each channel's
+  // lane holding that of its group. statistics[i] points to (rows, G) values and may be read kLanes past its end.
   template <int rows, int kinds, class Op>
   MEGALODON_INLINE void for_each_vector_with_statistics(const R* const (&statistics)[kinds], Op&& op) const {
     Vec<R> s[rows][kinds];
-    if (one_group_a_vector) {
+    if (one_group_per_vector) {
       // Local copies: the compiler cannot know that op() does not write to the members.
       const int64_t all = groups, end = count, size = group_size;
       for (int64_t g = 0, c = 0; c < end; ++g) {
@@ -67,19 +68,21 @@ class Channels {
   }
 
   const int64_t count, groups, group_size, vectors, width;
-  const bool one_group_a_vector;
+  const bool one_group_per_vector;
 
  private:
   Scratch<int64_t> first_group_;
   Scratch<LaneIndex<R>> index_;
 };
 
-// Loads a vector of which n elements are used; the lanes beyond them hold what follows, or zero close to `end`.
+// Loads a vector whose first n lanes the caller uses. The other lanes hold the elements that follow, or zeros if a
+// whole vector would pass `end`.
 template <class T>
 MEGALODON_INLINE Vec<Compute<T>> load_within(const T* from, int64_t n, const T* end) {
   return n >= kLanes<Compute<T>> || end - from >= kLanes<Compute<T>> ? load(from) : load_first(from, n);
 }
 
+// Zeroes all lanes but the first n.
 template <class R>
 MEGALODON_INLINE Vec<R> keep_first(Vec<R> v, int64_t n) {
   if (n >= kLanes<R>) return v;
@@ -88,7 +91,7 @@ MEGALODON_INLINE Vec<R> keep_first(Vec<R> v, int64_t n) {
   return lane < lane - lane + static_cast<LaneInt<R>>(n) ? v : zeros<R>();
 }
 
-// Lanes to be added: kept[i] = v[i] and other[i] = v[i ^ bit], where v is b if i has the bit, else a.
+// Two vectors to be added. With v = b if `bit` is set in i, else a: lane i is v[i] in `kept` and v[i ^ bit] in `other`.
 template <class R>
 struct LanePairs {
   Vec<R> kept, other;
@@ -124,7 +127,8 @@ struct Terms {
   }
 };
 
-// Sums the lanes of each group: lane i of v[k] is the sum of all lanes of group(i).v[k]. Depth first: few live vectors.
+// Lane i of the result's v[k] is the sum of all lanes of group(i).v[k]. The recursion is depth-first, so that few
+// vectors are live.
 template <class R, int kSums, int bit = 1, class Group>
 MEGALODON_INLINE Terms<R, kSums> sum_each(int first, Group&& group) {
   if constexpr (bit == kLanes<R>) return group(first);
@@ -140,8 +144,8 @@ MEGALODON_INLINE Terms<R, kSums> sum_each(int first, Group&& group) {
   }
 }
 
-// Lane i of v[k] is the sum of term k over the `size` elements of group i; `groups` <= kLanes.
-// term(i, offset, n) gives the Terms of n <= kLanes elements of group i, zero in the other lanes.
+// Lane i of the result's v[k] is the sum of term k over the `size` elements of group i; `groups` <= kLanes.
+// term(i, offset, n) returns the Terms of the n <= kLanes elements from `offset` on of group i, zero in other lanes.
 template <class R, int kSums, class Term>
 MEGALODON_INLINE Terms<R, kSums> sum_groups(int64_t groups, int64_t size, Term&& term) {
   constexpr int64_t lanes = kLanes<R>, chains = 4;

@@ -1,5 +1,5 @@
-// Reads a torch tensor through DLPack's C exchange (dmlc/dlpack, since 1.2; torch has it since 2.10): one call, no
-// Python objects. The structs are the layout that DLPack promises.
+// Reads a torch tensor through DLPack's C exchange API (dmlc/dlpack 1.2, torch 2.10, or later): one call, no Python
+// objects. The structs follow DLPack's ABI.
 #pragma once
 
 #include <pybind11/pybind11.h>
@@ -34,12 +34,12 @@ struct DlpackExchange {
   uint32_t major, minor;
   void* previous;
   void *allocate, *from_object, *to_object;
-  int (*view)(void* object, DlpackTensor* out);  // or null
+  int (*view)(void* object, DlpackTensor* out);  // may be null; returns 0 on success
   void* current_stream;
 };
 
-// Fills `out`, whose pointers live as long as the tensor. Returns false if this torch has no exchange, or if the object
-// is of another type or has no view.
+// Fills `out`; its pointers are valid as long as the tensor lives. Returns false if this torch lacks the API, or if the
+// object is no torch.Tensor or Parameter or has no view.
 inline bool dlpack_view(py::handle object, DlpackTensor& out) {
   static const struct Torch {
     PyTypeObject *tensor, *parameter;

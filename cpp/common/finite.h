@@ -12,9 +12,10 @@ namespace megalodon::MEGALODON_ISA {
 template <class R>
 MEGALODON_INLINE bool is_finite(Vec<R> v) { return sum_lanes<R>(v - v) == 0; }
 
-// A type that holds squares of any R without overflow, unless long double is no wider than double and R is double.
+// A type in which the square of a finite R does not overflow. For double, this needs a long double wider than double.
 template <class R> using WideOf = std::conditional_t<sizeof(R) == 4, double, long double>;
-// Returns true if a mean of squares, plus eps, proves that no square overflowed and none that matters underflowed.
+// Takes a mean of squares plus eps. Returns true if it proves that no square overflowed and that those that underflowed
+// are negligible.
 template <class R>
 MEGALODON_INLINE bool squares_in_range(R mean) {
   constexpr R kLeast = sizeof(R) == 4 ? R(0x1p-80) : R(0x1p-900), kMost = std::numeric_limits<R>::max();

@@ -3,13 +3,13 @@
 
 namespace megalodon {
 
-// True if this process is the child of one that could not end OpenMP's threads before it forked. OpenMP would wait for
-// threads that do not exist in the child, so kernels run on the calling thread.
+// True in the child of a process that could not end OpenMP's threads before fork(). OpenMP would wait for threads that
+// do not exist in the child, so kernels run on the calling thread alone.
 extern bool threads_lost;
 
-// Make every fork() of this process first end the forking thread's waiting threads: OpenMP's and the own ones of
-// threads.h. Parent and child start new ones when needed, so the child may use several threads, in kernels and in
-// torch, which has the same OpenMP. Call this function once.
+// Makes every fork() of this process first end the threads that wait for work of the forking thread: OpenMP's and the
+// package's own (threads.h). Parent and child start new threads when they need them. So the child may use several
+// threads, also in torch, which shares the OpenMP runtime. Call this function once.
 void end_threads_before_forks();
 
 }  // namespace megalodon

@@ -1,23 +1,23 @@
 // Matrix products on packed panels: the layout, and a micro-kernel that holds a tile of the result in registers.
 //
-//   A packed matrix M is cut into panels of kTileColumns columns; a panel stores its rows one after the other, so it is
-//   one stream of memory. The micro-kernel computes a tile of kTileRows x kTileColumns: for each index of the depth
-//   it loads one row of B as vectors and multiplies it by kTileRows broadcast elements of A. A broadcast costs the
-//   same wherever the element is, so a packed matrix serves as A in two ways:
+//   A packed matrix M is cut into panels of kTileColumns columns. A panel stores its rows one after the other, so a
+//   panel is one stream of memory. The micro-kernel computes a tile of kTileRows x kTileColumns: for each index of the
+//   depth it loads one row of B as vectors and multiplies it by kTileRows broadcast elements of A. A broadcast costs
+//   the same wherever the element is, so a packed matrix serves as A in two ways:
 //     A = M     rows of the tile are rows of M, the depth runs along its columns (panel after panel)
 //     A = M^T   rows of the tile are columns of M, the depth runs along its rows (within one panel)
 //   A tile is 8 rows x 3 vectors with AVX-512 (24 registers of sums, 3 of B, the rest for A), 4 x 3 with AVX2, 4 x 2
 //   without FMA; on Arm 8 x 2 of float and 4 x 2 of double. In the last panel, vectors without columns of the matrix
-//   are skipped; with AVX-512 and enough rows, its tiles are then 12 x 2 or 24 x 1, to keep 24 sums. Rows are padded to
-//   kTileRows, the depth to a unit.
+//   are skipped. With AVX-512 and enough rows, tiles of such a panel are 12 x 2 or 24 x 1, to keep 24 sums. Rows are
+//   padded to kRowPadding, the depth to a unit.
 //
-//   A unit is what one lane multiplies at once: one element of the compute type or, if the CPU multiplies pairs, two
-//   bfloat16 that are neighbours along the depth. So pairs need M in two formats: paired along the columns for A = M,
-//   along the rows for A = M^T and B. With one element per unit the two formats are the same.
+//   A unit is the operand of one lane: one element of the compute type or, if the CPU multiplies pairs, two bfloat16
+//   that are neighbours along the depth. So pairs need M in two formats: paired along the columns for A = M, along the
+//   rows for A = M^T and B. With one element per unit the two formats are the same.
 //
 //   With AMX a tile register holds 16 rows of 64 bytes, and one instruction multiplies 16 x 32 by 32 x 16 bfloat16. B
-//   has panels of kTileColumns columns; A has panels of 32, so that a tile register is one stream of 1 KiB. There is no
-//   A = M^T: a caller that needs it computes the transposed product instead. Tile: 16 rows x 3 registers. Both operands
+//   has panels of kTileColumns columns; A has panels of 32, so that a tile register is one stream of 1 KiB. A = M^T is
+//   not supported: the caller computes the transposed product instead. A tile is 16 rows x 3 registers. Both operands
 //   are zero where the depth is padded to 32.
 #pragma once
 
@@ -31,7 +31,7 @@ namespace megalodon::MEGALODON_ISA {
 // Two bfloat16; the one of the lower depth is in the low half.
 struct Bf16Pair { uint32_t bits; };
 
-// Packed form of elements of T.
+// The unit in which elements of T are packed.
 template <class T> struct UnitOf { using type = Compute<T>; };
 #if defined(MEGALODON_BF16_PAIRS)
 template <> struct UnitOf<bf16> { using type = Bf16Pair; };
@@ -57,7 +57,7 @@ template <class U> inline constexpr int kDepthStep = kUsesAmx<U> ? 32 : kUnitDep
 
 template <class U> constexpr int64_t panels(int64_t columns) { return ceil_div(columns, kTileColumns<U>); }
 
-// Number of a panel's vectors that hold columns of the matrix.
+// Number of vectors of a panel's rows that hold columns of the matrix.
 template <class U>
 constexpr int vectors_in_panel(int64_t columns, int64_t panel) {
   const int64_t left = ceil_div(columns - panel * kTileColumns<U>, kLanes<SumOf<U>>);
@@ -92,7 +92,7 @@ MEGALODON_INLINE Bits pair_units(Vec<float> low, Vec<float> high) {
 }
 #endif
 
-// Each tile of a product prefetches a part of the next product's B panel, which has the same depth.
+// The B panel of the next product, which has the same depth. Each tile of the current product prefetches a part of it.
 template <class U>
 struct Ahead {
   static constexpr int64_t kStepBytes = 16;  // per unit of the depth
@@ -108,8 +108,8 @@ struct Ahead {
 };
 
 // One tile: C = gain A B, or with factors C = diag(factors) C + gain A B. a_panel is the distance between the panels of
-// A = M. Prefetches fetch the next panel of A = M, the tile of C, and memory from `ahead` on, for later tiles. They are
-// spread over the groups of units, since a burst would delay the loads.
+// A = M. The function prefetches the next panel of A = M, the tile of C, and memory from `ahead` on for later tiles.
+// The prefetches are spread over groups of kGroup units, since a burst would delay the loads.
 template <bool kTransposeA, int kVectors, int kRows, class U>
 __attribute__((noinline)) void multiply_tile(int64_t depth, const U* a, int64_t a_panel, const U* b, SumOf<U> gain,
                                              const SumOf<U>* factors, SumOf<U>* c, const char* ahead) {
@@ -117,13 +117,13 @@ __attribute__((noinline)) void multiply_tile(int64_t depth, const U* a, int64_t 
   constexpr int kRowUnits = Packed<U>::kRowUnits;
   constexpr int kGroup = 8, kLine = 64;
   static_assert(kGroup * Ahead<U>::kStepBytes == 2 * kLine);
-  const char* to = reinterpret_cast<const char*>(c);
+  const char* next_c = reinterpret_cast<const char*>(c);
   Vec<R> sum[kRows][kVectors] = {};
   for (int64_t left = ceil_div(depth, kUnitDepth<U>); left > 0;) {
     const int64_t steps = kTransposeA || left < kRowUnits ? left : kRowUnits;
-    for (int64_t first = 0; first < steps; first += kGroup, to += 2 * kLine, ahead += 2 * kLine) {
-      __builtin_prefetch(to, 1);
-      __builtin_prefetch(to + kLine, 1);
+    for (int64_t first = 0; first < steps; first += kGroup, next_c += 2 * kLine, ahead += 2 * kLine) {
+      __builtin_prefetch(next_c, 1);
+      __builtin_prefetch(next_c + kLine, 1);
       __builtin_prefetch(ahead, 0, 2);
       __builtin_prefetch(ahead + kLine, 0, 2);
       if constexpr (!kTransposeA)
@@ -156,15 +156,16 @@ __attribute__((noinline)) void multiply_tile(int64_t depth, const U* a, int64_t 
   }
 }
 
-// kTallRows rows are computed together, by one tile of 24 x 1 or two of 12 x 2. tile_rows() is the number of rows
-// to compute next if `rows` are left. It is a multiple of kTileRows, so no tile exceeds the padded rows or the block.
+// Panels with fewer vectors compute kTallRows rows together: one tile of 24 x 1 or two of 12 x 2. tile_rows() returns
+// the number of rows to compute next if `rows` are left. It is a multiple of kTileRows, so no tile passes the padded
+// rows.
 template <class U> inline constexpr int kTallRows = kTileRows<U> * (kWide ? kTileVectors : 1);
 template <class U>
 MEGALODON_INLINE int64_t tile_rows(int vectors, int64_t rows) {
   return vectors < kTileVectors && rows >= kTallRows<U> ? kTallRows<U> : kTileRows<U>;
 }
 
-// `rows` is tile_rows().
+// Computes `rows` rows, a result of tile_rows(), with the tile for them and for `vectors`.
 template <bool kTransposeA, class U>
 MEGALODON_INLINE void multiply_tile(int vectors, int64_t rows, int64_t depth, const U* a, int64_t a_panel, const U* b,
                                     SumOf<U> gain, const SumOf<U>* factors, SumOf<U>* c, const char* ahead) {
@@ -265,17 +266,17 @@ class TileRegisters {
 template <class... Arguments> void multiply_rows_amx(Arguments...) = delete;
 #endif
 
-// Factors of a tile's rows, for C += gain A B. If they were not static, two versions of the module in one process would
-// share them.
+// Factors of a tile's rows for C += gain A B. Static, because two versions of the module in one process would otherwise
+// share the array.
 template <class R>
 static constexpr R kOnes[] = {1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1};
 
-// Rows of A = M times one panel of B: C = gain A B, or C += gain A B with `add`, which with AMX requires a gain of 1.
-// The first tile prefetches part `tile` of `ahead`. between() is called after every tile.
-struct Nothing {
+struct NoCallback {
   MEGALODON_INLINE void operator()() const {}
 };
-template <class U, class Between = Nothing>
+// Multiplies `rows` rows of A = M by one panel of B: C = gain A B, or C += gain A B with `add`, which with AMX requires
+// a gain of 1. The first tile prefetches part `tile` of `ahead`. between() is called after every tile.
+template <class U, class Between = NoCallback>
 void multiply_rows(int vectors, int64_t rows, int64_t depth, const U* a, int64_t a_panel, const U* b, SumOf<U> gain,
                    bool add, SumOf<U>* c, Ahead<U> ahead = {}, int64_t tile = 0, Between&& between = {}) {
   using R = SumOf<U>;

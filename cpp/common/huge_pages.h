@@ -12,9 +12,10 @@ namespace megalodon {
 
 constexpr size_t kHugePage = size_t{2} << 20;
 
-// Asks for the huge pages that lie wholly in the memory. Memory of several megabytes is usually new to the process at
-// every call, and clearing small pages at their first touch takes longer than most kernels. The advice has no effect on
-// memory in use, or if Linux never or always grants huge pages. Static, as every instruction set compiles its own.
+// Asks Linux for huge pages wherever a whole one fits into the memory. Allocations of several megabytes are usually
+// mapped anew at every call, and clearing small pages at their first touch takes longer than most kernels. The advice
+// has no effect on pages in use, or if Linux never or always grants huge pages. The function is static because it is
+// compiled for every instruction set.
 static inline void advise_huge_pages([[maybe_unused]] void* memory, [[maybe_unused]] size_t bytes) {
 #if defined(__linux__)
   const uintptr_t begin = (reinterpret_cast<uintptr_t>(memory) + kHugePage - 1) / kHugePage * kHugePage;

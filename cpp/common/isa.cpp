@@ -36,7 +36,7 @@ bool f16c_lzcnt_movbe_supported() {
 }
 #endif
 
-// Returns true if the processor has AMX with bfloat16 and the system, which must be asked, lets this process use it.
+// Requests Linux's permission to use AMX. Returns true if it is granted and the processor has AMX with bfloat16.
 [[maybe_unused]] bool amx_supported() {
 #if defined(__x86_64__) && defined(__linux__)
   constexpr unsigned kBf16 = 1u << 22, kTile = 1u << 24;
@@ -69,9 +69,9 @@ bool supported(int i) {
 #endif
 }
 
-// Returns true if a supported instruction set makes training slower than the next lower one. AVX512-BF16 does so on
-// Intel processors without AMX: docs/cpu.md.
-bool is_slower_than_the_next(int i) {
+// Returns true if training is slower with this instruction set than with the next lower one, as with AVX512-BF16 on
+// Intel processors without AMX (docs/cpu.md).
+bool is_slower_than_next_lower(int i) {
 #if defined(__x86_64__)
   return static_cast<Isa>(i) == Isa::v4_bf16 && __builtin_cpu_is("intel");
 #else
@@ -89,7 +89,7 @@ std::string available_text() {
 // Activates the named instruction set; an empty name selects the best.
 void set_isa(const std::string& name) {
   for (int i = kIsas - 1; i >= 0; --i)
-    if ((name.empty() ? !is_slower_than_the_next(i) : name == kNames[i]) && supported(i)) {
+    if ((name.empty() ? !is_slower_than_next_lower(i) : name == kNames[i]) && supported(i)) {
       active_isa = static_cast<Isa>(i);
       return;
     }

@@ -5,14 +5,14 @@
 
 // The names are also namespaces. x86-64 levels: v2 = SSE4.2, v3 = AVX2 + FMA, v4 = AVX-512, v4_bf16 adds AVX512-BF16,
 // v4_amx adds AMX-BF16 to v4_bf16. 64-bit Arm: generic = NEON, neon_bf16 adds BF16. Every kernel is compiled for the
-// lowest level, and for the other levels that CMakeLists.txt lists. Levels above
-// MEGALODON_HIGHEST_OF_ALL_TYPES add products of bfloat16 and rounding to it; code for them is compiled for bfloat16
-// alone, except in linear_amx_cpu.cpp.
+// lowest level and for the other levels that CMakeLists.txt lists for it. Levels above
+// MEGALODON_HIGHEST_ISA_FOR_ALL_DTYPES add products of bfloat16 and rounding to bfloat16. Code for these levels is
+// compiled for bfloat16 alone, except in linear_amx_cpu.cpp.
 #if defined(__x86_64__)
 #define MEGALODON_LOWEST_ISA v2
 #define MEGALODON_FOR_EACH_HIGHER_ISA(X, ...) \
   X(v3, __VA_ARGS__) X(v4, __VA_ARGS__) X(v4_bf16, __VA_ARGS__) X(v4_amx, __VA_ARGS__)
-#define MEGALODON_HIGHEST_OF_ALL_TYPES v4
+#define MEGALODON_HIGHEST_ISA_FOR_ALL_DTYPES v4
 #else
 #define MEGALODON_LOWEST_ISA generic
 #if defined(__aarch64__)
@@ -20,7 +20,7 @@
 #else
 #define MEGALODON_FOR_EACH_HIGHER_ISA(X, ...)
 #endif
-#define MEGALODON_HIGHEST_OF_ALL_TYPES generic
+#define MEGALODON_HIGHEST_ISA_FOR_ALL_DTYPES generic
 #endif
 
 namespace megalodon {
@@ -34,7 +34,7 @@ extern Isa active_isa;
 // Returns true if code compiled for `isa` supports the parameters' dtype.
 template <class Params>
 bool computes(Isa isa, const Params& params) {
-  return isa <= Isa::MEGALODON_HIGHEST_OF_ALL_TYPES || params.dtype == DType::bf16;
+  return isa <= Isa::MEGALODON_HIGHEST_ISA_FOR_ALL_DTYPES || params.dtype == DType::bf16;
 }
 
 }  // namespace megalodon
@@ -52,8 +52,8 @@ bool computes(Isa isa, const Params& params) {
 #define MEGALODON_CPU_KERNEL(name, Params) MEGALODON_DECLARE_IN_(MEGALODON_ISA, name, Params, MEGALODON_HIDDEN_)
 #else
 // In other files: defines launch_<name>(params), which calls the kernel compiled for the active instruction set or, if
-// there is none for the parameters' dtype, for the next lower one. A weak function that nothing defines has the address
-// null; linking fails if the kernel is not defined for the lowest instruction set.
+// there is none for the parameters' dtype, for the highest lower one that has it. A weak function without a definition
+// has the address null; linking fails if the kernel is not defined for the lowest instruction set.
 #define MEGALODON_CPU_KERNEL(name, Params)                                                       \
   MEGALODON_DECLARE_IN_(MEGALODON_LOWEST_ISA, name, Params, MEGALODON_HIDDEN_)                   \
   MEGALODON_FOR_EACH_HIGHER_ISA(MEGALODON_DECLARE_IN_, name, Params, MEGALODON_WEAK_)            \
@@ -66,8 +66,8 @@ bool computes(Isa isa, const Params& params) {
   }
 #endif
 
-// Declares launch_<name> of a CUDA kernel; `stream` is a cudaStream_t. workspace_<name> is the size of
-// `params.workspace`, scratch memory, in bytes; it depends on sizes alone.
+// Declares launch_<name> of a CUDA kernel; `stream` is a cudaStream_t. workspace_<name> returns the size in bytes of
+// the scratch memory `params.workspace`, a function of the tensors' sizes alone.
 #define MEGALODON_CUDA_KERNEL(name, Params)     \
   void launch_##name(const Params& params, void* stream); \
   int64_t workspace_##name(const Params& params);

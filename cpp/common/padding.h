@@ -7,7 +7,7 @@
 
 namespace megalodon::MEGALODON_ISA {
 
-// Zeroes the rows, each of `row_bytes`, of every token outside the sequences.
+// Zeroes the row of every token outside the sequences. A row has `row_bytes` bytes.
 inline void zero_padding(const Sequences& sequences, void* rows, int64_t row_bytes) {
   if (!sequences.cu_seqlens && !sequences.lengths) return;
   for (int64_t s = 0; s <= sequences.count; ++s) {

@@ -1,7 +1,8 @@
-// Packing of rows at arbitrary addresses into the panels of gemm.h, and back.
+// Packing of rows at arbitrary addresses into the panels of gemm.h, and unpacking.
 //
-// `row(r)` points to row r of `columns` elements of T, or is null if the row counts as zero. Packing writes
-// all that products read: columns up to a whole vector or, for the depth, to kDepthStep; only the rows asked for.
+// row(r) returns the address of row r, of `columns` elements of T, or null for a row of zeros. Packing writes only the
+// rows [begin, end), but pads their columns with zeros as far as products read: to a whole vector or, if the depth runs
+// along the columns, to kDepthStep.
 #pragma once
 
 #include <utility>
@@ -12,7 +13,8 @@
 
 namespace megalodon::MEGALODON_ISA {
 
-// Checks that all elements passed to see() are finite; keeps the maximum of their bits without sign.
+// holds() returns true if all elements passed to see() were finite. The class keeps the maximum of the elements' bits
+// without the sign.
 template <class T>
 class Finiteness {
   static constexpr bool kPairs = kUnitDepth<Unit<T>> == 2, kDouble = sizeof(T) == 8;
@@ -29,7 +31,7 @@ class Finiteness {
     largest_ = magnitude > largest_ ? magnitude : largest_;
   }
   bool holds() const {
-    constexpr Word kInfinity = kPairs ? 0x7f80 : kDouble ? 0x7ff00000 : 0x7f800000;  // of a double, its upper half
+    constexpr Word kInfinity = kPairs ? 0x7f80 : kDouble ? 0x7ff00000 : 0x7f800000;  // for a double: of its upper half
     for (int i = 0; i < kWords; ++i)
       if (largest_[i] >= kInfinity) return false;
     return true;
@@ -60,7 +62,7 @@ template <class U> using PackedLeftMatrix = PackedMatrix<U, kLeftColumns<U>>;
 #define MEGALODON_SHUFFLE_(a, b, ...) __builtin_shuffle(a, b, Index{__VA_ARGS__})
 #endif
 
-// Exchanges each odd block of `step` lanes of a with the even block to its left in b.
+// Exchanges each odd block of `step` lanes of `a` with the even block of `b` to its left.
 template <int step, class V, int... lane>
 MEGALODON_INLINE void exchange_blocks(V& a, V& b, std::integer_sequence<int, lane...>) {
   constexpr int n = sizeof...(lane);
@@ -213,8 +215,8 @@ void pack_transposed_left(int64_t begin, int64_t end, int64_t columns, RowAt&& r
   }
 }
 
-// An element of a packed matrix: element_by_rows() reads the format for A = M^T and B, element_by_columns() the one for
-// A = M.
+// Return an element of a packed matrix: element_by_rows() in the format for A = M^T and B, element_by_columns() in the
+// format for A = M.
 template <class U, int kColumns>
 MEGALODON_INLINE SumOf<U> element_by_rows(Packed<U, kColumns> matrix, int64_t row, int64_t column) {
   const int64_t panel = column / kColumns, at = column % kColumns;
@@ -228,7 +230,7 @@ MEGALODON_INLINE SumOf<U> element_by_columns(PackedLeft<U> matrix, int64_t row, 
   else return widen(reinterpret_cast<const bf16*>(matrix.at(panel, row))[at]);
 }
 
-// Adds weight times a row of `columns` elements to row `row` of sums, in panel `panel` alone.
+// Adds weight times the row `from` of `columns` elements to row `row` of `sums`, but only in panel `panel`.
 template <class T, class R = Compute<T>>
 void add_to_row(Packed<R> sums, int64_t panel, int64_t row, R weight, const T* from, int64_t columns) {
   const int64_t first = panel * kTileColumns<R>, n = columns - first < kTileColumns<R> ? columns - first : kTileColumns<R>;
@@ -237,7 +239,7 @@ void add_to_row(Packed<R> sums, int64_t panel, int64_t row, R weight, const T* f
     store(to + c, load(static_cast<const R*>(to) + c) + weight * load_first(from + first + c, n - c));
 }
 
-// Adds weight times a row of `rows` elements to column `column` of sums.
+// Adds weight times the `rows` elements at `from` to column `column` of `sums`.
 template <class T, class R = Compute<T>>
 void add_to_column(Packed<R> sums, int64_t column, R weight, const T* from, int64_t rows) {
   R* to = sums.at(column / kTileColumns<R>, 0) + column % kTileColumns<R>;

@@ -18,7 +18,8 @@
 
 namespace megalodon::MEGALODON_ISA {
 
-// Treats denormals as zero while alive: they make arithmetic slow, and decaying states would become denormal.
+// While alive, the thread treats denormals as zero: arithmetic with denormals is slow, and decaying states would become
+// denormal.
 class FlushDenormals {
  public:
 #if defined(__x86_64__)
@@ -53,16 +54,17 @@ class Scratch {
   std::unique_ptr<T, Free> data_;
 };
 
-// The order in which jobs start. `forward` and `backward`: by their numbers, so that a job may wait for earlier ones.
-// `shares`: each thread has neighbouring jobs, and a thread that has finished helps the next one. If jobs read
-// contiguous memory, `shares` keeps hardware prefetchers off memory that another thread reads.
+// The order in which jobs start. `forward` is by ascending number and `backward` by descending number; a job may wait
+// for jobs that started before it. With `shares`, each thread starts with neighbouring jobs of its own, and a thread
+// that has finished helps the next thread. If jobs read contiguous memory, `shares` keeps hardware prefetchers off
+// memory that another thread reads.
 enum class Order { forward, backward, shares };
 
 // Calls body(job) for every job in [0, jobs), each thread with its own body = make(). The caller makes all bodies
 // before the threads start, as make() may throw when it allocates; a body may neither allocate nor throw. Each thread
-// constructs its own Guards and destroys them when it finishes. If there are as many jobs as threads, job i is on
-// thread i: its memory may still be in that core's cache from the previous call. The thread must not change a job's
-// result. `work` is a rough count of operations: little work stays on the caller.
+// constructs its own Guards and destroys them when it finishes. If there are as many jobs as threads, job i runs on
+// thread i: its memory may still be in that core's cache from the previous call. A job's result must not depend on its
+// thread. `work` is a rough number of operations; if it is small, all jobs run on the calling thread.
 template <class... Guards, class Make>
 void parallel_jobs(int64_t jobs, double work, Make&& make, Order order = Order::forward) {
   constexpr double kWorkWorthAThread = 4e4;
@@ -75,7 +77,7 @@ void parallel_jobs(int64_t jobs, double work, Make&& make, Order order = Order::
   }
   struct Worker {
     alignas(64) decltype(make()) body;
-    alignas(64) int64_t num_started = 0;  // started jobs of the worker's share, or in workers[0] of all jobs
+    alignas(64) int64_t num_started = 0;  // of the worker's share; without shares, workers[0] counts all jobs
     int64_t next() { return __atomic_fetch_add(&num_started, 1, __ATOMIC_RELAXED); }
   };
   std::vector<Worker> workers;

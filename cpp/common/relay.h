@@ -8,7 +8,7 @@
 
 namespace megalodon::MEGALODON_ISA {
 
-// Completion flags of ordered places. Jobs start in order or all at once, so waiting for an earlier place always ends.
+// Completion flags of ordered places. Jobs start in order or all at once, so the wait for an earlier place always ends.
 class Milestones {
  public:
   explicit Milestones(int64_t places) : done_(places) { forget(places); }
@@ -24,7 +24,7 @@ class Milestones {
   Scratch<int64_t> done_;
 };
 
-// A carry of `width` doubles from each place 0, 1, ... to the next.
+// Milestones with a carry of `width` doubles that each place passes to the next.
 class Relay : public Milestones {
  public:
   Relay(int64_t places, int64_t width) : Milestones(places), width_(width), carries_(places * width) {}

@@ -12,7 +12,7 @@ constexpr int64_t kMaxPositions = int64_t{1} << 62;  // limit on a state's posit
 //
 // On a GPU, cu_seqlens and lengths are not checked before a kernel reads them. For arbitrary values, 0 <= begin(s) <=
 // end(s) <= T: an offset beyond the row counts as the row's end, and a sequence that would end before it begins is
-// empty. If offsets decrease, two sequences may share a token, whose results are then those of either.
+// empty. If offsets decrease, two sequences may share a token, which then gets the result of either.
 struct Sequences {
   int64_t count;                        // S
   int64_t tokens;                       // T = B * L
@@ -29,7 +29,7 @@ struct Sequences {
     return from + (lengths ? within(0, lengths[s], row_length) : row_length);
   }
   MEGALODON_INLINE int64_t length(int64_t s) const { return end(s) - begin(s); }
-  // The padding between sequences s - 1 and s is [gap_begin(s), begin(s)); s = count gives the padding at the end.
+  // The padding before sequence s is [gap_begin(s), gap_end(s)); s = count gives the padding at the end.
   MEGALODON_INLINE int64_t gap_begin(int64_t s) const { return s == 0 ? 0 : end(s - 1); }
   MEGALODON_INLINE int64_t gap_end(int64_t s) const { return s == count ? tokens : begin(s); }
 

@@ -55,7 +55,8 @@ template <class V> MEGALODON_INLINE V load_raw(const void* from) {
 }
 template <class V> MEGALODON_INLINE void store_raw(void* to, V v) { std::memcpy(to, &v, sizeof v); }
 
-// 16-bit values zero-extended, and the upper halves of 32-bit ones. GCC's generic conversions use several instructions.
+// widen_bits() zero-extends 16-bit values. upper_halves() keeps the upper half of each 32-bit value. Intrinsics are
+// used because GCC's generic conversions take several instructions.
 #if defined(__AVX512BW__)
 MEGALODON_INLINE Bits widen_bits(Half h) { return bit_cast<Bits>(_mm512_cvtepu16_epi32(bit_cast<__m256i>(h))); }
 MEGALODON_INLINE Half upper_halves(Bits b) {
@@ -79,9 +80,10 @@ MEGALODON_INLINE Half upper_halves(Bits b) { return __builtin_convertvector(b >>
 
 MEGALODON_INLINE Vec<float> widen_bf16(Half h) { return bit_cast<Vec<float>>(widen_bits(h) << 16); }
 
-// round_bf16() rounds to nearest, ties to even; on x86 it always flushes denormals to zero. load_first_pairs() loads n
-// elements, with zeros after them. add_pairs() adds to each lane of `sum` both products of a pair of a and a pair of b;
-// b has one pair per lane or one for all lanes. Denormals count as zero.
+// round_bf16() rounds to nearest, ties to even; on x86 it always flushes denormals to zero.
+// load_first_pairs() loads n elements, followed by zeros.
+// add_pairs() multiplies a pair of `a` by a pair of `b` and adds both products to `sum`, in each lane. `b` has one pair
+// per lane or one for all lanes. Denormals count as zero.
 #if defined(__AVX512BF16__)
 MEGALODON_INLINE Half round_bf16(Vec<float> v) { return bit_cast<Half>(_mm512_cvtneps_pbh(bit_cast<__m512>(v))); }
 MEGALODON_INLINE Bits load_first_pairs(const bf16* from, int64_t n) {
@@ -95,7 +97,7 @@ MEGALODON_INLINE Vec<float> add_pairs(Vec<float> sum, Bits a, Bits b) {
 MEGALODON_INLINE Vec<float> add_pairs(Vec<float> sum, Bits a, uint32_t b) {
   Bits pairs = Bits{} + b;
 #if defined(__clang__) && __clang_major__ < 18
-  asm("" : "+v"(pairs));  // clang crashes on vectors of bf16 that are known to be one pair
+  asm("" : "+v"(pairs));  // clang crashes if it knows that a vector of bf16 repeats one pair
 #endif
   return add_pairs(sum, a, pairs);
 }
@@ -177,7 +179,8 @@ MEGALODON_INLINE void store(double* to, Vec<double> v) { store_raw(to, v); }
 MEGALODON_INLINE void store(bf16* to, Vec<float> v) { store_raw(to, narrow_bf16(v)); }
 MEGALODON_INLINE void store(fp16* to, Vec<float> v) { store_raw(to, narrow_f16(v)); }
 
-// load_first(), store_first(): the first n lanes, n in [0, kLanes]; the lanes after them load zero and are not stored.
+// load_first() loads n elements, n in [0, kLanes], and zeros in the other lanes. store_first() stores the first n
+// lanes.
 #if defined(__AVX512BW__)
 MEGALODON_INLINE Vec<float> load_some(const float* from, uint32_t lanes) {
   return bit_cast<Vec<float>>(_mm512_maskz_loadu_ps(static_cast<__mmask16>(lanes), from));
@@ -232,7 +235,7 @@ MEGALODON_INLINE void store_first(T* to, Vec<Compute<T>> v, int64_t n) {
 #endif
 }
 
-// A product that the compiler must not fuse with an addition.
+// Returns the product, which the compiler then cannot fuse with an addition.
 template <class V>
 MEGALODON_INLINE V unfused(V product) {
 #if defined(__x86_64__)
@@ -243,7 +246,7 @@ MEGALODON_INLINE V unfused(V product) {
   return product;
 }
 
-// Elements of two vectors, in the cheapest order: bfloat16 is split into even and odd elements.
+// Load the elements of two vectors in the cheapest order: bfloat16 is split into even and odd elements.
 template <class R> struct TwoVectors { Vec<R> a, b; };
 template <class T>
 MEGALODON_INLINE TwoVectors<Compute<T>> load_two(const T* from) {
@@ -254,7 +257,7 @@ MEGALODON_INLINE TwoVectors<float> load_two(const bf16* from) {
   return {bit_cast<Vec<float>>(pairs << 16), bit_cast<Vec<float>>(pairs & 0xffff0000)};
 }
 
-// One element, in all lanes.
+// Loads one element into all lanes.
 template <class T>
 MEGALODON_INLINE Vec<Compute<T>> load_splat(const T* from) { return splat(load_first(from, 1)[0]); }
 MEGALODON_INLINE Vec<float> load_splat(const float* from) { return splat(*from); }

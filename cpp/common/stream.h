@@ -1,19 +1,19 @@
-// Memory that is used once: prefetched, and stored past the caches.
+// Access to memory that is used once: prefetches, and stores that bypass the caches.
 #pragma once
 
 #include "simd.h"
 
 namespace megalodon::MEGALODON_ISA {
 
-// Outputs of at least this size are stored past the caches: few caches would keep them until they are read, and a plain
-// store first reads the line that it overwrites.
+// Outputs of at least this size bypass the caches: few caches would keep them until they are read, and a plain store
+// first reads the line that it overwrites.
 constexpr int64_t kStreamedBytes = 32 << 20;
 constexpr int64_t kLineBytes = 64;
 constexpr int64_t kPageBytes = 4096;
-constexpr int64_t kFetchedAhead = 4096;  // elements: pages ahead, beyond the hardware prefetchers
+constexpr int64_t kFetchedAhead = 4096;  // elements, several pages: hardware prefetchers stop earlier
 
-// Prefetches into the L2, which has more requests in flight than an L1. `from` points to kLanes elements of a row that
-// is read in order, or written if kWrite; `index` is the index of the first of them in the row.
+// Prefetches the element kFetchedAhead after `from` into the L2, which allows more requests in flight than an L1. The
+// row is read in order, or written if kWrite; `index` is the index of `from` in the row.
 template <int kWrite = 0, class T>
 MEGALODON_INLINE void fetch_ahead(const T* from, int64_t index) {
   constexpr int64_t line = kLineBytes / static_cast<int64_t>(sizeof(T));
@@ -32,7 +32,7 @@ MEGALODON_INLINE void stream_raw(void* to, V v) {
 #endif
   store_raw(to, v);
 }
-// Stores v past the caches; `to` is aligned to the size of the stored vector.
+// stream() stores v and bypasses the caches. `to` is aligned to the size of the stored vector.
 MEGALODON_INLINE void stream(float* to, Vec<float> v) { stream_raw(to, v); }
 MEGALODON_INLINE void stream(double* to, Vec<double> v) { stream_raw(to, v); }
 MEGALODON_INLINE void stream(bf16* to, Vec<float> v) { stream_raw(to, narrow_bf16(v)); }
@@ -65,7 +65,7 @@ bool can_stream(const T* to, int64_t columns) {
   return columns % lanes == 0 && reinterpret_cast<uintptr_t>(to) % bytes == 0;
 }
 
-// Returns true if (rows, columns) at `to` should be streamed.
+// Returns true if a (rows, columns) tensor at `to` should be streamed.
 template <class T>
 bool worth_streaming(const T* to, int64_t rows, int64_t columns) {
   return rows * columns * static_cast<int64_t>(sizeof(T)) >= kStreamedBytes && can_stream(to, columns);

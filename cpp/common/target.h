@@ -1,4 +1,4 @@
-// Bindings, and where a module's bindings launch their kernels: _C on the CPU, _cuda (MEGALODON_CUDA = 1) on a stream.
+// Bindings, and the target on which they launch kernels: the CPU in _C, a CUDA stream in _cuda (MEGALODON_CUDA = 1).
 #pragma once
 
 #include <pybind11/pybind11.h>
@@ -21,7 +21,7 @@ constexpr bool kReadable = !MEGALODON_CUDA;  // this code can read the tensors' 
 
 #if MEGALODON_CUDA
 
-// Checks no values of tensors: reading them would stall the stream and end the capture of a graph.
+// Does nothing: reading tensors' values would stall the stream and end the capture of a graph.
 template <class Check>
 void check_values(const Check&) {}
 
@@ -29,13 +29,13 @@ void check_values(const Check&) {}
 void use_device(int device);
 
 struct Target {
-  int device;           // of the tensors
-  void* stream;         // cudaStream_t, of the device
-  py::handle allocate;  // bytes -> a tensor of that size on the device; the stream may reuse it once it is dropped
+  int device;           // that of the tensors
+  void* stream;         // a cudaStream_t of the device
+  py::handle allocate;  // bytes -> a tensor of that size on the device; once dropped, the stream may reuse its memory
 
   template <class Params>
   void launch(Params& params, int64_t (&workspace)(const Params&), void (&kernel)(const Params&, void*)) const {
-    use_device(device);  // before `workspace`, which may depend on it
+    use_device(device);  // before workspace(), whose result may depend on the device
     py::object scratch;
     if (const int64_t bytes = workspace(params)) {
       scratch = allocate(bytes);
@@ -60,9 +60,10 @@ void define(py::module_& module, const char* name, const char* doc, void (*funct
 #else
 
 using Launches = std::vector<std::function<void()>>;
-inline thread_local Launches* kept_launches = nullptr;  // of a step that is being recorded
+inline thread_local Launches* kept_launches = nullptr;  // those of the step that is being recorded, if any
 
-// Calls check(), which raises for values of tensors. A recorded step checks the values of each of its runs.
+// Calls check(), which raises an error for wrong values of tensors. While a step is recorded, the step keeps the check
+// instead and calls it in each of its runs.
 template <class Check>
 void check_values(const Check& check) {
   if (kept_launches) kept_launches->push_back(check);
@@ -90,8 +91,8 @@ void define(py::module_& module, const char* name, const char* doc, void (*funct
 
 #define MEGALODON_LIST(...) __VA_ARGS__
 // MEGALODON_BINDING(name, (arguments), (results)) { ... } defines a function of the module that launches on `target`.
-// Results are tensors that the caller allocates. Its docstring is "names of arguments -> names of results"; an
-// underscore at a name's end does not count.
+// Results are tensors that the caller allocates. The function's docstring is "names of arguments -> names of results",
+// without a trailing underscore of a name.
 #define MEGALODON_BINDING(name, arguments, results)                                                         \
   void name(const Target& target, MEGALODON_LIST arguments, MEGALODON_LIST results);                         \
   const Registration register_##name{[](py::module_& module) {                                              \

@@ -63,14 +63,14 @@ py::object call(py::handle object, PyObject* method) {
 }
 
 Scalar scalar_of_dlpack(const DlpackTensor& tensor) {
-  enum Code { integer = 0, natural = 1, floating = 2, bfloat = 4, complex = 5 };
+  enum Code { integer = 0, unsigned_integer = 1, floating = 2, bfloat = 4, complex = 5 };
   const int bits = tensor.dtype.lanes == 1 ? tensor.dtype.bits : 0;
   switch (tensor.dtype.code) {
     case floating: return bits == 32 ? Scalar::f32 : bits == 64 ? Scalar::f64 : bits == 16 ? Scalar::f16 : Scalar::other;
     case bfloat: return bits == 16 ? Scalar::bf16 : Scalar::other;
     case complex: return bits == 64 ? Scalar::c64 : bits == 128 ? Scalar::c128 : Scalar::other;
     case integer: return bits == 64 ? Scalar::i64 : bits == 8 ? Scalar::i8 : Scalar::other;
-    case natural: return bits == 8 ? Scalar::u8 : Scalar::other;
+    case unsigned_integer: return bits == 8 ? Scalar::u8 : Scalar::other;
   }
   return Scalar::other;
 }
@@ -116,12 +116,12 @@ void TensorView::read_attributes(py::handle object) {
     fail(std::string("a tensor whose shape is a tuple, got a ") + Py_TYPE(shape.ptr())->tp_name,
          "pass a torch.Tensor, as .as_subclass(torch.Tensor) gives");
   if (PyTuple_GET_SIZE(shape.ptr()) > kMaxRank)
-    fail("of at most 8 axes, got " + std::to_string(PyTuple_GET_SIZE(shape.ptr())));
+    fail("of at most 8 dimensions, got " + std::to_string(PyTuple_GET_SIZE(shape.ptr())));
   rank_ = static_cast<int>(PyTuple_GET_SIZE(shape.ptr()));
   for (int axis = 0; axis < rank_; ++axis) {
     shape_[axis] = PyLong_AsLongLong(PyTuple_GET_ITEM(shape.ptr(), axis));
     if (PyErr_Occurred()) throw py::error_already_set();
-    if (shape_[axis] < 0) fail("of sizes of at least 0, got " + shape_text());
+    if (shape_[axis] < 0) fail("of non-negative sizes, got " + shape_text());
   }
   if (attribute(object, names().is_here).ptr() != Py_True)
     fail(std::string("on ") + (kReadable ? "the CPU" : "a CUDA device") + ", got device " +
@@ -133,7 +133,7 @@ void TensorView::read_attributes(py::handle object) {
 }
 
 void TensorView::check_memory() const {
-  // If a tensor's storage was freed, its address is null plus the tensor's offset. No system maps the first 64 KiB.
+  // If a tensor's storage was freed, data_ is null plus the tensor's offset. No system maps the first 64 KiB.
   constexpr uintptr_t kLeastAddress = 1 << 16;
   if (reinterpret_cast<uintptr_t>(data_) < kLeastAddress && elements() > 0)
     fail("in memory, got a tensor whose storage was resized to 0 bytes", "resize it back first");
@@ -157,16 +157,16 @@ std::string TensorView::shape_text() const {
   return text.str();
 }
 
-// Fix for a tensor that lacks one axis. Of four axes, (B, L, H, ...), it may be the batch or the heads.
-static const char* missing_axis(int rank) {
-  return rank == 4 ? "; add the batch dimension, or one of a single head." : "; add a batch dimension.";
+// Fix for a tensor that lacks one dimension. If four are expected, (B, L, H, ...), it may lack the batch or the heads.
+static const char* missing_dimension(int rank) {
+  return rank == 4 ? "; add a batch dimension, or a head dimension of size 1." : "; add a batch dimension.";
 }
 
 const TensorView& TensorView::rank(const char* letters, int rank) const {
   if (given_ && rank_ == rank) return *this;
   const std::string text =
       std::string(op_) + ": `" + name_ + "` must have shape " + letters + ", got " + (given_ ? shape_text() : "None");
-  throw py::value_error(text + (given_ && rank_ == rank - 1 && letters[1] == 'B' ? missing_axis(rank) : "."));
+  throw py::value_error(text + (given_ && rank_ == rank - 1 && letters[1] == 'B' ? missing_dimension(rank) : "."));
 }
 
 const TensorView& TensorView::shape(const char* letters, std::initializer_list<int64_t> sizes) const {
@@ -185,10 +185,11 @@ const TensorView& TensorView::shape(const char* letters, std::initializer_list<i
 const TensorView& TensorView::dtype(Scalar expected, const char* why) const {
   if (!given_ || scalar_ == expected) return *this;
   const std::string got = scalar_ == Scalar::other ? dtype_text_ : std::string("torch.") + scalar_name(scalar_);
-  const bool wide = expected == Scalar::f32 && (scalar_ == Scalar::bf16 || scalar_ == Scalar::f16);
+  const bool is_narrowed = expected == Scalar::f32 && (scalar_ == Scalar::bf16 || scalar_ == Scalar::f16);
+  const char* end =
+      is_narrowed ? "; megalodon_ops.wide_parameters(model) lists the parameters that must stay wide." : ".";
   throw py::type_error(std::string(op_) + ": `" + name_ + "` must be torch." + scalar_name(expected) + " (" + why +
-                       "), got " + got + "; convert it with .to(torch." + scalar_name(expected) + ")" +
-                       (wide ? "; which parameters of a model stay wide, megalodon_ops.wide_parameters(model) says." : "."));
+                       "), got " + got + "; convert it with .to(torch." + scalar_name(expected) + ")" + end);
 }
 
 const TensorView& TensorView::present() const {
@@ -242,15 +243,15 @@ void MemoryRanges::add_update(const TensorView& before, const TensorView& after)
 
 void MemoryRanges::check() {
   std::sort(ranges_.begin(), ranges_.end(), [](const Range& a, const Range& b) { return a.begin < b.begin; });
-  const Range *read = nullptr, *written = nullptr;  // the ranges with the largest end so far
+  const Range *read = nullptr, *written = nullptr;  // of each kind, the range with the largest end so far
   for (const Range& range : ranges_) {
     const Range* const other = written && range.begin < written->end                 ? written
                                : range.written && read && range.begin < read->end ? read
                                                                                     : nullptr;
     if (other) {
       const Range &target = range.written ? range : *other, &source = range.written ? *other : range;
-      throw py::value_error(std::string(target.op) + ": `" + target.name + "`, which is written, must be apart in memory from `" +
-                            source.name + "`, got overlapping tensors; pass a copy, .clone().");
+      throw py::value_error(std::string(target.op) + ": `" + target.name + "`, which is written, must not overlap `" +
+                            source.name + "` in memory, got overlapping tensors; pass a copy, .clone().");
     }
     const Range*& farthest = range.written ? written : read;
     if (!farthest || range.end > farthest->end) farthest = &range;
@@ -276,31 +277,31 @@ void TensorView::values(int64_t most, const std::string& range) const {
 
 Sequences make_sequences(const char* op, int64_t batch, int64_t length, py::handle cu_seqlens, py::handle lengths) {
   Sequences sequences{batch, batch * length, length};
-  const TensorView ends(op, "cu_seqlens", cu_seqlens), rows(op, "lengths", lengths);
-  if (ends.given() && rows.given()) rows.fail("None where `cu_seqlens` is given");
-  if (ends.given()) {
-    ends.rank("(S + 1,)", 1).dtype(Scalar::i64, "offsets into the packed row");
+  const TensorView offsets(op, "cu_seqlens", cu_seqlens), row_lengths(op, "lengths", lengths);
+  if (offsets.given() && row_lengths.given()) row_lengths.fail("None where `cu_seqlens` is given");
+  if (offsets.given()) {
+    offsets.rank("(S + 1,)", 1).dtype(Scalar::i64, "offsets into the packed row");
     if (batch != 1)
-      ends.fail("None unless the batch is packed into one row, got B = " + std::to_string(batch),
+      offsets.fail("None unless the batch is packed into one row, got B = " + std::to_string(batch),
                 "reshape to (1, T, ...)");
-    if (ends.size(0) < 1) ends.fail("of at least one element, got 0");
-    sequences.count = ends.size(0) - 1;
-    sequences.cu_seqlens = ends.data_as<const int64_t>();
-    check_values([ends, length] {
+    if (offsets.size(0) < 1) offsets.fail("of at least one element, got 0");
+    sequences.count = offsets.size(0) - 1;
+    sequences.cu_seqlens = offsets.data_as<const int64_t>();
+    check_values([offsets, length] {
       int64_t last = 0;
-      for (int64_t s = 0; s < ends.size(0); ++s) {
-        const int64_t offset = ends.data_as<const int64_t>()[s];
+      for (int64_t s = 0; s < offsets.size(0); ++s) {
+        const int64_t offset = offsets.data_as<const int64_t>()[s];
         if (offset < last || offset > length)
-          ends.fail("non-decreasing offsets in [0, " + std::to_string(length) + "], got " + std::to_string(offset) +
+          offsets.fail("non-decreasing offsets in [0, " + std::to_string(length) + "], got " + std::to_string(offset) +
                     " at " + std::to_string(s));
         last = offset;
       }
     });
   }
-  if (rows.given()) {
-    rows.shape("(B,)", {batch}).dtype(Scalar::i64, "row lengths");
-    sequences.lengths = rows.data_as<const int64_t>();
-    rows.values(length, "[0, " + std::to_string(length) + "]");
+  if (row_lengths.given()) {
+    row_lengths.shape("(B,)", {batch}).dtype(Scalar::i64, "row lengths");
+    sequences.lengths = row_lengths.data_as<const int64_t>();
+    row_lengths.values(length, "[0, " + std::to_string(length) + "]");
   }
   return sequences;
 }

@@ -1,5 +1,5 @@
-// Read torch tensors through DLPack's C exchange or, if torch is too old or a check fails, Python attributes. So the
-// module needs no torch header and links no torch library.
+// Reads torch tensors through DLPack's C exchange API or, if torch is too old or a check fails, through Python
+// attributes. So the module needs no torch header and links no torch library.
 #pragma once
 
 #include <pybind11/pybind11.h>
@@ -16,8 +16,8 @@ namespace megalodon {
 
 enum class Scalar { f32, f64, bf16, f16, c64, c128, i64, i8, u8, other };
 
-// A contiguous tensor on the module's target, or None. Every check's error names the op, the argument, what was
-// expected and what was given.
+// A contiguous tensor on the module's target, or None. Errors name the op, the argument, the expectation and the value
+// given.
 class TensorView {
  public:
   TensorView(const char* op, const char* name, py::handle object);
@@ -39,13 +39,13 @@ class TensorView {
   const TensorView& rank(const char* letters, int rank) const;
   // If the tensor is given, it must have exactly this shape.
   const TensorView& shape(const char* letters, std::initializer_list<int64_t> sizes) const;
-  // If the tensor is given, it must have this dtype; `why` is the reason.
+  // If the tensor is given, it must have this dtype; the error gives `why` as the reason.
   const TensorView& dtype(Scalar expected, const char* why) const;
   // The tensor must not be None.
   const TensorView& present() const;
   // The tensor must be None, as `needed` is missing.
   void absent(const char* needed) const;
-  // If the tensor is given, its int64 values must be in [0, most], which is `range` in words. See check_values.
+  // If the tensor is given, its int64 values must be in [0, most]; `range` is that interval as text. See check_values.
   void values(int64_t most, const std::string& range) const;
   // The tensor must have the shape and dtype of `other`.
   const TensorView& like(const TensorView& other) const;
@@ -57,9 +57,9 @@ class TensorView {
   [[noreturn]] void fail(const std::string& expected, const std::string& fix = "") const;
 
  private:
-  bool read_dlpack(py::handle object);  // false: no exchange, or a tensor that fails a check
+  bool read_dlpack(py::handle object);  // returns false without the API, or if a check fails
   void read_attributes(py::handle object);
-  void check_memory() const;  // fails if the storage was resized to nothing
+  void check_memory() const;  // fails if the storage was resized to 0 bytes
   std::string shape_text() const;
 
   static constexpr int kMaxRank = 8;
@@ -91,7 +91,7 @@ class MemoryRanges {
   std::vector<Range> ranges_;
 };
 
-// Error texts for a dtype that follows from that of the activations.
+// Reasons in errors about a dtype that depends on that of the activations.
 constexpr const char* kRealDtype = "float64 for float64 activations, else float32";
 constexpr const char* kComplexDtype = "complex128 for float64 activations, else complex64";
 
@@ -106,7 +106,7 @@ inline Scalar scalar_of(DType dtype) {
 // Raises unless `value` is finite and at least `least`.
 void check_range(const char* op, const char* name, double value, double least, const char* expected);
 
-// Sequences of a (B, L, ...) batch; check_values takes a check that they are ordered and inside the tokens.
+// Returns the sequences of a (B, L, ...) batch. check_values gets a check that they are ordered and within the batch.
 Sequences make_sequences(const char* op, int64_t batch, int64_t length, py::handle cu_seqlens, py::handle lengths);
 
 }  // namespace megalodon

@@ -38,7 +38,7 @@ namespace megalodon {
 namespace {
 
 thread_local bool uses_own_threads = false, is_in_body = false;
-thread_local int number_of_body = 0;  // of the body that this thread runs: see body_number()
+thread_local int number_of_body = 0;
 
 struct Region {
   ThreadBody body;
@@ -72,8 +72,8 @@ class Event {
   }
 
   // Call after each change of an atomic that the condition reads. That atomic and `sleeps_` are sequentially
-  // consistent: either the waiting thread reads the change before it sleeps, or this call reads that it sleeps, and
-  // wakes it.
+  // consistent: either the waiting thread reads the change before it sleeps, or this call finds `sleeps_` set and wakes
+  // the thread.
   void notify() {
     if (!sleeps_) return;
     { const std::lock_guard<std::mutex> asleep(mutex_); }
@@ -110,7 +110,7 @@ class Team {
     for (int i = 1; i < count; ++i) set(i, State::open);
     region.run(0, count);
     for (int i = 1; i < count; ++i)
-      if (worker(i).moved(State::open, State::idle)) region.run(i, count);
+      if (worker(i).try_change(State::open, State::idle)) region.run(i, count);
     for (int i = 1; i < count; ++i) finished_.wait([&] { return worker(i).state == State::idle; });
   }
 
@@ -130,7 +130,8 @@ class Team {
     Event changed;
     std::thread thread;
 
-    bool moved(State from, State to) { return state.compare_exchange_strong(from, to); }
+    // Returns true if the state was `from`, and is now `to`.
+    bool try_change(State from, State to) { return state.compare_exchange_strong(from, to); }
   };
 
   Worker& worker(int number) { return *workers_[static_cast<size_t>(number) - 1]; }
@@ -144,7 +145,7 @@ class Team {
     for (;;) {
       self.changed.wait([&] { return self.state != State::idle; });
       if (self.state == State::ended) return;
-      if (!self.moved(State::open, State::running)) continue;
+      if (!self.try_change(State::open, State::running)) continue;
       region_.run(number, count_);
       self.state = State::idle;
       finished_.notify();
@@ -155,7 +156,7 @@ class Team {
     const int number = static_cast<int>(workers_.size()) + 1;
     const std::vector<int> processors = processors_of_thread(number);
     Worker& self = *workers_.emplace_back(std::make_unique<Worker>());
-    // The new thread blocks all signals except faults of a kernel; the program's threads handle them.
+    // The new thread blocks all signals except those of faults in a kernel; the program's threads handle the others.
     sigset_t blocked, before;
     sigfillset(&blocked);
     for (const int fault : {SIGBUS, SIGFPE, SIGILL, SIGSEGV}) sigdelset(&blocked, fault);
@@ -166,8 +167,8 @@ class Team {
         bind_to(processors);
         work(self, number);
       });
-    } catch (const std::exception& refusal) {
-      error = refusal.what();
+    } catch (const std::exception& failure) {
+      error = failure.what();
     }
     pthread_sigmask(SIG_SETMASK, &before, nullptr);
     if (self.thread.joinable()) return;

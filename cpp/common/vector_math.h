@@ -11,8 +11,8 @@ namespace megalodon::MEGALODON_ISA {
 // exp(-inf) is 0 and NaN gives NaN. Error: at most 1.01 ulp for float (every argument tried), 1.04 for double (2e7
 // samples).
 //   x = n ln 2 + r with |r| <= ln 2 / 2;  exp(x) = 2^n (1 + r + r^2 q(r)),  q the minimax polynomial of relative error.
-// Adding kRound leaves the integer n in the low bits of the sum; ln 2 is a sum of two parts, the first so short that n
-// times it is exact.
+// Adding kRound leaves the integer n in the low bits of the sum. ln 2 is split into two parts; the first has so few
+// bits that its product with n is exact.
 MEGALODON_INLINE Vec<float> exp(Vec<float> x) {
   constexpr float kRound = 0x1.8p23f, kLn2High = 0x1.62e4p-1f, kLn2Low = 0x1.7f7d1cp-20f;
   const Vec<float> shifted = x * 0x1.715476p0f + kRound;
@@ -47,9 +47,9 @@ MEGALODON_INLINE Vec<double> exp(Vec<double> x) {
   return x < -0x1.6232bdd7abcd2p9 ? zeros<double>() : mantissa * power;
 }
 
-// exp(x) for a softmax, x being a score minus the largest one: its error grows with |x|, but not beyond 2 units in the
+// exp(x) for a softmax, where x <= 0 is a score minus the largest score. The error grows with |x|, up to 2 units in the
 // last place of exp(max(x, -1)). exp(-inf) is 0. AVX-512 splits x log2 e into integer and fraction in one instruction
-// and scales by the power of two in another; 2^fraction is a polynomial, minimax in relative error.
+// and scales by the power of two in another; 2^fraction is a minimax polynomial in relative error.
 #if defined(__AVX512DQ__)
 MEGALODON_INLINE Vec<float> softmax_exp(Vec<float> x) {
   constexpr int kFloor = 0x9;  // no exceptions
@@ -69,8 +69,8 @@ MEGALODON_INLINE Vec<float> softmax_exp(Vec<float> x) { return exp(x); }
 MEGALODON_INLINE Vec<double> softmax_exp(Vec<double> x) { return exp(x); }
 
 // 1 / (1 + exp(-x)), for arbitrary x, float or double. A result below the smallest normal number is 0; NaN gives NaN.
-// Error: at most 2.41 ulp for float (every argument tried), 2.45 for double (2e7 samples). The exponential is that of
-// -|x|, which neither overflows nor cancels: e / (1 + e) for x < 0, 1 / (1 + e) otherwise.
+// Error: at most 2.41 ulp for float (every argument tried), 2.45 for double (2e7 samples). With e = exp(-|x|), which
+// does not overflow, the result is e / (1 + e) for x < 0, else 1 / (1 + e).
 template <class V>
 MEGALODON_INLINE V sigmoid(V x) {
   const V one = V{} + 1, e = exp(x < -x ? x : -x);

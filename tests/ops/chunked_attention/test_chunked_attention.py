@@ -325,7 +325,7 @@ def test_errors(error, argument, changes):
 
 def test_the_error_for_queries_without_heads_names_the_fix():
     q = torch.ones(1, 3, 4)
-    with pytest.raises(ValueError, match="add the batch dimension, or one of a single head"):
+    with pytest.raises(ValueError, match="add a batch dimension, or a head dimension of size 1"):
         mo.chunked_attention(q, q, q, chunk_size=2)
 
 

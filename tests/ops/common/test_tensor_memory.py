@@ -50,7 +50,7 @@ def test_a_state_that_is_written_in_place_shares_no_memory(overlapping):
     before = memory.clone()
     overlaid = mo.AttentionState(**tensors | {overlapping: inside[overlapping]})
     with pytest.raises(
-        ValueError, match=f"`state.{overlapping}`.*apart in memory|apart in memory.*`state.{overlapping}`"
+        ValueError, match=f"`state.{overlapping}`.*must not overlap|must not overlap.*`state.{overlapping}`"
     ):
         mo.chunked_attention(*tokens, state=overlaid, **options)
     assert torch.equal(memory, before)
