@@ -15,27 +15,27 @@ struct CemaParams {
   const void* x;        // (T, D)
   const void* p;        // (D, N) R
   const void* q;        // (D, N) complex R
-  const void* gamma;    // (D, N) complex R; null if only end states are wanted, and in a backward without dy
-  const void* omega;    // (D) R; null as gamma
-  const void* state;    // (S, D, N) complex R, or null: zero
+  const void* gamma;    // (D, N) complex R; null if the forward computes end states alone or dy is null
+  const void* omega;    // (D) R; null if gamma is null
+  const void* state;    // (S, D, N) complex R, or null for zeros
   void* workspace;      // scratch memory of a CUDA kernel, 256-byte aligned; null on the CPU
 };
 
 struct CemaFwdParams : CemaParams {
   void* y;          // (T, D)
-  void* state_out;  // (S, D, N) complex R, or null: not wanted
-  bool ends_only;   // only the end states are wanted: y is null
+  void* state_out;  // (S, D, N) complex R; null if the caller does not need it
+  bool ends_only;   // compute state_out alone; y is null
 };
 
 struct CemaBwdParams : CemaParams {
-  const void* dy;         // (T, D), or null: zero
-  const void* dstate_out;  // (S, D, N) complex R, or null: zero
-  void* dx;               // (T, D)
-  void* dp;               // (D, N) R
-  void* dq;               // (D, N) complex R
-  void* dgamma;           // (D, N) complex R; null if dy is null
-  void* domega;           // (D) R; null if dy is null
-  void* dstate;           // (S, D, N) complex R, or null: not wanted
+  const void* dy;          // (T, D), or null for zeros
+  const void* dstate_out;  // (S, D, N) complex R, or null for zeros
+  void* dx;                // (T, D)
+  void* dp;                // (D, N) R
+  void* dq;                // (D, N) complex R
+  void* dgamma;            // (D, N) complex R; null if dy is null
+  void* domega;            // (D) R; null if dy is null
+  void* dstate;            // (S, D, N) complex R; null if the caller does not need it
 };
 
 MEGALODON_CPU_KERNEL(cema_fwd_cpu, CemaFwdParams)

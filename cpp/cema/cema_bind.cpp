@@ -15,7 +15,7 @@ TensorView fill_scan(const char* op, CemaParams& params, py::handle x_, py::hand
   params.sequences = make_sequences(op, x.size(0), x.size(1), cu_seqlens, lengths);
   params.channels = x.size(2);
   params.modes = p.rank("(D, N)", 2).size(1);
-  if (params.modes < 1) p.fail("of at least one state a channel, got N = 0");
+  if (params.modes < 1) p.fail("of at least one mode per channel, got N = 0");
   const int64_t D = params.channels, N = params.modes;
   params.x = x.data();
   params.p = p.shape("(D, N)", {D, N}).dtype(real_of(params.dtype), kRealDtype).data();

@@ -6,7 +6,7 @@
 
 namespace megalodon {
 
-// All tensors are contiguous, of one dtype, float32 or float64; complex numbers are pairs.
+// All tensors are contiguous and of one dtype, float32 or float64. Complex numbers are (re, im) pairs.
 struct CemaCoefficientsParams {
   DType dtype;
   int64_t channels, modes;  // D, N

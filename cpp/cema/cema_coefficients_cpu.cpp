@@ -2,12 +2,12 @@
 //
 //   p = s(alpha);  r = 1 - p s(delta);  t_n = s(theta) n / N;  q = r e^(2 pi i t);  scaled = gamma / sqrt(N)
 //
-// Backward, with (a, b) = dq e^(-2 pi i t); p, r and t are recomputed:
+// Backward, with a + i b = dq e^(-2 pi i t); p, r and t are recomputed:
 //   dp += -a s(delta);  dalpha = dp p (1 - p);  ddelta = -a p s(delta) (1 - s(delta))
 //   dtheta = s(theta) (1 - s(theta)) sum_n b r 2 pi n / N;  dgamma = dscaled / sqrt(N)
 //
-// A job is a block of channels. The block's s(theta) come first, a vector of channels at a time, then each channel's
-// modes. The phase is kept in turns, so that whole quarters are subtracted exactly; in radians they would be rounded.
+// A job is a block of channels. It computes s(theta) of its channels, a vector of channels at a time, then the modes of
+// each channel. The phase t is in turns: range reduction subtracts quarter turns exactly, but would round in radians.
 
 #include "cema_coefficients.h"
 
@@ -22,7 +22,7 @@
 namespace megalodon::MEGALODON_ISA {
 namespace {
 
-constexpr int64_t kBlockElements = 2048;  // per job, about
+constexpr int64_t kBlockElements = 2048;  // per job, approximately
 constexpr double kTwoPi = 6.283185307179586;
 
 // A vector of complex numbers.
@@ -56,7 +56,7 @@ MEGALODON_INLINE void store_complex(R* to, Complex<R> v, int64_t n) {
   if (2 * n > lanes) store_first(to + lanes, interleave<R, lanes / 2>(v, Lanes<R>{}), 2 * n - lanes);
 }
 
-// Calls body(theta, first, last) for the blocks of channels, theta + (d - first) being s(theta) of channel d.
+// Calls body(theta, first, last) for each block of channels [first, last). theta[d - first] is s(theta) of channel d.
 template <class R, class Body>
 void for_each_block(const CemaCoefficientsParams& p, Body&& body) {
   constexpr int lanes = kLanes<R>;
@@ -72,7 +72,7 @@ void for_each_block(const CemaCoefficientsParams& p, Body&& body) {
   });
 }
 
-// Values of modes n + 1, n + 2, ... that forward and backward share, in the first `count` lanes.
+// Values that the forward and the backward share, of modes n + 1, n + 2, ... in the first `count` lanes.
 template <class R>
 struct Modes {
   MEGALODON_INLINE Modes(const CemaCoefficientsParams& params, R theta, int64_t at, int64_t n, int64_t count)
@@ -128,11 +128,11 @@ void backward(const CemaCoefficientsBwdParams& params) {
         const int64_t at = d * N + n, count = std::min(N - n, int64_t{kLanes<R>});
         const Modes<R> m(params, s, at, n, count);
         const Complex<R> g = load_complex(dq + 2 * at, count);
-        const Vec<R> along = g.re * m.phase.cos + g.im * m.phase.sin;  // a: the gradient of r
-        const Vec<R> across = g.im * m.phase.cos - g.re * m.phase.sin;
-        store_first(dalpha + at, (load_first(dp + at, count) - along * m.delta) * (m.p * (1 - m.p)), count);
-        store_first(ddelta + at, -along * m.p * (m.delta * (1 - m.delta)), count);
-        dphase += across * m.radius * m.number;  // lanes past the last mode have zero gradient
+        const Vec<R> a = g.re * m.phase.cos + g.im * m.phase.sin;  // the gradient of r
+        const Vec<R> b = g.im * m.phase.cos - g.re * m.phase.sin;
+        store_first(dalpha + at, (load_first(dp + at, count) - a * m.delta) * (m.p * (1 - m.p)), count);
+        store_first(ddelta + at, -a * m.p * (m.delta * (1 - m.delta)), count);
+        dphase += b * m.radius * m.number;  // lanes past the last mode have zero gradient
         const Complex<R> h = load_complex(dscaled + 2 * at, count);
         store_complex(dgamma + 2 * at, {h.re * scale, h.im * scale}, count);
       }

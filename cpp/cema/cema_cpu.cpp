@@ -8,32 +8,32 @@
 // and depend on shapes alone, so results are bit-equal for any number of threads.
 //
 // Forward, for each span, each 32 positions, each tile:
-//   scan 4 modes at a time with the state in registers. The first pass reads the vectors of x, D elements apart, and
+//   scan 4 modes at a time with the states in registers. The first pass reads the vectors of x, D elements apart, and
 //   copies them to a contiguous tile (2 KB); the last pass writes y. 16-bit types are converted before the first pass
 //   and after the last one. The passes prefetch rows of x and y of the next 32 positions into the L2, one line every
-//   few positions, and the coefficients and state of the next modes into the L1
-// The folded form has u = h / p and c = gamma p: u = q u + x, y = Re(c u), 6 multiply-adds per mode and position. A
-// carried state is divided by p only if no p is tiny; otherwise the direct form runs (7 multiply-adds). u may overflow
-// where h does not, and never recovers: if a span's last u is not finite, the call is recomputed in direct form.
+//   few positions, and the coefficients and states of the next modes into the L1
+// The folded form has u = h / p and c = gamma p: u = q u + x, y = Re(c u), 6 multiply-adds per mode and position. The
+// direct form takes 7. It runs if an initial state would be divided by a tiny p. u may overflow where h does not, and
+// then stays infinite or NaN: if a span's last u is not finite, the call is recomputed in the direct form.
 //
-// Backward, with w = dh/dq and g = dL/dh. Phase 1 computes with the conjugates of q, h and w: its sums are gradients.
-//   1. upwards:    w_t = q w_{t-1} + h_{t-1};  sum dy w -> dq,  sum dy h -> dgamma, dp,  sum dy x -> domega
-//   2. downwards:  g_t = conj(q) g_{t+1} + conj(gamma) dy_t;  dx_t = sum_n p Re(g_t) + omega dy_t; this is the forward
-//                  scan over rows in reverse, also in folded form
+// Backward, with w = dh/dq and g = dL/dh:
+//   1. sensitivities:  w_t = q w_{t-1} + h_{t-1};  sum dy w -> dq,  sum dy h -> dgamma, dp,  sum dy x -> domega;
+//      q, h and w are conjugated here, so that the sums are gradients
+//   2. adjoints:  g_t = conj(q) g_{t+1} + conj(gamma) dy_t;  dx_t = sum_n p Re(g_t) + omega dy_t;  this is the forward
+//      scan over rows in reverse, also in folded form
 //   3. add the groups' sums in order -> dp, dq, dgamma, domega
-// Since w runs forwards, nothing is stored per position: scratch is O(D N) per group, with 18 multiply-adds per mode
-// and position. A reverse scan that recomputes h would take 20, and would need stored states. Sums are added in double
-// after each tile. If an initial state or the gradient of an end state is given, the direct forms run (21
-// multiply-adds). They compute dp = sum x Re(g), without division and without cancellation. They also recompute a call
-// if a sum, or a span's last u or g, is not finite.
+// Phase 1 stores nothing per position: scratch is O(D N) per group, with 18 multiply-adds per mode and position. A
+// reverse scan that recomputes h would take 20, and would need stored states. Sums are added in double after each tile.
+// With an initial state or the gradient of an end state, both phases run in the direct form (21 multiply-adds), which
+// computes dp = sum x Re(g) without division or cancellation. It also recomputes calls whose sums, u or g overflow.
 //
 // End states alone: a scan without output takes 4 multiply-adds, reads x and writes nothing. A backward without dy runs
 // both scans in the direct form (14 multiply-adds), reads x twice and writes dx.
 //
-// Sequences of several spans: every span is first scanned from zero (4 multiply-adds), which gives `local`. A merge in
-// double, h -> q^length h + local, then gives each span its initial state; a merge in reverse gives its dstate_out.
+// Sequences of several spans: every span is first scanned from zero (4 multiply-adds), which gives a local end state. A
+// merge in double, h -> q^length h + local, then gives each span its initial state; a merge in reverse, its dstate_out.
 //
-// Short sequences, as in decoding: a lane is a mode, and states stay in their (D, N) order.
+// Short sequences, as in decoding: a lane is a mode, and states stay in (D, N) order (cema_steps.h).
 //
 // Registers of the scan: 4 modes x (q, c, h) x (re, im) = 24, x, the sum and temporaries. Cache: a strip's 64 rows of x
 // and y, its coefficients and its states fit into half the L2 (cema_plan.h).
@@ -142,13 +142,14 @@ void run_forward(const CemaFwdParams& params, const CemaPlan& plan) {
   const bool folded = !params.state || std::all_of(p, p + params.channels * params.modes,
                                                    [](auto value) { return std::abs(value) >= kFoldable; });
   if (!folded) return static_cast<void>(run_form<T>(params, plan, false));
-  const int64_t states = state && state == params.state_out ? plan.count * params.channels * params.modes * 2 : 0;
-  const Scratch<R> kept(states);  // the states that the first run overwrites
-  std::copy_n(state, states, kept.get());
+  // If state_out is state, the first run overwrites the states that a second run would start from.
+  const int64_t saved = state && state == params.state_out ? plan.count * params.channels * params.modes * 2 : 0;
+  const Scratch<R> saved_states(saved);
+  std::copy_n(state, saved, saved_states.get());
   if (run_form<T>(params, plan, true)) return;
-  CemaFwdParams again = params;
-  if (states) again.state = kept.get();
-  run_form<T>(again, plan, false);
+  CemaFwdParams rerun = params;
+  if (saved) rerun.state = saved_states.get();
+  run_form<T>(rerun, plan, false);
 }
 
 template <class T>
@@ -174,12 +175,12 @@ void forward(const CemaFwdParams& params) {
   run_forward<T>(local, plan);
 }
 
-// Size of a strip's sums: (vectors, N, kSums, lanes), then (vectors, lanes) for domega.
-int64_t sums_of_strip(const CemaPlan& plan, int64_t modes) { return plan.channels * (modes * kSums + 1); }
+// Number of a strip's sums: (vectors, N, kSums, lanes), then (vectors, lanes) for domega.
+int64_t sums_per_strip(const CemaPlan& plan, int64_t modes) { return plan.channels * (modes * kSums + 1); }
 
 // Phase 1 of the backward, with or without dy.
 template <bool kFolded, bool kInput, class T>
-void upwards(Strip<T>& strip, const CemaBwdParams& params, const Span& span, int64_t s, double* sums) {
+void scan_sensitivities(Strip<T>& strip, const CemaBwdParams& params, const Span& span, int64_t s, double* sums) {
   using R = Compute<T>;
   constexpr int lanes = kLanes<R>;
   strip.clear_state();
@@ -229,7 +230,8 @@ void upwards(Strip<T>& strip, const CemaBwdParams& params, const Span& span, int
 
 // Phase 2 of the backward. Returns true if the last state is finite.
 template <class T>
-bool downwards(Strip<T>& strip, const CemaBwdParams& params, const Span& span, int64_t s, bool folded, double* sums) {
+bool scan_adjoints(Strip<T>& strip, const CemaBwdParams& params, const Span& span, int64_t s, bool folded,
+                   double* sums) {
   using R = Compute<T>;
   strip.clear_state();
   const R* g = params.dstate_out ? strip.modal_row(params.dstate_out, s) : nullptr;
@@ -260,11 +262,11 @@ bool downwards(Strip<T>& strip, const CemaBwdParams& params, const Span& span, i
   return strip.state_is_finite(2);
 }
 
-// Phases 1 and 2. Fills sums (groups, strips, sums_of_strip); they are null if only dstate is wanted. Returns true if
-// every sum and last state is finite.
+// Phases 1 and 2. Fills sums (groups, strips, sums_per_strip), or skips phase 1 if `sums` is null: dstate needs none.
+// Returns true if every sum and last state is finite.
 template <class T>
 bool run_backward(const CemaBwdParams& params, const CemaPlan& plan, bool folded, double* sums) {
-  const int64_t size = sums_of_strip(plan, params.modes);
+  const int64_t size = sums_per_strip(plan, params.modes);
   bool finite = true;
   parallel_jobs<FlushDenormals>(plan.strips * plan.groups, 3 * scan_work(params), [&] {
     return [&, strip = Strip<T>(params, plan)](int64_t job) mutable {
@@ -273,12 +275,12 @@ bool run_backward(const CemaBwdParams& params, const CemaPlan& plan, bool folded
       double *sum = sums ? sums + job * size : nullptr, total = 0;
       if (sums) {
         std::fill_n(sum, size, 0.0);
-        const auto with_dy = folded ? upwards<true, true, T> : upwards<false, true, T>;
-        const auto upwards_of = params.dy ? with_dy : upwards<false, false, T>;
-        for (int64_t s = begin; s < end; ++s) upwards_of(strip, params, plan.spans[s], s, sum);
+        const auto with_dy = folded ? scan_sensitivities<true, true, T> : scan_sensitivities<false, true, T>;
+        const auto scan = params.dy ? with_dy : scan_sensitivities<false, false, T>;
+        for (int64_t s = begin; s < end; ++s) scan(strip, params, plan.spans[s], s, sum);
       }
       for (int64_t s = end - 1; s >= begin; --s)
-        if (!downwards(strip, params, plan.spans[s], s, folded, sum)) total = NAN;
+        if (!scan_adjoints(strip, params, plan.spans[s], s, folded, sum)) total = NAN;
       for (int64_t i = 0; sums && i < size; ++i) total += sum[i] * 0;
       if (total != 0) __atomic_store_n(&finite, false, __ATOMIC_RELAXED);
     };
@@ -286,14 +288,14 @@ bool run_backward(const CemaBwdParams& params, const CemaPlan& plan, bool folded
   return finite;
 }
 
-// Phases 1 and 2, in the folded form if no state is carried and nothing overflows, else in the direct form. The folded
-// form writes `sums` and `params.dx`; both may be null. The direct form writes `all_sums` and `dx`; neither may be.
-// Returns true if the folded form computed the result.
+// Phases 1 and 2, in the folded form if `state` and `dstate_out` are null and nothing overflows, else in the direct
+// form. The folded form writes `sums` and `params.dx`, either of which may be null. The direct form needs `direct_sums`
+// and `dx`, neither of which may be null. Returns true if the folded form computed the result.
 template <class T>
-bool run_folded_or_direct(CemaBwdParams params, const CemaPlan& plan, double* sums, double* all_sums, void* dx) {
+bool run_folded_or_direct(CemaBwdParams params, const CemaPlan& plan, double* sums, double* direct_sums, void* dx) {
   if (!params.state && !params.dstate_out && run_backward<T>(params, plan, true, sums)) return true;
   params.dx = dx;
-  run_backward<T>(params, plan, false, all_sums);
+  run_backward<T>(params, plan, false, direct_sums);
   return false;
 }
 
@@ -301,7 +303,7 @@ bool run_folded_or_direct(CemaBwdParams params, const CemaPlan& plan, double* su
 template <class R>
 void finish(const CemaBwdParams& params, const CemaPlan& plan, bool folded, const double* sums) {
   constexpr int lanes = kLanes<R>;
-  const int64_t modes = params.modes, size = sums_of_strip(plan, modes);
+  const int64_t modes = params.modes, size = sums_per_strip(plan, modes);
   const R *p = static_cast<const R*>(params.p), *gamma = static_cast<const R*>(params.gamma);
   parallel_jobs(params.channels, 20.0 * plan.groups * params.channels * modes, [&] {
     return [&](int64_t channel) {
@@ -346,7 +348,7 @@ void backward(const CemaBwdParams& params) {
   using R = Compute<T>;
   zero_padding(params.sequences, params.dx, params.channels * static_cast<int64_t>(sizeof(T)));
   const CemaPlan plan(params, kLanes<R>, num_threads());
-  const Scratch<double> sums(plan.groups * plan.strips * sums_of_strip(plan, params.modes));
+  const Scratch<double> sums(plan.groups * plan.strips * sums_per_strip(plan, params.modes));
   if (!plan.split) {
     const bool folded = run_folded_or_direct<T>(params, plan, sums.get(), sums.get(), params.dx);
     return finish<R>(params, plan, folded, sums.get());
@@ -374,7 +376,8 @@ void backward(const CemaBwdParams& params) {
 
 }  // namespace
 
-// Without tokens, only states are computed. If none are wanted, no loop over the sequences runs: there may be 2^60.
+// Without tokens, the forward only fills `state_out`. If that is null, too, no loop over the sequences runs: there may
+// be 2^60.
 void cema_fwd_cpu(const CemaFwdParams& params) {
   if (params.channels == 0 || (params.sequences.tokens == 0 && !params.state_out)) return;
   dispatch_dtype(params.dtype, [&](auto element) { forward<decltype(element)>(params); });

@@ -1,9 +1,11 @@
-// Inner loops of the CEMA kernels: a tile is a vector of channels at some positions, a pass keeps a few modes in
-// registers. coefs point to (N, kCoefs, lanes); state to (N, 2 or 4, lanes).
+// Inner loops of the CEMA kernels. A tile is one vector of channels at up to kTileSteps positions. A pass runs over a
+// tile with the states of a few modes in registers.
+//   coefs (N, kCoefs, lanes): coefficients of the tile's channels
+//   state (N, 2, lanes) in a scan: s or g;  (N, 4, lanes) in a sensitivity pass: u and w
 //
-// Where the state turns slowly, Re(q) is near 1 and the rounding error of its product would be nearly the same at every
-// position. So the product is fused with the following sum. Without a fused instruction, Re(q) is split into an
-// integer, whose product is exact, and a remainder, whose product is small.
+// If q is near 1, the rounding error of the product Re(q) s is nearly the same at every position. So the product is
+// fused with the following sum. Without a fused instruction, Re(q) is split into an integer, whose product is exact,
+// and a remainder, whose product is small.
 #pragma once
 
 #include <algorithm>
@@ -15,15 +17,16 @@
 namespace megalodon::MEGALODON_ISA {
 
 inline constexpr int kTileSteps = 32;
-// The modes of a pass fill 32 registers: 6 per mode in a scan (q, c and s), 10 in a sensitivity pass (q, u, w and two
-// sums). With 16 registers, coefficients become memory operands, which costs less than the latency that fewer modes
-// would expose.
+// Modes per pass, so that 32 registers suffice: a mode takes 6 in a scan (q, c, s) and 10 in a sensitivity pass (q, u,
+// w and two sums). With 16 registers, coefficients become memory operands. Fewer modes per pass would cost more, as
+// they hide less latency.
 inline constexpr int kScanModes = 4;
 inline constexpr int kSensitivityModes = 2;
 
 enum Coef { kQRe, kQIm, kCRe, kCIm, kP, kCoefs };
 
-// Sums over positions, in double. A gradient is such a sum times factors that are the same at all positions.
+// Sums over positions, in double: dy w, dy u, x Re(g), and the end state's gradient times w at the end of a span. A
+// gradient is such a sum times factors that are the same at all positions.
 enum Sum { kSumWRe, kSumWIm, kSumHRe, kSumHIm, kSumP, kSumEndRe, kSumEndIm, kSums };
 
 // out = omega in; then for each mode and position:
@@ -38,35 +41,33 @@ enum class Form { folded, direct, adjoint };
 // copied to the tile before the first pass and from it after the last: no pass is compiled for 16 bits.
 enum class Part { first, inner, last };
 
-// A vector of channels at some positions. from, x_from, to: rows `stride` apart; in, out and x: copies (kTileSteps,
-// lanes).
 template <class R>
 struct Tile {
-  const R *from, *x_from;
-  R* to;
-  int64_t stride;
-  R *__restrict in, *__restrict out, *__restrict x;
+  const R *from, *x_from;                            // rows of the input and of x
+  R* to;                                             // rows of the output
+  int64_t stride;                                    // elements from row to row
+  R *__restrict in, *__restrict out, *__restrict x;  // (kTileSteps, lanes) copies of the rows
 };
 
-// Splits the modes from `n` on into passes of `size` modes, a power of two, and the rest into smaller passes; calls
-// pass(first mode, integral_constant of the size).
+// Splits the modes from `n` on into passes of `size` modes, a power of two, and the rest into smaller passes. Calls
+// pass(first mode, integral_constant of the pass's size) for each.
 template <int size, class F>
 MEGALODON_INLINE void for_each_pass(int64_t modes, F&& pass, int64_t n = 0) {
   for (; n + size <= modes; n += size) pass(n, std::integral_constant<int, size>{});
   if constexpr (size > 1) for_each_pass<size / 2>(modes, pass, n);
 }
 
-// Prefetches the next tiles' rows of two tensors into the L2. During a pass, it fetches a line of each every few
-// positions: many lines at once would fill the L1's load buffers and stall the pass. Lines come in runs, along the rows
-// or along the columns.
+// Prefetches the next tiles' rows of two tensors, a and b, into the L2. A pass fetches one cache line of each tensor
+// every few positions: many lines at once would fill the L1's load buffers and stall the pass. A run of lines goes
+// along a row or down a column of lines.
 struct FetchAhead {
   static constexpr int kBlock = 4;  // positions, unrolled
 
   const char *a = nullptr, *b = nullptr;  // the next lines
   int64_t count = 0, left = 0;            // lines in a run, and lines left in the current run
   int64_t runs = 0;                       // runs left
-  int64_t step = 0, skip = 0;             // bytes to add after every line, and after every run
-  int burst = 1, pause = 1;               // lines per burst; blocks from burst to burst, a power of two
+  int64_t line_step = 0, run_step = 0;    // bytes to add after every line, and after every run
+  int burst = 1, pause = 1;               // lines per burst, and blocks between bursts, a power of two
 
   // Sets a pace of at least one line per `steps` positions.
   void set_pace(int64_t steps) {
@@ -77,13 +78,13 @@ struct FetchAhead {
     if (runs <= 0) return;
     __builtin_prefetch(a, 0, 2);
     __builtin_prefetch(b, 0, 2);
-    a += step;
-    b += step;
+    a += line_step;
+    b += line_step;
     if (--left > 0) return;
     left = count;
     --runs;
-    a += skip;
-    b += skip;
+    a += run_step;
+    b += run_step;
   }
   // Calls f(t) for each position of a pass and prefetches the next pass's coefficients and state into the L1.
   template <class R, class F>
@@ -107,8 +108,8 @@ struct FetchAhead {
   }
 };
 
-// Re(q); times(v, addend) is Re(q) v + addend. Pass an addend that is a product as unfused(): only one of two products
-// can be fused with their sum.
+// Re(q). times(v, addend) returns Re(q) v + addend. If the addend is a product, wrap it in unfused(): only one of two
+// products can be fused with their sum.
 template <class R>
 struct Factor {
   using V = Vec<R>;
@@ -194,7 +195,8 @@ void scan_pass(const Tile<R>& tile, int steps, Vec<R> omega, const R* coefs, R* 
   }
 }
 
-// u = q u + x (or p x), w = du/dq: w_t = q w_{t-1} + u_{t-1}. kInput: adds sum_t dy_t w_t and sum_t dy_t u_t.
+// u_t = q u_{t-1} + x_t (folded) or + p x_t (direct);  w = du/dq:  w_t = q w_{t-1} + u_{t-1}
+// With kInput, adds sum_t dy_t w_t and sum_t dy_t u_t to `sums`.
 template <bool kFolded, bool kInput, Part part, int modes, class R>
 void sensitivity_pass(const Tile<R>& tile, int steps, const R* coefs, R* state, double* sums, FetchAhead& ahead) {
   constexpr int lanes = kLanes<R>;
@@ -269,7 +271,7 @@ MEGALODON_INLINE Vec<R> dot_steps(const R* a, const R* b, int steps) {
   return (sum[0] + sum[1]) + (sum[2] + sum[3]);
 }
 
-// Copy `size` elements of each row, rows `stride` apart, to a tile (steps, lanes), and back.
+// Copy the first `size` elements of each of `steps` rows to a tile (steps, lanes), and back. Rows are `stride` apart.
 template <class T>
 MEGALODON_INLINE void load_rows(const T* rows, int64_t stride, int steps, int size, Compute<T>* tile) {
   constexpr int lanes = kLanes<Compute<T>>;

@@ -13,15 +13,15 @@
 
 namespace megalodon::MEGALODON_ISA {
 
-inline constexpr int64_t kSplitBelow = 4;  // vectors of channels times sequences; sequences are split below this
-inline constexpr int64_t kSplitJobs = 16;
+inline constexpr int64_t kSplitBelow = 4;  // split sequences if vectors of channels times sequences is less
+inline constexpr int64_t kSplitJobs = 16;  // target for spans times vectors of channels after a split
 inline constexpr int64_t kMinSpan = 16 * kTileSteps;
 inline constexpr int64_t kMinStrip = 256 / kVectorBytes;   // vectors; fewer if threads need more strips
-inline constexpr int64_t kJobs = 32;                       // minimum of strips times groups
+inline constexpr int64_t kJobs = 32;                       // target for strips times groups
 inline constexpr int64_t kMinGroup = 4 * kTileSteps;       // tokens
 
-// Maximum vectors of a strip: with 16 modes, coefficients, states and two tiles' rows of two tensors take 272 times the
-// bytes of one row, about half the L2.
+// Maximum number of vectors in a strip. With 16 modes, each of them adds 80 vectors of coefficients, 64 of states and
+// 128 of rows (two tiles of 32 positions, two tensors) to the working set, which fills about half the L2.
 inline int64_t max_strip() {
   static const int64_t vectors = [] {
     int64_t level2 = 0;
@@ -41,9 +41,9 @@ struct Span {
 // Spans and groups fix the order of every sum, so they are functions of shapes alone. Channels are independent: the
 // width of a strip changes no result and may depend on the number of threads.
 struct CemaPlan {
-  int64_t count;                     // of spans
-  bool split;                        // some sequence has several spans; otherwise span s is sequence s
-  int64_t groups, strips, channels;  // channels of a strip
+  int64_t count;                     // number of spans
+  bool split;                        // true if some sequence has several spans; otherwise span s is sequence s
+  int64_t groups, strips, channels;  // number of groups, of strips, and of channels per strip
   Scratch<Span> spans;               // (count)
   Scratch<int64_t> group_begin;      // (groups + 1): group g holds spans [group_begin[g], group_begin[g + 1])
 
@@ -64,8 +64,8 @@ struct CemaPlan {
       group_begin[g] = i;
     }
     const int64_t vectors = ceil_div(params.channels, lanes);
-    // Memory is faster for long rows, so strips are as wide as they can be with threads busy 9/10 of the time. Then
-    // their widths are made nearly equal.
+    // Memory is faster for long rows, so strips are as wide as possible while threads are busy 9/10 of the time. Then
+    // the widths are made nearly equal.
     int64_t width = std::min(vectors, max_strip());
     const auto busy = [&](int64_t w) {
       const int64_t rounds = ceil_div(groups * ceil_div(vectors, w), threads);
@@ -98,8 +98,11 @@ struct CemaPlan {
   }
 };
 
-// Replaces end states of spans that start from zero, ends (spans, D, N), by the initial states of the spans. With
-// `conjugated`, time runs backwards. initial and final (S, D, N) may be null.
+// Computes the spans' initial states from their local end states. With `conjugated`, q is conjugated and time runs
+// backwards.
+//   initial (S, D, N): initial states of the sequences; null for zeros
+//   ends (spans, D, N): on entry, each span's end state after a start from zero; on return, its initial state
+//   final (S, D, N): receives the end states of the sequences, unless it is null
 template <class R>
 void merge(const CemaParams& params, const CemaPlan& plan, bool conjugated, const void* initial, R* ends, void* final) {
   using Complex = std::complex<double>;
@@ -114,8 +117,8 @@ void merge(const CemaParams& params, const CemaPlan& plan, bool conjugated, cons
     for (int64_t k = 0; k < count; ++k) {
       const int64_t at = conjugated ? count - 1 - k : k;
       const Span& span = plan.spans[at];
-      const bool starts = k == 0 || plan.spans[conjugated ? at + 1 : at - 1].sequence != span.sequence;
-      if (starts) carry = from ? Complex(from[span.sequence * size + i]) : Complex(0);
+      const bool starts_sequence = k == 0 || plan.spans[conjugated ? at + 1 : at - 1].sequence != span.sequence;
+      if (starts_sequence) carry = from ? Complex(from[span.sequence * size + i]) : Complex(0);
       if (length != span.end - span.begin) {
         length = span.end - span.begin;
         power = 1;

@@ -6,7 +6,8 @@
 
 namespace megalodon::MEGALODON_ISA {
 
-// Advances a strip of channels by one position. A lane is a mode of (channels, N), so nothing is copied to lanes.
+// Advances up to kWidth channels by one position. Lanes run over the modes of (channels, N), in the order of the
+// tensors, so coefficients and states are not rearranged.
 template <class T>
 struct Stepper {
   using R = Compute<T>;
@@ -17,7 +18,7 @@ struct Stepper {
       : modes(modes), x(kWidth), y(kWidth), drive(kWidth * modes + lanes), part(kWidth * modes + lanes),
         state(kWidth * modes * 2) {}
 
-  // to = q from + p x and y = Re(sum_n gamma to) + omega x of `channels` channels. `to` may be `from`.
+  // Computes to = q from + p x and y = Re(sum_n gamma to) + omega x for `channels` channels. `to` may be `from`.
   void step(const T* x_row, T* y_row, int64_t channels, const R* from, R* to, const R* p, const R* q, const R* gamma,
             const R* omega) const {
     for (int64_t d = 0; d < channels; d += lanes) store(&x[d], load_first(x_row + d, channels - d));

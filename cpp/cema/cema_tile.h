@@ -1,4 +1,4 @@
-// A strip of channels, which a job of the CEMA kernels processes tile by tile.
+// A strip of channels. A job of the CEMA kernels processes its strip tile by tile.
 #pragma once
 
 #include <algorithm>
@@ -13,19 +13,19 @@
 
 namespace megalodon::MEGALODON_ISA {
 
-// Coefficients and state of a strip's channels, in lanes, and one tile.
+// Coefficients and states of a strip's channels, one channel per lane, and one tile.
 template <class T>
 struct Strip {
   using R = Compute<T>;
   static constexpr int lanes = kLanes<R>;
   static constexpr int64_t kTileSize = kTileSteps * lanes;
-  static constexpr bool kInPlace = std::is_same_v<T, R>;  // whole vectors of rows are read and written by the passes
+  static constexpr bool kInPlace = std::is_same_v<T, R>;  // passes read and write whole vectors of rows
 
   Strip(const CemaParams& params, const CemaPlan& plan)
       : params(params), width(plan.channels), modes(params.modes), coefs(width * modes * kCoefs), omega(width),
         state(width * modes * 4), in(kTileSize), out(kTileSize), x(kTileSize) {}
 
-  // Loads strip `index`: c = gamma p if folded, else gamma; q and gamma are conjugated for the backward.
+  // Loads the coefficients of strip `index`: c = gamma p if folded, else gamma. The backward conjugates q and gamma.
   void select(int64_t index, bool folded, bool conjugated) {
     first = index * width;
     channels = static_cast<int>(std::min(width, params.channels - first));
@@ -66,30 +66,32 @@ struct Strip {
     return tensor ? static_cast<E*>(tensor) + token * params.channels + first : nullptr;
   }
 
-  // Calls f(i, vector, lane): mode i of (channels, N) is in lane `lane` of vector `vector` of (vectors, N).
+  // Calls f(i, vector, lane) for each mode: element i of (channels, N) is in lane `lane` of element `vector` of
+  // (vectors, N).
   template <class F>
   MEGALODON_INLINE void each_mode(F&& f) const {
     for (int64_t d = 0; d < channels; ++d)
       for (int64_t n = 0; n < modes; ++n) f(d * modes + n, d / lanes * modes + n, d % lanes);
   }
-  // Calls f(i, re, im) with the first complex number of each mode's `row` vectors of state.
+  // Calls f(i, re, im) with the first complex number of each mode's state, which has `size` real numbers.
   template <class F>
-  MEGALODON_INLINE void each_state(int row, F&& f) const {
+  MEGALODON_INLINE void each_state(int size, F&& f) const {
     each_mode([&](int64_t i, int64_t vector, int64_t lane) {
-      R* at = state.get() + vector * row * lanes + lane;
+      R* at = state.get() + vector * size * lanes + lane;
       f(i, at[0], at[lanes]);
     });
   }
   void clear_state() { std::fill_n(state.get(), width * modes * 4, R(0)); }
-  // Returns true if all states, of `row` numbers per mode, are finite. A state that is not finite stays so.
-  bool state_is_finite(int row) const {
+  // Returns true if all states, of `size` real numbers per mode, are finite. A state that is not finite stays so.
+  bool state_is_finite(int size) const {
     Vec<R> sum{};
-    for (int64_t i = 0; i < int64_t{vectors} * modes * row * lanes; i += lanes) sum += load(state.get() + i) * R(0);
+    for (int64_t i = 0; i < int64_t{vectors} * modes * size * lanes; i += lanes) sum += load(state.get() + i) * R(0);
     return is_finite<R>(sum);
   }
 
-  // Scans `steps` rows, `stride` apart, from `from` to `to`; `ahead` rows exist from `from` on. Without kInput, the
-  // rows count as zero and `from` is only their address.
+  // Scans `steps` rows of input, the first at `from`, and writes the rows of output, the first at `to`. Rows are
+  // `stride` elements apart; the tensor has `ahead` rows from `from` on, which may be prefetched. Without kInput, the
+  // input counts as zero and is not read.
   template <Form form, bool kOutput = true, bool kInput = true>
   void sweep(const T* from, T* to, const T* x_from, int64_t stride, int64_t steps, int64_t ahead, double* sums) {
     const T* const fetched = kOutput ? to : from;
@@ -128,17 +130,18 @@ struct Strip {
     else return {nullptr, nullptr, nullptr, stride, in.get(), out.get(), x.get()};
   }
 
-  // Calls f(first position, positions, vector, channels) for every tile of `steps` positions. The passes of f, of at
-  // most `most` modes each, prefetch the next tile's rows of a and b along the rows, where the hardware prefetcher
-  // helps. In a narrow strip that prefetcher runs past the strip's end and takes cache lines from the thread about to
-  // write them, so strips of more than two lines and less than half a page are prefetched column by column.
-  template <int most, class F>
+  // Calls f(first position, positions, vector, channels) for every tile of `steps` positions. The passes in f have at
+  // most `max_modes` modes each. They prefetch the next tiles' rows of a and b, row by row: there the hardware
+  // prefetcher helps. In a narrow strip, that prefetcher would run past the strip's end and take cache lines from the
+  // thread about to write them. So strips of more than two lines and less than half a page are prefetched column by
+  // column.
+  template <int max_modes, class F>
   void each_tile(const T* a, const T* b, int64_t stride, int64_t steps, int64_t ahead, F&& f) {
     constexpr int64_t size = sizeof(T);
     const int64_t row = stride * size, lines = ceil_div(channels * size, kLineBytes);
     const bool by_rows = channels == params.channels || lines <= 2 || lines >= kPageBytes / kLineBytes / 2;
-    fetch.set_pace(vectors * ceil_div(modes, most) / lines);
-    fetch.step = by_rows ? kLineBytes : row;
+    fetch.set_pace(vectors * ceil_div(modes, max_modes) / lines);
+    fetch.line_step = by_rows ? kLineBytes : row;
     for (int64_t t = 0; t < steps; t += kTileSteps) {
       const int count = static_cast<int>(std::min<int64_t>(kTileSteps, steps - t));
       const int64_t rows = std::clamp<int64_t>(ahead - t - count, 0, kTileSteps);
@@ -146,15 +149,15 @@ struct Strip {
       fetch.b = reinterpret_cast<const char*>(b + (t + count) * stride);
       fetch.count = fetch.left = by_rows ? lines : rows;
       fetch.runs = by_rows ? rows : rows > 0 ? lines : 0;
-      fetch.skip = by_rows ? row - lines * kLineBytes : kLineBytes - rows * row;
+      fetch.run_step = by_rows ? row - lines * kLineBytes : kLineBytes - rows * row;
       for (int vector = 0; vector < vectors; ++vector) f(t, count, vector, std::min(lanes, channels - vector * lanes));
     }
   }
 
   const CemaParams& params;
   const int64_t width, modes;
-  int64_t first = 0;              // channel
-  int channels = 0, vectors = 0;  // less than the width in the last strip
+  int64_t first = 0;              // the strip's first channel
+  int channels = 0, vectors = 0;  // may be fewer in the last strip
   Scratch<R> coefs, omega;  // (vectors, N, kCoefs, lanes), (vectors, lanes)
   Scratch<R> state;         // (vectors, N, 2 or 4, lanes)
   Scratch<R> in, out, x;    // (kTileSteps, lanes)

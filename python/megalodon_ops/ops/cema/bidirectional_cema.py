@@ -1,4 +1,4 @@
-"""`bidirectional_cema`: CEMA of the positions up to each position and of those after it, for encoders."""
+"""`bidirectional_cema`: CEMA in both directions of time, for encoders."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from .cema import cema
 from ..common.definition import int64_or_none
 from ..common.checks import check_rank, check_tensor
 
-_NAME = re.compile("^cema: ")
+_CEMA_PREFIX = re.compile("^cema: ")
 
 
 def bidirectional_cema(
@@ -34,8 +34,8 @@ def bidirectional_cema(
 
     Args:
         x: (B, L, D) float32, float64, bfloat16 or float16, arbitrary strides (copied once if not contiguous).
-        p: (2 D, N) float32, or float64 for a float64 `x`; the first D rows for the positions up to t, the others for
-            those after t.
+        p: (2 D, N) float32, or float64 for a float64 `x`. The first D rows are for the positions up to t, the
+            others for those after t.
         q, gamma: (2 D, N) complex64, or complex128 for a float64 `x`.
         omega: (D,) as `p`.
         cu_seqlens, lengths: sequences as in :func:`cema`.
@@ -46,8 +46,8 @@ def bidirectional_cema(
     Raises:
         ValueError: a shape or a value is wrong. TypeError: a dtype is wrong. Second derivatives are not supported.
 
-    Two calls of :func:`cema`, the second with each sequence reversed; each direction is rounded to x's dtype. x and the
-    reversed x are kept for the backward, which is deterministic.
+    The function calls :func:`cema` twice, the second time with each sequence reversed. Each direction is rounded to x's
+    dtype. x and the reversed x are kept for the backward, which is deterministic.
 
     Arrays of other libraries: see :mod:`megalodon_ops.ops.common.arrays`.
 
@@ -78,10 +78,10 @@ def bidirectional_cema(
         order = mirrored_tokens(x, **sequences)
         z = cema(_reorder(x, order), p[D:], q[D:], gamma[D:], torch.zeros_like(omega), **sequences)
     except (TypeError, ValueError) as error:
-        raise type(error)(_NAME.sub("bidirectional_cema: ", str(error))) from error
+        raise type(error)(_CEMA_PREFIX.sub("bidirectional_cema: ", str(error))) from error
     after = _reorder(z, order)[:, 1:]  # z includes the position itself
     if cu_seqlens is not None:
-        after = after.masked_fill((order[1:] != order[:-1] - 1)[:, None], 0)  # another sequence
+        after = after.masked_fill((order[1:] != order[:-1] - 1)[:, None], 0)  # the next token is in another sequence
     return y + torch.cat((after, torch.zeros_like(z[:, :1])), 1)  # torch 2.5's pad refuses tensors without elements
 
 
@@ -90,7 +90,7 @@ def _reorder(x: Tensor, order: Tensor) -> Tensor:
 
 
 def mirrored_tokens(x: Tensor, cu_seqlens: Tensor | None, lengths: Tensor | None) -> Tensor:
-    """(B L,) int64: index of each token in the reversed sequences; tokens in no sequence keep their own.
+    """Return the index of each token in the reversed sequences, (B L,) int64; tokens in no sequence keep their index.
 
     Example:
         >>> import torch

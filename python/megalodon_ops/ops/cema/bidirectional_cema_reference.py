@@ -1,6 +1,6 @@
 """CEMA in both directions of time, for encoders.
 
-The coefficients have 2 D rows, the first D for the positions up to t, the others for the positions after t:
+The coefficients have 2 D rows: the first D (1) are for the positions up to t, the others (2) for those after t:
 
     y_t = Re sum_n ( gamma1_n sum_{s <= t} p1_n q1_n^(t - s) x_s + gamma2_n sum_{s > t} p2_n q2_n^(s - t - 1) x_s ) + omega x_t
 
@@ -54,7 +54,10 @@ def bidirectional_cema_bwd(
     cu_seqlens: Tensor | None = None,
     lengths: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Add cema_bwd of both directions: z_t of the reversed CEMA entered y_{t-1}. Returns dx, dp, dq, dgamma, domega."""
+    """Add cema_bwd of both directions. Returns dx, dp, dq, dgamma, domega.
+
+    The forward adds the output z_t of the reversed CEMA to y_{t-1}, so dz_t = dy_{t-1}.
+    """
     D = x.shape[-1]
     first = p[:D], q[:D], gamma[:D], omega
     dx, *dfirst, domega, _ = cema_bwd(dy, None, x, *first, cu_seqlens=cu_seqlens, lengths=lengths)

@@ -1,4 +1,4 @@
-"""`cema`: the complex exponential moving average, a recurrence in time with N complex states a channel.
+"""`cema`: the complex exponential moving average, a recurrence in time with N complex states per channel.
 
 `cema_end_state`: the final state of the recurrence, without its output.
 """
@@ -35,7 +35,7 @@ def cema(
         p: (D, N) float32, or float64 for a float64 `x`.
         q, gamma: (D, N) complex64, or complex128 for a float64 `x`; \|q\| <= 1 for a stable recurrence.
         omega: (D,) as `p`.
-        state: (S, D, N) complex, h before the first position; None: zero. S is B, or the number of packed sequences.
+        state: (S, D, N) complex, h before the first position; None: zeros. S is B, or the number of packed sequences.
         return_state: also return h after each sequence's last position.
         cu_seqlens: (S + 1,) int64 or int32 offsets of sequences packed into one row (B = 1).
         lengths: (B,) int64 or int32, number of positions in each right-padded row.
@@ -47,8 +47,8 @@ def cema(
     Raises:
         ValueError: a shape or a value is wrong. TypeError: a dtype is wrong. Second derivatives are not supported.
 
-    Gradients go to every tensor, `state` included, complex ones in torch's convention. Only the inputs are kept for
-    the backward, which is deterministic for every number of threads.
+    Every tensor has a gradient, `state` included; complex gradients follow torch's convention. Only the inputs are kept
+    for the backward, which is deterministic for every number of threads.
 
     Arrays of other libraries: see :mod:`megalodon_ops.ops.common.arrays`.
 
@@ -80,12 +80,12 @@ def cema_end_state(
     cu_seqlens: Tensor | None = None,
     lengths: Tensor | None = None,
 ) -> Tensor:
-    r"""The state of :func:`cema` after each sequence, from a state of zero; no output is computed.
+    r"""The state of :func:`cema` after each sequence that starts from zeros; y is not computed.
 
     .. math:: h_L = \sum_{t=1}^{L} q^{L-t}\, p\, x_t
 
-    A piece of c positions maps a state h to :math:`q^c h` plus its own end state, so pieces of a sequence may be
-    scanned separately, also on several devices, and their states merged.
+    c positions map a state h to :math:`q^c h` plus their own end state. So parts of a sequence can be scanned
+    separately, also on several devices, and their states merged.
 
     Args:
         x: (B, L, D) float32, float64, bfloat16 or float16, arbitrary strides (copied once if not contiguous).
@@ -100,7 +100,7 @@ def cema_end_state(
     Raises:
         ValueError: a shape or a value is wrong. TypeError: a dtype is wrong. Second derivatives are not supported.
 
-    Gradients go to x, p and q, in torch's convention. Only the inputs are kept for the backward, which is deterministic
+    x, p and q have gradients, in torch's convention. Only the inputs are kept for the backward, which is deterministic
     for every number of threads.
 
     Arrays of other libraries: see :mod:`megalodon_ops.ops.common.arrays`.
@@ -130,7 +130,7 @@ def _fwd(x, p, q, gamma, omega, state, cu_seqlens, lengths, return_state):
 
 
 def _fwd_fake(x, p, q, gamma, omega, state, cu_seqlens, lengths, return_state):
-    """An unwanted state is empty, as torch's schemas have no optional results."""
+    """Without `return_state`, the state has no elements, as torch's schemas have no optional results."""
     shape = (num_sequences(x.shape[0], cu_seqlens), *q.shape) if return_state else (0,)
     return empty_like(x), q.new_empty(shape)
 

@@ -12,20 +12,20 @@ from ..common.checks import check_device, check_tensor
 
 
 def cema_coefficients(alpha: Tensor, delta: Tensor, theta: Tensor, gamma: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    r"""Input weights, decays and output weights of a complex EMA, on the CPU in one pass, forward and backward.
+    r"""Input weights, decays and output weights of a complex EMA.
 
     .. math:: p = \sigma(\alpha), \qquad q_n = (1 - p_n \sigma(\delta_n)) e^{2 \pi i \sigma(\theta) n / N}, \qquad
               \gamma_n = (\gamma_{n,0} + i \gamma_{n,1}) / \sqrt{N}, \qquad n = 1, ..., N
 
-    On other devices torch computes the coefficients.
+    On the CPU, forward and backward are one kernel each. On other devices torch computes the coefficients.
 
     Args:
         alpha, delta: (D, N, 1) float32 or float64.
-        theta: (D, 1, 1) as `alpha`.
-        gamma: (D, N, 2) as `alpha`, real and imaginary parts.
+        theta: (D, 1, 1), dtype of `alpha`.
+        gamma: (D, N, 2), dtype of `alpha`, real and imaginary parts.
 
     Returns:
-        p (D, N) as `alpha`; q and gamma (D, N) complex64, or complex128 for a float64 `alpha`.
+        p (D, N), dtype of `alpha`; q and gamma (D, N) complex64, or complex128 for a float64 `alpha`.
 
     Raises:
         ValueError: a shape is wrong. TypeError: a dtype is wrong. NotImplementedError: second derivatives are not
@@ -55,7 +55,7 @@ def cema_coefficients(alpha: Tensor, delta: Tensor, theta: Tensor, gamma: Tensor
 
 
 def _by_torch(alpha, delta, theta, gamma):
-    """Forward without a kernel; autograd differentiates it."""
+    """Compute the coefficients by torch's functions, which autograd differentiates."""
     N = alpha.shape[1]
     p, modes = torch.sigmoid(alpha[..., 0]), torch.arange(1, N + 1, dtype=alpha.dtype, device=alpha.device)
     phase = modes * (torch.sigmoid(theta[..., 0]) * (2 * math.pi / N))
@@ -91,8 +91,8 @@ def _flops(alpha):
 
 
 def _bwd_flops(alpha):
-    sigmoids, radius, angle, along_and_across, dalpha, ddelta, dtheta, dgamma = 6, 2, 1, 8, 5, 4, 3, 2
-    return alpha.numel() * (sigmoids + radius + angle + along_and_across + dalpha + ddelta + dtheta + dgamma)
+    sigmoids, radius, angle, a_and_b, dalpha, ddelta, dtheta, dgamma = 6, 2, 1, 8, 5, 4, 3, 2
+    return alpha.numel() * (sigmoids + radius + angle + a_and_b + dalpha + ddelta + dtheta + dgamma)
 
 
 cema_coefficients_bwd = define_op(

@@ -23,7 +23,7 @@ def cema_coefficients(
     theta: Tensor,  # (D, 1, 1)
     gamma: Tensor,  # (D, N, 2)
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Returns p (D, N), q and gamma (D, N) complex.
+    """Return p (D, N), q (D, N) complex and gamma (D, N) complex.
 
     >>> zeros = torch.zeros(1, 1, 1, dtype=torch.float64)
     >>> p, q, gamma = cema_coefficients(zeros, zeros, zeros, torch.ones(1, 1, 2, dtype=torch.float64))
@@ -42,30 +42,29 @@ def cema_coefficients_bwd(
     delta: Tensor,
     theta: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Returns dalpha, ddelta, dtheta, dgamma. With a + i b = dq exp(-2 pi i t), the parts of dq along q and across it:
+    """Return dalpha, ddelta, dtheta, dgamma. Let a + i b = dq exp(-2 pi i t): a is the part of dq along q, b across q.
 
-        r       ->   a                then, by r = 1 - p s(delta):
-        t       ->   2 pi r b
-        p       ->   dp - a s(delta), dalpha = (dp - a s(delta)) p (1 - p)
-                                      ddelta = -a p s(delta) (1 - s(delta))
-                                      dtheta = s(theta) (1 - s(theta)) sum_n 2 pi r_n b_n n / N
-        gamma   ->   dgamma = dscaled / sqrt(N), its real and imaginary parts
+        q = r exp(2 pi i t)      ->   dr = a               dt = 2 pi r b
+        r = 1 - p s(delta)       ->   dp += -a s(delta)    ddelta = -a p s(delta) (1 - s(delta))
+        p = s(alpha)             ->   dalpha = dp p (1 - p)
+        t_n = s(theta) n / N     ->   dtheta = s(theta) (1 - s(theta)) sum_n 2 pi r_n b_n n / N
+        scaled gamma             ->   dgamma = dscaled / sqrt(N), its real and imaginary parts
 
     Factors such as p (1 - p) are the derivative of the sigmoid, ds/dx = s (1 - s).
     """
-    ndim = alpha.shape[1]
+    num_modes = alpha.shape[1]
     p, radius, phase = _polar(alpha, delta, theta)
-    along_across = dq * torch.polar(torch.ones_like(phase), -phase)
-    a, b = along_across.real, along_across.imag
-    s, angle = torch.sigmoid(delta[..., 0]), torch.sigmoid(theta[..., 0])
-    dalpha = (dp - a * s) * p * (1 - p)
-    ddelta = -a * p * s * (1 - s)
-    dtheta = (angle * (1 - angle)) * (2 * math.pi / ndim) * (b * radius * _modes(alpha)).sum(1, keepdim=True)
-    return dalpha[..., None], ddelta[..., None], dtheta[..., None], torch.view_as_real(dscaled) / math.sqrt(ndim)
+    rotated_dq = dq * torch.polar(torch.ones_like(phase), -phase)
+    a, b = rotated_dq.real, rotated_dq.imag
+    s_delta, s_theta = torch.sigmoid(delta[..., 0]), torch.sigmoid(theta[..., 0])
+    dalpha = (dp - a * s_delta) * p * (1 - p)
+    ddelta = -a * p * s_delta * (1 - s_delta)
+    dtheta = (s_theta * (1 - s_theta)) * (2 * math.pi / num_modes) * (b * radius * _modes(alpha)).sum(1, keepdim=True)
+    return dalpha[..., None], ddelta[..., None], dtheta[..., None], torch.view_as_real(dscaled) / math.sqrt(num_modes)
 
 
 def _polar(alpha: Tensor, delta: Tensor, theta: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """p, the decay r and the phase in radians, (D, N)."""
+    """Return p, the decay r and the phase in radians, each (D, N)."""
     p = torch.sigmoid(alpha[..., 0])
     phase = _modes(alpha) * (torch.sigmoid(theta[..., 0]) * (2 * math.pi / alpha.shape[1]))
     return p, 1 - p * torch.sigmoid(delta[..., 0]), phase

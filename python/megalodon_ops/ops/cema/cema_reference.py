@@ -9,7 +9,7 @@ Unrolled from h_0, this is a convolution with a kernel that decays as |q|^j:
 
     y_t = sum_{j=0}^{t-1} Re( sum_n gamma_n p_n q_n^j ) x_{t-j} + Re( sum_n gamma_n q_n^t h_0[n] ) + omega x_t
 
-Positions compose: c of them map h to q^c h + (their result from h = 0). So a sequence can be cut into spans that are
+c positions map h to q^c h plus the end state that they give from h = 0. So a sequence can be split into spans that are
 scanned in parallel.
 
 dtypes: x and y float32, float64, bfloat16 or float16; p, q, gamma, omega, the state and all sums float32 (complex64),
@@ -67,7 +67,7 @@ def cema_bwd(
     cu_seqlens: Tensor | None = None,
     lengths: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """The adjoint of `cema`: a scan backwards in time. Returns dx, dp, dq, dgamma, domega, dstate.
+    """Scan backwards in time: the adjoint of `cema`. Returns dx, dp, dq, dgamma, domega, dstate.
 
     The gradient of a real loss with respect to a complex z is dz = dloss/dRe z + i dloss/dIm z (torch's
     convention), so a small change of z changes the loss by Re(conj(dz) delta z). A product w = a z then gives
@@ -119,7 +119,7 @@ def cema_end_state(
     cu_seqlens: Tensor | None = None,  # (S + 1,)
     lengths: Tensor | None = None,  # (B,)
 ) -> Tensor:
-    """The last h of each sequence (S, D, N) from h_0 = 0: h_L = sum_t q^(L-t) p x_t.
+    """Return the last h of each sequence (S, D, N) from h_0 = 0: h_L = sum_t q^(L-t) p x_t.
 
     >>> cema_end_state(torch.tensor([[[4.0], [2.0], [1.0]]]), torch.ones(1, 1), torch.tensor([[0.5j]])).item()
     1j
@@ -136,7 +136,7 @@ def cema_end_state_bwd(
     cu_seqlens: Tensor | None = None,
     lengths: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The adjoint of `cema_end_state`: that of `cema` where y has no gradient. Returns dx, dp, dq.
+    """Apply the adjoint of `cema` to `dstate` alone, with dy = 0. Returns dx, dp, dq.
 
     g_L = dstate,    g_t = conj(q) g_{t+1}                          t = L-1 .. 1
     dx_t = sum_n p_n Re g_t[n],    dp = sum_t x_t Re g_t,    dq = sum_t conj(h_{t-1}) g_t
@@ -146,7 +146,7 @@ def cema_end_state_bwd(
 
 
 def _scan(x: Tensor, p: Tensor, q: Tensor, h: Tensor | None) -> Tensor:
-    """x (n, D) -> h_0 .. h_n (n + 1, D, N)."""
+    """Return h_0 .. h_n (n + 1, D, N) for x (n, D)."""
     h = torch.zeros_like(q) if h is None else h
     states = [h]
     for x_t in x:
@@ -156,7 +156,7 @@ def _scan(x: Tensor, p: Tensor, q: Tensor, h: Tensor | None) -> Tensor:
 
 
 def _stack(states: list[Tensor], like: Tensor) -> Tensor:
-    """S tensors (D, N) -> (S, D, N), also for S = 0."""
+    """Stack S tensors (D, N) to (S, D, N), also for S = 0."""
     return torch.stack(states) if states else like.new_zeros(0, *like.shape)
 
 
