@@ -16,39 +16,39 @@ struct TimestepNormParams {
   int64_t groups;        // G, divides D
   double eps;
   const void* x;         // (T, D)
-  const void* weight;    // (D) R; the gain is 1 + weight; null if only end states are wanted
-  const void* bias;      // (D) R; null as weight
-  const int64_t* count;  // (S) timesteps seen, or null: a fresh state
+  const void* weight;    // (D) R; the gain is 1 + weight; null with `ends_only`
+  const void* bias;      // (D) R; null with `ends_only`
+  const int64_t* count;  // (S) number of timesteps before this call, or null for zeros
   const void* mean;      // (S, G) R; null if count is null
   const void* var;       // (S, G) R; null if count is null
-  const void* residual;  // (S, 2, G) R: of mean, of var; or null: zero
+  const void* residual;  // (S, 2, G) R: residuals of mean and of var, or null for zeros
   void* workspace;       // scratch memory of a CUDA kernel, 256-byte aligned; null on the CPU
 };
 
 struct TimestepNormFwdParams : TimestepNormParams {
   void* y;             // (T, D)
-  void* stats;         // (3, T, G) R: mean, residual of mean, 1 / sqrt(var + eps), after step t; on CUDA unwritten if
-                       // D = 0; or null: not wanted
-  int64_t* count_out;  // (S), or null: no end state wanted
+  void* stats;         // (3, T, G) R: mean, its residual, and 1 / sqrt(var + eps), after each timestep; null if not
+                       // needed. CUDA kernels leave it unwritten if D = 0
+  int64_t* count_out;  // (S); null if the end state is not needed
   void* mean_out;      // (S, G) R
   void* var_out;       // (S, G) R
   void* residual_out;  // (S, 2, G) R
-  bool ends_only;      // only the end states are wanted: y and stats are null
+  bool ends_only;      // compute the end states alone; y and stats are null
 };
 
 struct TimestepNormBwdParams : TimestepNormParams {
   const void* stats;     // (3, T, G) R, from the forward
   const void* dy;        // (T, D)
-  const void* dmean_out;  // (S, G) R, or null: zero
-  const void* dvar_out;   // (S, G) R, or null: zero
+  const void* dmean_out;  // (S, G) R, or null for zeros
+  const void* dvar_out;   // (S, G) R, or null for zeros
   void* dx;              // (T, D)
   void* dweight;         // (D) R
   void* dbias;           // (D) R
-  void* dmean;           // (S, G) R, or null: not wanted
-  void* dvar;            // (S, G) R, or null: not wanted
+  void* dmean;           // (S, G) R; null if not needed
+  void* dvar;            // (S, G) R; null if not needed
 };
 
-// Backward of a call that returned only the end states of fresh sequences.
+// Backward of a call that computed the end states alone, of sequences without an initial state.
 struct TimestepNormEndStateBwdParams {
   DType dtype;               // of x, dx
   Sequences sequences;       // S sequences in T tokens
@@ -57,8 +57,8 @@ struct TimestepNormEndStateBwdParams {
   const void* x;             // (T, D)
   const void* mean_out;      // (S, G) R, from the forward
   const void* residual_out;  // (S, 2, G) R, from the forward
-  const void* dmean_out;     // (S, G) R, or null: zero
-  const void* dvar_out;      // (S, G) R, or null: zero
+  const void* dmean_out;     // (S, G) R, or null for zeros
+  const void* dvar_out;      // (S, G) R, or null for zeros
   void* dx;                  // (T, D)
   void* workspace;           // as in TimestepNormParams
 };

@@ -1,12 +1,13 @@
 // The backward of timestep norm. Phases and bytes moved: timestep_norm_cpu.cpp.
 //
-// Rows are visited from the end. U, V: gradients of mean and var after row t; u = U / n, v = V / n need sums alone:
+// Rows are visited from the end. If U and V are the gradients of mean and var after row t, then u = U / n and v = V / n
+// follow from sums:
 //   db = sum_F dy (1 + weight);  ds = sum_F dy (1 + weight) (x - mean')
 //   v' = v - rstd^3 ds / (2 n');  p = u - rstd db / n';  u' = p - 2 v' (mean' - mean)
 //   dx = dy rstd (1 + weight) + (p + 2 v' (x - mean')) / F;  dweight = sum_T dy (x - mean') rstd;  dbias = sum_T dy
-// A run scanned from zero is corrected by (u0, v0) at its end: v' += v0, p += u0 - 2 v0 (mean_end - mean').
+// A run scanned from u = v = 0 is corrected by u0 and v0 at its end: v' += v0, p += u0 - 2 v0 (mean_end - mean').
 //
-// Shares of dweight and dbias are R within a block and go to one of kSlots sums in double, in order of time.
+// A block sums dweight and dbias in R, then adds the sums to one of kSlots sums in double, in the order of the blocks.
 
 #include "timestep_norm_plan.h"
 
@@ -15,7 +16,7 @@ namespace {
 
 constexpr int64_t kSlots = 64;  // number of sums for dweight and dbias
 
-// The backward on one thread. Its scratch holds G values for each row of a block.
+// The backward on one thread. Each scratch array holds G values for each row of a block.
 template <class T>
 class Backward {
   using R = Compute<T>;
@@ -26,33 +27,33 @@ class Backward {
       : p(params), plan(plan), turns(turns), slots(slots), G(p.groups), D(p.channels), mean_(scratch_size()),
         v_after_(scratch_size()), p_(scratch_size()), uv_(2 * G), before_(2 * G), hi_(scratch_size()),
         lo_(scratch_size()), rstd_(scratch_size()), db_then_level_(scratch_size()), ds_then_slope_(scratch_size()),
-        shares_(2 * plan.channels.vectors * lanes),
+        block_sums_(2 * plan.channels.vectors * lanes),
         streams_(worth_streaming(static_cast<const T*>(p.dx), p.sequences.tokens, D)) {}
 
   void operator()(int64_t block) {
     const int64_t place = plan.blocks - 1 - block;
     const int64_t from = block * plan.rows, to = smaller(from + plan.rows, p.sequences.tokens);
-    int64_t cut_s = -1, cut_begin = 0;
+    int64_t continued_s = -1, continued_begin = 0;
     p.sequences.for_each_run(from, to, [&](int64_t s, int64_t a, int64_t b) {
       if (s < 0) return;
       scan(s, a, b, (a - from) * G);
       if (b == p.sequences.end(s)) return deliver(place, s, a);
-      cut_s = s, cut_begin = a;
+      continued_s = s, continued_begin = a;
     });
-    if (cut_s >= 0) {
+    if (continued_s >= 0) {
       plan.relay.wait(place - 1);
-      merge(plan.relay.carry(place - 1), (cut_begin - from) * G, to - cut_begin);
-      deliver(place, cut_s, cut_begin);
+      merge(plan.relay.carry(place - 1), (continued_begin - from) * G, to - continued_begin);
+      deliver(place, continued_s, continued_begin);
     }
-    std::memset(shares_.get(), 0, static_cast<size_t>(2 * plan.channels.vectors * lanes) * sizeof(R));
+    std::memset(block_sums_.get(), 0, static_cast<size_t>(2 * plan.channels.vectors * lanes) * sizeof(R));
     p.sequences.for_each_run(from, to, [&](int64_t s, int64_t a, int64_t b) { write(s, a, b, (a - from) * G); });
-    add_shares(place);
+    add_block_sums(place);
   }
 
  private:
   int64_t scratch_size() const { return plan.rows * G + lanes; }
 
-  // Scans the rows [a, b), at `at` in scratch, from their end: fills v_after_ and p_; uv_ becomes u and v before a.
+  // Scans the rows [a, b) from their end. Fills v_after_ and p_ from index `at` on; uv_ becomes u and v before row a.
   void scan(int64_t s, int64_t a, int64_t b, int64_t at) {
     const int64_t size = (b - a) * G, plane = p.sequences.tokens * G;
     const R* stats = static_cast<const R*>(p.stats) + a * G;
@@ -118,7 +119,7 @@ class Backward {
     }
   }
 
-  // Corrects `rows` rows scanned from u = v = 0 by the u and v at their end, `carry`.
+  // Corrects `rows` rows, scanned from u = v = 0, by u and v at their end, which are in `carry`.
   void merge(const double* carry, int64_t at, int64_t rows) {
     const double *u0 = carry, *v0 = carry + G, *mean = &mean_[at], *mean_end = mean + (rows - 1) * G;
     for (int64_t row = 0; row < rows; ++row, mean += G, at += G) {
@@ -135,7 +136,8 @@ class Backward {
     }
   }
 
-  // Passes u and v before token `begin` of sequence s to the previous block, or stores the gradient of the state.
+  // Takes u and v before token `begin` of sequence s. If the sequence begins there, stores the gradients of its initial
+  // state, else passes u and v to the previous block.
   void deliver(int64_t place, int64_t s, int64_t begin) {
     if (begin == p.sequences.begin(s)) return store_state_gradient<R>(p, s, uv_.get());
     std::memcpy(plan.relay.carry(place), uv_.get(), static_cast<size_t>(2 * G) * sizeof(double));
@@ -170,7 +172,7 @@ class Backward {
     const T *x = static_cast<const T*>(p.x) + a * D, *dy = static_cast<const T*>(p.dy) + a * D;
     T* dx = static_cast<T*>(p.dx) + a * D;
     const R* gain = plan.gain.get();
-    R *dweight = shares_.get(), *dbias = dweight + plan.channels.vectors * lanes;
+    R *dweight = block_sums_.get(), *dbias = dweight + plan.channels.vectors * lanes;
     plan.channels.template for_each_vector_with_statistics<rows>(
         stats, [=, D = D](int64_t j, int64_t c, int64_t n, auto& s) __attribute__((always_inline)) {
           Vec<R> dw = zeros<R>(), db = zeros<R>();
@@ -192,17 +194,17 @@ class Backward {
         });
   }
 
-  // Adds the block's shares of dweight and dbias to slot place % kSlots, after place - kSlots has added its own.
-  void add_shares(int64_t place) {
+  // Adds the block's sums for dweight and dbias to slot place % kSlots, after place - kSlots has added its own.
+  void add_block_sums(int64_t place) {
     const Channels<R>& channels = plan.channels;
     const int64_t last = D > 0 ? channels.vectors - 1 : 0, overlap = last * lanes - channels.offset(last);
     double* slot = slots + place % kSlots * 2 * D;
     if (place >= kSlots) turns.wait(place - kSlots);
     for (int i = 0; i < 2; ++i, slot += D) {
-      const R* share = shares_.get() + i * channels.vectors * lanes;
+      const R* sum = block_sums_.get() + i * channels.vectors * lanes;
       if (place < kSlots) std::memset(slot, 0, static_cast<size_t>(D) * sizeof(double));
-      for (int64_t c = 0; c < last * lanes; ++c) slot[c] += share[c];
-      for (int64_t c = last * lanes; c < D; ++c) slot[c] += share[c + overlap];
+      for (int64_t c = 0; c < last * lanes; ++c) slot[c] += sum[c];
+      for (int64_t c = last * lanes; c < D; ++c) slot[c] += sum[c + overlap];
     }
     turns.publish(place);
   }
@@ -213,11 +215,12 @@ class Backward {
   double* const slots;
   const int64_t G, D;
   Scratch<double> mean_, v_after_, p_;   // mean', v' and p of the block's rows
-  Scratch<double> uv_, before_;          // u and v before the current row; mean, and unused var, before the run
+  Scratch<double> uv_;                   // u and v before the current row
+  Scratch<double> before_;               // mean before the run, and var, which is not used
   Scratch<R> hi_, lo_, rstd_;            // mean' = hi + lo and rstd of the block's rows
   Scratch<R> db_then_level_;             // db of the block's rows; after write(), p / F
   Scratch<R> ds_then_slope_;             // ds of the block's rows; after write(), 2 v' / F
-  Scratch<R> shares_;                    // of dweight, then of dbias
+  Scratch<R> block_sums_;                // for dweight, then for dbias
   const bool streams_;
 };
 
@@ -245,7 +248,7 @@ void backward(const TimestepNormBwdParams& p) {
   }
 }
 
-// Backward of end states alone, on one thread, for a sequence of n tokens without an initial state:
+// Backward of end states alone, on one thread. For a sequence of n tokens:
 //   dx = (dmean + 2 dvar (x - mean)) / (n F)
 template <class T>
 class EndStateBackward {
@@ -264,22 +267,22 @@ class EndStateBackward {
         std::memset(static_cast<T*>(p.dx) + a * D, 0, static_cast<size_t>((b - a) * D) * sizeof(T));
         return;
       }
-      take_up(s);
+      load_sequence(s);
       for (int64_t row = a; row < b; ++row) streams_ ? write_row<true>(row) : write_row<false>(row);
     });
   }
 
  private:
-  // dx = level + slope (x - mean); the level includes the mean's residual.
-  void take_up(int64_t s) {
-    const double share = 1 / static_cast<double>(p.sequences.length(s) * (D / G));
+  // Loads sequence s: dx = level + slope (x - mean). The level includes the mean's residual.
+  void load_sequence(int64_t s) {
+    const double factor = 1 / static_cast<double>(p.sequences.length(s) * (D / G));
     const R *mean = static_cast<const R*>(p.mean_out) + s * G, *residual = static_cast<const R*>(p.residual_out) + 2 * s * G;
     const R *dmean = static_cast<const R*>(p.dmean_out), *dvar = static_cast<const R*>(p.dvar_out);
     for (int64_t g = 0; g < G; ++g) {
-      const double slope = dvar ? 2 * share * dvar[s * G + g] : 0;
+      const double slope = dvar ? 2 * factor * dvar[s * G + g] : 0;
       mean_[g] = mean[g];
       slope_[g] = static_cast<R>(slope);
-      level_[g] = static_cast<R>((dmean ? share * dmean[s * G + g] : 0) - slope * residual[g]);
+      level_[g] = static_cast<R>((dmean ? factor * dmean[s * G + g] : 0) - slope * residual[g]);
     }
   }
 

@@ -4,17 +4,18 @@
 //   mean' = mean + c2 (gm - mean);  var' = c1 var + c2 (gv + c1 (gm - mean)^2);  rstd = 1 / sqrt(var' + eps)
 //   y = (x - mean') rstd (1 + weight) + bias
 //
-// The T tokens are cut into blocks of rows that stay in L2, across sequences; the cut depends on shapes alone.
-// A thread takes the next block in order of time (backward, timestep_norm_bwd_cpu.cpp: from the end) and
+// The T tokens are divided into blocks of rows that fit in L2. A block may have rows of several sequences; the division
+// depends on shapes alone. A thread takes the next block in order of time (backward, timestep_norm_bwd_cpu.cpp: from
+// the end) and
 //   1. reduces each row's groups, F channels to two numbers, kLanes groups at a time, merging lanes by a transposition;
-//   2. scans each run of one sequence along time, in double, G values per row. A run that starts inside its sequence is
-//      scanned as if fresh, and merged with the previous block's carry when that arrives;
-//   3. writes y, or dx and the block's share of dweight and dbias; nothing if only the end states are wanted.
+//   2. scans each run of rows of one sequence along time, in double, G values per row. A run that starts inside its
+//      sequence is scanned without an initial state, and merged with the previous block's carry when the carry arrives;
+//   3. writes y; backward: writes dx, and sums dweight and dbias over the block. With `ends_only` it writes nothing.
 // Only the carry, 2 G doubles, is passed from block to block: threads wait for a merge, not for each other's rows.
 //
 // Memory traffic, in elements: forward x, y; backward x, dy, dx; plus 3 T G statistics. Rows are read twice: first from
-// memory, prefetched a page ahead, then from L2. Large outputs bypass the caches; ordinary stores first read the line
-// that they overwrite, so it is prefetched as well.
+// memory, prefetched some pages ahead, then from L2. Large outputs bypass the caches. Other outputs are prefetched,
+// too, because a store first reads the line that it overwrites.
 //
 // Groups in vectors: if F is a multiple of kLanes, a vector has one group; else each vector permutes its groups'
 // statistics to its channels, e.g. F = 3, kLanes = 8: channels 8..15 are in groups 2 3 3 3 4 4 4 5.
@@ -26,7 +27,7 @@
 namespace megalodon::MEGALODON_ISA {
 namespace {
 
-// The forward on one thread. Its scratch holds G values for each row of a block.
+// The forward on one thread. Each scratch array holds G values for each row of a block.
 template <class T>
 class Forward {
   using R = Compute<T>;
@@ -39,17 +40,17 @@ class Forward {
 
   void operator()(int64_t block) {
     const int64_t from = block * plan.rows, to = smaller(from + plan.rows, p.sequences.tokens);
-    int64_t cut_s = -1, cut_end = 0;
+    int64_t continued_s = -1, continued_end = 0;
     p.sequences.for_each_run(from, to, [&](int64_t s, int64_t a, int64_t b) {
       if (s < 0) return;
       scan(s, a, b, (a - from) * G);
       if (a == p.sequences.begin(s)) return deliver(block, s, b, (b - 1 - from) * G);
-      cut_s = s, cut_end = b;
+      continued_s = s, continued_end = b;
     });
-    if (cut_s >= 0) {
+    if (continued_s >= 0) {
       plan.relay.wait(block - 1);
-      merge(plan.relay.carry(block - 1), count_before(p, cut_s, from), cut_end - from);
-      deliver(block, cut_s, cut_end, (cut_end - 1 - from) * G);
+      merge(plan.relay.carry(block - 1), count_before(p, continued_s, from), continued_end - from);
+      deliver(block, continued_s, continued_end, (continued_end - 1 - from) * G);
     }
     if (p.ends_only) return;
     p.sequences.for_each_run(from, to, [&](int64_t s, int64_t a, int64_t b) { write(s, a, b, (a - from) * G); });
@@ -58,7 +59,7 @@ class Forward {
  private:
   int64_t scratch_size() const { return plan.rows * G + kLanes<R>; }
 
-  // Fills mean_ and var_ after each of the rows [a, b), which start at `at` in scratch.
+  // Fills mean_ and var_, from index `at` on, with the statistics after each of the rows [a, b).
   void scan(int64_t s, int64_t a, int64_t b, int64_t at) {
     const T* x = static_cast<const T*>(p.x);
     R *hi = &hi_[at], *lo = &lo_[at], *row_var = &rstd_[at];
@@ -83,21 +84,24 @@ class Forward {
     }
   }
 
-  // Merges n earlier rows of statistics (carry, carry + G) into the block's first rows, scanned as if fresh.
+  // Merges the statistics of n earlier rows into those of the block's first rows, scanned without an initial state. The
+  // earlier mean is at `carry`, the variance at carry + G.
   void merge(const double* carry, double n, int64_t rows) {
     for (int64_t row = 0; row < rows; ++row) {
       double *mean = &mean_[row * G], *var = &var_[row * G];
-      const double after = static_cast<double>(row + 1) / (n + static_cast<double>(row + 1)), before = 1 - after;
+      const double new_share = static_cast<double>(row + 1) / (n + static_cast<double>(row + 1));
+      const double old_share = 1 - new_share;
 #pragma omp simd
       for (int64_t g = 0; g < G; ++g) {
         const double d = mean[g] - carry[g];
-        mean[g] = carry[g] + after * d;
-        var[g] = before * carry[G + g] + after * (var[g] + before * d * d);
+        mean[g] = carry[g] + new_share * d;
+        var[g] = old_share * carry[G + g] + new_share * (var[g] + old_share * d * d);
       }
     }
   }
 
-  // Passes the statistics after token `end` - 1 of sequence s to the next block, or stores them as its state.
+  // Takes the statistics at `at`, before token `end` of sequence s. If the sequence ends there, stores them as its end
+  // state, else passes them to the next block.
   void deliver(int64_t block, int64_t s, int64_t end, int64_t at) {
     if (end == p.sequences.end(s)) return store_state<R>(p, s, &mean_[at], &var_[at]);
     std::memcpy(plan.relay.carry(block), &mean_[at], static_cast<size_t>(G) * sizeof(double));
@@ -180,7 +184,7 @@ void forward(const TimestepNormFwdParams& p) {
     const double work = 4.0 * static_cast<double>(p.sequences.tokens * p.channels);
     parallel_jobs<StreamFence>(plan.blocks, work, [&] { return Forward<T>(p, plan); });
   }
-  for (int64_t s = 0; p.count_out && s < p.sequences.count; ++s)  // last: count_out may be `count`
+  for (int64_t s = 0; p.count_out && s < p.sequences.count; ++s)  // last, because count_out may be `count`
     p.count_out[s] = (p.count ? p.count[s] : 0) + p.sequences.length(s);
 }
 

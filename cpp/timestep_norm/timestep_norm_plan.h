@@ -1,4 +1,5 @@
-// Shared by the forward and backward of timestep_norm: statistics of single rows, states, the division into blocks.
+// Code that the forward and the backward of timestep_norm share: statistics of single rows, states, division into
+// blocks.
 #pragma once
 
 #include "channel_groups.h"
@@ -8,11 +9,11 @@
 
 namespace megalodon::MEGALODON_ISA {
 
-constexpr int64_t kBlockBytes = 160 << 10;  // of each tensor read
-constexpr int64_t kMaxRows = 512;
+constexpr int64_t kBlockBytes = 160 << 10;  // of each input tensor in a block
+constexpr int64_t kMaxRows = 512;           // of a block
 
-// Sum and squared deviations from the mean, over the same number of values in each lane. Unlike a sum of squares,
-// merging neither cancels nor reads the values twice.
+// For each lane, the sum of some values, and the sum of their squared deviations from their mean. All lanes have the
+// same number of values. Unlike a sum of squares, this cannot cancel; unlike two passes, it reads each value once.
 template <class R>
 struct Moments {
   Vec<R> sum, squares;
@@ -22,7 +23,7 @@ MEGALODON_INLINE Moments<R> merge_moments(const Moments<R>& a, const Moments<R>&
   const Vec<R> difference = a.sum - b.sum;
   return {a.sum + b.sum, a.squares + b.squares + difference * difference * (R{0.5} / static_cast<R>(values))};
 }
-// Moments of the elements of `count` vectors, minus `shift`.
+// Moments of the differences from `shift` of the elements of `count` vectors.
 template <int count, class T, class R = Compute<T>>
 MEGALODON_INLINE Moments<R> moments_of(const T* x, Vec<R> shift) {
   constexpr int half = count / 2;
@@ -35,7 +36,8 @@ MEGALODON_INLINE Moments<R> moments_of(const T* x, Vec<R> shift) {
     return merge_moments<R>(moments_of<half>(x, shift), moments_of<half>(x + half * kLanes<R>, shift), half);
   }
 }
-// Lane i: moments of all lanes of group(i), which holds `values` values per lane. Depth first, so few are live.
+// Lane i of the result has the moments of all lanes of group(i), which has `values` values per lane. The recursion is
+// depth-first, so that few vectors are live.
 template <class R, int values, int bit = 1, class Group>
 MEGALODON_INLINE Moments<R> moments_of_each(int first, Group&& group) {
   if constexpr (bit == kLanes<R>) return group(first);
@@ -47,10 +49,10 @@ MEGALODON_INLINE Moments<R> moments_of_each(int first, Group&& group) {
   }
 }
 
-// Mean (hi + lo) and biased variance of each of `groups` neighbouring groups of `vectors` vectors, in one pass over
-// their differences from a group's first element. May write kLanes values past the end of hi, lo and var.
+// Mean (hi + lo) and biased variance of each of `groups` neighbouring groups of `vectors` vectors, in one pass over the
+// differences from the group's first element. May write kLanes values past the end of hi, lo and var.
 template <int vectors, class T, class R = Compute<T>>
-void even_group_statistics(const T* x, int64_t groups, R* hi, R* lo, R* var) {
+void whole_vector_group_statistics(const T* x, int64_t groups, R* hi, R* lo, R* var) {
   constexpr int lanes = kLanes<R>, size = vectors * lanes;
   for (int64_t first = 0; first < groups; first += lanes) {
     const int64_t last = groups - 1 - first;
@@ -68,10 +70,10 @@ void even_group_statistics(const T* x, int64_t groups, R* hi, R* lo, R* var) {
   }
 }
 
-// Mean (hi + lo) and biased variance of `groups` neighbouring groups of arbitrary size, in two passes: sums of
-// differences, then of squared differences from the mean.
+// Mean (hi + lo) and biased variance of `groups` neighbouring groups of arbitrary size, in two passes: sums of the
+// differences from the group's first element, then of the squared differences from the mean.
 template <class T, class R = Compute<T>>
-void any_group_statistics(const T* x, const T* x_end, int64_t groups, int64_t size, R* hi, R* lo, R* var) {
+void arbitrary_group_statistics(const T* x, const T* x_end, int64_t groups, int64_t size, R* hi, R* lo, R* var) {
   constexpr int lanes = kLanes<R>;
   const Vec<R> channels = splat(static_cast<R>(size));
   for (int64_t first = 0; first < groups; first += lanes, x += lanes * size, hi += lanes, lo += lanes, var += lanes) {
@@ -100,20 +102,21 @@ void any_group_statistics(const T* x, const T* x_end, int64_t groups, int64_t si
 template <class T, class R = Compute<T>>
 void group_statistics(const T* x, const T* x_end, int64_t groups, int64_t size, R* hi, R* lo, R* var) {
   switch (size % kLanes<R> == 0 ? size / kLanes<R> : 0) {
-    case 1: return even_group_statistics<1>(x, groups, hi, lo, var);
-    case 2: return even_group_statistics<2>(x, groups, hi, lo, var);
-    case 4: return even_group_statistics<4>(x, groups, hi, lo, var);
-    case 8: return even_group_statistics<8>(x, groups, hi, lo, var);
-    default: return any_group_statistics(x, x_end, groups, size, hi, lo, var);
+    case 1: return whole_vector_group_statistics<1>(x, groups, hi, lo, var);
+    case 2: return whole_vector_group_statistics<2>(x, groups, hi, lo, var);
+    case 4: return whole_vector_group_statistics<4>(x, groups, hi, lo, var);
+    case 8: return whole_vector_group_statistics<8>(x, groups, hi, lo, var);
+    default: return arbitrary_group_statistics(x, x_end, groups, size, hi, lo, var);
   }
 }
 
-// Number of timesteps of sequence s before `token`, one of its own or its end, including those of its state.
+// Number of timesteps of sequence s before `token`, which is one of its tokens or its end; those of its initial state
+// count.
 inline double count_before(const TimestepNormParams& p, int64_t s, int64_t token) {
   return static_cast<double>((p.count ? p.count[s] : 0) + token - p.sequences.begin(s));
 }
 
-// The initial state of sequence s; zero if it is fresh.
+// Loads the initial state of sequence s, or zeros if it has none.
 template <class R>
 void load_state(const TimestepNormParams& p, int64_t s, double* mean, double* var) {
   const int64_t groups = p.groups, at = s * groups;
@@ -142,23 +145,23 @@ void store_state(const TimestepNormFwdParams& p, int64_t s, const double* mean, 
   }
 }
 
-// u and v after the last row of sequence s: the gradients of its end state divided by the number of timesteps.
+// Loads u and v after the last row of sequence s: the gradients of its end state divided by the number of timesteps.
 template <class R>
 void load_state_gradient(const TimestepNormBwdParams& p, int64_t s, double* uv) {
   const double n = count_before(p, s, p.sequences.end(s));
-  const R* const arriving[2] = {static_cast<const R*>(p.dmean_out), static_cast<const R*>(p.dvar_out)};
+  const R* const incoming[2] = {static_cast<const R*>(p.dmean_out), static_cast<const R*>(p.dvar_out)};
   for (int i = 0; i < 2; ++i)
-    for (int64_t g = 0; g < p.groups; ++g) uv[i * p.groups + g] = arriving[i] ? arriving[i][s * p.groups + g] / n : 0;
+    for (int64_t g = 0; g < p.groups; ++g) uv[i * p.groups + g] = incoming[i] ? incoming[i][s * p.groups + g] / n : 0;
 }
 
-// Gradients of the initial state, from u and v before the first row; those of a fresh sequence are zero.
+// Stores the gradients of the initial state of sequence s, given u and v before its first row; zeros without a state.
 template <class R>
 void store_state_gradient(const TimestepNormBwdParams& p, int64_t s, const double* uv) {
   const double n = count_before(p, s, p.sequences.begin(s));
-  R* const leaving[2] = {static_cast<R*>(p.dmean), static_cast<R*>(p.dvar)};
+  R* const outgoing[2] = {static_cast<R*>(p.dmean), static_cast<R*>(p.dvar)};
   for (int i = 0; i < 2; ++i)
-    for (int64_t g = 0; leaving[i] && g < p.groups; ++g)
-      leaving[i][s * p.groups + g] = n > 0 ? static_cast<R>(n * uv[i * p.groups + g]) : 0;
+    for (int64_t g = 0; outgoing[i] && g < p.groups; ++g)
+      outgoing[i][s * p.groups + g] = n > 0 ? static_cast<R>(n * uv[i * p.groups + g]) : 0;
 }
 
 // Data shared by all threads: gains, the vector layout, the division into blocks and the carries between them.
@@ -175,7 +178,7 @@ struct TimestepNormPlan {
     const int64_t fitting = smaller(kBlockBytes / row_bytes, kMaxRows), most = fitting < 4 ? 4 : fitting;
     const int64_t tokens = p.sequences.tokens;
     if (tokens <= most) return tokens < 4 ? 4 : tokens;
-    const int64_t blocks = (tokens + 2 * most - 1) / (2 * most) * 2;  // an even number: two threads have half each
+    const int64_t blocks = (tokens + 2 * most - 1) / (2 * most) * 2;  // even, so that two threads take half each
     return (tokens + blocks - 1) / blocks;
   }
   const Channels<R> channels;

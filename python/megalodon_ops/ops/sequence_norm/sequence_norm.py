@@ -11,9 +11,9 @@ from ..common.arrays import call_with_arrays
 from ..common.states import TimestepNormState
 from ..timestep_norm.timestep_norm import timestep_norm, timestep_norm_end_state
 
-_PARTS = re.compile("^timestep_norm(_end_state)?: ")
+_OP_PREFIX = re.compile("^timestep_norm(_end_state)?: ")
 _COUNT = 2**62
-"""count of a state that no further position changes: its share is below the last digit, also in float64"""
+"""count of a state so large that further positions do not change its statistics, not even in the last bit of float64"""
 
 
 def sequence_norm(
@@ -36,7 +36,7 @@ def sequence_norm(
         num_groups: G, divides D; group g holds the D / G neighbouring channels from g * D / G on. With G = D each
             channel has its own mean and variance.
         eps: added to the variance.
-        cu_seqlens, lengths: sequences as in :func:`cema`; padding does not count.
+        cu_seqlens, lengths: sequences as in :func:`cema`. Padding does not enter the statistics.
 
     Returns:
         y (B, L, D) in x's dtype, zero at tokens in no sequence.
@@ -44,9 +44,9 @@ def sequence_norm(
     Raises:
         ValueError: a shape or a value is wrong. TypeError: a dtype is wrong. Second derivatives are not supported.
 
-    Two passes of kernels: :func:`timestep_norm_end_state` for the statistics, then :func:`timestep_norm` from a state
-    whose count is so large that it does not change. Statistics are float64; x and three numbers for each position and
-    group are kept for the backward, which is deterministic.
+    The function calls :func:`timestep_norm_end_state` for the statistics, then :func:`timestep_norm` with a state whose
+    count is so large that its statistics do not change. Statistics are float64; x and three numbers for each position
+    and group are kept for the backward, which is deterministic.
 
     Arrays of other libraries: see :mod:`megalodon_ops.ops.common.arrays`.
 
@@ -69,4 +69,4 @@ def sequence_norm(
         state = TimestepNormState(count, state.mean, state.var, state.residual)
         return timestep_norm(x, weight, bias, num_groups=num_groups, eps=eps, state=state, **sequences)
     except (TypeError, ValueError) as error:
-        raise type(error)(_PARTS.sub("sequence_norm: ", str(error))) from error
+        raise type(error)(_OP_PREFIX.sub("sequence_norm: ", str(error))) from error

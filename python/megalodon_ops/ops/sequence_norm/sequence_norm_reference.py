@@ -1,6 +1,6 @@
-"""Sequence norm: group norm over all positions and the channels of a group together, for encoders.
+"""Sequence norm: group norm over all positions of a sequence, for encoders.
 
-The D channels form G groups of F = D/G neighbours. Over the n positions of a sequence, without padding, and per group
+The D channels form G groups of F = D/G neighbours. For each group, over the n positions of a sequence without padding:
 
     mean = sum x / (n F)     var = sum (x - mean)^2 / (n F)     y_t = (x_t - mean) rstd (1 + weight) + bias
 
@@ -56,18 +56,18 @@ def sequence_norm_bwd(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Differentiate through the statistics. Returns dx, dweight, dbias.
 
-    With n_t = (x_t - mean) rstd, g = dy (1 + weight) and means over the positions and channels of a group, as
-    d mean / dx = 1 / (n F) and d rstd / dx = -rstd^2 n_t / (n F),
+    Let xn_t = (x_t - mean) rstd and g = dy (1 + weight), with means over the positions and channels of a group. As
+    d mean / dx = 1 / (n F) and d rstd / dx = -rstd^2 xn_t / (n F),
 
-        dx = rstd (g - mean(g) - n_t mean(g n_t))      dweight = sum_t dy n_t      dbias = sum_t dy
+        dx = rstd (g - mean(g) - xn_t mean(g xn_t))      dweight = sum_t dy xn_t      dbias = sum_t dy
     """
     dx, dweight, dbias = torch.zeros_like(x), torch.zeros_like(weight), torch.zeros_like(bias)
     for row, tokens in sequences(x, cu_seqlens, lengths):
         normalized, rstd = _normalized(x[row, tokens], num_groups, eps)
         dy_s = dy[row, tokens].double()
         g = (dy_s * (1 + weight.double())).unflatten(-1, (num_groups, -1))
-        mean, along = (a.mean((0, 2), keepdim=True) for a in (g, g * normalized))
-        dx[row, tokens] = (rstd * (g - mean - normalized * along)).flatten(1).to(x.dtype)
+        mean_g, projection = (a.mean((0, 2), keepdim=True) for a in (g, g * normalized))
+        dx[row, tokens] = (rstd * (g - mean_g - normalized * projection)).flatten(1).to(x.dtype)
         dweight += (dy_s * normalized.flatten(1)).sum(0).to(weight.dtype)
         dbias += dy_s.sum(0).to(bias.dtype)
     return dx, dweight, dbias

@@ -1,6 +1,6 @@
 """`timestep_norm`: group norm whose statistics accumulate along time.
 
-`timestep_norm_end_state`: the statistics after the last position alone.
+`timestep_norm_end_state`: only the statistics after the last position.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ def timestep_norm(
         weight, bias: (D,) float32, or float64 for a float64 `x`. The gain is 1 + weight.
         num_groups: G, divides D; group g holds the D / G neighbouring channels from g * D / G on.
         eps: added to the variance.
-        state: statistics of the S sequences before their first position; None: fresh.
+        state: statistics of the S sequences before their first position; None: a count of zero.
         return_state: also return the statistics after each sequence's last position.
         cu_seqlens: (S + 1,) int64 or int32 offsets of sequences packed into one row (B = 1).
         lengths: (B,) int64 or int32, number of positions in each right-padded row.
@@ -49,7 +49,7 @@ def timestep_norm(
     Raises:
         ValueError: a shape or a value is wrong. TypeError: a dtype is wrong. Second derivatives are not supported.
 
-    Statistics are float64 inside a call. Gradients go to x, weight, bias and the state's mean and var; x and three
+    Statistics are float64 inside a call. x, weight, bias and the state's mean and var have gradients. x and three
     numbers for each position and group are kept for the backward, which is deterministic.
 
     Arrays of other libraries: see :mod:`megalodon_ops.ops.common.arrays`.
@@ -84,12 +84,12 @@ def timestep_norm_end_state(
     cu_seqlens: Tensor | None = None,
     lengths: Tensor | None = None,
 ) -> TimestepNormState:
-    r"""The statistics of :func:`timestep_norm` after each sequence, from a fresh state; no output is computed.
+    r"""The statistics of :func:`timestep_norm` after each sequence without an initial state; y is not computed.
 
     .. math:: \mu = \frac{1}{L F} \sum x, \qquad \sigma^2 = \frac{1}{L F} \sum (x - \mu)^2
 
-    over the L positions and the F = D / G channels of a group. States of neighbouring pieces of a sequence merge, so
-    pieces may be read separately, also on several devices.
+    over the L positions and the F = D / G channels of a group. The states of neighbouring parts of a sequence can be
+    merged, so the parts may be processed separately, also on several devices.
 
     Args:
         x: (B, L, D) float32, float64, bfloat16 or float16, arbitrary strides (copied once if not contiguous).
@@ -104,8 +104,8 @@ def timestep_norm_end_state(
     Raises:
         ValueError: a shape or a value is wrong. TypeError: a dtype is wrong. Second derivatives are not supported.
 
-    Gradients of mean and var go to x; counts and residuals are constants. x and the state are kept for the backward,
-    which is deterministic.
+    x has a gradient, through mean and var; counts and residuals are constants. x and the state are kept for the
+    backward, which is deterministic.
 
     Arrays of other libraries: see :mod:`megalodon_ops.ops.common.arrays`.
 
@@ -141,7 +141,7 @@ def _fwd(x, weight, bias, num_groups, eps, count, mean, var, residual, cu_seqlen
 def _fwd_fake(
     x, weight, bias, num_groups, eps, count, mean, var, residual, cu_seqlens, lengths, return_stats, return_state
 ):
-    """Unwanted results are empty, as torch's schemas have no optional results."""
+    """A result that is not requested has no elements, as torch's schemas have no optional results."""
     sequences, dtype = num_sequences(x.shape[0], cu_seqlens), accumulation_dtype(x.dtype)
 
     def new_state(*shape, dtype=dtype):
@@ -207,7 +207,7 @@ def _end_state_fwd(x, num_groups, cu_seqlens, lengths):
 
 
 def _end_state_fwd_fake(x, num_groups, cu_seqlens, lengths):
-    """The count comes last, as torch's opcheck adds all results in the dtype of the first."""
+    """The count is the last result, because torch's opcheck adds up all results in the dtype of the first."""
     sequences, dtype = num_sequences(x.shape[0], cu_seqlens), accumulation_dtype(x.dtype)
     parts = (x.new_empty((sequences, *shape, num_groups), dtype=dtype) for shape in ((), (), (2,)))
     return *parts, x.new_empty(sequences, dtype=torch.int64)
