@@ -7,7 +7,7 @@ namespace {
 
 constexpr const char* kMemory = "adaptive_working_memory";
 
-// Updates memory and mass, and fills o. position: number of positions of each sequence before this call.
+// Updates memory and mass, and fills o.
 MEGALODON_BINDING(working_memory_steps,
                   (py::handle q_, py::handle k, py::handle v, py::handle cache_k, py::handle cache_v,
                    py::handle position, int64_t chunk_size, int64_t visible, py::handle cu_seqlens, py::handle lengths),

@@ -1,9 +1,10 @@
 // Read and write a working memory at a few positions, as in decoding. Derivation: ops/adaptive_working_memory/adaptive_working_memory_reference.py.
 //
-//   o_t = softmax(q_t) M;  after each chunk  M' = (1 - r) M + r P^T (V - F M), of that chunk or an earlier one
+//   o_t = softmax(q_t) M                       read, at each position
+//   M'  = (1 - r) M + r P^T (V - F M)          write, after each chunk; P, F and V are of that chunk or an earlier one
 //
-// A job owns one head of one sequence; its M (K, V) fits into the L1 or L2. A read passes over M once. A chunk is
-// written kRows positions at a time: they read M, then add to N = P^T (V - F M).
+// A job owns one head of one sequence; its M (K, V) fits into the L1 or L2. A read passes over M once. A write takes
+// kRows positions at a time: it computes their rows of V - F M, then adds their part of N = P^T (V - F M).
 
 #include "adaptive_working_memory.h"
 
@@ -31,26 +32,27 @@ class Head {
       : p_(params),
         key_width_(round_up(params.key_dim, kLane)),
         value_width_(round_up(params.value_dim, kLane)),
-        weights_(kRows * key_width_),
-        shares_(kRows * key_width_),
+        read_weights_(kRows * key_width_),
+        write_weights_(kRows * key_width_),
         max_(key_width_),
-        total_(key_width_),
-        unknown_(kRows * value_width_),
-        news_(params.key_dim * value_width_) {}
+        inverse_sum_(key_width_),
+        residual_(kRows * value_width_),
+        update_(params.key_dim * value_width_) {}
 
-  // Runs head h of sequence s over all of its positions.
+  // Runs head h over all positions of sequence s.
   void run(int64_t s, int64_t h) {
-    const int64_t C = p_.chunk_size, unwritten = p_.visible * C, steps = p_.sequences.length(s);
+    const int64_t C = p_.chunk_size, visible = p_.visible * C, steps = p_.sequences.length(s);
     const int64_t begin = p_.sequences.begin(s), head = s * p_.heads + h;
-    const int64_t seen = p_.position[s];
-    const int64_t cached = std::min(seen, unwritten - C + seen % C);
+    const int64_t initial_position = p_.position[s];
+    const int64_t cached = std::min(initial_position, visible - C + initial_position % C);
     memory_ = static_cast<R*>(p_.memory) + head * p_.key_dim * p_.value_dim;
     mass_ = static_cast<R*>(p_.mass) + head * p_.key_dim;
-    if (seen < unwritten) std::fill(mass_, mass_ + p_.key_dim, R{0});
+    if (initial_position < visible) std::fill(mass_, mass_ + p_.key_dim, R{0});
     for (int64_t t = 0; t < steps; ++t) {
       read(begin + t, h);
-      const int64_t now = seen + t + 1;
-      if (now % C == 0 && now >= unwritten) write(s, h, begin + t + 1 - unwritten, begin, cached, now == unwritten);
+      const int64_t position = initial_position + t + 1;
+      if (position % C == 0 && position >= visible)
+        write(s, h, begin + t + 1 - visible, begin, cached, position == visible);
     }
   }
 
@@ -60,9 +62,9 @@ class Head {
   }
 
   void read(int64_t token, int64_t h) {
-    R* weights = weights_.get();
+    R* weights = read_weights_.get();
     softmax(row(p_.q, token, h, p_.key_dim), weights);
-    R* sums = unknown_.get();
+    R* sums = residual_.get();
     std::fill(sums, sums + value_width_, R{0});
     for (int64_t i = 0; i < p_.key_dim; ++i) {
       const R* m = memory_ + i * p_.value_dim;
@@ -76,95 +78,99 @@ class Head {
     });
   }
 
-  // Writes the chunk from token `first` on. Its tokens before `begin` are the last of the cache's `cached` rows.
+  // Writes the chunk that starts at token `first` to M. Its tokens before `begin` are the last of the cache's `cached`
+  // rows.
   void write(int64_t s, int64_t h, int64_t first, int64_t begin, int64_t cached, bool is_first_chunk) {
     const int64_t C = p_.chunk_size, K = p_.key_dim, V = p_.value_dim;
-    const auto step = [&](const void* cache, const void* tokens, int64_t j, int64_t width) {
+    const auto chunk_row = [&](const void* cache, const void* tokens, int64_t j, int64_t width) {
       const int64_t token = first + j;
       return token < begin ? row(cache, s * p_.visible * C + cached + token - begin, h, width)
                            : row(tokens, token, h, width);
     };
-    sum_over_steps([&](int64_t j) { return step(p_.cache_k, p_.k, j, K); });
-    std::fill(&news_[0], &news_[0] + K * value_width_, R{0});
+    sum_over_chunk([&](int64_t j) { return chunk_row(p_.cache_k, p_.k, j, K); });
+    std::fill(&update_[0], &update_[0] + K * value_width_, R{0});
     for (int64_t j = 0; j < C; j += kRows) {
       const int64_t rows = std::min<int64_t>(kRows, C - j);
-      std::fill(&weights_[0], &weights_[0] + kRows * key_width_, R{0});  // also of missing rows
-      std::fill(&shares_[0], &shares_[0] + kRows * key_width_, R{0});
+      std::fill(&read_weights_[0], &read_weights_[0] + kRows * key_width_, R{0});  // for rows past the chunk
+      std::fill(&write_weights_[0], &write_weights_[0] + kRows * key_width_, R{0});
       for (int64_t i = 0; i < rows; ++i) {
-        const T* k = step(p_.cache_k, p_.k, j + i, K);
-        softmax(k, &weights_[i * key_width_]);
+        const T* k = chunk_row(p_.cache_k, p_.k, j + i, K);
+        softmax(k, &read_weights_[i * key_width_]);
         for_each_vector<R>(K, [&](int64_t c, int64_t n) {
-          const Vec<R> share = exp(load_first(k + c, n) - load(static_cast<const R*>(&max_[c]))) *
-                               load(static_cast<const R*>(&total_[c]));
-          store_first(&shares_[i * key_width_ + c], share, n);
+          const Vec<R> weight = exp(load_first(k + c, n) - load(static_cast<const R*>(&max_[c]))) *
+                                load(static_cast<const R*>(&inverse_sum_[c]));
+          store_first(&write_weights_[i * key_width_ + c], weight, n);
         });
-        const T* v = step(p_.cache_v, p_.v, j + i, V);
-        for_each_vector<R>(V, [&](int64_t c, int64_t n) { store(&unknown_[i * value_width_ + c], load_first(v + c, n)); });
+        const T* v = chunk_row(p_.cache_v, p_.v, j + i, V);
+        for_each_vector<R>(V, [&](int64_t c, int64_t n) {
+          store(&residual_[i * value_width_ + c], load_first(v + c, n));
+        });
       }
-      for (int64_t i = rows * value_width_; i < kRows * value_width_; ++i) unknown_[i] = 0;
+      for (int64_t i = rows * value_width_; i < kRows * value_width_; ++i) residual_[i] = 0;
       add_rows();
     }
     merge(is_first_chunk);
   }
 
-  // max_ = max_j k_j,  total_ = 1 / sum_j exp(k_j - max_), for each channel of the chunk's keys.
+  // max_ = max_j k_j and inverse_sum_ = 1 / sum_j exp(k_j - max_), over the chunk's positions j, for each key channel.
   template <class Key>
-  void sum_over_steps(Key&& key) {
+  void sum_over_chunk(Key&& key) {
     for_each_vector<R>(p_.key_dim, [&](int64_t c, int64_t n) {
-      Vec<R> most = splat(-std::numeric_limits<R>::infinity()), total = zeros<R>();
+      Vec<R> max = splat(-std::numeric_limits<R>::infinity()), sum = zeros<R>();
       for (int64_t j = 0; j < p_.chunk_size; ++j) {
         const Vec<R> logit = load_first(key(j) + c, n);
-        most = logit > most ? logit : most;
+        max = logit > max ? logit : max;
       }
-      for (int64_t j = 0; j < p_.chunk_size; ++j) total += exp(load_first(key(j) + c, n) - most);
-      store(&max_[c], most);
-      store(&total_[c], 1 / total);
+      for (int64_t j = 0; j < p_.chunk_size; ++j) sum += exp(load_first(key(j) + c, n) - max);
+      store(&max_[c], max);
+      store(&inverse_sum_[c], 1 / sum);
     });
   }
 
-  // unknown_ -= weights_ M;  news_ += shares_^T unknown_
+  // residual_ -= read_weights_ M;  update_ += write_weights_^T residual_
   void add_rows() {
     const int64_t K = p_.key_dim, V = p_.value_dim;
     for_each_vector<R>(V, [&](int64_t c, int64_t n) {
       Vec<R> u[kRows];
-      for (int i = 0; i < kRows; ++i) u[i] = load(static_cast<const R*>(&unknown_[i * value_width_ + c]));
+      for (int i = 0; i < kRows; ++i) u[i] = load(static_cast<const R*>(&residual_[i * value_width_ + c]));
       for (int64_t k = 0; k < K; ++k) {
         const Vec<R> m = load_first(static_cast<const R*>(memory_) + k * V + c, n);
-        for (int i = 0; i < kRows; ++i) u[i] -= weights_[i * key_width_ + k] * m;
+        for (int i = 0; i < kRows; ++i) u[i] -= read_weights_[i * key_width_ + k] * m;
       }
       for (int64_t k = 0; k < K; ++k) {
-        R* at = &news_[k * value_width_ + c];
+        R* at = &update_[k * value_width_ + c];
         Vec<R> sum = load(static_cast<const R*>(at));
-        for (int i = 0; i < kRows; ++i) sum += shares_[i * key_width_ + k] * u[i];
+        for (int i = 0; i < kRows; ++i) sum += write_weights_[i * key_width_ + k] * u[i];
         store(at, sum);
       }
     });
   }
 
-  // M += r (N - M),  z = log(exp(z) + exp(w))
+  // z' = log(exp(z) + exp(w)),  r = exp(w - z'),  M += r (N - M); mass_ holds z, and w = max_ + log(sum).
   void merge(bool is_first_chunk) {
     for (int64_t k = 0; k < p_.key_dim; ++k) {
-      const R w = max_[k] - std::log(total_[k]), z = is_first_chunk ? -std::numeric_limits<R>::infinity() : mass_[k];
-      const R more = std::max(z, w), total = more + std::log1p(std::exp(std::min(z, w) - more));
-      const R r = std::exp(w - total);
-      mass_[k] = total;
+      const R w = max_[k] - std::log(inverse_sum_[k]);
+      const R z = is_first_chunk ? -std::numeric_limits<R>::infinity() : mass_[k];
+      const R larger = std::max(z, w), new_mass = larger + std::log1p(std::exp(std::min(z, w) - larger));
+      const R r = std::exp(w - new_mass);
+      mass_[k] = new_mass;
       R* m = memory_ + k * p_.value_dim;
       for_each_vector<R>(p_.value_dim, [&](int64_t c, int64_t n) {
         const Vec<R> before = load_first(static_cast<const R*>(m) + c, n);
-        store_first(m + c, before + r * (load(static_cast<const R*>(&news_[k * value_width_ + c])) - before), n);
+        store_first(m + c, before + r * (load(static_cast<const R*>(&update_[k * value_width_ + c])) - before), n);
       });
     }
   }
 
-  // exp(x - max x) / sum, of K numbers.
+  // weights = exp(logits - max) / sum, over the K logits. A NaN gives NaN weights.
   void softmax(const T* logits, R* weights) const {
-    R most = -std::numeric_limits<R>::infinity(), sum = 0;
+    R max = -std::numeric_limits<R>::infinity(), sum = 0;
     for_each_vector<R>(p_.key_dim, [&](int64_t c, int64_t n) {
       const Vec<R> logit = load_first(logits + c, n);
-      for (int64_t i = 0; i < n; ++i) most = logit[i] > most || logit[i] != logit[i] ? logit[i] : most;
+      for (int64_t i = 0; i < n; ++i) max = logit[i] > max || logit[i] != logit[i] ? logit[i] : max;
     });
     for_each_vector<R>(p_.key_dim, [&](int64_t c, int64_t n) {
-      const Vec<R> weight = exp(load_first(logits + c, n) - most);
+      const Vec<R> weight = exp(load_first(logits + c, n) - max);
       for (int64_t i = 0; i < n; ++i) sum += weight[i];
       store_first(weights + c, weight, n);
     });
@@ -172,10 +178,12 @@ class Head {
   }
 
   const WorkingMemoryStepsParams& p_;
-  const int64_t key_width_, value_width_;  // in whole vectors
-  Scratch<R> weights_, shares_;            // (kRows, K) F and P of some positions
-  Scratch<R> max_, total_;                 // (K)
-  Scratch<R> unknown_, news_;              // (kRows, V) V - F M of these positions, or sums of a read; and N (K, V)
+  const int64_t key_width_, value_width_;  // K and V, rounded up to whole vectors
+  Scratch<R> read_weights_;                // (kRows, K) softmax(q) of a read, or rows of F of a write
+  Scratch<R> write_weights_;               // (kRows, K) rows of P
+  Scratch<R> max_, inverse_sum_;           // (K)
+  Scratch<R> residual_;                    // (kRows, V) rows of V - F M, or the sums of a read
+  Scratch<R> update_;                      // (K, V) N
   R *memory_ = nullptr, *mass_ = nullptr;
 };
 
