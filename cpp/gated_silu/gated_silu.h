@@ -6,12 +6,12 @@
 
 namespace megalodon {
 
-// All tensors are contiguous, of one dtype.
+// All tensors are contiguous and of one dtype.
 struct GatedSiluParams {
   DType dtype;
   int64_t elements;
   const void* x;      // (elements)
-  const void* value;  // (elements) or null: one
+  const void* value;  // (elements), or null for ones
 };
 
 struct GatedSiluFwdParams : GatedSiluParams {
@@ -21,7 +21,7 @@ struct GatedSiluFwdParams : GatedSiluParams {
 struct GatedSiluBwdParams : GatedSiluParams {
   const void* dy;  // (elements)
   void* dx;        // (elements)
-  void* dvalue;    // (elements), null if value is
+  void* dvalue;    // (elements); null if `value` is null
 };
 
 MEGALODON_CPU_KERNEL(gated_silu_fwd_cpu, GatedSiluFwdParams)

@@ -5,10 +5,10 @@
 // Backward; s is recomputed:
 //   dx = dy value s (1 + x (1 - s));  dvalue = dy x s
 //
-// A job is a run of kBlock elements; each vector stays in registers from loads to stores. The memory kAhead bytes
-// further on in every tensor, outputs included, is prefetched: a vector's arithmetic takes so long that the hardware
-// prefetcher stops. Stores of large outputs bypass the caches, except in 16 bits, where arithmetic is the bottleneck.
-// Memory traffic, in elements: forward x, value, y; backward dy, x, value, dx, dvalue. Each is read or written once.
+// A job is a run of kBlock elements; each vector stays in registers from loads to stores. Every tensor, outputs
+// included, is prefetched kAhead bytes ahead: a vector's arithmetic takes so long that the hardware prefetcher stops.
+// Stores of large outputs bypass the caches, except in 16 bits, where arithmetic is the bottleneck. Memory traffic, in
+// elements: forward x, value, y; backward dy, x, value, dx, dvalue. Each is read or written once.
 
 #include "gated_silu.h"
 
@@ -29,7 +29,7 @@ MEGALODON_INLINE Vec<Compute<T>> read(const T* from, int64_t n) {
   return load_first(from, n);
 }
 template <class T>
-bool to_be_streamed(const T* output, int64_t elements) {
+bool should_stream(const T* output, int64_t elements) {
   return sizeof(T) > 2 && worth_streaming(output, 1, elements);
 }
 template <class T>
@@ -58,7 +58,7 @@ void forward(const GatedSiluFwdParams& p) {
   using R = Compute<T>;
   const T *x = static_cast<const T*>(p.x), *value = static_cast<const T*>(p.value);
   T* y = static_cast<T*>(p.y);
-  const bool streams = to_be_streamed(y, p.elements);
+  const bool streams = should_stream(y, p.elements);
   for_each_vector_in_parallel<R>(p.elements, 1, [&](int64_t i, int64_t n) __attribute__((always_inline)) {
     const Vec<R> v = read(x + i, n);
     Vec<R> result = v * sigmoid(v);
@@ -72,7 +72,7 @@ void backward(const GatedSiluBwdParams& p) {
   using R = Compute<T>;
   const T *x = static_cast<const T*>(p.x), *value = static_cast<const T*>(p.value), *dy = static_cast<const T*>(p.dy);
   T *dx = static_cast<T*>(p.dx), *dvalue = static_cast<T*>(p.dvalue);
-  const bool streams = to_be_streamed(dx, p.elements) && to_be_streamed(dvalue, p.elements);
+  const bool streams = should_stream(dx, p.elements) && should_stream(dvalue, p.elements);
   for_each_vector_in_parallel<R>(p.elements, 2, [&](int64_t i, int64_t n) __attribute__((always_inline)) {
     const Vec<R> v = read(x + i, n), s = sigmoid(v);
     Vec<R> d = read(dy + i, n);

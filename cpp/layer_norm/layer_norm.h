@@ -12,21 +12,21 @@ struct LayerNormParams {
   int64_t rows;        // T
   int64_t channels;    // D
   double eps;
-  bool is_rms_norm;    // the mean counts as zero
+  bool is_rms_norm;    // RMS norm: the mean is not subtracted
   const void* x;       // (T, D)
-  const void* weight;  // (D) R: offset of the gain, or null: zero
+  const void* weight;  // (D) R, or null for zeros; the gain is 1 + weight
 };
 
 struct LayerNormFwdParams : LayerNormParams {
-  const void* bias;  // (D) R or null: zero
+  const void* bias;  // (D) R, or null for zeros
   void* y;           // (T, D)
 };
 
 struct LayerNormBwdParams : LayerNormParams {
   const void* dy;  // (T, D)
   void* dx;        // (T, D)
-  void* dweight;   // (D) R or null
-  void* dbias;     // (D) R or null
+  void* dweight;   // (D) R; null if not needed
+  void* dbias;     // (D) R; null if not needed
 };
 
 MEGALODON_CPU_KERNEL(layer_norm_fwd_cpu, LayerNormFwdParams)

@@ -6,13 +6,14 @@
 //   dx = r (e - mean_D(e) - xn mean_D(e xn))     (RMS norm: without mean_D(e))
 //   dweight = sum_T dy xn;  dbias = sum_T dy
 //
-// The rows are cut into blocks by D alone. A thread takes a block, and for each row, which stays in L1 or L2,
-//   1. sums x: its mean, rounded, is `high` (layer norm alone);
-//   2. sums d = x - high and d^2, which give `low`, the rest of the mean, and r; backward: also e and e d;
-//   3. writes y, or dx and adds to the block's dweight and dbias, R.
-// Phase 2 also prefetches the row of y or dx, whose stores would delay the stores of sums, and phase 3 the next row.
-// The mean in two parts keeps rows accurate whose mean is far larger than their spread. Blocks add their dweight and
-// dbias to one of at most kParts sums in double, each over neighbouring blocks in order; the parts are added in order.
+// A block is some neighbouring rows; their number depends on D alone. For each row, which stays in L1 or L2, a thread
+//   1. sums x: the mean, rounded to R, is `high` (layer norm alone);
+//   2. sums d = x - high and d^2, which give `low`, the remainder of the mean, and r; backward: also e and e d;
+//   3. writes y; backward: writes dx, and adds to the block's sums for dweight and dbias, in R.
+// Phase 2 also prefetches the row of y or dx, as stores that miss the caches would stall phase 3. Phase 3 prefetches
+// the next row. The mean in two parts keeps a row accurate whose mean is far larger than its standard deviation.
+// Backward: neighbouring blocks form at most kParts parts. In double, a part adds its blocks' sums in order; then the
+// parts' sums are added in order.
 //
 // Memory traffic, in elements: forward x, y; backward x, dy, dx. Large outputs bypass the caches.
 
@@ -31,20 +32,20 @@ namespace megalodon::MEGALODON_ISA {
 namespace {
 
 constexpr int64_t kBlockElements = 1 << 14;
-constexpr int64_t kMostRows = 64;  // per block
+constexpr int64_t kMaxBlockRows = 64;
 constexpr int64_t kParts = 64;
 
-// 16-bit elements: their forward is bound by arithmetic and does not wait for stores.
+// With 16-bit elements, the forward is bound by arithmetic and does not wait for stores.
 template <class T> constexpr bool kShort = sizeof(T) == 2;
 
 struct Blocks {
   explicit Blocks(const LayerNormParams& p)
-      : rows(std::clamp(kBlockElements / std::max(p.channels, int64_t{1}), int64_t{1}, kMostRows)),
+      : rows(std::clamp(kBlockElements / std::max(p.channels, int64_t{1}), int64_t{1}, kMaxBlockRows)),
         count((p.rows + rows - 1) / rows) {}
   const int64_t rows, count;
 };
 
-// Sums over a row: add(offset, n, sums) adds n <= kLanes channels; the other lanes are zero.
+// Sums over a row. add(offset, n, sums) adds n <= kLanes channels from `offset` on to `sums`, and zeros in other lanes.
 template <class R, int kSums, class Add>
 MEGALODON_INLINE void sum_row(int64_t channels, R (&totals)[kSums], Add&& add) {
   constexpr int64_t lanes = kLanes<R>, chains = 4;
@@ -82,7 +83,8 @@ MEGALODON_INLINE Compute<T> rounded_mean(const LayerNormParams& p, const T* x) {
   return sum[0] / static_cast<R>(p.channels);
 }
 
-// Statistics from the sums of d = x - high and d^2. rstd is 0 if squares left the range of R.
+// Statistics from the sums of d = x - high and d^2. rstd is 0 if squares left the range of R; then wide_statistics() is
+// needed.
 template <class R>
 MEGALODON_INLINE Statistics<R> statistics(const LayerNormParams& p, R high, R sum, R squares) {
   const R D = static_cast<R>(p.channels), low = p.is_rms_norm ? 0 : sum / D, var = squares / D - low * low;
@@ -90,11 +92,11 @@ MEGALODON_INLINE Statistics<R> statistics(const LayerNormParams& p, R high, R su
   return {high, low, squares_in_range(shifted) ? 1 / std::sqrt(shifted) : 0};
 }
 
-// Statistics computed in a wider type, and the means of e and e xn, for the backward.
+// Statistics computed in a wider type, and the means of e and of e xn for the backward.
 template <class R>
 struct WideStatistics {
   Statistics<R> x_statistics;
-  R mean, projection;
+  R mean_e, projection;
 };
 template <class T, class R = Compute<T>>
 __attribute__((noinline)) WideStatistics<R> wide_statistics(const LayerNormParams& p, const T* x, const T* dy,
@@ -138,7 +140,7 @@ void forward_row(const LayerNormFwdParams& p, int64_t row, const Compute<T>* gai
   });
 }
 
-// sums (2, D): dweight and dbias are added to it.
+// Adds the row's dweight and dbias to sums (2, D).
 template <class T>
 void backward_row(const LayerNormBwdParams& p, int64_t row, const Compute<T>* gain, Compute<T>* sums, bool streams) {
   using R = Compute<T>;
@@ -158,17 +160,17 @@ void backward_row(const LayerNormBwdParams& p, int64_t row, const Compute<T>* ga
   });
   const R D = static_cast<R>(p.channels);
   Statistics<R> s = statistics<R>(p, high, totals[0], totals[1]);
-  R mean = p.is_rms_norm ? 0 : totals[2] / D;  // of e
+  R mean_e = p.is_rms_norm ? 0 : totals[2] / D;
   R projection = s.rstd * (totals[3] - s.low * totals[2]) / D;  // the mean of e xn
   if (s.rstd == 0) {
     const WideStatistics<R> wide = wide_statistics<T>(p, x, dy, gain);
-    s = wide.x_statistics, mean = wide.mean, projection = wide.projection;
+    s = wide.x_statistics, mean_e = wide.mean_e, projection = wide.projection;
   }
   for_each_vector<R>(p.channels, [&](int64_t i, int64_t n) __attribute__((always_inline)) {
     __builtin_prefetch(x + p.channels + i, 0, 2);
     __builtin_prefetch(dy + p.channels + i, 0, 2);
     const Vec<R> xn = s.normalize(load_first(x + i, n)), d = load_first(dy + i, n);
-    stream_or_store(streams, dx + i, s.rstd * ((d * load_first(gain + i, n) - mean) - xn * projection), n);
+    stream_or_store(streams, dx + i, s.rstd * ((d * load_first(gain + i, n) - mean_e) - xn * projection), n);
     if (p.dweight) store_first(sums + i, load_first(sums + i, n) + d * xn, n);
     if (p.dbias) store_first(sums + p.channels + i, load_first(sums + p.channels + i, n) + d, n);
   });

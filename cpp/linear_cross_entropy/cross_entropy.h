@@ -11,7 +11,7 @@ struct CrossEntropyParams {
   DType dtype;
   int64_t rows;            // T
   int64_t classes;         // V
-  void* logits;            // (T, V); if `scales` are given, they become the gradient of sum_t scales_t losses_t
+  void* logits;            // (T, V); with `scales`, overwritten by the gradient of sum_t scales_t losses_t
   const int64_t* targets;  // (T), each in [0, V)
   const void* scales;      // (T) R or null
   void* losses;            // (T) R

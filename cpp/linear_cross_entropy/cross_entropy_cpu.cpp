@@ -1,10 +1,10 @@
-// Cross-entropy of rows of V logits; the gradient overwrites them.
+// Cross-entropy of rows of V logits; the gradient overwrites the logits.
 //
 //   m = max_v z_v;  s = sum_v exp(z_v - m);  loss = log s - (z_target - m)
 //   dz_v = scale exp(z_v - m) / s;  dz_target = scale expm1(-loss), accurate also for a small loss
 //
-// A job is a row: it is read from memory for m, and from a cache for s and for the gradient, which recomputes the
-// exponentials. Memory traffic, in elements: z, and dz if it is wanted.
+// A job is a row, which is read from memory for m, and from a cache for s and for the gradient. The gradient recomputes
+// the exponentials. Memory traffic, in elements: z; with `scales` also dz.
 
 #include "cross_entropy.h"
 
@@ -20,8 +20,8 @@
 namespace megalodon::MEGALODON_ISA {
 namespace {
 
-// Calls op(v, offset, chain) for the vectors of a row. Neighbours have different chains, whose sums are independent;
-// lanes beyond the row are -inf.
+// Calls op(v, offset, chain) for the vectors of a row. Neighbouring vectors belong to different chains, whose sums are
+// independent. Lanes beyond the row are -inf.
 constexpr int kChains = 4;
 template <class T, class Op>
 MEGALODON_INLINE void for_each_vector_in_chains(const T* row, int64_t columns, Op&& op) {
@@ -43,13 +43,13 @@ template <class T>
 Compute<T> cross_entropy_of_row(T* row, int64_t columns, int64_t target, const Compute<T>* scale) {
   using R = Compute<T>;
   const R lowest = -std::numeric_limits<R>::infinity();
-  Vec<R> most[kChains] = {splat(lowest), splat(lowest), splat(lowest), splat(lowest)}, sums[kChains] = {};
+  Vec<R> maxima[kChains] = {splat(lowest), splat(lowest), splat(lowest), splat(lowest)}, sums[kChains] = {};
   for_each_vector_in_chains(row, columns, [&](Vec<R> v, int64_t i, int chain) {
     fetch_ahead(row + i, i);
-    most[chain] = v > most[chain] ? v : most[chain];
+    maxima[chain] = v > maxima[chain] ? v : maxima[chain];
   });
   R max = lowest;
-  for (const Vec<R>& v : most)
+  for (const Vec<R>& v : maxima)
     for (int lane = 0; lane < kLanes<R>; ++lane) max = std::max(max, v[lane]);
   for_each_vector_in_chains(row, columns, [&](Vec<R> v, int64_t, int chain) { sums[chain] += softmax_exp(v - max); });
   const R sum = sum_lanes<R>((sums[0] + sums[1]) + (sums[2] + sums[3]));

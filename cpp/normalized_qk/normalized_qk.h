@@ -15,11 +15,11 @@ struct NormalizedQkParams {
   int64_t chunk_size;       // C
   double eps;
   const void* z;            // (T, H, K)
-  const void* gamma;        // (2, H, K) R: offsets of the gains of q and k
-  const void* beta;         // (2, H, K) R
+  const void* gamma;        // (2, H, K) R, for q and k; the gains are 1 + gamma
+  const void* beta;         // (2, H, K) R, for q and k
   const void* rotary;       // (table_rows, K / 2, 2) R: cos, sin of position * base^(-2i/K)
-  int64_t table_rows;       // at least C, or L if that is less and `position` is null
-  const int64_t* position;  // (S) position inside the chunk of each sequence's first token, or null: zero
+  int64_t table_rows;       // at least C; without `position`, min(C, L) suffice
+  const int64_t* position;  // (S) position of each sequence's first token inside its chunk, or null for zeros
   void* workspace;          // scratch memory of a CUDA kernel, 256-byte aligned; null on the CPU
 };
 

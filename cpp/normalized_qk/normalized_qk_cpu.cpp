@@ -8,10 +8,9 @@
 //   dbeta_i = sum_T e_i;  dgamma_i = sum_T e_i zn / sqrt(K)
 //   dzn = e_0 a_0 + e_1 a_1;  dz = r (dzn - zn mean_K(dzn zn))
 //
-// The division into blocks depends only on the number of tokens. A thread takes a block, lists its tokens and their
-// rows of the rotary table, and processes one head of one token at a time (backward: of kTile tokens), whose K values
-// are in L1. A vector holds whole (re, im) pairs. A vector of the table holds (cos, sin) pairs, which become (cos, cos)
-// and (-sin, sin).
+// A block is kBlockTokens tokens. A thread lists a block's tokens and their rows of the rotary table, and processes one
+// head of one token at a time (backward: of kTile tokens), whose K values are in L1. A vector holds whole (re, im)
+// pairs. A vector of the table holds (cos, sin) pairs, which become (cos, cos) and (-sin, sin).
 // Backward: the tiles of a block add to its sums for dgamma and dbeta, (4, H, K) of R in L1 or L2. Neighbouring blocks
 // form at most kParts parts. In double, a part adds its blocks' sums in order; then the parts' sums are added in order.
 //
@@ -62,7 +61,7 @@ struct Rotation {
   Vec<R> cos, sin;  // (cos, cos), (-sin, sin)
 };
 
-// 1 / sqrt(mean z^2 + eps) of one head; wide_inverse_rms is for squares outside the range of R.
+// Return 1 / sqrt(mean z^2 + eps) of one head. wide_inverse_rms handles squares outside the range of R.
 template <class T>
 __attribute__((noinline)) Compute<T> wide_inverse_rms(const T* z, int64_t key_dim, double eps) {
   WideOf<Compute<T>> sum = 0;

@@ -1,4 +1,4 @@
-// Rows of a rotary table for a few tokens on the CPU, whose positions continue from chunk to chunk.
+// Rotary tables on the CPU for a few tokens whose positions do not start again in each chunk.
 
 #include <cmath>
 
@@ -12,7 +12,7 @@ struct RotaryRowsParams {
   DType dtype;                // of table: f32 or f64
   int64_t sequences, length;  // S, L
   int64_t pairs;              // K / 2
-  const int64_t* end;         // (S) positions of each sequence, the L tokens included
+  const int64_t* end;         // (S) number of positions of each sequence, these L tokens included
   const double* frequencies;  // (K / 2)
   void* table;                // (S, L, K / 2, 2): cosine and sine
 };

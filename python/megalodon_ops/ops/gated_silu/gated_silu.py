@@ -1,4 +1,4 @@
-"""`gated_silu`: SiLU of a tensor, alone or times another tensor."""
+"""`gated_silu`: SiLU of a tensor, optionally times another tensor."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from ..common.checks import check_device, check_optional_tensor, check_tensor
 
 
 def gated_silu(x: Tensor, value: Tensor | None = None) -> Tensor:
-    r"""SiLU of `x` times `value`, on the CPU in one pass over memory, forward and backward.
+    r"""SiLU of `x` times `value`. On the CPU, forward and backward each pass over memory once.
 
     .. math:: y = x \sigma(x) \cdot \mathrm{value}, \qquad \sigma(x) = 1 / (1 + e^{-x})
 
@@ -18,13 +18,13 @@ def gated_silu(x: Tensor, value: Tensor | None = None) -> Tensor:
 
     Args:
         x: float32, float64, bfloat16 or float16, arbitrary shape and strides.
-        value: as `x`; None: 1.
+        value: shape and dtype of `x`; None: ones.
 
     Returns:
-        y as `x`.
+        y, with the shape of `x`; on the CPU with its dtype.
 
     Raises:
-        ValueError: shapes differ. TypeError: another dtype. NotImplementedError: second derivatives are not
+        ValueError: shapes differ. TypeError: a dtype is wrong. NotImplementedError: second derivatives are not
         supported on the CPU.
 
     x and value are kept for the backward.

@@ -1,6 +1,7 @@
 """SiLU gates: y = silu(x) value with silu(x) = x s, s = sigmoid(x) = 1 / (1 + exp(-x)).
 
-Elementwise. dtypes: all tensors float32, float64, bfloat16 or float16, computed in float32, or float64 for float64 x.
+The op is elementwise. dtypes: all tensors float32, float64, bfloat16 or float16, computed in float32, or float64 for
+float64 x.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ def gated_silu(x: Tensor, value: Tensor | None = None) -> Tensor:
 
 
 def gated_silu_bwd(dy: Tensor, x: Tensor, value: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
-    """Return dx, dvalue, the gradients of one line:
+    """Return dx and dvalue:
 
         y = x s value   ->   dvalue = dy x s
                              dx = dy value (s + x s (1 - s))

@@ -11,19 +11,19 @@ from ..common.checks import check_device, check_number, check_optional_tensor, c
 
 
 def layer_norm(x: Tensor, weight: Tensor | None = None, bias: Tensor | None = None, *, eps: float = 1e-5) -> Tensor:
-    r"""Layer norm over the last dimension, on the CPU in one pass over memory, forward and backward.
+    r"""Layer norm over the last dimension. On the CPU, forward and backward each read memory once.
 
     .. math:: y = (x - \mathrm{mean}(x)) / \sqrt{\mathrm{var}(x) + \epsilon} \cdot (1 + \mathrm{weight}) + \mathrm{bias}
 
-    Statistics are float32; the result is rounded once. On other devices torch computes the norm.
+    Statistics are float32 (float64 for float64); the result is rounded once. On other devices torch computes the norm.
 
     Args:
         x: (..., D) float32, float64, bfloat16 or float16, arbitrary strides.
-        weight, bias: (D,) float32, or float64 for a float64 `x`; None: zero. The gain is 1 + weight.
-        eps: added to the variance, which is the biased one.
+        weight, bias: (D,) float32, or float64 for a float64 `x`; None: zeros. The gain is 1 + weight.
+        eps: added to the biased variance.
 
     Returns:
-        y as `x`.
+        y, with the shape and dtype of `x`.
 
     Raises:
         ValueError: a shape or a value is wrong. TypeError: a dtype is wrong. NotImplementedError: second derivatives

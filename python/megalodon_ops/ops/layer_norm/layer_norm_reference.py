@@ -46,10 +46,10 @@ def layer_norm_bwd(
 
         y = xn (1 + weight) + bias     ->   e = dy (1 + weight)      dweight = sum_rows dy xn      dbias = sum_rows dy
         xn = (x - m) r                 ->   dx = e r + ...           dm = -r sum e                 dr = sum e (x - m)
-        r = (mean((x - m)^2) + eps)^(-1/2)   ->   dx = ... - dr r^3 (x - m) / D    none to m: sum (x - m) = 0
+        r = (mean((x - m)^2) + eps)^(-1/2)   ->   dx = ... - dr r^3 (x - m) / D    no dm, as sum (x - m) = 0
         m = mean(x)                    ->   dx = ... + dm / D
 
-    With (x - m) = xn / r this gives dx = r (e - mean(e) - xn mean(e xn)); for RMS norm, without m, dx lacks mean(e).
+    As x - m = xn / r, this gives dx = r (e - mean(e) - xn mean(e xn)). RMS norm has no m, so mean(e) is missing there.
     """
     xn, r = _normalized(x, eps, is_rms_norm)
     e = dy.to(xn.dtype) if weight is None else dy.to(xn.dtype) * (1 + weight)
@@ -60,7 +60,7 @@ def layer_norm_bwd(
 
 
 def _normalized(x: Tensor, eps: float, is_rms_norm: bool) -> tuple[Tensor, Tensor]:
-    """xn and r."""
+    """Return xn and r."""
     wide = x.to(accumulation_dtype(x.dtype))
     centred = wide if is_rms_norm else wide - wide.mean(-1, keepdim=True)
     r = inverse_rms(centred, eps)

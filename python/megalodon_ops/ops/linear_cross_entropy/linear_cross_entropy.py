@@ -1,4 +1,4 @@
-"""Cross-entropy of a matrix, or another function, that maps to logits, without all tokens' logits in memory."""
+"""Cross-entropy of logits from a matrix or another function, without the logits of all tokens in memory at once."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ from ..common.definition import is_autocast_enabled, is_exporting, launch
 from ..linear.linear import linear, put_product_
 from ..common.checks import check_device, check_integer, check_tensor, describe
 
-# Values in a block. On the CPU, a block is just under 32 MiB, from which on glibc returns freed memory to the system.
+# Logits in a block. On the CPU, a block has just under 32 MiB: glibc returns larger freed memory to the system.
 _CPU_BLOCK, _GPU_BLOCK = (1 << 23) - 1024, 1 << 26
-_SLAB = 1 << 20  # values of the weight's gradient that fit the cache until they are added
+_SLAB = 1 << 20  # elements of the weight's gradient that are computed, and then added, from the cache
 
 
 def linear_cross_entropy(
@@ -27,26 +27,26 @@ def linear_cross_entropy(
     .. math:: \ell_t = \log \sum_v e^{z_{tv}} - z_{t,\mathrm{target}_t}
 
     "mean" and "sum" compute their gradients in the same pass over the blocks, so logits are computed once and never
-    kept. "none" does not know the gradients of its losses yet: its backward recomputes the logits. If all logits are
-    one block, or at most a quarter of `hidden`, `torch.nn.functional.cross_entropy` computes the loss, except in a
-    program of torch.export, which may run with other sizes than those of the export.
+    kept. "none" does not know the gradients of its losses yet: its backward recomputes the logits. If all logits fit
+    into one block, or have at most a quarter of the size of `hidden`, `torch.nn.functional.cross_entropy` computes the
+    loss. A program of torch.export always works in blocks, as it may run with other sizes than those of the export.
 
     Args:
-        hidden: (..., D) float32, float64, bfloat16 or float16, arbitrary strides: x.
-        weight: (V, D) as `hidden`: W. Under torch.autocast both are cast as for a matrix product.
+        hidden: x, (..., D) float32, float64, bfloat16 or float16, arbitrary strides.
+        weight: W, (V, D), dtype of `hidden`. Under torch.autocast both are cast as for a matrix product.
         targets: (...) integers in [0, V), or `ignore_index`.
         reduction: "mean" over the targets that count (NaN if none does), "sum", or "none".
         ignore_index: a target of this value has loss zero and gives no gradient; its row of `hidden` may hold NaN.
 
     Returns:
-        The loss, float32 (float64 for float64): a scalar, for "none" (...). Softmax, sums and the gradient of `weight`
-        are accumulated in the loss's dtype.
+        The loss, float32 (float64 for float64): a scalar, or (...) for "none". Softmax, sums and the gradient of
+        `weight` are accumulated in the loss's dtype.
 
     Raises:
         ValueError: a shape or `reduction` is wrong. TypeError: a dtype is wrong. IndexError: a target is out of bounds.
         NotImplementedError: second derivatives of more than one block are not supported.
 
-    The gradients, for "none" the inputs, are kept for the backward. Every run gives the same bits.
+    The backward keeps the gradients ("mean" and "sum") or the inputs ("none"). The op is deterministic.
 
     Example:
         >>> import torch, megalodon_ops as mo
@@ -95,12 +95,13 @@ def blockwise_cross_entropy(
 ) -> Tensor:
     """Cross-entropy of the logits that an arbitrary function computes from `hidden`, a block of positions at a time.
 
-    Gradients reach everything that the function reads. With more than one block, the backward calls the function again.
-    A program of torch.export has one block, as the number of blocks would depend on the sizes of the export.
+    Every tensor that the function reads has a gradient. With several blocks, the backward calls the function again. A
+    program of torch.export has one block, as the number of blocks would depend on the sizes of the export.
 
     Args:
         hidden: (B, L, D).
-        logits_of: function from (B, l, D), a block of l positions, to (B, l, `width`).
+        logits_of: function from (B, l, D), a block of l positions, to logits (B, l, `width`).
+        width: number of classes.
         targets, reduction, ignore_index: as in :func:`linear_cross_entropy`.
 
     Returns:
@@ -139,7 +140,7 @@ def blockwise_cross_entropy(
 
 
 def _out_of_bounds(targets: Tensor, classes: int, ignore_index: int) -> IndexError | None:
-    """Error that names the first target out of bounds, or None."""
+    """Return an error that names the first target out of bounds, or None."""
     outside = targets[((targets < 0) | (targets >= classes)) & (targets != ignore_index)]
     if len(outside) == 0:
         return None
@@ -150,7 +151,7 @@ def _out_of_bounds(targets: Tensor, classes: int, ignore_index: int) -> IndexErr
 
 
 def _mean(total: Tensor, counted: Tensor) -> Tensor:
-    """Mean over the targets that count; NaN, with gradients of zero, if none counts."""
+    """Return the mean over the targets that count; NaN, with gradients of zero, if none counts."""
     count = counted.sum()
     return (total / count.clamp(min=1)).where(count > 0, torch.nan)
 
@@ -192,12 +193,12 @@ def _block(device: torch.device) -> int:
 
 
 def _rows(width: int, values: int) -> int:
-    """Number of rows of `width` columns in `values` numbers: a multiple of 64, for fast matrix products."""
+    """Return how many rows of `width` columns have about `values` elements: a multiple of 64, for fast products."""
     return max(values // width // 64, 1) * 64
 
 
 def _cross_entropy(logits: Tensor, index: Tensor, scales: Tensor | None = None) -> Tensor:
-    """Losses (T,) of logits (T, V). With scales (T,), logits are overwritten by the gradient of sum scales_t loss_t."""
+    """Return losses (T,) of logits (T, V). With scales (T,), overwrite the logits by the gradient of sum scales_t loss_t."""
     if has_cpu_kernel(logits):
         losses = torch.empty_like(index, dtype=accumulation_dtype(logits.dtype))
         launch("cross_entropy", logits, index.contiguous(), contiguous_or_none(scales), losses)
@@ -235,7 +236,7 @@ def _backward(ctx, dlosses):
 
 
 def _sum(x, weight, index, scales, wants_dx, wants_dweight):
-    """Sum of scales_t loss_t, and its gradients in the accumulation dtype; an unwanted gradient is empty."""
+    """Return sum scales_t loss_t and its gradients in the accumulation dtype; a gradient without its flag is empty."""
     _, dx, dweight = _sum_fake(x, weight, index, scales, wants_dx, wants_dweight)
     losses, rows, slab = [], _rows(weight.shape[0], _block(x.device)), _rows(x.shape[1], _SLAB)
     for begin in range(0, x.shape[0], rows):

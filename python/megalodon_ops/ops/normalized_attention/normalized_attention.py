@@ -13,7 +13,7 @@ from ..normalized_qk.normalized_qk import rotated_queries_and_keys
 from ..common.states import AttentionState, state_fields
 from ..common.checks import check_size, check_tensor
 
-_PARTS = re.compile("^(normalized_qk|chunked_attention): ")
+_OP_PREFIX = re.compile("^(normalized_qk|chunked_attention): ")
 
 
 def normalized_attention(
@@ -40,10 +40,10 @@ def normalized_attention(
     .. math:: q, k = \mathrm{normalized\_qk}(z, \gamma, \beta), \qquad o = \mathrm{chunked\_attention}(q, k, v)
 
     Args:
-        z: (B, L, H * K) float32, float64, bfloat16 or float16, K even; normalized inside.
+        z: (B, L, H * K) float32, float64, bfloat16 or float16, K even; the op normalizes it.
         v: (B, L, H * V) in z's dtype.
         gamma, beta: (2, H * K) float32, or float64 for a float64 `z`; row 0 for queries, row 1 for keys. The gain is
-            (1 + gamma) / sqrt(K); beta is not divided.
+            (1 + gamma) / sqrt(K); beta is not divided by sqrt(K).
         num_heads, chunk_size: H, C.
         rope_base, eps: as in :func:`normalized_qk`.
         causal, state, return_state, inplace_state, dropkey, dropkey_seed: as in :func:`chunked_attention`.
@@ -80,7 +80,7 @@ def normalized_attention(
             dropkey_seed=dropkey_seed, cu_seqlens=cu_seqlens, lengths=lengths,
         )  # fmt: skip
     except (TypeError, ValueError) as error:
-        raise type(error)(_PARTS.sub("normalized_attention: ", str(error))) from error
+        raise type(error)(_OP_PREFIX.sub("normalized_attention: ", str(error))) from error
 
 
 def attend(
@@ -103,15 +103,17 @@ def attend(
     cu_seqlens: Tensor | None = None,
     lengths: Tensor | None = None,
 ) -> Tensor | tuple[Tensor, AttentionState]:
-    """:func:`normalized_attention` with a rotary table for :func:`rotated_queries_and_keys`."""
+    """Compute :func:`normalized_attention` with a rotary table, as :func:`rotated_queries_and_keys` takes it."""
     z, v = autocast(z, v)
     num_heads = check_size("normalized_attention", "num_heads", num_heads)
     if v.dim() != 3 or (z.dim() == 3 and v.shape[:2] != z.shape[:2]):
         raise ValueError(
-            f"normalized_attention: `v` must have shape (B, L, H * V) beside a z of {tuple(z.shape)}, got {tuple(v.shape)}."
+            f"normalized_attention: `v` must have shape (B, L, H * V) with B, L of z {tuple(z.shape)}, got {tuple(v.shape)}."
         )
     if v.shape[-1] % num_heads:
-        raise ValueError(f"normalized_attention: `num_heads` must divide v's last axis {v.shape[-1]}, got {num_heads}.")
+        raise ValueError(
+            f"normalized_attention: `num_heads` must divide v's last dimension {v.shape[-1]}, got {num_heads}."
+        )
     q, k = rotated_queries_and_keys(
         z, gamma, beta, rotary, num_heads=num_heads, chunk_size=chunk_size, rope_base=rope_base, eps=eps,
         position=state_fields("normalized_attention", state, AttentionState)[2], cu_seqlens=cu_seqlens, lengths=lengths,

@@ -1,9 +1,9 @@
-"""Normalized attention: queries and keys from a shared z (normalized_qk.py), then chunked_attention.py on them.
+"""Normalized attention: queries and keys from a shared z (normalized_qk.py), then attention (chunked_attention.py).
 
     q, k = normalized_qk(z, gamma, beta)      o = chunked_attention(q, k, v)
 
-In between, q and k are rounded to the dtype of z. The rotary position of a token is its index inside the chunk: the
-chunk grid and the positions restart together at each sequence or continue from a state's position.
+q and k are rounded to the dtype of z. The rotary position of a token is its index inside the chunk. Each sequence
+starts its own chunks and rotary positions, at the position of its state if it has one.
 """
 
 from __future__ import annotations
@@ -36,8 +36,7 @@ def normalized_attention(
 ) -> Tensor | tuple[Tensor, AttentionState]:
     """Attend inside chunks with queries and keys from z: chunked_attention(*normalized_qk(z, gamma, beta), v).
 
-    Returns o (B, L, H*V) and, with `return_state`, the rotated keys, the values and the position of the unfinished
-    chunks.
+    Returns o (B, L, H * V) and, with `return_state`, the rotated keys, values and position of the unfinished chunks.
 
     >>> import torch
     >>> z, v, zeros = torch.zeros(1, 2, 2), torch.tensor([[[2.0], [4.0]]]), torch.zeros(2, 2)

@@ -14,8 +14,8 @@ from ..common.definition import define_op, empty_gradients, int64_or_none, launc
 from ..common.flops import num_tokens
 from ..common.checks import MIN_POSITIVE, check_number, check_rank, check_size
 
-_FEW_TOKENS = 32
-"""most rows of a table that the kernel for decoding computes"""
+_MAX_KERNEL_ROWS = 32
+"""maximum size of a table that the kernel `rotary_rows` computes, for decoding; torch computes larger tables"""
 
 
 def normalized_qk(
@@ -45,7 +45,7 @@ def normalized_qk(
         chunk_size: C. The rotary position restarts with each chunk.
         rope_base: angle of the pair (2i, 2i + 1) at position m is m * rope_base^(-2i/K).
         eps: added to the mean square.
-        position: (S,) int64, index of each sequence's first position inside its chunk; None: zero.
+        position: (S,) int64, index of each sequence's first token inside its chunk; None: zeros.
         cu_seqlens, lengths: sequences as in :func:`cema`.
 
     Returns:
@@ -54,7 +54,7 @@ def normalized_qk(
     Raises:
         ValueError: a shape or a value is wrong. TypeError: a dtype is wrong. Second derivatives are not supported.
 
-    Gradients go to z, gamma and beta; only z is kept for the backward.
+    z, gamma and beta have gradients; of the activations, only z is kept for the backward.
 
     Arrays of other libraries: see :mod:`megalodon_ops.ops.common.arrays`.
 
@@ -88,7 +88,7 @@ def rotated_queries_and_keys(
     cu_seqlens: Tensor | None,
     lengths: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
-    """:func:`normalized_qk` with a table from :func:`rotary_table`; None: the op gets one itself."""
+    """Compute :func:`normalized_qk` with a table from :func:`rotary_table`; None: the op makes its own."""
     check_rank("normalized_qk", "z", z, "(B, L, H * K)", 3)
     num_heads = check_size("normalized_qk", "num_heads", num_heads)
     chunk_size = check_size("normalized_qk", "chunk_size", chunk_size)
@@ -100,7 +100,7 @@ def rotated_queries_and_keys(
 
 
 def rotary_table(rows: int, key_dim: int, rope_base: float, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """(rows, K / 2, 2) on `device`: cosine and sine of position * rope_base^(-2i/K), rounded once from float64.
+    """Return cosine and sine of position * rope_base^(-2i/K), (rows, K / 2, 2) on `device`, rounded once from float64.
 
     Callers on the CPU share one table. On other devices each call copies a table from the host, and the caller must
     keep it: a CUDA graph captured with a table knows only its address.
@@ -117,19 +117,19 @@ def _make_table(rows: int, key_dim: int, rope_base: float, dtype: torch.dtype, d
 
 
 def rotary_table_of(positions: Tensor, key_dim: int, rope_base: float, dtype: torch.dtype) -> Tensor:
-    """Rows of a :func:`rotary_table` of arbitrary length at the positions (n,)."""
+    """Return the rows of a :func:`rotary_table` at arbitrary positions (n,)."""
     angle = positions.double()[:, None] * rotary_frequencies(key_dim, rope_base, positions.device)
     return torch.stack((angle.cos(), angle.sin()), dim=-1).to(dtype)
 
 
 def rotary_frequencies(key_dim: int, rope_base: float, device: torch.device) -> Tensor:
-    """(K / 2,) float64, radians a position."""
+    """Return the frequencies in radians per position, (K / 2,) float64."""
     return rope_base ** -(torch.arange(0, key_dim, 2, dtype=torch.float64, device=device) / key_dim)
 
 
 def _rotary_rows(end, frequencies, length, wide):
     table = _rotary_rows_fake(end, frequencies, length, wide)
-    if end.is_cpu and 0 < end.numel() * length <= _FEW_TOKENS:
+    if end.is_cpu and 0 < end.numel() * length <= _MAX_KERNEL_ROWS:
         launch("rotary_rows", end.contiguous(), frequencies, length, table)
         return table
     positions = end[:, None] + torch.arange(-length, 0, device=end.device)
@@ -139,7 +139,7 @@ def _rotary_rows(end, frequencies, length, wide):
 
 
 def _rotary_rows_fake(end, frequencies, length, wide):
-    """At least one row, as a table without rows is refused."""
+    """The table has at least one row: `normalized_qk` refuses a table without rows."""
     rows = max(end.shape[0] * length, 1)
     return frequencies.new_empty((rows, frequencies.shape[0], 2), dtype=torch.float64 if wide else torch.float32)
 
@@ -150,10 +150,10 @@ _shared_table = functools.lru_cache(maxsize=16)(_make_table)  # CPU tables only:
 def _rotary(
     z: Tensor, rotary: Tensor | None, num_heads: int, chunk_size: int, rope_base: float, position: Tensor | None
 ) -> Tensor:
-    """Table with a row for every possible position: the caller's or, on the CPU, a shared one.
+    """Return a table with a row for every possible position: the caller's or, on the CPU, a shared one.
 
-    On a GPU, without the caller's table, a table is computed for this call alone. So no table must outlive a captured
-    graph, remain in the graph's pool, or come from the host.
+    On a GPU, without the caller's table, each call computes its own table. So a captured CUDA graph needs no table that
+    lives as long as the graph, and no copy from the host.
     """
     if rotary is not None:
         return rotary
@@ -219,4 +219,4 @@ rotary_rows = define_op(
     fake=_rotary_rows_fake,
     flops=lambda: 0,
 )
-"""rows (S L, K / 2, 2) of a rotary table, float64 if `wide`, for the `length` positions of each sequence before `end` (S,)"""
+"""rotary table (S L, K / 2, 2), float64 if `wide`, of the L = `length` positions before `end` (S,) of each sequence"""

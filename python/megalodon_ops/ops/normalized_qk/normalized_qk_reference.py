@@ -1,6 +1,6 @@
 """Normalized queries and keys from one shared projection z (arXiv 2404.08801, section 3.3), with rotary positions.
 
-Per token and head of K channels, and with j = 0 for the query and j = 1 for the key,
+For each token and head of K channels, with j = 0 for the query and j = 1 for the key:
 
     r  = 1 / sqrt(mean(z^2) + eps)          mean over the head's K channels
     zn = z r
@@ -11,8 +11,8 @@ R(pos) rotates each pair of neighbours (2i, 2i + 1) by the angle pos * rope_base
 
     (a, b) -> (a cos - b sin, a sin + b cos)
 
-pos is the index inside the chunk: (position + t) mod C for token t of a sequence that starts at `position`. As
-q and k include 1/sqrt(K), the attention's scale is 1.
+pos is the index inside the chunk: (position + t) mod C for token t of a sequence that starts at `position`. As q and k
+include the factor 1/sqrt(K), attention uses a scale of 1.
 
 dtypes: z, q and k float32, float64, bfloat16 or float16; gamma, beta, the angles and all sums float32, or float64 for
 float64 z.
