@@ -1,5 +1,5 @@
-// Matrix products with weights of 8 or 4 bits on the CPU, and the weights as floating-point numbers.
-// python/.../quantized_linear.py has the formats.
+// Matrix products with weights of 8 or 4 bits on the CPU, and conversion of such weights to floating point. Formats:
+// python/megalodon_ops/ops/quantized_linear/quantized_linear.py.
 #pragma once
 
 #include "dtype.h"
@@ -7,7 +7,7 @@
 
 namespace megalodon {
 
-constexpr int64_t kInt4Block = 128, kInt4Group = 32;  // inputs of a row in 64 bytes, and those that share a scale
+constexpr int64_t kInt4Block = 128, kInt4Group = 32;  // inputs per block of 64 bytes, and inputs per scale
 
 struct QuantizedWeight {
   bool is_int4;
@@ -22,15 +22,15 @@ struct QuantizedLinearParams : QuantizedWeight {
   DType dtype;       // of x, bias and y: f32, bf16 or f16; sums are float
   int64_t rows;      // T
   const void* x;     // (T, I)
-  const void* bias;  // (O) or null: zero
+  const void* bias;  // (O), or null for zeros
   void* y;           // (T, O)
 };
 
-// y = w, or rows of it, rounded to `dtype`.
+// y = w, or some rows of w, rounded to `dtype`.
 struct DequantizeParams : QuantizedWeight {
   DType dtype;          // f32, bf16 or f16
   int64_t num_rows;     // T
-  const int64_t* rows;  // (T) or null: T = O
+  const int64_t* rows;  // (T) indices of rows of w, or null for all of them (T = O)
   void* y;              // (T, I)
 };
 

@@ -6,7 +6,7 @@ namespace megalodon {
 
 namespace {
 
-DType floats_of(const TensorView& tensor) {
+DType real_dtype(const TensorView& tensor) {
   const DType dtype = tensor.floating();
   if (dtype == DType::f64) tensor.fail("float32, bfloat16 or float16, got torch.float64");
   return dtype;
@@ -18,7 +18,7 @@ MEGALODON_BINDING(quantized_linear, (py::handle x_, py::handle weight_, py::hand
   const TensorView scale("quantized_linear", "scale", scale_), bias("quantized_linear", "bias", bias_);
   const TensorView y("quantized_linear", "y", y_);
   QuantizedLinearParams params{};
-  params.dtype = floats_of(x.rank("(T, I)", 2));
+  params.dtype = real_dtype(x.rank("(T, I)", 2));
   params.rows = x.size(0);
   read_quantized_weight(weight, scale, x.size(1), params);
   const Scalar scalar = scalar_of(params.dtype);
@@ -28,7 +28,7 @@ MEGALODON_BINDING(quantized_linear, (py::handle x_, py::handle weight_, py::hand
   MEGALODON_LAUNCH(target, quantized_linear, params);
 }
 
-void dequantize_existing(const DequantizeParams& p) {
+void check_rows_and_dequantize(const DequantizeParams& p) {
   for (int64_t i = 0; p.rows && i < p.num_rows; ++i)
     if (p.rows[i] < 0 || p.rows[i] >= p.outputs)
       throw py::index_error("quantized embedding: `tokens` must be in [0, " + std::to_string(p.outputs) + "), got " +
@@ -40,12 +40,12 @@ MEGALODON_BINDING(dequantize, (py::handle weight_, py::handle scale_, py::handle
   const TensorView weight("quantized_linear", "weight", weight_), scale("quantized_linear", "scale", scale_);
   const TensorView rows("quantized_linear", "rows", rows_), y("quantized_linear", "y", y_);
   DequantizeParams params{};
-  params.dtype = floats_of(y.rank("(T, I)", 2));
+  params.dtype = real_dtype(y.rank("(T, I)", 2));
   read_quantized_weight(weight, scale, y.size(1), params);
   params.num_rows = rows.given() ? rows.rank("(T,)", 1).size(0) : params.outputs;
   params.rows = rows.dtype(Scalar::i64, "indices").data_as<const int64_t>();
   params.y = y.shape("(T, I)", {params.num_rows, params.inputs}).data();
-  target.launch(params, dequantize_existing);
+  target.launch(params, check_rows_and_dequantize);
 }
 
 }  // namespace

@@ -1,16 +1,19 @@
-// Products of few rows with weights w of 8 or 4 bits, bound by reading the weights once, and a copy of w.
+// Products of few rows of x with weights w of 8 or 4 bits, and conversion of w to floating point. The time of a product
+// is that of reading the weights once.
 //
 //   y_to = sum_i x_ti w_oi + b_o         int8: w_oi = s_o q_oi        int4: w_oi = s_og q_oi, i in group g
 //
-// The weights become floats in registers, without rounding. int8: the row's scale multiplies the sum. int4 beside
-// bfloat16, where the processor multiplies pairs of those: the integers become bfloat16, and a group's scale multiplies
-// its sum. A thread owns neighbouring rows of the weights, a vector of outputs at a time: it reads kTogether rows at
-// once, for as many rows of x as the registers hold. x is copied first, in the order in which the weights leave their
-// words, with zeros up to the end of a block of 64 bytes of weights. The order of a sum depends on I, the vector length
-// and the number of rows alone.
+// The weights become floats in registers, without rounding. int8: the row's scale multiplies the sum. int4 with
+// bfloat16 x, if the processor multiplies pairs of bfloat16: the integers become bfloat16, and a group's scale
+// multiplies the group's sum.
+// A job owns neighbouring rows of w and computes a vector of outputs at a time. It reads kWeightRows rows of w at once,
+// for kMaxXRows rows of x, as many as the registers hold. x is first copied in the order in which the weights are
+// unpacked, padded with zeros to a whole block of 64 bytes of weights. The order of a sum depends on I, the vector
+// length and the number of rows of x alone.
 //
 // int4: bits [4 k, 4 k + 4) of the 32-bit word d of a block are weight 32 (k % 4) + 2 d + k / 4, in two's complement.
-// So a shift by 4 j puts group j into the 16-bit words, in order, and its even and odd weights into the 32-bit ones.
+// So a right shift by 4 j moves group j to the low bits of the 16-bit words, in order. In each 32-bit word, the lower
+// half then has an even weight and the upper half an odd one.
 
 #include "quantized_linear.h"
 
@@ -22,18 +25,18 @@ namespace megalodon::MEGALODON_ISA {
 namespace {
 
 constexpr int kFloats = kLanes<float>;
-constexpr int kTogether = 4;
-constexpr int kMostRows = kRegisters / 8;
+constexpr int kWeightRows = 4;
+constexpr int kMaxXRows = kRegisters / 8;
 constexpr int64_t kBlockBytes = 64;
-constexpr int64_t kAhead = 8192;  // bytes of the weights, prefetch distance
+constexpr int64_t kAhead = 8192;  // prefetch distance in bytes of the weights
 
-// One block of a row: where its weights and its scales are.
+// Addresses of the weights and of the scales of one block of a row.
 struct Block {
   const char* weight;
   const bf16* scale;
 };
 
-// For weights that become floats: elements of the copy of x, weights of kStep inputs, and their products.
+// Formats whose weights become floats. X is the type of the copy of x, W of the weights of kStep inputs.
 struct Floats {
   using X = float;
   using W = Vec<float>;
@@ -42,8 +45,8 @@ struct Floats {
   static MEGALODON_INLINE Vec<float> add(Vec<float> sum, Vec<float> x, Vec<float> w) { return sum + x * w; }
 };
 
-// read() calls take(place, w) for all steps of the block's inputs, w[o] being weights of row o; `place` is where they
-// stand in the block's inputs of x as order() arranges them.
+// read() calls take(place, w) for each kStep inputs of a block. w[o] has their weights of row o; `place` is their index
+// in the block of the copy of x, whose order order() defines.
 struct Int8 : Floats {
   static constexpr int64_t kInputs = 64;
 
@@ -66,7 +69,7 @@ struct Int8 : Floats {
     return __builtin_convertvector(load_raw<typename VecOf<int8_t, kFloats>::type>(from), Vec<float>);
 #endif
   }
-  // order() puts the two vectors of inputs from i on in their places; in_order() takes them from there.
+  // order() stores the two vectors of inputs from i on at their places in the block; in_order() loads them from there.
   static MEGALODON_INLINE void order(float* block, int64_t i, TwoVectors<float> inputs) {
     store(block + i, inputs.a);
     store(block + i + kFloats, inputs.b);
@@ -141,7 +144,7 @@ struct Int4Pairs {
 
   template <int rows, class Take>
   MEGALODON_INLINE static void read(const Block (&blocks)[rows], Take&& take) {
-    // Of the integers of 4 bits, twice, as the bit above them is not theirs.
+    // The 16 integers as bfloat16, broadcast twice: the permutation's index has a fifth bit, that of another weight.
     constexpr VecOf<uint16_t, 16>::type integers = {0,      0x3f80, 0x4000, 0x4040, 0x4080, 0x40a0, 0x40c0, 0x40e0,
                                                     0xc100, 0xc0e0, 0xc0c0, 0xc0a0, 0xc080, 0xc040, 0xc000, 0xbf80};
     const __m512i table = _mm512_broadcast_i64x4(bit_cast<__m256i>(integers));
@@ -164,55 +167,55 @@ int64_t blocks_in_row(const QuantizedWeight& p) {
   return ceil_div(p.inputs, Format::kInputs);
 }
 
-// sums[r][at + o]: vectors whose lanes add up to row r of x times the weights of output + o, for kTogether outputs.
-// Outputs beyond the last repeat it. One function for all dtypes.
+// Fills sums[r][at + o] for kWeightRows rows o: the lanes of this vector add up to row r of x times row output + o of
+// w. Rows past the last one of w repeat that row. One function serves all dtypes.
 template <class Format, int rows>
 __attribute__((noinline)) void add_up(const QuantizedWeight& p, const typename Format::X* x, int64_t output,
                                       Vec<float> (*sums)[kFloats], int at) {
-  constexpr int chains = kRegisters / 2 / (rows * kTogether);
+  constexpr int chains = kRegisters / 2 / (rows * kWeightRows);
   const int64_t blocks = blocks_in_row<Format>(p), stride = p.is_int4 ? blocks * kBlockBytes : p.inputs;
-  Block block[kTogether];
-  for (int o = 0; o < kTogether; ++o) {
+  Block block[kWeightRows];
+  for (int o = 0; o < kWeightRows; ++o) {
     const int64_t i = std::min(output + o, p.outputs - 1);
     block[o] = {static_cast<const char*>(p.weight) + i * stride,
                 static_cast<const bf16*>(p.scale) + (p.is_int4 ? i * blocks * 4 : 0)};
   }
-  Vec<float> partial[chains][rows][kTogether] = {};
+  Vec<float> partial[chains][rows][kWeightRows] = {};
   const auto add = [&]() __attribute__((always_inline)) {
-    Format::read(block, [&](int64_t place, const typename Format::W (&w)[kTogether]) __attribute__((always_inline)) {
+    Format::read(block, [&](int64_t place, const typename Format::W (&w)[kWeightRows]) __attribute__((always_inline)) {
       auto& chain = partial[place / Format::kStep % chains];
       for (int r = 0; r < rows; ++r) {
         const auto factor = Format::load_x(x + r * blocks * Format::kInputs + place);
-        for (int o = 0; o < kTogether; ++o) chain[r][o] = Format::add(chain[r][o], factor, w[o]);
+        for (int o = 0; o < kWeightRows; ++o) chain[r][o] = Format::add(chain[r][o], factor, w[o]);
       }
     });
   };
   for (int64_t left = stride; left >= kBlockBytes; left -= kBlockBytes) {
-    for (int o = 0; o < kTogether; ++o) __builtin_prefetch(block[o].weight + kAhead, 0, 2);
+    for (int o = 0; o < kWeightRows; ++o) __builtin_prefetch(block[o].weight + kAhead, 0, 2);
     add();
     x += Format::kInputs;
-    for (int o = 0; o < kTogether; ++o) block[o] = {block[o].weight + kBlockBytes, block[o].scale + 4};
+    for (int o = 0; o < kWeightRows; ++o) block[o] = {block[o].weight + kBlockBytes, block[o].scale + 4};
   }
   if (const int64_t left = stride % kBlockBytes) {
-    char ends[kTogether][kBlockBytes] = {};
-    for (int o = 0; o < kTogether; ++o) {
+    char ends[kWeightRows][kBlockBytes] = {};
+    for (int o = 0; o < kWeightRows; ++o) {
       std::memcpy(ends[o], block[o].weight, static_cast<size_t>(left));
       block[o].weight = ends[o];
     }
     add();
   }
   for (int r = 0; r < rows; ++r)
-    for (int o = 0; o < kTogether; ++o) {
+    for (int o = 0; o < kWeightRows; ++o) {
       sums[r][at + o] = partial[0][r][o];
       for (int chain = 1; chain < chains; ++chain) sums[r][at + o] += partial[chain][r][o];
     }
 }
 
-// `rows` rows of x from `row` on, which `x` holds, times the kFloats rows of the weights from `output` on.
+// Multiplies the `rows` rows of x from `row` on, whose copy starts at `x`, by the kFloats rows of w from `output` on.
 template <class T, class Format, int rows>
 void multiply(const QuantizedLinearParams& p, const typename Format::X* x, int64_t row, int64_t output) {
   Vec<float> parts[rows][kFloats];
-  for (int o = 0; o < kFloats; o += kTogether) add_up<Format, rows>(p, x, output + o, parts, o);
+  for (int o = 0; o < kFloats; o += kWeightRows) add_up<Format, rows>(p, x, output + o, parts, o);
   const int64_t n = std::min<int64_t>(kFloats, p.outputs - output);
   const T* bias = static_cast<const T*>(p.bias);
   const Vec<float> offset = bias ? load_first(bias + output, n) : zeros<float>();
@@ -230,7 +233,7 @@ void copy_x(const QuantizedLinearParams& p, typename Format::X* to) {
   [[maybe_unused]] const auto first_of = [](const T* from, int64_t n) {
     return n > 0 ? load_first(from, n) : zeros<float>();
   };
-  std::fill(to + p.rows * width, to + round_up(p.rows, kMostRows) * width, X{});
+  std::fill(to + p.rows * width, to + round_up(p.rows, kMaxXRows) * width, X{});
   for (int64_t row = 0; row < p.rows; ++row, to += width) {
     const T* from = static_cast<const T*>(p.x) + row * p.inputs;
     if constexpr (std::is_same_v<X, bf16>) {
@@ -248,16 +251,16 @@ void copy_x(const QuantizedLinearParams& p, typename Format::X* to) {
 template <class T, class Format>
 void quantized_linear(const QuantizedLinearParams& p) {
   const int64_t width = blocks_in_row<Format>(p) * Format::kInputs;
-  const Scratch<typename Format::X> x(round_up(p.rows, kMostRows) * width);
+  const Scratch<typename Format::X> x(round_up(p.rows, kMaxXRows) * width);
   copy_x<T, Format>(p, x.get());
-  // Jobs start at whole vectors of outputs, so their number, which depends on the threads, changes no sum.
+  // Each job has whole vectors of outputs. So the number of jobs, which depends on the threads, changes no sum.
   const int64_t vectors = ceil_div(p.outputs, kFloats), jobs = std::min<int64_t>(vectors, num_threads());
   parallel_jobs(jobs, static_cast<double>(p.rows * p.inputs * p.outputs), [&] {
     return [&](int64_t job) {
       for (int64_t i = vectors * job / jobs; i < vectors * (job + 1) / jobs; ++i) {
         int64_t row = 0;
-        for (; row + 1 < p.rows; row += kMostRows)
-          multiply<T, Format, kMostRows>(p, x.get() + row * width, row, i * kFloats);
+        for (; row + 1 < p.rows; row += kMaxXRows)
+          multiply<T, Format, kMaxXRows>(p, x.get() + row * width, row, i * kFloats);
         if (row < p.rows) multiply<T, Format, 1>(p, x.get() + row * width, row, i * kFloats);
       }
     };

@@ -1,4 +1,4 @@
-// Checks of quantised weights for bindings: of the op and of the decoder.
+// Checks of quantised weights, for the bindings of the op and of the decoder.
 #pragma once
 
 #include "quantized_linear.h"
@@ -7,7 +7,7 @@
 
 namespace megalodon {
 
-// Checks a weight and its scale, with `inputs` inputs, and fills the fields.
+// Checks a weight with `inputs` inputs, and its scale, and fills the fields of `params`.
 inline void read_quantized_weight(const TensorView& weight, const TensorView& scale, int64_t inputs,
                                   QuantizedWeight& params) {
   params.is_int4 = weight.present().scalar() == Scalar::u8;
@@ -19,7 +19,7 @@ inline void read_quantized_weight(const TensorView& weight, const TensorView& sc
     scale.present().shape("(O, 4 ceil(I / 128))", {O, kInt4Block / kInt4Group * blocks});
     scale.dtype(Scalar::bf16, "for a weight of uint8");
   } else {
-    weight.shape("(O, I)", {O, inputs}).dtype(Scalar::i8, "or, of int4, torch.uint8");
+    weight.shape("(O, I)", {O, inputs}).dtype(Scalar::i8, "or torch.uint8 for int4");
     scale.present().shape("(O,)", {O}).dtype(Scalar::f32, "for a weight of int8");
   }
   params.weight = weight.data();

@@ -15,12 +15,12 @@ from ..linear.linear import linear
 KINDS = ("int8", "int4")
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _GROUP, _BLOCK = 32, 128
-"""Inputs that share a scale in int4, and inputs of 64 bytes"""
-_MOST_FEW_ROWS = {torch.float32: 64, torch.bfloat16: 32, torch.float16: 32}
-"""Most rows for which the kernel that reads small weights is about as fast as a product with a copy of them, or faster; at
-least those of :class:`Decoder`, whose bits are the layers'"""
+"""int4: inputs per scale, and inputs per block of 64 bytes"""
+_MAX_KERNEL_ROWS = {torch.float32: 64, torch.bfloat16: 32, torch.float16: 32}
+"""Maximum rows of x for the kernel that reads the integers; with more, a product with a dequantised copy is faster.
+:class:`Decoder` never has more, so that its results are bit-equal to the layers'"""
 _COPY = 1 << 22
-"""Most elements of that copy"""
+"""Maximum elements of the dequantised copy"""
 
 
 class QuantizedWeight(NamedTuple):
@@ -33,8 +33,8 @@ class QuantizedWeight(NamedTuple):
 def quantize_weight(weight: Tensor, kind: str) -> QuantizedWeight:
     """Round a matrix to 8 or 4 bits.
 
-    int8: each row has a scale, its largest absolute value / 127. int4: each group of 32 inputs has a scale in bfloat16, by
-    which its number of the largest size becomes -8.
+    int8: the scale of a row is its largest absolute value / 127. int4: each group of 32 inputs has a bfloat16 scale,
+    with which the element of the largest absolute value becomes -8.
 
     Args:
         weight: (O, I), float32, bfloat16 or float16, finite.
@@ -42,11 +42,11 @@ def quantize_weight(weight: Tensor, kind: str) -> QuantizedWeight:
 
     Returns:
         weight and scale. int8: (O, I) int8 and (O,) float32. int4: (O, 64 ceil(I / 128)) uint8 and (O, 4 ceil(I / 128))
-        bfloat16; 64 bytes hold 128 inputs of a row, with zeros after the last: bits 4 j to 4 j + 3 of 16-bit word i are
-        input 32 j + i, in two's complement.
+        bfloat16. A block of 64 bytes holds 128 inputs of a row, padded with zeros: bits 4 j to 4 j + 3 of 16-bit word i
+        are input 32 j + i, in two's complement.
 
     Raises:
-        ValueError: another shape, dtype or kind, or values that are not finite.
+        ValueError: the shape, dtype or kind is wrong, or a value is not finite.
 
     Example:
         >>> import torch, megalodon_ops as mo
@@ -64,7 +64,7 @@ def quantize_weight(weight: Tensor, kind: str) -> QuantizedWeight:
 
 
 def empty_weight(outputs: int, inputs: int, kind: str) -> QuantizedWeight:
-    """Return a weight of a kind without values."""
+    """Return an uninitialised weight of the given kind."""
     if kind == "int8":
         return QuantizedWeight(
             torch.empty(outputs, inputs, dtype=torch.int8), torch.empty(outputs, dtype=torch.float32)
@@ -96,7 +96,7 @@ def _pack(integers: Tensor) -> Tensor:
 
 
 def dequantize_by_torch(weight: Tensor, scale: Tensor, inputs: int, dtype: torch.dtype) -> Tensor:
-    """Return the matrix (O, `inputs`) that the integers and scales stand for, on every device."""
+    """Return the matrix (O, `inputs`) that the integers and scales represent. Works on every device."""
     if weight.dtype == torch.int8:
         return (weight * scale[:, None]).to(dtype)
     words = weight.view(torch.int16).unflatten(1, (-1, 1, _GROUP))
@@ -121,21 +121,21 @@ def quantized_linear(x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | No
 
     .. math:: y_{to} = \sum_i x_{ti} \, s_{og} q_{oi} + b_o
 
-    q are the integers of `weight`, s the scales: of a row (int8), or of a group g of 32 inputs (int4). On the CPU, few rows
-    use a kernel that reads the small weights and turns them into float32 in registers; products and sums are float32.
-    More rows, and other devices, use a product with a copy of the weights in the dtype of x, of at most 16 MiB at a time.
-    Under torch.autocast, x and bias are cast first.
+    q are the integers of `weight`, s the scales of each row (int8) or each group g of 32 inputs (int4). On the CPU, few
+    rows of x use a kernel that reads the integers and converts them to floating point in registers; sums are float32.
+    More rows, and other devices, use a product with a dequantised copy of the weights in the dtype of x, at most 16 MiB
+    at a time. Under torch.autocast, x and bias are cast first.
 
     Args:
         x: (..., I), float32, bfloat16 or float16.
         weight, scale: as :func:`quantize_weight` returns them.
-        bias: (O,) as x, or None.
+        bias: (O,) in x's dtype, or None.
 
     Returns:
-        (..., O) as x.
+        y (..., O) in x's dtype.
 
     Raises:
-        ValueError: another shape or dtype. NotImplementedError: gradients are wanted.
+        ValueError: a shape or a dtype is wrong. NotImplementedError: gradients are not supported.
 
     The mathematics: :func:`megalodon_ops.reference.quantized_linear`.
 
@@ -150,8 +150,8 @@ def quantized_linear(x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | No
         check_tensor("quantized_linear", argument, tensor)
     check_optional_tensor("quantized_linear", "bias", bias)
     if x.is_floating_point():
-        x, *given = autocast(x, *(() if bias is None else (bias,)))
-        bias = given[0] if given else None
+        x, *cast_bias = autocast(x, *(() if bias is None else (bias,)))
+        bias = cast_bias[0] if cast_bias else None
     _check(x, weight, scale, bias)
     if in_forward_mode():
         raise NotImplementedError(f"quantized_linear: {_NO_GRADIENTS}")
@@ -167,17 +167,17 @@ def _check(x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None) -> Non
     inputs, outputs, blocks = x.shape[-1], weight.shape[0] if weight.dim() else 0, -(-x.shape[-1] // _BLOCK)
     is_int8 = weight.dtype == torch.int8
     packed, scales = (inputs, (outputs,)) if is_int8 else (_BLOCK // 2 * blocks, (outputs, _BLOCK // _GROUP * blocks))
-    wanted = [
+    expected = [
         ("weight", weight, (outputs, packed), weight.dtype),
         ("scale", scale, scales, torch.float32 if is_int8 else torch.bfloat16),
         ("bias", bias, (outputs,), x.dtype),
     ]
-    for argument, tensor, shape, dtype in wanted:
+    for argument, tensor, shape, dtype in expected:
         if tensor is None:
             continue
         if tensor.shape != shape:
             raise ValueError(
-                f"quantized_linear: `{argument}` must have shape {shape} beside x (..., {inputs}) and a weight of "
+                f"quantized_linear: `{argument}` must have shape {shape} for x (..., {inputs}) and a weight of "
                 f"{weight.dtype}, got {tuple(tensor.shape)}."
             )
         if tensor.dtype != dtype:
@@ -186,7 +186,7 @@ def _check(x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None) -> Non
 
 
 def dequantize(weight: Tensor, scale: Tensor, inputs: int, dtype: torch.dtype, rows: Tensor | None = None) -> Tensor:
-    """Return the matrix (O, `inputs`) that the integers and scales stand for, or its `rows` (T,), rounded to `dtype`."""
+    """Return the matrix (O, `inputs`) of the integers and scales, or its `rows` (T,), rounded to `dtype`."""
     return call(dequantize_fwd, weight, scale, rows, inputs, dtype)
 
 
@@ -207,7 +207,7 @@ def _fwd(x, weight, scale, bias):
     y = _fwd_fake(x, weight, scale, bias)
     count = math.prod(x.shape[:-1])
     rows, outputs = x.reshape(count, x.shape[-1]).contiguous(), y.view(count, y.shape[-1])
-    if has_cpu_kernel(x) and len(rows) <= _MOST_FEW_ROWS[x.dtype]:
+    if has_cpu_kernel(x) and len(rows) <= _MAX_KERNEL_ROWS[x.dtype]:
         launch("quantized_linear", rows, weight.contiguous(), scale.contiguous(), contiguous_or_none(bias), outputs)
         return y
     step = max(1, _COPY // max(1, x.shape[-1]))
@@ -223,9 +223,7 @@ def _fwd_fake(x, weight, scale, bias):
     return x.new_empty((*x.shape[:-1], weight.shape[0]))
 
 
-_NO_GRADIENTS = (
-    "gradients are not supported, as weights of 8 and 4 bits are for inference; train the model from which they come."
-)
+_NO_GRADIENTS = "gradients are not supported, as weights of 8 and 4 bits are for inference; train the original model."
 
 
 def _backward(ctx, *grads):
