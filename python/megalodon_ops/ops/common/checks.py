@@ -1,4 +1,4 @@
-"""Checks of values from a caller or a file, and the text for a value in an error."""
+"""Checks of values from a caller or a file, and texts of values for errors."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ _LARGEST_SIZE = 2**31 - 1
 
 
 def is_number(value: object) -> bool:
-    """Return True if the value is a real number, NumPy's included; True and False are not."""
+    """Return True for a real number, also one of NumPy, but not for a bool."""
     return isinstance(value, Real) and not isinstance(value, bool)
 
 
 def as_float(value: object) -> float:
-    """The value as a float: NaN if it is not a number, infinity if it is too large an integer."""
+    """Return the value as a float: NaN if it is not a number, infinity if it is an integer too large for a float."""
     try:
         return float(value) if is_number(value) else math.nan
     except OverflowError:
@@ -31,19 +31,19 @@ def as_float(value: object) -> float:
 
 
 def is_integer_between(value: object, least: int, most: int = 2**63 - 1) -> bool:
-    """Return True if the value is an integer from `least` to `most`, NumPy's included; True, False and 4.0 are not."""
+    """Return True for an integer from `least` to `most`, also one of NumPy, but not for a bool or 4.0."""
     return isinstance(value, Integral) and not isinstance(value, bool) and least <= value <= most
 
 
 def check_size(op: str, argument: str, value: object) -> int:
-    """Return the value as an int, or raise unless it is in [1, 2^31). A torch.SymInt of tracing is returned as is."""
+    """Return the value as an int; raise unless it is in [1, 2^31). A torch.SymInt of tracing is returned unchanged."""
     if type(value) is int and 1 <= value <= _LARGEST_SIZE:
         return value
     return check_integer(op, argument, value, "a positive integer below 2^31", 1, _LARGEST_SIZE)
 
 
 def check_integer(op: str, argument: str, value: object, expected: str, least: int, most: int = 2**63 - 1) -> int:
-    """Return the value as an int, or raise unless it is from `least` to `most`; `expected` is for the error."""
+    """Return the value as an int; raise an error with the text `expected` unless it is from `least` to `most`."""
     if isinstance(value, torch.SymInt):
         return value
     if not isinstance(value, Integral) or isinstance(value, bool):
@@ -56,7 +56,7 @@ def check_integer(op: str, argument: str, value: object, expected: str, least: i
 def check_number(
     op: str, argument: str, value: object, expected: str, least: float = -MAX_FLOAT, most: float = MAX_FLOAT
 ) -> float:
-    """Return the value as a float, or raise unless it is from `least` to `most`; `expected` is for the error."""
+    """Return the value as a float; raise an error with the text `expected` unless it is from `least` to `most`."""
     if type(value) is float and least <= value <= most:
         return value
     if isinstance(value, (torch.SymInt, torch.SymFloat)):
@@ -91,7 +91,7 @@ def check_optional_tensor(op: str, argument: str, value: object) -> None:
 
 
 def refuse_arguments(op: Any, args: tuple[Any, ...]) -> None:
-    """Raise a TypeError if an argument of the registered `op` must be a tensor and is not."""
+    """Raise a TypeError that names the first argument of the registered `op` that should be a tensor and is not."""
     public = op._schema.name.split("::")[1].removesuffix("_fwd")
     checks = {"Tensor": check_tensor, "Optional[Tensor]": check_optional_tensor}
     for argument, value in zip(op._schema.arguments, args):
@@ -100,7 +100,7 @@ def refuse_arguments(op: Any, args: tuple[Any, ...]) -> None:
 
 
 def check_rank(op: str, argument: str, tensor: Tensor, letters: str, rank: int) -> None:
-    """Raise unless this is a tensor with `rank` dimensions, which `letters` names, such as "(B, L, D)"."""
+    """Raise unless the value is a tensor with `rank` dimensions. `letters` names them, as in "(B, L, D)"."""
     check_tensor(op, argument, tensor)
     if tensor.dim() != rank:
         fix = "; add a batch dimension" if tensor.dim() == rank - 1 else ""
@@ -108,7 +108,7 @@ def check_rank(op: str, argument: str, tensor: Tensor, letters: str, rank: int) 
 
 
 def check_width(op: str, x: Tensor, **parameters: Tensor) -> None:
-    """Raise if two parameters agree on D, their first dimension, and x (B, L, D) has another D, as if transposed."""
+    """Raise if the two parameters have the same first dimension D and x (B, L, D) another one, as if transposed."""
     sizes = [
         parameter.shape[0] for parameter in parameters.values() if isinstance(parameter, Tensor) and parameter.dim()
     ]
@@ -126,8 +126,8 @@ def check_channels(layer: str, x: object, dim: int, parameter: Tensor) -> None:
         raise ValueError(f"{layer}: `x` must have shape (B, L, {dim}), got {tuple(x.shape)}{fix}.")
     if x.dtype == torch.float64 != parameter.dtype:
         raise TypeError(
-            f"{layer}: `x` must be float32 or narrower beside parameters of {parameter.dtype}, got {x.dtype}; call .double() "
-            "on the layer, too."
+            f"{layer}: `x` must be float32 or narrower for parameters of {parameter.dtype}, got {x.dtype}; call "
+            ".double() on the layer, too."
         )
 
 
@@ -148,7 +148,7 @@ def as_device(caller: str, value: object) -> torch.device:
 
 
 def check_sequences(op: str, x: Tensor, cu_seqlens: Tensor | None, lengths: Tensor | None) -> None:
-    """Check dtype, shape and device of the sequences of x (B, L, ...); the values are not read."""
+    """Check the dtype, shape and device of `cu_seqlens` or `lengths` of x (B, L, ...), but not the values."""
     B, L = x.shape[:2]
     if cu_seqlens is not None and lengths is not None:
         raise ValueError(f"{op}: `lengths` must be None where `cu_seqlens` is given.")
@@ -165,7 +165,7 @@ def check_sequences(op: str, x: Tensor, cu_seqlens: Tensor | None, lengths: Tens
 
 
 def sequence_spans(op: str, x: Tensor, cu_seqlens: Tensor | None, lengths: Tensor | None) -> list[tuple[int, int]]:
-    """(begin, end) of each sequence among the B L tokens of x (B, L, ...); waits for the device."""
+    """Return (begin, end) of each sequence among the B L tokens of x (B, L, ...). Waits for the device."""
     B, L = x.shape[:2]
     if cu_seqlens is not None:
         offsets = cu_seqlens.tolist()
@@ -181,14 +181,14 @@ def sequence_spans(op: str, x: Tensor, cu_seqlens: Tensor | None, lengths: Tenso
 
 
 def describe(value: object) -> str:
-    """Text for a value of a wrong type in an error: a number or a string itself, else the name of its type."""
+    """Return the text of a value of a wrong type: a number or a string itself, or else the name of its type."""
     if value is None or isinstance(value, (bool, int, float, complex, str, bytes)):
         return short_text(value)
     return f"{type(value).__module__}.{type(value).__qualname__}".removeprefix("builtins.")
 
 
 def short_text(value: object) -> str:
-    """Short text of the value on one line."""
+    """Return a short text of the value, on one line."""
     if isinstance(value, (dict, list, tuple, set)):
         return f"a {type(value).__name__} of {len(value)}"
     if isinstance(value, int) and value.bit_length() > 128:

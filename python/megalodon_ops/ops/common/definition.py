@@ -21,7 +21,7 @@ from .flops import register_formula
 
 _library = torch.library.Library("megalodon_ops", "DEF")
 OWN_TYPES = (Tensor, torch.nn.Parameter)
-"""Tensor types whose values are the content of their memory; those of other subclasses may differ from it"""
+"""Tensor types whose memory holds their values; other subclasses may compute values differently"""
 
 
 def define_op(
@@ -39,11 +39,11 @@ def define_op(
         schema: torch's schema, with a name for each result. In the schema of a backward, the incoming gradients are
             named `d<result>`, the results `d<argument>`, and the other arguments as in the op's schema.
         kernel: computes the op on the CPU, and on CUDA devices if the op has kernels for them.
-        fake: computes the outputs' shapes for tracing. None: the outputs are :func:`empty_gradients` of arguments.
-        backward: the op that computes the gradients; what its schema names is saved for it
-            (:func:`_autograd_by_names`). With `setup_context`: a function, the backward of a torch.autograd.Function.
-            None: differentiation raises an error, as it does for backward ops. Forward-mode differentiation always
-            raises an error.
+        fake: creates outputs of the right shapes for tracing. None: outputs are :func:`empty_gradients` of arguments.
+        backward: the op that computes the gradients. The values that its schema names are saved for it
+            (:func:`_autograd_by_names`). None: differentiation raises an error, as for backward ops. Forward-mode
+            differentiation always raises an error.
+        setup_context: that of a torch.autograd.Function. `backward` is then such a function's backward, not an op.
         flops: function that returns the floating-point operations, for torch.utils.flop_counter. Its parameters have
             the names of arguments of the op.
     """
@@ -68,7 +68,8 @@ def define_op(
 def _autograd_by_names(op: Callable, backward_op: Callable) -> tuple[Callable, Callable]:
     """Generate `setup_context` and `backward` of an op from the names in its schema and in that of `backward_op`.
 
-    Source is generated, as for dataclasses, because loops over names would cost each call 2 us; for `cema_fwd`::
+    The functions are generated as source, like the methods of dataclasses, because loops over names would cost each
+    call 2 us. The source for `cema_fwd`::
 
         def setup_context(ctx, inputs, output):
             x, p, q, gamma, omega, state, cu_seqlens, lengths, return_state = inputs
@@ -82,9 +83,9 @@ def _autograd_by_names(op: Callable, backward_op: Callable) -> tuple[Callable, C
             dx, dp, dq, dgamma, domega, dstate = call(backward_op, dy, dstate_out, x, p, <and so on>, lengths)
             return dx, dp, dq, dgamma, domega, None if state is None else dstate, None, None, None
 
-    The arguments of `backward_op` that are not incoming gradients are saved, tensors and scalars apart. A result whose
-    gradient it does not take is not differentiable. If it takes an incoming gradient as `Tensor?`, missing gradients
-    are passed as None, or where the type is `Tensor` as zeros like the op's first argument.
+    All arguments of `backward_op` but the incoming gradients are saved, scalars apart from tensors. A result is
+    differentiable if its gradient is an argument of `backward_op`. If one incoming gradient has the type `Tensor?`, a
+    missing gradient is passed as None, or as zeros like the op's first argument if its type is `Tensor`.
     """
     arguments, results = ([value.name for value in values] for values in (op._schema.arguments, op._schema.returns))
     backward_arguments = [argument.name for argument in backward_op._schema.arguments]
@@ -134,7 +135,7 @@ def _autograd_by_names(op: Callable, backward_op: Callable) -> tuple[Callable, C
 
 
 def _fake_gradients(op: Callable) -> Callable:
-    """The fake kernel of a backward whose results `d<argument>` are `empty_gradients`."""
+    """Return a fake kernel for a backward, whose results `d<argument>` are the `empty_gradients` of these arguments."""
     arguments = [argument.name for argument in op._schema.arguments]
     like = [arguments.index(result.name[1:]) for result in op._schema.returns]
 
@@ -146,9 +147,9 @@ def _fake_gradients(op: Callable) -> Callable:
 
 
 def _with_version_counts(op: Callable, kernel: Callable) -> Callable:
-    """`kernel`, which then also increments the version of each tensor that it writes.
+    """Return a function that calls `kernel` and increments the version of each tensor that the kernel writes.
 
-    A backward that needs an overwritten value therefore raises an error.
+    So autograd raises an error if a backward needs an overwritten value.
     """
     written = [i for i, a in enumerate(op._schema.arguments) if a.alias_info is not None and a.alias_info.is_write]
 
@@ -161,7 +162,7 @@ def _with_version_counts(op: Callable, kernel: Callable) -> Callable:
 
 
 def _autograd_function(name: str, setup_context: Callable | None, backward: Callable) -> type[torch.autograd.Function]:
-    """The op's autograd function. Its graph nodes are named after the op: `CemaBackward` for `cema_fwd`."""
+    """Return the op's autograd function. Its graph nodes are named after the op: `CemaBackward` for `cema_fwd`."""
 
     class Function(torch.autograd.Function):
         @staticmethod
@@ -187,9 +188,9 @@ def _autograd_function(name: str, setup_context: Callable | None, backward: Call
 
 
 def _autograd_kernel(op: Callable, function: type[torch.autograd.Function]) -> Callable:
-    """The kernel that torch.library.register_autograd makes, minus steps that no op here needs.
+    """Return the kernel of torch.library.register_autograd, minus steps that no op here needs.
 
-    They cost more than a short call.
+    These steps cost more than a short call.
     """
 
     def kernel(keyset, *args):
@@ -206,7 +207,7 @@ def _autograd_kernel(op: Callable, function: type[torch.autograd.Function]) -> C
 
 
 def call(op: Callable, *args):
-    """Call the op; its error names the argument that torch or the kernel could not take."""
+    """Call the op. If an argument is not a tensor and should be one, the error names the argument."""
     try:
         return op(*args)
     except (RuntimeError, TypeError, AttributeError) as error:  # AttributeError: None instead of a tensor
@@ -242,16 +243,16 @@ def in_forward_mode() -> bool:
 
 
 def _on_one_device(op: Callable, fake: Callable) -> Callable:
-    """`fake`, with a check of the devices: torch calls `fake` even if only one tensor is on the meta device."""
+    """Return a fake kernel that checks the devices: torch calls it even if only one tensor is on the meta device."""
 
     def checked(*args):
         devices = [(a.name, value.device) for a, value in zip(op._schema.arguments, args) if isinstance(value, Tensor)]
-        usual, _ = Counter(device for _, device in devices).most_common(1)[0]
+        expected, _ = Counter(device for _, device in devices).most_common(1)[0]
         for name, device in devices:
-            if device != usual:
+            if device != expected:
                 public = op._schema.name.split("::")[1].removesuffix("_fwd").removesuffix("_bwd")
                 raise ValueError(
-                    f"{public}: `{name}` must be on {usual} as the others, got device {device}; move it there."
+                    f"{public}: `{name}` must be on {expected} as the others, got device {device}; move it there."
                 )
         return fake(*args)
 
@@ -264,7 +265,7 @@ def has_cpu_kernel(x: Tensor) -> bool:
 
 
 class _Observer(threading.local):
-    """Function that sees each launch on the CPU in this thread before it runs; recording.py sets it."""
+    """A function, set by recording.py, that is called before each launch on the CPU in this thread."""
 
     note: Callable[[str, tuple], None] | None = None
 
@@ -324,19 +325,19 @@ def _no_derivative(name: str) -> Callable:
 
 
 def int64_or_none(tensor: Tensor | None) -> Tensor | None:
-    """Offsets and lengths as the kernels read them: int32 becomes int64; the kernels refuse other dtypes."""
+    """Return offsets or lengths as the kernels read them: int32 becomes int64; the kernels refuse other dtypes."""
     if tensor is None or not isinstance(tensor, Tensor):
         return tensor
     return (tensor.long() if tensor.dtype == torch.int32 else tensor).contiguous()
 
 
 def empty_like(x: Tensor) -> Tensor:
-    """An uninitialised tensor with the shape, dtype and device of `x`, contiguous whatever the strides of `x`."""
+    """Return an uninitialised, contiguous tensor with the shape, dtype and device of `x`."""
     return torch.empty_like(x, memory_format=torch.contiguous_format)
 
 
 def empty_gradients(*tensors: Tensor | None) -> tuple[Tensor, ...]:
-    """Uninitialised gradients like the tensors; empty for None, as torch's schemas have no optional results."""
+    """Return uninitialised gradients like the tensors; empty for None, as torch's schemas have no optional results."""
     return tuple(tensors[0].new_empty(0) if t is None else empty_like(t) for t in tensors)
 
 
@@ -345,19 +346,19 @@ def contiguous_or_none(tensor: Tensor | None) -> Tensor | None:
 
 
 def num_sequences(batch: int, cu_seqlens: Tensor | None) -> int:
-    """S, the number of packed sequences or of rows."""
+    """Return S, the number of packed sequences or of rows."""
     return batch if cu_seqlens is None else max(cu_seqlens.numel() - 1, 0)
 
 
 def num_positions(x: Tensor, cu_seqlens: Tensor | None = None, lengths: Tensor | None = None) -> Tensor:
-    """(S,) number of positions of each sequence of x (B, L, ...)."""
+    """Return the number of positions of each sequence of x (B, L, ...), (S,)."""
     if cu_seqlens is not None:
         return cu_seqlens.diff()
     return torch.full((len(x),), x.shape[1], device=x.device) if lengths is None else lengths
 
 
 def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
-    """float64 for float64, float32 for other dtypes."""
+    """Return float64 for float64, float32 for other dtypes."""
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
@@ -367,7 +368,7 @@ def is_autocast_enabled(device: str) -> bool:
 
 
 def autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
-    """Cast the tensors as torch.autocast does for a matrix product; float64 stays."""
+    """Cast the tensors as torch.autocast does for a matrix product; float64 stays float64."""
     device = tensors[0].device.type
     if not is_autocast_enabled(device):
         return tensors

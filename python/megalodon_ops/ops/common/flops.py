@@ -2,9 +2,9 @@
 
 Matrix products and attention count as torch counts its own ops: two for each multiply-add, none for a bias or softmax.
 Attention counts the pairs of a query and a key that its chunks allow. Every other op counts one for each sum, product,
-quotient, root, exponential, sine or cosine of an element in its definition, in :mod:`megalodon_ops.reference`; work
-done once for a channel or a head does not count. Tokens in no sequence do not count; if the sequences' ends cannot be
-read, as with fake tensors, whole rows count.
+quotient, root, exponential, sine or cosine of an element in its definition in :mod:`megalodon_ops.reference`. Work per
+channel or head, but not per token, does not count. Tokens in no sequence do not count; if the sequences' ends cannot be
+read, as with fake tensors, all tokens count.
 
 Example:
     >>> import torch, megalodon_ops as mo
@@ -28,7 +28,7 @@ from torch.utils.flop_counter import register_flop_formula
 
 
 def register_formula(op: Callable, formula: Callable[..., int]) -> None:
-    """Register an op's formula with torch: a function whose parameters name arguments of the op."""
+    """Register an op's formula with torch. The formula's parameters have the names of arguments of the op."""
     name = op._schema.name.split("::")[1]
     arguments = [argument.name for argument in op._schema.arguments]
     needed = [*inspect.signature(formula).parameters]
@@ -45,18 +45,18 @@ def register_formula(op: Callable, formula: Callable[..., int]) -> None:
 
 
 def readable_values(tensor: Tensor | None, otherwise: list[int]) -> list[int]:
-    """Integers in a tensor, or `otherwise` if the tensor is None or, being fake, has no values."""
+    """Return the integers in a tensor, or `otherwise` if the tensor is None or has no values, as a fake tensor."""
     readable = tensor is not None and type(tensor) in (Tensor, torch.nn.Parameter) and not tensor.is_meta
     return tensor.tolist() if readable else otherwise
 
 
 def lengths_of(x: Tensor, cu_seqlens: Tensor | None, lengths: Tensor | None) -> list[int]:
-    """Lengths of the sequences of x (B, L, ...)."""
+    """Return the lengths of the sequences of x (B, L, ...)."""
     batch, length = x.shape[:2]
     ends = None if cu_seqlens is None else cu_seqlens.diff()
     return readable_values(lengths if ends is None else ends, [length] * batch)
 
 
 def num_tokens(x: Tensor, cu_seqlens: Tensor | None, lengths: Tensor | None) -> int:
-    """T, the number of tokens of x (B, L, ...) that are in a sequence."""
+    """Return the number of tokens of x (B, L, ...) that are in a sequence."""
     return sum(lengths_of(x, cu_seqlens, lengths))

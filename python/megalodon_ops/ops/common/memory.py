@@ -1,4 +1,4 @@
-"""Memory of tensors on the CPU: its limit, huge pages, and memory that the process has freed."""
+"""Memory for tensors on the CPU: its limit, huge pages, and the reuse of freed memory."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ _M_TRIM_THRESHOLD, _M_MMAP_MAX, _M_ARENA_MAX = -1, -4, -8  # mallopt(3)
 
 
 def machine_memory() -> int:
-    """Bytes of memory that this process can have: the least of machine memory, control group and resource limit."""
+    """Return the bytes of memory that this process can have: the least of RAM, control group and resource limit."""
     limits = [os.sysconf("SC_PHYS_PAGES") * mmap.PAGESIZE, resource.getrlimit(resource.RLIMIT_AS)[0]]
     for name in ("memory.max", "memory/memory.limit_in_bytes"):  # control groups of version 2, of version 1
         try:
@@ -29,13 +29,13 @@ def machine_memory() -> int:
 
 
 def check_fits(size: int, subject: str) -> None:
-    """Raise a ValueError if `size` bytes are more than :func:`machine_memory`, before they are allocated."""
+    """Raise a ValueError if `size` bytes, not allocated yet, are more than :func:`machine_memory`."""
     if size > (limit := machine_memory()):
         raise ValueError(f"{subject} takes {size / 2**30:,.1f} GiB of memory, and there are {limit / 2**30:,.1f} here")
 
 
 def is_finite(tensor: Tensor) -> bool:
-    """Return True if no element is NaN or infinite. Reads memory once; `isfinite` would also write an array."""
+    """Return True if no element is NaN or infinite. Reads memory once; `isfinite` would also write a tensor."""
     return not tensor.numel() or all(bool(bound.isfinite()) for bound in torch.aminmax(tensor.detach()))
 
 
@@ -44,8 +44,8 @@ def use_huge_pages(model: nn.Module) -> bool:
 
     A decoded token reads every weight once, and small pages cost time for address translation: on 2 cores of an Intel
     Xeon a token of 200M parameters takes 26 ms with huge pages and 32 to 35 ms with small ones. Call this function
-    after the weights are loaded and before a :class:`Decoder` is created. The parameters remain the same objects; their
-    memory is new and cannot be resized, which FSDP needs. `python -m megalodon_ops generate` calls this function;
+    after the weights are loaded and before a :class:`Decoder` is created. The parameters remain the same objects. Their
+    new memory cannot be resized, as FSDP would do. `python -m megalodon_ops generate` calls this function;
     importing the package does not.
 
     Returns:
@@ -72,7 +72,7 @@ def use_huge_pages(model: nn.Module) -> bool:
 
 
 def _huge_pages(size: int) -> Tensor:
-    """(size,) uint8, aligned to a huge page; Linux is asked for the huge pages that lie wholly inside."""
+    """Return memory (size,) uint8, aligned to a huge page, and ask Linux for as many huge pages as fit into it."""
     mapping = mmap.mmap(-1, size + _HUGE_PAGE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     memory = torch.frombuffer(mapping, dtype=torch.uint8)
     begin = -memory.data_ptr() % _HUGE_PAGE
@@ -81,13 +81,13 @@ def _huge_pages(size: int) -> Tensor:
 
 
 def keep_freed_memory() -> bool:
-    """Make the C library of a long-running program keep freed CPU memory of every size for later tensors.
+    """Make the C library keep freed CPU memory of every size for later tensors, in a long-running program.
 
-    By default glibc returns blocks of 32 MiB and more, and free memory at the end of its heap, to the system, which
-    then clears every page for the next tensor. Without this, a training step of 25M parameters and 8,192 tokens takes a
-    tenth less time. The process's peak memory stays about the same, but the process keeps that memory. Existing tensors
-    do not move, so call this function before you load a model. Commands of `python -m megalodon_ops` call this
-    function; importing the package does not.
+    By default glibc returns freed blocks of 32 MiB and more, and free memory at the end of its heap, to the system,
+    which then clears every page for the next tensor. With this function, a training step of 25M parameters and 8,192
+    tokens takes a tenth less time. The process's peak memory stays about the same, but the process keeps that memory.
+    Existing tensors do not move, so call this function before you load a model. Commands of `python -m megalodon_ops`
+    call this function; importing the package does not.
 
     Returns:
         False if there is no glibc, and so no `mallopt`; then nothing has changed.
@@ -100,5 +100,5 @@ def keep_freed_memory() -> bool:
         mallopt = ctypes.CDLL(None).mallopt
     except (AttributeError, OSError, TypeError):
         return False
-    # One arena: the arenas of other threads, and of a thread after a failed allocation, cannot hold 64 MiB.
+    # A single arena: further arenas, of other threads or after a failed allocation, cannot hold 64 MiB.
     return all([mallopt(_M_MMAP_MAX, 0), mallopt(_M_TRIM_THRESHOLD, -1), mallopt(_M_ARENA_MAX, 1)])

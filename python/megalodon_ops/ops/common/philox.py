@@ -1,7 +1,7 @@
-"""Philox4x32-10 (Salmon et al., SC 2011), a counter-based random generator, and the DropKey mask from it.
+"""Philox4x32-10 (Salmon et al., SC 2011), a counter-based random generator, and the DropKey mask that it generates.
 
-Word i of a block depends on the counter and the key alone, so a mask is the same on every device, for every number of
-threads and every tiling, and the backward recomputes it instead of storing it.
+The four words of a counter depend on the counter and the key alone. So a mask is the same on every device, for every
+number of threads and every tiling, and the backward recomputes the mask instead of storing it.
 """
 
 from __future__ import annotations

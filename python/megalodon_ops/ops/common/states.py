@@ -1,4 +1,4 @@
-"""States, which a call of an op passes to the next call: tuples of tensors whose first dimension is the sequences."""
+"""States, which a call of an op passes to the next call: tuples of tensors with one row per sequence."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ _NESTED_STATES = ("norm", "attention")  # fields of a block's state that are sta
 
 
 def state_fields(op: str, state: tuple | None, kind: type[tuple]) -> tuple:
-    """Fields of a state; None for a field that was left out, and for every field if `state` is None."""
+    """Return the fields of a state: None for a field that is missing, and for every field if `state` is None."""
     fields, defaults = kind._fields, kind._field_defaults
     if state is None:
         return (None,) * len(fields)
@@ -29,7 +29,7 @@ def state_fields(op: str, state: tuple | None, kind: type[tuple]) -> tuple:
 
 
 def named_in_programs(kind: type[tuple]) -> type[tuple]:
-    """Register a class of states by name, so that torch.export.save writes programs with them; return the class."""
+    """Register a class of states by name, so that torch.export.save can write programs with them. Return the class."""
     _register_namedtuple(kind, serialized_type_name=f"megalodon_ops.{kind.__name__}")
     return kind
 
@@ -38,7 +38,7 @@ def named_in_programs(kind: type[tuple]) -> type[tuple]:
 class TimestepNormState(NamedTuple):
     """Running statistics of S sequences in G groups.
 
-    A value and its residual together have about twice the digits of the dtype: a million short calls do not drift.
+    A value and its residual together have about twice the digits of the dtype, so a million short calls do not drift.
 
     Example:
         >>> import torch, megalodon_ops as mo
@@ -52,16 +52,16 @@ class TimestepNormState(NamedTuple):
     mean: Tensor
     """(S, G) float32, or float64 for float64 input"""
     var: Tensor
-    """(S, G), biased"""
+    """(S, G), biased variance"""
     residual: Tensor | None = None
-    """(S, 2, G), the low-order parts of mean and var; None counts as zero"""
+    """(S, 2, G), the low-order parts of mean and var; None for zeros"""
 
 
 @named_in_programs
 class AttentionState(NamedTuple):
     """Keys and values of each sequence's unfinished chunk of C positions; rows [0, position) are valid.
 
-    If attention sees two chunks, there are 2 C rows: those of the last complete chunk, if there is one, come first.
+    If attention sees two chunks, k and v have 2 C rows: those of the last complete chunk, if there is one, come first.
 
     Example:
         >>> import torch, megalodon_ops as mo
@@ -76,15 +76,15 @@ class AttentionState(NamedTuple):
     v: Tensor
     """(S, C, H, V)"""
     position: Tensor
-    """(S,) int64, each in [0, C)"""
+    """(S,) int64, number of valid rows, below the number of rows"""
 
 
 @named_in_programs
 class WorkingMemoryState(NamedTuple):
-    """The memory of each sequence's complete chunks, and keys and values of the unfinished one.
+    """The memory of each sequence's complete chunks, and keys and values of the unfinished chunk of C positions.
 
-    If attention sees two chunks, the memory does not contain the last complete chunk yet: keys and values have 2 C
-    rows, as in :class:`AttentionState`.
+    If attention sees two chunks, the memory does not contain the last complete chunk yet: k and v have 2 C rows, as in
+    :class:`AttentionState`.
 
     Example:
         >>> import torch, megalodon_ops as mo
@@ -101,6 +101,6 @@ class WorkingMemoryState(NamedTuple):
     k: Tensor
     """(S, C, H, K)"""
     position: Tensor
-    """(S,) int64, number of positions so far; position % C rows of k and v are valid"""
+    """(S,) int64, number of positions so far; the unfinished chunk has position % C of them"""
     v: Tensor
     """(S, C, H, V)"""
