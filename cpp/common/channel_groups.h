@@ -44,8 +44,8 @@ class Channels {
   }
   int64_t offset(int64_t j) const { return smaller(j * lanes, count - width); }
 
-  // Calls op(j, offset, width, s) for each vector j of channels. s[row][i] is statistic i of the row, each channel's
-  // lane holding that of its group. statistics[i] points to (rows, G) values and may be read kLanes past its end.
+  // Calls op(j, offset, width, s) for each vector j of channels. s[row][i] has statistic i of the row; each lane holds
+  // the value of its channel's group. statistics[i] points to (rows, G) values and may be read kLanes past its end.
   template <int rows, int kinds, class Op>
   MEGALODON_INLINE void for_each_vector_with_statistics(const R* const (&statistics)[kinds], Op&& op) const {
     Vec<R> s[rows][kinds];

@@ -28,7 +28,7 @@
 
 namespace megalodon::MEGALODON_ISA {
 
-// Two bfloat16; the one of the lower depth is in the low half.
+// Two bfloat16; the one with the lower index along the depth is in the low half.
 struct Bf16Pair { uint32_t bits; };
 
 // The unit in which elements of T are packed.
@@ -86,7 +86,7 @@ MEGALODON_INLINE V multiply_add(R a, V b, V sum) { return sum + a * b; }
 MEGALODON_INLINE Vec<float> multiply_add(Bf16Pair a, Vec<float> b, Vec<float> sum) {
   return add_pairs(sum, bit_cast<Bits>(b), a.bits);
 }
-// One pair for each lane.
+// Rounds `low` and `high` to bfloat16: one pair for each lane.
 MEGALODON_INLINE Bits pair_units(Vec<float> low, Vec<float> high) {
   return widen_bits(round_bf16(low)) | widen_bits(round_bf16(high)) << 16;
 }
@@ -95,7 +95,7 @@ MEGALODON_INLINE Bits pair_units(Vec<float> low, Vec<float> high) {
 // The B panel of the next product, which has the same depth. Each tile of the current product prefetches a part of it.
 template <class U>
 struct Ahead {
-  static constexpr int64_t kStepBytes = 16;  // per unit of the depth
+  static constexpr int64_t kStepBytes = 16;  // prefetched per unit of the depth
 
   const U* panel;
   int64_t depth;
@@ -165,7 +165,7 @@ MEGALODON_INLINE int64_t tile_rows(int vectors, int64_t rows) {
   return vectors < kTileVectors && rows >= kTallRows<U> ? kTallRows<U> : kTileRows<U>;
 }
 
-// Computes `rows` rows, a result of tile_rows(), with the tile for them and for `vectors`.
+// Computes `rows` rows, a number from tile_rows(), with the tile for this number and for `vectors`.
 template <bool kTransposeA, class U>
 MEGALODON_INLINE void multiply_tile(int vectors, int64_t rows, int64_t depth, const U* a, int64_t a_panel, const U* b,
                                     SumOf<U> gain, const SumOf<U>* factors, SumOf<U>* c, const char* ahead) {

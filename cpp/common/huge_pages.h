@@ -12,7 +12,7 @@ namespace megalodon {
 
 constexpr size_t kHugePage = size_t{2} << 20;
 
-// Asks Linux for huge pages wherever a whole one fits into the memory. Allocations of several megabytes are usually
+// Asks Linux for as many huge pages as fit into the memory. Allocations of several megabytes are usually
 // mapped anew at every call, and clearing small pages at their first touch takes longer than most kernels. The advice
 // has no effect on pages in use, or if Linux never or always grants huge pages. The function is static because it is
 // compiled for every instruction set.

@@ -32,8 +32,8 @@ class FlushDenormals {
 #endif
 };
 
-// 64-byte aligned, uninitialised scratch memory of `count` elements. Throws std::bad_alloc: construct it outside
-// parallel regions, which exceptions may not leave.
+// 64-byte aligned, uninitialised scratch memory of `count` elements. The constructor may throw std::bad_alloc, so it is
+// called outside of parallel regions, which exceptions may not leave.
 template <class T>
 class Scratch {
  public:

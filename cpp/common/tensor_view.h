@@ -43,7 +43,7 @@ class TensorView {
   const TensorView& dtype(Scalar expected, const char* why) const;
   // The tensor must not be None.
   const TensorView& present() const;
-  // The tensor must be None, as `needed` is missing.
+  // The tensor must be None, because the argument that `needed` names is missing.
   void absent(const char* needed) const;
   // If the tensor is given, its int64 values must be in [0, most]; `range` is that interval as text. See check_values.
   void values(int64_t most, const std::string& range) const;

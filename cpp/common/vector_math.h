@@ -52,7 +52,7 @@ MEGALODON_INLINE Vec<double> exp(Vec<double> x) {
 // and scales by the power of two in another; 2^fraction is a minimax polynomial in relative error.
 #if defined(__AVX512DQ__)
 MEGALODON_INLINE Vec<float> softmax_exp(Vec<float> x) {
-  constexpr int kFloor = 0x9;  // no exceptions
+  constexpr int kFloor = 0x9;  // round down, raise no exceptions
   const Vec<float> t = x * 0x1.715476p0f;
   const Vec<float> r = bit_cast<Vec<float>>(_mm512_reduce_ps(bit_cast<__m512>(t), kFloor));
   Vec<float> p = r * 0x1.c72118p-13f + 0x1.461954p-10f;

@@ -10,7 +10,7 @@
 //   1. reduces each row's groups, F channels to two numbers, kLanes groups at a time, merging lanes by a transposition;
 //   2. scans each run of rows of one sequence along time, in double, G values per row. A run that starts inside its
 //      sequence is scanned without an initial state, and merged with the previous block's carry when the carry arrives;
-//   3. writes y; backward: writes dx, and sums dweight and dbias over the block. With `ends_only` it writes nothing.
+//   3. writes y; backward: writes dx, and sums dweight and dbias over the block. `ends_only` skips this phase.
 // Only the carry, 2 G doubles, is passed from block to block: threads wait for a merge, not for each other's rows.
 //
 // Memory traffic, in elements: forward x, y; backward x, dy, dx; plus 3 T G statistics. Rows are read twice: first from

@@ -13,7 +13,8 @@ constexpr int64_t kBlockBytes = 160 << 10;  // of each input tensor in a block
 constexpr int64_t kMaxRows = 512;           // of a block
 
 // For each lane, the sum of some values, and the sum of their squared deviations from their mean. All lanes have the
-// same number of values. Unlike a sum of squares, this cannot cancel; unlike two passes, it reads each value once.
+// same number of values. Unlike sums of squares, Moments avoid cancellation; unlike two passes, they need each value
+// once.
 template <class R>
 struct Moments {
   Vec<R> sum, squares;
@@ -110,8 +111,7 @@ void group_statistics(const T* x, const T* x_end, int64_t groups, int64_t size, 
   }
 }
 
-// Number of timesteps of sequence s before `token`, which is one of its tokens or its end; those of its initial state
-// count.
+// Number of timesteps of sequence s before `token`, one of its tokens or its end. Those of the initial state count, too.
 inline double count_before(const TimestepNormParams& p, int64_t s, int64_t token) {
   return static_cast<double>((p.count ? p.count[s] : 0) + token - p.sequences.begin(s));
 }

@@ -124,8 +124,8 @@ def _fwd(x, p, q, gamma, omega, state, cu_seqlens, lengths, return_state):
     x = x.contiguous()
     y, state_out = _fwd_fake(x, p, q, gamma, omega, state, cu_seqlens, lengths, return_state)
     coefficients = (p.contiguous(), q.contiguous(), gamma.contiguous(), omega.contiguous())
-    written = (y, state_out if return_state else None)
-    launch("cema_fwd", x, *coefficients, contiguous_or_none(state), cu_seqlens, lengths, *written)
+    results = (y, state_out if return_state else None)
+    launch("cema_fwd", x, *coefficients, contiguous_or_none(state), cu_seqlens, lengths, *results)
     return y, state_out
 
 

@@ -112,7 +112,7 @@ def _autograd_by_names(op: Callable, backward_op: Callable) -> tuple[Callable, C
     def listed(names: Iterable[str]) -> str:
         return "".join(f"{name}, " for name in names)
 
-    has_flag, one = "return_state" in arguments, len(gradients) == 1
+    has_flag, gradient_names = "return_state" in arguments, gradients[0] if len(gradients) == 1 else listed(gradients)
     lines = [
         "def setup_context(ctx, inputs, output):",
         f"    {listed(arguments)} = inputs",
@@ -126,7 +126,7 @@ def _autograd_by_names(op: Callable, backward_op: Callable) -> tuple[Callable, C
         f"    {listed(saved_tensors)} = ctx.saved_tensors",
         scalars and f"    {listed(scalars)} = ctx.scalars",
         *(f"    if {name} is None: {name} = torch.zeros_like({arguments[0]})" for name in required),
-        f"    {gradients[0] if one else listed(gradients)} = call(backward_op, {listed(backward_arguments)})",
+        f"    {gradient_names} = call(backward_op, {listed(backward_arguments)})",
         f"    return {listed(returned.values())}",
     ]
     namespace = {"call": call, "torch": torch, "backward_op": backward_op}

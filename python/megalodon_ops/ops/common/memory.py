@@ -45,7 +45,7 @@ def use_huge_pages(model: nn.Module) -> bool:
     A decoded token reads every weight once, and small pages cost time for address translation: on 2 cores of an Intel
     Xeon a token of 200M parameters takes 26 ms with huge pages and 32 to 35 ms with small ones. Call this function
     after the weights are loaded and before a :class:`Decoder` is created. The parameters remain the same objects. Their
-    new memory cannot be resized, as FSDP would do. `python -m megalodon_ops generate` calls this function;
+    new memory cannot be resized, which FSDP needs. `python -m megalodon_ops generate` calls this function;
     importing the package does not.
 
     Returns:

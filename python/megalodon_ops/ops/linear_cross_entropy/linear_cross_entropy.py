@@ -27,9 +27,11 @@ def linear_cross_entropy(
     .. math:: \ell_t = \log \sum_v e^{z_{tv}} - z_{t,\mathrm{target}_t}
 
     "mean" and "sum" compute their gradients in the same pass over the blocks, so logits are computed once and never
-    kept. "none" does not know the gradients of its losses yet: its backward recomputes the logits. If all logits fit
-    into one block, or have at most a quarter of the size of `hidden`, `torch.nn.functional.cross_entropy` computes the
-    loss. A program of torch.export always works in blocks, as it may run with other sizes than those of the export.
+    kept. "none" does not know the gradients of its losses yet: its backward recomputes the logits.
+
+    `torch.nn.functional.cross_entropy` computes the loss if all logits fit into one block, or if gradients are needed
+    and the logits are at most a quarter of `hidden`. A program of torch.export always works in blocks, as it may run
+    with other sizes than those of the export.
 
     Args:
         hidden: x, (..., D) float32, float64, bfloat16 or float16, arbitrary strides.
@@ -70,14 +72,14 @@ def _linear_cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor, reduc
     counted = index != ignore_index
     x = x.where(counted[:, None], 0)  # a row that does not count may hold NaN, and 0 times NaN is NaN
     (T, D), V = x.shape, weight.shape[0]
-    wants = [tensor.requires_grad and torch.is_grad_enabled() for tensor in (x, weight)]
-    if not is_exporting() and (T * V <= _block(x.device) or (any(wants) and 4 * V <= D)):
+    needs_grad = [tensor.requires_grad and torch.is_grad_enabled() for tensor in (x, weight)]
+    if not is_exporting() and (T * V <= _block(x.device) or (any(needs_grad) and 4 * V <= D)):
         logits = linear(x, weight).to(accumulation_dtype(x.dtype))
         loss = F.cross_entropy(logits, index, reduction=reduction, ignore_index=ignore_index)
         return loss.reshape(targets.shape) if reduction == "none" else loss
-    if reduction != "none" and any(wants):
+    if reduction != "none" and any(needs_grad):
         scales = counted.to(accumulation_dtype(x.dtype))
-        loss, _, _ = linear_cross_entropy_sum(x, weight, index.where(counted, 0), scales, *wants)
+        loss, _, _ = linear_cross_entropy_sum(x, weight, index.where(counted, 0), scales, *needs_grad)
     else:
         losses = call(linear_cross_entropy_fwd, x, weight, index, ignore_index)
         loss = losses.reshape(targets.shape) if reduction == "none" else losses.sum()
@@ -230,9 +232,10 @@ def _setup_context(ctx, inputs, output):
 
 def _backward(ctx, dlosses):
     x, weight, index = ctx.saved_tensors
-    counted, wants = index != ctx.ignore_index, ctx.needs_input_grad[:2]
-    _, dx, dweight = linear_cross_entropy_sum(x, weight, index.where(counted, 0), dlosses.where(counted, 0), *wants)
-    return dx.to(x.dtype) if wants[0] else None, dweight.to(weight.dtype) if wants[1] else None, None, None
+    counted, needs_grad = index != ctx.ignore_index, ctx.needs_input_grad[:2]
+    index, scales = index.where(counted, 0), dlosses.where(counted, 0)
+    _, dx, dweight = linear_cross_entropy_sum(x, weight, index, scales, *needs_grad)
+    return dx.to(x.dtype) if needs_grad[0] else None, dweight.to(weight.dtype) if needs_grad[1] else None, None, None
 
 
 def _sum(x, weight, index, scales, wants_dx, wants_dweight):

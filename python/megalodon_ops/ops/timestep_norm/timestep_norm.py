@@ -71,9 +71,10 @@ def timestep_norm(
     num_groups = check_size("timestep_norm", "num_groups", num_groups)
     eps = check_number("timestep_norm", "eps", eps, "a finite number of at least 0", 0.0)
     check_flag("timestep_norm", "return_state", return_state)
-    before = (int64_or_none(count), mean, var, residual, int64_or_none(cu_seqlens), int64_or_none(lengths))
-    wanted = (torch.is_grad_enabled(), return_state)
-    y, _, *state_out = call(timestep_norm_fwd, x, weight, bias, num_groups, eps, *before, *wanted)
+    initial_state = (int64_or_none(count), mean, var, residual)
+    sequences = (int64_or_none(cu_seqlens), int64_or_none(lengths))
+    flags = (torch.is_grad_enabled(), return_state)
+    y, _, *state_out = call(timestep_norm_fwd, x, weight, bias, num_groups, eps, *initial_state, *sequences, *flags)
     return (y, TimestepNormState(*state_out)) if return_state else y
 
 
