@@ -1,14 +1,14 @@
 // cp.async: asynchronous copies from global to shared memory.
 //
-// A thread sees its own copies after cp_async_commit and cp_async_wait; others see them after a barrier that follows.
+// After cp_async_commit and cp_async_wait a thread sees its own copies; other threads see them after the next barrier.
 #pragma once
 
 #include "portable.cuh"
 
 namespace gpu {
 
-// Copies `valid` bytes from `from` and fills the rest of the kBytes at `to` with zeros; valid = 0 reads nothing.
-// Both addresses are multiples of kBytes, 4, 8 or 16. Copies of 16 bytes bypass L1.
+// Copies `valid` bytes from `from` to `to`, and fills the rest of the kBytes at `to` with zeros; valid = 0 reads
+// nothing. kBytes is 4, 8 or 16, and both addresses are multiples of kBytes. Copies of 16 bytes bypass L1.
 template <int kBytes>
 GPU_INLINE void cp_async(void* to, const void* from, int valid = kBytes) {
   static_assert(kBytes == 4 || kBytes == 8 || kBytes == 16);
@@ -34,7 +34,7 @@ GPU_INLINE void cp_async_commit() {
 #endif
 }
 
-// Waits until at most kPending of this thread's latest groups are unfinished.
+// Waits until all but the latest kPending groups of this thread are finished.
 template <int kPending>
 GPU_INLINE void cp_async_wait() {
 #if GPU_EMULATED

@@ -1,20 +1,22 @@
-// Products of matrices by a block of threads: D += A B, with D in registers and the operands in slabs of shared memory.
+// Products of matrices by a block of threads: D += A B. D is in registers; A and B are in slabs of shared memory.
 //
-//   TensorProduct<T, kVectors>   T = bf16 or fp16 on tensor cores; kVectors: rows of 16-byte vectors
-//   PlainProduct<R>              R = float or double by multiply-adds, for any alignment
+//   TensorProduct<T, kVectors>   T = bf16 or fp16, on tensor cores; kVectors: rows can be read as 16-byte vectors
+//   PlainProduct<R>              R = float or double, by multiply-adds, for arbitrary alignment
 //
-// D is kEdge x kEdge. A slab holds an operand at kDepth indices of the inner dimension. If the operand's rows run along
-// that dimension (A, B^T), a slab has kEdge rows of kDepth elements. If they run across it ("by depth": A^T, B), a slab
-// has kDepth rows of kEdge elements. A thread holds kMicro x kMicro elements of D: at(r, c) is the element
-// (row(r), column(c)). The threads that hold elements of one row of D have slot() = 0 .. kSlots - 1.
+// D is kEdge x kEdge. A thread holds kMicro x kMicro elements of D: at(r, c) is the element (row(r), column(c)). The
+// threads that hold elements of one row of D are numbered by slot(), 0 .. kSlots - 1.
+// A slab holds an operand at kDepth indices of the inner dimension, in one of two layouts:
+//   the operand's rows run along the inner dimension (A, B^T): kEdge rows of kDepth elements
+//   they run across it ("by depth": A^T, B):                   kDepth rows of kEdge elements
 //
-// load() fills a slab; the caller commits and waits for the copies. Row r of the slab gets `valid` elements from the
-// address row_of(r) in global memory, then zeros; if row_of(r) is null, it gets only zeros. row_of.anywhere() is an
-// arbitrary aligned address in global memory.
-// multiply() skips terms beyond `depth` and elements beyond `rows` and `columns` where that is cheap.
-// store() writes the columns [0, valid) of row r of D to row_of(r), unless row_of(r) is null.
-// replace() replaces each element x of a slab by f(x).
-// pipeline() runs load and multiply over all slabs, kStages - 1 of them in flight.
+//   load()      fills a slab; the caller commits the copies and waits for them. Row r of the slab gets `valid` elements
+//               from row_of(r), an address in global memory, then zeros; a null row_of(r) gives zeros alone.
+//               row_of.anywhere() is an arbitrary aligned address in global memory.
+//   multiply()  adds a slab's product to D. It skips terms beyond `depth` and elements beyond `rows` and `columns`
+//               where that is cheap.
+//   store()     writes the columns [0, valid) of row r of D to row_of(r), unless row_of(r) is null
+//   replace()   replaces each element x of a slab by f(x)
+//   pipeline()  loads and multiplies all slabs; kStages - 1 slabs are being loaded at a time
 #pragma once
 
 #include "tile.cuh"
@@ -28,7 +30,7 @@ struct TensorProduct {
   static constexpr bool kVectors = kVectors_;
   static constexpr int kThreads = 256, kEdge = 128, kDepth = 64, kMicro = 8, kSlots = 16;
   static constexpr int kSlab = kEdge * kDepth;            // elements
-  static constexpr int kWarpRows = 64, kWarpColumns = 32;  // a warp's part of D; the warps form 2 x 4
+  static constexpr int kWarpRows = 64, kWarpColumns = 32;  // a warp's part of D; there are 2 x 4 parts
   static_assert(kThreads / kWarp == kEdge / kWarpRows * (kEdge / kWarpColumns));
 
   struct Sum {
@@ -64,7 +66,8 @@ struct TensorProduct {
     if constexpr (!kWhole) {
       tile.template load<false>(rows, width, static_cast<int>(valid < width ? valid : width), row_of);
     } else {
-      // A thread copies one column of units. Its rows are a multiple of 8 apart, so their units are in the same order.
+      // A thread copies the same unit of each of its rows. The rows are a multiple of 8 apart, so the unit has the same
+      // place in all of them (tile.cuh).
       constexpr int step = kThreads / units;
       static_assert(step % 8 == 0);
       const int first = static_cast<int>(threadIdx.x / units), column = threadIdx.x % units * Tile<T>::kUnit;
@@ -83,15 +86,15 @@ struct TensorProduct {
   GPU_INLINE static void multiply(Sum& d, const T* a_slab, const T* b_slab, int64_t depth, int64_t rows,
                                   int64_t columns) {
     if (warp_row() >= rows || warp_column() >= columns) return;
-    // A lane gives ldmatrix the address of one row of four 8 x 8 matrices, which are arranged 2 x 2. The lanes take the
-    // matrices in column-major order by (major, minor), in row-major order by (across, along).
+    // ldmatrix loads four 8 x 8 matrices, arranged 2 x 2. Each lane gives it the address of one of their 32 rows:
+    // (major, minor) takes the matrices in column-major order, (across, along) in row-major order.
     const int major = lane() % 16, minor = lane() / 16 * 8, across = lane() % 8 + minor, along = lane() / 8 % 2 * 8;
     const int a_at = kAByDepth ? place(a_slab, kEdge, across, warp_row() + along)
                                : place(a_slab, kDepth, warp_row() + major, minor);
     const int b_at = kBByDepth ? place(b_slab, kEdge, major, warp_column() + minor)
                                : place(b_slab, kDepth, warp_column() + across, along);
     const int steps = static_cast<int>(depth < kDepth ? depth : kDepth);
-    _Pragma("unroll 1")  // more at once need more registers than two blocks per SM have
+    _Pragma("unroll 1")  // unrolled, it needs more registers than two blocks per SM have
     for (int k = 0; k < steps; k += 16) {
       uint32_t b[2][4];
       GPU_UNROLL
@@ -149,20 +152,21 @@ struct TensorProduct {
   }
 
  private:
-  // Offset in a slab of the unit that begins at (row, column). Rows that are 16 apart have their units in the same
-  // order. The unit at (row, column ^ 16 j), j < 4, has this offset ^ 16 j.
+  // Returns the offset, in a slab, of the unit that begins at (row, column). Rows that are 16 apart have their units in
+  // the same order. The unit at (row, column ^ 16 j), j < 4, is at this offset ^ 16 j.
   GPU_INLINE static int place(const T* slab, int width, int row, int column) {
     return static_cast<int>(Tile<T>(const_cast<T*>(slab), width).unit(row, column) - slab);
   }
 
-  // The element of an operand in line `line`, a row of A or a column of B, at depth k.
+  // Returns the address of an operand's element at depth k of a line, that is, of a row of A or a column of B.
   template <bool kByDepth>
   GPU_INLINE static const T* element(const T* slab, int line, int k) {
     const Tile<T> tile(const_cast<T*>(slab), kByDepth ? kEdge : kDepth);
     return kByDepth ? tile.at(k, line) : tile.at(line, k);
   }
 
-  // Word j of lane i of four neighbours becomes word i of lane j: a lane gets 8 neighbouring elements.
+  // Transposes the words of four neighbouring lanes: word j of lane i becomes word i of lane j. A lane then has 8
+  // neighbouring elements.
   GPU_INLINE static void transpose(uint32_t (&word)[4]) {
     GPU_UNROLL
     for (int distance = 1; distance <= 2; distance *= 2) {
@@ -261,9 +265,9 @@ struct PlainProduct {
   }
 };
 
-// load(i, s) loads slab i into stage s of the ring, use(i, s) reads slab i there. All threads of the block call
-// pipeline(). kStagger: half of the warps load after they use, so that addresses are computed while the tensor cores
-// work, even with one block per SM.
+// load(i, s) loads slab i into stage s of the ring, and use(i, s) reads slab i there. All threads of the block call
+// pipeline(). kStagger: half of the warps call load() after use(), the others before it, so that addresses are computed
+// while the tensor cores work, even with one block per SM.
 template <int kStages, bool kStagger, class Load, class Use>
 GPU_INLINE void pipeline(int slabs, Load&& load, Use&& use) {
   const auto load_if = [&](int slab, int stage) {

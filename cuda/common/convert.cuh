@@ -91,7 +91,8 @@ template <> GPU_INLINE uint32_t pack2<fp16>(float low, float high) {
 #endif
 }
 
-// The lower halves (half = 0) or the upper halves (1) of two registers, that of `low` in the lower half.
+// Joins the lower halves (half = 0) or the upper halves (half = 1) of two registers. The half of `low` becomes the
+// lower half of the result.
 GPU_INLINE uint32_t join_halves(int half, uint32_t low, uint32_t high) {
 #if GPU_EMULATED
   return half == 0 ? (low & 0xffff) | high << 16 : low >> 16 | (high & 0xffff0000);

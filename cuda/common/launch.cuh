@@ -1,8 +1,9 @@
-// Launch of a kernel, with the limit on its shared memory. portable.cuh includes this file, for nvcc alone.
+// Launches a kernel, and raises the limit on its shared memory. portable.cuh includes this file only for nvcc.
 //
-// A block has at most 48 KiB, static and dynamic together, unless its kernel is allowed more. A kernel's first launch
-// with dynamic memory on a device allows it all of the device's shared memory, permanently. Setting the limit before
-// every launch would override what another thread has set, and cudaFuncSetAttribute may wait for copies in progress.
+// A block has at most 48 KiB of shared memory, static and dynamic together, unless its kernel is allowed more. The
+// first launch of a kernel with dynamic memory on a device allows it all of the device's shared memory, permanently.
+// Setting the limit before every launch would override the value set by another thread, and cudaFuncSetAttribute may
+// wait for copies in progress.
 #pragma once
 
 #include <cuda_runtime.h>
@@ -17,14 +18,15 @@
 
 namespace gpu {
 
-// Throws an error of the runtime, and clears it: otherwise the next call that asks for the last error would report it.
+// Throws if `error` is an error of the CUDA runtime. Clears it first, so that the next call of cudaGetLastError does
+// not report it again.
 inline void check(cudaError_t error, const char* what) {
   if (error == cudaSuccess) return;
   cudaGetLastError();
   throw std::runtime_error(std::string(what) + ": " + cudaGetErrorString(error));
 }
 
-// Makes `device` the current one of this thread, for the calls of this module's copy of the runtime.
+// Sets this thread's current device in this module's copy of the CUDA runtime.
 inline void use_device(int device) { check(cudaSetDevice(device), ("cuda:" + std::to_string(device)).c_str()); }
 
 // Shared memory that a block may use on the current device: 99 KiB on sm_120, 163 on sm_80, 227 on sm_90 and sm_100.
@@ -35,8 +37,8 @@ inline size_t max_shared_bytes() {
   return static_cast<size_t>(bytes);
 }
 
-// Allows `kernel` all the shared memory of the current device, unless a thread has done so before. After a failure, the
-// next launch tries again.
+// Allows `kernel` all the shared memory of the current device, once in the process. After a failure, the next launch
+// tries again.
 inline void allow_shared_memory(const void* kernel, const char* name) {
   static std::mutex mutex;
   static std::set<std::pair<const void*, int>> allowed;  // kernels and devices

@@ -1,4 +1,4 @@
-// Tensor-core products of one warp, and the loads of their operands from shared memory.
+// Products on tensor cores by one warp, and the loads of their operands from shared memory.
 //
 // All 32 lanes take part. With g = lane / 4 and t = lane % 4, a lane's registers hold (PTX ISA, "Matrix fragments"):
 //   m16n8k16, 16-bit   a[i], two neighbours:  row g + 8 (i % 2),  columns 2t + 8 (i / 2) and the next
@@ -6,15 +6,15 @@
 //   m16n8k8, tf32      a[i]:                  row g + 8 (i % 2),  column t + 4 (i / 2)
 //                      b[i]:                  row t + 4 i,  column g
 //   both, float        d[i]:                  row g + 8 (i / 2),  column 2t + i % 2
-// The element of the lower row or column is in the lower half of a register. Call check_a and check_b after loading a
-// fragment: the emulator compares it with this table.
+// Of two neighbours, the lower half of the register holds the one of the lower row or column. Call check_a and check_b
+// after loading a fragment: the emulator compares the fragment with this table.
 #pragma once
 
 #include "convert.cuh"
 
 namespace gpu {
 
-// d += a b, A 16 x 16 and B 16 x 8 of T = bf16 or fp16.
+// d += a b, where A (16 x 16) and B (16 x 8) are of T, bf16 or fp16.
 template <class T>
 GPU_INLINE void mma_16816(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
   static_assert(sizeof(T) == 2);
@@ -32,7 +32,7 @@ GPU_INLINE void mma_16816(float (&d)[4], const uint32_t (&a)[4], const uint32_t 
 #endif
 }
 
-// d += a b, A 16 x 8 and B 8 x 8 of tf32, from to_tf32.
+// d += a b, where A (16 x 8) and B (8 x 8) are of tf32, as to_tf32 returns it.
 GPU_INLINE void mma_1688_tf32(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
 #if GPU_EMULATED
   emu::mma(emu::Mma::tf32, d, a, b);
@@ -44,8 +44,8 @@ GPU_INLINE void mma_1688_tf32(float (&d)[4], const uint32_t (&a)[4], const uint3
 }
 
 // Loads kCount = 1, 2 or 4 matrices of 8 x 8 16-bit elements. Lane 8 m + j gives the address of row j of matrix m, a
-// multiple of 16; lanes from 8 kCount on may give an arbitrary address. r[m] of lane l becomes elements 2 (l % 4) and
-// the next of row l / 4 of matrix m.
+// multiple of 16; lanes from 8 kCount on may give an arbitrary address. r[m] of lane l gets two elements of row l / 4
+// of matrix m: element 2 (l % 4) and the next.
 template <int kCount>
 GPU_INLINE void ldmatrix(uint32_t (&r)[kCount], const void* row) {
   static_assert(kCount == 1 || kCount == 2 || kCount == 4);
@@ -64,8 +64,8 @@ GPU_INLINE void ldmatrix(uint32_t (&r)[kCount], const void* row) {
 #endif
 }
 
-// Loads matrices as ldmatrix does, each transposed: r[m] of lane l becomes the elements l / 4 of the rows 2 (l % 4) and
-// the next of matrix m.
+// Loads matrices as ldmatrix does, each transposed: r[m] of lane l gets element l / 4 of two rows of matrix m, row
+// 2 (l % 4) and the next.
 template <int kCount>
 GPU_INLINE void ldmatrix_trans(uint32_t (&r)[kCount], const void* row) {
   static_assert(kCount == 1 || kCount == 2 || kCount == 4);
@@ -84,8 +84,8 @@ GPU_INLINE void ldmatrix_trans(uint32_t (&r)[kCount], const void* row) {
 #endif
 }
 
-// Checks that the registers of each lane hold the elements of A given by the table above for T = bf16, fp16 or float
-// (tf32, rounded or not). element(row, column) points to an element of the 16 x 16 or 16 x 8 matrix, or is null if the
+// Checks that each lane's registers hold the elements of A that the table above gives. T is bf16, fp16, or float for
+// tf32, rounded or not. element(row, column) points to an element of the 16 x 16 or 16 x 8 matrix, or is null if the
 // element is zero. The emulator reports a wrong fragment at the caller's line; under nvcc check_a does nothing.
 template <class T, class Element>
 GPU_INLINE void check_a([[maybe_unused]] const uint32_t (&a)[4], [[maybe_unused]] const Element& element) {

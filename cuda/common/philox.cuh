@@ -5,7 +5,7 @@
 
 namespace gpu {
 
-// Replaces the four words of a counter by four random words. The key is (low, high) half of the seed.
+// Replaces the four words of a counter by four random words. The key is the lower and the upper half of the seed.
 GPU_INLINE void philox(uint32_t (&word)[4], uint64_t seed) {
   uint32_t key_low = static_cast<uint32_t>(seed), key_high = static_cast<uint32_t>(seed >> 32);
   GPU_UNROLL

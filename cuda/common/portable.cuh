@@ -1,16 +1,16 @@
-// The part of CUDA that differs between nvcc and the emulator (tests/cuda/emulator): kernel files compile with both.
+// The parts of CUDA that differ between nvcc and the emulator (tests/cuda/emulator): kernel files compile with both.
 //
 //   SMEM_ARRAY(T, name, n)     T* name: n elements of shared memory, n a constant
 //   SMEM_DYN(T, name)          T* name: the launch's dynamic shared memory, one array per kernel
 //   LAUNCH(kernel, grid, block, shared_bytes, stream, arguments...)    launches and checks; throws std::runtime_error.
 //                              A kernel with commas in its template arguments goes in parentheses.
-//   LAUNCH_SIZE(name, chosen)  size `chosen` by a launcher, unless an emulator test sets another under `name`
+//   LAUNCH_SIZE(name, chosen)  `chosen`, a size that a launcher chose, unless an emulator test sets another as `name`
 //   GPU_INLINE                 a device function
 //   GPU_UNROLL                 unrolls the loop that follows
 //   gpu::max_shared_bytes()    shared memory that a block may use on the current device
-//   gpu::refuse(message)       throws a launcher's ValueError
-//   gpu::ld<V>, gpu::st<V>     one access of a V of up to 16 bytes in global memory
-//   gpu::ld_shared, st_shared  one access of a V in shared memory
+//   gpu::refuse(message)       throws an error of a launcher, a ValueError in Python
+//   gpu::ld<V>, gpu::st<V>     loads or stores a V of up to 16 bytes in global memory, in one access
+//   gpu::ld_shared, st_shared  the same in shared memory
 //   GPU_EMULATED               1 in the emulator, else 0; only for this folder
 //
 // threadIdx, __syncthreads, __syncthreads_or, __syncwarp, __shfl_*_sync, __ballot_sync, __any_sync, __all_sync and
@@ -64,7 +64,7 @@ using emu::max_shared_bytes;
 
 namespace gpu {
 
-// A launcher's error for a call that the device cannot run: a ValueError in Python.
+// Refuses a call that the device cannot run: a ValueError in Python.
 [[noreturn]] inline void refuse(const std::string& message) { throw std::invalid_argument(message); }
 
 constexpr int kWarp = 32;
@@ -91,7 +91,7 @@ struct Words {
 };
 
 #if !GPU_EMULATED
-// PTX, since nvcc splits the copy of a struct of small elements, and of a uint4 if it rewrites the address.
+// Inline PTX, because nvcc splits copies of structs of small elements, and those of a uint4 if it rewrites the address.
 #define GPU_DEFINE_ACCESS(space, Address, constraint)                                                                  \
   template <class V>                                                                                                  \
   GPU_INLINE V ld_##space(Address p) {                                                                                \
@@ -139,7 +139,7 @@ constexpr bool kOneAccess = sizeof(V) >= 2 && sizeof(V) <= 16 && alignof(V) == s
 
 }  // namespace detail
 
-// One access of a whole V of 2, 4, 8 or 16 bytes, aligned to its size, in global memory.
+// ld and st access a whole V of 2, 4, 8 or 16 bytes, aligned to its size, in global memory.
 template <class V>
 GPU_INLINE V ld(const void* from) {
   static_assert(detail::kOneAccess<V>);
@@ -162,7 +162,7 @@ GPU_INLINE void st(void* to, const V& v) {
 #endif
 }
 
-// One access of a whole V of 2, 4, 8 or 16 bytes, aligned to its size, in shared memory.
+// ld_shared and st_shared do the same in shared memory.
 template <class V>
 GPU_INLINE V ld_shared(const void* from) {
   static_assert(detail::kOneAccess<V>);
@@ -197,7 +197,7 @@ GPU_INLINE float exp2_approx(float x) {
 #endif
 }
 
-// Waits for `threads` threads of the block at barrier `id`, 1 to 15; whole warps only. Barrier 0 is __syncthreads.
+// Waits until `threads` threads of the block, in whole warps, are at barrier `id`, 1 to 15. Barrier 0 is __syncthreads.
 GPU_INLINE void named_barrier(int id, int threads) {
 #if GPU_EMULATED
   emu::named_barrier(id, threads);

@@ -1,5 +1,5 @@
-// Look-up, inside a kernel, of a token's sequence and of the position of a sequence's state. Safe for arbitrary values
-// of the caller's tensors: see cpp/common/sequences.h.
+// Functions for kernels: they find a token's sequence and the position of a sequence's state. They are safe for
+// arbitrary values in the caller's tensors (cpp/common/sequences.h).
 #pragma once
 
 #include "portable.cuh"
@@ -7,7 +7,7 @@
 
 namespace gpu {
 
-// The sequence of `token`, or -1 for padding.
+// Returns the sequence of `token`, or -1 for padding.
 GPU_INLINE int64_t find_sequence(const megalodon::Sequences& sequences, int64_t token) {
   int64_t s = 0;
   if (!sequences.cu_seqlens) {
@@ -23,8 +23,8 @@ GPU_INLINE int64_t find_sequence(const megalodon::Sequences& sequences, int64_t 
   return s < sequences.count && sequences.begin(s) <= token && token < sequences.end(s) ? s : -1;
 }
 
-// The position of sequence s in its chunk: 0 without a state, or -1 if position[s] is not in [0, chunk_size); then the
-// sequence's tokens count as padding.
+// Returns the position of sequence s in its chunk: 0 without a state, -1 if position[s] is not in [0, chunk_size). With
+// -1 the sequence's tokens count as padding.
 GPU_INLINE int64_t find_position(const int64_t* position, int64_t s, int64_t chunk_size) {
   const int64_t found = position ? position[s] : 0;
   return found >= 0 && found < chunk_size ? found : -1;

@@ -1,8 +1,8 @@
 // Tiles of 16-bit elements in shared memory, and copies between them and the fragments of mma_16816.
 //
-// A tile is cut into units of 8 elements, 16 bytes. Unit u of row r is stored in the place of unit u ^ (r % 8), so that
-// 8 neighbouring units of a row, and one unit of 8 neighbouring rows, are in different banks: neither copies nor
-// ldmatrix have bank conflicts. Kernels address elements by (row, column).
+// The rows of a tile are cut into units of 8 elements (16 bytes). Unit u of row r is stored in the place of unit u ^
+// (r % 8). So 8 neighbouring units of a row are in different banks, and so are the units u of 8 neighbouring rows:
+// neither copies nor ldmatrix have bank conflicts. Kernels address elements by (row, column).
 //
 // Fragments, each loaded by a whole warp (layouts: matrix.cuh):
 //   load_a       A (16 x 16)       A[i][k] = tile[row + i][column + k]
@@ -25,12 +25,12 @@ class Tile {
   static_assert(sizeof(T) == 2);
 
  public:
-  static constexpr int kUnit = 8, kBlock = 64;  // elements; a unit's place is in its block
+  static constexpr int kUnit = 8, kBlock = 64;  // elements; units are permuted inside a block
 
   // Row stride, in elements, of a tile whose rows have `width` elements.
   MEGALODON_INLINE static constexpr int pitch(int width) { return (width + kBlock - 1) / kBlock * kBlock; }
 
-  // The tile takes rows * pitch(width) elements from `data` on, an address that is a multiple of 128.
+  // The tile takes rows * pitch(width) elements from `data` on. The address `data` is a multiple of 128.
   GPU_INLINE Tile(T* data, int width) : data_(data), pitch_(pitch(width)) {}
 
   // Address of the 8 elements of `row` from `column` on.
@@ -42,21 +42,21 @@ class Tile {
   // Address of one element.
   GPU_INLINE const T* at(int row, int column) const { return unit(row, column) + column % kUnit; }
 
-  // The tile's columns from `column` on, a multiple of kBlock.
+  // The tile without its first `column` columns, a multiple of kBlock.
   GPU_INLINE Tile from(int column) const {
     Tile tile = *this;
     tile.data_ += column;
     return tile;
   }
 
-  // Fills the rows [0, rows) with the elements [0, valid) of the rows of global memory that row_of(r) points to, and
-  // the columns [valid, width) with zeros, `width` a multiple of 8; a row whose pointer is null gets zeros alone. All
-  // threads of the block call load(). kWhole: uses cp.async, and the caller commits and waits; `valid` is a multiple of
-  // 8 and the pointers are multiples of 16 bytes. Otherwise load() copies element by element and is done on return.
-  // Other threads see the tile after a barrier.
+  // Fills the rows [0, rows). Row r gets the elements [0, valid) from row_of(r), an address in global memory, and zeros
+  // in the columns [valid, width); a null row_of(r) gives zeros alone. `width` is a multiple of 8. All threads of the
+  // block call load(); other threads see a copy after a barrier.
+  // kWhole: load() uses cp.async, and the caller commits and waits; `valid` is a multiple of 8, and addresses are
+  // multiples of 16. Otherwise load() copies element by element and is done on return.
   template <bool kWhole, class RowOf>
   GPU_INLINE void load(int rows, int width, int valid, RowOf&& row_of) const {
-    // 8 threads share a row, each takes every 8th unit.
+    // 8 threads share a row; each takes every 8th unit.
     const int threads = static_cast<int>(blockDim.x), thread = static_cast<int>(threadIdx.x);
     const int first = thread % 8 * kUnit;
     for (int row = thread / 8; row < rows; row += threads / 8) {

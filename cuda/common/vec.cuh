@@ -13,8 +13,8 @@ struct alignas(n * sizeof(T)) Pack {
 // Number of elements of T in a 128-bit access.
 template <class T> constexpr int kVectorWidth = 16 / static_cast<int>(sizeof(T));
 
-// Loads n elements of global memory from `from` on. kWhole: in one access of n * sizeof(T) <= 16 bytes, at an address
-// that is a multiple of its size; else one by one.
+// Loads n elements of global memory from `from` on. kWhole: in one access of n * sizeof(T) <= 16 bytes, whose address
+// is a multiple of its size; else one by one.
 template <bool kWhole = true, class T, int n>
 GPU_INLINE void load(Compute<T> (&to)[n], const T* from) {
   if constexpr (kWhole) {
@@ -40,7 +40,7 @@ GPU_INLINE void store(T* to, const Compute<T> (&from)[n]) {
   }
 }
 
-// Loads n elements of shared memory in one access of n * sizeof(T) <= 16 bytes; store_shared stores them so.
+// Loads n elements of shared memory in one access of n * sizeof(T) <= 16 bytes; store_shared stores in one.
 template <class T, int n>
 GPU_INLINE void load_shared(Compute<T> (&to)[n], const T* from) {
   const Pack<T, n> pack = ld_shared<Pack<T, n>>(from);
@@ -56,7 +56,7 @@ GPU_INLINE void store_shared(T* to, const Compute<T> (&from)[n]) {
   st_shared(to, pack);
 }
 
-// Loads n elements of R, for parameters. kWhole: in accesses of up to 128 bits; else one by one.
+// Loads n elements of R, such as parameters. kWhole: in accesses of up to 128 bits; else one by one.
 template <bool kWhole = true, class R, int n>
 GPU_INLINE void load_wide(R (&to)[n], const R* from) {
   constexpr int width = !kWhole ? 1 : n < kVectorWidth<R> ? n : kVectorWidth<R>;
@@ -83,7 +83,7 @@ GPU_INLINE void store_wide(R* to, const R (&from)[n]) {
   }
 }
 
-// Returns true if vectors of n elements may be read at `p`. For launchers, which choose the kernel's width.
+// Returns true if vectors of n elements can be read at `p`. Launchers choose a kernel's vector width by it.
 template <int n, class T>
 inline bool aligned(const T* p) {
   return reinterpret_cast<uintptr_t>(p) % (n * sizeof(T)) == 0;

@@ -9,15 +9,16 @@
 namespace megalodon {
 namespace normalized_qk {
 
-// The row of the rotary table for `token`, or -1 for padding and for a position outside [0, chunk_size).
+// Returns the row of the rotary table for `token`, or -1 for padding and for a position outside [0, chunk_size).
 GPU_INLINE int64_t table_row(const NormalizedQkParams& p, int64_t token) {
   const int64_t s = token < p.sequences.tokens ? gpu::find_sequence(p.sequences, token) : -1;
   const int64_t position = s < 0 ? -1 : gpu::find_position(p.position, s, p.chunk_size);
   return position < 0 ? -1 : (position + token - p.sequences.begin(s)) % p.chunk_size;
 }
 
-// The factor of z before squares are added: 1, unless the squares' mean plus eps shows an overflow or underflow. With
-// the factor, no square of a normal number overflows or underflows.
+// Returns the factor by which z is multiplied before its squares are added. The factor is 1 unless `mean`, which is the
+// mean of the squares plus eps, shows an overflow or underflow. With the factor, no square of a normal number overflows
+// or underflows.
 template <class R>
 GPU_INLINE R square_scale(R mean) {
   constexpr bool kFloat = sizeof(R) == 4;

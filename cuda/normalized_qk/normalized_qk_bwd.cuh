@@ -1,25 +1,29 @@
 // Normalized queries and keys, backward: ops/normalized_qk/normalized_qk_reference.py.
 //
 //   e_0, e_1 = dq, dk rotated back;  a_j = (1 + gamma_j) / sqrt(K);  dzn = e_0 a_0 + e_1 a_1;  zn = z r
-//   dz = r (dzn - zn mean(dzn zn));  dgamma_j = sum_T e_j zn / sqrt(K);  dbeta_j = sum_T e_j
+//   dz = r (dzn - zn mean(dzn zn));  dgamma_j = sum over tokens of e_j zn / sqrt(K);  dbeta_j = sum over tokens of e_j
 //
-// z, dq, dk, dz (T, H, K) of type T; gamma, dgamma, dbeta (2, H, K), rotary (rows, K / 2, 2) of type R, f32 or f64.
+//   z, dq, dk, dz (T, H, K):         the call's dtype
+//   gamma, dgamma, dbeta (2, H, K):  R, float or double
+//   rotary (rows, K / 2, 2):         R, (cos, sin)
 //
-// Grid: a block takes one head of a part, kLeastTokens or more neighbouring tokens; at most kMaxParts parts.
-//   K <= 32 kVectors vectors: a warp takes each kWarps-th token, a lane the vectors lane, lane + 32, ...
-//   larger K:                 a block takes a token, a thread the vectors thread, thread + 256, ...
-// Phases of a warp: 1. lanes find the rows of the rotary table of the warp's next kTokens. Then for each token
-//   2. e, dzn, and by shuffles the sums of z^2 and of dzn z; 3. dz, and the lane's sums of e and e zn, in registers,
-//   while the next token's vectors are loaded. 4. The warps' sums are added in order: the part's share.
-// Phases of a block, for kTokens tokens: 1. lanes find the tokens' rows; 2. the two sums of each token; 3. the vectors
-//   again, from L1 or L2: dz, and sums of e and e zn over these tokens, which the thread adds to its part's share.
+// Grid: a part is kLeastTokens or more neighbouring tokens; there are at most kMaxParts. A block takes a head of a
+// part.
+//   K <= 32 kVectors vectors: a warp takes every kWarps-th token, a lane the vectors lane, lane + 32, ...
+//   larger K:                 a block takes a token at a time, a thread the vectors thread, thread + 256, ...
+// Phases of a warp: 1. Lanes find the rows of the rotary table for the warp's next kTokens tokens. Then for each token:
+//   2. e, dzn and, by shuffles, the sums of z^2 and of dzn z; 3. dz, and the lane's sums of e and e zn, in registers,
+//   while the next token's vectors are loaded. 4. At the end the warps' sums are added in order: the part's share.
+// Phases of a block, for each kTokens tokens: 1. Lanes find the tokens' rows. 2. The two sums of each token. 3. The
+//   vectors again, from L1 or L2: dz, and sums of e and e zn over these tokens, which are added to the part's share.
 // Then gpu::sum_shares adds the parts' shares in order.
 //
 // Shared memory: 9 KB. Registers: at most 128, two blocks per SM (f64: 150, one block); no spills.
-// Bytes: z, dq, dk and dz once, the minimum; the shares, 16 K bytes per part and head, written and read once: 3% each
-// in bf16 if parts have 64 tokens or more; the table from L2.
+// Bytes: z, dq, dk and dz once, the minimum. Shares have 16 K bytes per part and head, and are written and read once:
+// 3% each in bf16 if parts have 64 tokens or more. The table comes from L2.
 // H100, (B 8, L 2048, H 1, K 256) bf16: 33.6 MB + 2.1 MB of table + 2.1 MB of shares, 11.3 us at 3.35 TB/s.
-// Example: T 16384, H 1, K 256: 256 parts of 64 tokens, 8 per warp; fp32: lane l: 4 l .. 4 l + 3 and 128 on.
+// Example: T 16384, H 1, K 256: 256 parts of 64 tokens, 8 per warp. In fp32, lane l has elements 4 l .. 4 l + 3 and
+// 128 + 4 l .. 128 + 4 l + 3.
 #pragma once
 
 #include "normalized_qk.cuh"
@@ -48,13 +52,13 @@ inline Parts make_parts(const NormalizedQkBwdParams& p) {
   return {tokens, (p.sequences.tokens + tokens - 1) / tokens};
 }
 
-// A part's share: dbeta_0, dbeta_1, then dgamma_0 and dgamma_1 times sqrt(K), each (H, K).
+// Returns the address of a number of a part's share (4, H, K): dbeta_0, dbeta_1, sqrt(K) dgamma_0, sqrt(K) dgamma_1.
 template <class R>
 GPU_INLINE R* share_of(const NormalizedQkBwdParams& p, int64_t part, int sum, int64_t channel) {
   return static_cast<R*>(p.workspace) + (part * 4 + sum) * p.heads * p.key_dim + channel;
 }
 
-// A token's vectors in the tensors' type.
+// A thread's vector of a token, in the tensors' type.
 template <class T, int n>
 struct Packed {
   gpu::Pack<T, n> z, dq, dk;
@@ -87,10 +91,10 @@ GPU_INLINE void rotate_back(R (&e)[n], const R (&rotary)[n]) {
   }
 }
 
-// A token's vectors in R, the gradients rotated back, and sqrt(K) times dzn.
+// The same in R: z, the gradients rotated back, and sqrt(K) dzn.
 template <class R, int n>
 struct Vectors {
-  R z[n], e[2][n], dzn[n];
+  R z[n], e[2][n], dzn[n];  // dzn: times sqrt(K)
 };
 
 template <bool kWhole, class T, class R, int n>
@@ -134,11 +138,11 @@ struct Scales {
   R r, projection;  // projection = sqrt(K) mean(dzn zn)
 };
 
-// again(scale) returns the sum of squares of z times scale; all threads that share the sums call make_scales.
-template <class R, class Again>
-GPU_INLINE Scales<R> make_scales(const NormalizedQkBwdParams& p, const Sums<R>& sums, Again&& again) {
+// All threads that share the sums call make_scales. sum_scaled(scale) returns the sum of (scale z)^2.
+template <class R, class SumScaled>
+GPU_INLINE Scales<R> make_scales(const NormalizedQkBwdParams& p, const Sums<R>& sums, SumScaled&& sum_scaled) {
   const R size = static_cast<R>(p.key_dim), mean = sums.squares / size + static_cast<R>(p.eps);
-  const R scale = square_scale(mean), r = scale == 1 ? rsqrt(mean) : inverse_rms(p, again(scale), scale);
+  const R scale = square_scale(mean), r = scale == 1 ? rsqrt(mean) : inverse_rms(p, sum_scaled(scale), scale);
   return {r, r * (sums.products / size)};
 }
 

@@ -2,19 +2,24 @@
 //
 //   r = 1 / sqrt(mean(z^2) + eps)      u_j = z r (1 + gamma_j) / sqrt(K) + beta_j      q, k = rotate(u_0, u_1)
 //
-// z, q, k (T, H, K) of type T; gamma, beta (2, H, K), rotary (rows, K / 2, 2) of type R, float or double.
+//   z, q, k (T, H, K):       the call's dtype
+//   gamma, beta (2, H, K):   R, float or double
+//   rotary (rows, K / 2, 2): R, (cos, sin)
 //
 // Grid: an item is kTokens neighbouring tokens of one head; neighbouring items are the heads of the same tokens.
-//   K <= 32 vectors: a warp takes an item, a block four of them, a lane one vector of kWidth elements.
-//   larger K:        a block takes an item, a thread the vectors thread, thread + blockDim, ...
-// Phases: 1. lane i finds the row of the rotary table of the item's token i. Then for each token
-//         2. the sum of squares over z's head, by shuffles (and for a block's item through shared memory);
+//   K <= 32 vectors, warp kernel: a warp takes an item, a lane one vector of kWidth elements; a block takes four items.
+//   larger K, block kernel:       a block takes an item, a thread the vectors thread, thread + blockDim, ...
+// Phases: 1. Lane i finds the row of the rotary table for the item's token i. Then for each token:
+//         2. the sum of the squares of z, by shuffles and, in the block kernel, through shared memory;
 //         3. scale, shift, rotate and store q and k.
-// A lane keeps its vector's gains and shifts in registers for all tokens of an item; a block's item reads gains, shifts
-// and z again from the cache. Vectors are 16 bytes if alignment and K allow it; else pairs, loaded element by element.
+// A lane of the warp kernel keeps its vector's gains and shifts in registers for all tokens of an item. The block
+// kernel reads gains, shifts and z again from the cache. Vectors are 16 bytes if alignment and K allow it; otherwise
+// they are two elements, which are loaded one by one.
 //
-// Shared memory: none; 128 bytes for a block's item. Registers: at most 80 (sm_80 to sm_120), no spills.
-// Bytes: z once, q and k once, the minimum; gamma and beta (16 K / kTokens bytes per row) and the table from L2.
+// Shared memory: none in the warp kernel; 128 bytes in the block kernel, 256 for double. Registers: at most 80 (sm_80
+// to sm_120), no spills.
+// Bytes: z is read once, q and k are written once: the minimum. gamma and beta (16 K / kTokens bytes per row) and the
+// table come from L2.
 // H100, (B 8, L 2048, H 1, K 256) bf16: 25.2 MB + 2.1 MB of table, 8.2 us at 3.35 TB/s.
 // Example: K = 256 bf16: lane l holds elements 8 l .. 8 l + 7, which are four rotated pairs.
 #pragma once
@@ -27,13 +32,13 @@ namespace megalodon {
 namespace normalized_qk {
 
 constexpr int kTokens = 8;         // per item
-constexpr int kWarpsPerBlock = 4;  // with an item each
-constexpr int kMaxThreads = 256;   // per block with one item
+constexpr int kWarpsPerBlock = 4;  // each takes an item
+constexpr int kMaxThreads = 256;   // per block of the block kernel
 static_assert(kTokens <= gpu::kWarp, "a lane looks up each token");
 
 template <class R, int n>
 struct Affine {
-  R gain[2][n], shift[2][n];  // of the query, of the key
+  R gain[2][n], shift[2][n];  // index 0: query, index 1: key
 };
 
 template <bool kWhole, class R, int n>
@@ -49,7 +54,7 @@ GPU_INLINE void load_affine(Affine<R, n>& affine, const NormalizedQkParams& p, i
   }
 }
 
-// Stores the vector of q and of k that begins at element `at`; zn is z times r.
+// Stores the vectors of q and k that begin at element `at`; zn is z r.
 template <bool kWhole, class T, class R, int n>
 GPU_INLINE void store_rotated(const NormalizedQkFwdParams& p, int64_t at, const R (&zn)[n], const Affine<R, n>& affine,
                               const R (&rotary)[n]) {
