@@ -1,9 +1,11 @@
-// Shared by the kernels of timestep_norm: ownership, the rows of a tile, numbers with a residual, carries.
+// Shared by the kernels of timestep_norm: the division of the work, the rows of a tile, numbers with a residual,
+// carries.
 //
-// The T tokens are cut into tiles of kTile, across sequences; a block takes a tile, a warp kRows neighbouring rows of
-// it. A row's group of F = D / G channels is processed by 1 to 32 lanes, a power of two that covers its vectors if
-// possible. So a warp has 32 / lanes neighbouring groups of its rows, the block's slice of the channels. The carries
-// between tiles are scanned by a separate kernel, in double: two numbers per tile and group.
+// The T tokens are cut into tiles of kTile rows (tokens); a tile may hold rows of several sequences. A block takes a
+// tile and a slice of the channels, a warp takes kRows neighbouring rows of the tile. A group has F = D / G channels;
+// it is processed by 1 to 32 lanes: the smallest power of two that gives each vector of the group a lane, or 32. A warp
+// takes 32 / lanes neighbouring groups of its rows, and these groups are the block's slice. A separate kernel scans the
+// carries between tiles in double: two numbers per tile and group.
 #pragma once
 
 #include <cmath>
@@ -22,10 +24,10 @@ constexpr int kThreads = kWarps * gpu::kWarp;
 
 inline int64_t tiles(const TimestepNormParams& p) { return (p.sequences.tokens + kTile - 1) / kTile; }
 
-// Division of a row over a warp's lanes.
+// Division of a row over blocks and lanes.
 struct Layout {
   int64_t vectors;  // per group
-  unsigned slices;
+  unsigned slices;  // per row
   int log_lanes;    // per group
 };
 
@@ -44,23 +46,23 @@ GPU_INLINE int at_most(int limit, int64_t n) { return n < limit ? static_cast<in
 struct Place {
   GPU_INLINE Place(const TimestepNormParams& p, const Layout& layout, unsigned block)
       : warp(threadIdx.x / gpu::kWarp), lane(threadIdx.x % gpu::kWarp), lanes(1 << layout.log_lanes),
-        vector(lane & (lanes - 1)), in_slice(lane >> layout.log_lanes), tile(block / layout.slices),
+        vector(lane & (lanes - 1)), group_in_slice(lane >> layout.log_lanes), tile(block / layout.slices),
         first(tile * kTile), start(token(0) < p.sequences.tokens ? token(0) : p.sequences.tokens - 1),
         rows(at_most(kRows, p.sequences.tokens - token(0))),
         slice_group(int64_t{block % layout.slices} * (gpu::kWarp >> layout.log_lanes)),
-        exists(slice_group + in_slice < p.groups), group(exists ? slice_group + in_slice : p.groups - 1) {}
+        exists(slice_group + group_in_slice < p.groups), group(exists ? slice_group + group_in_slice : p.groups - 1) {}
 
   GPU_INLINE int64_t token(int r) const { return first + warp * kRows + r; }            // of the warp's row r
   GPU_INLINE int64_t readable_token(int r) const { return start + (r < rows ? r : 0); }  // token(r), or another below T
 
   int warp, lane, lanes;
-  int vector;           // the lane's first vector, in its group
-  int in_slice;         // the group, counted from slice_group
+  int vector;           // the lane's first vector of its group
+  int group_in_slice;   // the lane's group, counted from slice_group
   int64_t tile, first;  // the tile and its first token
   int64_t start;        // the warp's first token, or T - 1
-  int rows;             // the warp's rows below T; none if not positive
-  int64_t slice_group;
-  bool exists;          // the lane's group exists; else `group` is another lane's
+  int rows;             // number of the warp's rows below T; none if negative
+  int64_t slice_group;  // the slice's first group
+  bool exists;          // the lane's group exists; otherwise `group` is another lane's
   int64_t group;
 };
 
@@ -73,7 +75,7 @@ GPU_INLINE void sum_groups(R (&value)[kRows], int lanes) {
   }
 }
 
-// hi + lo, with twice the digits of a float; a double has no residual.
+// A number hi + lo. For float it has about twice float's digits; for double, lo is 0.
 template <class R>
 struct Pair {
   R hi, lo;
@@ -130,10 +132,10 @@ GPU_INLINE Moments<R> initial_moments(const TimestepNormParams& p, int64_t s, in
 // Positions of a tile's rows in their sequences, in shared memory.
 template <class R>
 struct Rows {
-  int64_t* sequence;  // -1: padding
+  int64_t* sequence;  // number of the row's sequence; -1: padding
   int* step;          // rows of the sequence before this row, at most kTile; -1: padding
   int* left;          // rows of the sequence after this row, at most kTile; -1: padding
-  R* share;           // 1 / number of timesteps, including this row
+  R* share;           // 1 / number of the sequence's timesteps up to and including this row
 };
 
 template <class R>
@@ -145,7 +147,8 @@ GPU_INLINE Rows<R> make_rows() {
   return {sequence, step, left, share};
 }
 
-// Thread i looks up row i, and returns its sequence's number of timesteps, including the row. A barrier must follow.
+// Thread i looks up row i. Returns the number of timesteps of the row's sequence, up to and including the row. A
+// barrier must follow.
 template <class R>
 GPU_INLINE int64_t look_up(const Rows<R>& rows, const TimestepNormParams& p, int64_t first) {
   const int i = threadIdx.x;
@@ -159,9 +162,10 @@ GPU_INLINE int64_t look_up(const Rows<R>& rows, const TimestepNormParams& p, int
   return seen;
 }
 
-// Two numbers per tile and group in the workspace: those of the tile until the scan, then those of all tiles before it
-// in the scan's order. `steps`: number of timesteps of the tile's last sequence (backward: 0), or kContinues if one
-// sequence fills the tile and continues from another.
+// Two numbers per tile and group, in the workspace. Until the scan they are the tile's own; after it they are those of
+// all tiles before this tile, in the scan's order. `steps` is the number of timesteps of the tile's last sequence so
+// far (backward: 0), or kContinues if one sequence fills the tile and also has rows in the tile before it in that
+// order.
 constexpr int64_t kContinues = -1;
 struct Carries {
   double *first, *second;  // (tiles, G)
@@ -172,11 +176,13 @@ struct Carries {
 };
 inline int64_t carries_bytes(int64_t tiles, int64_t groups) { return tiles * (2 * groups * 8 + 8); }
 
-// An exclusive scan along tiles. A block has kCarryGroups neighbouring groups, a thread a chunk of one group's tiles:
-// 1. a thread combines its chunk; 2. the threads scan their sums; 3. a thread visits its chunk again and stores the
-// combination of all tiles before each tile. Source: load(i, group) returns an Element, store(i, group, element) takes
-// one; combine(before, after) merges two Elements.
-constexpr int kCarryGroups = 4;  // a sector of doubles
+// An exclusive scan along tiles. A block takes kCarryGroups neighbouring groups, a thread takes a chunk of one group's
+// tiles:
+//   1. a thread combines the elements of its chunk;
+//   2. the threads scan these sums;
+//   3. a thread visits its chunk again and stores, for each tile, the combination of all tiles before it.
+// Source: load(i, group) returns an Element, store(i, group, element) stores one; combine(before, after) merges two.
+constexpr int kCarryGroups = 4;  // the doubles of a sector
 constexpr int kCarryThreads = 512;
 
 template <class Source>
@@ -220,7 +226,7 @@ void launch_carry(const Source& source, int64_t tiles, int64_t groups, void* str
 }
 
 // Returns true if this thread merges the warps' results of group threadIdx.x of the slice.
-GPU_INLINE bool merges(const TimestepNormParams& p, const Layout& layout, const Place& place) {
+GPU_INLINE bool is_merging_thread(const TimestepNormParams& p, const Layout& layout, const Place& place) {
   return static_cast<int>(threadIdx.x) < gpu::kWarp >> layout.log_lanes && place.slice_group + threadIdx.x < p.groups;
 }
 

@@ -4,29 +4,31 @@
 //   dx_t = dy rstd (1 + weight) + (sum over j >= t of [a_j + 2 b_j (x_t - mean_j)]) / F
 //   dweight = sum_T dy (x - mean) rstd;  dbias = sum_T dy
 //
-// The sum is linear in x_t: u + 2 v (x_t - m) about an arbitrary pivot m; changing it to m' gives u' = u + 2 v (m' -
-// m). So sums of neighbouring spans with the same pivot add up. The gradient of the end state adds a = dmean / n, b =
-// dvar / n, and the gradient of the initial state is n u, n v about that state's mean.
+// The sum over j is u + 2 v (x_t - m) for an arbitrary pivot m; another pivot m' has u' = u + 2 v (m' - m) and the same
+// v. So sums of neighbouring spans are added once they have the same pivot. The gradient of the end state adds a =
+// dmean / n and b = dvar / n at the last row. The gradient of the initial state, which has seen n timesteps, is n u for
+// the mean and n v for the variance, about the state's mean.
 //
-// x, dy, dx (T, D) of type T; weight, dweight, dbias (D), stats (3, T, G), states (S, G) of type R, float or double.
+//   x, dy, dx (T, D):                                           the call's dtype
+//   weight, dweight, dbias (D); stats (3, T, G); states (S, G): R, float or double
 //
 // Launches and phases:
-//   timestep_norm_bwd_sums, a block per tile and slice as in timestep_norm.cuh:
-//     1. a warp reduces its rows, F channels to db and ds; 2. sums a and b back from its last row, about each row's
-//     mean; 3. a thread per group passes the sums from warp to warp, the last first, in double; 4. a warp adds the sums
-//     that enter it and stores u and v of each row, as if its tile were the last.
+//   timestep_norm_bwd_sums, a block for each tile and slice (timestep_norm.cuh):
+//     1. A warp reduces the F channels of its rows to db and ds. 2. It sums a and b from its last row to its first, in
+//     each row about the row's own mean. 3. A thread per group passes the sums from warp to warp, the last warp first,
+//     in double. 4. A warp adds the sums that enter it and stores u and v of each row, as if its tile were the last.
 //   timestep_norm_carry scans the tiles' carries, in double; skipped if no sequence continues from tile to tile.
-//   timestep_norm_bwd, a block some tiles and 32 vectors of a row, a lane one of these, a warp kRows rows of a tile:
-//     adds the carry that enters the tile, writes dx, sums dweight and dbias over the block's rows and stores these
-//     shares. The last tiles come first, as they are still in L2. gpu::sum_shares adds the shares.
+//   timestep_norm_bwd, a block for some tiles and 32 vectors of a row; a lane takes one vector, a warp kRows rows of a
+//     tile. It adds the carry that enters the tile, writes dx, sums dweight and dbias over the block's rows and stores
+//     these shares. The last tiles come first, as they are still in L2. gpu::sum_shares adds the shares.
 //   timestep_norm_bwd_empty passes on the gradients of empty sequences, if there may be any.
 // If F is not a multiple of the vector width, or a tensor is misaligned, a lane's vectors have one element.
 //
 // Shared memory: 8 KB in sums, 10 KB in bwd, 16 KB in the carry kernel. Registers: at most 128, two blocks per SM (sums
 // for f64, and if a lane loops over vectors: 210, one block); no spills.
-// Bytes: the minimum is x, dy and dx once and stats once. timestep_norm_bwd reads x, dy and stats again, from L2 if
-// they are there. u and v, written and read: 16 bytes per token and group, 8% of x, dy and dx for F = 32 in bf16, 4% in
-// fp32. Shares: 2% of x, dy, dx or less, written and read. Gains come from L1 for 7 of 8 warps.
+// Bytes: the minimum is x, dy, dx and stats once. timestep_norm_bwd reads x, dy and stats again, from L2 if they are
+// there. u and v, written and read: 16 bytes per token and group, 8% of x, dy and dx for F = 32 in bf16, 4% in fp32.
+// Shares, written and read: at most 2% of x, dy and dx. 7 of 8 warps read gains from L1.
 // H100, (B 8, L 2048, D 1024, G 32) bf16: 101 + 6.3 MB, 32 us at 3.35 TB/s; 55 us if all is read twice from memory.
 // Example: T = 100 in one sequence: tile 1 has rows 64 .. 99, whose sums enter tile 0, about the mean of row 64.
 #pragma once
@@ -37,8 +39,8 @@
 namespace megalodon {
 namespace timestep_norm {
 
-constexpr int64_t kMinShares = 32, kMaxShares = 256;  // if there are as many tiles
-constexpr int64_t kShareChannels = 1 << 18;           // of all shares, between these limits
+constexpr int64_t kMinShares = 32, kMaxShares = 256;  // limits of the number of shares, if there are as many tiles
+constexpr int64_t kShareChannels = 1 << 18;           // channels in all shares together, within these limits
 inline int64_t most_shares(int64_t channels) {
   const int64_t count = channels > 0 ? kShareChannels / channels : kMaxShares;
   return LAUNCH_SIZE(norm_shares, count < kMinShares ? kMinShares : count > kMaxShares ? kMaxShares : count);
@@ -49,7 +51,7 @@ inline int64_t local_size(const TimestepNormBwdParams& p) { return tiles(p) * 2 
 // The workspace.
 template <class R>
 struct Scratch {
-  R* local;  // (tiles, 2, G, kTile): u, v
+  R* local;  // (tiles, 2, G, kTile): u, v of each row, as if its tile were the last
   Carries carries;
   R* shares;  // (share_count, 2, D)
   int64_t tiles_per_share, share_count;
@@ -102,13 +104,13 @@ GPU_INLINE void sum_rows(const TimestepNormBwdParams& p, const Layout& layout, c
   GPU_UNROLL
   for (int r = 0; r < kRows; ++r) db[r] = ds[r] = 0;
   if constexpr (kOne) {
-    const bool any = place.vector < layout.vectors;
-    const int64_t vector = any ? place.vector : 0;
+    const bool has_vector = place.vector < layout.vectors;
+    const int64_t vector = has_vector ? place.vector : 0;
     gpu::load_wide<kWhole>(gain, weight + vector * kWidth);
     GPU_UNROLL
     for (int r = 0; r < kRows; ++r) {
       load_vector(r, vector, x, dy);
-      if (any) add_vector(r, x, dy);
+      if (has_vector) add_vector(r, x, dy);
     }
   } else {
     for (int64_t vector = place.vector; vector < layout.vectors; vector += place.lanes) {
@@ -136,10 +138,10 @@ GPU_INLINE void store_rows(R* to, const R (&value)[kRows]) {
   }
 }
 
-// The sum u + 2 v (x - pivot) over a span of rows.
+// Sums u, v of a span of rows, about `pivot`.
 struct Sums {
   double u, v, pivot;
-  bool closed;  // by the end of a sequence: later rows do not count
+  bool closed;  // a sequence ends in the span, so later rows have no influence
 };
 
 GPU_INLINE Sums combine(const Sums& after, const Sums& before) {
@@ -159,7 +161,7 @@ __global__ void __launch_bounds__(kThreads, kOne && sizeof(T) < 8 ? 2 : 1)
   const Rows<R> rows = make_rows<R>();
   look_up(rows, p, place.first);
   Pair<R> mean[kRows];
-  R u[kRows], v[kRows];  // db and ds until the loop from the last row
+  R u[kRows], v[kRows];  // db and ds until the next loop over rows
   GPU_UNROLL
   for (int r = 0; r < kRows; ++r) mean[r] = mean_after<R>(p, place.readable_token(r), place.group);
   sum_rows<T, kWidth, kOne>(p, layout, place, mean, u, v);
@@ -181,14 +183,14 @@ __global__ void __launch_bounds__(kThreads, kOne && sizeof(T) < 8 ? 2 : 1)
       v[r] += v[r + 1];
     }
   }
-  const int at = place.warp * gpu::kWarp + place.in_slice;
+  const int at = place.warp * gpu::kWarp + place.group_in_slice;
   if (place.vector == 0) {
     exchange_u[at] = u[0];
     exchange_v[at] = v[0];
     exchange_pivot[at] = widen(mean[0]);
   }
   __syncthreads();
-  if (merges(p, layout, place)) {
+  if (is_merging_thread(p, layout, place)) {
     Sums sum = {};
     for (int warp = kWarps - 1; warp >= 0; --warp) {
       const int i = warp * gpu::kWarp + threadIdx.x;
@@ -218,7 +220,7 @@ __global__ void __launch_bounds__(kThreads, kOne && sizeof(T) < 8 ? 2 : 1)
   store_rows(local + p.groups * kTile, v);
 }
 
-// Elements of timestep_norm_carry: tiles from the last to the first.
+// Elements of timestep_norm_carry: the tiles, from the last to the first.
 template <class R>
 struct SumsSource {
   using Element = Sums;
@@ -336,7 +338,7 @@ __global__ void __launch_bounds__(kThreads, 2)
   }
 }
 
-// A thread takes a group of a sequence without tokens, or without channels.
+// One thread per sequence and group. Stores the state gradients of sequences without tokens or, if D = 0, of all.
 template <class R>
 __global__ void __launch_bounds__(kThreads) timestep_norm_bwd_empty_kernel(TimestepNormBwdParams p) {
   const int64_t i = int64_t{blockIdx.x} * kThreads + threadIdx.x;

@@ -1,15 +1,16 @@
-// Timestep norm, the backward of end states alone: ops/timestep_norm/timestep_norm_reference.py.
+// Timestep norm, backward of a call that returned only end states: ops/timestep_norm/timestep_norm_reference.py.
 //
 //   dx = (dmean + 2 dvar (x - mean)) / (n F), with the n tokens of a sequence and the F = D / G channels of a group
 //
-// x, dx (T, D) of type T; mean, dmean, dvar (S, G), residual (S, 2, G) of type R, float or double.
+//   x, dx (T, D):                                  the call's dtype
+//   mean, dmean, dvar (S, G); residual (S, 2, G):  R, float or double
 //
 // Grid: a block takes kTile tokens and 32 vectors of each row; a warp takes kRows rows, a lane one vector of each. A
 // lane loads its vectors of all rows while threads look up the rows' sequences. It loads its group's numbers when the
 // sequence changes. If F is no multiple of the vector width, or a tensor is misaligned, vectors have one element.
 //
 // Shared memory: 0.5 KB. Registers: at most 128, two blocks per SM; no spills.
-// Bytes: x and dx once, the minimum, and some numbers of a group for each warp and lane, from L1 or L2.
+// Bytes: x and dx once, the minimum; and for each warp and lane a few numbers of a group, from L1 or L2.
 #pragma once
 
 #include "timestep_norm.cuh"

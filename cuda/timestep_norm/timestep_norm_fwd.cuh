@@ -4,33 +4,36 @@
 //   mean' = mean + c (gm - mean);  var' = var + c (gv - var + (1 - c) (gm - mean)^2);  rstd = 1 / sqrt(var' + eps)
 //   y = (x - mean') rstd (1 + weight) + bias
 //
-// x, y (T, D) of type T; weight, bias (D), stats (3, T, G), states (S, G) of type R, float or double.
+//   x, y (T, D):                                       the call's dtype
+//   weight, bias (D); stats (3, T, G); states (S, G):  R, float or double
 //
 // Grid: one block per tile and slice of the channels (timestep_norm.cuh); the blocks of one tile are consecutive.
-// Launches: timestep_norm_fwd_moments runs phases 1 to 3 without a carry and stores each tile's moments;
-//   timestep_norm_carry scans the moments; timestep_norm_fwd runs all phases. Its first blocks take the last tiles of
-//   x, which are still in L2. The first two launches are skipped if no sequence continues from a tile to the next, so
-//   decoding a token is one launch. timestep_norm_fwd_empty copies the states of empty sequences, if there may be any.
-//   If only end states are wanted, timestep_norm_end_state replaces timestep_norm_fwd: it runs phases 1 to 4 in
-//   the tiles in which a sequence ends, and only these tiles of x are read twice.
-// Phases: 1. a warp computes gm and gv of its rows: gm by a sum of differences from the group's first channel, gv by
-//            a sum of squared differences from gm; gm is a pair of R. A lane keeps its vectors of the rows for phase 5.
-//         2. a warp merges the moments of those of its rows that belong to its last sequence;
-//         3. a thread per group merges the warps' moments in order of time, starting from the carry, in double;
-//         4. a warp scans its rows from the state that enters it. It sums only the changes of mean and variance since
-//            that state, in R: errors are relative to these changes, so states do not drift;
+// Launches:
+//   timestep_norm_fwd_moments  phases 1 to 3 without a carry; stores each tile's moments
+//   timestep_norm_carry        scans the moments
+//   timestep_norm_fwd          all phases; its first blocks take the last tiles of x, which are still in L2
+//   timestep_norm_fwd_empty    copies the states of empty sequences, if there may be any
+//   timestep_norm_end_state    replaces timestep_norm_fwd if only end states are wanted: phases 1 to 4, in the tiles in
+//                              which a sequence ends, so only these tiles of x are read twice
+//   The first two are skipped if no sequence continues from a tile to the next, so decoding a token is one launch.
+// Phases: 1. A warp computes gm and gv of its rows: gm by a sum of differences from the group's first channel, gv by a
+//            sum of squared differences from gm. gm is a pair (hi, lo). A lane keeps its vectors of x for phase 5.
+//         2. A warp merges the moments of those of its rows that belong to its last sequence.
+//         3. A thread per group merges the warps' moments in order of time, starting from the carry, in double.
+//         4. A warp scans its rows from the state that enters it. It sums only the changes of mean and variance since
+//            that state, in R: errors are relative to these changes, so states do not drift.
 //         5. y.
 // If F is not a multiple of the vector width, or a tensor is misaligned, a lane's vectors have one element. In this
 // case, or if a group has more vectors than a warp has lanes, phases 1 and 5 read x again, mostly from L1.
 //
-// Shared memory: 6 KB; 16 KB in the carry kernel. Registers: at most 128, so two blocks per SM; no spills (except
-// 12 bytes for fp16 on sm_80).
+// Shared memory: 6 KB; 16 KB in the carry kernel. Registers: at most 128, so two blocks per SM; no spills, except 12
+// bytes for fp16 on sm_80.
 // Bytes: the minimum is x, y and stats once; timestep_norm_fwd reads x again, from L2 if it is there. Carries have 16
 // bytes per tile and group, which are written and read twice: 1.6% of x for F = 32 in bf16. 7 of a block's 8 warps read
 // weight and bias from L1.
 // H100, (B 8, L 2048, D 1024, G 32) bf16: 67 + 6.3 MB, 22 us at 3.35 TB/s, 32 us if x comes from memory twice.
-// Example: F = 32 bf16: 4 lanes per group, 8 groups per warp, 256 channels per block; lane 5 has channels 8 to
-// 15 of group 1.
+// Example: F = 32 bf16: 4 lanes per group, 8 groups per warp, 256 channels per block; lane 5 has channels 8 to 15 of
+// group 1.
 #pragma once
 
 #include "timestep_norm.cuh"
@@ -38,7 +41,7 @@
 namespace megalodon {
 namespace timestep_norm {
 
-// Phase 1: gm and gv of the warp's rows. kHeld: a group has no more vectors than lanes, so lanes keep x in registers.
+// Phase 1: gm and gv of the warp's rows. kHeld: a lane has at most one vector of a group and keeps it in registers.
 template <class T, int kWidth, bool kHeld>
 class RowMoments {
   using R = Compute<T>;
@@ -129,8 +132,8 @@ class RowMoments {
 // Results of phases 2 and 3 in shared memory.
 template <class R>
 struct Exchange {
-  double *mean, *var;  // (kWarps, 32): moments of the warp's rows in its last sequence; after phase 3, the state that
-                       // enters the warp
+  double *mean, *var;  // (kWarps, 32): moments of those rows of a warp that belong to its last sequence; after phase 3,
+                       // the state that enters the warp
   double* weight;      // (kWarps): number of these rows / number of timesteps of their sequence so far
 };
 
@@ -143,41 +146,42 @@ GPU_INLINE Exchange<R> make_exchange() {
 }
 
 // Number of a warp's rows in the sequence of its last row; 0 if that row is padding. `step`: Rows::step of that row.
-GPU_INLINE int rows_of_last(int step) { return step < kRows ? step + 1 : kRows; }
+GPU_INLINE int rows_of_last_sequence(int step) { return step < kRows ? step + 1 : kRows; }
 
-// The thread that looked up a warp's last row stores the warp's Exchange::weight. kFromTile: if the sequence began
-// before the tile, only its timesteps in the tile count.
+// Stores each warp's Exchange::weight, by the thread that looked up the warp's last row. kFromTile: if the sequence
+// began before the tile, only its timesteps in the tile count.
 template <bool kFromTile, class R>
 GPU_INLINE void weigh_rows(const Exchange<R>& exchange, const Rows<R>& rows, int64_t seen) {
   const int row = threadIdx.x;
   if (row >= kTile || row % kRows != kRows - 1) return;
-  const int step = rows.step[row], size = rows_of_last(step);
+  const int step = rows.step[row], size = rows_of_last_sequence(step);
   const double all = kFromTile && step > row ? row + 1 : static_cast<double>(seen);
   exchange.weight[row / kRows] = size > 0 ? size / all : 0;
 }
 
+// Phase 2.
 template <class T, int kWidth, bool kHeld, class R>
 GPU_INLINE void merge_rows(const Exchange<R>& exchange, const Rows<R>& rows, const Place& place,
-                           const RowMoments<T, kWidth, kHeld>& of) {
-  const int size = rows_of_last(rows.step[place.warp * kRows + kRows - 1]);
+                           const RowMoments<T, kWidth, kHeld>& moments) {
+  const int size = rows_of_last_sequence(rows.step[place.warp * kRows + kRows - 1]);
   const R per_row = R{1} / static_cast<R>(size > 0 ? size : 1);
-  const Pair<R> pivot = of.mean[kRows - 1];
+  const Pair<R> pivot = moments.mean[kRows - 1];
   R mean = 0, var = 0;
   GPU_UNROLL
-  for (int r = 0; r < kRows; ++r) mean += r >= kRows - size ? difference(of.mean[r], pivot) * per_row : 0;
+  for (int r = 0; r < kRows; ++r) mean += r >= kRows - size ? difference(moments.mean[r], pivot) * per_row : 0;
   GPU_UNROLL
   for (int r = 0; r < kRows; ++r) {
-    const R d = difference(of.mean[r], pivot) - mean;
-    var += r >= kRows - size ? (of.var[r] + d * d) * per_row : 0;
+    const R d = difference(moments.mean[r], pivot) - mean;
+    var += r >= kRows - size ? (moments.var[r] + d * d) * per_row : 0;
   }
   if (place.vector != 0) return;
-  const int at = place.warp * gpu::kWarp + place.in_slice;
+  const int at = place.warp * gpu::kWarp + place.group_in_slice;
   exchange.mean[at] = size > 0 ? widen(pivot) + mean : 0;
   exchange.var[at] = var;
 }
 
-// Thread i takes group i of the slice and stores the state that enters each warp in `exchange`. mean and var are the
-// state that enters the tile and, on return, the state after its last warp.
+// Phase 3. Thread i takes group i of the slice and stores the state that enters each warp in `exchange`. `mean` and
+// `var` are the state that enters the tile and, on return, the state after the tile's last warp.
 template <class R>
 GPU_INLINE void merge_warps(const Exchange<R>& exchange, const Rows<R>& rows, const TimestepNormParams& p,
                             int64_t group, double& mean, double& var) {
@@ -204,12 +208,12 @@ __global__ void __launch_bounds__(kThreads, 2)
   const Place place(p, layout, blockIdx.x);
   const Rows<R> rows = make_rows<R>();
   const Exchange<R> exchange = make_exchange<R>();
-  const RowMoments<T, kWidth, kHeld> of(p, layout, place);
+  const RowMoments<T, kWidth, kHeld> moments(p, layout, place);
   weigh_rows<true>(exchange, rows, look_up(rows, p, place.first));
   __syncthreads();
-  merge_rows(exchange, rows, place, of);
+  merge_rows(exchange, rows, place, moments);
   __syncthreads();
-  if (!merges(p, layout, place)) return;
+  if (!is_merging_thread(p, layout, place)) return;
   const int64_t group = place.slice_group + threadIdx.x, s = rows.sequence[kTile - 1];
   double mean = 0, var = 0;
   merge_warps(exchange, rows, p, group, mean, var);
@@ -221,10 +225,10 @@ __global__ void __launch_bounds__(kThreads, 2)
   else carries.steps[place.tile] = initial_count(p, s) + place.first + kTile - p.sequences.begin(s);
 }
 
-// Moments of neighbouring tiles.
+// Moments of a span of neighbouring tiles.
 struct Span {
   double steps, mean, var;
-  bool closed;  // the last sequence begins inside, so earlier tiles have no influence
+  bool closed;  // the span's last sequence begins in the span, so earlier tiles have no influence
 };
 
 GPU_INLINE Span combine(const Span& before, const Span& after) {
@@ -261,13 +265,13 @@ GPU_INLINE void store_state(const TimestepNormFwdParams& p, int64_t s, int64_t g
   if (group == 0) p.count_out[s] = initial_count(p, s) + p.sequences.length(s);
 }
 
-// Phase 4: leaves mean and rstd after each row in of.mean and of.var; stores statistics and states.
+// Phase 4: leaves mean and rstd after each row in moments.mean and moments.var; stores statistics and states.
 template <class T, int kWidth, bool kHeld, class R>
 GPU_INLINE void walk_rows(const TimestepNormFwdParams& p, const Rows<R>& rows, const Exchange<R>& exchange,
-                          const Place& place, RowMoments<T, kWidth, kHeld>& of) {
-  const int entering = place.warp * gpu::kWarp + place.in_slice;
+                          const Place& place, RowMoments<T, kWidth, kHeld>& moments) {
+  const int at = place.warp * gpu::kWarp + place.group_in_slice;
   const int64_t plane = p.sequences.tokens * p.groups;
-  Moments<R> base{split<R>(exchange.mean[entering]), split<R>(exchange.var[entering])};
+  Moments<R> base{split<R>(exchange.mean[at]), split<R>(exchange.var[at])};
   R mean_change = 0, var_change = 0;  // since `base`
   GPU_UNROLL
   for (int r = 0; r < kRows; ++r) {
@@ -275,30 +279,30 @@ GPU_INLINE void walk_rows(const TimestepNormFwdParams& p, const Rows<R>& rows, c
     const int64_t s = rows.sequence[row];
     if (r >= place.rows) break;
     if (s < 0) {
-      of.mean[r] = {};
-      of.var[r] = 0;
+      moments.mean[r] = {};
+      moments.var[r] = 0;
     } else {
       if (rows.step[row] == 0) {
         base = initial_moments<R>(p, s, place.group);
-        if (initial_count(p, s) == 0) base.mean = of.mean[r];
+        if (initial_count(p, s) == 0) base.mean = moments.mean[r];
         mean_change = var_change = 0;
       }
-      const R share = rows.share[row], d = difference(of.mean[r], base.mean) - mean_change;
+      const R share = rows.share[row], d = difference(moments.mean[r], base.mean) - mean_change;
       mean_change += share * d;
-      var_change += share * ((of.var[r] - (base.var.hi + var_change)) + (1 - share) * (d * d));
-      of.mean[r] = add(base.mean, mean_change);
+      var_change += share * ((moments.var[r] - (base.var.hi + var_change)) + (1 - share) * (d * d));
+      moments.mean[r] = add(base.mean, mean_change);
       const R shifted = base.var.hi + (base.var.lo + var_change) + static_cast<R>(p.eps);
-      of.var[r] = rsqrt(shifted) + 0 * shifted;  // NaN for a variance beyond the range of R
+      moments.var[r] = rsqrt(shifted) + 0 * shifted;  // NaN for a variance beyond the range of R
     }
     if (place.vector != 0) continue;
     if (p.stats) {
       R* const stats = static_cast<R*>(p.stats) + place.token(r) * p.groups + place.group;
-      stats[0] = of.mean[r].hi;
-      stats[plane] = of.mean[r].lo;
-      stats[2 * plane] = of.var[r];
+      stats[0] = moments.mean[r].hi;
+      stats[plane] = moments.mean[r].lo;
+      stats[2 * plane] = moments.var[r];
     }
     if (rows.left[row] != 0 || !p.count_out) continue;
-    store_state<R>(p, s, place.group, {of.mean[r], add(base.var, var_change)});
+    store_state<R>(p, s, place.group, {moments.mean[r], add(base.var, var_change)});
   }
 }
 
@@ -306,16 +310,16 @@ GPU_INLINE void walk_rows(const TimestepNormFwdParams& p, const Rows<R>& rows, c
 template <class T, int kWidth, bool kHeld, class R>
 GPU_INLINE void walk_tile(const TimestepNormFwdParams& p, const Layout& layout, const Carries& carries,
                           const Rows<R>& rows, const Exchange<R>& exchange, const Place& place,
-                          RowMoments<T, kWidth, kHeld>& of) {
-  merge_rows(exchange, rows, place, of);
+                          RowMoments<T, kWidth, kHeld>& moments) {
+  merge_rows(exchange, rows, place, moments);
   __syncthreads();
-  if (merges(p, layout, place)) {
+  if (is_merging_thread(p, layout, place)) {
     const int64_t group = place.slice_group + threadIdx.x, at = place.tile * p.groups + group;
     double mean = rows.step[0] > 0 ? carries.first[at] : 0, var = rows.step[0] > 0 ? carries.second[at] : 0;
     merge_warps(exchange, rows, p, group, mean, var);
   }
   __syncthreads();
-  if (place.exists) walk_rows(p, rows, exchange, place, of);
+  if (place.exists) walk_rows(p, rows, exchange, place, moments);
 }
 
 template <class T, int kWidth, bool kHeld>
@@ -328,9 +332,9 @@ __global__ void __launch_bounds__(kThreads, 2)
   const int64_t seen = look_up(rows, p, place.first);
   __syncthreads();
   if (rows.left[0] == kTile) return;  // one sequence fills the tile and continues
-  RowMoments<T, kWidth, kHeld> of(p, layout, place);
+  RowMoments<T, kWidth, kHeld> moments(p, layout, place);
   weigh_rows<false>(exchange, rows, seen);
-  walk_tile(p, layout, carries, rows, exchange, place, of);
+  walk_tile(p, layout, carries, rows, exchange, place, moments);
 }
 
 // Phases 1 to 5.
@@ -342,15 +346,15 @@ __global__ void __launch_bounds__(kThreads, 2)
   const Place place(p, layout, gridDim.x - 1 - blockIdx.x);
   const Rows<R> rows = make_rows<R>();
   const Exchange<R> exchange = make_exchange<R>();
-  RowMoments<T, kWidth, kHeld> of(p, layout, place);
+  RowMoments<T, kWidth, kHeld> moments(p, layout, place);
   weigh_rows<false>(exchange, rows, look_up(rows, p, place.first));
   __syncthreads();
-  walk_tile(p, layout, carries, rows, exchange, place, of);
+  walk_tile(p, layout, carries, rows, exchange, place, moments);
   if (!place.exists) return;
 
   const int64_t channel = place.group * layout.vectors * kWidth;
   const R *weight = static_cast<const R*>(p.weight) + channel, *bias = static_cast<const R*>(p.bias) + channel;
-  R gain[kWidth] = {}, shift[kWidth] = {};  // of the lane's vector, if the lane has only one
+  R gain[kWidth] = {}, shift[kWidth] = {};  // of the lane's vector; if kHeld is false, loaded for each vector
   const auto load_affine = [&](int64_t vector) {
     gpu::load_wide<kWhole>(gain, weight + vector * kWidth);
     gpu::load_wide<kWhole>(shift, bias + vector * kWidth);
@@ -361,13 +365,13 @@ __global__ void __launch_bounds__(kThreads, 2)
     if (r >= place.rows) break;
     const bool padding = rows.step[place.warp * kRows + r] < 0;
     T* const y = static_cast<T*>(p.y) + place.token(r) * p.channels + channel;
-    of.for_each_vector_of(r, [&](int64_t vector, const R(&x)[kWidth]) {
+    moments.for_each_vector_of(r, [&](int64_t vector, const R(&x)[kWidth]) {
       if constexpr (!kHeld) load_affine(vector);
       R normalized[kWidth];
       GPU_UNROLL
       for (int e = 0; e < kWidth; ++e) {
-        const R centred = x[e] - of.mean[r].hi - of.mean[r].lo;
-        normalized[e] = padding ? 0 : centred * of.var[r] * (1 + gain[e]) + shift[e];
+        const R centred = x[e] - moments.mean[r].hi - moments.mean[r].lo;
+        normalized[e] = padding ? 0 : centred * moments.var[r] * (1 + gain[e]) + shift[e];
       }
       gpu::store<kWhole>(y + vector * kWidth, normalized);
     });
