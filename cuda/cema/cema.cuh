@@ -1,27 +1,28 @@
-// CEMA: ops/cema/cema_reference.py. Parts shared by its kernels: the scan in cema_scan.cuh and, on tensor cores,
+// CEMA: ops/cema/cema_reference.py. Shared by its kernels: the scan in cema_scan.cuh and, on tensor cores,
 // cema_mma_scan.cuh; cema_step.cuh for short sequences; cema_bwd.cuh for gradients.
 //
 //   u_t = q u_{t-1} + x_t      h = p u      y_t = Re(sum_n c_n u_t[n]) + omega x_t,  c = gamma p
 //
-// The adjoint is the same scan against time: with r_t = q r_{t+1} + dy_t, g = conj(gamma r) and
-// dx_t = Re(sum_n c_n r_t[n]) + omega dy_t. A `Scan` is one of the two, over positions 0 .. T - 1 in its own order.
+// The adjoint is the same scan against time: r_t = q r_{t+1} + dy_t. The gradient of h is conj(gamma r), and dx_t =
+// Re(sum_n c_n r_t[n]) + omega dy_t. A `Scan` is one of the two, over positions 0 .. T - 1 in its own order.
 //
-// Basis. u = re + i Im(q) v is stored as the pair (re + shear v, v), which takes 3 instead of 4 multiply-adds:
+// Basis. u = re + i Im(q) v is stored as the pair (first, second) = (re + shear v, v). A step then takes 3
+// multiply-adds instead of 4:
 //
 //   first' = alpha first + beta second + x     second' = first + delta second      alpha, delta = Re(q) +- shear
 //
-// This is the complex product with its imaginary part in units of Im(q), as stable as the product itself: each number
-// of the pair is rounded relative to its own size. The eigenvalues are q if alpha + delta = 2 Re(q) and -beta = Im(q)^2
-// + shear^2. The shear, at most |Im(q)| / 2000, is chosen so that this beta is a float: the rounded coefficients
-// advance by q to within 2^-35. (A rounded Im(q)^2 would turn q by up to 2^-25, always in the same direction.) The
-// multiply-adds are fma: if q is near 1, so are alpha and delta, and a product with them, rounded alone, would have the
-// same error at many positions while the state changes little.
+// This is the complex product with its imaginary part in units of Im(q). It is as stable as the complex product: each
+// number of the pair is rounded relative to its own size. The eigenvalues are q and conj(q) if alpha + delta = 2 Re(q)
+// and -beta = Im(q)^2 + shear^2. The shear, at most |Im(q)| / 2000, is chosen so that this beta is a float: the rounded
+// coefficients then multiply by q to within 2^-35. (Without a shear, rounding Im(q)^2 would turn q by up to 2^-25, at
+// every position in the same direction.) The multiply-adds are fma: if q is near 1, so are alpha and delta, and the
+// state changes little, so a product with them, rounded alone, would have the same error at many positions.
 //
-// Carried states must be divided by p (the adjoint's by gamma) and by Im(q). With carried states, p and gamma count as
-// at least kLeastScale and Im(q) as at least kLeastPhase, which changes p x, gamma and q by less than a
-// rounding error of the state.
+// A given state is divided by p (in the adjoint by gamma) and by Im(q). So if states are given, p and gamma count as at
+// least kLeastScale and Im(q) as at least kLeastPhase. This changes p x, gamma and q by less than a rounding error of
+// the state.
 //
-// The flat row of T tokens is cut into tiles of `tile` positions, across sequences:
+// The flat row of T tokens is cut into tiles of `tile` positions; a tile may hold several sequences.
 //   1. table:   for each mode and channel the coefficients, and matrices that advance `tile` and 8 `tile` positions
 //   2. local:   the state at each tile's end, from zero or, if a sequence starts in the tile, from its start
 //   3. carry:   states at each tile's end -> states that enter each tile; a start inside a tile stops the carry
@@ -43,12 +44,12 @@ constexpr int kSpan = 8;        // tiles per thread in the carry
 constexpr int64_t kLeastTile = 32, kMostTile = 512;
 static_assert(kLeastTile % kSpan == 0 && (kLeastTile & (kLeastTile - 1)) == 0, "powers of q are taken by squaring");
 
-template <class T> constexpr int kBatch = sizeof(T) == 2 ? 8 : 4;   // positions loaded at once
-template <class R> constexpr int kBlocks = sizeof(R) == 4 ? 3 : 1;  // per SM, at least
+template <class T> constexpr int kBatch = sizeof(T) == 2 ? 8 : 4;   // positions whose inputs are loaded at once
+template <class R> constexpr int kBlocks = sizeof(R) == 4 ? 3 : 1;  // least number per SM
 template <class R> constexpr double kLeastScale = sizeof(R) == 4 ? 0x1p-32 : 0x1p-200;
 template <class R> constexpr double kLeastPhase = sizeof(R) == 4 ? 0x1p-44 : 0x1p-200;
 
-// The positions from `begin` up to `to` at most that belong to one sequence, or to the padding between two.
+// The positions [begin, end) of one sequence, or of the padding between two; `end` is at most `to`.
 struct Run {
   int64_t end;
   int sequence;  // or -1: padding
@@ -57,15 +58,15 @@ struct Run {
   GPU_INLINE Run(const Scan& scan, int64_t begin, int64_t to) {
     // The first sequence, in the scan's order, that ends after `begin`.
     const int count = static_cast<int>(scan.sequences.count);
-    const auto named = [&](int i) { return scan.reverse ? count - 1 - i : i; };
+    const auto nth_sequence = [&](int i) { return scan.reverse ? count - 1 - i : i; };
     int low = 0;
     for (int high = count; low < high;) {
       const int middle = low + (high - low) / 2;
-      if (scan.sequence_end(named(middle)) > begin) high = middle;
+      if (scan.sequence_end(nth_sequence(middle)) > begin) high = middle;
       else low = middle + 1;
     }
-    const int64_t first = low < count ? scan.sequence_begin(named(low)) : to;
-    sequence = first <= begin ? named(low) : -1;
+    const int64_t first = low < count ? scan.sequence_begin(nth_sequence(low)) : to;
+    sequence = first <= begin ? nth_sequence(low) : -1;
     starts = first == begin;
     end = sequence < 0 ? first : scan.sequence_end(sequence);
     end = end > begin && end < to ? end : to;
@@ -73,11 +74,11 @@ struct Run {
   GPU_INLINE bool ends(const Scan& scan) const { return scan.sequence_end(sequence) == end; }
 };
 
-// A thread's two channels, part of the modes, and tile. Neighbouring lanes share two channels.
+// A thread's tile, two channels, and part of the modes. Neighbouring lanes take other modes of the same two channels.
 struct Place {
   int64_t tile, channel;
-  int first_mode, part;
-  bool active, second;  // the channels exist; also the second one
+  int first_mode, part;  // part: number of the thread's part of the modes
+  bool active, second;   // the first channel exists; the second one exists, too
 };
 
 GPU_INLINE Place place(const Scan& scan, int modes) {
@@ -91,7 +92,7 @@ GPU_INLINE Place place(const Scan& scan, int modes) {
           active && channel + 1 < scan.channels};
 }
 
-// Loads two channels of n rows, `step` elements apart.
+// Loads two channels of n rows, which are `step` elements apart. `second`: the second channel exists.
 template <int n, class T>
 GPU_INLINE void load_rows(Compute<T> (&to)[n][2], const T* from, int64_t step, bool whole, bool second) {
   if (whole) {
@@ -106,11 +107,11 @@ GPU_INLINE void load_rows(Compute<T> (&to)[n][2], const T* from, int64_t step, b
   }
 }
 
-// The basis of one mode and channel: conversion of complex numbers to pairs and back.
+// The basis of one mode and channel: it converts complex numbers to pairs and back.
 template <class R>
 struct Basis {
   gpu::Complex<R> q, gamma;
-  R p, shear, phase;  // phase: Im(q), or kLeastPhase
+  R p, shear, phase;  // phase: Im(q), or kLeastPhase if that is larger and states are given
   bool adjoint;
 
   GPU_INLINE static R* place(const Scan& scan, int64_t mode, int64_t channel) {
@@ -144,23 +145,23 @@ struct Basis {
     const R second = a_re * b.second + a.second * b_re;
     return {a_re * b_re - (phase * a.second) * (phase * b.second) + shear * second, second};
   }
-  // The initial state at index `at` of (S, D, N), as the pair that Modes::enter adds; zero if `at` is -1.
+  // Returns the initial state at index `at` of (S, D, N) as the pair that Modes::enter adds; zero if `at` is -1.
   GPU_INLINE Pair<R> initial(const Scan& scan, int64_t at, bool before_step) const {
     if (at < 0) return {0, 0};
-    const auto z = gpu::ld<gpu::Complex<R>>(scan.initial.of<R>() + at);
+    const auto z = gpu::ld<gpu::Complex<R>>(scan.initial.as<R>() + at);
     if (adjoint) return to_pair((1 / (gamma.re * gamma.re + gamma.im * gamma.im)) * gpu::conj(z * gamma));
     return to_pair((1 / p) * (before_step ? z : q * z));
   }
-  // The final state of a pair: p u, or conj(gamma q r) for the adjoint.
+  // Returns the final state for a pair u or r: p u, or conj(gamma q r) for the adjoint.
   GPU_INLINE gpu::Complex<R> final(Pair<R> pair) const {
     const gpu::Complex<R> z = from_pair(pair);
     return adjoint ? gpu::conj(gamma * (q * z)) : p * z;
   }
 };
 
-// Rare work runs in this loop over modes, which is not unrolled and takes a thread's pairs from shared memory: the pair
-// of mode m and channel e is slots[(2 m + e) kThreads]. Calls f(basis, slot, index in an (S, D, N) tensor); the index
-// is -1 if the tensor has no such mode or channel.
+// Calls f(basis, slot, at) for each of the thread's modes and channels. `slot` is the address of the pair of mode m and
+// channel e in shared memory, slots + (2 m + e) kThreads. `at` is the index in an (S, D, N) tensor, or -1 if the tensor
+// has no such mode or channel. The loop is for rare work, so it is not unrolled.
 template <int modes, class R, class F>
 GPU_INLINE void for_each_slot(const Scan& scan, const Place& place, int64_t sequence, Pair<R>* slots, F&& f) {
 #pragma unroll 1
@@ -212,8 +213,8 @@ struct Modes {
       }
     }
   }
-  // Adds the initial state h / p before a sequence's first position, or q h / p after it; conj(dstate_out) / gamma
-  // after the first position of the adjoint.
+  // Adds a sequence's initial state h to its states: h / p before its first position (`before_step`), or q h / p after
+  // it. In the adjoint, adds conj(dstate_out) / gamma after the first position.
   GPU_INLINE void enter(const Scan& scan, const Place& place, int64_t sequence, Pair<R>* slots,
                         bool before_step = false) {
     for_each_slot<modes>(scan, place, sequence, slots, [&](const Basis<R>& basis, Pair<R>* slot, int64_t at) {
@@ -234,17 +235,17 @@ struct Modes {
     to_slots(slots, first, second);
     for_each_slot<modes>(scan, place, sequence, slots, [&](const Basis<R>& basis, Pair<R>* slot, int64_t at) {
       const auto pair = gpu::ld_shared<Pair<R>>(slot);
-      if (at >= 0) gpu::st(scan.final.of<R>() + at, basis.final(pair));
+      if (at >= 0) gpu::st(scan.final.as<R>() + at, basis.final(pair));
     });
   }
-  // Loads the states that enter the thread's tile, two modes at once.
+  // Loads the states that enter the thread's tile, two modes per access.
   GPU_INLINE void load(const Scan& scan, const Place& place) {
     GPU_UNROLL
     for (int m = 0; m < modes; m += 2) {
       GPU_UNROLL
       for (int e = 0; e < 2; ++e) {
         R both[4];
-        gpu::load_wide(both, scan.pairs<R>(place.tile, place.first_mode + m, place.channel + e));
+        gpu::load_wide(both, scan.state<R>(place.tile, place.first_mode + m, place.channel + e));
         GPU_UNROLL
         for (int i = 0; i < 2; ++i) {
           first[m + i][e] = both[2 * i];
@@ -260,7 +261,7 @@ struct Modes {
       GPU_UNROLL
       for (int e = 0; e < 2; ++e) {
         const R both[4] = {first[m][e], second[m][e], first[m + 1][e], second[m + 1][e]};
-        gpu::store_wide(scan.pairs<R>(place.tile, place.first_mode + m, place.channel + e), both);
+        gpu::store_wide(scan.state<R>(place.tile, place.first_mode + m, place.channel + e), both);
       }
     }
   }
@@ -268,7 +269,7 @@ struct Modes {
 
 // Host side.
 
-// Grid of a kernel whose threads take `modes` modes of two channels of a tile; y is over `scans` scans.
+// Grid of a kernel whose threads take `modes` modes of two channels of a tile. The grid's y is over `scans` scans.
 struct Grid {
   dim3 blocks;
   unsigned threads;
@@ -280,8 +281,8 @@ struct Grid {
   }
 };
 
-// Returns true if two channels of (T, D) tensors can be accessed at once.
-inline bool takes_pairs(DType dtype, int64_t channels, std::initializer_list<const void*> tensors) {
+// Returns true if two channels of each of these (T, D) tensors can be accessed at once.
+inline bool takes_two_channels(DType dtype, int64_t channels, std::initializer_list<const void*> tensors) {
   bool all = channels % 2 == 0;
   dispatch_dtype(dtype, [&](auto type) {
     for (const void* tensor : tensors) all = all && gpu::aligned<2>(static_cast<const decltype(type)*>(tensor));
@@ -301,25 +302,27 @@ void for_each_group(Scan& scan, F&& f) {
 
 // In cema_scan.cu:
 
-// A scan without tensors: sizes and tiles.
+// Returns a scan with sizes and tiles, without tensors.
 Scan make_scan(const CemaParams& params);
-// Return true if tensor cores can take the scan `from` `to`, or the sums of two tensors; and the scan's output.
+// Returns true if tensor cores can compute a scan of the tensor `from` into `to`, or the backward's sums of the two.
 bool takes_mma(const CemaParams& params, const Scan& scan, const void* from, const void* to);
+// Returns true if tensor cores are also worth while for a scan's states and output.
 bool takes_mma_output(const Scan& scan);
+// Sets the tiles that the kernels on tensor cores use.
 void cut_for_mma(Scan& scan);
-// Bytes of a table, of a scan's states and stops, of powers, and of `sums`; multiples of 256.
+// Return the bytes of a table, of a scan's states and stops, of `powers`, and of `sums`; all are multiples of 256.
 int64_t table_bytes(const CemaParams& params);
 int64_t states_bytes(const Scan& scan, DType dtype);
 int64_t powers_bytes(const Scan& scan);
 int64_t sums_bytes(const CemaParams& params);
-// Takes the states and stops of `scan` from `memory`; returns the rest.
+// Places the states and stops of `scan` at `memory`; returns the address after them.
 char* take_states(Scan& scan, DType dtype, char* memory);
 
-// Phase 1. The table of the scan's group of modes. `carried`: states, or gradients of states, are given.
+// Phase 1. Fills the table of the scan's group of modes. `carried`: states, or gradients of states, are given.
 void launch_table(const CemaParams& params, const Scan& scan, bool carried, void* stream);
-// Phases 2 and 3. The entering states of one scan, or of two at once.
+// Phases 2 and 3. Compute the states that enter the tiles of one scan, or of two at once.
 void launch_states(DType dtype, const Scan& a, const Scan* b, void* stream);
-// Phase 4. The output, or the final states alone.
+// Phase 4. Compute the output, or the final states alone.
 void launch_output(DType dtype, const Scan& scan, void* stream);
 void launch_ends(DType dtype, const Scan& scan, void* stream);
 // In cema_mma_scan.cu: phases 2 and 4 of a scan that is `by_mma`.

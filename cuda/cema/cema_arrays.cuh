@@ -1,4 +1,4 @@
-// A scan of CEMA: sizes, and arrays in global memory. Its phases: cema.cuh.
+// A scan of CEMA: its sizes, and its arrays in global memory. cema.cuh describes its phases.
 #pragma once
 
 #include "cema.h"
@@ -8,8 +8,8 @@
 namespace megalodon {
 namespace cema {
 
-// Rows of the table: (N', D') each, matrices (D', N'); then the bases. A matrix is stored by rows, followed by the
-// rounding errors of its entries in R.
+// Planes of the table, each (N', D') or, in matrices, (D', N'). A matrix has 8 planes: its 4 entries by rows, then the
+// errors of rounding these to R. The bases follow the last plane.
 enum Plane {
   kAlpha, kBeta, kDelta,
   kOutFirst, kOutSecond,  // y = sum of kOutFirst first + kOutSecond second
@@ -17,25 +17,25 @@ enum Plane {
   kSpanMatrix = kTileMatrix + 8,
   kPlanes = kSpanMatrix + 8,
 };
-constexpr int kBasis = 8;  // numbers of a basis
-constexpr int kMmaTile = 128;  // positions of a tile, and lags, on tensor cores: cema_mma_scan.cuh, cema_mma.cuh
+constexpr int kBasis = 8;      // numbers of a basis
+constexpr int kMmaTile = 128;  // on tensor cores: positions of a tile (cema_mma_scan.cuh), and lags (cema_mma.cuh)
 constexpr int kMmaRows = 16;   // tiles per product of cema_mma_scan.cuh
-constexpr int kBlock = 16, kPowers = kBlock + 2;  // positions per product; pairs per mode and channel
+constexpr int kBlock = 16, kPowers = kBlock + 2;  // positions per product; pairs in `powers` per mode and channel
 
-// An array in global memory whose element type depends on the call's dtype: of<R>() points to elements Of<R>.
-template <template <class> class Of, class Void = void>
+// An array in global memory whose element type depends on the call's dtype: as<R>() points to elements Element<R>.
+template <template <class> class Element, class Void = void>
 struct Array {
   Void* data;
 
   MEGALODON_INLINE Array(Void* data_ = nullptr) : data(data_) {}
   MEGALODON_INLINE explicit operator bool() const { return data; }
   template <class R>
-  MEGALODON_INLINE auto of() const {
-    return static_cast<std::conditional_t<std::is_const<Void>::value, const Of<R>, Of<R>>*>(data);
+  MEGALODON_INLINE auto as() const {
+    return static_cast<std::conditional_t<std::is_const<Void>::value, const Element<R>, Element<R>>*>(data);
   }
 };
 
-template <class R> using Real = R;  // or T, of x and y
+template <class R> using Real = R;
 
 template <class R>
 struct alignas(2 * sizeof(R)) Pair {  // basis: cema.cuh
@@ -48,32 +48,34 @@ using Complexes = Array<gpu::Complex>;
 using ConstReals = Array<Real, const void>;
 using ConstComplexes = Array<gpu::Complex, const void>;
 
-// One scan over time of up to 32 modes. Below, N' is `lanes` modes, a power of two, and D' is `width` channels, even;
-// modes and channels beyond the tensors' are zero.
+// One scan over time, of at most 32 modes. N' = `lanes` is a power of two that is at least their number, and D' =
+// `width` is D or D + 1, an even number. The arrays hold zeros for modes and channels that do not exist.
 struct Scan {
   Sequences sequences;
   int64_t channels, modes;  // D, N of the tensors
-  int64_t first_mode;       // of this group of modes
+  int64_t first_mode;       // of the scan's group of modes
   int64_t width, lanes;     // D', N'
   int64_t tile, tiles;
   bool reverse;             // against time
-  bool whole;               // two channels may be accessed at once
-  bool resume, more;        // the sums over modes start from `sums`, or end in it
+  bool whole;               // two channels can be accessed at once
+  bool resume;              // sums over modes continue those in `sums`
+  bool more;                // sums over modes are stored in `sums` for the next group of modes
   bool by_mma;              // states and output by cema_mma_scan.cuh
 
   // The call's tensors.
-  ConstReals in, factor;   // (T, D) T. in: null if zero; then `factor` is not null. factor: null without `products`
-  Reals out;               // (T, D) T
+  ConstReals in;           // (T, D), the call's dtype; null if zero, and then `factor` is not null
+  ConstReals factor;       // (T, D), the call's dtype; null if there are no `products`
+  Reals out;               // (T, D), the call's dtype
   ConstReals omega;        // (D)
   ConstComplexes initial;  // (S, D, N), or null: zero
   Complexes final;         // (S, D, N), or null: not wanted
 
   // Coefficients.
   Reals table;   // kPlanes planes of N' D', and (N', D', kBasis)
-  Pairs powers;  // (D', kPowers, N'): q^0 .. q^16, and (0, 1) times q^16; or null: not used
+  Pairs powers;  // (D', kPowers, N'): q^0 .. q^16, and q^16 times the pair (0, 1); or null: not used
 
   // States.
-  Pairs states;    // (tiles, D', N'): ends of tiles, replaced by the states that enter them
+  Pairs states;    // (tiles, D', N'): states at the tiles' ends, then the states that enter the tiles
   int32_t* stops;  // (tiles): nonzero if a tile's end does not depend on the state that enters it
 
   // Sums.
@@ -81,7 +83,7 @@ struct Scan {
   Reals products;           // (tiles, 2, N', D'): sum over a tile of factor_t times the pair after position t
   int64_t products_stride;  // from tile to tile
 
-  // Positions of tile k, which holds the tokens k tile .. (k + 1) tile - 1 in either direction.
+  // Tile k has the positions [begin(k), end(k)). Its tokens are k * tile .. (k + 1) * tile - 1, also if `reverse`.
   MEGALODON_INLINE int64_t begin(int64_t k) const {
     const int64_t T = sequences.tokens, end = (k + 1) * tile;
     return !reverse ? k * tile : end < T ? T - end : 0;
@@ -101,15 +103,15 @@ struct Scan {
     return reverse ? sequences.tokens - sequences.begin(s) : sequences.end(s);
   }
   template <class R>
-  MEGALODON_INLINE R* pairs(int64_t k, int64_t mode, int64_t channel) const {
-    return &states.of<R>()[(k * width + channel) * lanes + mode].first;
+  MEGALODON_INLINE R* state(int64_t k, int64_t mode, int64_t channel) const {
+    return &states.as<R>()[(k * width + channel) * lanes + mode].first;
   }
   template <class R>
   MEGALODON_INLINE R* power(int index, int64_t mode, int64_t channel) const {
-    return &powers.of<R>()[(channel * kPowers + index) * lanes + mode].first;
+    return &powers.as<R>()[(channel * kPowers + index) * lanes + mode].first;
   }
   template <class R>
-  MEGALODON_INLINE R* plane(int index) const { return table.of<R>() + index * lanes * width; }
+  MEGALODON_INLINE R* plane(int index) const { return table.as<R>() + index * lanes * width; }
 };
 
 }  // namespace cema

@@ -5,18 +5,18 @@ namespace {
 
 using namespace cema;
 
-// Sizes and tensors; no workspace yet.
+// Returns sizes and tensors, without workspace.
 Gradients make_gradients(const CemaBwdParams& params) {
   Gradients g{};
   g.scan = make_scan(params);
   const bool stateless = params.dy && !params.dstate_out && !params.dstate;
   if (stateless && takes_mma(params, g.scan, params.x, params.dy)) {
     cut_for_mma(g.scan);
-    // Two blocks per SM, of 132, if there are enough tiles.
+    // Two blocks for each of 132 SMs, if there are enough tiles.
     const int64_t most = ceil_div(g.scan.tiles, kMmaTiles), wanted = 264 / ceil_div(params.channels, kMmaChannels);
     g.shares = LAUNCH_SIZE(cema_shares, wanted < 1 ? 1 : wanted < most ? wanted : most);
   }
-  g.scan.whole = takes_pairs(params.dtype, params.channels, {params.x, params.dy, params.dx});
+  g.scan.whole = takes_two_channels(params.dtype, params.channels, {params.x, params.dy, params.dx});
   g.scan.in = params.x;
   g.scan.omega = params.omega;
   g.scan.initial = params.state;
@@ -39,13 +39,13 @@ Gradients make_gradients(const CemaBwdParams& params) {
   return g;
 }
 
-// Bytes of the tensor cores' arrays beside the states; 0 without tensor cores.
+// Return the bytes of arrays that only tensor cores use; 0 without tensor cores.
 int64_t slopes_bytes(const Gradients& g) {
   return g.shares ? workspace_part(4 * g.scan.tiles * g.scan.lanes * g.scan.width * sizeof(float)) : 0;
 }
 int64_t lags_bytes(const Gradients& g) { return workspace_part(g.shares * kMmaTile * g.scan.width * sizeof(float)); }
 
-// The states that enter the tiles of both scans, and the sums: phases 1 and 2 of cema_mma.cuh.
+// Phases 1 and 2 of cema_mma.cuh: the states that enter the tiles of both scans, and the sums.
 void launch_tiles(const Gradients& g, void* stream) {
   const dim3 grid(static_cast<unsigned>(ceil_div(g.scan.channels, kMmaChannels)), static_cast<unsigned>(g.shares));
   const auto launch = [&](auto groups) {
@@ -93,7 +93,7 @@ void launch_cema_bwd_cuda(const CemaBwdParams& params, void* stream) {
       using T = decltype(type);
       using R = Compute<T>;
       const int64_t plane = g.scan.lanes * g.scan.width;
-      g.adjoint.products = g.sums.of<R>() + kProductFirst * plane;
+      g.adjoint.products = g.sums.as<R>() + kProductFirst * plane;
       g.adjoint.products_stride = g.stride;
       launch_output(params.dtype, g.adjoint, stream);
       if (g.scan.tiles > 0 && !g.lags) {

@@ -1,21 +1,24 @@
-// The gradients of CEMA's parameters: ops/cema/cema_reference.py; basis, tiles and entering states: cema.cuh.
+// The gradients of CEMA's parameters: ops/cema/cema_reference.py. Basis, tiles and entering states: cema.cuh.
 //
 // Within a tile, let w_t = du_t/dq for a fixed entering state: w_t = q w_{t-1} + u_{t-1}, from zero. K is the gradient
-// of the tile's last state from later tokens, q r of the next token, or conj(dstate_out) / gamma at an end:
+// of the tile's last state that comes from later tokens: q r of the next token or, at a sequence's end,
+// conj(dstate_out) / gamma.
 //
-//   dq = sum over tiles of conj(p gamma (sum_t dy_t w_t + K w_end))      dgamma = conj(p sum_t dy_t u_t)
-//   dp = Re(gamma sum_t dy_t u_t) or, with states or their gradients, when u does not come from x alone,
-//   dp = Re(gamma sum_t x_t r_t), the products of the adjoint's output       domega = sum_t dy_t x_t
+//   dq     = sum over tiles of conj(p gamma (sum_t dy_t w_t + K w_end))
+//   dgamma = conj(p sum_t dy_t u_t)
+//   domega = sum_t dy_t x_t
+//   dp     = Re(gamma sum_t dy_t u_t)
+//          = Re(gamma sum_t x_t r_t)   if states or their gradients are given, as u then comes from more than x; the
+//                                      kernel of the adjoint's output computes this sum
 //
-// Since w and u both run forwards, nothing is stored per position: 11 multiply-adds per mode and position.
-//
+// w and u both run forwards, so nothing is stored per position. 11 multiply-adds per mode and position.
 // cema_mma.cuh computes these sums on tensor cores where it can; otherwise cema_sums_kernel does.
 //
 // Grid of cema_sums_kernel: as the scan's (cema_scan.cuh); a thread has two channels and 4 modes of a tile.
-//   1. for each run of a sequence in the tile, load or clear u, w = 0; for each kRows rows, load x and dy, advance, add
-//   2. at the run's end add K w; 3. store the tile's sums.
-// Grid of cema_finish_kernel: x over 32 channels, y over modes and, last, omega; each of 8 warps adds an eighth of the
-// tiles in double, then the first warp adds the sums and applies the factors. Sizes alone fix the order of sums.
+//   1. For each run of a sequence in the tile: load or clear u, set w = 0. For each kRows rows: load x and dy, advance
+//      u and w, add up the sums. 2. At the run's end add K w. 3. Store the tile's sums.
+// Grid of cema_finish_kernel: x over 32 channels, y over modes and, last, omega. Each of 8 warps adds an eighth of the
+// tiles in double; then the first warp adds the warps' sums and applies the factors. Sizes alone fix the order of sums.
 //
 // Registers: at most 168 in cema_sums_kernel (12 warps per SM), no spills. Shared memory: 8 KB there, for initial
 // states and K w, and 12 KB in cema_finish_kernel, 44 with lags.
@@ -38,21 +41,23 @@ enum Sum { kSumFirst, kSumSecond, kSumWFirst, kSumWSecond, kProductFirst, kProdu
 
 struct Gradients {
   Scan scan, adjoint;
-  ConstReals dy;   // (T, D) T, or null: zero
-  Reals sums;      // (parts, stride): a part's (kinds, N', D') of enum Sum, then (D') for domega, unless `lags` has it
+  ConstReals dy;                 // (T, D), the call's dtype; or null: zero
+  Reals sums;                    // (parts, stride). A part: sums (kinds, N', D') by enum Sum; then, without `lags`, the
+                                 // sums for domega (D')
   int64_t kinds, stride, parts;  // a part is one tile or, with `lags`, all tiles
   Pairs slopes;                  // (2, tiles, D', N'): q times derivatives of both scans' local ends
   Reals lags;                    // (shares, kMmaTile, D'): sums over t of dy_t x_(t - lag), or null
   int64_t shares;
-  Reals dp, domega;      // (D, N), and (D) or null, as dy
-  Complexes dq, dgamma;  // (D, N), dgamma or null, as dy
+  Reals dp, domega;              // (D, N); (D), null if dy is
+  Complexes dq, dgamma;          // (D, N); (D, N), null if dy is
 
   template <class R>
   MEGALODON_INLINE R* slope(int scan_index, int64_t k, int64_t mode, int64_t channel) const {
-    return &slopes.of<R>()[((scan_index * scan.tiles + k) * scan.width + channel) * scan.lanes + mode].first;
+    return &slopes.as<R>()[((scan_index * scan.tiles + k) * scan.width + channel) * scan.lanes + mode].first;
   }
 };
 
+// A thread's states u, their derivatives w, and its sums.
 template <class R, int modes = kSumModes<R>>
 struct Sensitivity {
   Modes<R, modes> u;
@@ -100,14 +105,14 @@ struct Sensitivity {
       }
     }
   }
-  // Adds K w: K is q times the state that enters the adjoint's tile or, if `sequence` ends, conj(dstate_out) / gamma.
+  // Adds K w. K is q times the state that enters the adjoint's tile or, if `sequence` ends, conj(dstate_out) / gamma.
   GPU_INLINE void add_end(const Scan& adjoint, const Place& place, bool ends, int64_t sequence, Pair<R>* slots) {
     to_slots(slots, w_first, w_second);
     int i = 0;
     for_each_slot<modes>(adjoint, place, sequence, slots, [&](const Basis<R>& basis, Pair<R>* slot, int64_t at) {
-      const R* const enters = adjoint.pairs<R>(place.tile, place.first_mode + i / 2, place.channel + i % 2);
+      const R* const entering = adjoint.state<R>(place.tile, place.first_mode + i / 2, place.channel + i % 2);
       const Pair<R> k = ends ? basis.initial(adjoint, at, false)
-                             : basis.multiply({basis.q.re + basis.shear, 1}, gpu::ld<Pair<R>>(enters));
+                             : basis.multiply({basis.q.re + basis.shear, 1}, gpu::ld<Pair<R>>(entering));
       gpu::st_shared(slot, basis.multiply(k, gpu::ld_shared<Pair<R>>(slot)));
       ++i;
     });
@@ -135,8 +140,8 @@ __global__ void __launch_bounds__(kThreads, kBlocks<Compute<T>>) cema_sums_kerne
     constexpr int n = decltype(rows)::value;
     R x[n][2], dy[n][2] = {};
     const int64_t at = t * scan.channels + place.channel;
-    load_rows(x, scan.in.of<T>() + at, scan.channels, scan.whole, place.second);
-    if constexpr (kInput) load_rows(dy, p.dy.of<T>() + at, scan.channels, scan.whole, place.second);
+    load_rows(x, scan.in.as<T>() + at, scan.channels, scan.whole, place.second);
+    if constexpr (kInput) load_rows(dy, p.dy.as<T>() + at, scan.channels, scan.whole, place.second);
     GPU_UNROLL
     for (int i = 0; i < n; ++i) state.template step<kInput>(x[i], dy[i]);
   };
@@ -157,7 +162,7 @@ __global__ void __launch_bounds__(kThreads, kBlocks<Compute<T>>) cema_sums_kerne
     if (!ends || p.adjoint.initial) state.add_end(p.adjoint, place, ends, run.sequence, slots + threadIdx.x);
   }
   if (!place.active) return;
-  R* const sums = p.sums.of<R>() + place.tile * p.stride;
+  R* const sums = p.sums.as<R>() + place.tile * p.stride;
   const int64_t plane = scan.lanes * scan.width;
   GPU_UNROLL
   for (int m = 0; m < kSumModes<R>; ++m) {
@@ -182,7 +187,7 @@ __global__ void __launch_bounds__(kFinishWarps* gpu::kWarp) cema_finish_kernel(G
   const int64_t plane = scan.lanes * scan.width, at = blockIdx.y * scan.width + (d < scan.width ? d : 0);
   const bool is_omega = blockIdx.y + 1 == gridDim.y;
   const int kinds = is_omega ? !kLags : static_cast<int>(p.kinds);
-  const R* const sums = p.sums.of<R>() +
+  const R* const sums = p.sums.as<R>() +
                         (is_omega ? p.kinds * plane + at - blockIdx.y * scan.width : at);
   double sum[kMostSums] = {};
   for (int64_t k = p.parts * warp / kFinishWarps; k < p.parts * (warp + 1) / kFinishWarps; ++k) {
@@ -195,7 +200,7 @@ __global__ void __launch_bounds__(kFinishWarps* gpu::kWarp) cema_finish_kernel(G
   for (int lag = warp; kLags && lag < kMmaTile; lag += kFinishWarps) {
     double lag_sum = 0;
     for (int64_t i = 0; i < p.shares && d < scan.width; ++i)
-      lag_sum += p.lags.of<R>()[(i * kMmaTile + lag) * scan.width + d];
+      lag_sum += p.lags.as<R>()[(i * kMmaTile + lag) * scan.width + d];
     lags[lag * gpu::kWarp + lane] = lag_sum;
   }
   __syncthreads();
@@ -207,7 +212,7 @@ __global__ void __launch_bounds__(kFinishWarps* gpu::kWarp) cema_finish_kernel(G
   }
   if (is_omega) {
     if (kLags) sum[0] = lags[lane];
-    if (p.domega) p.domega.of<R>()[d] = static_cast<R>(sum[0]);
+    if (p.domega) p.domega.as<R>()[d] = static_cast<R>(sum[0]);
     return;
   }
   const Basis<R> basis(scan, blockIdx.y, d);
@@ -217,7 +222,7 @@ __global__ void __launch_bounds__(kFinishWarps* gpu::kWarp) cema_finish_kernel(G
   };
   auto y_sum = complex(sum[kSumFirst], sum[kSumSecond]), w_sum = complex(sum[kSumWFirst], sum[kSumWSecond]);
   if constexpr (kLags) {
-    // P(q) and P'(q) of the polynomial P with the lags as coefficients.
+    // P(q) and P'(q), where P is the polynomial whose coefficients are the lags.
     const gpu::Complex<double> q{basis.q.re, basis.q.im};
     gpu::Complex<double> value{0, 0}, slope{0, 0};
     for (int lag = kMmaTile - 1; lag >= 0; --lag) {
@@ -231,10 +236,10 @@ __global__ void __launch_bounds__(kFinishWarps* gpu::kWarp) cema_finish_kernel(G
   const gpu::Complex<double> gamma{basis.gamma.re, basis.gamma.im};
   const gpu::Complex<double> dgamma = p_scale * y_sum, dq = p_scale * (gamma * w_sum);
   const int64_t to = d * scan.modes + n;
-  p.dp.of<R>()[to] = static_cast<R>(gpu::real_of_product(gamma, x_sum));
-  gpu::st(p.dq.of<R>() + to, gpu::Complex<R>{static_cast<R>(dq.re), static_cast<R>(-dq.im)});
+  p.dp.as<R>()[to] = static_cast<R>(gpu::real_of_product(gamma, x_sum));
+  gpu::st(p.dq.as<R>() + to, gpu::Complex<R>{static_cast<R>(dq.re), static_cast<R>(-dq.im)});
   if (!p.dgamma) return;
-  gpu::st(p.dgamma.of<R>() + to,
+  gpu::st(p.dgamma.as<R>() + to,
           gpu::Complex<R>{static_cast<R>(dgamma.re), static_cast<R>(-dgamma.im)});
 }
 

@@ -1,9 +1,11 @@
-// Phase 3 of cema.cuh: the states at tiles' ends -> the states that enter tiles, in place.
+// Phase 3 of cema.cuh: replaces the states at the tiles' ends by the states that enter the tiles.
 //
-// Grid: a block takes 32 modes and channels, each of its 16 warps 8 tiles: 128 tiles per round. The states at the
-// tiles' ends stay in registers until the entering states replace them in memory. Neighbouring lanes take neighbouring
-// modes. Each warp carries zero over its tiles; then all warps carry the round's entering state over the warps before
-// them. Shared memory: 4.2 KB (8.3 for double).
+// Grid: x over 32 series, y over scans. A series is a mode of a channel; neighbouring lanes take neighbouring modes. A
+// block has 16 warps. A warp takes 8 tiles, so the block takes 128 tiles per round. Phases of a round:
+//   1. a warp keeps the states at its tiles' ends in registers and carries a zero state over its tiles;
+//   2. every warp carries the state that enters the round over the warps before it, from their results of phase 1;
+//   3. a warp carries the resulting state over its tiles and stores the states that enter them.
+// Shared memory: 4.2 KB (8.3 for double).
 #pragma once
 
 #include "cema.cuh"
@@ -17,7 +19,7 @@ struct Scans {
   Scan scan[2];  // chosen by blockIdx.y
 };
 
-// z -> A z + e, with A in two parts.
+// The map z -> A z + e. A, of 2 x 2, is the sum of its entries rounded to R and of their rounding errors.
 template <class R>
 struct Matrix {
   R entry[8];
@@ -38,10 +40,10 @@ GPU_INLINE void carry(const Scan& scan, Visit&& visit) {
   SMEM_ARRAY(Pair<R>, ends, kCarryWarps * gpu::kWarp);
   SMEM_ARRAY(int, stopped, kCarryWarps);
   const int warp = threadIdx.x / gpu::kWarp, lane = threadIdx.x % gpu::kWarp;
-  const int64_t pairs = scan.lanes * scan.width, pair = int64_t{blockIdx.x} * gpu::kWarp + lane;
-  const int64_t at = pair < pairs ? pair : 0;
+  const int64_t size = scan.lanes * scan.width, index = int64_t{blockIdx.x} * gpu::kWarp + lane;
+  const int64_t at = index < size ? index : 0;
   const Matrix<R> over_tile(scan, kTileMatrix, at), over_span(scan, kSpanMatrix, at);
-  Pair<R> enters{0, 0};  // the round
+  Pair<R> round_state{0, 0};  // enters the round
   for (int64_t round = 0; round < scan.tiles; round += kCarryWarps * kSpan) {
     const int64_t begin = round + warp * kSpan;
     const auto tile = [&](int i) { return scan.reverse ? scan.tiles - 1 - (begin + i) : begin + i; };
@@ -51,37 +53,37 @@ GPU_INLINE void carry(const Scan& scan, Visit&& visit) {
     GPU_UNROLL
     for (int i = 0; i < kSpan; ++i) {
       if (i >= count) continue;
-      end[i] = pair < pairs ? gpu::ld<Pair<R>>(scan.pairs<R>(tile(i), at, 0)) : Pair<R>{0, 0};
+      end[i] = index < size ? gpu::ld<Pair<R>>(scan.state<R>(tile(i), at, 0)) : Pair<R>{0, 0};
       stops[i] = scan.stops[tile(i)];
     }
     Pair<R> z{0, 0};
-    bool any = false;
+    bool any_stop = false;
     GPU_UNROLL
     for (int i = 0; i < kSpan; ++i) {
       if (i >= count) continue;
       z = stops[i] ? end[i] : over_tile(z, end[i]);
-      any = any || stops[i];
+      any_stop = any_stop || stops[i];
     }
     gpu::st_shared(&ends[threadIdx.x], z);
-    if (lane == 0) stopped[warp] = any;
+    if (lane == 0) stopped[warp] = any_stop;
     __syncthreads();
-    z = enters;
+    z = round_state;
     for (int w = 0; w < kCarryWarps; ++w) {
-      if (w == warp) z = enters;
+      if (w == warp) z = round_state;
       const auto end_of_warp = gpu::ld_shared<Pair<R>>(&ends[w * gpu::kWarp + lane]);
-      enters = stopped[w] ? end_of_warp : over_span(enters, end_of_warp);
+      round_state = stopped[w] ? end_of_warp : over_span(round_state, end_of_warp);
     }
-    Pair<R> enters_tile[kSpan];
+    Pair<R> tile_state[kSpan];
     GPU_UNROLL
     for (int i = 0; i < kSpan; ++i) {
       if (i >= count) continue;
-      if (pair < pairs) gpu::st(scan.pairs<R>(tile(i), at, 0), z);
-      enters_tile[i] = z;
+      if (index < size) gpu::st(scan.state<R>(tile(i), at, 0), z);
+      tile_state[i] = z;
       z = stops[i] ? end[i] : over_tile(z, end[i]);
     }
     GPU_UNROLL
     for (int i = 0; i < kSpan; ++i)
-      if (i < count) visit(tile(i), enters_tile[i], end[i]);
+      if (i < count) visit(tile(i), tile_state[i], end[i]);
     __syncthreads();
   }
 }

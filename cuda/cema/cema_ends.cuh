@@ -1,10 +1,10 @@
 // End states of sequences without an output: phase 4 of cema.cuh without y.
 //
 // Grid: as the scan's (cema_scan.cuh); a thread has two channels and some modes of a tile. It scans the sequences that
-// end in the tile, from their start or from the state that enters the tile, and stores the last state.
+// end in the tile, each from its start or from the state that enters the tile, and stores their last states.
 //
-// Registers and shared memory: as in phase 2. Multiply-adds per mode and position: 3, before an end in its tile. Bytes:
-// x at these positions; phase 2 has read all of x once.
+// Registers and shared memory: as in phase 2. 3 multiply-adds per mode, for each position of a tile that belongs to a
+// sequence which ends in the tile. Bytes: x at these positions; phase 2 has read all of x once.
 #pragma once
 
 #include "cema_scan.cuh"
@@ -24,7 +24,7 @@ __global__ void __launch_bounds__(kThreads, kBlocks<Compute<T>>) cema_ends_kerne
       Modes<R, modes> state(scan, place);
       if (!run.starts && scan.tiles > 1) state.load(scan, place);
       const int64_t at = scan.token(begin) * scan.channels + place.channel;
-      walk(scan, place, state, scan.in.of<T>(), at, static_cast<int>(run.end - begin));
+      walk(scan, place, state, scan.in.as<T>(), at, static_cast<int>(run.end - begin));
       state.leave(scan, place, run.sequence, slots + threadIdx.x);
     }
     begin = run.end;

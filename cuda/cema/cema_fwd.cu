@@ -13,12 +13,12 @@ bool has_few_steps(const CemaFwdParams& p) {
   return S > 0 && p.modes <= kMostModes && (T <= 4 * S || (T <= 64 * S && T * p.channels * p.modes <= 1 << 22));
 }
 
-// Sizes and tensors; no workspace yet.
+// Returns a scan with sizes and tensors, but without workspace.
 Scan make_forward(const CemaFwdParams& params) {
   Scan scan = make_scan(params);
   scan.by_mma = !params.ends_only && takes_mma(params, scan, params.x, params.y) && takes_mma_output(scan);
   if (scan.by_mma) cut_for_mma(scan);
-  scan.whole = takes_pairs(params.dtype, params.channels, {params.x, params.y});
+  scan.whole = takes_two_channels(params.dtype, params.channels, {params.x, params.y});
   scan.in = params.x;
   scan.out = params.y;
   scan.omega = params.omega;
@@ -31,7 +31,7 @@ void launch_steps(const CemaFwdParams& params, void* stream) {
   int lanes = 1;
   while (lanes < params.modes) lanes *= 2;
   const int64_t blocks = (params.channels * lanes + kStepThreads - 1) / kStepThreads;
-  // At most about 8 blocks per SM; with more sequences, a block takes several.
+  // At most about 8 blocks per SM: if there are more sequences, a block takes several.
   const int64_t rows = blocks < 1024 ? 1024 / blocks : 1;
   const dim3 grid(static_cast<unsigned>(blocks),
                   static_cast<unsigned>(rows < params.sequences.count ? rows : params.sequences.count));
@@ -54,7 +54,8 @@ void launch_cema_fwd_cuda(const CemaFwdParams& params, void* stream) {
   if (has_few_steps(params)) return launch_steps(params, stream);
   Scan scan = make_forward(params);
   scan.table = params.workspace;
-  (scan.by_mma ? scan.powers.data : scan.sums.data) = take_states(scan, params.dtype, static_cast<char*>(params.workspace) + table_bytes(params));
+  char* const memory = static_cast<char*>(params.workspace) + table_bytes(params);
+  (scan.by_mma ? scan.powers.data : scan.sums.data) = take_states(scan, params.dtype, memory);
   launch_empty(params.dtype, scan, stream);
   for_each_group(scan, [&] {
     launch_table(params, scan, params.state != nullptr, stream);

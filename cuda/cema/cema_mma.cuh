@@ -1,30 +1,34 @@
 // The backward's sums on tensor cores, for bf16 without states: replaces the local scans and cema_sums_kernel.
 //
-// For a tile's x_0 .. x_127 and dy_0 .. dy_127, which are exact as operands, these are computed:
+// These are computed for each tile from its x_0 .. x_127 and dy_0 .. dy_127, which are exact as operands:
 //
 //   e = sum_j q^(127-j) x_j     r = sum_j q^j dy_j     the ends of the two local scans (phase 2 of cema.cuh)
 //   e' = q de/dq                r' = q dr/dq           their slopes, sums of (127-j) q^(127-j) x_j and of j q^j dy_j
-//   c_i = sum_t dy_t x_(t-i)                           for each lag i < 128, also summed over tiles
+//   c_i = sum_t dy_t x_(t-i)                           for each lag i < 128; c is also summed over tiles
 //
-// With u, which enters the tile, k, which enters the adjoint's, and P(z) = sum_i c_i z^i, the sums of cema_bwd.cuh are
+// Let u be the state that enters the tile, k the state that enters it in the adjoint, and P(z) = sum_i c_i z^i. Then
+// the sums of cema_bwd.cuh are
 //
 //   sum_t dy_t u_t = P(q) + q r u        sum_t dy_t w_t + K w_end = P'(q) + (r + r') u + k (e' + 128 q^128 u)
 //
-//   1. cema_tiles_kernel:  e and r, in place of the states; e' and r'; c, for each share of the tiles
-//   2. cema_carry_kernel:  e -> u;   cema_cross_kernel:  r -> k by the same carry, and the sums with u and k
-//   3. dx from k, by cema_mma_scan.cuh where it can;   cema_finish_kernel adds P(q) and P'(q), by Horner's rule
+//   1. cema_tiles_kernel:   e and r, stored as the states; e' and r'; c, for each share of the tiles
+//   2. cema_carry_kernel:   e -> u
+//      cema_cross_kernel:   r -> k by the same carry, and the sums with u and k
+//   3. the output's kernel: dx from k, by cema_mma_scan.cuh where it can
+//      cema_finish_kernel:  adds P(q) and P'(q), by Horner's rule
 //
-// Lags. c_(i+16j) = sum_t dy_(t+i) x_(t-16j): for each 16 positions t one product of A[i][t] = dy_(t+i), 16 x 16, and
-// B[t][j] = x_(t-16j), 16 x 8, zero for positions outside the tile. A lane has 4 of the 128 lags.
-// Ends. A has 16 positions of 8 tiles: rows of x, and below them rows of dy, the last position first. B has q^j and j
-// q^j, j = 15 .. 0, as pairs (cema.cuh) of 4 modes, in three parts of bf16 that sum to a float. Earlier positions'
-// sums, times q^16, are added in float: tensor cores truncate. A lane has all ends and slopes of a tile and mode.
-// Rows k = 2t, 2t + 1, 2t + 8, 2t + 9 of a product are positions t, t + 4, t + 8, t + 12: a lane's registers are halves
-// of words of shared memory, (x of channel 2p, x of channel 2p + 1), that four lanes read as neighbours.
+// Lags. c_(i+16j) = sum_t dy_(t+i) x_(t-16j). For each 16 positions t this is one product of A[i][t] = dy_(t+i), 16 x
+// 16, and B[t][j] = x_(t-16j), 16 x 8, zero for positions outside the tile. A lane has 4 of the 128 lags.
+// Ends. A has 16 positions of 8 tiles: 8 rows of x, then 8 rows of dy, the last position first. B has q^j and j q^j, j
+// = 15 .. 0, as pairs (cema.cuh) of 4 modes, in three parts of bf16 that sum to a float. Earlier positions' sums, times
+// q^16, are added in float, because tensor cores truncate. A lane has all ends and slopes of a tile and mode.
+// Words. A word of shared memory holds x, or dy, of channels 2p and 2p + 1 at one position; a register joins halves of
+// two words. Rows k = 2t, 2t + 1, 2t + 8, 2t + 9 of a product are positions t, t + 4, t + 8, t + 12, so that four lanes
+// read neighbouring words.
 //
 // Grid of cema_tiles_kernel: x over 16 channels, y over shares; a block takes 8 tiles at once, a warp two channels.
-// Grid of cema_cross_kernel: the carry's; warps 0 to 3 add up the warps' sums, one kind each.
-// Registers: at most 128 (16 warps per SM). Shared memory: 90.3 KB, and 12.1 KB.
+// Grid of cema_cross_kernel: the carry's; each of warps 0 to 3 adds up one kind of the warps' sums.
+// Registers: at most 128 (16 warps per SM). Shared memory: 90.3 KB, and 12.1 KB in cema_cross_kernel.
 // H100, (B 8, L 2048, D 1024, N 16): 4.2 M products, 36 us at 1024 multiply-adds per cycle and SM; 2.8 warp
 // instructions per channel and position, 51 us; x, dy 67 MB in, ends and slopes 67 MB out, 40 us. Cross: 102 MB, 30 us.
 // The whole backward about 130 us, and 75 MB of workspace.
@@ -39,14 +43,16 @@ namespace megalodon {
 namespace cema {
 
 constexpr int kMmaTiles = 8;  // per block at once: half the rows of A
-// Words of shared memory: of a block of positions, a tile with zeros after its end, and a pair of channels.
+// Sizes in words of shared memory: a block of positions, a tile with zeros after its end, a channel pair, and all
+// pairs.
 constexpr int kBlockPitch = kBlock + 4, kTilePitch = (kMmaBlocks + 1) * kBlockPitch;
-constexpr int kPairPitch = kMmaTiles * kTilePitch + 4, kMmaWords = kMmaWarps * kPairPitch;
+constexpr int kChannelPairPitch = kMmaTiles * kTilePitch + 4, kMmaWords = kMmaWarps * kChannelPairPitch;
 
-// Word of position s of a tile. 8 lanes 16 positions or a tile apart, and 4 neighbours of each, use different banks.
+// Returns the word of position s in a tile. Different banks are used by 8 lanes that are 16 positions or a tile apart,
+// and by 4 neighbouring positions of each.
 GPU_INLINE int word_of(int s) { return s / kBlock * kBlockPitch + s % kBlock; }
 
-// Adds the lags of a tile: sum[e][i] is c of channel e and lag  g + 8 (i / 2) + 16 (2 t + i % 2),  lane 4 g + t.
+// Adds the lags of a tile. In lane 4 g + t, sum[e][i] is c of channel e and lag g + 8 (i / 2) + 16 (2 t + i % 2).
 GPU_INLINE void add_lags(float (&sum)[2][4], const uint32_t* x, const uint32_t* dy) {
   const int g = threadIdx.x % gpu::kWarp / 4, t = threadIdx.x % 4;
   const uint32_t* from[4];
@@ -91,7 +97,8 @@ GPU_INLINE void add_lags(float (&sum)[2][4], const uint32_t* x, const uint32_t* 
   }
 }
 
-// Stores ends and slopes of tiles [first, first + kMmaTiles), modes from `mode` on, channel e of the warp's two.
+// Stores ends and slopes of the tiles [first, first + kMmaTiles) and 4 * groups modes from `mode` on. `channel` is
+// number e of the warp's two.
 template <int groups, int e>
 GPU_INLINE void store_ends(const Gradients& p, int64_t first, int mode, int64_t channel, const uint32_t* x,
                            const uint32_t* dy) {
@@ -118,30 +125,32 @@ GPU_INLINE void store_ends(const Gradients& p, int64_t first, int mode, int64_t 
   GPU_UNROLL
   for (int n = 0; n < groups; ++n) {
     const int lane_mode = mode + 4 * n + t;
-    gpu::st(p.scan.pairs<float>(first + g, lane_mode, channel), Pair<float>{sum[n][0][0], sum[n][0][1]});
-    gpu::st(p.adjoint.pairs<float>(first + g, lane_mode, channel), Pair<float>{sum[n][0][2], sum[n][0][3]});
+    gpu::st(p.scan.state<float>(first + g, lane_mode, channel), Pair<float>{sum[n][0][0], sum[n][0][1]});
+    gpu::st(p.adjoint.state<float>(first + g, lane_mode, channel), Pair<float>{sum[n][0][2], sum[n][0][3]});
     gpu::st(p.slope<float>(0, first + g, lane_mode, channel), Pair<float>{sum[n][1][0], sum[n][1][1]});
     gpu::st(p.slope<float>(1, first + g, lane_mode, channel), Pair<float>{sum[n][1][2], sum[n][1][3]});
   }
 }
 
-// 4 groups = N', or 8 if N' is larger.
+// 4 * groups is N', or 8 if N' is larger.
 template <int groups>
 __global__ void __launch_bounds__(kMmaThreads, 2) cema_tiles_kernel(Gradients p) {
   SMEM_DYN(uint32_t, words);
   const Scan& scan = p.scan;
   const int warp = threadIdx.x / gpu::kWarp, lane = threadIdx.x % gpu::kWarp;
   const int64_t channel = int64_t{blockIdx.x} * kMmaChannels + 2 * warp;
-  uint32_t* const x = words + warp * kPairPitch;
+  uint32_t* const x = words + warp * kChannelPairPitch;
   uint32_t* const dy = x + kMmaWords;
   for (int i = 0; i < kMmaTiles / 2; ++i)  // zeros after the tiles of dy
     dy[(lane / kBlock * kMmaTiles / 2 + i) * kTilePitch + word_of(kMmaTile + lane % kBlock)] = 0;
   float lags[2][4] = {};
   for (int64_t first = int64_t{blockIdx.y} * kMmaTiles; first < scan.tiles; first += int64_t{gridDim.y} * kMmaTiles) {
-    const Share<kMmaTiles> share(scan, first, int64_t{blockIdx.x} * kMmaChannels);
-    const auto word = [=](int pair, int i, int step) { return words + pair * kPairPitch + i * kTilePitch + word_of(step); };
-    share.load(scan, scan.in, word);
-    share.load(scan, p.dy, [=](int pair, int i, int step) { return word(pair, i, step) + kMmaWords; });
+    const TileCopy<kMmaTiles> copy(scan, first, int64_t{blockIdx.x} * kMmaChannels);
+    const auto word = [=](int channel_pair, int i, int step) {
+      return words + channel_pair * kChannelPairPitch + i * kTilePitch + word_of(step);
+    };
+    copy.load(scan, scan.in, word);
+    copy.load(scan, p.dy, [=](int channel_pair, int i, int step) { return word(channel_pair, i, step) + kMmaWords; });
     const int64_t tile = first + threadIdx.x, tiles_of_row = scan.sequences.row_length / kMmaTile;
     if (blockIdx.x == 0 && threadIdx.x < kMmaTiles && tile < scan.tiles) {
       scan.stops[tile] = tile % tiles_of_row == 0;
@@ -165,31 +174,31 @@ __global__ void __launch_bounds__(kMmaThreads, 2) cema_tiles_kernel(Gradients p)
   for (int i = 0; i < 4; ++i) {
     const int lag = lane / 4 + 8 * (i / 2) + kBlock * (lane % 4 * 2 + i % 2);
     const float both[2] = {lags[0][i], lags[1][i]};
-    gpu::store(p.lags.of<float>() + (int64_t{blockIdx.y} * kMmaTile + lag) * scan.width + channel, both);
+    gpu::store(p.lags.as<float>() + (int64_t{blockIdx.y} * kMmaTile + lag) * scan.width + channel, both);
   }
 }
 
-// Replaces r by k; stores sums over all tiles of q r u and of (r + r') u + k (e' + 128 q^128 u), by enum Sum.
+// Replaces r by k. Stores the sums over all tiles of q r u and of (r + r') u + k (e' + 128 q^128 u), by enum Sum.
 template <class R>
 __global__ void __launch_bounds__(kCarryWarps* gpu::kWarp) cema_cross_kernel(Gradients p) {
   SMEM_ARRAY(R, sums, kProductFirst * kCarryWarps * gpu::kWarp);
   const int warp = threadIdx.x / gpu::kWarp, lane = threadIdx.x % gpu::kWarp;
-  const int64_t pairs = p.scan.lanes * p.scan.width, pair = int64_t{blockIdx.x} * gpu::kWarp + lane;
-  const int64_t at = pair < pairs ? pair : 0;
+  const int64_t size = p.scan.lanes * p.scan.width, index = int64_t{blockIdx.x} * gpu::kWarp + lane;
+  const int64_t at = index < size ? index : 0;
   const int64_t mode = at % p.scan.lanes, channel = at / p.scan.lanes;
   const Basis<R> basis(p.scan, mode, channel);
   const Matrix<R> over_tile(p.scan, kTileMatrix, at);
   Pair<R> y_sum{0, 0}, w_sum{0, 0};
-  carry<R>(p.adjoint, [&](int64_t k, Pair<R> enters, Pair<R> r) {
+  carry<R>(p.adjoint, [&](int64_t k, Pair<R> entering, Pair<R> r) {
     const auto load = [&](const R* source) { return gpu::ld<Pair<R>>(source); };
-    auto u = load(p.scan.pairs<R>(k, at, 0));
+    auto u = load(p.scan.state<R>(k, at, 0));
     const auto e_slope = load(p.slope<R>(0, k, at, 0));
     const auto r_slope = load(p.slope<R>(1, k, at, 0));
     if (p.scan.stops[k]) u = {0, 0};
-    if (p.adjoint.stops[k]) enters = {0, 0};
+    if (p.adjoint.stops[k]) entering = {0, 0};
     const Pair<R> u_later = over_tile(u, {0, 0}), r_u = basis.multiply(r, u), slope_u = basis.multiply(r_slope, u);
     const Pair<R> k_slope = basis.multiply(
-        enters, {e_slope.first + kMmaTile * u_later.first, e_slope.second + kMmaTile * u_later.second});
+        entering, {e_slope.first + kMmaTile * u_later.first, e_slope.second + kMmaTile * u_later.second});
     y_sum = {y_sum.first + r_u.first, y_sum.second + r_u.second};
     w_sum = {w_sum.first + slope_u.first + k_slope.first, w_sum.second + slope_u.second + k_slope.second};
   });
@@ -199,10 +208,10 @@ __global__ void __launch_bounds__(kCarryWarps* gpu::kWarp) cema_cross_kernel(Gra
   for (int kind = 0; kind < kProductFirst; ++kind)
     sums[(kind * kCarryWarps + warp) * gpu::kWarp + lane] = totals[kind];
   __syncthreads();
-  if (warp >= kProductFirst || pair >= pairs) return;
+  if (warp >= kProductFirst || index >= size) return;
   R sum = 0;
   for (int w = 0; w < kCarryWarps; ++w) sum += sums[(warp * kCarryWarps + w) * gpu::kWarp + lane];
-  p.sums.of<R>()[warp * pairs + mode * p.scan.width + channel] = sum;
+  p.sums.as<R>()[warp * size + mode * p.scan.width + channel] = sum;
 }
 
 }  // namespace cema

@@ -1,5 +1,5 @@
 // Shared by CEMA's kernels on tensor cores, cema_mma_scan.cuh and cema_mma.cuh: copies of tiles to and from shared
-// memory, and products with powers of q, which give the ends of blocks and tiles.
+// memory, and products of x with powers of q, which give the states at the ends of blocks and tiles.
 #pragma once
 
 #include "cema.cuh"
@@ -12,10 +12,10 @@ constexpr int kMmaWarps = 8, kMmaThreads = kMmaWarps * gpu::kWarp, kMmaChannels 
 constexpr int kMmaBlocks = kMmaTile / kBlock;
 constexpr int kParts = 3;  // bf16 parts of a float
 
-// Position, within a block, of row k of B.
+// Returns the position, within a block, of row k of B.
 GPU_INLINE int step_of(int k) { return k / 8 * 8 + k % 2 * 4 + k % 8 / 2; }
 
-// Returns two numbers rounded to bf16, and subtracts them from `rest`.
+// Rounds the two numbers of `rest` to bf16, subtracts the results from `rest`, and returns them.
 GPU_INLINE uint32_t take_part(float (&rest)[2]) {
   const uint32_t part = gpu::pack2<gpu::bf16>(rest[0], rest[1]);
   rest[0] -= gpu::bit_cast<float>(part << 16);
@@ -23,21 +23,24 @@ GPU_INLINE uint32_t take_part(float (&rest)[2]) {
   return part;
 }
 
-// A thread's share of a copy of tiles of 16 channels between a (T, D) tensor and words of shared memory.
+// Copies tiles of 16 channels between a (T, D) tensor and shared memory. A thread copies 8 channels of some rows. A
+// word of shared memory holds two neighbouring channels of a row, a channel pair.
 template <int tiles>
-struct Share {
-  static constexpr int kRows = kMmaThreads / 2, kAll = tiles * kMmaTile / kRows, kAtOnce = 8;  // rows; kAll: per thread
+struct TileCopy {
+  // Rows: that the block copies at once, that a thread copies, that it loads at once.
+  static constexpr int kRows = kMmaThreads / 2, kAll = tiles * kMmaTile / kRows, kAtOnce = 8;
   using Eight = gpu::Pack<uint32_t, 4>;
   int64_t first_token, channel;
   int half, row;
   bool exists;
 
-  GPU_INLINE Share(const Scan& scan, int64_t first_tile, int64_t first_channel)
+  GPU_INLINE TileCopy(const Scan& scan, int64_t first_tile, int64_t first_channel)
       : first_token(first_tile * kMmaTile), half(threadIdx.x % 2), row(threadIdx.x / 2) {
     channel = first_channel + half * 8;
     exists = channel < scan.channels;
   }
-  // Loads the share of (T, D) to word(pair, tile, step); zeros beyond the tokens or channels.
+  // Copies the thread's part of `tensor` to word(channel_pair, tile, step). Tokens and channels that do not exist are
+  // zeros.
   template <class Word>
   GPU_INLINE void load(const Scan& scan, ConstReals tensor, Word&& word) const {
 #pragma unroll 1
@@ -48,14 +51,14 @@ struct Share {
         const int64_t t = first_token + row + (from + i) * kRows;
         eight[i] = {};
         if (t < scan.sequences.tokens && exists)
-          eight[i] = gpu::ld<Eight>(tensor.of<gpu::bf16>() + t * scan.channels + channel);
+          eight[i] = gpu::ld<Eight>(tensor.as<gpu::bf16>() + t * scan.channels + channel);
       }
       GPU_UNROLL
       for (int i = 0; i < kAtOnce; ++i) {
         const int at = row + (from + i) * kRows;
         GPU_UNROLL
-        for (int pair = 0; pair < 4; ++pair)
-          *word(half * 4 + pair, at / kMmaTile, at % kMmaTile) = eight[i].element[pair];
+        for (int channel_pair = 0; channel_pair < 4; ++channel_pair)
+          *word(half * 4 + channel_pair, at / kMmaTile, at % kMmaTile) = eight[i].element[channel_pair];
       }
     }
   }
@@ -67,19 +70,19 @@ struct Share {
       const int64_t t = first_token + at;
       Eight eight;
       GPU_UNROLL
-      for (int pair = 0; pair < 4; ++pair)
-        eight.element[pair] = *word(half * 4 + pair, at / kMmaTile, at % kMmaTile);
-      if (t < scan.sequences.tokens && exists) gpu::st(tensor.of<gpu::bf16>() + t * scan.channels + channel, eight);
+      for (int channel_pair = 0; channel_pair < 4; ++channel_pair)
+        eight.element[channel_pair] = *word(half * 4 + channel_pair, at / kMmaTile, at % kMmaTile);
+      if (t < scan.sequences.tokens && exists) gpu::st(tensor.as<gpu::bf16>() + t * scan.channels + channel, eight);
     }
   }
 };
 
-// Powers of q of 4 groups modes from `mode` on, of one channel. kinds = 2: also their slopes.
+// Powers of q of one channel, for 4 * groups modes from `mode` on. kinds = 2: also their slopes.
 template <int groups, int kinds>
 struct Powers {
-  using Sums = float[groups][kinds][4];  // D of 4 modes: ends and, if kinds = 2, slopes
+  using Sums = float[groups][kinds][4];  // D for 4 modes each: ends and, if kinds = 2, slopes
   uint32_t b[groups][kinds][kParts][2];  // B of q^j, and of j q^j
-  Pair<float> left[groups], right[groups];  // columns of the matrix of q^16, of mode 4 n + t
+  Pair<float> left[groups], right[groups];  // columns of the matrix that multiplies by q^16, for mode 4 n + t
 
   GPU_INLINE Powers(const Scan& scan, int mode, int64_t channel) {
     const int g = threadIdx.x % gpu::kWarp / 4, t = threadIdx.x % 4;
@@ -104,7 +107,7 @@ struct Powers {
       right[n] = gpu::ld<Pair<float>>(scan.power<float>(kBlock + 1, mode + 4 * n + t, channel));
     }
   }
-  // Ends and slopes of 16 positions, from x in A.
+  // Adds to d the ends and slopes of 16 positions, whose x is in A.
   GPU_INLINE void multiply(const uint32_t (&a)[4], Sums& d) const {
     GPU_UNROLL
     for (int part = kParts - 1; part >= 0; --part) {  // the smallest first
@@ -119,7 +122,8 @@ struct Powers {
     to_first = left[n].first * first + (right[n].first * second + to_first);
     to_second = left[n].second * first + (right[n].second * second + to_second);
   }
-  // Adds to the ends and slopes of 16 positions those of earlier positions in `sum`: q^16 e and q^16 (e' + 16 e).
+  // Appends 16 positions, with ends and slopes d, to the earlier positions, with ends e and slopes e' in `sum`: e
+  // becomes q^16 e + d, and e' becomes q^16 (e' + 16 e) + d'.
   GPU_INLINE void append(Sums& sum, Sums& d) const {
     GPU_UNROLL
     for (int n = 0; n < groups; ++n) {

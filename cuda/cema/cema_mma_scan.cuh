@@ -1,25 +1,26 @@
 // Phases 2 and 4 of cema.cuh on tensor cores, for bf16 and 5 to 16 modes: the outputs of the forward, and dx.
 //
-// For a block of 16 positions of a tile, with v, the state before it, and c = gamma p:
+// For a block of 16 positions of a tile, with v, the state before the block, and c = gamma p:
 //
 //   e = sum_j q^(15-j) x_j      v <- q^16 v + e      y_i = sum_(j<=i) k_(i-j) x_j + sum_n Re(c_n q_n^(i+1) v_n)
 //
-// k_i = Re(sum_n c_n q_n^i), omega in k_0. The rows of A in a product D = A B are 16 tiles; its columns are x of 16
-// positions, exact in bf16, or the pairs (cema.cuh) of v of 8 modes. The matrices B stay in registers, for one channel:
+// k is the impulse response: k_i = Re(sum_n c_n q_n^i), plus omega if i = 0. In a product D = A B the rows of A are 16
+// tiles. Its columns are x of 16 positions, exact in bf16, or v of 8 modes, as pairs (cema.cuh). The matrices B stay in
+// registers, for one channel:
 //
-//   Powers    16 positions x pairs of 4 modes: q^(15-j), each a sum of three bf16
-//   Readings  16 positions x 8 positions: k_(i-j); pairs of 8 modes x 8 positions: the two factors of a pair of v in
-//             Re(c q^(i+1) v)
+//   Powers          16 positions x pairs of 4 modes: q^(15-j), each a sum of three bf16
+//   OutputOperands  16 positions x 8 positions: k_(i-j); pairs of 8 modes x 8 positions: the two factors of a pair of v
+//                   in Re(c q^(i+1) v)
 //
-// Each number of Readings, and of v in their products, is a sum of two bf16: 16 bits, of which y keeps 8. The carried v
-// is summed in float outside of tensor cores, which truncate sums. D of the product for e is laid out as A is, so v
-// needs no shuffle. B has zeros where j > i, and zero times NaN is NaN: if any x of a block is not finite, each y_i is
-// computed with zeros instead of the later x.
+// Each number of OutputOperands, and of v in its products, is a sum of two bf16. These have 16 bits; y keeps 8. The
+// carried v is summed in float outside of tensor cores, because tensor cores truncate sums. D of the product for e has
+// the layout of A, so v needs no shuffle. B has zeros where j > i, but zero times NaN is NaN: if any x of a block is
+// not finite, each y_i is computed with zeros instead of the later x.
 //
 // A word of shared memory holds x of channels 2p and 2p + 1 at one position; a register of A joins halves of two words.
 // Rows k = 2t, 2t + 1, 2t + 8, 2t + 9 of B are positions t, t + 4, t + 8, t + 12, so that four lanes read neighbouring
-// words. Columns of Readings, and so of y, have the same order. y replaces x. The adjoint's scan runs on reversed
-// tiles.
+// words. Columns of OutputOperands, and so of y, have the same order. y replaces x in shared memory. The adjoint's scan
+// stores its tiles there in reverse.
 //
 // Grid: x over 16 channels, y over 16 tiles; a warp takes two channels, one after the other.
 // Registers: at most 128 (16 warps per SM). Shared memory: 67.7 KB, and 1 KB in phase 4.
@@ -35,8 +36,8 @@
 namespace megalodon {
 namespace cema {
 
-constexpr int kReadingParts = 2;  // bf16 parts of each number of Readings
-// Words of shared memory: of a tile, of a pair of channels (16 tiles), of a block.
+constexpr int kOutputParts = 2;  // bf16 parts of each number of OutputOperands
+// Sizes in words of shared memory: a tile, the 16 tiles of a channel pair, all channel pairs.
 constexpr int kRowPitch = kMmaTile + 4, kRowsPitch = kMmaRows * kRowPitch + 4, kScanWords = kMmaWarps * kRowsPitch;
 
 // Returns true if no number of A in the warp is an infinity or NaN.
@@ -47,13 +48,13 @@ GPU_INLINE bool all_finite(const uint32_t (&a)[4]) {
   return !__any_sync(gpu::kFullMask, (sum & 0x80008000u) != 0);
 }
 
-// Operands that give y of a block of one channel. `kernel`, in shared memory: 16 zeros, then k_0 .. k_15.
+// Operands for y of a block of one channel. `response`, in shared memory: 16 zeros, then k_0 .. k_15.
 template <int groups>
-struct Readings {
-  uint32_t b_x[2][kReadingParts][2];                // B of 8 positions
-  uint32_t b_states[groups / 2][2][kReadingParts][2];  // B of 8 modes and 8 positions
+struct OutputOperands {
+  uint32_t b_x[2][kOutputParts][2];                // B of 8 positions
+  uint32_t b_states[groups / 2][2][kOutputParts][2];  // B of 8 modes and 8 positions
 
-  GPU_INLINE Readings(const Scan& scan, int64_t channel, float* kernel) {
+  GPU_INLINE OutputOperands(const Scan& scan, int64_t channel, float* response) {
     const int lane = threadIdx.x % gpu::kWarp, g = lane / 4, t = lane % 4;
     float k[3] = {};  // k_0, k_(step_of(g) + 1) and k_(step_of(g + 8) + 1)
     GPU_UNROLL
@@ -65,12 +66,12 @@ struct Readings {
       GPU_UNROLL
       for (int half = 0; half < 2; ++half) {
         const auto power = gpu::ld<Pair<float>>(scan.power<float>(step_of(g + 8 * half) + 1, 4 * n + t, channel));
-        // The outputs from the two columns of the power's matrix, that is, from power (1, 0) and power (0, 1).
+        // The outputs for the power times the pairs (1, 0) and (0, 1), which are the columns of its matrix.
         float factors[2] = {first * power.first + second * power.second,
                             first * (beta * power.second) + second * (power.first - two_shears * power.second)};
         k[1 + half] += factors[0];
         GPU_UNROLL
-        for (int part = 0; part < kReadingParts; ++part) b_states[n / 2][half][part][n % 2] = take_part(factors);
+        for (int part = 0; part < kOutputParts; ++part) b_states[n / 2][half][part][n % 2] = take_part(factors);
       }
     }
     GPU_UNROLL
@@ -78,30 +79,30 @@ struct Readings {
       GPU_UNROLL
       for (int i = 0; i < 3; ++i) k[i] += __shfl_xor_sync(gpu::kFullMask, k[i], apart);
     }
-    if (lane < kBlock) kernel[lane] = 0;
-    if (lane == 0) kernel[kBlock] = k[0] + scan.omega.of<float>()[channel];
-    if (t == 0) kernel[kBlock + step_of(g) + 1] = k[1];
-    if (t == 0 && g < 7) kernel[kBlock + step_of(g + 8) + 1] = k[2];
+    if (lane < kBlock) response[lane] = 0;
+    if (lane == 0) response[kBlock] = k[0] + scan.omega.as<float>()[channel];
+    if (t == 0) response[kBlock + step_of(g) + 1] = k[1];
+    if (t == 0 && g < 7) response[kBlock + step_of(g + 8) + 1] = k[2];
     __syncwarp();
     GPU_UNROLL
     for (int half = 0; half < 2; ++half) {
       GPU_UNROLL
       for (int i = 0; i < 2; ++i) {
-        const float* const at = kernel + kBlock + step_of(g + 8 * half) - step_of(2 * t + 8 * i);
+        const float* const at = response + kBlock + step_of(g + 8 * half) - step_of(2 * t + 8 * i);
         float values[2] = {at[0], at[-4]};  // of the positions of rows 2 t and 2 t + 1
         GPU_UNROLL
-        for (int part = 0; part < kReadingParts; ++part) b_x[half][part][i] = take_part(values);
+        for (int part = 0; part < kOutputParts; ++part) b_x[half][part][i] = take_part(values);
       }
     }
   }
   GPU_INLINE void add_inputs(float (&y)[2][4], const uint32_t (&x)[4]) const {
     GPU_UNROLL
-    for (int part = kReadingParts - 1; part >= 0; --part) {
+    for (int part = kOutputParts - 1; part >= 0; --part) {
       GPU_UNROLL
       for (int half = 0; half < 2; ++half) gpu::mma_16816<gpu::bf16>(y[half], x, b_x[half][part]);
     }
   }
-  // As add_inputs, but each position uses no x after it.
+  // Computes the same as add_inputs, but the x after a position cannot make its y NaN.
   GPU_INLINE void add_inputs_step_by_step(float (&y)[2][4], const uint32_t (&x)[4]) const {
     const int t = threadIdx.x % 4;
 #pragma unroll 1
@@ -140,7 +141,8 @@ struct Readings {
   }
 };
 
-// 16 tiles of one channel, number `e` of the warp's two. Has N' modes (cema_arrays.cuh), in groups of 4.
+// The scan of 16 tiles of one channel, which is number `e` of the warp's two. N' modes (cema_arrays.cuh), in groups of
+// 4.
 template <int groups>
 struct Channel {
   const Scan& scan;
@@ -152,7 +154,7 @@ struct Channel {
   GPU_INLINE Channel(const Scan& scan_, int64_t first_, int64_t channel_, int e_, uint32_t* words_)
       : scan(scan_), first(first_), channel(channel_), e(e_), words(words_) {}
 
-  // Calls f(tile, mode, number, number) for this lane's pairs of v.
+  // Calls f(tile, mode, first, second) for this lane's pairs of v.
   template <class F>
   GPU_INLINE void for_each_pair(F&& f) {
     const int g = threadIdx.x % gpu::kWarp / 4, t = threadIdx.x % 4;
@@ -164,8 +166,8 @@ struct Channel {
         if (tile < scan.tiles) f(tile, 4 * n + t, v[n][0][i], v[n][0][i + 1]);
     }
   }
-  // For each block of 16 positions, calls visit(x, upper, lower) and then advances v. x: the block's A; upper, lower:
-  // words of x of tiles g and g + 8.
+  // For each block of 16 positions, calls visit(x, upper, lower) and then advances v. `x` is A; `upper` and `lower` are
+  // the words of shared memory from which this lane has taken x of tiles g and g + 8.
   template <class Visit>
   GPU_INLINE void advance(Visit&& visit) {
     const int g = threadIdx.x % gpu::kWarp / 4, t = threadIdx.x % 4;
@@ -187,26 +189,26 @@ struct Channel {
   }
   GPU_INLINE void store() {
     for_each_pair([&](int64_t tile, int mode, float first_of_pair, float second) {
-      gpu::st(scan.pairs<float>(tile, mode, channel), Pair<float>{first_of_pair, second});
+      gpu::st(scan.state<float>(tile, mode, channel), Pair<float>{first_of_pair, second});
     });
   }
   GPU_INLINE void make_ends() {
     advance([](auto&&...) {});
     store();
   }
-  GPU_INLINE void make_outputs(float* kernel) {
-    const Readings<groups> readings(scan, channel, kernel);
+  GPU_INLINE void make_outputs(float* response) {
+    const OutputOperands<groups> operands(scan, channel, response);
     for_each_pair([&](int64_t tile, int mode, float& first_of_pair, float& second) {
       if (scan.stops[tile]) return;
-      const auto enters = gpu::ld<Pair<float>>(scan.pairs<float>(tile, mode, channel));
-      first_of_pair = enters.first;
-      second = enters.second;
+      const auto entering = gpu::ld<Pair<float>>(scan.state<float>(tile, mode, channel));
+      first_of_pair = entering.first;
+      second = entering.second;
     });
     advance([&](const uint32_t(&x)[4], uint32_t* upper, uint32_t* lower) {
       float y[2][4] = {};
-      if (all_finite(x)) readings.add_inputs(y, x);
-      else readings.add_inputs_step_by_step(y, x);
-      readings.add_states(y, v);
+      if (all_finite(x)) operands.add_inputs(y, x);
+      else operands.add_inputs_step_by_step(y, x);
+      operands.add_states(y, v);
       __syncwarp();  // x has been read
       GPU_UNROLL
       for (int i = 0; i < 8; ++i) {
@@ -216,8 +218,8 @@ struct Channel {
     });
     if (scan.final) make_final_states();
   }
-  // Stores the final states of the sequences that end with one of the tiles. They are read back from scan.pairs, since
-  // registers cannot be indexed.
+  // Stores the final states of the sequences that end with one of the tiles. Reads them back from scan.states, as the
+  // loop cannot index registers.
   GPU_INLINE void make_final_states() {
     store();
     const int g = threadIdx.x % gpu::kWarp / 4, t = threadIdx.x % 4;
@@ -227,9 +229,9 @@ struct Channel {
       const int64_t tile = first + g + i % 2 * 8;
       const int mode = i / 2 * 4 + t;
       if (tile >= scan.tiles || (tile + 1) % tiles_of_row != 0 || mode >= scan.modes) continue;
-      const auto pair = gpu::ld<Pair<float>>(scan.pairs<float>(tile, mode, channel));
+      const auto pair = gpu::ld<Pair<float>>(scan.state<float>(tile, mode, channel));
       const int64_t at = (tile / tiles_of_row * scan.channels + channel) * scan.modes + mode;
-      gpu::st(scan.final.of<float>() + at, Basis<float>(scan, mode, channel).final(pair));
+      gpu::st(scan.final.as<float>() + at, Basis<float>(scan, mode, channel).final(pair));
     }
   }
 };
@@ -239,17 +241,17 @@ struct Block {
   const Scan& scan;
   uint32_t* words;
   int64_t first, first_channel, channel;  // channel: the first of the warp's two
-  Share<kMmaRows> share;
+  TileCopy<kMmaRows> copy;
 
   GPU_INLINE Block(const Scan& scan_, uint32_t* words_)
       : scan(scan_), words(words_), first(int64_t{blockIdx.y} * kMmaRows),
         first_channel(int64_t{blockIdx.x} * kMmaChannels),
-        channel(first_channel + threadIdx.x / gpu::kWarp * 2), share(scan_, first, first_channel) {
-    share.load(scan, scan.in, *this);
+        channel(first_channel + threadIdx.x / gpu::kWarp * 2), copy(scan_, first, first_channel) {
+    copy.load(scan, scan.in, *this);
     __syncthreads();
   }
-  GPU_INLINE uint32_t* operator()(int pair, int tile, int step) const {
-    return words + pair * kRowsPitch + tile * kRowPitch + (scan.reverse ? kMmaTile - 1 - step : step);
+  GPU_INLINE uint32_t* operator()(int channel_pair, int tile, int step) const {
+    return words + channel_pair * kRowsPitch + tile * kRowPitch + (scan.reverse ? kMmaTile - 1 - step : step);
   }
   // Calls f with each of the warp's two channels.
   template <int groups, class F>
@@ -276,12 +278,12 @@ __global__ void __launch_bounds__(kMmaThreads, 2) cema_mma_local_kernel(Scan sca
 template <int groups>
 __global__ void __launch_bounds__(kMmaThreads, 2) cema_mma_output_kernel(Scan scan) {
   SMEM_DYN(uint32_t, words);
-  SMEM_ARRAY(float, kernels, 2 * kBlock * kMmaWarps);
+  SMEM_ARRAY(float, responses, 2 * kBlock * kMmaWarps);
   const Block block(scan, words);
-  float* const kernel = kernels + threadIdx.x / gpu::kWarp * 2 * kBlock;
-  block.for_each_channel<groups>([=](Channel<groups>& channel) { channel.make_outputs(kernel); });
+  float* const response = responses + threadIdx.x / gpu::kWarp * 2 * kBlock;
+  block.for_each_channel<groups>([=](Channel<groups>& channel) { channel.make_outputs(response); });
   __syncthreads();
-  block.share.store(scan, scan.out, block);
+  block.copy.store(scan, scan.out, block);
 }
 
 }  // namespace cema

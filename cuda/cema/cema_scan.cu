@@ -6,8 +6,9 @@ namespace megalodon {
 namespace cema {
 namespace {
 
-// Shared memory of a block on an A100 and later. GPUs with less have slower tensor cores and memory relative to their
-// other units; by operation counts, they would take longer (bench/predict.py).
+// Tensor cores are used on GPUs that have this much shared memory for a block: the A100 and its successors. On other
+// GPUs they would take longer than the scans, by operation counts (bench/predict.py): there tensor cores and memory are
+// slower relative to the other units.
 constexpr size_t kMmaShared = 160 << 10;
 
 constexpr int64_t kMostBlocks = 65535;  // in a grid's y
@@ -27,7 +28,7 @@ void dispatch_lanes(int64_t lanes, F&& f) {
 template <class T, bool kProducts, bool kInput>
 void launch_output_of(const Scan& scan, void* stream) {
   dispatch_lanes(scan.lanes, [&](auto lanes) {
-    // 8 modes per thread if registers allow it.
+    // 8 modes per thread if registers suffice.
     constexpr int modes = lanes == 4 || kProducts || sizeof(T) == 8 || (lanes == 32 && sizeof(T) == 4) ? 4 : 8;
     const Grid grid(scan, modes);
     LAUNCH((cema_output_kernel<T, modes, lanes / modes, kProducts, kInput>), grid.blocks, grid.threads, 0, stream,
@@ -61,7 +62,8 @@ Scan make_scan(const CemaParams& params) {
   return scan;
 }
 
-// bf16, at least two tiles (one is 1/8 of a sum's product), and sequences of whole tiles without padding or states.
+// Requires bf16, at least two tiles, and sequences of whole tiles without padding or states. One tile would fill only
+// 1/8 of a product of the backward's sums.
 bool takes_mma(const CemaParams& params, const Scan& scan, const void* from, const void* to) {
   const Sequences& sequences = params.sequences;
   const bool dense = !sequences.cu_seqlens && !sequences.lengths && sequences.row_length % kMmaTile == 0;
@@ -71,7 +73,8 @@ bool takes_mma(const CemaParams& params, const Scan& scan, const void* from, con
          sequences.tokens >= 2 * kMmaTile && gpu::max_shared_bytes() >= kMmaShared;
 }
 
-// Half of a product's rows are enough. 4 modes are cheap to scan, 17 would need too many registers.
+// Requires tokens for half of a product's rows, and 5 to 16 modes: 4 are cheap to scan, 17 would need too many
+// registers.
 bool takes_mma_output(const Scan& scan) {
   const int64_t tokens = scan.sequences.tokens, block_tokens = kMmaRows * kMmaTile;
   return scan.lanes > 4 && scan.modes <= 16 && 2 * tokens >= block_tokens && tokens <= kMostBlocks * block_tokens;

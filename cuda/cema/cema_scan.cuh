@@ -1,9 +1,10 @@
 // The kernels of phases 1, 2 and 4 of cema.cuh; phase 3 is in cema_carry.cuh.
 //
-// Grid of phases 2 and 4: blocks of at most 128 threads; the blocks of a tile are neighbours. A thread owns two
-// neighbouring channels and 8 modes (4 if `modes` is 4), states and coefficients in registers. The lanes that share two
-// channels are also neighbours. They read the same elements and add up y by shuffles, kStored positions at a time, and
-// each lane stores its own. A warp reads and writes 64 bytes or more of a row at a time, 32 for N = 32.
+// Grid of phases 2 and 4: blocks of at most 128 threads; the blocks of a tile are neighbours. A thread takes two
+// neighbouring channels and 4 or 8 modes; it keeps states and coefficients in registers. The lanes that take the other
+// modes of the two channels are neighbours. They read the same elements, add up y by shuffles, kStored positions at a
+// time, and each stores its share of these positions. A warp reads and writes 64 bytes or more of a row at a time, 32
+// for N = 32.
 //
 // Registers: at most 168 (12 warps per SM), 255 for double; no spills. Shared memory: 16 KB for the states of sequences
 // that start or end.
@@ -11,8 +12,8 @@
 // If only end states are wanted, cema_ends_kernel of cema_ends.cuh replaces phase 4.
 // H100, (B 8, L 2048, D 1024, N 16) bf16, tile 128: 2.1 G multiply-adds, 64 us at 67 TFLOP/s. Bytes: x 33.5 MB twice, y
 // 33.5 MB, and states of 17 MB four times, which stay in L2: 30 us at 3.35 TB/s.
-// Example: T = 300, tile 32: 10 tiles, the last of 12 positions; two sequences from 0 and from 100: tiles 0 and 3
-// contain a start, so the states that enter tiles 1 .. 3 sum up from token 0, those of tiles 4 .. 9 from token 100.
+// Example: T = 300, tile 32: 10 tiles; the last has 12 positions. Two sequences start at tokens 0 and 100, in tiles 0
+// and 3. So the states that enter tiles 1 .. 3 sum up from token 0, those that enter tiles 4 .. 9 from token 100.
 #pragma once
 
 #include "cema_carry.cuh"
@@ -20,7 +21,7 @@
 namespace megalodon {
 namespace cema {
 
-constexpr int kStored = 4;  // maximum positions per add_parts
+constexpr int kStored = 4;  // most positions whose y add_parts sums at once
 
 template <class R>
 GPU_INLINE void store_matrix(const Scan& scan, int plane, int64_t at, double re, double v, double phase2,
@@ -34,10 +35,10 @@ GPU_INLINE void store_matrix(const Scan& scan, int plane, int64_t at, double re,
   }
 }
 
-// Powers re + i phase v of a pole as pairs. The last one, q^kBlock, is the first column of the matrix that multiplies a
-// pair by q^kBlock; the second column follows.
+// Stores the powers q^0 .. q^kBlock as pairs. The last pair is the first column of the matrix that multiplies a pair by
+// q^kBlock; the matrix's second column follows. phase2: Im(q)^2.
 template <class R>
-GPU_INLINE void store_powers(const Scan& scan, int64_t mode, int64_t channel, double pole, double phase2,
+GPU_INLINE void store_powers(const Scan& scan, int64_t mode, int64_t channel, double q_re, double phase2,
                              double shear) {
   const auto set = [&](int power, double first, double second) {
     gpu::st(scan.power<R>(power, mode, channel), Pair<R>{static_cast<R>(first), static_cast<R>(second)});
@@ -45,8 +46,8 @@ GPU_INLINE void store_powers(const Scan& scan, int64_t mode, int64_t channel, do
   double re = 1, v = 0;
   for (int power = 0; power < kBlock; ++power) {
     set(power, re + shear * v, v);
-    const double next = re * pole - phase2 * v;
-    v = v * pole + re;
+    const double next = re * q_re - phase2 * v;
+    v = v * q_re + re;
     re = next;
   }
   set(kBlock, re + shear * v, v);
@@ -70,7 +71,7 @@ __global__ void cema_table_kernel(Scan scan, const R* p, const gpu::Complex<R>* 
   }
   const auto set = [&](int plane, double value) { return *in(plane) = static_cast<R>(value); };
   const gpu::Complex<R> pole = gpu::ld<gpu::Complex<R>>(q + d * scan.modes + n);
-  gpu::Complex<R> g{1, 0};  // without y and dy
+  gpu::Complex<R> g{1, 0};  // if gamma is null, because there is neither y nor dy
   if (gamma) g = gpu::ld<gpu::Complex<R>>(gamma + d * scan.modes + n);
   double phase = pole.im, scale = p[d * scan.modes + n];
   if (carried) {
@@ -79,7 +80,7 @@ __global__ void cema_table_kernel(Scan scan, const R* p, const gpu::Complex<R>* 
     if (fabs(scale) < kLeastScale<R>) scale = kLeastScale<R>;
     if (g.re < least && -g.re < least && g.im < least && -g.im < least) g = {least, 0};
   }
-  // -beta is slightly above Im(q)^2: by shear^2. Re(q) - shear is exact, because it is smaller than Re(q).
+  // -beta is above Im(q)^2 by shear^2. Re(q) - shear is exact, because it is smaller than Re(q).
   const double phase2 = phase * phase, ulp = sizeof(R) == 4 ? 0x1p-23 : 0x1p-52;
   const double beta = set(kBeta, -phase2 * (1 + ulp)), gap = -beta - phase2;
   const double root = sqrt(gap > 0 ? gap : 0), alpha = set(kAlpha, pole.re < 0 ? pole.re - root : pole.re + root);
@@ -108,7 +109,8 @@ __global__ void cema_table_kernel(Scan scan, const R* p, const gpu::Complex<R>* 
   if (scan.powers) store_powers<R>(scan, mode, d, pole.re, phase2, shear);
 }
 
-// Advances by `count` positions, the first at element `at`; a null `in` counts as zeros.
+// Advances the states by `count` positions; the first one's inputs are at element `at` of `in`. A null `in` counts as
+// zeros.
 template <int modes, class T, class R>
 GPU_INLINE void walk(const Scan& scan, const Place& place, Modes<R, modes>& state, const T* in, int64_t at, int count) {
   const int64_t step = scan.step();
@@ -146,17 +148,17 @@ __global__ void __launch_bounds__(kThreads, kBlocks<Compute<T>>) cema_local_kern
   int64_t at = scan.token(first) * scan.channels + place.channel;
   int left = static_cast<int>(to - first);
   if (scan.initial && start >= from && left > 0) {
-    walk(scan, place, state, scan.in.of<T>(), at, 1);
+    walk(scan, place, state, scan.in.as<T>(), at, 1);
     state.enter(scan, place, sequence, slots + threadIdx.x);
     at += step;
     --left;
   }
-  walk(scan, place, state, scan.in.of<T>(), at, left);
+  walk(scan, place, state, scan.in.as<T>(), at, left);
   state.store(scan, place);
 }
 
-// Adds y over the `split` lanes of two channels; n and split are powers of two. Lane `part` gets the sums of n / split
-// positions, in order. If n < split, split / n neighbouring lanes get the sums of one position.
+// Sums y of n positions over the `split` lanes of two channels; n and split are powers of two. Lane `part` gets the
+// sums of n / split positions, in order. If n < split, split / n neighbouring lanes get the sum of one position.
 template <int split, int n, class R>
 GPU_INLINE void add_parts(R (&y)[n][2], int part) {
   GPU_UNROLL
@@ -174,7 +176,8 @@ GPU_INLINE void add_parts(R (&y)[n][2], int part) {
   }
 }
 
-// kProducts: also adds up factor_t times the states. Without kInput, `in` counts as zero and is not read.
+// The output of a thread's channels. kProducts: also sums factor_t times the states. Without kInput, `in` counts as
+// zero and is not read.
 template <class T, int modes, int split, bool kProducts, bool kInput>
 struct Output {
   using R = Compute<T>;
@@ -194,8 +197,8 @@ struct Output {
       gpu::load(out_second[m], scan.plane<R>(kOutSecond) + at);
     }
     const bool adds_omega = kInput && place.part == 0 && !scan.resume;
-    omega[0] = adds_omega ? scan.omega.of<R>()[place.channel] : 0;
-    omega[1] = adds_omega && place.second ? scan.omega.of<R>()[place.channel + 1] : 0;
+    omega[0] = adds_omega ? scan.omega.as<R>()[place.channel] : 0;
+    omega[1] = adds_omega && place.second ? scan.omega.as<R>()[place.channel + 1] : 0;
     GPU_UNROLL
     for (auto* sums : {product_first, product_second}) {
       GPU_UNROLL
@@ -203,13 +206,13 @@ struct Output {
     }
   }
 
-  // Advances by n positions of `sequence`, the first at element `at`; an initial state enters there if `enters`.
+  // Advances by n positions of `sequence`, the first at element `at`. `adds_initial`: adds the initial state there.
   template <int n>
-  GPU_INLINE void advance(int64_t at, bool enters, int64_t sequence) {
+  GPU_INLINE void advance(int64_t at, bool adds_initial, int64_t sequence) {
     const int64_t step = scan.step();
     R x[n][2] = {}, factor[n][2];
-    if constexpr (kInput) load_rows(x, scan.in.of<T>() + at, step, scan.whole, place.second);
-    if constexpr (kProducts) load_rows(factor, scan.factor.of<T>() + at, step, scan.whole, place.second);
+    if constexpr (kInput) load_rows(x, scan.in.as<T>() + at, step, scan.whole, place.second);
+    if constexpr (kProducts) load_rows(factor, scan.factor.as<T>() + at, step, scan.whole, place.second);
     constexpr int most = split < kStored ? split : kStored, rows = n < most ? n : most;
     GPU_UNROLL
     for (int i = 0; i < n; i += rows, at += rows * step) {
@@ -217,7 +220,7 @@ struct Output {
       GPU_UNROLL
       for (int j = 0; j < rows; ++j) {
         state.step(x[i + j]);
-        if (enters) state.enter(scan, place, sequence, slots);
+        if (adds_initial) state.enter(scan, place, sequence, slots);
         read(y[j], x[i + j]);
         if constexpr (kProducts) add_products(factor[i + j]);
       }
@@ -249,7 +252,7 @@ struct Output {
     }
   }
 
-  // Stores the rows whose sums add_parts has given to this lane.
+  // Stores the positions whose sums add_parts has given to this lane.
   template <int n>
   GPU_INLINE void store_rows(int64_t at, R (&y)[n][2]) const {
     constexpr int rows = n > split ? n / split : 1, lanes = n > split ? 1 : split / n;
@@ -262,7 +265,7 @@ struct Output {
 
   GPU_INLINE void store(int64_t at, R (&y)[2]) const {
     if (scan.resume || scan.more) {
-      R* const sums = scan.sums.of<R>() + at;
+      R* const sums = scan.sums.as<R>() + at;
       GPU_UNROLL
       for (int e = 0; e < 2; ++e) {
         if (e == 1 && !place.second) continue;
@@ -271,7 +274,7 @@ struct Output {
       }
       if (scan.more) return;
     }
-    T* const out = scan.out.of<T>() + at;
+    T* const out = scan.out.as<T>() + at;
     if (scan.whole) {
       gpu::store(out, y);
     } else {
@@ -299,15 +302,15 @@ __global__ void __launch_bounds__(kThreads, kBlocks<Compute<T>>) cema_output_ker
       continue;
     }
     if (run.starts) output.state.clear();
-    bool enters = run.starts && scan.initial;
+    bool adds_initial = run.starts && scan.initial;
     while (left > 0) {
-      if (left >= kBatch<T> && !enters) {
+      if (left >= kBatch<T> && !adds_initial) {
         output.template advance<kBatch<T>>(at, false, run.sequence);
         at += kBatch<T> * scan.step();
         left -= kBatch<T>;
       } else {
-        output.template advance<1>(at, enters, run.sequence);
-        enters = false;
+        output.template advance<1>(at, adds_initial, run.sequence);
+        adds_initial = false;
         at += scan.step();
         --left;
       }
@@ -316,7 +319,7 @@ __global__ void __launch_bounds__(kThreads, kBlocks<Compute<T>>) cema_output_ker
   }
   if constexpr (kProducts) {
     if (!place.active) return;
-    R* const products = scan.products.of<R>() + place.tile * scan.products_stride;
+    R* const products = scan.products.as<R>() + place.tile * scan.products_stride;
     GPU_UNROLL
     for (int m = 0; m < modes; ++m) {
       const int64_t at = (place.first_mode + m) * scan.width + place.channel;
@@ -332,8 +335,8 @@ __global__ void cema_empty_kernel(Scan scan) {
   if (scan.sequences.length(s) > 0) return;
   for (int64_t i = s * size + threadIdx.x; i < (s + 1) * size; i += blockDim.x) {
     gpu::Complex<R> z{0, 0};
-    if (scan.initial) z = gpu::ld<gpu::Complex<R>>(scan.initial.of<R>() + i);
-    gpu::st(scan.final.of<R>() + i, z);
+    if (scan.initial) z = gpu::ld<gpu::Complex<R>>(scan.initial.as<R>() + i);
+    gpu::st(scan.final.as<R>() + i, z);
   }
 }
 

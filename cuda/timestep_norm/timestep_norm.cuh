@@ -1,5 +1,4 @@
-// Shared by the kernels of timestep_norm: the division of the work, the rows of a tile, numbers with a residual,
-// carries.
+// Shared by the kernels of timestep_norm: the division of work, rows of a tile, numbers with a residual, carries.
 //
 // The T tokens are cut into tiles of kTile rows (tokens); a tile may hold rows of several sequences. A block takes a
 // tile and a slice of the channels, a warp takes kRows neighbouring rows of the tile. A group has F = D / G channels;

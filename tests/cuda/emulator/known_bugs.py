@@ -223,8 +223,8 @@ BUGS = {
         "test_cuda_large_tensors.py::test_normalized_qk_at_offsets_beyond_31_bits[256]",
     ),
     "32-bit-offsets-of-sums-over-groups-of-modes": Bug(
-        "cema/cema_scan.cuh", "scan.sums.of<R>() + at",
-        "scan.sums.of<R>() + ({on} ? static_cast<int>(at) : at)",
+        "cema/cema_scan.cuh", "scan.sums.as<R>() + at",
+        "scan.sums.as<R>() + ({on} ? static_cast<int>(at) : at)",
         "test_cuda_large_tensors.py::test_cema_scans_offsets_beyond_31_bits[33]",
     ),
     "raw-offsets-in-blocks-of-rows": Bug(
@@ -246,8 +246,8 @@ BUGS = {
     ),
     # Offsets, counters, words of a mask.
     "32-bit-offsets-of-outputs-on-tensor-cores": Bug(
-        "cema/cema_mma_parts.cuh", "gpu::st(tensor.of<gpu::bf16>() + t * scan.channels + channel, eight)",
-        "gpu::st(tensor.of<gpu::bf16>() + ({on} ? static_cast<int>(t * scan.channels + channel) : t * scan.channels + channel), eight)",
+        "cema/cema_mma_parts.cuh", "gpu::st(tensor.as<gpu::bf16>() + t * scan.channels + channel, eight)",
+        "gpu::st(tensor.as<gpu::bf16>() + ({on} ? static_cast<int>(t * scan.channels + channel) : t * scan.channels + channel), eight)",
         "test_cuda_large_tensors.py::test_cema_outputs_on_tensor_cores_at_offsets_beyond_31_bits",
     ),
     "a-count-in-32-bits": Bug(
