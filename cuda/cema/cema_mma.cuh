@@ -43,8 +43,7 @@ namespace megalodon {
 namespace cema {
 
 constexpr int kMmaTiles = 8;  // per block at once: half the rows of A
-// Sizes in words of shared memory: a block of positions, a tile with zeros after its end, a channel pair, and all
-// pairs.
+// Sizes in words of shared memory: a block of positions, a tile with zeros after its end, a channel pair, all pairs.
 constexpr int kBlockPitch = kBlock + 4, kTilePitch = (kMmaBlocks + 1) * kBlockPitch;
 constexpr int kChannelPairPitch = kMmaTiles * kTilePitch + 4, kMmaWords = kMmaWarps * kChannelPairPitch;
 

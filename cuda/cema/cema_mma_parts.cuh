@@ -39,8 +39,7 @@ struct TileCopy {
     channel = first_channel + half * 8;
     exists = channel < scan.channels;
   }
-  // Copies the thread's part of `tensor` to word(channel_pair, tile, step). Tokens and channels that do not exist are
-  // zeros.
+  // Copies the thread's part of `tensor` to word(channel_pair, tile, step); zeros for tokens and channels beyond.
   template <class Word>
   GPU_INLINE void load(const Scan& scan, ConstReals tensor, Word&& word) const {
 #pragma unroll 1

@@ -73,8 +73,7 @@ bool takes_mma(const CemaParams& params, const Scan& scan, const void* from, con
          sequences.tokens >= 2 * kMmaTile && gpu::max_shared_bytes() >= kMmaShared;
 }
 
-// Requires tokens for half of a product's rows, and 5 to 16 modes: 4 are cheap to scan, 17 would need too many
-// registers.
+// Requires tokens for half of a product's rows, and 5 to 16 modes: 4 are cheap to scan, 17 need too many registers.
 bool takes_mma_output(const Scan& scan) {
   const int64_t tokens = scan.sequences.tokens, block_tokens = kMmaRows * kMmaTile;
   return scan.lanes > 4 && scan.modes <= 16 && 2 * tokens >= block_tokens && tokens <= kMostBlocks * block_tokens;

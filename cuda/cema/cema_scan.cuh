@@ -109,8 +109,7 @@ __global__ void cema_table_kernel(Scan scan, const R* p, const gpu::Complex<R>* 
   if (scan.powers) store_powers<R>(scan, mode, d, pole.re, phase2, shear);
 }
 
-// Advances the states by `count` positions; the first one's inputs are at element `at` of `in`. A null `in` counts as
-// zeros.
+// Advances the states by `count` positions; the first one's x is at element `at` of `in`. A null `in` counts as zeros.
 template <int modes, class T, class R>
 GPU_INLINE void walk(const Scan& scan, const Place& place, Modes<R, modes>& state, const T* in, int64_t at, int count) {
   const int64_t step = scan.step();

@@ -1,13 +1,16 @@
-// Shared by the kernels of chunked attention: the tokens of a block of threads, the rows of keys and values, DropKey.
+// Shared by the kernels of chunked attention: the tokens of a block of threads, rows of keys and values, DropKey.
 //
-// The rows of a sequence are numbered on its grid: the `position` rows of the cache, then the tokens of this call,
-// token t being row position + t. Row i sees the columns from i - i % C to i.
+// The rows of a sequence are numbered on its grid: first the `position` rows of its cache, then the tokens of this
+// call, so that token t is row position + t. Row i sees the columns from i - i % C to i or, if attention is not causal,
+// to the end of its chunk.
 //
-// Only the device knows cu_seqlens, lengths and position, so a launcher counts blocks of rows from T and S:
+// Only the device knows cu_seqlens, lengths and position, so a launcher counts blocks of rows by T and S alone. It
+// divides the tokens into ranges:
 //   dense, padded   each of the B rows of L tokens is a range
 //   packed          the ranges are the padding in front, the S sequences, and the padding behind
-// A range is cut into blocks of kRows tokens. The blocks of range r are numbered from begin(r) / kRows + r on (packed),
-// which leaves at least ceil(length / kRows) numbers for each range; excess numbers have no rows.
+// A range is cut into blocks of kRows tokens. If packed, range r begins at token begin(r), and its blocks are numbered
+// from begin(r) / kRows + r on. This leaves at least ceil(length / kRows) numbers for each range; excess numbers have
+// no rows.
 // Example: kRows 4, cu_seqlens 0, 5, 6, T 6: the first blocks of [0, 0), [0, 5), [5, 6), [6, 6) are 0, 1, 3, 4.
 #pragma once
 
@@ -22,24 +25,25 @@ namespace chunked_attention {
 template <class R>
 GPU_INLINE bool is_finite(R value) { return value - value == 0; }
 
-// The sequence of `token`, or -1 for padding and for sequences whose position is not in [0, C).
+// Returns the sequence of `token`, or -1 for padding and for sequences whose position is not in [0, C).
 GPU_INLINE int64_t find_live_sequence(const ChunkedAttentionParams& p, int64_t token) {
   const int64_t s = gpu::find_sequence(p.sequences, token);
   return s < 0 || gpu::find_position(p.position, s, p.chunk_size) < 0 ? -1 : s;
 }
 
-// `rows` neighbouring tokens of one range: the first `live` belong to a sequence, the rest are padding.
+// A block of neighbouring tokens of one range.
 struct RowBlock {
-  int64_t sequence;  // of the live rows
-  int64_t position;  // rows of the sequence's grid that the cache holds
-  int64_t begin;     // the token at row `position`
-  int64_t token;     // the first token of the block
-  int rows, live;
+  int64_t sequence;  // of the first `live` tokens
+  int64_t position;  // number of rows in the sequence's cache
+  int64_t begin;     // the sequence's first token, which is row `position` of its grid
+  int64_t token;     // the block's first token
+  int rows;          // number of tokens
+  int live;          // number of tokens that belong to the sequence; the others are padding
 
-  GPU_INLINE int64_t row() const { return position + token - begin; }  // of `token`, on the grid
+  GPU_INLINE int64_t row() const { return position + token - begin; }  // row of `token` on the grid
 };
 
-// Number of blocks of kRows tokens that a launcher must provide.
+// Returns the number of blocks of kRows tokens that a launcher must provide.
 template <int kRows>
 inline int64_t count_row_blocks(const Sequences& sequences) {
   if (sequences.cu_seqlens) return sequences.tokens / kRows + sequences.count + 2;
@@ -84,7 +88,7 @@ GPU_INLINE RowBlock find_row_block(const ChunkedAttentionParams& p, int64_t numb
   return block;
 }
 
-// Rows of one head of k or v (K or V = width elements each), by their number on the grid, counted from `origin`.
+// Rows of one head of k or v; a row has `width` elements, K or V. Rows are numbered on the grid, from `origin` on.
 template <class T>
 class GridRows {
  public:
@@ -100,13 +104,14 @@ class GridRows {
   }
 
  private:
-  const T *cache_, *tokens_;  // address of row 0, which may not exist
+  const T *cache_, *tokens_;  // addresses of row 0, which may not exist
   int cached_;                // rows in the cache
   int stride_;
 };
 
-// The score of (row, column) is dropped if word column % 4 of Philox(seed; column / 4, row, head, sequence) is less
-// than dropkey * 2^32.
+// DropKey drops the score of (row, column) if a random word is less than dropkey * 2^32. A quad is four columns: quad j
+// has the columns 4 j .. 4 j + 3. Philox draws the four words of a quad at once, with `seed` as its key and (quad, row,
+// head, sequence) as its counter. Word column % 4 is for `column`.
 class DropKey {
  public:
   GPU_INLINE DropKey(const ChunkedAttentionParams& p, int64_t head, int64_t sequence)
@@ -118,11 +123,11 @@ class DropKey {
   GPU_INLINE explicit operator bool() const { return threshold_ != 0; }
 
   GPU_INLINE bool dropped(int64_t row, int64_t column) const {
-    return dropped_of_quad(row, column / 4) >> (column % 4) & 1;
+    return dropped_in_quad(row, column / 4) >> (column % 4) & 1;
   }
 
-  // Bit i is set if the score of column 4 `quad` + i is dropped.
-  GPU_INLINE unsigned dropped_of_quad(int64_t row, int64_t quad) const {
+  // Returns four bits: bit i is set if the score of the quad's column i is dropped.
+  GPU_INLINE unsigned dropped_in_quad(int64_t row, int64_t quad) const {
     uint32_t word[4];
     draw(word, static_cast<uint32_t>(row), static_cast<uint32_t>(quad));
     unsigned bits = 0;
@@ -131,8 +136,8 @@ class DropKey {
     return bits;
   }
 
-  // Replaces the dropped scores of a warp in the layout of an mma's result: 16 rows from `row` on, and 8 columns from
-  // column 4 `quad` on. Lanes 2 i and 2 i + 1 share the words of two rows: each draws one row's.
+  // Replaces the dropped scores in a fragment D of mma (matrix.cuh): 16 rows from `row` on, and the two quads from
+  // `quad` on. Lanes 2 i and 2 i + 1 need words of the same two rows: each draws those of one row and passes on two.
   GPU_INLINE void apply(float (&score)[4], uint32_t row, uint32_t quad, float replacement) const {
     const unsigned lane = threadIdx.x % gpu::kWarp, odd = lane % 2;
     uint32_t word[4];

@@ -5,10 +5,10 @@ namespace {
 
 using namespace chunked_attention;
 
-constexpr int64_t kTileBytes = int64_t{64} << 20;  // a round's tiles may always take this
-constexpr int64_t kTensorsPerTiles = 8;            // or 1/8 of the tensors' bytes, so that rounds are few
+// A round's tiles may take kTileBytes, or 1 / kTensorsPerTiles of the tensors' bytes if that is more: few rounds.
+constexpr int64_t kTileBytes = int64_t{64} << 20, kTensorsPerTiles = 8;
 
-// Sets all of `plan` and returns the workspace's bytes.
+// Sets all fields of `plan` and returns the bytes of the workspace.
 template <class Product>
 int64_t make_plan(const ChunkedAttentionBwdParams& p, BwdPlan& plan) {
   using T = typename Product::T;
@@ -72,7 +72,7 @@ bool takes_vectors(const ChunkedAttentionBwdParams& p) {
   return true;
 }
 
-// Calls f(Product{}) with the product of matrices of T that the tensors allow.
+// Calls f(Product{}) with the class of block_product.cuh that suits the dtype and the tensors' alignment.
 template <class F>
 void dispatch_product(const ChunkedAttentionBwdParams& p, F&& f) {
   dispatch_dtype(p.dtype, [&](auto type) {
@@ -83,14 +83,14 @@ void dispatch_product(const ChunkedAttentionBwdParams& p, F&& f) {
   });
 }
 
-bool empty(const ChunkedAttentionBwdParams& p) {
+bool is_empty(const ChunkedAttentionBwdParams& p) {
   return p.sequences.tokens == 0 || p.heads == 0 || p.key_dim + p.value_dim == 0;
 }
 
 }  // namespace
 
 int64_t workspace_chunked_attention_bwd_cuda(const ChunkedAttentionBwdParams& params) {
-  if (empty(params)) return 0;
+  if (is_empty(params)) return 0;
   int64_t bytes = 0;
   BwdPlan plan;
   dispatch_product(params, [&](auto product) { bytes = make_plan<decltype(product)>(params, plan); });
@@ -98,7 +98,7 @@ int64_t workspace_chunked_attention_bwd_cuda(const ChunkedAttentionBwdParams& pa
 }
 
 void launch_chunked_attention_bwd_cuda(const ChunkedAttentionBwdParams& params, void* stream) {
-  if (empty(params)) return;
+  if (is_empty(params)) return;
   dispatch_product(params, [&](auto product) { launch<decltype(product)>(params, stream); });
 }
 

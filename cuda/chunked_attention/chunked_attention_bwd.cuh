@@ -1,27 +1,30 @@
 // Chunked attention, backward: ops/chunked_attention/chunked_attention_reference.py.
 //
-//   P_ij = exp(scale q_i . k_j - lse_i), 0 if i does not see j or dropped it        dS_ij = P_ij (do_i . v_j - delta_i)
+//   P_ij = exp(scale q_i . k_j - lse_i), or 0 if row i does not see key j or drops the score
+//   dS_ij = P_ij (do_i . v_j - delta_i)
 //   dv_j = sum_i P_ij do_i     dk_j = scale sum_i dS_ij q_i     dq_i = scale sum_j dS_ij k_j     delta_i = do_i . o_i
 //
-// q, k (T, H, K), v, o, do (T, H, V) of type T, lse (T, H) of type R, as in chunked_attention.h. K and V are unlimited.
+//   q, k (T, H, K); v, o, do (T, H, V): the call's dtype; arbitrary K and V
+//   lse (T, H): R
+//
 // P and dS are cut into tiles of kEdge rows by kEdge keys of one head of a chunk. Each tile (above the diagonal only if
-// attention is not causal) is computed once and stored in the workspace in type T, so no product is computed twice: 3 K
-// + 2 V multiplications per score.
+// attention is not causal) is computed once and stored in the workspace, in the call's dtype. So no product is computed
+// twice: 3 K + 2 V multiplications per score.
 //
 // Phases: 1. prepare, a warp for each token and head: delta, and zeros in the gradients of padding;
 //         2. scores, a block for each tile: S = q k^T, dP = do v^T; P from S, dS from P and dP;
 //         3. products, a block for each kEdge rows by kEdge channels of dq, dk or dv: sums over a row of tiles
 //            (dq = dS k), or over a column of tiles, which is called a panel (dk = dS^T q, dv = P^T do).
-// Phases 2 and 3 run in rounds. A round has at least one panel, of 2 kEdge C elements of T, and as many as fit into
-// kTileBytes or an eighth of the tensors' bytes, whichever is more. It completes their dk and dv. If a chunk's panels
-// are in several rounds, each adds to its dq in order: a round reads the sums, of type R, from one of two buffers and
-// writes them to the other. Blocks with only cached rows have neither queries nor gradients and are skipped.
-// If a chunk is one block of rows, phase 2 scales the rows of P to sum 1 and takes delta_i = sum_j P_ij dP_ij: with few
-// keys, the terms of dS cancel, and delta_i = do_i . o_i would show that o is rounded to 16 bits.
+// Phases 2 and 3 run in rounds. A round has at least one panel, of 2 kEdge C elements, and as many as fit into
+// kTileBytes or an eighth of the tensors' bytes, whichever is more. It completes dk and dv of its panels. If a chunk's
+// panels are in several rounds, each adds to the chunk's dq in order: it reads the sums, of type R, from one of two
+// buffers and writes them to the other. Blocks with only cached rows have neither queries nor gradients and are
+// skipped. If a chunk is one block of rows, phase 2 scales the rows of P to sum 1 and takes delta_i = sum_j P_ij dP_ij.
+// With few keys the terms of dS cancel, and delta_i = do_i . o_i would add the error of o, which is rounded to 16 bits.
 //
 // A block has 256 threads and a ring of three slabs of both operands (block_product.cuh), filled by cp.async.
-//   bf16, fp16    kEdge 128, slabs 64 deep, 96 KiB, and 1 KiB for scores; an SM has 1 block of scores or, if
-//                 its memory allows, 2 of products
+//   bf16, fp16    kEdge 128, slabs 64 deep, 96 KiB, 97 in scores; an SM has 1 block of scores or, if its memory
+//                 allows, 2 of products
 //   float         kEdge 128, slabs 16 deep, 49 KiB; double: kEdge 64, 49 KiB; by multiply-adds
 // Registers: scores 223, products 128, or 162 if rows cannot be read as vectors; float 254, 194. No spills, except up
 // to two registers in products on sm_80 and sm_90, once per thread, outside the loop.
@@ -29,12 +32,10 @@
 // NaN and infinity: tiles on the diagonal hold zeros for pairs that do not see each other, and 0 times a NaN of q, k or
 // do is NaN. If a block of phase 3 finds a NaN, it computes its sums twice more, such that 0 times NaN adds nothing
 // (`add_products`): three times as many products in a call that overflowed, but no loop over the rows per element.
-//
 // Bytes: q, k, v and do twice, o, dq, dk and dv once. From L2, operands are read more often: 4 kEdge (K + V) elements
 // for each tile; a tile of P is read V / kEdge times, one of dS 2 K / kEdge times.
 // H100, (B 8, L 2048, H 1, K 256, V 2048, C 2048) bf16: 173 GFLOP, 10 of them above the diagonal, 175 us at 990
 // TFLOP/s; 302 MB of tensors, 90 us at 3.35 TB/s; 2.7 GB from L2, 64 FLOP per byte. Workspace 64 MiB.
-//
 // Example: kEdge 2, C 5: three panels, of the tiles (0,0) (1,0) (2,0), then (1,1) (2,1), then (2,2). If the first round
 // takes two panels, it finishes rows 0-3 of dq, dk and dv, and passes row 4 of dq to the second round.
 #pragma once
@@ -50,7 +51,8 @@ constexpr int kStages = 3;  // in the ring of slabs
 GPU_INLINE float exponential(float x) { return gpu::exp2_approx(x * 1.44269504f); }
 GPU_INLINE double exponential(double x) { return exp(x); }
 
-// Bit r kMicro + c is set if the thread's element (r, c) of the tile at (row, column) of the grid is dropped.
+// Returns bits for the tile at (row, column) of the sequence's grid: bit r kMicro + c is set if the score of the
+// thread's element (r, c) is dropped.
 template <class Product>
 GPU_INLINE uint64_t dropped_scores(const DropKey& drop, int64_t row, int64_t column) {
   constexpr int kMicro = Product::kMicro;
@@ -73,8 +75,8 @@ GPU_INLINE uint64_t dropped_scores(const DropKey& drop, int64_t row, int64_t col
   return bits;
 }
 
-// For a chunk of one block: scales each row of P to the sum 1, and sets delta to the mean of dP under that row of P.
-// `partial` is in the slabs; no thread may still use them.
+// For a chunk of one block: scales each row of P to the sum 1, and sets delta to the row's sum of P dP. `partial` is in
+// the slabs, which no thread may use any more.
 template <class Product>
 GPU_INLINE void normalize_rows(typename Product::Sum& prob, const typename Product::Sum& dp,
                                typename Product::R* partial, typename Product::R* gains,
@@ -210,10 +212,10 @@ GPU_INLINE void scale_by(typename Product::Sum& sum, typename Product::R factor)
 
 // Adds the product of weights (P or dS) and rows to `sum`, in `count` slabs: load(slab, a, b) loads weights into a and
 // rows into b, and multiply(slab, a, b) adds their product. Returns false if the caller must call again, because a sum
-// of the block is NaN. There are at most two more passes: pass 1 sets a sum to NaN if a NaN or infinity in rows has a
-// weight other than 0, else to 0; pass 2 adds the products of finite elements. `pass` is in shared memory, as the loop
-// has no register for it. Thread 0 sets it; the others read it after the pipeline's first barrier, which exists as
-// `count` is at least 1.
+// of the block is NaN. Then there are two more passes. Pass 1 sets a sum to NaN if a NaN or infinity in rows has a
+// weight other than 0, else to 0. Pass 2 adds the products of finite elements.
+// `pass` is in shared memory, as the loop has no register for it. Thread 0 sets it; the others read it after the first
+// barrier of the pipeline, which has one because `count` is at least 1.
 template <class Product, class Load, class Multiply>
 GPU_INLINE bool add_products(typename Product::Sum& sum, int* pass, typename Product::T* slabs, int count, Load&& load,
                              Multiply&& multiply) {
@@ -250,7 +252,7 @@ GPU_INLINE bool add_products(typename Product::Sum& sum, int* pass, typename Pro
   return false;
 }
 
-// kEdge columns of a panel's dv = P^T do if `values`, else of dk = dS^T q. Returns false if add_products does.
+// Computes kEdge columns of a panel: of dv = P^T do if `values`, else of dk = dS^T q. Returns add_products' result.
 template <class Product>
 GPU_INLINE bool differentiate_keys(const ChunkedAttentionBwdParams& p, const BwdPlan& plan, int64_t round,
                                    int64_t panel, bool values, int column, typename Product::Sum& sum, int* pass,
@@ -284,7 +286,8 @@ GPU_INLINE bool differentiate_keys(const ChunkedAttentionBwdParams& p, const Bwd
   return true;
 }
 
-// dq of a block of queries: the products of dS with kEdge columns of k, over the keys whose panels are in the round.
+// Adds the round's terms to kEdge columns of dq = dS k, for a block of queries: those of the keys whose panels are in
+// the round. Returns add_products' result.
 template <class Product>
 GPU_INLINE bool differentiate_queries(const ChunkedAttentionBwdParams& p, const BwdPlan& plan, int64_t round,
                                       int64_t number, int column, typename Product::Sum& sum, int* pass,
@@ -294,10 +297,10 @@ GPU_INLINE bool differentiate_queries(const ChunkedAttentionBwdParams& p, const 
   constexpr int kEdge = Product::kEdge, kDepth = Product::kDepth, kMicro = Product::kMicro;
   ChunkBlock block;
   if (!find_block<kEdge>(block, p, plan, round * plan.panels + number)) return true;
-  // zero: number of the chunk's block 0 among the round's panels, negative if it was in an earlier round.
-  // [key, stop): the keys of this round's panels that the queries see.
-  const int64_t zero = block.number - round * plan.panels, end = (plan.panels - zero) * kEdge;
-  const int query = block.first, key = zero < 0 ? static_cast<int>(-zero) * kEdge : 0;
+  // first_panel: number of the chunk's first panel, counted from the round's first; negative if it was in an earlier
+  // round. [key, stop): the keys of this round's panels that the queries see.
+  const int64_t first_panel = block.number - round * plan.panels, end = (plan.panels - first_panel) * kEdge;
+  const int query = block.first, key = first_panel < 0 ? static_cast<int>(-first_panel) * kEdge : 0;
   const int seen = p.causal && query + kEdge < block.rows ? query + kEdge : block.rows;
   const int stop = end < seen ? static_cast<int>(end) : seen;
   if (stop <= key || query + kEdge <= block.cached) return true;
@@ -306,7 +309,8 @@ GPU_INLINE bool differentiate_queries(const ChunkedAttentionBwdParams& p, const 
       sum, pass, slabs, (stop - key + kDepth - 1) / kDepth,
       [&](int slab, T* a, T* b) {
         const int at = key + slab * kDepth;
-        const T* tile = typed<T>(plan.tiles) + ((2 * (zero + at / kEdge) + 1) * plan.blocks * kEdge + query) * kEdge;
+        const T* tile =
+            typed<T>(plan.tiles) + ((2 * (first_panel + at / kEdge) + 1) * plan.blocks * kEdge + query) * kEdge;
         Product::template load<false, true>(a, kDepth, TileRows<const T>{tile + at % kEdge, kEdge});
         Product::template load<true>(b, p.key_dim - column, k.from(at, column));
       },
@@ -337,7 +341,7 @@ GPU_INLINE bool differentiate_queries(const ChunkedAttentionBwdParams& p, const 
   return true;
 }
 
-// Phase 3: a block of the grid for each block of queries and kEdge channels of dq, then for each panel and kEdge
+// Phase 3. The grid has a block for each block of queries and kEdge channels of dq, then for each panel and kEdge
 // channels of dv and dk.
 template <class Product>
 __global__ void __launch_bounds__(Product::kThreads, Product::kVectors ? 2 : 1)

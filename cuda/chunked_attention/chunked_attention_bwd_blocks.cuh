@@ -1,9 +1,10 @@
 // The backward of chunked attention: distribution of work over launches, and rows of a block.
 //
-// Row blocks follow the chunks' grid and are numbered by sequence, chunk, head and block, so that the blocks of one
-// head of a chunk are neighbours. A launcher does not know cu_seqlens, so numbers are spaced by sizes alone:
-//   dense, padded   as if every sequence were full, and every position the last
-//   packed          sequence s from number begin(s) blocks / most_rows + 2 s on, which leaves enough for each sequence
+// Row blocks follow the chunks' grid. They are numbered by sequence, chunk, head and block, so that the blocks of one
+// head of a chunk are neighbours. A launcher does not know cu_seqlens, lengths or position, so a sequence's first
+// number depends on sizes alone:
+//   dense, padded   as if every sequence had L tokens after C - 1 cached rows
+//   packed          sequence s begins at begin(s) * blocks / most_rows + 2 s, or later if there are caches
 // Excess numbers have no rows. Example: kEdge 2, C 3 (two blocks per chunk), cu_seqlens 0, 4, 5: the sequences begin at
 // the numbers 0 and 4; sequence 0 takes the numbers 0, 1 (rows 0, 1 and 2) and 2 (row 3), and 3 is in excess.
 #pragma once
@@ -20,28 +21,28 @@ struct BwdPlan {
   int64_t total;      // numbers of blocks, over all sequences and heads
   int64_t panels;     // per round
   int64_t rounds;
-  int64_t query_blocks;  // seen by a round's panels: from the first panel or, if not causal, `blocks - 1` before it
-  void* delta;        // (T, H) R; null if every chunk is one block
-  void* dq_sums[2];   // (blocks kEdge, K) R, of the chunk that two rounds share
-  void* tiles;        // (panels, P and dS, blocks kEdge, kEdge) T
+  int64_t query_blocks;  // that a round's panels see: from its first panel or, if not causal, `blocks - 1` before it
+  void* delta;        // (T, H), R; null if every chunk is one block
+  void* dq_sums[2];   // (blocks * kEdge, K), R; of the chunk that two rounds share
+  void* tiles;        // (panels, 2, blocks * kEdge, kEdge), the call's dtype; P and dS
 };
 
-// A block of kEdge rows of one head of a chunk. Rows are counted from the chunk's start, up to the end of this call.
+// A block of kEdge rows of one head of a chunk. Rows are counted from the chunk's start.
 struct ChunkBlock {
   int64_t sequence, head;
-  int64_t start;   // the chunk's, on the grid of its sequence
-  int64_t token;   // of row `cached`
-  int64_t number;  // of the chunk's block 0 for this head
+  int64_t start;   // the chunk's first row on the grid of its sequence
+  int64_t token;   // the token of row `cached`
+  int64_t number;  // number of the chunk's block 0 for this head
   int cached;      // rows below `cached` are keys of the cache, later rows are tokens
-  int rows;
+  int rows;        // rows of the chunk, up to the end of this call
   int first;       // the block's first row
 };
 
-// The first block number of sequence s, for one head.
+// Returns the first block number of sequence s, for one head.
 template <int kEdge>
 MEGALODON_INLINE int64_t first_number(const ChunkedAttentionParams& p, const BwdPlan& plan, int64_t s, int64_t begin) {
   const int64_t cached_blocks = p.position ? plan.blocks : 0;
-  // A sequence of n rows has at most n blocks / most_rows + 1 blocks, and rounding down takes less than one.
+  // A sequence of n rows has at most n * blocks / most_rows + 1 blocks, and rounding down takes less than one.
   if (p.sequences.cu_seqlens) return begin * plan.blocks / plan.most_rows + s * (cached_blocks + 2);
   const int64_t rows = p.sequences.row_length + (p.position ? p.chunk_size - 1 : 0), rest = rows % p.chunk_size;
   return s * (rows / p.chunk_size * plan.blocks + (rest + kEdge - 1) / kEdge);
@@ -54,7 +55,7 @@ GPU_INLINE bool find_block(ChunkBlock& block, const ChunkedAttentionParams& p, c
   const auto first_of = [&](int64_t s) {
     return first_number<kEdge>(p, plan, s, sequences.cu_seqlens ? sequences.begin(s) : 0) * p.heads;
   };
-  // Find the last sequence whose first number is at most `number`, or sequence 0. Each lane tests one of 32.
+  // Find the last sequence whose first number is at most `number`, or sequence 0. Each lane tests one of 32 candidates.
   int64_t s = 0;
   for (int64_t high = sequences.count; high - s > 1;) {
     const int64_t step = (high - s + gpu::kWarp - 1) / gpu::kWarp, candidate = s + threadIdx.x % gpu::kWarp * step;
@@ -85,11 +86,12 @@ GPU_INLINE bool find_block(ChunkBlock& block, const ChunkedAttentionParams& p, c
 // Rows of one head of a chunk in a tensor of `width` elements per head: of tokens, or of keys, some of them cached.
 template <class T, bool kKeys = false>
 struct ChunkRows {
-  T *tensor, *cache, *tokens;  // the first element; addresses of row 0, which may not exist
-  int stride;         // less than 2^31, or a token would have gigabytes
+  T* tensor;          // address of the first element
+  T *cache, *tokens;  // addresses of row 0, which may not exist
+  int stride;         // elements per token; 2^31 of them would be gigabytes
   int cached, rows;
 
-  // Address of row `row`, or null if it does not exist.
+  // Returns the address of row `row`, or null if the row does not exist.
   GPU_INLINE T* operator()(int row) const {
     if (row >= rows || (!kKeys && row < cached)) return nullptr;
     const uint64_t shift = uint64_t{static_cast<unsigned>(row)} * static_cast<unsigned>(stride);
@@ -98,7 +100,7 @@ struct ChunkRows {
 
   GPU_INLINE T* anywhere() const { return tensor; }
 
-  // These rows from row `row` on, each from `column` on.
+  // Returns these rows from row `row` on, each from `column` on.
   GPU_INLINE ChunkRows from(int row, int64_t column) const {
     const int64_t shift = int64_t{row} * stride + column;
     return {tensor, cache + shift, tokens + shift, stride, cached - row, rows - row};

@@ -7,7 +7,7 @@
 namespace megalodon {
 namespace chunked_attention {
 
-constexpr int kTokens = 32;  // per block; each of its lanes looks up a token's sequence
+constexpr int kTokens = 32;  // per block; each lane of a warp looks up the sequence of one of them
 constexpr int kPrepareWarps = 8;
 
 template <class Product>
@@ -21,10 +21,10 @@ __global__ void __launch_bounds__(kPrepareWarps* gpu::kWarp)
   const int64_t first = int64_t{blockIdx.x} * kTokens, left = p.sequences.tokens - first;
   const int tokens = static_cast<int>(left < kTokens ? left : kTokens);
   const bool padding = lane < tokens && find_live_sequence(p, first + lane) < 0;
-  const unsigned paddings = __ballot_sync(gpu::kFullMask, padding);
+  const unsigned padding_mask = __ballot_sync(gpu::kFullMask, padding);
   for (int64_t i = threadIdx.x / gpu::kWarp; i < tokens * p.heads; i += kPrepareWarps) {
     const int64_t row = first * p.heads + i;
-    if (paddings >> (i / p.heads) & 1) {
+    if (padding_mask >> (i / p.heads) & 1) {
       const R zeros[width] = {};
       for (int64_t e = lane * width; e < p.key_dim; e += gpu::kWarp * width) {
         gpu::store<kWhole>(typed<T>(p.dq) + row * p.key_dim + e, zeros);

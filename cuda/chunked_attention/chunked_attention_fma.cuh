@@ -1,26 +1,29 @@
-// Chunked attention, forward, without tensor cores: float32, float64, and 16-bit types with K > 256. Any K, any V.
+// Chunked attention, forward, without tensor cores: float32, float64, and 16-bit types with K > 256; arbitrary K and V.
 //
-//   s_ij = scale q_i . k_j (j <= i if causal, in one chunk);  lse_i = log sum_j exp(s_ij);  o_i = sum_j exp(s_ij - lse_i) v_j
+//   s_ij = scale q_i . k_j,  for j in the chunk of i and, if causal, j <= i
+//   lse_i = log sum_j exp(s_ij)      o_i = sum_j exp(s_ij - lse_i) v_j
 //
 // Shapes as in chunked_attention_mma.cuh; R is double for float64, else float.
-// Tensor cores could compute float32 as three products of tf32, but they truncate each sum, which over the thousands of
-// terms of an output is less accurate than float32 promises. Multiply-adds round to nearest.
+// Tensor cores could compute float32 as three products of tf32. But they truncate each sum, which over the thousands of
+// terms of an output is less accurate than float32 should be. Multiply-adds round to nearest.
 //
-// Grid: a block owns 64 tokens of a sequence (find_row_block), a head and kColumns columns of V; late rows come first.
-// The block visits the keys that its rows see in tiles of 64, and each tile in slices of two kinds. A slice is copied
-// into one of two stages while the other stage is in use:
-//   1. 128 bytes of channels of 64 queries and 64 keys: a thread adds to 4 x 4 scores, stored after the last slice
-//   2. 4 threads per row: mask, DropKey; m' = max(m, max_j s), P = exp(S - m'), f = exp(m - m'), l = f l + sum_j P
-//   3. 16 KiB of values: a thread adds to kColumns / 32 x 8 sums of O, scaled by f before
+// Grid: a block takes 64 tokens of a sequence (find_row_block), a head and kColumns columns of V; late rows come first.
+// The block visits the keys that its rows see in tiles of 64. For each tile:
+//   1. scores, in slices of 128 bytes of channels of 64 queries and 64 keys: a thread adds to 4 x 4 scores
+//   2. softmax, 4 threads per row: mask, DropKey; m' = max(m, max_j s), P = exp(S - m'), f = exp(m - m'),
+//      l = f l + sum_j P
+//   3. output, in slices of 16 KiB of values: a thread adds to kColumns / 32 x 8 sums of O, which it has scaled by f
+// A slice is copied into one of two stages while the other stage is in use.
 // The block ends with o = O / l, lse = m + log l. If every score is dropped, l = 0 and o = 0. NaN as in
-// chunked_attention_mma.cuh. Columns of V beyond kColumns go to other blocks, which recompute the scores: K = 256, V =
-// 2048 takes 4 * 256 + 2048 products per pair, not 2304, at kColumns 512 (float), 8 * 256 + 2048 at 256 (double).
+// chunked_attention_mma.cuh. Columns of V beyond kColumns go to other blocks, which recompute the scores: for K = 256,
+// V = 2048, a score takes 4 * 256 + 2048 products with kColumns 512 (float), 8 * 256 + 2048 with 256 (double), not
+// 2304.
 //
 // Shared memory: two stages, P and 3 numbers per row: 50 KiB for float, 66 KiB for double. Units of slices are permuted
 // and rows of P padded by 16 bytes, so accesses have no bank conflicts.
 // Registers: kColumns / 4 sums per thread; at most 255 (one block per SM), no spills.
 // Bytes as in chunked_attention_mma.cuh. H100 (67 TFLOP/s), T = 16384, H 1, K 256, V 2048, C 2048, float32: 3072
-// products for each of T C / 2 pairs, 1.5 ms; 302 MB once, 90 us.
+// products for each of T C / 2 scores, 1.5 ms; 302 MB once, 90 us.
 #pragma once
 
 #include "async.cuh"
@@ -46,8 +49,8 @@ struct FmaTiling {
   static_assert(kKeys % kSliceKeys == 0 && kPerRow == gpu::kWarp / 8 && kRowGroups == 16 && kKeyGroups == 16);
 };
 
-// Place in a slice of the 16 bytes from a channel on of a row of queries or keys. 8 neighbouring rows of one channel,
-// and neighbouring channels of a row, are in different banks.
+// Returns the place, in a slice of queries or keys, of the 16 bytes of a row that begin at a channel. 8 neighbouring
+// rows of a channel, and neighbouring channels of a row, are in different banks.
 template <class R>
 GPU_INLINE int slice_place(int row, int channel) {
   constexpr int vector = gpu::kVectorWidth<R>, vectors = FmaTiling<R, 64>::kDepth / vector;
@@ -55,8 +58,9 @@ GPU_INLINE int slice_place(int row, int channel) {
   return (row * vectors + (channel / vector ^ row % 8)) * vector;
 }
 
-// Fills kRows rows of kWidth elements, in 16-byte vectors at place(row, column), with the elements [0, valid) of the
-// rows that row_of(r) points to, and with zeros for null. With `whole` and no conversion, by cp.async.
+// Fills a slice of kRows rows of kWidth elements; place(row, column) is the place of a 16-byte vector. Row r gets the
+// elements [0, valid) from row_of(r), an address in global memory, then zeros; a null row_of(r) gives zeros alone. Uses
+// cp.async if `whole` is true and T needs no conversion to R.
 template <int kRows, int kWidth, class T, class R, class Place, class RowOf>
 GPU_INLINE void copy_slice(R* to, int64_t valid, bool whole, Place&& place, RowOf&& row_of) {
   constexpr int vector = gpu::kVectorWidth<R>, threads = kFmaThreads / kRows > 8 ? kFmaThreads / kRows : 8;  // per row
@@ -82,7 +86,7 @@ GPU_INLINE void copy_slice(R* to, int64_t valid, bool whole, Place&& place, RowO
   }
 }
 
-// whole: K, V and the pointers allow vectors of 16 bytes.
+// `whole`: K, V and the pointers allow vectors of 16 bytes.
 template <class T, int kColumns>
 __global__ void __launch_bounds__(kFmaThreads, 1)
     chunked_attention_fwd_fma_kernel(ChunkedAttentionFwdParams p, bool whole) {
@@ -156,7 +160,7 @@ __global__ void __launch_bounds__(kFmaThreads, 1)
       const R* const stage = take(column, slice);
 #pragma unroll 1
       for (int d = 0; d < Tiling::kDepth; d += kVector) {
-        // Rows 16 apart are 16 kDepth elements apart.
+        // Rows that are 16 apart are 16 kDepth elements apart.
         const R* const queries = stage + slice_place<R>(row_group, d);
         const R* const keys = stage + slice_place<R>(kFmaRows + key_group, d);
         R a[4][kVector], b[kVector];
@@ -183,7 +187,7 @@ __global__ void __launch_bounds__(kFmaThreads, 1)
     R new_max = max, total = 0;
     for (int c = 0; c < kKeys; c += 4 * Tiling::kPerRow) {
       const int first = column + c + 4 * softmax_key;
-      const unsigned dropped = drop ? drop.dropped_of_quad(window.origin + row, (window.origin + first) / 4) : 0;
+      const unsigned dropped = drop ? drop.dropped_in_quad(window.origin + row, (window.origin + first) / 4) : 0;
       GPU_UNROLL
       for (int e = 0; e < 4; e += kVector) {
         R s[kVector];
@@ -250,7 +254,7 @@ __global__ void __launch_bounds__(kFmaThreads, 1)
       static_cast<R*>(p.lse)[(block.token + softmax_row) * p.heads + head] = lse[softmax_row];
   }
   __syncthreads();
-  bool odd = false;
+  bool any_nan = false;
   GPU_UNROLL
   for (int i = 0; i < kThreadRows; ++i) {
     if (first_row + i >= block.live) break;
@@ -262,14 +266,14 @@ __global__ void __launch_bounds__(kFmaThreads, 1)
       R values[kVector];
       GPU_UNROLL
       for (int j = 0; j < kVector; ++j) {
-        odd |= output[i][c + j] != output[i][c + j] && is_finite(sums[first_row + i]);
+        any_nan |= output[i][c + j] != output[i][c + j] && is_finite(sums[first_row + i]);
         values[j] = output[i][c + j] * inverse;
       }
       if (whole && at < columns) gpu::store(o + at, values);
       for (int j = 0; !whole && j < kVector && at + j < columns; ++j) o[at + j] = gpu::from_real<T>(values[j]);
     }
   }
-  if (__syncthreads_or(odd)) repair<T, kColumns>(p, block, window, head, first_column, columns, k, v, lse);
+  if (__syncthreads_or(any_nan)) repair<T, kColumns>(p, block, window, head, first_column, columns, k, v, lse);
 }
 
 }  // namespace chunked_attention

@@ -13,19 +13,20 @@ template <class R>
 constexpr R kInfinity = static_cast<R>(INFINITY);
 constexpr float kLog2e = 1.44269504f, kLn2 = 0.693147181f;
 
-// Number of slices of `size` elements in K or V. No elements make one empty slice, as scores and lse still exist.
+// Returns the number of slices of `size` elements in `width` elements, K or V. No elements make one empty slice,
+// because scores and lse still exist.
 MEGALODON_INLINE int64_t count_slices(int64_t width, int size) { return width > 0 ? ceil_div(width, size) : 1; }
 
 GPU_INLINE float exponential(float x) { return gpu::exp2_approx(x * kLog2e); }
 GPU_INLINE double exponential(double x) { return exp(x); }
 
-// The rows of a block and the columns that it sees: up to its last row or, if attention is not causal, to the end of
-// the last row's chunk. All count from `origin`, a multiple of 4 on the sequence's grid, which keeps DropKey's groups
-// of four columns together.
+// The rows of a block and the columns that they see: up to the last row or, if attention is not causal, to the end of
+// the last row's chunk. Rows and columns are counted from `origin`, a multiple of 4 on the sequence's grid, so that
+// DropKey's quads stay together.
 struct Window {
   int64_t origin;
-  int begin, end;     // the columns from the first row's first to the last row's last
-  int row0, row_end;  // the rows of the block
+  int begin, end;     // [begin, end): the columns that any row sees
+  int row0, row_end;  // [row0, row_end): the rows
   int chunk;          // C, or 2^31 - 1 if C is more
   bool causal;
 
@@ -55,39 +56,39 @@ struct Window {
   GPU_INLINE bool holds(int column) const { return column >= begin && column < end; }
 };
 
-// Recomputes the NaN outputs of a block, after its threads have stored theirs. A tile's rows share keys: a row that
-// does not see a key gives it the weight 0, and 0 times a NaN or an infinity of its value is NaN. `lse` is for the
-// block's rows; rows whose lse is not finite stay unchanged.
+// Recomputes the NaN outputs of a block, after its threads have stored all outputs. They arise because the rows of a
+// tile share keys: a row gives the weight 0 to a key that it does not see, and 0 times a NaN or an infinity in the
+// key's value is NaN. `lse` has the block's rows; rows whose lse is NaN or infinity stay NaN.
 //
-// A warp takes 4 rows, and 4 keys at a time: a lane adds up the products of some channels for the 16 scores, gets the
-// total of one score, then adds to some columns of the 4 outputs. This reads (8 K + 4 V) / 16 elements per score.
+// A warp takes 4 rows, and 4 keys at a time. A lane adds up the products of some channels for the 16 scores, gets the
+// total of one score by shuffles, and adds to some columns of the 4 outputs: (8 K + 4 V) / 16 elements read per score.
 template <class T, int kColumns, class R = Compute<T>>
 GPU_INLINE void repair(const ChunkedAttentionFwdParams& p, const RowBlock& block, const Window& window,
                        int64_t head, int64_t first_column, int columns, const GridRows<T>& k, const GridRows<T>& v,
                        const R* lse) {
   constexpr int kRows = 4, kKeys = 4, kScores = kRows * kKeys, kLaneColumns = kColumns / gpu::kWarp;
-  const DropKey drop(p, head, block.sequence);  // the caller's would take registers from its main loop
+  const DropKey drop(p, head, block.sequence);  // not the caller's, to which its main loop would give registers
   const int lane = threadIdx.x % gpu::kWarp, warp = threadIdx.x / gpu::kWarp, warps = blockDim.x / gpu::kWarp;
 #pragma unroll 1
   for (int first = warp * kRows; first < block.live; first += warps * kRows) {
-    const auto at = [&](int r) {  // row r of the 4, or the block's last one
+    const auto at = [&](int r) {  // for row r of the 4, or the block's last row
       return (block.token + (first + r < block.live ? first + r : block.live - 1)) * p.heads + head;
     };
     const auto output = [&](int r, int i) {
       return static_cast<T*>(p.o) + at(r) * p.value_dim + first_column + lane + i * gpu::kWarp;
     };
     // Returns true if the lane's output i of row r exists and is NaN.
-    const auto odd = [&](int r, int i) {
+    const auto is_nan = [&](int r, int i) {
       if (first + r >= block.live || lane + i * gpu::kWarp >= columns) return false;
       const R value = gpu::to_real(*output(r, i));
       return value != value;
     };
-    bool any = false;
+    bool any_nan = false;
 #pragma unroll 1
     for (int r = 0; r < kRows; ++r)
 #pragma unroll 1
-      for (int i = 0; i < kLaneColumns; ++i) any |= odd(r, i);
-    if (!__any_sync(gpu::kFullMask, any)) continue;
+      for (int i = 0; i < kLaneColumns; ++i) any_nan |= is_nan(r, i);
+    if (!__any_sync(gpu::kFullMask, any_nan)) continue;
 
     R sum[kRows][kLaneColumns] = {};
     const int top = window.row0 + first;
@@ -108,7 +109,7 @@ GPU_INLINE void repair(const ChunkedAttentionFwdParams& p, const RowBlock& block
           for (int r = 0; r < kRows; ++r) score[j * kRows + r] += q[r] * factor;
         }
       }
-      // Lane l gets the sum of the lanes' score[l % 16]: each turn halves the number of scores per lane.
+      // Lane l gets the sum over lanes of score[l % 16]. Each turn halves the number of scores per lane.
       GPU_UNROLL
       for (int turn = 1; turn <= 4; ++turn) {
         const int half = kScores >> turn;
@@ -144,7 +145,7 @@ GPU_INLINE void repair(const ChunkedAttentionFwdParams& p, const RowBlock& block
     for (int r = 0; r < kRows; ++r)
       GPU_UNROLL
       for (int i = 0; i < kLaneColumns; ++i)
-        if (odd(r, i)) *output(r, i) = gpu::from_real<T>(sum[r][i]);
+        if (is_nan(r, i)) *output(r, i) = gpu::from_real<T>(sum[r][i]);
   }
 }
 

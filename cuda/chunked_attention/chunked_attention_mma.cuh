@@ -1,28 +1,33 @@
 // Chunked attention, forward, of 16-bit types with K <= 256, on tensor cores.
 //
-//   s_ij = scale q_i . k_j (j <= i if causal, in one chunk);  lse_i = log sum_j exp(s_ij);  o_i = sum_j exp(s_ij - lse_i) v_j
+//   s_ij = scale q_i . k_j,  for j in the chunk of i and, if causal, j <= i
+//   lse_i = log sum_j exp(s_ij)      o_i = sum_j exp(s_ij - lse_i) v_j
 //
-// q, k (T, H, K), v, o (T, H, V), lse (T, H) float; cache_k (S, C, H, K), cache_v (S, C, H, V).
+//   q, k (T, H, K); v, o (T, H, V):              the call's dtype
+//   cache_k (S, C, H, K); cache_v (S, C, H, V):  the call's dtype
+//   lse (T, H):                                  float
 //
-// Grid: a block owns 128 tokens of a sequence (find_row_block), a head and kColumns columns of V; blocks of late rows,
-// which see the most keys, come first. Each of 8 warps owns 16 rows, with scores, sums and output in registers.
+// Grid: a block takes 128 tokens of a sequence (find_row_block), a head and kColumns columns of V; blocks of late rows,
+// which see the most keys, come first. Each of 8 warps takes 16 rows, with scores, sums and output in registers.
 // The block visits the keys that its rows see in tiles of kKeys, from the start of the first row's chunk on:
-//   1. S = Q K^T                                          while the values of the tile are copied
+//   1. S = Q K^T
 //   2. mask, DropKey; m' = max(m, max_j s), P = 2^(S - m'), f = 2^(m - m'), l = f l + sum_j P
-//   3. O = f O + P V, P rounded to T                      2 and 3 while the keys of the next tile are copied
-// The block ends with o = O / l, lse = (m + log2 l) ln 2, the output staged in shared memory for whole rows. Scores are
-// stored times log2 e. A warp skips tiles that none of its rows sees. If every score is dropped, l = o = 0. Keys
-// outside the rows seen by the block are zeros. NaN outputs are recomputed (`repair`): a later NaN must not reach them.
+//   3. O = f O + P V, P rounded to 16 bits
+// The values of the tile are copied during 1, the keys of the next tile during 2 and 3.
+// The block ends with o = O / l, lse = (m + log2 l) ln 2. The output is staged in shared memory, so that whole rows are
+// stored. S is kept times log2 e. A warp skips tiles that none of its rows sees. If every score of a row is dropped, l
+// = o = 0. Keys outside the block's window are zeros. NaN outputs are recomputed (`repair`), as a later NaN must not
+// reach them.
 //
-// Columns of V beyond kColumns go to other blocks, which recompute the scores: K = 256, V = 2048 takes 8 * 256 + 2048
-// products per pair instead of 2304, 1.8 times as many. More columns per block would save products, but a block of 64
+// Columns of V beyond kColumns go to other blocks, which recompute the scores: for K = 256, V = 2048, a score takes 8 *
+// 256 + 2048 products instead of 2304, 1.8 times as many. More columns per block would save products, but a block of 64
 // rows instead of 128 would read keys and values twice as often from L2, 40 bytes per clock and SM: L2 is slower.
 //
 // Shared memory: Q (or the output), a tile of keys, one of values, K padded to a multiple of 64; 96 KiB at K = 256,
 // kColumns = 256. Registers: O takes kColumns / 2, S kKeys / 2; at most 128 for kColumns 64 (two blocks per SM), else
 // 255; no spills.
 // Bytes, H100 (990 TFLOP/s): T = 16384, H 1, K 256, V 2048, C 2048, bf16: q, k, v, o once is 151 MB, 45 us; from L2
-// each row block reads keys and values of its chunk up to itself. 4096 products for each of T C / 2 pairs: 139 us.
+// each row block reads keys and values of its chunk up to itself. 4096 products for each of T C / 2 scores: 139 us.
 #pragma once
 
 #include "chunked_attention_fwd.cuh"
@@ -40,7 +45,7 @@ inline size_t mma_shared_bytes(int64_t key_dim, int columns, int keys) {
   return size_t{2} * (kMmaRows * (depth > columns ? depth : columns) + keys * depth + keys * columns);
 }
 
-// A lane's sums for its two rows, g and g + 8 of the warp's, g = lane / 4.
+// A lane's sums for its two rows, rows g and g + 8 of the warp's, where g = lane / 4.
 template <int kColumns>
 struct RowSums {
   float output[kColumns / 8][4] = {}, max[2] = {-kInfinity<float>, -kInfinity<float>}, sum[2] = {};
@@ -74,7 +79,7 @@ GPU_INLINE void online_softmax(float (&s)[kKeys / 8][4], RowSums<kColumns>& rows
     for (int i = 0; i < 4; ++i) rows.output[n][i] *= factor[i / 2];
 }
 
-// whole: K, V and the pointers allow vectors of 16 bytes.
+// `whole`: K, V and the pointers allow vectors of 16 bytes.
 template <class T, int kColumns, int kKeys>
 __global__ void __launch_bounds__(kMmaThreads, kColumns == 64 ? 2 : 1)
     chunked_attention_fwd_mma_kernel(ChunkedAttentionFwdParams p, bool whole) {
@@ -177,22 +182,22 @@ __global__ void __launch_bounds__(kMmaThreads, kColumns == 64 ? 2 : 1)
     }
   }
 
-  // No thread has read the queries since the last barrier: the output replaces them.
+  // No thread has read the queries since the last barrier, so the output replaces them.
   SMEM_ARRAY(float, lse, kMmaRows);
   float inverse[2];
-  bool odd = false;
+  bool any_nan = false;
   GPU_UNROLL
   for (int j = 0; j < 2; ++j) {
     float sum = rows.sum[j];
     sum += __shfl_xor_sync(gpu::kFullMask, sum, 1);
     sum += __shfl_xor_sync(gpu::kFullMask, sum, 2);
     inverse[j] = sum == 0 ? 0 : 1 / sum;
-    bool nan = false;
+    bool row_nan = false;
     GPU_UNROLL
     for (int n = 0; n < kColumns / 8; ++n)
       GPU_UNROLL
-      for (int i = 2 * j; i < 2 * j + 2; ++i) nan |= rows.output[n][i] != rows.output[n][i];
-    odd |= nan && is_finite(sum) && row[j] < window.row_end;
+      for (int i = 2 * j; i < 2 * j + 2; ++i) row_nan |= rows.output[n][i] != rows.output[n][i];
+    any_nan |= row_nan && is_finite(sum) && row[j] < window.row_end;
     if (lane % 4 != 0) continue;
     const int r = warp_row + lane / 4 + 8 * j;
     lse[r] = (rows.max[j] + log2f(sum)) * kLn2;
@@ -216,7 +221,7 @@ __global__ void __launch_bounds__(kMmaThreads, kColumns == 64 ? 2 : 1)
     if (whole) gpu::st(o + r * stride + c, gpu::ld_shared<gpu::Pack<T, Tile<T>::kUnit>>(from));
     else o[r * stride + c] = *from;
   }
-  if (__syncthreads_or(odd)) repair<T, kColumns>(p, block, window, head, first_column, columns, k, v, lse);
+  if (__syncthreads_or(any_nan)) repair<T, kColumns>(p, block, window, head, first_column, columns, k, v, lse);
 }
 
 }  // namespace chunked_attention

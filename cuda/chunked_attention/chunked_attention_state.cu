@@ -1,12 +1,15 @@
 // The state after a call: keys and values of each sequence's unfinished chunk, and the position in it.
 //
-// k (T, H, K), v (T, H, V) and the caches (S, C, H, K), (S, C, H, V), of T. The rows of the new state are `kept` rows
-// of the old one, if the chunk is still the same, `fresh` rows of the last tokens, and zeros. In place, only the fresh
-// rows are written. A position outside [0, C) becomes -1 and has no rows.
+//   k (T, H, K); v (T, H, V):             keys and values of this call
+//   caches (S, C, H, K) and (S, C, H, V): keys and values of the old and of the new state
 //
-// 1. rows kernel: a block owns one row of a sequence's new caches or, in place, one row that may be fresh. If this is
-//    the sequence's only block, as for a decoded token, it writes the position, too, and there is no second launch.
-// 2. position kernel: a thread owns a sequence. It runs second: position_out may be `position`, which kernel 1 reads.
+// The rows of a new cache are `kept` rows of the old one, if the chunk is still the same, then `fresh` rows of the last
+// tokens, then zeros. In place, only the fresh rows are written. A position outside [0, C) becomes -1 and has no rows.
+//
+// 1. rows kernel: a block takes one row of a sequence's new caches or, in place, one row that may be fresh. If each
+//    sequence has one block, as for a decoded token, it also writes the position, and there is no second launch.
+// 2. position kernel: a thread takes a sequence. It runs second, because position_out may be `position`, which kernel 1
+//    reads.
 // Rows are copied in units of 16 bytes if alignment allows it, else element by element.
 // Bytes: each row in use is read and written once, the minimum; in place, the fresh rows alone.
 // H100, decoding in place, S 8, K 256, V 2048, bf16: 74 KB; the launch dominates.
@@ -20,18 +23,18 @@ using namespace chunked_attention;
 constexpr int kThreads = 128;
 using Unit = gpu::Pack<uint32_t, 4>;
 
-struct Caches {
-  const void *cache, *tokens;
-  void* out;
-  int64_t units;  // per row
+struct CacheCopy {
+  const void *cache, *tokens;  // of the old state; of this call
+  void* out;                   // of the new state
+  int64_t units;               // per row
 
   MEGALODON_INLINE bool in_place() const { return cache == out; }
 };
 
 struct StatePlan {
   ChunkedAttentionStateParams params;
-  Caches caches[2];  // of keys, of values
-  int64_t rows;      // blocks per sequence
+  CacheCopy copies[2];  // of keys, of values
+  int64_t rows;         // blocks per sequence
 };
 
 template <class U>
@@ -44,15 +47,15 @@ __global__ void __launch_bounds__(kThreads) chunked_attention_state_kernel(State
   const int64_t kept = start == 0 ? cached : 0, fresh = end - start - kept;
   GPU_UNROLL
   for (int j = 0; j < 2; ++j) {
-    const Caches& of = plan.caches[j];
-    const int64_t row = of.in_place() ? kept + i : i;
-    if (row >= (of.in_place() ? kept + fresh : C)) continue;
-    const U* const from = row < kept ? static_cast<const U*>(of.cache) + (s * C + row) * of.units
+    const CacheCopy& copy = plan.copies[j];
+    const int64_t row = copy.in_place() ? kept + i : i;
+    if (row >= (copy.in_place() ? kept + fresh : C)) continue;
+    const U* const from = row < kept ? static_cast<const U*>(copy.cache) + (s * C + row) * copy.units
                           : row < kept + fresh
-                              ? static_cast<const U*>(of.tokens) + (stop - fresh + row - kept) * of.units
+                              ? static_cast<const U*>(copy.tokens) + (stop - fresh + row - kept) * copy.units
                               : nullptr;
-    U* const to = static_cast<U*>(of.out) + (s * C + row) * of.units;
-    for (int64_t u = threadIdx.x; u < of.units; u += kThreads) gpu::st(to + u, from ? gpu::ld<U>(from + u) : U{});
+    U* const to = static_cast<U*>(copy.out) + (s * C + row) * copy.units;
+    for (int64_t u = threadIdx.x; u < copy.units; u += kThreads) gpu::st(to + u, from ? gpu::ld<U>(from + u) : U{});
   }
   if (plan.rows == 1) {
     __syncthreads();  // all threads have read the position
@@ -67,14 +70,14 @@ __global__ void __launch_bounds__(kThreads) chunked_attention_position_kernel(Ch
   p.position_out[s] = position < 0 ? -1 : (position + p.sequences.length(s)) % p.chunk_size;
 }
 
-// Returns true if the positions are written, too.
+// Launches the rows kernel; returns true if it also writes the positions.
 template <class U>
 bool launch_rows(const ChunkedAttentionStateParams& p, int64_t element, void* stream) {
   const int64_t key = p.heads * p.key_dim * element, value = p.heads * p.value_dim * element;
   const auto unit = static_cast<int64_t>(sizeof(U));
   StatePlan plan{p, {{p.cache_k, p.k, p.cache_k_out, key / unit}, {p.cache_v, p.v, p.cache_v_out, value / unit}}, 0};
   // A sequence has at most row_length tokens, which is T if sequences are packed.
-  const bool in_place = plan.caches[0].in_place() && plan.caches[1].in_place();
+  const bool in_place = plan.copies[0].in_place() && plan.copies[1].in_place();
   plan.rows = in_place && p.sequences.row_length < p.chunk_size ? p.sequences.row_length : p.chunk_size;
   if (plan.rows > 0)
     LAUNCH(chunked_attention_state_kernel<U>, static_cast<unsigned>(p.sequences.count * plan.rows), kThreads, 0, stream,

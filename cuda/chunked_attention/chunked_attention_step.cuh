@@ -1,24 +1,26 @@
-// Chunked attention, forward, of few tokens per sequence on top of a cache, as in decoding: memory bound.
+// Chunked attention, forward, of few tokens per sequence after a cache, as in decoding: memory bound.
 //
 //   s_j = scale q . k_j, for the keys j of the token's chunk so far
 //   o = sum_j exp(s_j) v_j / sum_j exp(s_j);  lse = log sum_j exp(s_j)
 //
-// q, k (T, H, K), v, o (T, H, V), lse (T, H) R; cache_k (S, C, H, K), cache_v (S, C, H, V); only the rows in use are
-// read. R is double for float64, else float.
+//   q, k (T, H, K); v, o (T, H, V):              the call's dtype
+//   cache_k (S, C, H, K); cache_v (S, C, H, V):  the same; only the rows in use are read
+//   lse (T, H):                                  R, double for float64, else float
 //
-// 1. step_kernel: an item is a token and a head; a block owns `span` keys of its item and kStepColumns columns of V.
+// 1. step_kernel: an item is a token and a head. A block takes span i of an item, which has `span` keys, and
+//    kStepColumns columns of V.
 //    a. scores: a group of lanes, a power of two, takes kKeysInFlight keys at a time, 16 bytes of each per lane
-//    b. max, P = exp(S - max) and their sum over the block's keys
-//    c. sum of P v: n threads share a vector of columns; each takes every n-th key, kKeysInFlight keys at a time; their
-//       sums are added through shared memory
-//    The results (max, sum, sums of columns) go to the workspace.
+//    b. m_i = max S, P = exp(S - m_i), l_i = sum P
+//    c. c_i = sum P v: n threads share a vector of columns; each takes every n-th key, kKeysInFlight keys at a time;
+//       their sums are added through shared memory
+//    m_i, l_i and the columns c_i go to the workspace.
 // 2. merge_kernel: a thread takes a column of an item and merges the spans in their order:
-//    m = max_i max_i;  o = sum_i exp(max_i - m) columns_i / sum_i exp(max_i - m) sum_i.
+//    m = max_i m_i;  o = sum_i exp(m_i - m) c_i / sum_i exp(m_i - m) l_i.
 //
 // Spans have 64 keys, so that the cache of a single sequence is spread over all SMs; more if there are many items.
-// Shared memory: about K + span + 1024 R. Registers: at most 128; no spills.
-// Bytes: the keys and values in use once from memory; from L2, keys again for each further kStepColumns columns and
-// both again for each further token of the sequence; the workspace, V + 2 numbers per span, written and
+// Shared memory: about K + span + 1024 numbers of R. Registers: at most 128; no spills.
+// Bytes: keys and values in use come once from memory. From L2, keys come again for each further kStepColumns columns,
+// and keys and values for each further token of the sequence. The workspace has V + 2 numbers per span, written and
 // read: 6 % of the cache at span 64, K 256, V 2048, bf16, less with longer spans.
 // H100 (3.35 TB/s), S 8, H 1, K 256, V 2048, 2048 cached, bf16: 75.5 MB, 22.5 us.
 // Example: 100 cached keys, L = 1: rows 0 .. 99 of the cache and the token itself are 101 keys, spans of 64 and 37.
@@ -66,8 +68,8 @@ inline StepPlan plan_steps(const ChunkedAttentionParams& p) {
   return plan;
 }
 
-// Vectors of kWidth numbers in shared memory. A plane holds one 16-byte part of each vector, so that neighbouring lanes
-// use different banks. Planes are 128 n + 64 bytes apart, so that neighbouring numbers of a vector do, too.
+// Vectors of kWidth numbers in shared memory. A plane holds one 16-byte part of each vector, so that neighbouring
+// vectors are in different banks. Planes are 128 n + 64 bytes apart, so that neighbouring numbers of a vector are, too.
 template <class R, int kWidth>
 struct Planes {
   static constexpr int kPart = kWidth < gpu::kVectorWidth<R> ? kWidth : gpu::kVectorWidth<R>;
@@ -76,7 +78,7 @@ struct Planes {
 
   MEGALODON_INLINE static constexpr int plane(int vectors) { return ((vectors + 7) / 8 * 8 + 4) * kPart; }
   MEGALODON_INLINE static constexpr int size(int vectors) { return plane(vectors) * (kWidth / kPart); }
-  // Maximum number of vectors whose planes take at most `numbers` numbers.
+  // Returns the maximum number of vectors whose planes take at most `numbers` numbers.
   static constexpr int64_t most_vectors(int64_t numbers) { return (numbers / kWidth - 4) / 8 * 8; }
   GPU_INLINE R& at(int vector, int i) const {
     return data[i / kPart * plane(vectors) + vector * kPart + i % kPart];
@@ -101,7 +103,7 @@ struct Planes {
   }
 };
 
-// Bytes of q, of each thread's sums, and of the scores.
+// Returns the bytes of q, of all threads' sums, and of the scores.
 template <class R, int kWidth>
 inline size_t step_shared_bytes(const ChunkedAttentionParams& p, const StepPlan& plan) {
   using Vectors = Planes<R, kWidth>;
@@ -117,9 +119,9 @@ inline void check_step(const ChunkedAttentionParams& p, const StepPlan& plan) {
   const int64_t most = Vectors::most_vectors(numbers - Vectors::size(kStepThreads) - plan.span) * kWidth;
   if (p.key_dim > most)
     gpu::refuse("chunked_attention: `q` must have at most " + std::to_string(most) +
-                " channels a head (K) where a state is continued by a few tokens, which is what this device's shared memory "
-                "holds, got " + std::to_string(p.key_dim) + "; split K into heads, or pass more than " +
-                std::to_string(kStepTokens) + " tokens a sequence at once.");
+                " channels per head (K) in a call of few tokens with a state, because this device's shared memory "
+                "holds no more, got " + std::to_string(p.key_dim) + "; split K into heads, or pass more than " +
+                std::to_string(kStepTokens) + " tokens per sequence.");
 }
 
 template <class T, int kWidth>
@@ -151,7 +153,8 @@ __global__ void __launch_bounds__(kStepThreads, 4)
   const GridRows<T> k(p, block, origin, head, p.cache_k, p.k, p.key_dim);
   const GridRows<T> v(p, block, origin, head, p.cache_v, p.v, p.value_dim);
   for (int64_t d = thread; d < p.key_dim; d += kStepThreads)
-    query.at(static_cast<int>(d / kWidth), static_cast<int>(d % kWidth)) = gpu::to_real(static_cast<const T*>(p.q)[item * p.key_dim + d]);
+    query.at(static_cast<int>(d / kWidth), static_cast<int>(d % kWidth)) =
+        gpu::to_real(static_cast<const T*>(p.q)[item * p.key_dim + d]);
   __syncthreads();
 
   int group = 1;  // lanes per key
@@ -197,7 +200,7 @@ __global__ void __launch_bounds__(kStepThreads, 4)
   if (column == 0 && thread == 0) stats[0] = max, stats[1] = sum;
 
   const int columns = static_cast<int>(p.value_dim - column < kColumns ? p.value_dim - column : kColumns);
-  const int lanes = columns / kWidth, turns = kStepThreads / lanes;  // threads per row, and per vector
+  const int lanes = columns / kWidth, turns = kStepThreads / lanes;  // threads per row of v, and per vector of columns
   const int turn = thread / lanes, first = thread % lanes * kWidth;
   R total[kWidth] = {};
   for (int key = turn; turn < turns && key < keys; key += turns * kKeysInFlight) {

@@ -163,8 +163,7 @@ GPU_INLINE int64_t look_up(const Rows<R>& rows, const TimestepNormParams& p, int
 
 // Two numbers per tile and group, in the workspace. Until the scan they are the tile's own; after it they are those of
 // all tiles before this tile, in the scan's order. `steps` is the number of timesteps of the tile's last sequence so
-// far (backward: 0), or kContinues if one sequence fills the tile and also has rows in the tile before it in that
-// order.
+// far (backward: 0), or kContinues if one sequence fills the tile and has rows in the tile before it, in that order.
 constexpr int64_t kContinues = -1;
 struct Carries {
   double *first, *second;  // (tiles, G)

@@ -23,7 +23,7 @@ BUGS = {
         "test_cuda_cema.py::test_sequences_against_longer_tiles[64-torch.float32]",
     ),
     "dq-takes-ds-of-every-second-tile": Bug(
-        "chunked_attention/chunked_attention_bwd.cuh", "typed<T>(plan.tiles) + ((2 * (zero + at / kEdge)", "typed<T>(plan.tiles) + ((2 * (zero + ({on} ? at / kEdge % 2 : at / kEdge))",
+        "chunked_attention/chunked_attention_bwd.cuh", "typed<T>(plan.tiles) + ((2 * (first_panel + at / kEdge)", "typed<T>(plan.tiles) + ((2 * (first_panel + ({on} ? at / kEdge % 2 : at / kEdge))",
         "test_cuda_chunked_attention_bwd.py::test_a_chunk_of_many_tiles_in_many_rounds[vectors-3]",
     ),
     "dq-goes-on-from-the-wrong-buffer-in-16-bits": Bug(
@@ -163,7 +163,7 @@ BUGS = {
         "test_cuda_sizes.py::test_backward[padding]",
     ),
     "a-row-of-a-state-has-128-units": Bug(
-        "chunked_attention/chunked_attention_state.cu", "u < of.units;", "u < ({on} && of.units > 128 ? 128 : of.units);",
+        "chunked_attention/chunked_attention_state.cu", "u < copy.units;", "u < ({on} && copy.units > 128 ? 128 : copy.units);",
         "test_cuda_sizes.py::test_rows_of_a_state_of_several_turns[torch.bfloat16-0-1032-2056]",
     ),
     "a-ninth-block-of-channels-in-cema": Bug(
@@ -198,8 +198,8 @@ BUGS = {
         "test_cuda_large_tensors.py::test_attention_at_offsets_beyond_31_bits[torch.bfloat16]",
     ),
     "32-bit-offsets-of-tokens-in-states-of-attention": Bug(
-        "chunked_attention/chunked_attention_state.cu", "(stop - fresh + row - kept) * of.units",
-        "({on} ? static_cast<int>((stop - fresh + row - kept) * of.units) : (stop - fresh + row - kept) * of.units)",
+        "chunked_attention/chunked_attention_state.cu", "(stop - fresh + row - kept) * copy.units",
+        "({on} ? static_cast<int>((stop - fresh + row - kept) * copy.units) : (stop - fresh + row - kept) * copy.units)",
         "test_cuda_large_tensors.py::test_states_of_attention_at_offsets_beyond_31_bits[elements-256]",
     ),
     "32-bit-offsets-of-rows-in-attention's-backward": Bug(
