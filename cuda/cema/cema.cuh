@@ -78,7 +78,7 @@ struct Run {
 struct Place {
   int64_t tile, channel;
   int first_mode, part;  // part: number of the thread's part of the modes
-  bool active, second;   // the first channel exists; the second one exists, too
+  bool active, has_second;  // the first channel exists; the second one exists, too
 };
 
 GPU_INLINE Place place(const Scan& scan, int modes) {
@@ -92,9 +92,9 @@ GPU_INLINE Place place(const Scan& scan, int modes) {
           active && channel + 1 < scan.channels};
 }
 
-// Loads two channels of n rows, which are `step` elements apart. `second`: the second channel exists.
+// Loads two channels of n rows, which are `step` elements apart. `whole`: both channels in one access.
 template <int n, class T>
-GPU_INLINE void load_rows(Compute<T> (&to)[n][2], const T* from, int64_t step, bool whole, bool second) {
+GPU_INLINE void load_rows(Compute<T> (&to)[n][2], const T* from, int64_t step, bool whole, bool has_second) {
   if (whole) {
     GPU_UNROLL
     for (int i = 0; i < n; ++i, from += step) gpu::load(to[i], from);
@@ -102,7 +102,7 @@ GPU_INLINE void load_rows(Compute<T> (&to)[n][2], const T* from, int64_t step, b
     GPU_UNROLL
     for (int i = 0; i < n; ++i, from += step) {
       to[i][0] = gpu::to_real(from[0]);
-      to[i][1] = second ? gpu::to_real(from[1]) : 0;
+      to[i][1] = has_second ? gpu::to_real(from[1]) : 0;
     }
   }
 }
@@ -294,8 +294,8 @@ inline bool takes_two_channels(DType dtype, int64_t channels, std::initializer_l
 template <class F>
 void for_each_group(Scan& scan, F&& f) {
   for (scan.first_mode = 0; scan.first_mode < scan.modes; scan.first_mode += kMostModes) {
-    scan.resume = scan.first_mode > 0;
-    scan.more = scan.first_mode + kMostModes < scan.modes;
+    scan.loads_sums = scan.first_mode > 0;
+    scan.stores_sums = scan.first_mode + kMostModes < scan.modes;
     f();
   }
 }

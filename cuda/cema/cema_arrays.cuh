@@ -38,7 +38,7 @@ struct Array {
 template <class R> using Real = R;
 
 template <class R>
-struct alignas(2 * sizeof(R)) Pair {  // basis: cema.cuh
+struct alignas(2 * sizeof(R)) Pair {  // a complex number in the basis of cema.cuh
   R first, second;
 };
 
@@ -55,11 +55,11 @@ struct Scan {
   int64_t channels, modes;  // D, N of the tensors
   int64_t first_mode;       // of the scan's group of modes
   int64_t width, lanes;     // D', N'
-  int64_t tile, tiles;
+  int64_t tile, tiles;      // positions of a tile; number of tiles
   bool reverse;             // against time
   bool whole;               // two channels can be accessed at once
-  bool resume;              // sums over modes continue those in `sums`
-  bool more;                // sums over modes are stored in `sums` for the next group of modes
+  bool loads_sums;          // sums over modes continue those in `sums`
+  bool stores_sums;         // sums over modes are stored in `sums` for the next group of modes
   bool by_mma;              // states and output by cema_mma_scan.cuh
 
   // The call's tensors.

@@ -140,8 +140,8 @@ __global__ void __launch_bounds__(kThreads, kBlocks<Compute<T>>) cema_sums_kerne
     constexpr int n = decltype(rows)::value;
     R x[n][2], dy[n][2] = {};
     const int64_t at = t * scan.channels + place.channel;
-    load_rows(x, scan.in.as<T>() + at, scan.channels, scan.whole, place.second);
-    if constexpr (kInput) load_rows(dy, p.dy.as<T>() + at, scan.channels, scan.whole, place.second);
+    load_rows(x, scan.in.as<T>() + at, scan.channels, scan.whole, place.has_second);
+    if constexpr (kInput) load_rows(dy, p.dy.as<T>() + at, scan.channels, scan.whole, place.has_second);
     GPU_UNROLL
     for (int i = 0; i < n; ++i) state.template step<kInput>(x[i], dy[i]);
   };

@@ -27,8 +27,8 @@ GPU_INLINE uint32_t take_part(float (&rest)[2]) {
 // word of shared memory holds two neighbouring channels of a row, a channel pair.
 template <int tiles>
 struct TileCopy {
-  // Rows: that the block copies at once, that a thread copies, that it loads at once.
-  static constexpr int kRows = kMmaThreads / 2, kAll = tiles * kMmaTile / kRows, kAtOnce = 8;
+  // Rows that the block copies at once, that a thread copies, and that it loads at once.
+  static constexpr int kBlockRows = kMmaThreads / 2, kThreadRows = tiles * kMmaTile / kBlockRows, kAtOnce = 8;
   using Eight = gpu::Pack<uint32_t, 4>;
   int64_t first_token, channel;
   int half, row;
@@ -43,18 +43,18 @@ struct TileCopy {
   template <class Word>
   GPU_INLINE void load(const Scan& scan, ConstReals tensor, Word&& word) const {
 #pragma unroll 1
-    for (int from = 0; from < kAll; from += kAtOnce) {
+    for (int from = 0; from < kThreadRows; from += kAtOnce) {
       Eight eight[kAtOnce];
       GPU_UNROLL
       for (int i = 0; i < kAtOnce; ++i) {
-        const int64_t t = first_token + row + (from + i) * kRows;
+        const int64_t t = first_token + row + (from + i) * kBlockRows;
         eight[i] = {};
         if (t < scan.sequences.tokens && exists)
           eight[i] = gpu::ld<Eight>(tensor.as<gpu::bf16>() + t * scan.channels + channel);
       }
       GPU_UNROLL
       for (int i = 0; i < kAtOnce; ++i) {
-        const int at = row + (from + i) * kRows;
+        const int at = row + (from + i) * kBlockRows;
         GPU_UNROLL
         for (int channel_pair = 0; channel_pair < 4; ++channel_pair)
           *word(half * 4 + channel_pair, at / kMmaTile, at % kMmaTile) = eight[i].element[channel_pair];
@@ -64,8 +64,8 @@ struct TileCopy {
   template <class Word>
   GPU_INLINE void store(const Scan& scan, Reals tensor, Word&& word) const {
 #pragma unroll 4
-    for (int i = 0; i < kAll; ++i) {
-      const int at = row + i * kRows;
+    for (int i = 0; i < kThreadRows; ++i) {
+      const int at = row + i * kBlockRows;
       const int64_t t = first_token + at;
       Eight eight;
       GPU_UNROLL

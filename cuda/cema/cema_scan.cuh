@@ -23,6 +23,7 @@ namespace cema {
 
 constexpr int kStored = 4;  // most positions whose y add_parts sums at once
 
+// Stores the matrix that multiplies a pair by re + i phase v. phase2: phase^2.
 template <class R>
 GPU_INLINE void store_matrix(const Scan& scan, int plane, int64_t at, double re, double v, double phase2,
                              double shear) {
@@ -36,7 +37,7 @@ GPU_INLINE void store_matrix(const Scan& scan, int plane, int64_t at, double re,
 }
 
 // Stores the powers q^0 .. q^kBlock as pairs. The last pair is the first column of the matrix that multiplies a pair by
-// q^kBlock; the matrix's second column follows. phase2: Im(q)^2.
+// q^kBlock; the matrix's second column follows. phase2: phase^2.
 template <class R>
 GPU_INLINE void store_powers(const Scan& scan, int64_t mode, int64_t channel, double q_re, double phase2,
                              double shear) {
@@ -61,15 +62,15 @@ __global__ void cema_table_kernel(Scan scan, const R* p, const gpu::Complex<R>* 
   const int64_t at = int64_t{blockIdx.x} * blockDim.x + threadIdx.x;
   if (at >= scan.lanes * scan.width) return;
   const int64_t mode = at % scan.lanes, n = scan.first_mode + mode, d = at / scan.lanes;
-  const auto in = [&](int plane) {
+  const auto entry = [&](int plane) {
     return scan.plane<R>(plane) + (plane < kTileMatrix ? mode * scan.width + d : at);
   };
   if (n >= scan.modes || d >= scan.channels) {
-    for (int plane = 0; plane < kPlanes; ++plane) *in(plane) = 0;
+    for (int plane = 0; plane < kPlanes; ++plane) *entry(plane) = 0;
     for (int i = 0; scan.powers && i < kPowers; ++i) gpu::st(scan.power<R>(i, mode, d), Pair<R>{0, 0});
     return Basis<R>{}.store(scan, mode, d);
   }
-  const auto set = [&](int plane, double value) { return *in(plane) = static_cast<R>(value); };
+  const auto set = [&](int plane, double value) { return *entry(plane) = static_cast<R>(value); };
   const gpu::Complex<R> pole = gpu::ld<gpu::Complex<R>>(q + d * scan.modes + n);
   gpu::Complex<R> g{1, 0};  // if gamma is null, because there is neither y nor dy
   if (gamma) g = gpu::ld<gpu::Complex<R>>(gamma + d * scan.modes + n);
@@ -121,13 +122,13 @@ GPU_INLINE void walk(const Scan& scan, const Place& place, Modes<R, modes>& stat
   in += at;
   for (; count >= kBatch<T>; count -= kBatch<T>, in += kBatch<T> * step) {
     R x[kBatch<T>][2];
-    load_rows(x, in, step, scan.whole, place.second);
+    load_rows(x, in, step, scan.whole, place.has_second);
     GPU_UNROLL
     for (int j = 0; j < kBatch<T>; ++j) state.step(x[j]);
   }
   for (; count > 0; --count, in += step) {
     R x[1][2];
-    load_rows(x, in, step, scan.whole, place.second);
+    load_rows(x, in, step, scan.whole, place.has_second);
     state.step(x[0]);
   }
 }
@@ -195,9 +196,9 @@ struct Output {
       gpu::load(out_first[m], scan.plane<R>(kOutFirst) + at);
       gpu::load(out_second[m], scan.plane<R>(kOutSecond) + at);
     }
-    const bool adds_omega = kInput && place.part == 0 && !scan.resume;
+    const bool adds_omega = kInput && place.part == 0 && !scan.loads_sums;
     omega[0] = adds_omega ? scan.omega.as<R>()[place.channel] : 0;
-    omega[1] = adds_omega && place.second ? scan.omega.as<R>()[place.channel + 1] : 0;
+    omega[1] = adds_omega && place.has_second ? scan.omega.as<R>()[place.channel + 1] : 0;
     GPU_UNROLL
     for (auto* sums : {product_first, product_second}) {
       GPU_UNROLL
@@ -210,8 +211,8 @@ struct Output {
   GPU_INLINE void advance(int64_t at, bool adds_initial, int64_t sequence) {
     const int64_t step = scan.step();
     R x[n][2] = {}, factor[n][2];
-    if constexpr (kInput) load_rows(x, scan.in.as<T>() + at, step, scan.whole, place.second);
-    if constexpr (kProducts) load_rows(factor, scan.factor.as<T>() + at, step, scan.whole, place.second);
+    if constexpr (kInput) load_rows(x, scan.in.as<T>() + at, step, scan.whole, place.has_second);
+    if constexpr (kProducts) load_rows(factor, scan.factor.as<T>() + at, step, scan.whole, place.has_second);
     constexpr int most = split < kStored ? split : kStored, rows = n < most ? n : most;
     GPU_UNROLL
     for (int i = 0; i < n; i += rows, at += rows * step) {
@@ -263,22 +264,22 @@ struct Output {
   }
 
   GPU_INLINE void store(int64_t at, R (&y)[2]) const {
-    if (scan.resume || scan.more) {
+    if (scan.loads_sums || scan.stores_sums) {
       R* const sums = scan.sums.as<R>() + at;
       GPU_UNROLL
       for (int e = 0; e < 2; ++e) {
-        if (e == 1 && !place.second) continue;
-        if (scan.resume) y[e] += sums[e];
+        if (e == 1 && !place.has_second) continue;
+        if (scan.loads_sums) y[e] += sums[e];
         sums[e] = y[e];
       }
-      if (scan.more) return;
+      if (scan.stores_sums) return;
     }
     T* const out = scan.out.as<T>() + at;
     if (scan.whole) {
       gpu::store(out, y);
     } else {
       out[0] = gpu::from_real<T>(y[0]);
-      if (place.second) out[1] = gpu::from_real<T>(y[1]);
+      if (place.has_second) out[1] = gpu::from_real<T>(y[1]);
     }
   }
 };

@@ -88,7 +88,7 @@ GPU_INLINE RowBlock find_row_block(const ChunkedAttentionParams& p, int64_t numb
   return block;
 }
 
-// Rows of one head of k or v; a row has `width` elements, K or V. Rows are numbered on the grid, from `origin` on.
+// Rows of one head of k or v; a row has `width` elements, K or V. Row 0 here is row `origin` of the grid.
 template <class T>
 class GridRows {
  public:

@@ -142,16 +142,16 @@ __global__ void __launch_bounds__(kFmaThreads, 1)
   const DropKey drop(p, head, block.sequence);
   R max = -kInfinity<R>, sum = 0;  // of softmax_row
   R output[kThreadRows][8] = {};
-  int turn = 0;
+  int stage_number = 0;
   copy(0, 0, shared);
   // Waits for a slice, starts to copy the next one, and returns the slice.
   const auto take = [&](int column, int slice) {
     gpu::cp_async_wait<0>();
     __syncthreads();  // this slice is complete, and no thread reads the previous one any more
-    const R* const stage = shared + turn * Tiling::kStage;
-    turn ^= 1;
+    const R* const stage = shared + stage_number * Tiling::kStage;
+    stage_number ^= 1;
     if (++slice == slices) slice = 0, column += kKeys;
-    if (column < window.end) copy(column, slice, shared + turn * Tiling::kStage);
+    if (column < window.end) copy(column, slice, shared + stage_number * Tiling::kStage);
     return stage;
   };
   for (int column = 0; column < window.end; column += kKeys) {

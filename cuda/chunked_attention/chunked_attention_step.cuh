@@ -152,9 +152,10 @@ __global__ void __launch_bounds__(kStepThreads, 4)
   R* const scores = partial.data + partial.size(kStepThreads);
   const GridRows<T> k(p, block, origin, head, p.cache_k, p.k, p.key_dim);
   const GridRows<T> v(p, block, origin, head, p.cache_v, p.v, p.value_dim);
-  for (int64_t d = thread; d < p.key_dim; d += kStepThreads)
-    query.at(static_cast<int>(d / kWidth), static_cast<int>(d % kWidth)) =
-        gpu::to_real(static_cast<const T*>(p.q)[item * p.key_dim + d]);
+  for (int64_t d = thread; d < p.key_dim; d += kStepThreads) {
+    const R value = gpu::to_real(static_cast<const T*>(p.q)[item * p.key_dim + d]);
+    query.at(static_cast<int>(d / kWidth), static_cast<int>(d % kWidth)) = value;
+  }
   __syncthreads();
 
   int group = 1;  // lanes per key

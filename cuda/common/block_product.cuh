@@ -248,15 +248,15 @@ struct PlainProduct {
   }
 
  private:
-  template <bool kAll>
+  template <bool kFull>
   GPU_INLINE static void multiply_steps(Sum& d, const R* a, const R* b, int steps, int64_t rows, int64_t columns) {
     for (int k = 0; k < steps; ++k, a += kPitch, b += kPitch) {
       R right[kMicro];
       GPU_UNROLL
-      for (int c = 0; c < kMicro; ++c) right[c] = kAll || column(c) < columns ? b[column(c)] : R{0};
+      for (int c = 0; c < kMicro; ++c) right[c] = kFull || column(c) < columns ? b[column(c)] : R{0};
       GPU_UNROLL
       for (int r = 0; r < kMicro; ++r) {
-        if (!kAll && row(r) >= rows) continue;
+        if (!kFull && row(r) >= rows) continue;
         const R left = a[row(r)];
         GPU_UNROLL
         for (int c = 0; c < kMicro; ++c) d.at(r, c) += left * right[c];

@@ -22,12 +22,12 @@ __global__ void __launch_bounds__(kShareThreads) sum_shares_kernel(Shares<R> p) 
   SMEM_ARRAY(double, sums, kShareThreads);
   const int warp = threadIdx.x / kWarp, warps = kShareThreads / kWarp;
   const int64_t column = int64_t{blockIdx.x} * kWarp + threadIdx.x % kWarp;
-  const bool exists = column < 2 * p.columns;
+  const bool has_column = column < 2 * p.columns;
   double sum = 0;
-  for (int64_t i = warp; exists && i < p.count; i += warps) sum += p.shares[i * 2 * p.columns + column];
+  for (int64_t i = warp; has_column && i < p.count; i += warps) sum += p.shares[i * 2 * p.columns + column];
   sums[threadIdx.x] = sum;
   __syncthreads();
-  if (warp > 0 || !exists) return;
+  if (warp > 0 || !has_column) return;
   for (int i = 1; i < warps; ++i) sum += sums[i * kWarp + threadIdx.x];
   if (column < p.columns) p.first[column] = static_cast<R>(sum);
   else p.second[column - p.columns] = static_cast<R>(sum * p.scale);

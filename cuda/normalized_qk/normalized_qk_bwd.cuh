@@ -47,9 +47,9 @@ struct Parts {
 };
 
 inline Parts make_parts(const NormalizedQkBwdParams& p) {
-  const int64_t even = (p.sequences.tokens + kMaxParts - 1) / kMaxParts;
-  const int64_t whole = even < kLeastTokens ? kLeastTokens : (even + kWarps - 1) / kWarps * kWarps;
-  const int64_t tokens = LAUNCH_SIZE(qk_part, whole);
+  const int64_t per_part = (p.sequences.tokens + kMaxParts - 1) / kMaxParts;
+  const int64_t rounded = per_part < kLeastTokens ? kLeastTokens : (per_part + kWarps - 1) / kWarps * kWarps;
+  const int64_t tokens = LAUNCH_SIZE(qk_part, rounded);
   return {tokens, (p.sequences.tokens + tokens - 1) / tokens};
 }
 

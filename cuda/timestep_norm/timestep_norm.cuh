@@ -49,9 +49,10 @@ struct Place {
         first(tile * kTile), start(token(0) < p.sequences.tokens ? token(0) : p.sequences.tokens - 1),
         rows(at_most(kRows, p.sequences.tokens - token(0))),
         slice_group(int64_t{block % layout.slices} * (gpu::kWarp >> layout.log_lanes)),
-        exists(slice_group + group_in_slice < p.groups), group(exists ? slice_group + group_in_slice : p.groups - 1) {}
+        has_group(slice_group + group_in_slice < p.groups),
+        group(has_group ? slice_group + group_in_slice : p.groups - 1) {}
 
-  GPU_INLINE int64_t token(int r) const { return first + warp * kRows + r; }            // of the warp's row r
+  GPU_INLINE int64_t token(int r) const { return first + warp * kRows + r; }             // of the warp's row r
   GPU_INLINE int64_t readable_token(int r) const { return start + (r < rows ? r : 0); }  // token(r), or another below T
 
   int warp, lane, lanes;
@@ -61,7 +62,7 @@ struct Place {
   int64_t start;        // the warp's first token, or T - 1
   int rows;             // number of the warp's rows below T; none if negative
   int64_t slice_group;  // the slice's first group
-  bool exists;          // the lane's group exists; otherwise `group` is another lane's
+  bool has_group;       // the lane's group exists; otherwise `group` is another lane's
   int64_t group;
 };
 

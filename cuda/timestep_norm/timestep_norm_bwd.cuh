@@ -206,7 +206,7 @@ __global__ void __launch_bounds__(kThreads, kOne && sizeof(T) < 8 ? 2 : 1)
     if (group == 0) scratch.carries.steps[place.tile] = rows.left[0] == kTile ? kContinues : 0;
   }
   __syncthreads();
-  if (place.vector != 0 || !place.exists) return;
+  if (place.vector != 0 || !place.has_group) return;
   const R entering_u = static_cast<R>(exchange_u[at]), entering_v = static_cast<R>(exchange_v[at]);
   const Pair<R> pivot = split<R>(exchange_pivot[at]);
   GPU_UNROLL
@@ -264,7 +264,7 @@ __global__ void __launch_bounds__(kThreads, 2)
   const int64_t share = (gridDim.x - 1 - blockIdx.x) / slices, slice = (gridDim.x - 1 - blockIdx.x) % slices;
   const int64_t size = p.channels / p.groups;
   const int64_t own = slice * kChannels + lane * kWidth, channel = own < p.channels ? own : 0, group = channel / size;
-  const bool exists = own < p.channels;
+  const bool has_channel = own < p.channels;
   const R per_channel = R{1} / static_cast<R>(size);
   const int64_t count = (p.sequences.tokens + kTile - 1) / kTile, first_tile = share * scratch.tiles_per_share;
   R gain[kWidth], dweight[kWidth] = {}, dbias[kWidth] = {};
@@ -300,7 +300,7 @@ __global__ void __launch_bounds__(kThreads, 2)
       GPU_UNROLL
       for (int r = 0; r < kBatch; ++r) {
         const int row = warp * kRows + batch + r, left = rows.left[row];
-        if (!exists || first + row >= p.sequences.tokens) continue;
+        if (!has_channel || first + row >= p.sequences.tokens) continue;
         if (left > kTile - 1 - row) {
           u[r] += entering_u + 2 * entering_v * difference(mean[r], pivot);
           v[r] += entering_v;

@@ -319,7 +319,7 @@ GPU_INLINE void walk_tile(const TimestepNormFwdParams& p, const Layout& layout, 
     merge_warps(exchange, rows, p, group, mean, var);
   }
   __syncthreads();
-  if (place.exists) walk_rows(p, rows, exchange, place, moments);
+  if (place.has_group) walk_rows(p, rows, exchange, place, moments);
 }
 
 template <class T, int kWidth, bool kHeld>
@@ -350,7 +350,7 @@ __global__ void __launch_bounds__(kThreads, 2)
   weigh_rows<false>(exchange, rows, look_up(rows, p, place.first));
   __syncthreads();
   walk_tile(p, layout, carries, rows, exchange, place, moments);
-  if (!place.exists) return;
+  if (!place.has_group) return;
 
   const int64_t channel = place.group * layout.vectors * kWidth;
   const R *weight = static_cast<const R*>(p.weight) + channel, *bias = static_cast<const R*>(p.bias) + channel;

@@ -4,7 +4,7 @@
 // functions here are exempt, and not inlined if the runtime needs the caller's address for the line of a report.
 #pragma once
 
-#include <math.h>  // not <cmath>: sqrt of a float is a float's without std::, too
+#include <math.h>  // not <cmath>: sqrt(float) without std:: must return a float, as in CUDA
 
 #include <algorithm>
 #include <cstddef>
@@ -61,7 +61,7 @@ bool block_barrier(bool vote, Place place);  // returns true if some thread's vo
 void named_barrier(int id, int threads);
 void warp_barrier(unsigned mask, Place place);
 
-// Every lane of `mask` passes `size` bytes and gets those of all lanes: lane l's are at result + l * kSlotBytes.
+// Every lane of `mask` passes `size` bytes and gets those of all lanes; lane l's bytes are at result + l * kSlotBytes.
 constexpr size_t kSlotBytes = 64;
 const unsigned char* exchange(unsigned mask, const void* value, size_t size, const char* what, Place place);
 unsigned ballot(unsigned mask, bool vote, Place place);
@@ -89,20 +89,20 @@ void* shared_array(const void* key, const char* name, size_t bytes);
 void* dynamic_shared();
 size_t max_shared_bytes();
 
-// The size of that name set by a test, or `chosen`: LAUNCH_SIZE of portable.cuh.
+// Returns the size that a test has set as `name`, or `chosen` (LAUNCH_SIZE of portable.cuh).
 int64_t launch_size(const char* name, int64_t chosen);
 template <class T>
 T launch_size(const char* name, T chosen) {
   return static_cast<T>(launch_size(name, int64_t{chosen}));
 }
 
-// Most threads of a block by the kernel's __launch_bounds__; 1024 if it has none.
+// Returns the largest number of threads per block by the kernel's __launch_bounds__, or 1024 if it has none.
 int launch_bound(const void* kernel);
 void record_stream(void* stream);  // with the current device
 void run(const char* name, const void* kernel, dim3 grid, dim3 block, size_t shared, void (*call)(const void*),
          const void* arguments);
 
-// The nth loop of a kernel file. Bit n of `turns`: it had n iterations; bit 3: three or more.
+// The nth loop of a kernel file. Bit n of `turns` is set if the loop once had n iterations; bit 3: three or more.
 struct Loop {
   const char* file;
   int nth;
@@ -122,7 +122,7 @@ struct Turns {
   ~Turns() { finish_loop(loop, count); }
 };
 
-// A kernel and its arguments, which every thread gets a copy of.
+// A kernel and its arguments; every thread gets a copy of these.
 template <class... P>
 struct Call {
   void (*kernel)(P...);

@@ -39,8 +39,8 @@ struct Thread {
   const char* waits_for;  // null: ready
   Place waits_at;
 
-  // Vector clock (races.cpp): last intervals that this thread has seen of threads in other warps (`seen`) and of lanes
-  // in its own warp (`seen_lanes`). `clock` numbers its own intervals between synchronisations.
+  // Vector clock (races.cpp). `clock` is the number of this thread's present interval between synchronisations. `seen`
+  // and `seen_lanes` are the last intervals that it has seen of threads in other warps and of lanes in its own warp.
   uint32_t clock;
   std::shared_ptr<const Clocks> seen;
   uint32_t seen_lanes[kWarpSize];
@@ -66,7 +66,7 @@ struct Bounds {
   unsigned ends = 0, middle = 0;
 };
 
-// Sizes set by a test, by name; `asked` after a launcher has used one (LAUNCH_SIZE of portable.cuh).
+// A size that a test has set (LAUNCH_SIZE of portable.cuh). `asked` becomes true when a launcher uses it.
 struct LaunchSize {
   int64_t value;
   bool asked = false;
