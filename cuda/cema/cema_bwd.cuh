@@ -44,12 +44,12 @@ struct Gradients {
   ConstReals dy;                 // (T, D), the call's dtype; or null: zero
   Reals sums;                    // (parts, stride). A part: sums (kinds, N', D') by enum Sum; then, without `lags`, the
                                  // sums for domega (D')
-  int64_t kinds, stride, parts;  // a part is one tile or, with `lags`, all tiles
+  int64_t kinds, stride, parts;  // sums of a part; numbers of a part; parts: one per tile or, with `lags`, one in all
   Pairs slopes;                  // (2, tiles, D', N'): q times derivatives of both scans' local ends
   Reals lags;                    // (shares, kMmaTile, D'): sums over t of dy_t x_(t - lag), or null
   int64_t shares;
-  Reals dp, domega;              // (D, N); (D), null if dy is
-  Complexes dq, dgamma;          // (D, N); (D, N), null if dy is
+  Reals dp, domega;              // (D, N), (D); domega is null if dy is null
+  Complexes dq, dgamma;          // (D, N); dgamma is null if dy is null
 
   template <class R>
   MEGALODON_INLINE R* slope(int scan_index, int64_t k, int64_t mode, int64_t channel) const {

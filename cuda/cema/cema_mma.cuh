@@ -47,8 +47,8 @@ constexpr int kMmaTiles = 8;  // per block at once: half the rows of A
 constexpr int kBlockPitch = kBlock + 4, kTilePitch = (kMmaBlocks + 1) * kBlockPitch;
 constexpr int kChannelPairPitch = kMmaTiles * kTilePitch + 4, kMmaWords = kMmaWarps * kChannelPairPitch;
 
-// Returns the word of position s in a tile. Different banks are used by 8 lanes that are 16 positions or a tile apart,
-// and by 4 neighbouring positions of each.
+// Returns the word of position s in a tile. 8 positions that are 16 positions or a tile apart, and the 4 positions from
+// each of them on, are in different banks.
 GPU_INLINE int word_of(int s) { return s / kBlock * kBlockPitch + s % kBlock; }
 
 // Adds the lags of a tile. In lane 4 g + t, sum[e][i] is c of channel e and lag g + 8 (i / 2) + 16 (2 t + i % 2).
@@ -65,18 +65,18 @@ GPU_INLINE void add_lags(float (&sum)[2][4], const uint32_t* x, const uint32_t* 
   a[1][3] = gpu::join_halves<1>(dy_word(0, 0), dy_word(0, 1));
   GPU_UNROLL
   for (int block = 0; block < kMmaBlocks; ++block) {
-    uint32_t y[4], z[4];  // positions t + 8, + 12, + 16, + 20 of dy, and t, + 4, + 8, + 12 of x
+    uint32_t dy_words[4], x_words[4];  // positions t + 8, + 12, + 16, + 20 of dy, and t, + 4, + 8, + 12 of x
     GPU_UNROLL
     for (int m = 0; m < 4; ++m) {
-      y[m] = dy_word(block, m + 2);
-      z[m] = g <= block ? xs[block * kBlockPitch + 4 * m] : 0;
+      dy_words[m] = dy_word(block, m + 2);
+      x_words[m] = g <= block ? xs[block * kBlockPitch + 4 * m] : 0;
     }
     const auto multiply = [&](auto channel) {
       constexpr int e = decltype(channel)::value;
       a[e][0] = a[e][3];
-      a[e][1] = a[e][2] = gpu::join_halves<e>(y[0], y[1]);
-      a[e][3] = gpu::join_halves<e>(y[2], y[3]);
-      const uint32_t b[2] = {gpu::join_halves<e>(z[0], z[1]), gpu::join_halves<e>(z[2], z[3])};
+      a[e][1] = a[e][2] = gpu::join_halves<e>(dy_words[0], dy_words[1]);
+      a[e][3] = gpu::join_halves<e>(dy_words[2], dy_words[3]);
+      const uint32_t b[2] = {gpu::join_halves<e>(x_words[0], x_words[1]), gpu::join_halves<e>(x_words[2], x_words[3])};
       const auto half = [=](const uint32_t* words, int s) {
         return reinterpret_cast<const gpu::bf16*>(words + word_of(s)) + e;
       };

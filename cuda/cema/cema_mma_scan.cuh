@@ -141,8 +141,7 @@ struct OutputOperands {
   }
 };
 
-// The scan of 16 tiles of one channel, which is number `e` of the warp's two. N' modes (cema_arrays.cuh), in groups of
-// 4.
+// The scan of 16 tiles of one channel, which is number `e` of the warp's two. N' = 4 * groups (cema_arrays.cuh).
 template <int groups>
 struct Channel {
   const Scan& scan;

@@ -18,7 +18,7 @@ namespace chunked_attention {
 struct BwdPlan {
   int64_t most_rows;  // maximum rows of a chunk
   int64_t blocks;     // blocks of kEdge rows in most_rows
-  int64_t total;      // numbers of blocks, over all sequences and heads
+  int64_t total;      // how many block numbers there are, over all sequences and heads
   int64_t panels;     // per round
   int64_t rounds;
   int64_t query_blocks;  // that a round's panels see: from its first panel or, if not causal, `blocks - 1` before it

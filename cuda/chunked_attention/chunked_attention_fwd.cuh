@@ -67,7 +67,7 @@ GPU_INLINE void repair(const ChunkedAttentionFwdParams& p, const RowBlock& block
                        int64_t head, int64_t first_column, int columns, const GridRows<T>& k, const GridRows<T>& v,
                        const R* lse) {
   constexpr int kRows = 4, kKeys = 4, kScores = kRows * kKeys, kLaneColumns = kColumns / gpu::kWarp;
-  const DropKey drop(p, head, block.sequence);  // not the caller's, to which its main loop would give registers
+  const DropKey drop(p, head, block.sequence);  // the caller's would stay in registers during its main loop
   const int lane = threadIdx.x % gpu::kWarp, warp = threadIdx.x / gpu::kWarp, warps = blockDim.x / gpu::kWarp;
 #pragma unroll 1
   for (int first = warp * kRows; first < block.live; first += warps * kRows) {

@@ -40,7 +40,7 @@ GPU_INLINE void store(T* to, const Compute<T> (&from)[n]) {
   }
 }
 
-// Loads n elements of shared memory in one access of n * sizeof(T) <= 16 bytes; store_shared stores in one.
+// Loads n elements of shared memory in one access of n * sizeof(T) <= 16 bytes; store_shared stores them so, too.
 template <class T, int n>
 GPU_INLINE void load_shared(Compute<T> (&to)[n], const T* from) {
   const Pack<T, n> pack = ld_shared<Pack<T, n>>(from);

@@ -92,10 +92,10 @@ GPU_INLINE void rotate_back(R (&e)[n], const R (&rotary)[n]) {
   }
 }
 
-// The same in R: z, the gradients rotated back, and sqrt(K) dzn.
+// A thread's vector of a token in R: z, the gradients rotated back, and sqrt(K) dzn.
 template <class R, int n>
 struct Vectors {
-  R z[n], e[2][n], dzn[n];  // dzn: times sqrt(K)
+  R z[n], e[2][n], dzn[n];
 };
 
 template <bool kWhole, class T, class R, int n>
