@@ -50,8 +50,8 @@ class NormalizedAttention(WideParameters):
     z = wz m;  v = silu(wv t);  r = silu(wr m);  a = normalized_attention(z, v)
     y = x + wh1 m + wh2 (a * r)
 
-    In an encoder: sequence norm, bidirectional CEMA, attention to the whole chunk, no state. A configuration with parts
-    of MEGALODON's successor creates an instance of the subclass in gecko_block.py.
+    An encoder has a sequence norm, bidirectional CEMA, attention to the whole chunk, and no state. With parts of
+    MEGALODON's successor, this class creates an instance of its subclass in gecko_block.py.
 
     Args:
         config: a configuration, or the width D of x; then fields of a :class:`MegalodonConfig` follow by name.
@@ -156,16 +156,16 @@ class NormalizedAttention(WideParameters):
         past = sequences.receive(sent)
         c, cema_state = self.cema(t, state=past.cema, return_state=True, **sequences.keywords)
         m = F.dropout(self.rmsnorm(c), config.hidden_dropout, training)
-        gated, others = self._attend(m, self.wz(m), v, norm_state, past, return_state, inplace_state, sequences)
+        gated, other_fields = self._attend(m, self.wz(m), v, norm_state, past, return_state, inplace_state, sequences)
         gated = F.dropout(gated, config.hidden_dropout, training)
         y = x + F.dropout(self.wh1(m) + self.wh2(gated), config.dropout, training)
-        return (y, self.state_type(norm_state, cema_state, *others)) if return_state else y
+        return (y, self.state_type(norm_state, cema_state, *other_fields)) if return_state else y
 
     def _attend(
         self, m: Tensor, z: Tensor, v: Tensor, norm_state: TimestepNormState, past: BlockState, return_state: bool,
         inplace_state: bool, sequences: Sequences,
     ) -> tuple[Tensor, tuple]:  # fmt: skip
-        """Return a * r and the new state's fields after the first two; `past`: the state before the call."""
+        """Return the input of `wh2`, and the new state's fields after the first two; `past`: the initial state."""
         config, rotary = self.config, self.rotary if self._rotary_made_for == self._rotary_for(z) else None
         a = attend(
             z, v, self.gamma, self.beta, rotary,
@@ -217,7 +217,7 @@ class NormalizedFFN(WideParameters):
 
 
 class MegalodonBlock(nn.Module):
-    """One layer. Two-hop residual: the FFN reads the attention's output, and adds to the block's input.
+    """One layer. Two-hop residual: the FFN reads the attention's output; its result is added to the block's input.
 
     Example:
         >>> import torch, megalodon_ops as mo
@@ -230,7 +230,8 @@ class MegalodonBlock(nn.Module):
     """
 
     gradient_checkpointing = False
-    """If True, training calls the block by `_gradient_checkpointing_func`, to recompute it; transformers sets both"""
+    """If True, training computes the block by `_gradient_checkpointing_func`, which recomputes it in the backward;
+    transformers sets both attributes"""
     _gradient_checkpointing_func: Callable
 
     def __init__(self, config: MegalodonConfig, layer: int = 0) -> None:
@@ -246,14 +247,16 @@ class MegalodonBlock(nn.Module):
     def forward(
         self, x: Tensor, *, state: BlockState | None = None, return_state: bool = False, **options
     ) -> Tensor | tuple[Tensor, BlockState]:
-        """x (B, L, D); options of the first half: inplace_state, cu_seqlens and lengths, or `sequences`."""
+        """Map x (B, L, D) to (B, L, D); options, of the first half: inplace_state; cu_seqlens, lengths, `sequences`."""
         options |= dict(state=state, return_state=return_state)
         if not (self.gradient_checkpointing and self.training and torch.is_grad_enabled()) or is_exporting():
             return self._compute(x, **options)
         options.pop("inplace_state", None)
         if state is None and not return_state:
             return self._gradient_checkpointing_func(partial(self._compute, **options), x)
-        return checkpoint(self._compute, x, use_reentrant=False, **options)  # others may lose a state's gradient
+        return checkpoint(
+            self._compute, x, use_reentrant=False, **options
+        )  # other functions may lose the state's gradient
 
     def _compute(
         self, x: Tensor, *, state: BlockState | None, return_state: bool, **options

@@ -21,15 +21,15 @@ _READ_VALUES = {torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shape}
 
 
 class CapturedStep:
-    """function(tokens) -> a tensor, for tokens of one shape, where the function updates its state in place.
+    """A function(tokens) -> tensor as a CUDA graph. Tokens have one shape; the function updates its state in place.
 
     The first call runs the function on a side stream, as torch requires before a capture: kernels are loaded, and
     libraries allocate their workspaces. The second call captures a graph, and later ones replay it. All memory that the
     function allocates lies in the graph's own pool.
 
     Attributes:
-        problem: the reason why no graph can repeat the function, with the module's name; all calls then run the
-            function. None: there is no reason so far.
+        problem: reason why a graph cannot repeat the function, with a module's name; every call then runs the function
+            itself. None: no reason is known.
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -40,7 +40,7 @@ class CapturedStep:
         self.problem: str | None = None
 
     def __call__(self, function: Callable[[Tensor], Tensor], tokens: Tensor) -> Tensor:
-        """Return function(tokens), which is the same one in all calls; keeping it could keep its owner alive."""
+        """Return function(tokens). All calls pass the same function; storing it here could keep its owner alive."""
         with torch.inference_mode(False), torch.no_grad(), torch.cuda.device(tokens.device):
             if self._tokens is None:
                 self._tokens, self._stream = tokens.clone(), torch.cuda.Stream()
@@ -67,12 +67,12 @@ class CapturedStep:
     def _capture(self, function: Callable[[Tensor], Tensor]) -> None:
         graph, error = torch.cuda.CUDAGraph(), None
         try:
-            # Not torch.cuda.graph, which collects garbage and frees cached memory, a tenth of a second and more.
+            # torch.cuda.graph would also collect garbage and free cached memory, which takes 0.1 s and more.
             with _CAPTURING, torch.cuda.stream(self._stream):
                 graph.capture_begin(capture_error_mode="thread_local")
                 try:
                     self._result = function(self._tokens)
-                except BaseException as raised:  # the end of the capture then raises, too
+                except BaseException as raised:  # capture_end then raises, too
                     error = raised
                 graph.capture_end()
         except RuntimeError as raised:
@@ -101,9 +101,9 @@ def hooked_module(model: nn.Module) -> str | None:
 
 
 class _HostWork(TorchDispatchMode):
-    """Finds the first function of torch for which the host waits for the GPU, or which copies between the two.
+    """Finder of the first torch function for which the host waits for the GPU, or which copies between the two.
 
-    A capture fails there, and some versions of torch then draw no more random numbers.
+    A capture would fail at this function, and some versions of torch could then draw no more random numbers.
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -112,7 +112,7 @@ class _HostWork(TorchDispatchMode):
 
     @classmethod
     def _should_skip_dynamo(cls) -> bool:
-        return False  # else torch imports its compiler, 2 s
+        return False  # otherwise torch imports its compiler, which takes 2 s
 
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
         results = func(*args, **(kwargs or {}))
@@ -126,17 +126,17 @@ class _HostWork(TorchDispatchMode):
 def _waits(func: torch._ops.OpOverload, arguments: list[Tensor], results: Any) -> bool:
     """Return True if the function returns a value or a size that the GPU computes, or copies from or to the CPU."""
     found = tensors_in(results)
-    if func is aten.lift_fresh.default:  # of torch.tensor(values, device="cuda")
+    if func is aten.lift_fresh.default:  # called by torch.tensor(values, device="cuda")
         return found[0].is_cuda
     if func.overloadpacket in (aten.index, aten.index_put_):
         return any(tensor.dtype in (torch.bool, torch.uint8) for tensor in arguments[1:])
-    # A number on the CPU becomes an argument of the kernel.
+    # A 0-dimensional tensor on the CPU is passed to the kernel as a number.
     devices = {t.device for t in arguments if t.dim() or not t.is_cpu} | {t.device for t in found}
     return len(devices) > 1 or isinstance(results, (bool, int, float)) or not _READ_VALUES.isdisjoint(func.tags)
 
 
 def _calling_module(frames: Iterable[FrameType], model: nn.Module) -> str:
-    """Return the name of the module whose call is the first of the frames, innermost first, that belongs to one."""
+    """Return the name of the innermost module that is being called; `frames`: the stack, innermost first."""
     names = {id(module): name for name, module in model.named_modules()}
     found = (names.get(id(frame.f_locals.get("self"))) for frame in frames)
     return next((name for name in found if name), "model")

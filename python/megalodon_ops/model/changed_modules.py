@@ -1,4 +1,4 @@
-"""Modules of a decoder's model that are not as its configuration makes them; a recorded step calls them in Python."""
+"""Modules of a decoder's model that are not as its configuration builds them. A recorded step calls them in Python."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from .layers import has_own_forward
 OUTPUT_PARTS = {"output": ["output.final_norm", "output.output"]}  # the model calls these, not `output`
 _REPLACING = threading.RLock()  # two threads that record steps of one model wait for each other
 _IGNORED_ATTRIBUTES = ("training", "layer", "token_rows", "forward", "reset_parameters")
-"""Attributes for initialisation, changed by train() and eval(), or compared by :func:`has_own_forward`"""
+"""Attributes that only initialisation reads, that train() and eval() set, or that :func:`has_own_forward` compares"""
 
 
 def changed_modules(module: nn.Module, reference: nn.Module, name: str = "") -> Iterator[str]:
@@ -49,7 +49,7 @@ def changed_modules(module: nn.Module, reference: nn.Module, name: str = "") -> 
 def called_in_python(
     model: nn.Module, changed: dict[str, nn.Module], reference: nn.Module, recorder: Recorder
 ) -> Iterator[None]:
-    """Put a :class:`_CalledModule` in the place of each of the changed modules, by name, while a step is recorded."""
+    """Replace each changed module, copied by its name, by a :class:`_CalledModule` while a step is recorded."""
     places = []
     for name, module in changed.items():
         parent, _, child = name.rpartition(".")
@@ -79,15 +79,15 @@ class _CalledModule(nn.Module):
 
 def _call_module(name: str, call: Callable, plain: nn.Module, x: Tensor, *args: Any, **kwargs: Any) -> Any:
     """Call a module with a copy of its input x, which a hook may keep; check a linear layer's result."""
-    given = x.clone()
-    result = call(given, *args, **kwargs)
-    x.copy_(given)  # a hook may have changed the input, which other modules read
+    copied = x.clone()
+    result = call(copied, *args, **kwargs)
+    x.copy_(copied)  # a hook may have changed the input, which other modules read
     if isinstance(plain, nn.Linear):
         check_tensor("Decoder", f"{name}(x)", result)
         shape = (*x.shape[:-1], plain.out_features)
         if result.shape != shape or result.dtype != x.dtype:
             raise ValueError(
-                f"Decoder: `{name}` must return {x.dtype} {shape} as the layer in whose place it stands, got "
+                f"Decoder: `{name}` must return {x.dtype} {shape} as the layer that it replaces, got "
                 f"{result.dtype} {tuple(result.shape)}."
             )
     return result

@@ -28,13 +28,13 @@ class MegalodonConfig:
     architecture: ClassVar[str] = "MegalodonForCausalLM"
     num_layers: int = 8
     model_dim: int = 1024
-    """D"""
+    """D, channels"""
     z_dim: int = 256
     """H * K, width of the projection that queries and keys share"""
     value_dim: int = 2048
     """H * V, width of the values"""
     num_heads: int = 1
-    """H"""
+    """H, attention heads"""
     ffn_hidden_dim: int = 2048
     cema_ndim: int = 16
     """N, complex states a channel"""
@@ -51,12 +51,15 @@ class MegalodonConfig:
     """False: the RMS norm and the FFN's layer norm have no parameters (the timestep norms keep theirs)"""
     norm_eps: float = 1e-5
     rope_base: float | None = None
-    """None: 10000"""
+    """base of the rotary angles; None: 10000"""
     dropout: float = 0.0
+    """dropout of each half block's output"""
     hidden_dropout: float = 0.0
+    """dropout of activations inside of each half block"""
     attention_dropout: float = 0.0
     """probability that a key is hidden from a query (DropKey)"""
     swiglu: bool = False
+    """gate the FFN: silu(fc1 n) * fc3 n instead of silu(fc1 n)"""
     rescale_nffn: bool = False
     """a learned gain on each FFN's output, starting at 0.1 * 0.5^layer"""
     scale_emb: bool = False
@@ -106,16 +109,16 @@ class MegalodonConfig:
         if base is not None:
             check("rope_base", 0 < as_float(base) <= _LARGEST_FLOAT32, "positive or None, and finite in float32", float)
         if self.num_features is None:
-            wanted, most = f"a positive integer of at most vocab_size = {self.vocab_size}, or -1", self.vocab_size
+            expected, largest = f"a positive integer of at most vocab_size = {self.vocab_size}, or -1", self.vocab_size
         else:
-            wanted, most = "a positive integer below 2^31, or -1", 2**31 - 1
-            is_size = is_integer_between(self.num_features, 1, most)
+            expected, largest = "a positive integer below 2^31, or -1", 2**31 - 1
+            is_size = is_integer_between(self.num_features, 1, largest)
             check("num_features", is_size, "a positive integer below 2^31, or None", int)
             check("share_emb", not self.share_emb, "False with num_features: there is no embedding of tokens")
             check("eos_token_id", self.eos_token_id is None, "None with num_features: there are no tokens")
         is_scaled = self.num_features is not None and self.scale_inputs
         check("missing_values", is_scaled or not self.missing_values, "False without num_features and scale_inputs")
-        check("output_size", is_integer_between(size, -1, most) and size != 0, wanted, int)
+        check("output_size", is_integer_between(size, -1, largest) and size != 0, expected, int)
         if self.share_emb:
             check("output_size", size in (-1, self.vocab_size), "-1 or vocab_size where share_emb is set")
         check("working_memory", self.causal or not self.working_memory, "False for an encoder")
@@ -128,8 +131,8 @@ class MegalodonConfig:
             )
         check("init_mode", self.init_mode == "he", '"he"')
         if self.eos_token_id is not None:
-            wanted = f"a token that the model can predict, in [0, {self.num_outputs}), or None"
-            check("eos_token_id", is_integer_between(self.eos_token_id, 0, self.num_outputs - 1), wanted, int)
+            expected = f"a token that the model can predict, in [0, {self.num_outputs}), or None"
+            check("eos_token_id", is_integer_between(self.eos_token_id, 0, self.num_outputs - 1), expected, int)
 
     @property
     def num_outputs(self) -> int:
@@ -192,16 +195,17 @@ class MegalodonConfig:
         return {"embed.weight": (self.model_dim, self.input_width), "embed.bias": (self.model_dim,)}
 
     def _layer_shapes(self) -> dict[str, tuple[int, ...]]:
-        D, N, Z, V, F = self.model_dim, self.cema_ndim, self.z_dim, self.value_dim, self.ffn_hidden_dim
+        D, N, z_dim, value_dim, hidden = self.model_dim, self.cema_ndim, self.z_dim, self.value_dim, self.ffn_hidden_dim
         R, affine = D if self.causal else 2 * D, 4 if self.working_memory else 2
-        shapes = {"mega.gamma": (affine, Z), "mega.beta": (affine, Z)}
+        shapes = {"mega.gamma": (affine, z_dim), "mega.beta": (affine, z_dim)}
         shapes |= {"mega.timenorm.weight": (D,), "mega.timenorm.bias": (D,)}
         shapes |= {"mega.cema.alpha": (R, N, 1), "mega.cema.delta": (R, N, 1), "mega.cema.theta": (R, 1, 1)}
         shapes |= {"mega.cema.gamma": (R, N, 2), "mega.cema.omega": (D, 1), "mega.rmsnorm.weight": (D,)}
-        for name, outputs in (("wv", V), ("wz", Z), ("wr", V), ("wh1", D)):
+        for name, outputs in (("wv", value_dim), ("wz", z_dim), ("wr", value_dim), ("wh1", D)):
             shapes |= {f"mega.{name}.weight": (outputs, D), f"mega.{name}.bias": (outputs,)}
-        shapes |= {"mega.wh2.weight": (D, V), "nffn.alpha": (D,), "nffn.norm.weight": (D,), "nffn.norm.bias": (D,)}
-        shapes |= {"nffn.fc1.weight": (F, D), "nffn.fc2.weight": (D, F), "nffn.fc3.weight": (F, D)}
+        shapes |= {"mega.wh2.weight": (D, value_dim), "nffn.alpha": (D,)}
+        shapes |= {"nffn.norm.weight": (D,), "nffn.norm.bias": (D,)}
+        shapes |= {"nffn.fc1.weight": (hidden, D), "nffn.fc2.weight": (D, hidden), "nffn.fc3.weight": (hidden, D)}
         absent = set() if self.norm_affine else {"mega.rmsnorm.weight", "nffn.norm.weight", "nffn.norm.bias"}
         absent |= set() if self.rescale_nffn else {"nffn.alpha"}
         absent |= set() if self.swiglu else {"nffn.fc3.weight"}
@@ -242,7 +246,7 @@ class MegalodonConfig:
         return dataclasses.asdict(self)
 
     def meaning(self) -> dict[str, Any]:
-        """Return the fields that affect a trained model's outputs and states, without dropout and the like."""
+        """Return the fields by which a trained model computes its outputs and states: not dropout, for instance."""
         return {name: value for name, value in self.to_dict().items() if name not in _FIELDS_WITHOUT_EFFECT}
 
     @classmethod
@@ -261,13 +265,13 @@ class MegalodonConfig:
 def check_config(
     module: str, config: object, kind: type[MegalodonConfig] = MegalodonConfig, *, accept_encoder: bool = False
 ) -> None:
-    """Raise a TypeError unless `config` is a `kind`; with `accept_encoder`, it may be an encoder's configuration."""
+    """Raise a TypeError unless `config` is a `kind` or, with `accept_encoder`, an encoder's configuration."""
     if not isinstance(config, kind) or not (accept_encoder or config.causal == kind.causal):
         raise TypeError(f"{module}: `config` must be a {kind.__name__}, got {describe(config)}.")
 
 
 def config_of_sizes(module: str, config: object, sizes: dict[str, Any]) -> object:
-    """Return the configuration of a module: `config` itself, or one of width `config` with the fields `sizes`."""
+    """Return a module's configuration: `config` itself or, if this is an int, one with that width D and `sizes`."""
     if not isinstance(config, int) or isinstance(config, bool):
         if sizes:
             raise TypeError(f"{module}: `{min(sizes)}` must be set in `config`, got it as an argument beside `config`.")

@@ -1,4 +1,4 @@
-"""Drafts for `generate`: guesses of the next tokens, which the model reads in one call and keeps up to the first wrong one."""
+"""Drafts for `generate`: guesses of next tokens. The model reads them in one call and keeps those before an error."""
 
 from __future__ import annotations
 
@@ -13,14 +13,18 @@ from ..ops.common.checks import describe
 
 _LONGEST_MATCH, _SHORTEST_MATCH = 5, 2
 Choose = Callable[[int, Tensor], Tensor]
-"""Function that chooses the i-th next token (rows,) from logits (rows, tokens), as the model's token is chosen"""
+"""Function (i, logits (rows, tokens)) -> (rows,): chooses the i-th next token as `generate` chooses the model's"""
 
 
 class ModelDraft:
-    """Guesses of a smaller model."""
+    """Guesses by a smaller model."""
 
     def __init__(self, model: nn.Module, state: MegalodonState, last: Tensor, size: int) -> None:
-        """state: after the prompts but for their `last` tokens (rows,). size: the most guesses at once."""
+        """Args:
+        state: state after the prompts without their last tokens.
+        last: (rows,) these last tokens.
+        size: largest number of guesses at a time.
+        """
         self._decoder, self._unread, self._num_read = Decoder(model, state, undo=size), last[:, None], 0
 
     def guess(self, count: int, choose: Choose) -> Tensor:
@@ -32,7 +36,7 @@ class ModelDraft:
         return torch.cat(tokens[1:], 1)
 
     def accept(self, tokens: Tensor) -> None:
-        """Go on after the `tokens` (rows, k) that the model has chosen: guesses that were right, and one more."""
+        """Continue after the `tokens` (rows, k) that the model has chosen: the right guesses and one more token."""
         tokens = torch.cat([self._unread, tokens], 1)
         num_right = min(self._num_read, tokens.shape[1] - 1)
         self._decoder.undo(self._num_read - num_right)
@@ -40,13 +44,13 @@ class ModelDraft:
 
 
 class PromptDraft:
-    """Guesses that repeat a row's text: the tokens after the last place that reads as its end does."""
+    """Guesses that repeat a row's text: the tokens that followed an earlier occurrence of its last tokens."""
 
     def __init__(self, texts: list[Tensor]) -> None:
         self._texts = texts
 
     def guess(self, count: int, choose: Choose) -> Tensor:
-        """Return guesses (rows, n <= count), none if the end of a row is new."""
+        """Return guesses (rows, n <= count); n is 0 if the last tokens of a row do not occur earlier."""
         guesses = [_continuation(text, count) for text in self._texts]
         shortest = min(map(len, guesses))
         return torch.stack([guess[:shortest] for guess in guesses])
@@ -56,7 +60,7 @@ class PromptDraft:
 
 
 def _continuation(text: Tensor, count: int) -> Tensor:
-    """Return up to `count` tokens after the longest and last match of the end of a text (n,)."""
+    """Return up to `count` tokens after the longest match of the end of a text (n,), the last one among equals."""
     windows = torch.nn.functional.pad(text, (_LONGEST_MATCH - 1, 0), value=-1).unfold(0, _LONGEST_MATCH, 1)
     lengths = (windows[:-1] == windows[-1]).flip(1).cumprod(1).sum(1)
     longest = int(lengths.max()) if len(lengths) else 0
@@ -75,5 +79,5 @@ def check_draft(model: nn.Module, draft: object) -> None:
     sizes = [(m.config.num_features, m.config.vocab_size, m.config.num_outputs) for m in (model, draft)]
     if sizes[0] != sizes[1]:
         raise ValueError(
-            f"generate: `draft` must read and predict the model's {sizes[0][1:]} tokens, got one of {sizes[1][1:]}."
+            f"generate: `draft` must read and predict the model's {sizes[0][1:]} tokens, got {sizes[1][1:]} tokens."
         )

@@ -41,7 +41,7 @@ class MegalodonEncoderConfig(MegalodonConfig):
     model_type: ClassVar[str] = "megalodon_encoder"
     architecture: ClassVar[str] = "MegalodonEncoder"
     num_classes: int | None = None
-    """None: no head, a call returns the features"""
+    """None: the model has no head, and a call returns the features"""
     scale_emb: bool = True
 
     def __post_init__(self) -> None:
@@ -67,7 +67,7 @@ class MegalodonEncoderConfig(MegalodonConfig):
 
 
 _TIED_GAIN = 0.9
-"""With 1.0 the first loss is a tenth above that of a guess; with 0.8 and less models learn more slowly"""
+"""With 1.0, the initial loss is 10 % above that of uniform probabilities; with 0.8 or less, models learn more slowly"""
 
 
 class _Head(nn.Module):
@@ -88,8 +88,8 @@ class MegalodonEncoder(nn.Module):
     The blocks are those of :class:`Megalodon` with :func:`sequence_norm`, :func:`bidirectional_cema` and attention to
     the whole chunk. An encoder has no state and does not stream.
 
-    Source: arXiv 2404.08801, section 4.5, and the code in which its encoders were developed. No encoder with the final
-    version of the block was released.
+    Source: arXiv 2404.08801, section 4.5, and the code in which the paper's encoders were developed. No encoder with
+    the final version of the block was released.
 
     Example:
         >>> import torch, megalodon_ops as mo
@@ -122,9 +122,10 @@ class MegalodonEncoder(nn.Module):
     def init_tied_head(self) -> None:
         """Initialise the final norm for logits that are products of features and embeddings, before training.
 
-        Features resemble the embedding of their own token, which at a hidden position is the mask token's: with equal
-        gains its logit is near sqrt(D), and the loss of a new model far above ln(vocab_size). With gains that alternate
-        between 0.9 and -0.9 the products cancel. :class:`megalodon_ops.hf.MegalodonEncoderForMaskedLM` starts so.
+        Features resemble the embedding of their own token, at a masked position that of the mask token. With equal
+        gains, this token's logit is near sqrt(D), and the loss of a new model far above ln(vocab_size). With gains that
+        alternate between 0.9 and -0.9, the products cancel. :class:`megalodon_ops.hf.MegalodonEncoderForMaskedLM` calls
+        this method.
 
         Example:
             >>> import math, torch, megalodon_ops as mo
@@ -220,7 +221,7 @@ class MegalodonEncoder(nn.Module):
     def pool(x: Tensor, *, cu_seqlens: Tensor | None = None, lengths: Tensor | None = None) -> Tensor:
         """Mean (S, D) of x (B, L, D) over each sequence, summed in float64; zero for an empty sequence."""
         check_rank("MegalodonEncoder.pool", "x", x, "(B, L, D)", 3)
-        each_channel = dict(num_groups=x.shape[-1])  # one channel per group: the statistics are its own
+        each_channel = dict(num_groups=x.shape[-1])  # one channel per group: a group's mean is its channel's
         return timestep_norm_end_state(x, **each_channel, cu_seqlens=cu_seqlens, lengths=lengths).mean.to(x.dtype)
 
     def _embed(self, inputs: Tensor, sequences: Sequences) -> Tensor:

@@ -1,4 +1,4 @@
-"""`with_fixed_coefficients`: a model for inference, whose layers do not compute CEMA's coefficients in each call."""
+"""`with_fixed_coefficients`: a model for inference that computes CEMA's coefficients once, not in each call."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from .layers import ComplexEMA
 
 
 class FixedEMA(ComplexEMA):
-    """A :class:`ComplexEMA` that keeps the coefficients of its construction, for inference."""
+    """A :class:`ComplexEMA` for inference, with the coefficients that `layer` had at construction."""
 
     def __init__(self, layer: ComplexEMA) -> None:
         nn.Module.__init__(self)
@@ -30,7 +30,8 @@ def with_fixed_coefficients(module: nn.Module, kept: Container[str], name: str =
     """Return `module` with a :class:`FixedEMA` in place of each :class:`ComplexEMA`.
 
     Modules that contain a replaced layer are copied; the copies share parameters, buffers and all other modules with the
-    originals. Modules whose names are in `kept` stay as they are, as does everything in them. `name`: the module's own.
+    originals. Modules whose names are in `kept` stay unchanged, with all modules inside them. `name` is the name of
+    `module` itself.
     """
     if name in kept:
         return module

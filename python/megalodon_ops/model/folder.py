@@ -1,7 +1,7 @@
 """A model in a folder: `config.json` and weights, as `Megalodon.save`, `train` and transformers write them.
 
     config.json, model.safetensors     written by one process; or shards and their index
-    config.json, distributed/          written by several, see sharded_tensors.py
+    config.json, distributed/          written by several processes, see sharded_tensors.py
     modeling_megalodon.py              for transformers' `trust_remote_code=True`; nothing here reads it
 
 A faulty file raises a FileError of one line that begins with the file's path, or a FileNotFoundError.
@@ -86,7 +86,7 @@ def save_model(model: nn.Module, directory: str | os.PathLike, *, tokenizer: Any
     written = (CONFIG,) if tokenizer is None else (CONFIG, *TOKENIZER_FILES)
     with write_atomically(folder, folder=True) as draft:
         with drafting(folder.resolve(), "turn"):
-            kept = kept_files("save", folder, is_ours(folder, model.config.model_type), written)
+            kept = kept_files("save", folder, holds_model(folder, model.config.model_type), written)
         write_model(model, draft, tokenizer=tokenizer, max_shard_bytes=max_shard_bytes, caller="save")
         for path in kept:
             if not (draft / path.name).exists():
@@ -147,8 +147,8 @@ def load_model(
         raise type(error)(f"load: {error}") from error
 
 
-def is_ours(folder: Path, model_type: str) -> bool:
-    """Return True if the folder holds a model of this type, which saving another one may replace."""
+def holds_model(folder: Path, model_type: str) -> bool:
+    """Return True if the folder holds a model of this type, which saving a model there may replace."""
     try:
         return read_json(folder / CONFIG).get("model_type") == model_type
     except (OSError, ValueError):
@@ -196,7 +196,7 @@ def read_quantization(path: Path) -> str | None:
 
 
 def stored_tensors(folder: Path, kind: str = "model") -> StoredTensors | None:
-    """Open a folder's tensors of a kind, "model" or a run's "optimizer", "state" or "random"; None if it has none."""
+    """Open a folder's tensors of a kind: "model" or, for a run, "optimizer", "state", "random". None if it has none."""
     if os.path.lexists(folder / DISTRIBUTED):
         from .sharded_tensors import Archive  # here: torch.distributed.checkpoint takes long to load
 
@@ -211,9 +211,9 @@ def stored_tensors(folder: Path, kind: str = "model") -> StoredTensors | None:
 def read_model_files(
     folder: Path, dtype: torch.dtype | None = None, kind: type[MegalodonConfig] = MegalodonConfig
 ) -> tuple[MegalodonConfig, torch.dtype, StoredTensors, str | None]:
-    """Read configuration, dtype, weights and their kind; raise unless they agree and the model fits in memory.
+    """Read configuration, dtype, weights and quantisation; raise unless they agree and the model fits in memory.
 
-    dtype: of the linear layers and the embedding; None: that of `config.json` or else of the weights.
+    dtype: dtype of the linear layers and the embedding; None: that of `config.json`, or else that of the weights.
     """
     before = folder.stat()
     config, stored = read_config(folder / CONFIG, kind)
@@ -222,13 +222,13 @@ def read_model_files(
     with reading(folder / CONFIG):
         bits = 8 * (dtype or torch.bfloat16).itemsize if quantization is None else {"int8": 8, "int4": 4}[quantization]
         check_fits(config.num_parameters() * bits // 8, "a model of this configuration")
-    wanted, small_dtypes = stored_shapes(config, quantization)
+    wanted, quantised_dtypes = stored_shapes(config, quantization)
     weights = stored_tensors(folder)
     if not kind.causal:
-        for name in ("output.weight", "score.weight", "score.bias"):  # heads of transformers, for tokens
+        for name in ("output.weight", "score.weight", "score.bias"):  # heads that models of transformers add
             weights.tensors.pop(name, None)
-    weights.check(wanted, small_dtypes)
-    if not os.path.samestat(before, folder.stat()):  # replaced meanwhile: the files may be of two models
+    weights.check(wanted, quantised_dtypes)
+    if not os.path.samestat(before, folder.stat()):  # replaced during the reads: the files may be of two models
         return read_model_files(folder, dtype, kind)
     return config, dtype or weights.tensors["embed.weight"].dtype, weights, quantization
 
@@ -289,7 +289,7 @@ def check_folder(folder: Path) -> None:
 
 
 def kept_files(caller: str, folder: Path, is_checkpoint: bool, written: Iterable[str]) -> list[Path]:
-    """Return the files of a folder that saving a model there keeps; raise unless it is new or a checkpoint."""
+    """Return the files that saving a model in a folder keeps; raise unless it is new, empty or a checkpoint."""
     if not folder.exists():
         return []
     wrong = f"{caller}: `directory` must be a new folder or a checkpoint, got {folder}"

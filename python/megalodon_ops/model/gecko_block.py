@@ -18,7 +18,7 @@ from ..ops.gated_silu.gated_silu import gated_silu
 from ..ops.normalized_qk.normalized_qk import normalized_qk, rotary_frequencies, rotary_rows
 from ..ops.normalized_qk.normalized_qk import rotary_table_of, rotated_queries_and_keys
 
-_MEMORY_LOGITS = 3.0  # initial root mean square of the working memory's queries and keys: docs/claims.md
+_MEMORY_RMS = 3.0  # initial root mean square of the working memory's queries and keys: docs/claims.md
 
 
 @named_in_programs
@@ -44,7 +44,7 @@ class MemoryBlockState(NamedTuple):
     """(S, C, H, K)"""
 
     def working_memory(self) -> WorkingMemoryState:
-        """State of the memory alone, with the attention's values and the norm's count of positions."""
+        """State of :func:`adaptive_working_memory`: the memory, the attention's values, the norm's position count."""
         return WorkingMemoryState(self.memory, self.memory_mass, self.memory_k, self.norm.count, self.attention.v)
 
 
@@ -57,14 +57,14 @@ class GeckoAttention(NormalizedAttention):
     """First half of a block with a working memory, attention to two chunks, or both.
 
     With `config.working_memory`, y = x + wh1 m + wh2 (a * r + adaptive_working_memory(q, k, v)); gamma and beta have
-    two more rows, for queries and keys without rotary positions. Gecko's initial queries and keys are 3 sqrt(K) times
-    smaller; with these no retrieval was learned. With `config.visible_chunks` of 2, attention also sees the previous
-    chunk, and rotary positions continue from chunk to chunk.
+    two more rows, for the memory's queries and keys, which have no rotary positions. Initially these are 3 sqrt(K)
+    times as large as Gecko's, with which no model learned retrieval. With `config.visible_chunks` of 2, attention also
+    sees the previous chunk, and rotary positions continue from chunk to chunk.
     """
 
     @staticmethod
     def serves(config: MegalodonConfig) -> bool:
-        """Return True if a block of this configuration has one of these parts."""
+        """Return True if a block of this configuration has a working memory or sees two chunks."""
         return config.working_memory or config.visible_chunks > 1
 
     def __init__(self, config: MegalodonConfig | int, **sizes: Any) -> None:
@@ -78,7 +78,7 @@ class GeckoAttention(NormalizedAttention):
     def reset_parameters(self) -> None:
         """Initialise `gamma` and `beta` of attention and memory; submodules have their own `reset_parameters`."""
         super().reset_parameters()
-        nn.init.constant_(self.gamma[2:], _MEMORY_LOGITS * (self.config.z_dim // self.config.num_heads) ** 0.5 - 1)
+        nn.init.constant_(self.gamma[2:], _MEMORY_RMS * (self.config.z_dim // self.config.num_heads) ** 0.5 - 1)
 
     def _attend(
         self, m: Tensor, z: Tensor, v: Tensor, norm_state: TimestepNormState, past: BlockState | MemoryBlockState,
@@ -91,11 +91,16 @@ class GeckoAttention(NormalizedAttention):
         read, memory = None, []
         if config.working_memory:  # before the attention, which may overwrite the values of its state
             read, *memory = self._read_and_write(z, v, past, return_state, inplace_state, sequences)
-        grid = {"chunk_size": config.chunk_size, "position": None if past.attention is None else past.attention[2]}
+        row_options = {
+            "chunk_size": config.chunk_size,
+            "position": None if past.attention is None else past.attention[2],
+        }
         if config.visible_chunks > 1:
-            rotary, grid = self._rotary_over_chunks(z, norm_state.count, sequences)
+            rotary, row_options = self._rotary_over_chunks(z, norm_state.count, sequences)
         qk_options = dict(num_heads=config.num_heads, rope_base=config.rotary_base, eps=config.norm_eps)
-        q, k = rotated_queries_and_keys(z, self.gamma[:2], self.beta[:2], rotary, **qk_options, **grid, **keywords)
+        q, k = rotated_queries_and_keys(
+            z, self.gamma[:2], self.beta[:2], rotary, **qk_options, **row_options, **keywords
+        )
         chunks = dict(chunk_size=config.chunk_size, visible_chunks=config.visible_chunks)
         states = dict(state=past.attention, return_state=return_state, inplace_state=inplace_state)
         dropkey = config.attention_dropout if self.training else 0.0
@@ -115,7 +120,7 @@ class GeckoAttention(NormalizedAttention):
     ) -> tuple[Tensor, ...]:
         """Return the working memory's output (B, L, H * V) and its fields of the new state."""
         config = self.config
-        unrotated = dict(num_heads=config.num_heads, eps=config.norm_eps, chunk_size=1)  # chunks of one position
+        unrotated = dict(num_heads=config.num_heads, eps=config.norm_eps, chunk_size=1)  # all rotary angles are 0
         q, k = normalized_qk(z, self.gamma[2:], self.beta[2:], **unrotated, **sequences.keywords)
         chunks = dict(chunk_size=config.chunk_size, visible_chunks=config.visible_chunks)
         state = None if past.memory is None else past.working_memory()
@@ -125,7 +130,10 @@ class GeckoAttention(NormalizedAttention):
         return read.flatten(-2), *memory
 
     def _rotary_over_chunks(self, z: Tensor, end: Tensor, sequences: Sequences) -> tuple[Tensor, dict]:
-        """Rotary table with a row per token of z (B, L, ...), and its grid of rows; `end`: (S,) positions after z."""
+        """Return a rotary table with a row for each token of z (B, L, ...), and the op's options that select the rows.
+
+        end: (S,) position after the last token of each sequence.
+        """
         (B, L), (_, key_dim, rotary_base, dtype, device) = z.shape[:2], self._rotary_for(z)
         rows, cu_seqlens, lengths = max(B * L, 1), sequences.cu_seqlens, sequences.lengths  # at least one row
         if cu_seqlens is None:

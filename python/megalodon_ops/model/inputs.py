@@ -77,7 +77,7 @@ def check_inputs(op: str, argument: str, inputs: Tensor, model: nn.Module, seque
 
 
 def _check_finite(op: str, argument: str, x: Tensor, missing_values: bool, sequences: Sequences) -> None:
-    """Raise for the first infinity or, without `missing_values`, NaN in a sequence of x (B, L, F) on the CPU."""
+    """Raise if x (B, L, F) on the CPU has an infinity or, without `missing_values`, a NaN in a sequence."""
     if torch.compiler.is_compiling() or not x.is_cpu or type(x) not in (Tensor, nn.Parameter):
         return
     is_wrong = x.detach().isinf() if missing_values else ~x.detach().isfinite()
@@ -91,7 +91,7 @@ def _check_finite(op: str, argument: str, x: Tensor, missing_values: bool, seque
 
 
 def check_reads_tokens(op: str, config: MegalodonConfig) -> None:
-    """Raise unless the model of this configuration reads tokens, as text has them."""
+    """Raise unless a model of this configuration reads tokens."""
     if config.num_features is not None:
         raise ValueError(
             f"{op}: `num_features` of the model must be None, got {config.num_features}; it reads numbers."
@@ -101,7 +101,7 @@ def check_reads_tokens(op: str, config: MegalodonConfig) -> None:
 def check_not_empty(op: str, argument: str, x: Tensor, sequences: Sequences) -> None:
     """Raise if a sequence of x (B, L, ...) is empty; an encoder has no result for it.
 
-    Lengths on a GPU are not checked, as this would wait for the GPU; nor are they in a compiled program.
+    Lengths on a GPU are not checked, as the host would wait for the GPU; nor are those of a compiled program.
     """
     if torch.compiler.is_compiling():
         return

@@ -81,7 +81,7 @@ def wide_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
 
 
 def _with_state_options(op: Callable[..., Tensor]) -> Callable[..., Any]:
-    """Add the options of ops with a state to an op without one: `return_state=True` returns (y, None)."""
+    """Give an op without a state the options `state` and `return_state`; with the latter, it returns (y, None)."""
 
     def wrapper(*tensors: Tensor, state: None = None, return_state: bool = False, **options) -> Any:
         check_no_state(op.__name__, state, False)
@@ -179,7 +179,13 @@ class ComplexEMA(WideParameters):
         nn.init.trunc_normal_(self.omega, std=0.25, a=-1.0, b=1.0)
 
     def coefficients(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Return p (D, N), q and gamma (D, N) complex, omega (D,) for the op; p, q, gamma (2 D, N) if bidirectional."""
+        """Return the coefficients of the op; if bidirectional, p, q and gamma have 2 D rows.
+
+        p (D, N)
+        q (D, N): complex
+        gamma (D, N): complex
+        omega (D,)
+        """
         return *cema_coefficients(self.alpha, self.delta, self.theta, self.gamma), self.omega.squeeze(-1)
 
     def forward(self, x: Tensor, **options) -> Tensor | tuple[Tensor, Tensor]:
@@ -233,8 +239,8 @@ class LayerNorm(_Norm):
 class Linear(nn.Linear):
     """A linear layer initialised "he": weights normal with std 1 / sqrt(3 fan_in), bias zero.
 
-    With `token_rows`, each row belongs to a token, and weights are initialised as an embedding's. The layer calls
-    :func:`megalodon_ops.linear`, which chooses the fastest kernel on the CPU.
+    With `token_rows`, each row of the weight belongs to a token and is initialised as in an :class:`Embedding`. The
+    layer calls :func:`megalodon_ops.linear`, which chooses the fastest kernel on the CPU.
 
     `Linear(...)` returns a `torch.nn.Linear` that has this class's methods as attributes: tools that quantise or adapt
     layers skip or refuse subclasses of `torch.nn.Linear`.
@@ -309,8 +315,8 @@ def is_plain_linear(module: nn.Module) -> bool:
     """Return True if calling the module only computes :func:`megalodon_ops.linear` of its weight and bias.
 
     Return False for a module of another class (as adapters, parametrizations and sharded modules are), with a hook,
-    with another forward, or with parameters of a tensor subclass: it may compute something else. Hooks on all modules,
-    such as those of torch's FlopCounterMode, only observe and do not count here.
+    with another forward, or with parameters of a tensor subclass: its call may compute something else. Hooks on all
+    modules, such as those of torch's FlopCounterMode, only observe and are ignored here.
     """
     if type(module) is not nn.Linear or not has_own_forward(module):
         return False

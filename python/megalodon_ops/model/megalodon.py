@@ -126,7 +126,7 @@ class Megalodon(nn.Module):
             directory: a new or empty folder, or one with a checkpoint, which is replaced. Files that this method does
                 not write are kept, and so is the folder's tokenizer if `tokenizer` is None.
             tokenizer: saved with the model; has a method `save(folder)`, as those of :mod:`megalodon_ops.tokenizers`.
-            max_shard_bytes: if the weights are larger, they are split into files of at most this size, with an index.
+            max_shard_bytes: largest size of a weight file. Larger weights are split into several files with an index.
                 No parameter is split, even if it is larger.
 
         The write is atomic: the folder is written under another name, flushed to the disk and renamed. If the process
@@ -149,10 +149,10 @@ class Megalodon(nn.Module):
         save_model(self, directory, tokenizer=tokenizer, max_shard_bytes=max_shard_bytes)
 
     def alone(self) -> Megalodon:
-        """Return the model for use in one process, on whole sequences: itself, unless it is split over several ranks.
+        """Return a model that runs in one process, on whole sequences.
 
-        For a model of :func:`megalodon_ops.distributed.parallelize`, return a model with all parameters, whose calls
-        exchange nothing with other ranks.
+        A model of :func:`megalodon_ops.distributed.parallelize` returns a model with all parameters, whose calls
+        exchange nothing with other ranks. Any other model returns itself.
         """
         return self
 
@@ -185,10 +185,10 @@ class Megalodon(nn.Module):
         Args:
             tokens: (B, L) integers or, with the configuration's `num_features`, (B, L, F) floating-point numbers.
             features: return the features instead, as :meth:`features` does.
-            targets, reduction, ignore_index: as in :meth:`loss`; None: return logits.
-            state: as an earlier call returned it; None: the tokens begin their sequences.
-            return_state: also return the state after the last token. However a sequence is split into calls, the logits
-                are the same, up to rounding.
+            targets, reduction, ignore_index: as in :meth:`loss`. Without `targets`, the call returns logits.
+            state: the state that an earlier call returned; None: the tokens begin their sequences.
+            return_state: also return the state after the last token. The logits do not depend on how a sequence is
+                split into calls, up to rounding.
             inplace_state: overwrite parts of `state`, such as the attention's, to save copies in generation. The old
                 state is lost.
             cu_seqlens: (S + 1,) offsets of documents packed into one row (B = 1).
@@ -247,8 +247,8 @@ class Megalodon(nn.Module):
             state, return_state, inplace_state, cu_seqlens, lengths: as in :meth:`forward`.
 
         Returns:
-            features (B, L, D), in the dtype that the model computes in; meaningless at padding; with `return_state` also
-            the state. Gradients flow through.
+            features (B, L, D), in the dtype that the model computes in, with arbitrary values at padding; with
+            `return_state` also the state. They are differentiable.
 
         Raises:
             as :meth:`forward` does.
@@ -266,7 +266,7 @@ class Megalodon(nn.Module):
         return self(tokens, features=True, **options)
 
     def loss(self, tokens: Tensor, targets: Tensor, **options: Any) -> Tensor | tuple[Tensor, MegalodonState]:
-        """Cross-entropy of the logits with `targets`, computed for a block of tokens at a time.
+        """Cross-entropy of the logits with `targets`, computed block by block of tokens.
 
         This is `self(tokens, targets, ...)`, so hooks on a call of the model, such as those of FSDP2, run for the loss,
         too. Padding, by `cu_seqlens` or `lengths`, is ignored, whatever its target is.
@@ -275,12 +275,11 @@ class Megalodon(nn.Module):
             tokens: (B, L) integers.
             targets: (B, L) integers, the token after each token, or `ignore_index`.
             reduction: "mean", "sum" or "none", as in :func:`megalodon_ops.linear_cross_entropy`.
-            ignore_index: the target that does not count.
+            ignore_index: positions with this target are left out of the loss.
             state, return_state, inplace_state, cu_seqlens, lengths: as in :meth:`forward`.
 
         Returns:
-            the loss, reduced by `reduction`, float32 (float64 for a float64 model); with
-            `return_state` also the state.
+            the loss, reduced by `reduction`, float32 (float64 for a float64 model); with `return_state` also the state.
 
         Example:
             >>> import torch, megalodon_ops as mo

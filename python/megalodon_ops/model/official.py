@@ -1,4 +1,4 @@
-"""Checkpoints in the format of the released code: config.json and a `.pth` file; files of several ranks can be read."""
+"""Checkpoints of the released code: config.json and a `.pth` file, or one `.pth` file per rank, which are only read."""
 
 from __future__ import annotations
 
@@ -77,12 +77,12 @@ def save_official(model: Megalodon, directory: str | os.PathLike, *, tokenizer: 
         directory: a new or empty folder, or one in this format, whose weights are replaced.
         tokenizer: saved with the model; has a method `save(folder)`.
 
-    The released code's buffers are written, too; `eos_token_id`, which it does not have, is not. The folder is complete
-    or not there, as after :meth:`Megalodon.save`.
+    The released code's buffers are written, too. `eos_token_id` is not written: that code does not have it. The write
+    is atomic, as that of :meth:`Megalodon.save`.
 
     Raises:
-        ValueError: the model's parameters are not those of its configuration, not finite or float64. OSError: the folder
-        cannot be written. TypeError: the model is no Megalodon; the released code has no encoder.
+        ValueError: the model's parameters are not those of its configuration, are not finite, or are float64. OSError:
+        the folder cannot be written. TypeError: the model is no Megalodon; the released code has no encoder.
 
     Example:
         >>> import tempfile, megalodon_ops as mo
@@ -153,14 +153,16 @@ def read_official(directory: Path, dtype: torch.dtype, device: torch.device) -> 
         check_fits(config.num_parameters() * dtype.itemsize, "a model of its configuration")
     if config.share_emb and weights.tensors.keys() >= {_OUTPUT, _EMBEDDING}:
         if not torch.equal(weights.get(_OUTPUT), weights.get(_EMBEDDING)):
-            raise FileError(f"{weights.path}: `{_OUTPUT}` must be the embedding by `share_emb`, got other values")
+            raise FileError(
+                f"{weights.path}: `{_OUTPUT}` must be the embedding, as `share_emb` is true, got other values"
+            )
         del weights.tensors[_OUTPUT]
     weights.check(config.parameter_shapes())
     return model_of(Megalodon, config, dtype, weights, device=device)
 
 
 class _Shards(StoredTensors):
-    """Parameters in the files of all ranks, each joined when it is read; those in `tensors` are on `meta`."""
+    """Parameters in the files of all ranks, joined when they are read. `tensors` has their shapes, on `meta`."""
 
     def __init__(self, directory: Path) -> None:
         paths, whole = sorted(directory.glob("consolidated.[0-9][0-9].pth")), directory / "consolidated.pth"
@@ -169,9 +171,9 @@ class _Shards(StoredTensors):
         paths = paths or [whole]
         super().__init__(path=paths[0] if len(paths) == 1 else directory)
         self._shards = [_read_shard(path) for path in paths]
-        kinds = [{name: (t.dtype, *t.shape) for name, t in shard.items()} for shard in self._shards]
-        for path, kind in zip(paths, kinds, strict=True):
-            if different := sorted(name for name, _ in kind.items() ^ kinds[0].items()):
+        layouts = [{name: (t.dtype, *t.shape) for name, t in shard.items()} for shard in self._shards]
+        for path, layout in zip(paths, layouts, strict=True):
+            if different := sorted(name for name, _ in layout.items() ^ layouts[0].items()):
                 raise FileError(
                     f"{path}: must hold parts as {paths[0].name} does, got another {short_text(different[0])}"
                 )
@@ -200,15 +202,15 @@ def _read_shard(path: Path) -> dict[str, Tensor]:
             raise ValueError("is no archive of torch.save, or is cut short")
         with zipfile.ZipFile(path) as archive:
             if damaged := archive.testzip():
-                raise ValueError(f"is damaged: the checksum of {short_text(damaged)} in it is another")
+                raise ValueError(f"is damaged: the checksum of {short_text(damaged)} in it does not match")
             written_as = min(archive.namelist()).partition("/")[0]
         if _SHARD.fullmatch(written_as) and written_as != path.stem:
             raise ValueError(f"was written as {written_as}.pth, another shard")
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # torch warns of tensors that are refused below
+            warnings.simplefilter("ignore")  # torch warns of tensors that the checks below refuse
             try:
                 content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-            except Exception as error:  # its text explains how to load the file all the same and run its code
+            except Exception as error:  # torch's text explains how to run the code in the file
                 raise ValueError(
                     "holds something else than tensors, or is damaged: weights_only=True refuses it"
                 ) from error

@@ -15,10 +15,10 @@ from .weights import plain_tensors
 def quantize(model: Megalodon, kind: str) -> Megalodon:
     """Return a model whose embedding and linear layers have weights of 8 or 4 bits, for inference.
 
-    A decoded token reads every weight once, so small weights make it faster, and the model takes less memory. Outputs
-    change by the rounding of the weights. docs/cpu.md has times and errors. int8 has a scale for each row of a weight, int4
-    for each 32 numbers of a row; an int4 model's embedding is int8. CEMA's parameters, norms, biases, states and the map
-    of numbers (`num_features`) to channels keep their dtypes.
+    Decoding a token reads every weight once, so smaller weights make it faster. The model also takes less memory.
+    Outputs change by the rounding of the weights. docs/cpu.md has times and errors. int8 has a scale for each row of a
+    weight, int4 for each 32 numbers of a row; an int4 model's embedding is int8. CEMA's parameters, norms, biases,
+    states and the map of numbers (`num_features`) to channels keep their dtypes.
 
     Args:
         model: a Megalodon in float32, bfloat16 or float16, unchanged by the call.
@@ -26,11 +26,11 @@ def quantize(model: Megalodon, kind: str) -> Megalodon:
 
     Returns:
         a new model in evaluation mode, in the dtype of `model`, with :class:`QuantizedLinear` layers. `generate`,
-        :class:`Decoder`, `save` and `load` take it as any other; the backward through its layers raises.
+        :class:`Decoder`, `save` and `load` accept it; the backward through its layers raises an error.
 
     Raises:
-        TypeError: `model` is no Megalodon, or one that `parallelize` has split. ValueError: an unknown kind, adapters that
-        are not merged, weights that are not finite, float64, or a model that is quantised already.
+        TypeError: `model` is no Megalodon, or `parallelize` has split it. ValueError: an unknown kind, adapters that
+        are not merged, weights that are not finite, a float64 model, or a model that is quantised already.
 
     Example:
         >>> import torch, megalodon_ops as mo
@@ -48,14 +48,14 @@ def quantize(model: Megalodon, kind: str) -> Megalodon:
     values = plain_tensors(model, model.config.parameter_shapes(), caller="quantize")
     if dtype == torch.float64:
         raise ValueError("quantize: `model` must be float32, bfloat16 or float16, got float64; call .float() on it.")
-    small = empty_model(Megalodon, model.config, dtype, kind)
-    _, quantised = stored_shapes(model.config, kind)
+    result = empty_model(Megalodon, model.config, dtype, kind)
+    _, quantised_dtypes = stored_shapes(model.config, kind)
     copies = {}
     for name, value in values.items():
-        if name in quantised:
+        if name in quantised_dtypes:
             copies[name], copies[f"{name.removesuffix('weight')}scale"] = quantize_weight(
                 value, kind_of(name, kind, model.config)
             )
         else:
             copies[name] = value.detach().clone()
-    return with_values(small, copies)
+    return with_values(result, copies)

@@ -1,4 +1,4 @@
-"""Layers with weights of 8 or 4 bits, and their places in a model."""
+"""Layers with weights of 8 or 4 bits, and which layers of a model they replace."""
 
 from __future__ import annotations
 
@@ -45,13 +45,13 @@ class QuantizedLinear(_QuantizedModule):
     """A linear layer with a weight of 8 or 4 bits, for inference: :func:`megalodon_ops.quantized_linear`.
 
     Args:
-        in_features, out_features: numbers in, I, and out, O.
-        bias: add a bias, which keeps the dtype of the activations.
+        in_features, out_features: sizes of the input and the output.
+        bias: add a bias, in the dtype of the activations.
         kind: "int8" or "int4".
 
     Attributes:
-        weight, scale: as :func:`megalodon_ops.quantize_weight` returns them, without gradients. A cast of the module leaves
-            their dtypes.
+        weight, scale: as :func:`megalodon_ops.quantize_weight` returns them, without gradients. A cast of the module
+            does not change their dtypes.
 
     Example:
         >>> import torch, megalodon_ops as mo
@@ -92,10 +92,10 @@ class QuantizedEmbedding(_QuantizedModule):
 
 
 def kind_of(name: str, kind: str, config: MegalodonConfig) -> str | None:
-    """Kind of a weight in a model of a kind; None: floating point.
+    """Return the kind of the weight `name` in a model quantised to `kind`; None: floating point.
 
-    The embedding is int8: with 4 bits, small models lose most by it, and a token reads one row of it. The map of numbers
-    stays as it is: it has few weights, and each output depends on each.
+    The embedding is int8: with 4 bits it would cause most of a small model's error, and a token reads only one of its
+    rows. The input layer of numbers keeps its dtype: it has few weights, and every output depends on all of them.
     """
     if config.num_features is not None and name.startswith("embed."):
         return None
@@ -106,37 +106,40 @@ def kind_of(name: str, kind: str, config: MegalodonConfig) -> str | None:
 def stored_shapes(
     config: MegalodonConfig, kind: str | None
 ) -> tuple[list[tuple[str, tuple[int, ...]]], dict[str, torch.dtype]]:
-    """Return names and shapes of the parameters of a model of a kind, and the dtypes of weights and scales."""
+    """Return names and shapes of a model's parameters, and the dtypes of those that are quantised to `kind`."""
     shapes: list[tuple[str, tuple[int, ...]]] = []
     dtypes: dict[str, torch.dtype] = {}
     for name, shape in config.parameter_shapes():
         module, _, own_name = name.rpartition(".")
-        used = None if kind is None or own_name != "weight" or len(shape) == 1 else kind_of(name, kind, config)
-        if used is None:
+        is_matrix = own_name == "weight" and len(shape) > 1
+        own_kind = kind_of(name, kind, config) if kind is not None and is_matrix else None
+        if own_kind is None:
             shapes.append((name, shape))
             continue
         with torch.device("meta"):
-            small = empty_weight(*shape, used)
-        for own_name, tensor in small._asdict().items():
+            quantised = empty_weight(*shape, own_kind)
+        for own_name, tensor in quantised._asdict().items():
             shapes.append((f"{module}.{own_name}", tuple(tensor.shape)))
             dtypes[f"{module}.{own_name}"] = tensor.dtype
     return shapes, dtypes
 
 
 def replace_layers(model: nn.Module, kind: str) -> None:
-    """Put layers of a kind, without values, in the places of a model's embedding and linear layers."""
+    """Replace a model's embedding and linear layers by layers quantised to `kind`, without values."""
     for parent_name, parent in [*model.named_modules()]:
         for name, module in parent.named_children():
-            used = kind_of(f"{parent_name}.{name}.weight".removeprefix("."), kind, model.config)
-            if used is None:
+            own_kind = kind_of(f"{parent_name}.{name}.weight".removeprefix("."), kind, model.config)
+            if own_kind is None:
                 continue
             if isinstance(module, nn.Linear):
-                small = QuantizedLinear(module.in_features, module.out_features, module.bias is not None, kind=used)
+                quantised = QuantizedLinear(
+                    module.in_features, module.out_features, module.bias is not None, kind=own_kind
+                )
             elif isinstance(module, Embedding):
-                small = QuantizedEmbedding(module.num_embeddings, module.embedding_dim, kind=used)
+                quantised = QuantizedEmbedding(module.num_embeddings, module.embedding_dim, kind=own_kind)
             else:
                 continue
-            parent.add_module(name, small.to(module.weight.dtype))
+            parent.add_module(name, quantised.to(module.weight.dtype))
 
 
 def small_tensors(model: nn.Module) -> set[str]:
@@ -146,5 +149,5 @@ def small_tensors(model: nn.Module) -> set[str]:
 
 
 def computing_dtype(model: nn.Module) -> torch.dtype:
-    """Dtype of a model's activations: that of its embedding."""
+    """Dtype of a model's activations: the dtype that its embedding returns."""
     return getattr(model.embed, "dtype", None) or model.embed.weight.dtype

@@ -12,8 +12,8 @@ from ..ops.common.checks import MAX_FLOAT, MIN_POSITIVE, check_integer, check_nu
 from ..ops.common.philox import philox
 
 _FEW_TOKENS = 1024
-_BITS = 52  # of a random number: the largest, 1 - 2^-52, times a total is below the total in every rounding
-_BLOCK = 64  # random numbers of a row that are computed at once
+_BITS = 52  # of a random number: the largest number, 1 - 2^-52, times a total always rounds below the total
+_BLOCK = 64  # random numbers computed at a time for a row
 _SEED = "an integer from 0 to 2^63 - 1, one for each row, or None"
 
 
@@ -21,14 +21,19 @@ _SEED = "an integer from 0 to 2^63 - 1, one for each row, or None"
 class Sampling:
     """Choice of the next token from logits; options have the names and meanings of transformers.
 
-    In this order: the repetition penalty divides positive and multiplies negative logits of earlier tokens (CTRL, arXiv
-    1909.05858); the temperature divides all logits; top_k keeps the likeliest tokens; top_p keeps the smallest set of
-    these with that share of their probability; min_p keeps those at least min_p times as likely as the likeliest. Ties
-    with the last kept token are kept. Temperature 0 takes the likeliest token, which all filters keep.
+    The options apply in this order:
+
+        repetition_penalty   divides positive and multiplies negative logits of earlier tokens (CTRL, arXiv 1909.05858)
+        temperature          divides all logits; at 0, the most probable token is taken
+        top_k                keeps the k most probable tokens
+        top_p                keeps the smallest set of these tokens with that share of their total probability
+        min_p                keeps tokens at least min_p times as probable as the most probable one
+
+    Ties with the last kept token are kept.
     """
 
     temperature: float | Sequence[float] | Tensor = 1.0
-    """One for all rows, or one for each; so is top_p. A sequence becomes a tensor (rows, 1), float64"""
+    """A number for all rows, or a sequence of one for each, stored as a tensor (rows, 1), float64. So is `top_p`"""
     top_k: int | None = None
     top_p: float | Sequence[float] | Tensor | None = None
     min_p: float | None = None
@@ -47,7 +52,7 @@ class Sampling:
             self.top_k = check_size("generate", "top_k", self.top_k)
 
     def _check_rows(self, field: str, expected: str, low: float, high: float = MAX_FLOAT) -> None:
-        """Check a number for all rows, or a sequence of one for each, which becomes a tensor on the CPU."""
+        """Check a number for all rows, or a sequence of one for each; store a sequence as a tensor on the CPU."""
         value = getattr(self, field)
         if value is None and field != "temperature":
             return
@@ -57,7 +62,7 @@ class Sampling:
         setattr(self, field, torch.tensor(numbers, dtype=torch.float64)[:, None])
 
     def check_rows(self, rows: int) -> None:
-        """Raise unless what is given for each row is given for so many."""
+        """Raise if an option with a number for each row is not given for `rows` rows."""
         for field in ("temperature", "top_p"):
             value = getattr(self, field)
             if isinstance(value, Tensor) and len(value) != rows:
@@ -67,7 +72,7 @@ class Sampling:
 
     @property
     def draws(self) -> bool:
-        """Return True if a row draws its tokens, at a temperature above 0."""
+        """Return True if a row has a temperature above 0 and so draws its tokens."""
         return bool((self.temperature > 0).any()) if isinstance(self.temperature, Tensor) else self.temperature > 0
 
     @property
@@ -125,9 +130,9 @@ class Sampling:
         elif needs_sorting:
             likeliest, cumulative = _top_probabilities(probability, top_p)
         if needs_sorting:
-            inside = cumulative - likeliest < top_p * total
-            limit = likeliest.gather(-1, (inside.sum(-1, keepdim=True) - 1).clamp(min=0))
-            if isinstance(top_p, Tensor):  # rows with top_p 1 keep what they had
+            is_in_set = cumulative - likeliest < top_p * total
+            limit = likeliest.gather(-1, (is_in_set.sum(-1, keepdim=True) - 1).clamp(min=0))
+            if isinstance(top_p, Tensor):  # rows with top_p 1 keep the threshold of top_k
                 limit = limit.where(top_p < 1, 0 if threshold is None else threshold)
             threshold = limit
         if self.min_p:
@@ -137,25 +142,25 @@ class Sampling:
 
 
 def _top_probabilities(probability: Tensor, share: float | Tensor) -> tuple[Tensor, Tensor]:
-    """Return the largest probabilities, sorted, with a sum of at least `share` in each row, and their running sums."""
-    if probability.is_cpu:  # on the CPU, sorting a large vocabulary takes as long as the rest of a token
-        few = probability.topk(min(_FEW_TOKENS, probability.shape[-1])).values
-        cumulative = _running_sums(few)
+    """Return the largest probabilities of each row, sorted, and their running sums, which reach at least `share`."""
+    if probability.is_cpu:  # sorting a large vocabulary takes as long as all other work for a token
+        largest = probability.topk(min(_FEW_TOKENS, probability.shape[-1])).values
+        cumulative = _running_sums(largest)
         if bool((cumulative[:, -1] >= share).all()):
-            return few, cumulative
+            return largest, cumulative
     likeliest = probability.sort(descending=True).values
     return likeliest, _running_sums(likeliest)
 
 
 def _running_sums(values: Tensor) -> Tensor:
-    """Cumulative sums of each row, float64; on the CPU if torch must be deterministic, as its CUDA kernel is not."""
+    """Cumulative sums of each row, float64; if torch must be deterministic, on the CPU: its CUDA kernel is not."""
     if values.is_cuda and torch.are_deterministic_algorithms_enabled():
         return values.cpu().cumsum(-1, dtype=torch.float64).to(values.device)
     return values.cumsum(-1, dtype=torch.float64)
 
 
 def _check_numbers(is_valid: Tensor) -> None:
-    """Raise if a condition is false on the CPU; on other devices the check would wait for the device."""
+    """Raise unless all are True; skip the check on a device, as the host would wait for it."""
     if is_valid.is_cpu and not bool(is_valid.all()):
         raise FloatingPointError(
             "generate: logits / temperature must be numbers, got NaN or infinity; "
@@ -164,7 +169,7 @@ def _check_numbers(is_valid: Tensor) -> None:
 
 
 def check_seeds(seed: object, rows: int) -> list[int]:
-    """Return the seed of each row; one seed s stands for s, s + 1, s + 2 and so on."""
+    """Return the seed of each row; a single seed s gives the rows s, s + 1, s + 2 and so on."""
     if not isinstance(seed, Sequence) or isinstance(seed, str):
         first = check_integer("generate", "seed", seed, _SEED, 0)
         return [(first + row) % 2**63 for row in range(rows)]
@@ -174,7 +179,7 @@ def check_seeds(seed: object, rows: int) -> list[int]:
 
 
 def numbers_of_seeds(seeds: list[int], positions: Tensor, device: torch.device) -> Iterator[Tensor]:
-    """Yield random numbers (rows,) in [0, 1), float64: Philox of each row's seed and position, then of the next."""
+    """Yield random numbers (rows,) in [0, 1), float64: Philox of each row's seed and positions from `positions` on."""
     key, position = torch.tensor(seeds)[:, None], positions.cpu()[:, None] + torch.arange(_BLOCK)
     while True:
         zero = torch.zeros_like(position)

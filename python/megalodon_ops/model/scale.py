@@ -1,4 +1,4 @@
-"""Numbers standardised by the statistics of their own sequence, with or without missing values."""
+"""Standardisation of numbers by the statistics of their own sequence, with or without missing values."""
 
 from __future__ import annotations
 
@@ -33,49 +33,49 @@ def standardize(
 ) -> tuple[Tensor, ScaleState]:
     """Standardise each feature of x (B, L, F) by its own mean and deviation, in float64.
 
-    A causal model takes those up to and including the position, and gets the new state; an encoder takes those of the
-    whole sequence. With `missing_values`, NaN does not count, becomes 0, and F flags are appended.
+    A causal model uses the statistics up to and including the position, and returns their new state; an encoder uses
+    those of the whole sequence. With `missing_values`, a NaN does not count and becomes 0; F flags are appended.
     """
     x = x.double()
     rows, options, restore = _feature_rows(x, config, sequences)
     parameters = x.new_zeros(2, rows.shape[-1])
     common = dict(num_groups=rows.shape[-1], eps=_EPS, **options)
     if config.causal:
-        initial = _initial(rows, config, state, sequences)
+        initial = _initial_state(rows, config, state, sequences)
         y, end = timestep_norm(rows, *parameters, state=initial, return_state=True, **common)
     else:
         y, end = sequence_norm(rows, *parameters, **common), None
     y = restore(y)
     if config.missing_values:
         y = torch.cat([y, x.isnan().to(y.dtype)], -1)
-    return y, _by_sequence(end, config) if return_state else ()
+    return y, _states_by_sequence(end, config) if return_state else ()
 
 
 def running_scale(x: Tensor, config: MegalodonConfig, state: ScaleState) -> tuple[Tensor, Tensor]:
     """Return the mean and deviation (B, L, F), float64, by which :func:`standardize` scales a causal model's x."""
     sequences = Sequences()
     rows, options, restore = _feature_rows(x.double(), config, sequences)
-    groups, initial = rows.shape[-1], _initial(rows, config, state, sequences)
+    groups, initial = rows.shape[-1], _initial_state(rows, config, state, sequences)
     before = (None,) * 4 if initial is None else tuple(initial)
     stats = call(
         timestep_norm_fwd, rows, *rows.new_zeros(2, groups), groups, _EPS, *before, *options.values(), True, False
     )[1]
     scale = torch.stack([restore(stats[0] + stats[1]), restore(1 / stats[2])])
-    if config.missing_values:  # has the statistics of the value before it
-        first = torch.stack([state.mean, state.var.sqrt()]) if state else scale.new_zeros(2, len(x), x.shape[2])
+    if config.missing_values:  # a missing value has the statistics at the last value before it
+        before_x = torch.stack([state.mean, state.var.sqrt()]) if state else scale.new_zeros(2, len(x), x.shape[2])
         position = torch.arange(1, x.shape[1] + 1, device=x.device)[:, None]
         last = torch.where(x.isnan(), 0, position).cummax(1).values
-        scale = torch.cat([first[:, :, None], scale], 2).gather(2, last.expand_as(scale))
+        scale = torch.cat([before_x[:, :, None], scale], 2).gather(2, last.expand_as(scale))
     return scale[0], scale[1]
 
 
 def _feature_rows(
     x: Tensor, config: MegalodonConfig, sequences: Sequences
 ) -> tuple[Tensor, dict[str, Tensor | None], Callable[[Tensor], Tensor]]:
-    """Return what the norm reads: its input, options that name the sequences, and a function from its output to x's.
+    """Return the norm's input, its options `cu_seqlens` and `lengths`, and a function from its output to x's layout.
 
-    Without missing values, the features are groups of x. With them, each feature of each sequence becomes a sequence of
-    its own, packed without the missing values, so that its statistics count what is there.
+    Without missing values, each feature of x is a group. With them, each feature of each sequence becomes a sequence of
+    its own, packed without the missing values, so that its statistics count only present values.
     """
     if not config.missing_values:
         return x, sequences.keywords, lambda y: y
@@ -83,14 +83,14 @@ def _feature_rows(
     position, offsets = torch.arange(L, device=x.device), sequences.cu_seqlens
     if offsets is None:
         S, sequence = B, torch.arange(B, device=x.device)[:, None].expand(B, L)
-        is_inside = L if sequences.lengths is None else sequences.lengths[:, None]
-        sequence = sequence.where(position < is_inside, S)
+        lengths = L if sequences.lengths is None else sequences.lengths[:, None]
+        sequence = sequence.where(position < lengths, S)
     else:
         S = len(offsets) - 1
         sequence = torch.searchsorted(offsets.to(torch.int64), position, right=True)[None] - 1
         sequence = sequence.where(sequence >= 0, S)
     key = sequence[..., None] * num_features + torch.arange(num_features, device=x.device)
-    key = key.where((sequence[..., None] < S) & ~x.isnan(), S * num_features).flatten()  # the last: in no sequence
+    key = key.where((sequence[..., None] < S) & ~x.isnan(), S * num_features).flatten()  # the last key: padding and NaN
     order = key.argsort(stable=True)
     counts = torch.zeros(S * num_features + 1, dtype=torch.int64, device=x.device).index_add(
         0, key, torch.ones_like(key)
@@ -100,7 +100,7 @@ def _feature_rows(
     return rows, options, lambda y: torch.zeros_like(y.flatten()).index_copy(0, order, y.flatten()).view(x.shape)
 
 
-def _initial(
+def _initial_state(
     rows: Tensor, config: MegalodonConfig, state: ScaleState, sequences: Sequences
 ) -> TimestepNormState | None:
     """Return the norm's initial state; with missing values it has a row for each feature of each sequence."""
@@ -112,8 +112,8 @@ def _initial(
     return TimestepNormState(state.count.flatten(), state.mean.view(-1, 1), state.var.view(-1, 1), residual)
 
 
-def _by_sequence(state: TimestepNormState, config: MegalodonConfig) -> TimestepNormState:
-    """Return the state of S sequences from the norm's, the inverse of :func:`_initial`."""
+def _states_by_sequence(state: TimestepNormState, config: MegalodonConfig) -> TimestepNormState:
+    """Return the state of S sequences from the norm's, the inverse of :func:`_initial_state`."""
     if not config.missing_values:
         return state
     count, mean, var = (field.view(-1, config.num_features) for field in state[:3])

@@ -11,10 +11,10 @@ from torch import Tensor, nn
 
 @dataclass(frozen=True, eq=False)
 class Sequences:
-    """Sequences in x (B, L, ...), which a model passes to its layers; with neither field, every row is one.
+    """Sequences in x (B, L, ...), which a model passes to its layers. With neither field, every row is one sequence.
 
-    A block gets the initial states of its ops from here: the caller's for whole sequences, those of other ranks for
-    pieces of sequences (distributed/chunk.py).
+    A block asks this object for the initial states of its ops. For whole sequences these are the caller's; for pieces
+    of sequences, a subclass receives them from other ranks (distributed/chunk.py).
     """
 
     cu_seqlens: Tensor | None = None
@@ -34,7 +34,7 @@ class Sequences:
         return self.lengths is None or position < int(self.lengths[row])
 
     def norm_state(self, norm: Any, x: Tensor, given: Any) -> Any:
-        """Return the initial state of a norm, which has `num_groups`, over x (B, L, D); `given`: the caller's."""
+        """Return the initial state of a norm with `num_groups` over x (B, L, D); `given`: the caller's state."""
         return given
 
     def send_end(self, cema: nn.Module, t: Tensor, given: Any) -> Any:

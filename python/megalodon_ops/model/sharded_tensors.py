@@ -1,4 +1,4 @@
-"""Tensors that several processes write with torch.distributed.checkpoint, and that any number of processes reads.
+"""Tensors that several processes write with torch.distributed.checkpoint. Any number of processes can read them.
 
     distributed/  .metadata, __0_0.distcp, __1_0.distcp, ...     tensors under names `<kind>/<name>`
 
@@ -24,16 +24,16 @@ from ..ops.common.checks import short_text
 
 
 class Archive(StoredTensors):
-    """Tensors of one kind in a folder that several processes wrote; those in `tensors` are on `meta`."""
+    """Tensors of one kind in a folder that several processes wrote; `tensors` describes them by tensors on `meta`."""
 
     def __init__(self, folder: Path, kind: str) -> None:
         super().__init__(path=folder)
         self._prefix = f"{kind}/"
         with opened(folder / ".metadata") as file:
             self._metadata = _Unpickler(file).load()
-            for name, found in self._metadata.state_dict_metadata.items():
+            for name, stored in self._metadata.state_dict_metadata.items():
                 if name.startswith(self._prefix):
-                    tensor = torch.empty(found.size, dtype=found.properties.dtype, device="meta")
+                    tensor = torch.empty(stored.size, dtype=stored.properties.dtype, device="meta")
                     self.tensors[name.removeprefix(self._prefix)] = tensor
 
     def _read(self, name: str) -> Tensor:
@@ -55,7 +55,7 @@ class Archive(StoredTensors):
 
 
 class ArchiveWriter(FileSystemWriter):
-    """Writer of such a folder; rank 0 calls `on_begin` before and `on_finish` after all ranks write their files."""
+    """Writer of an archive; rank 0 calls `on_begin` before and `on_finish` after all ranks write their files."""
 
     def __init__(self, folder: Path, on_begin: Callable[[], object], on_finish: Callable[[], object]) -> None:
         super().__init__(folder)
@@ -71,7 +71,7 @@ class ArchiveWriter(FileSystemWriter):
         self._on_finish()
 
 
-_CLASSES = {
+_ALLOWED_NAMES = {
     "torch": {"Size", *(name for name, value in vars(torch).items() if isinstance(value, torch.dtype))},
     "torch.serialization": {"_get_layout"},
     "torch.distributed.checkpoint.metadata": {
@@ -87,15 +87,15 @@ _CLASSES = {
     "pathlib": {"PosixPath"},
     "pathlib._local": {"PosixPath"},
 }
-"""Names in `.metadata`, by module: classes that describe tensors and their places, and a look-up of a layout"""
+"""Names that `.metadata` may hold, by module: classes that describe tensors and files, and a look-up of a layout"""
 
 
 class _Unpickler(pickle.Unpickler):
-    """Unpickler of these names and no others."""
+    """Unpickler that refuses all other names."""
 
     def find_class(self, module: str, name: str) -> Any:
-        if (module, name) == ("builtins", "getattr"):  # Python 3.11.2 pickles members of enumerations so
+        if (module, name) == ("builtins", "getattr"):  # Python 3.11.2 pickles a member of an enumeration as a getattr
             return lambda kind, member: kind.__members__[member]
-        if name not in _CLASSES.get(module, ()):
+        if name not in _ALLOWED_NAMES.get(module, ()):
             raise pickle.UnpicklingError(f"{short_text(f'{module}.{name}')} does not belong here")
         return super().find_class(module, name)

@@ -9,13 +9,13 @@ from torch import Tensor
 
 from ..ops.common.checks import describe, is_integer_between
 
-_NO_TOKEN, _WILDCARD = -2, -3  # a row without a token so far; matches every token
+_NO_TOKEN, _WILDCARD = -2, -3  # stands before a row's first token; matches every token
 _REPLACEMENT = "\N{REPLACEMENT CHARACTER}".encode()
 _CONTEXT = 16  # tokens decoded with a new one, whose text may depend on them
 
 
 class StopDetector:
-    """Detector of rows whose new tokens end with one of some sequences."""
+    """Detector of rows whose new tokens end with one of the stop sequences."""
 
     def __init__(self, sequences: list[list[int]], like: Tensor) -> None:
         longest = max(map(len, sequences))
@@ -31,7 +31,7 @@ class StopDetector:
 
 
 def check_stops(tokens: object, sequences: object, vocab_size: int) -> list[list[int]]:
-    """Return the sequences that stop a row; a token is a sequence of one."""
+    """Return the sequences that stop a row; a stop token is a sequence of length 1."""
 
     def as_list(value: object) -> Sequence[object]:
         return value if isinstance(value, Sequence) and not isinstance(value, str) else [value]
@@ -52,17 +52,17 @@ def check_stops(tokens: object, sequences: object, vocab_size: int) -> list[list
 
 
 class StopStrings:
-    """Text of tokens that come one by one, up to the first of some strings.
+    """Text of tokens that arrive one by one, up to the first stop string.
 
-    Bytes that may begin a string are held back until the next tokens decide; so are those of an unfinished character
-    that `decode` shows as U+FFFD.
+    Bytes that may begin a stop string are held back until later tokens decide. So are the bytes of an unfinished
+    character, which `decode` shows as U+FFFD.
 
     Args:
-        decode: maps a list of token ids to bytes; more ids only append bytes.
-        strings: texts or bytes, none of them empty; there may be none.
+        decode: function from a list of token ids to bytes. More ids may only append bytes.
+        strings: stop strings, as text or bytes, none of them empty. The list may be empty.
 
     Attributes:
-        stopped: True if a string was found.
+        stopped: True if a stop string was found.
 
     Example:
         >>> import megalodon_ops as mo
@@ -78,15 +78,15 @@ class StopStrings:
                 raise ValueError(f"StopStrings: `strings` must be text or bytes, not empty, got {describe(string)}.")
         if not callable(decode):
             raise TypeError(
-                f"StopStrings: `decode` must be a function of a list of tokens, got {describe(decode)}; a tokenizer's "
-                "is its `decode`."
+                f"StopStrings: `decode` must be a function of a list of tokens, got {describe(decode)}; pass a "
+                "tokenizer's method `decode`."
             )
         self._strings = [string.encode() if isinstance(string, str) else string for string in strings]
         self._decode, self._tokens, self._decoded, self._held = decode, [], b"", b""
         self.stopped = False
 
     def add(self, token: int) -> bytes:
-        """Add a token and return the new bytes that are certain to come before a string."""
+        """Add a token and return the new bytes that are certain to precede the first stop string."""
         if self.stopped:
             return b""
         self._held += self._new_bytes(int(token))
@@ -105,7 +105,7 @@ class StopStrings:
         return text
 
     def _new_bytes(self, token: int) -> bytes:
-        """Return the text that a token adds; only the last tokens are decoded again."""
+        """Add a token and return the bytes that it adds to the text; only the last tokens are decoded again."""
         self._tokens.append(token)
         text = self._certain_text()
         if not text.startswith(self._decoded):
@@ -120,13 +120,13 @@ class StopStrings:
         """Return the text of the kept tokens, without a character at its end that may be unfinished."""
         text = self._decode(self._tokens)
         if not isinstance(text, bytes):
-            raise TypeError(f"StopStrings: `decode` must give bytes, got {describe(text)}; encode a text.")
+            raise TypeError(f"StopStrings: `decode` must return bytes, got {describe(text)}; encode its text.")
         while text.endswith(_REPLACEMENT):
             text = text.removesuffix(_REPLACEMENT)
         return text
 
     def _num_uncertain(self) -> int:
-        """Number of bytes at the end that may begin a string."""
+        """Number of held bytes at the end that may begin a stop string."""
         longest = min(max(map(len, self._strings), default=1) - 1, len(self._held))
         for length in range(longest, 0, -1):
             if any(string.startswith(self._held[-length:]) for string in self._strings):

@@ -52,10 +52,10 @@ def write_weights(folder: Path, tensors: dict[str, Tensor], max_bytes: int) -> N
 
 
 class StoredTensors:
-    """Memory-mapped tensors of safetensors files by name: each is read when it is used, and changes stay in memory."""
+    """Memory-mapped tensors of safetensors files, by name. They are read at their first use; changes stay in memory."""
 
     def __init__(self, *paths: Path, path: Path | None = None) -> None:
-        self.path = path or paths[0]  # named in errors
+        self.path = path or paths[0]  # begins error texts
         self.tensors: dict[str, Tensor] = {}
         for file in paths:
             file_size(file)
@@ -90,36 +90,36 @@ class StoredTensors:
         return self.tensors[name]
 
     def fill(self, tensors: dict[str, Tensor]) -> None:
-        """Copy stored values into tensors by name; for a DTensor, the part of this process."""
+        """Copy stored values into the tensors of the same names; into a DTensor, only this process's part."""
         for name, tensor in tensors.items():
             set_whole(tensor, self.get(name, tensor.dtype))
 
     def check(self, wanted: Shapes, dtypes: Mapping[str, torch.dtype] = {}) -> None:
         """Raise for the first tensor that is missing, unexpected, or of another shape or kind.
 
-        dtypes: by name, those of tensors that are not a model's floating-point numbers.
+        dtypes: required dtypes by name; any other tensor may have any of WEIGHT_DTYPES.
         """
-        left = dict(self.tensors)
+        remaining = dict(self.tensors)
         for name, shape in wanted:
-            tensor = left.pop(name, None)
+            tensor = remaining.pop(name, None)
             if tensor is None:
                 raise FileError(f"{self.path}: must hold the parameters of config.json; {short_text(name)} is missing")
-            if tensor.dtype not in _allowed(name, dtypes) or tensor.shape != shape:
+            if tensor.dtype not in _allowed_dtypes(name, dtypes) or tensor.shape != shape:
                 got, kind = f"{tensor.dtype} {tuple(tensor.shape)}", dtypes.get(name, "floating-point numbers")
                 raise FileError(f"{self.path}: `{name}` must be {kind} of shape {shape}, got {got}")
-        if left:
+        if remaining:
             raise FileError(
-                f"{self.path}: must hold the parameters of config.json; {short_text(min(left))} is none of them"
+                f"{self.path}: must hold the parameters of config.json; {short_text(min(remaining))} is none of them"
             )
 
 
-def _allowed(name: str, dtypes: Mapping[str, torch.dtype]) -> tuple[torch.dtype, ...]:
+def _allowed_dtypes(name: str, dtypes: Mapping[str, torch.dtype]) -> tuple[torch.dtype, ...]:
     return (dtypes[name],) if name in dtypes else WEIGHT_DTYPES
 
 
 @torch.no_grad()
 def set_whole(tensor: Tensor, value: Tensor) -> None:
-    """Copy a whole value into a tensor; for a DTensor, the part of this process."""
+    """Copy a whole value into a tensor; into a DTensor, only this process's part."""
     if type(tensor) not in OWN_TYPES:  # a DTensor
         from torch.distributed.tensor import distribute_tensor  # here: it takes long to load
 
@@ -131,7 +131,7 @@ def set_whole(tensor: Tensor, value: Tensor) -> None:
 def plain_tensors(
     model: nn.Module, wanted: Shapes, dtypes: Mapping[str, torch.dtype] = {}, *, caller: str
 ) -> dict[str, Tensor]:
-    """Return the model's parameters by the names wanted; raise unless a file can hold them. dtypes: as in `check`."""
+    """Return the wanted parameters of a model; raise unless they fit a file. dtypes: as in `StoredTensors.check`."""
     by_name = dict(model.named_parameters(remove_duplicate=False))
     tensors = {}
     for name, shape in wanted:
@@ -141,7 +141,7 @@ def plain_tensors(
                 f"{caller}: `model` must have the parameters of its configuration, got no `{name}`; merge adapters, "
                 "and undo what wraps its layers"
             )
-        if type(tensor) not in OWN_TYPES or tensor.dtype not in _allowed(name, dtypes) or tensor.is_meta:
+        if type(tensor) not in OWN_TYPES or tensor.dtype not in _allowed_dtypes(name, dtypes) or tensor.is_meta:
             got = "a meta tensor" if tensor.is_meta else f"{type(tensor).__name__} of {tensor.dtype}"
             kind = dtypes.get(name, "floating-point numbers")
             raise ValueError(f"{caller}: `{name}` must be a tensor of {kind} with values, got {got}.")

@@ -26,7 +26,7 @@ from torch import Tensor, nn
 
 from .record import RECORD, new_record, read_record, write_record
 from ..files import FileError, as_path, drafting, reading, remove_drafts, write_atomically, write_safetensors
-from ..model.folder import CONFIG, check_dtype, check_tokenizer, is_ours
+from ..model.folder import CONFIG, check_dtype, check_tokenizer, holds_model
 from ..model.folder import read_model, read_model_files, stored_tensors, write_model
 from ..model.config import MegalodonConfig
 from ..model.encoder import MegalodonEncoder, MegalodonEncoderConfig
@@ -269,7 +269,7 @@ def load_checkpoint(path: str | os.PathLike, *, verify: bool = True) -> Checkpoi
 
 def _read(folder: Path, verify: bool) -> Checkpoint:
     record = read_record(folder, verify=verify)
-    kind = MegalodonEncoderConfig if is_ours(folder, MegalodonEncoderConfig.model_type) else MegalodonConfig
+    kind = MegalodonEncoderConfig if holds_model(folder, MegalodonEncoderConfig.model_type) else MegalodonConfig
     return Checkpoint(folder, read_model_files(folder, kind=kind)[0], record)
 
 

@@ -67,10 +67,10 @@ BLAMED = {
     ),
     "texts for a text": (lambda: ByteTokenizer().encode(["a"]), "encode: `text` must hold bytes or str, got list"),
     "a tokenizer for its decode": (
-        lambda: mo.StopStrings(ByteTokenizer(), ["a"]), "StopStrings: `decode` must be a function of .* its `decode`",
+        lambda: mo.StopStrings(ByteTokenizer(), ["a"]), "StopStrings: `decode` must be a function of .* method `decode`",
     ),
     "a decode to str": (
-        lambda: mo.StopStrings(lambda ids: "a", ["a"]).add(3), "StopStrings: `decode` must give bytes, got 'a'",
+        lambda: mo.StopStrings(lambda ids: "a", ["a"]).add(3), "StopStrings: `decode` must return bytes, got 'a'",
     ),
 }  # fmt: skip
 
