@@ -40,7 +40,7 @@ def test_a_saved_model(tmp_path, capsys):
     (tmp_path / "other/file").touch()
     for out, run, error in (
         ("other", "wide", "`directory` must be a new folder or a checkpoint"),
-        ("new", "small", "`model` must have floating-point weights, got one of int4"),
+        ("new", "small", "`model` must have floating-point weights, got int4 weights"),
         ("new", "none", "error: .*/none: no such folder"),
     ):
         command = ["quantize", tmp_path / run, "--to", "int4", "--out", tmp_path / out]

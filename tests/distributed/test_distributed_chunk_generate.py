@@ -54,7 +54,7 @@ def test_a_piece_is_refused_as_a_prompt(ranks):
     for error in ranks.run(generate_from_pieces, 2):
         assert re.fullmatch(
             r"generate: `prompt` must be the same on the ranks 0, 1, got \[\[.* on rank 0 and \[\[.* on rank 1; "
-            r"each rank has the whole prompts, not a piece of them\.",
+            r"pass the same whole prompts on each rank\.",
             error,
         )
 

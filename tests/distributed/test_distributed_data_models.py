@@ -153,7 +153,8 @@ def test_arguments_that_differ_between_ranks_are_an_error_on_all(ranks):
     assert "`model` must be a Megalodon or a MegalodonEncoder that is not parallel yet, got " in twice
     assert "`sizes` must be the same on " in names and "{'chunk': 2} on rank 0 and {'data': 2} on rank 1" in names
     assert product == (
-        "make_mesh: `sizes` must have a product of 2 for 2 processes, got data 2 x chunk 3 = 6; change a size, or their number."
+        "make_mesh: `sizes` must have a product of 2 for 2 processes, got data 2 x chunk 3 = 6; change a size or the "
+        "number of processes."
     )
 
 
@@ -215,7 +216,7 @@ def test_wrong_arguments_are_refused(ended_process_group):
     for model, given, error, words in (
         ("model", mesh, TypeError, f"{kinds} 'model'."),
         (torch.nn.Linear(1, 1), mesh, TypeError, f"{kinds} torch.nn.modules.linear.Linear."),
-        (quantized, mesh, ValueError, "`model` must have floating-point weights, got one of int8."),
+        (quantized, mesh, ValueError, "`model` must have floating-point weights, got int8 weights."),
         (tiny_model(), None, TypeError, "`mesh` must be a torch.distributed DeviceMesh, got None."),
         (tiny_model(), other, ValueError, "`mesh` must have dimensions named any of data, chunk, tensor, .* got dp."),
     ):

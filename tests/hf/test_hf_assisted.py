@@ -115,5 +115,5 @@ def test_crop() -> None:
     plain = model(ids).get(CACHE)
     assert not plain.is_croppable
     plain.crop(0)
-    with pytest.raises(NotImplementedError, match="`crop` must be called by assisted generation"):
+    with pytest.raises(NotImplementedError, match="`crop` must be called in assisted generation"):
         plain.crop(-1)

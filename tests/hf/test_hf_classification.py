@@ -132,7 +132,7 @@ def test_wrong_calls() -> None:
     for message, call in (
         ("a token in every row", lambda: rows(ids, attention_mask=empty)),
         ("a token in every row", lambda: rows(ids[:1], cu_seq_lens_q=torch.tensor([0, 3, 3, 6]))),
-        ("`labels` must be of 2 rows", lambda: rows(ids, labels=torch.tensor([1]))),
+        ("`labels` must have 2 rows", lambda: rows(ids, labels=torch.tensor([1]))),
         (r"`labels` must be \(2, 6\) as the tokens", lambda: tokens(ids, labels=ids[:, 1:])),
     ):
         with pytest.raises(ValueError, match=message):

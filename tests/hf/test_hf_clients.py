@@ -93,7 +93,7 @@ def test_virtual_tokens_take_their_width_from_the_configuration() -> None:
         assert any(p.grad is not None and p.grad.abs().sum() > 0 for p in model.parameters() if p.requires_grad)
     model = peft.get_peft_model(build_model(), peft.PrefixTuningConfig(**sizes))
     for call, options in ((model, {}), (model.generate, dict(max_new_tokens=2))):
-        with pytest.raises(TypeError, match="keys and values, as of prefix tuning, do not make a recurrent state"):
+        with pytest.raises(TypeError, match="keys and values of prefix tuning are no recurrent state"):
             call(input_ids=ids, **options)
 
 

@@ -303,7 +303,7 @@ def test_wrong_calls() -> None:
         r"`input_values` must have shape \(B, L, F\)": lambda: numbers(input_values=torch.randn(2, 6)),
         r"must be floating-point numbers \(B, L, 2\)": lambda: numbers(input_values=torch.randn(2, 6, 3)),
         r"`input_ids` must be integers \(B, L\)": lambda: model(ids.float()),
-        "`labels` must be of 2 rows": lambda: model(ids, labels=torch.tensor([1])),
+        "`labels` must have 2 rows": lambda: model(ids, labels=torch.tensor([1])),
         "`labels` must be a torch tensor": lambda: model(ids, labels=[1, 0]),
         r"`labels` must be \(2, 6\) as the tokens": lambda: predictor(ids, labels=ids[:, 1:]),
         "`labels` must be integers": lambda: predictor(ids, labels=ids.float()),

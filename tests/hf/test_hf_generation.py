@@ -186,7 +186,7 @@ def test_generation_continues_with_a_cache() -> None:
             whole[:, 20:], attention_mask=mask, past_key_values=cache, max_new_tokens=3, do_sample=False
         )
         assert torch.equal(rest[:, 1:], expected[:, 21:])
-    with pytest.raises(ValueError, match="must be a token"):
+    with pytest.raises(ValueError, match="must have at least one token"):
         model(prompt[:, :0], past_key_values=cache)
 
 
@@ -331,6 +331,6 @@ def test_generate_batch_is_refused_by_name():
     model = build_model().eval()
     for call in (lambda: model.generate_batch([[1, 2, 3]], max_new_tokens=2), model.init_continuous_batching):
         with pytest.raises(
-            NotImplementedError, match="MegalodonForCausalLM: `generate_batch` must have a cache of keys"
+            NotImplementedError, match="MegalodonForCausalLM: `generate_batch` must have a paged cache of keys"
         ):
             call()

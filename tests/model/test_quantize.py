@@ -133,7 +133,7 @@ def test_wrong_models_are_refused(tmp_path):
     encoder = mo.MegalodonEncoder(mo.MegalodonEncoderConfig(**{**model.config.to_dict(), "eos_token_id": None}))
     wrong = [
         (TypeError, "`model` must be a Megalodon that is not parallel, got .*Encoder", encoder, "int8"),
-        (ValueError, "`model` must have floating-point weights, got one of int8", small, "int4"),
+        (ValueError, "`model` must have floating-point weights, got int8 weights", small, "int4"),
         (ValueError, "`model` must be float32, bfloat16 or float16, got float64", tiny_model(), "int8"),
         (ValueError, "`layers.0.mega.wv.weight` must be finite", broken, "int8"),
         (ValueError, '`kind` must be "int8" or "int4", got \'fp8\'', model, "fp8"),

@@ -1,8 +1,9 @@
 """Chunk parallel: each rank of a group holds a piece of the sequence; ranks exchange states inside every block.
 
 A block asks its :class:`Sequences` for the initial states of `timestep_norm` and `cema`. Before an op's own pass, each
-rank computes the end state of its piece from zero, sends it to all ranks, and merges those of earlier pieces
-(merge.py). No rank waits for another one's pass; only with a working memory, all wait for rank 0's (shard_memory.py).
+rank computes the end state of its piece from zero, sends it to all ranks, and merges the end states of earlier pieces
+(merge.py). No rank waits for another rank's pass, except with a working memory: then all wait for rank 0's
+(shard_memory.py).
 If attention sees two chunks, each rank sends the keys and values of its last chunk to the next rank.
 """
 
@@ -36,15 +37,15 @@ from .shard_states import Block, flat_recurrent, state_of_piece, with_recurrent
 class ShardedSequences(Sequences):
     """The sequences in a rank's piece, and the exchanges that give the rank their initial states.
 
-    The states passed in are those of the whole sequences. The pieces are an argument of the call, so a block that is
-    recomputed in the backward uses those of its call.
+    The `given` states are those of the whole sequences. This object is an argument of the block, so a block that is
+    recomputed in the backward uses the pieces of its call.
     """
 
     pieces: Pieces
     group: ProcessGroup
 
     def norm_state(self, norm: Any, x: Tensor, given: TimestepNormState | None) -> TimestepNormState:
-        """Initial state of a norm over the piece x; every rank sends its end state and waits for the others'."""
+        """Return a norm's initial state over the piece x; every rank sends its end state and waits for the others'."""
         pieces, dtype = self.pieces, accumulation_dtype(x.dtype)
         part, options = self._carried_part(x)
         ends = timestep_norm_end_state(part, num_groups=norm.num_groups, **options)
@@ -55,8 +56,8 @@ class ShardedSequences(Sequences):
         state = merged_norm(ends, pieces.sources, pieces.source_lengths, *initial, dtype=dtype)
         if not pieces.is_packed:
             return state
-        rest = (None,) * 4 if start is None else merged_norm(start[None], [], [], start, count, dtype=dtype)
-        return TimestepNormState(*map(self._with_new_rows, state, rest))
+        whole = (None,) * 4 if start is None else merged_norm(start[None], [], [], start, count, dtype=dtype)
+        return TimestepNormState(*map(self._with_new_rows, state, whole))
 
     def send_end(self, cema: ComplexEMA, t: Tensor, given: Block) -> tuple:
         p, q, _, _ = cema.coefficients()
@@ -75,7 +76,7 @@ class ShardedSequences(Sequences):
         return state_of_piece(whole, pieces)._replace(cema=self._with_new_rows(cema, whole.cema))
 
     def carry(self, op: Callable, q: Tensor, k: Tensor, v: Tensor, **options: Any) -> Any:
-        """Call an op with the previous chunk in front, if it sees two chunks, and with the memory of earlier pieces."""
+        """Call an op with the previous piece's last chunk, if it sees two chunks, and the memory of earlier pieces."""
         (q, k, v), added, sequences = self._with_previous_chunk(q, k, v, **options)
         if op is read_write_and_keep:
             op = partial(memory_of_piece, pieces=self.pieces, group=self.group)
@@ -86,7 +87,7 @@ class ShardedSequences(Sequences):
         self, q: Tensor, k: Tensor, v: Tensor, *, chunk_size: int, visible_chunks: int,
         state: AttentionState | WorkingMemoryState | None, **_: Any,
     ) -> tuple[tuple[Tensor, Tensor, Tensor], int, Sequences]:  # fmt: skip
-        """Put the previous piece's last chunk before q (as zeros), k, v; also return its length and the sequences."""
+        """Put the previous piece's last chunk before k and v, and zeros before q; also return the added length."""
         if visible_chunks == 1:
             return (q, k, v), 0, self
         last = [_last_chunk(self.pieces, x, state, name, chunk_size) for name, x in (("k", k), ("v", v))]
@@ -99,31 +100,31 @@ class ShardedSequences(Sequences):
         return (F.pad(q, (0, 0, 0, 0, added, 0)), k, v), added, Sequences(offsets, lengths)
 
     def _carried_part(self, x: Tensor) -> tuple[Tensor, dict[str, Tensor | None]]:
-        """The positions of x (B, L, D) whose end state the ranks exchange, as arguments of an op."""
+        """Return the part of x (B, L, D) whose end state the ranks exchange, and the options of an op on this part."""
         return (x[:, slice(*self.pieces.tail)], {}) if self.pieces.is_packed else (x, {"lengths": self.lengths})
 
     def _open_rows(self, start: Tensor | None) -> Tensor | None:
-        """States (R, ...) of the sequences open where the piece begins, from those of all sequences (S, ...)."""
+        """Select the states (R, ...) of sequences that are open where the piece begins from those of all (S, ...)."""
         first = self.pieces.first_sequence
         if start is None or not self.pieces.is_packed:
             return start
         return start[first : first + 1] if self.pieces.is_continuation else start.new_zeros((1, *start.shape[1:]))
 
     def _with_new_rows(self, carried: Tensor, start: Tensor | None) -> Tensor:
-        """States of the piece's sequences: of the continued one (1, ...) from `carried`, of new ones from `start`."""
+        """Return the states of the piece's sequences: `carried` (1, ...) of a continued one, `start` of new ones."""
         pieces = self.pieces
         if not pieces.is_packed:
             return carried
-        known, first = int(pieces.is_continuation), pieces.first_sequence
-        shape = (pieces.num_sequences - known, *carried.shape[1:])
-        new = carried.new_zeros(shape) if start is None else start[first + known : first + pieces.num_sequences]
-        return torch.cat([carried[:known], new])
+        num_continued, first = int(pieces.is_continuation), pieces.first_sequence
+        shape = (pieces.num_sequences - num_continued, *carried.shape[1:])
+        new = carried.new_zeros(shape) if start is None else start[first + num_continued : first + pieces.num_sequences]
+        return torch.cat([carried[:num_continued], new])
 
 
 def _last_chunk(
     pieces: Pieces, x: Tensor, cache: AttentionState | WorkingMemoryState | None, name: str, chunk_size: int
 ) -> Tensor:
-    """Last chunk (R, C, ...) of x, which is k or v (`name`), for the sequences that are open where the piece ends.
+    """Return the last chunk (R, C, ...) of x, k or v by `name`, of the sequences that are open where the piece ends.
 
     The first positions of a chunk that began before the whole batch are in `cache`. For sequences that end in the piece
     the values are arbitrary: no other rank reads them.

@@ -1,7 +1,7 @@
 """The exchanges of chunk parallel as autograd functions, each with a collective in its backward.
 
-Every rank of the group must call every function, in the same order. The result enters the graph of every rank's loss,
-and each backward needs that of the next exchange, so the backwards run in the same order on all ranks, too.
+Every rank of the group must call every function, in the same order. The results enter the graph of every rank's loss.
+The backward of an exchange needs the backward of the next exchange, so backwards, too, have one order on all ranks.
 """
 
 from __future__ import annotations
@@ -15,13 +15,13 @@ from .rank_checks import all_gather
 
 
 def send_to_all(value: Tensor, start: Tensor | None, group: ProcessGroup) -> tuple[Tensor, Tensor | None, dist.Work]:
-    """Send a real tensor of the same shape on all ranks to all ranks, without waiting.
+    """Send a real tensor, which has the same shape on all ranks, to all ranks, without waiting.
 
-    Gradients of the results return to the rank that they came from. `start` is equal on all ranks and is returned as it
-    is; its gradient is the mean over ranks, so it is the same on every rank.
+    Gradients of a received tensor return to its rank. `start` is equal on all ranks and is returned unchanged; its
+    gradient is the mean over ranks, so the gradient is the same on every rank.
 
     Returns:
-        the tensors of all ranks (P, ...), which are valid after `wait` of the third result; `start`; and the work.
+        the tensors of all ranks (P, ...), valid after `work.wait()`; `start`; and `work`.
     """
     works: list[dist.Work] = []
     return *_SendToAll.apply(value, start, group, works), works[0]
@@ -49,7 +49,7 @@ class _SendToAll(torch.autograd.Function):
 
 
 def send_to_next(value: Tensor, next_rank: int | None, previous_rank: int | None, group: ProcessGroup) -> Tensor:
-    """Send a tensor (R, n, ...) to `next_rank`, and return the one of the same shape that `previous_rank` sends.
+    """Send a tensor (R, n, ...) to `next_rank`, and return the tensor of the same shape that `previous_rank` sends.
 
     Gradients return the same way. Without a `next_rank` nothing is sent, without a `previous_rank` n is 0.
     """
@@ -81,13 +81,15 @@ def _shift(received: Tensor, source: int | None, value: Tensor, target: int | No
 
 
 def gather_rows(own: Tensor, own_rows: Tensor, others: Tensor, other_rows: Tensor, group: ProcessGroup) -> Tensor:
-    """Gather the rows of all ranks on every rank; a row's gradients return to the rank that has it.
+    """Gather S rows from all ranks on every rank; a row's gradients return to the rank that has the row.
 
     Args:
-        own: (n, F), the rows of this rank, and own_rows: (n,), their numbers.
-        others: (S, F), equal on all ranks, and other_rows: numbers of the rows that no rank has, taken from `others`.
+        own: (n, F), the rows of this rank.
+        own_rows: (n,), their indices.
+        others: (S, F), equal on all ranks.
+        other_rows: indices of the rows that no rank has; they are taken from `others`.
     """
-    result = _Sum.apply(torch.zeros_like(others).index_copy(0, own_rows, own), group)  # exact: others add zeros
+    result = _Sum.apply(torch.zeros_like(others).index_copy(0, own_rows, own), group)  # exact: other ranks add 0
     return result.index_copy(0, other_rows, others[other_rows])
 
 
@@ -106,7 +108,7 @@ class _Sum(torch.autograd.Function):
 
 
 class TotalLoss(torch.autograd.Function):
-    """Sum or mean of the losses of all ranks, from each rank's sum and count; () in the dtype of the sum.
+    """Sum or mean of the losses of all ranks, from each rank's sum and count: () in the dtype of the sum.
 
     The backward multiplies a rank's gradient by the number of ranks, so the mean of the ranks' gradients, which data
     parallel computes, is the gradient of the result.

@@ -32,7 +32,7 @@ def check_torch() -> None:
 
 
 def forget_ended_groups() -> None:
-    """Clear DTensor's cache, or a mesh equal to an earlier one would get that one's ended groups."""
+    """Clear DTensor's cache; otherwise a mesh equal to an earlier one would get the ended groups of the earlier one."""
     with contextlib.suppress(ImportError):  # older torch
         from torch.distributed.tensor.debug import _clear_sharding_prop_cache as clear_cache
 
@@ -40,17 +40,17 @@ def forget_ended_groups() -> None:
 
 
 def shard(model: Megalodon, mesh: DeviceMesh, param_dtype: torch.dtype | None) -> None:
-    """Shard every parameter over the mesh's last dimension, in place; if it has two, replicate shards over the first.
+    """Shard every parameter over the last dimension of a mesh, in place; replicate the shards over the first of two.
 
-    A block's parameters are gathered by one exchange, or by two if its matrices are cast to another dtype than its few
-    wide parameters. The embedding, the output matrix and the final norm are gathered by the model itself, so the loss
-    finds the whole output matrix.
+    One exchange gathers a block's parameters, or two if the matrices are cast to another dtype than the few wide
+    parameters. The model itself gathers the embedding, the output matrix and the final norm, so the loss finds the
+    whole output matrix.
     """
     wide = dict(mesh=mesh, reshard_after_forward=True, mp_policy=MixedPrecisionPolicy(cast_forward_inputs=False))
     policy = MixedPrecisionPolicy(
         param_dtype=param_dtype,
         reduce_dtype=None if param_dtype is None else torch.float32,
-        cast_forward_inputs=False,  # or states would be cast
+        cast_forward_inputs=False,  # states must not be cast
     )
     matrices = {**wide, "mp_policy": policy}
     for block in model.layers:
@@ -58,10 +58,10 @@ def shard(model: Megalodon, mesh: DeviceMesh, param_dtype: torch.dtype | None) -
             owners = [module for module in block.modules() if any(True for _ in module.parameters(recurse=False))]
             fully_shard([module for module in owners if not isinstance(module, WideParameters)], **matrices)
         fully_shard(block, **wide)
-    if not _has_one_dtype(ends := getattr(model, "output", model), param_dtype):
-        fully_shard(ends.final_norm, **wide)
+    if not _has_one_dtype(output := getattr(model, "output", model), param_dtype):
+        fully_shard(output.final_norm, **wide)
     fully_shard(model, **matrices)
-    if mesh.device_type == "cpu":  # not every gloo can average
+    if mesh.device_type == "cpu":  # some versions of gloo cannot average
         for module in model.modules():
             if isinstance(module, FSDPModule):
                 module.set_force_sum_reduction_for_comms(True)
@@ -77,7 +77,7 @@ def initialise(model: Megalodon, plain: Megalodon, device: torch.device) -> None
     """Initialise the shards of a model that was on `meta`, with one whole module in memory at a time.
 
     The values are those of `megalodon_ops.Megalodon(config)` in one process with the random state of rank 0. The
-    generators of all ranks stay unchanged. `plain` is the model before it was sharded.
+    generators of all ranks stay unchanged. `plain` is a copy of the model from before the sharding.
     """
     model.to_empty(device=device)
     random = torch if device.type == "cpu" else torch.cuda
@@ -98,7 +98,7 @@ def initialise(model: Megalodon, plain: Megalodon, device: torch.device) -> None
 
 @torch.no_grad()
 def gather_model(model: Megalodon, param_dtype: torch.dtype | None = None) -> Megalodon:
-    """A model of this process with all parameters, the matrices in `param_dtype`; every rank must call this."""
+    """Return a model for one process with all parameters, matrices in `param_dtype`; every rank must call this."""
     for module in model.modules():
         if isinstance(module, FSDPModule):
             module.reshard()
@@ -111,7 +111,7 @@ def gather_model(model: Megalodon, param_dtype: torch.dtype | None = None) -> Me
 
 
 def whole_model(model: Megalodon, values: dict[str, Tensor]) -> Megalodon:
-    """A plain model with the configuration and mode of `model` and these values, which are not copied."""
+    """Return a plain model with the configuration and mode of `model` and these values, which are not copied."""
     kind = MegalodonEncoder if isinstance(model, MegalodonEncoder) else Megalodon
     plain = empty_model(kind, model.config, torch.float32)
     if model.config.share_emb:

@@ -25,7 +25,7 @@ from ..model.megalodon import Megalodon
 from ..ops.linear_cross_entropy.linear_cross_entropy import linear_cross_entropy
 
 PRODUCTS, OTHERS, RECOMPUTED = "matrix products, attention", "CEMA, norms, gates", "computed again"
-"""Kinds of operations: on a GPU's matrix units, on its float32 units, and recomputed ones on either"""
+"""Kinds of operations: on a GPU's matrix units, on its float32 units, and recomputed operations on either"""
 
 
 class Cost(NamedTuple):
@@ -34,7 +34,7 @@ class Cost(NamedTuple):
     saved: list[int]
     """bytes of each tensor that autograd saves for the backward, without parameters"""
     operations: dict[str, int]
-    """of forward and backward, by kind, as `torch.utils.flop_counter` counts them"""
+    """operations of forward and backward, by kind, as `torch.utils.flop_counter` counts them"""
 
 
 def measure(
@@ -47,10 +47,10 @@ def measure(
     on_cpu: bool = False,
     recompute: bool = False,
 ) -> tuple[Cost, Cost]:
-    """Costs of a block, and of the final norm with the loss, on a batch of (rows, length) tokens; see :func:`plan`.
+    """Measure a block, and the final norm with the loss, on a batch of (rows, length) tokens; see :func:`plan`.
 
-    `tensor` devices share a block: each has a part of its operations and saved tensors, but gathered tensors (inputs of
-    norms and products) with all channels. For the loss, each has a part of the tokens.
+    `tensor` devices share a block. Each device has a part of the operations and saved tensors, but all channels of
+    gathered tensors (inputs of norms and products). For the loss, each device has a part of the tokens.
     """
     stream, device = torch.float32 if autocast else dtype, "cpu" if on_cpu else "meta"
     with torch.device("meta"):
@@ -58,8 +58,8 @@ def measure(
     with FakeTensorMode(allow_non_fake_inputs=True) if on_cpu else contextlib.nullcontext():
         (block,), output = model.to_empty(device=device).layers, model.output
         shapes = (rows, length, config.model_dim), (1, math.ceil(rows * length / tensor), config.model_dim)
-        x, last = (torch.empty(*shape, dtype=stream, device=device, requires_grad=True) for shape in shapes)
-        targets = torch.zeros(last.shape[1], dtype=torch.int64, device=device)
+        x, last_hidden = (torch.empty(*shape, dtype=stream, device=device, requires_grad=True) for shape in shapes)
+        targets = torch.zeros(last_hidden.shape[1], dtype=torch.int64, device=device)
         inputs = [*model.parameters(), *model.buffers(), targets]
 
         def loss(x: Tensor) -> Tensor:
@@ -67,8 +67,8 @@ def measure(
             return linear_cross_entropy(hidden, weight, targets)
 
         with torch.autocast("cpu", dtype, enabled=autocast) if on_cpu else _GpuPaths(dtype, autocast):
-            saved, saved_by_loss = _saved(block, x, inputs), _saved(loss, last, inputs)
-        operations, loss_operations = _operations(block, x), _operations(loss, last)
+            saved, saved_by_loss = _saved(block, x, inputs), _saved(loss, last_hidden, inputs)
+        operations, loss_operations = _operations(block, x), _operations(loss, last_hidden)
 
         def whole_block(x: Tensor) -> Tensor:
             # torch 2.5's checkpoint looks for the generators of its arguments' device, and `meta` has none
@@ -76,20 +76,20 @@ def measure(
                 return block(x)
             return checkpoint(lambda: block(x), use_reentrant=False, preserve_rng_state=False)
 
-        added = sum(_operations(whole_block, x).values()) - sum(operations.values())
+        recomputed = sum(_operations(whole_block, x).values()) - sum(operations.values())
     own_saved = [size if numbers == x.numel() else size // tensor for numbers, size in saved]
-    own_operations = {kind: count // tensor for kind, count in {**operations, RECOMPUTED: added}.items()}
+    own_operations = {kind: count // tensor for kind, count in {**operations, RECOMPUTED: recomputed}.items()}
     return Cost(own_saved, own_operations), Cost([size for _, size in saved_by_loss], loss_operations)
 
 
 def _saved(call: Callable[[Tensor], Tensor], x: Tensor, inputs: list[Tensor]) -> list[tuple[int, int]]:
     """Elements and bytes of each storage that autograd saves for the backward of `call`, except those of `inputs`."""
-    found: dict[int, Tensor] = {}  # keeps the tensors alive, so no address is used twice
-    with saved_tensors_hooks(lambda t: found.setdefault(t.untyped_storage()._cdata, t), lambda t: t):
+    by_storage: dict[int, Tensor] = {}  # keeps the tensors alive, so no address is used twice
+    with saved_tensors_hooks(lambda t: by_storage.setdefault(t.untyped_storage()._cdata, t), lambda t: t):
         call(x)
     for tensor in inputs:
-        found.pop(tensor.untyped_storage()._cdata, None)
-    return [(tensor.numel(), tensor.untyped_storage().nbytes()) for tensor in found.values()]
+        by_storage.pop(tensor.untyped_storage()._cdata, None)
+    return [(tensor.numel(), tensor.untyped_storage().nbytes()) for tensor in by_storage.values()]
 
 
 def _operations(call: Callable[[Tensor], Tensor], x: Tensor) -> dict[str, int]:
@@ -111,7 +111,7 @@ class _GpuPaths(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: tuple = (), kwargs: dict[str, Any] | None = None) -> Any:
         options = kwargs or {}
-        if func is F.rms_norm:  # for which a GPU saves one number a row less than for a layer norm
+        if func is F.rms_norm:  # a GPU saves one number per row less for it than for this layer norm
             return F.layer_norm(*args, weight=options["weight"], eps=options["eps"])
         if func is F.linear and self.autocast:
             args = tuple(None if tensor is None else tensor.to(self.dtype) for tensor in args)

@@ -8,8 +8,8 @@ merge as those of two samples do (Chan, Golub and LeVeque). Over the pieces j be
     c = n_j / (n + n_j);  d = mean_j - mean;  n <- n + n_j
     mean <- mean + c d;  var <- (1 - c) var + c var_j + c (1 - c) d^2
 
-from the state before the sequence, or from zero. Powers and sums are complex128 and float64, whatever the states'
-dtype. Gradients flow to end states, poles and the state before the sequence.
+which starts from the state before the sequence, or from zero. Powers and sums are complex128 and float64, whatever the
+dtype of the states. Gradients flow to end states, poles and the state before the sequence.
 """
 
 from __future__ import annotations
@@ -32,8 +32,8 @@ def merged_cema(
         ends: (P, R, D, N) complex, the end state of each of P pieces of R sequences, from zero.
         pieces: indices of the pieces to merge, in order. If there are none, the result is `start`, and still depends on
             `ends` in autograd's graph, as all ranks must take part in the backward.
-        lengths: number of positions of each of these, at least 1.
-        start: (R, D, N) complex, the state before them; None: zero.
+        lengths: number of positions of each piece to merge, at least 1.
+        start: (R, D, N) complex, the state before these pieces; None: zero.
     """
     wide = q.to(torch.complex128)
     powers = {n: wide**n for n in {*lengths}}
@@ -57,10 +57,11 @@ def merged_norm(
     """State of `timestep_norm` after consecutive pieces.
 
     Args:
-        ends: (P, R, 2, G) float64, mean and variance of each of P pieces of R sequences by itself.
+        ends: (P, R, 2, G) float64, mean and variance of each of P pieces of R sequences alone.
         pieces, lengths: as in :func:`merged_cema`.
-        start: (R, 2, G) float64, mean and variance before them, and count: (R,) int64, of positions; None: none.
-        dtype: that of the returned mean, variance and residual.
+        start: (R, 2, G) float64, mean and variance before these pieces; None: no positions.
+        count: (R,) int64, number of positions before these pieces; None: 0.
+        dtype: dtype of the returned mean, variance and residual.
     """
     mean, var = ends[:0].sum(0).unbind(-2)
     if count is None:

@@ -16,25 +16,26 @@ from .rank_checks import check_same_on_ranks
 from .start import start
 from ..ops.common.checks import check_number, describe, is_integer_between, short_text
 
-DIMENSIONS = ("data", "chunk", "tensor")  # in a mesh's order: the ranks of the last one are neighbours
+DIMENSIONS = ("data", "chunk", "tensor")  # in a mesh's order; ranks along the last dimension are neighbours
 _EXPECTED = 'sizes of data, chunk and tensor, such as "data=2,chunk=2"'
 
 
 def make_mesh(
     sizes: str | Mapping[str, int], *, device_type: str | None = None, timeout: float | None = None
 ) -> DeviceMesh:
-    """Make a `DeviceMesh` of all processes, with dimensions named as :func:`parallelize` wants them.
+    """Make a `DeviceMesh` of all processes, with the dimension names that :func:`parallelize` expects.
 
-    If there is no process group, starts one, from the environment that `torchrun` sets, or else of this process only.
-    On GPUs, each process takes the one of its `LOCAL_RANK`. Every process of a run must call this function.
+    If there is no process group, this function starts one, from the environment that `torchrun` sets, or else with this
+    process only. With GPUs, each process takes the GPU of its `LOCAL_RANK`. Every process of a run must call this.
 
     Args:
         sizes: number of ranks of `data`, `chunk` and `tensor`: "data=2,chunk=2" or {"data": 2, "chunk": 2}. The mesh
-            has the order data, chunk, tensor, whatever the order here; the ranks of the last one are neighbours.
-        device_type: "cpu" or "cuda"; None: "cuda" if there is a GPU. A group that is started uses gloo for tensors on
-            the CPU and NCCL for those on GPUs.
-        timeout: seconds that processes wait for each other, in a group that is started here and in the mesh's groups;
-            None: torch's defaults.
+            has the order data, chunk, tensor, whatever the order of `sizes`. Ranks along its last dimension are
+            neighbours.
+        device_type: "cpu" or "cuda"; None: "cuda" if there is a GPU. A new process group uses gloo for tensors on the
+            CPU and NCCL for tensors on GPUs.
+        timeout: seconds that processes wait for each other, in a new process group and in the mesh's groups; None:
+            torch's defaults.
 
     Raises:
         ValueError: the product of the sizes is not the number of processes, a size or a name is wrong, or processes
@@ -52,11 +53,11 @@ def make_mesh(
         raise TypeError(f"make_mesh: `sizes` must be {_EXPECTED}, or a dictionary, got {describe(sizes)}.")
     if timeout is not None:
         timeout = check_number("make_mesh", "timeout", timeout, "a positive number of seconds or None", 1e-3)
-    found = "cuda" if torch.cuda.is_available() else "cpu"
-    if device_type not in (None, "cpu", found):
-        words = '"cpu", "cuda" or None' if found == "cuda" else '"cpu" or None without a GPU'
-        raise ValueError(f"make_mesh: `device_type` must be {words}, got {describe(device_type)}.")
-    device_type = device_type or found
+    default = "cuda" if torch.cuda.is_available() else "cpu"
+    if device_type not in (None, "cpu", default):
+        expected = '"cpu", "cuda" or None' if default == "cuda" else '"cpu" or None without a GPU'
+        raise ValueError(f"make_mesh: `device_type` must be {expected}, got {describe(device_type)}.")
+    device_type = device_type or default
     started = not dist.is_initialized()
     if started:
         _start(device_type, timeout)
@@ -88,9 +89,10 @@ def check_mesh(caller: str, mesh: object) -> dict[str, int]:
 
 
 def batch_and_tensor(mesh: DeviceMesh, *, replicate: bool) -> tuple[DeviceMesh, DeviceMesh]:
-    """Two parts of one mesh: the ranks of data x chunk together, over which FSDP2 shards, and those of `tensor`.
+    """Return two parts of one mesh: the ranks of data x chunk together, for FSDP2, and the ranks of `tensor`.
 
-    With `replicate`, the first is (ranks, 1): FSDP2 replicates over its first dimension and shards over its last.
+    The first part has shape (ranks,), over which FSDP2 shards. With `replicate` it has shape (ranks, 1): FSDP2
+    replicates over its first dimension and shards over its last.
     """
     tensor = mesh["tensor"].size() if "tensor" in mesh.mesh_dim_names else 1
     names = ("replicate", "shard") if replicate else ("shard",)
@@ -117,8 +119,9 @@ def _shape(sizes: str | Mapping[str, int]) -> dict[str, int]:
     needed, world_size = math.prod(shape.values()), dist.get_world_size()
     if needed != world_size:
         product = " x ".join(f"{name} {size}" for name, size in shape.items())
-        fix = f"start it by torchrun --nproc-per-node {needed}" if world_size == 1 else "change a size, or their number"
-        processes = "1 process" if world_size == 1 else f"{world_size} processes"
+        processes, fix = f"{world_size} processes", "change a size or the number of processes"
+        if world_size == 1:
+            processes, fix = "1 process", f"start it by torchrun --nproc-per-node {needed}"
         raise ValueError(
             f"make_mesh: `sizes` must have a product of {world_size} for {processes}, got {product} = {needed}; {fix}."
         )

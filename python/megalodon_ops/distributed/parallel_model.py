@@ -1,4 +1,4 @@
-"""`ParallelMegalodon`: a model on several ranks that split its batch, its sequence, its layers or its parameters."""
+"""`ParallelMegalodon`: a model on several ranks, which split its batch, its sequence, its layers or its parameters."""
 
 from __future__ import annotations
 
@@ -35,16 +35,16 @@ from .tensor_layers import CHANNELS, redistribute
 
 @dataclass(frozen=True)
 class Ranks:
-    """The groups of this rank (None: not split), and the dtype of its matrices."""
+    """Process groups of this rank (None: nothing is split), and the dtype of matrix products."""
 
     batch: ProcessGroup | None = None  # ranks whose losses are summed
     chunk: ProcessGroup | None = None  # ranks with the pieces of one sequence, in order
     tensor: DeviceMesh | None = None  # ranks with the parts of every layer
-    param_dtype: torch.dtype | None = None  # None: that of the parameters
+    param_dtype: torch.dtype | None = None  # None: the parameters' dtype
 
 
 class _ParallelModel:
-    """Mixin that runs a model on several ranks; the next base class is that of the model in one process."""
+    """Mixin that runs a model on several ranks; the next base class is the model for one process."""
 
     def __init__(self, model: Megalodon | MegalodonEncoder, ranks: Ranks) -> None:
         """Take the modules, the mode and the hooks of a model, which is left without modules."""
@@ -53,7 +53,7 @@ class _ParallelModel:
 
     @contextmanager
     def _reset_after_exception(self) -> Iterator[None]:
-        """Reset FSDP2 after an exception, or it takes the next call for a part of the failed one."""
+        """Reset FSDP2 after an exception; otherwise FSDP2 would take the next call for a part of the failed one."""
         try:
             yield
         except Exception:
@@ -65,13 +65,13 @@ class _ParallelModel:
         """Return a model with all parameters in this process, for whole sequences; its calls exchange nothing.
 
         The model is for calls without gradients, such as :func:`megalodon_ops.evaluation.evaluate`. Every rank must
-        call this: sharded parameters are gathered, and matrices are cast to `param_dtype`. A rank holds the whole model
-        while it keeps the result. Parameters that are neither sharded nor cast are shared, not copied.
+        call this method, which gathers sharded parameters and casts matrices to `param_dtype`. A rank holds the whole
+        model while it keeps the result. Parameters that are neither sharded nor cast are shared, not copied.
         """
         return gather_model(self, self._ranks.param_dtype)
 
     def save(self, directory: str | os.PathLike, **options: Any) -> None:
-        """Write the whole model by rank 0, as :meth:`megalodon_ops.Megalodon.save` does; all ranks must call this."""
+        """Let rank 0 write the whole model, as :meth:`megalodon_ops.Megalodon.save` does; every rank must call this."""
         values = get_model_state_dict(self, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
         if dist.get_rank() == 0:
             whole_model(self, values).save(directory, **options)
@@ -85,14 +85,14 @@ class ParallelMegalodon(_ParallelModel, Megalodon):
     returned state describe whole sequences, and are equal on all ranks of a chunk group. A piece that ends inside a
     sequence ends at the end of one of the sequence's chunks.
 
-    Logits and features are the piece's. With reduction "mean" or "sum", the loss covers the targets of all ranks and is
-    the same on every rank. Its gradients, averaged over the ranks, are exactly those of one process. With "none", the
-    losses are the piece's.
+    Logits and features are those of the piece. With reduction "mean" or "sum", the loss covers the targets of all ranks
+    and is the same on every rank. Its gradients, averaged over the ranks, are exactly those of one process. With
+    "none", a rank gets the losses of its piece.
 
     How it works: the model's own forward runs on every rank. FSDP2 (fsdp.py) gathers a block's parameters before the
     block and averages gradients after it. On a chunk group, blocks ask their sequences (chunk.py) for the initial
     states of the rank's piece. On a tensor group, layers (tensor.py) hold a part of their parameters and exchange
-    activations. This class cuts lengths, sums losses and gathers states.
+    activations. This class finds the piece's lengths, sums losses and gathers states.
 
     Every rank must make every call. Ranks that share a sequence or layers compare the arguments, by one small exchange,
     and raise the same ValueError if they differ.
@@ -102,7 +102,7 @@ class ParallelMegalodon(_ParallelModel, Megalodon):
         self, tokens: Tensor, targets: Tensor | None, features: bool, reduction: str, ignore_index: int,
         state: MegalodonState | None, return_state: bool, inplace_state: bool, sequences: Sequences,
     ) -> tuple[Tensor, MegalodonState | None]:  # fmt: skip
-        """Features or logits of the piece, or the loss, and the state of the whole sequences; see the class."""
+        """Compute the piece's features or logits, or the loss, and the state of the whole sequences; see the class."""
         check_reduction(reduction)
         ranks, own_state = self._ranks, state
         result_kind = f"loss, {reduction} without {ignore_index}"
@@ -130,7 +130,7 @@ class ParallelMegalodon(_ParallelModel, Megalodon):
     def _cross_entropy(
         self, hidden: Tensor, targets: Tensor, reduction: str, ignore_index: int, sequences: Sequences
     ) -> Tensor:
-        """The loss of all ranks, or with "none" this rank's losses."""
+        """Return the loss of all ranks or, with "none", this rank's losses."""
         targets = masked_targets(targets, ignore_index, sequences)
         own_reduction = "none" if reduction == "none" else "sum"
         if self._ranks.tensor is not None:
@@ -144,18 +144,18 @@ class ParallelMegalodon(_ParallelModel, Megalodon):
     def stream(self, prompt: Tensor, **options: Any) -> TokenStream:
         """Continue this rank's prompts, as :meth:`Megalodon.stream` does; every rank must call this.
 
-        The ranks of a chunk group pass the same prompts, whole ones. The model of :meth:`alone` generates the tokens,
-        so a rank may stop at any token. To continue prompts of its own in a chunk group, a rank calls that model.
+        The ranks of a chunk group pass the same whole prompts. The model of :meth:`alone` generates the tokens, so a
+        rank may stop at any token. A rank of a chunk group continues other prompts by calling that model itself.
         """
         if self._ranks.chunk is not None:
-            fix = "each rank has the whole prompts, not a piece of them"
+            fix = "pass the same whole prompts on each rank"
             check_same_on_ranks("generate", {"prompt": prompt}, self._ranks.chunk, fix=fix)
         return self.alone().stream(prompt, **options)
 
     def _shard_sequences(
         self, widths: list[int], state: MegalodonState | None, tokens: Tensor, whole: Sequences
     ) -> ShardedSequences:
-        """The sequences in this rank's piece; `widths`: columns of the pieces of all ranks."""
+        """Return the sequences in this rank's piece; `widths`: number of columns of each rank's piece."""
         for name, values in whole.keywords.items():
             if values is not None and (not has_integers(values) or values.dim() != 1):
                 raise ValueError(
@@ -184,7 +184,7 @@ class ParallelMegalodonEncoder(_ParallelModel, MegalodonEncoder):
 
 
 def _arguments(state: MegalodonState | None, rows: int, sequences: Sequences) -> dict[str, Any]:
-    """Names and values of a call's whole sequences, for ranks to compare."""
+    """Return a call's arguments that describe whole sequences, by name; the ranks compare them."""
     values = {"rows of tokens": rows, **sequences.keywords, "state": "None" if state is None else "given"}
     if state is None:
         return values

@@ -26,17 +26,17 @@ def parallelize(
     data: str = "shard",
     param_dtype: torch.dtype | None = None,
 ) -> ParallelMegalodon | ParallelMegalodonEncoder:
-    """Move the modules of a model into one that runs on all ranks of a mesh.
+    """Move the modules of a model into a model that runs on all ranks of a mesh.
 
     Every rank calls this with its copy of the model, and then calls the result with its own rows of the batch: the loss
     and the gradients are those of the whole batch. Parameters become DTensors: make the optimizer afterwards.
 
     Args:
-        model: equal on all ranks, on any device; it moves to the mesh's. A model on `meta` gets the initial values of
-            one process with rank 0's generator; no rank holds more than one whole module at a time.
-        mesh: of all processes, with one or more of the dimensions data, chunk and tensor, as by :func:`make_mesh`. Rows
-            of the batch are split over data, the sequence over chunk; parameters are sharded or replicated over data x
-            chunk together. Layers are split over tensor, whose ranks have the same tokens. An encoder takes only data.
+        model: equal on all ranks, on any device; it is moved to the mesh's device. A model on `meta` gets the values
+            that one process would draw with rank 0's generator; a rank holds one whole module at a time.
+        mesh: a mesh of all processes, as :func:`make_mesh` returns it. Rows of the batch are split over its dimension
+            data, the sequence over chunk; parameters are sharded or replicated over data x chunk together. Layers are
+            split over tensor, whose ranks have the same tokens. An encoder accepts only data.
         data: "shard": each rank keeps a part of every parameter, of its gradient and of the optimizer's state, and
             gathers a block when it runs (FSDP2). "replicate": each keeps all of them, and exchanges only gradients.
         param_dtype: dtype in which matrices are computed, such as torch.bfloat16, while the parameters, their gradients
@@ -72,15 +72,15 @@ def parallelize(
     on_meta = next(model.parameters()).is_meta
     plain = copy.deepcopy(model) if on_meta else None
     batch, tensor = batch_and_tensor(mesh, replicate=data == "replicate")
-    is_cut, is_split = sizes.get("chunk", 1) > 1, sizes.get("tensor", 1) > 1
-    if is_split:
+    splits_sequence, splits_layers = sizes.get("chunk", 1) > 1, sizes.get("tensor", 1) > 1
+    if splits_layers:
         if not on_meta:
             model.to(mesh.device_type)
         split_over(model, tensor)
     ranks = Ranks(
         batch=batch.get_group(0),
-        chunk=mesh.get_group("chunk") if is_cut else None,
-        tensor=tensor if is_split else None,
+        chunk=mesh.get_group("chunk") if splits_sequence else None,
+        tensor=tensor if splits_layers else None,
         param_dtype=param_dtype,
     )
     model = (ParallelMegalodonEncoder if isinstance(model, MegalodonEncoder) else ParallelMegalodon)(model, ranks)
@@ -90,13 +90,13 @@ def parallelize(
         cuda = mesh.device_type == "cuda"
         initialise(model, plain, torch.device("cuda", torch.cuda.current_device()) if cuda else torch.device("cpu"))
     for block in model.layers:
-        block.mega._keep_rotary()  # for the parameters' device
+        block.mega._update_rotary()  # on the parameters' new device
     return model
 
 
 def _check(model: nn.Module, sizes: dict[str, int], data: object, param_dtype: object) -> None:
     """Raise an error if an argument of this rank is wrong."""
-    # A subclass would lose its forward; `parallelize` has taken the modules of a model without any.
+    # A subclass would lose its forward. A model without modules has been passed to `parallelize` before.
     if type(model) not in (Megalodon, MegalodonEncoder) or not model._modules:
         raise TypeError(
             "parallelize: `model` must be a Megalodon or a MegalodonEncoder that is not parallel yet, got "
@@ -113,7 +113,7 @@ def _check(model: nn.Module, sizes: dict[str, int], data: object, param_dtype: o
             "not exchange counts of single features."
         )
     if quantization := getattr(model, "quantization", None):
-        raise ValueError(f"parallelize: `model` must have floating-point weights, got one of {quantization}.")
+        raise ValueError(f"parallelize: `model` must have floating-point weights, got {quantization} weights.")
     check_can_split("parallelize", model.config, tensor := sizes.get("tensor", 1))
     if tensor > 1:
         wanted = {name for name, _ in model.config.parameter_shapes()}

@@ -1,4 +1,4 @@
-"""Positions of whole sequences in the pieces of ranks, as integers."""
+"""Positions of whole sequences in the ranks' pieces, as integers."""
 
 from __future__ import annotations
 
@@ -12,7 +12,8 @@ from itertools import accumulate, pairwise, product
 class Pieces:
     """A rank's piece of the sequences of a batch, and the earlier ranks on which its initial states depend.
 
-    In a dense or padded batch ranks exchange the states of all rows, in a packed one that of the sequence at a cut.
+    In a dense or padded batch, ranks exchange the states of all rows; in a packed batch, only the state of the sequence
+    that two pieces share.
     """
 
     begin: int  # first column of the piece
@@ -20,14 +21,14 @@ class Pieces:
     ending_sequences: tuple[int, ...]  # sequences whose last position is in the piece
     sources: tuple[int, ...]  # earlier ranks with positions of the sequences that are open where the piece begins
     source_lengths: tuple[int, ...]  # number of these positions on each source
-    previous_rank: int | None = None  # nearest ranks that have columns; None if this one has none
+    previous_rank: int | None = None  # nearest ranks with columns; None if there is none or this rank has none
     next_rank: int | None = None
     lengths: tuple[int, ...] | None = None  # padded batch: number of positions of each row in the piece
     # Packed batch:
     tail: tuple[int, int] | None = None  # the piece's columns in the sequence that is open at its end
     first_sequence: int = 0  # first sequence with tokens in the piece
-    num_sequences: int = 0  # number of sequences in the piece, from that one on
-    is_continuation: bool = False  # the first of these began in an earlier piece
+    num_sequences: int = 0  # number of sequences with tokens in the piece
+    is_continuation: bool = False  # the first sequence began in an earlier piece
     cu_seqlens: tuple[int, ...] | None = None  # offsets of the piece's sequences in the piece
 
     @property
@@ -35,11 +36,11 @@ class Pieces:
         return self.tail is not None
 
     def has_new_sequence(self) -> bool:
-        """Return True if a sequence begins in this piece, and so from the state that is passed in."""
+        """Return True if a sequence begins in this piece; its initial state is the caller's."""
         return self.num_sequences > int(self.is_continuation) if self.is_packed else self.begin == 0
 
     def open_sequence_is_new(self) -> bool:
-        """Return True if the sequences that are open where the piece ends began in it."""
+        """Return True if the sequences that are open at the piece's end began in the piece."""
         return not self.sources or self.num_sequences > 1
 
 
@@ -53,13 +54,13 @@ def pieces_of(
     lengths: Sequence[int] | None = None,
     positions: Sequence[int] | None = None,
 ) -> Pieces:
-    """The piece of `rank`.
+    """Return the piece of `rank`.
 
     Args:
         piece_lengths: (P,) columns of each rank's piece.
         rows: B.
-        cu_seqlens, lengths: of the whole sequences, in a packed or a padded batch.
-        positions: (S,) tokens in the unfinished chunk of each sequence before the batch; None: no tokens.
+        cu_seqlens, lengths: those of the whole sequences, in a packed or a padded batch.
+        positions: (S,) number of tokens that each sequence's unfinished chunk has before the batch; None: 0.
 
     Raises:
         ValueError: offsets or lengths do not fit, or a piece ends inside a chunk.
@@ -68,7 +69,7 @@ def pieces_of(
     begin, end = ends[rank] - piece_lengths[rank], ends[rank]
     spans = _spans(rows, ends[-1], cu_seqlens, lengths)
     _check_cuts(ends, spans, chunk_size, positions or [0] * len(spans))
-    ending = tuple(s for s, (first, last) in enumerate(spans) if first < last and begin < last <= end)
+    ending = tuple(s for s, (start, stop) in enumerate(spans) if start < stop and begin < stop <= end)
     common = dict(begin=begin, spans=spans, ending_sequences=ending)
     if piece_lengths[rank]:
         common["previous_rank"] = max((r for r in range(rank) if piece_lengths[r]), default=None)
@@ -78,7 +79,7 @@ def pieces_of(
         own_lengths = None if lengths is None else tuple(min(max(n - begin, 0), end - begin) for n in lengths)
         source_lengths = tuple(piece_lengths[r] for r in sources)
         return Pieces(sources=sources, source_lengths=source_lengths, lengths=own_lengths, **common)
-    sequences = [s for s, (first, last) in enumerate(spans) if max(first, begin) < min(last, end)]
+    sequences = [s for s, (start, stop) in enumerate(spans) if max(start, begin) < min(stop, end)]
     if not sequences:
         return Pieces(sources=(), source_lengths=(), tail=(0, 0), cu_seqlens=(0,), **common)
     first, last = sequences[0], sequences[-1]
@@ -96,7 +97,7 @@ def pieces_of(
 def _spans(
     rows: int, total: int, cu_seqlens: Sequence[int] | None, lengths: Sequence[int] | None
 ) -> tuple[tuple[int, int], ...]:
-    """The columns of each sequence."""
+    """Return the columns [begin, end) of each sequence."""
     if cu_seqlens is not None and lengths is not None:
         raise ValueError("Megalodon: `lengths` must be None with `cu_seqlens`, got both.")
     if cu_seqlens is not None:

@@ -21,9 +21,12 @@ from .tensor import check_can_split
 class Plan:
     """Costs of a training step on a mesh, as :func:`plan` predicts them.
 
-    `tokens` counts those of all `devices`; the other fields are for one device. `memory` has the bytes by kind at the
-    peak of their sum, `bytes`; `operations` counts by kind, as `torch.utils.flop_counter` does; `exchange` has the
-    received bytes by kind: S (n - 1) / n for an all-gather to S bytes over n devices.
+    `tokens` counts the tokens of all `devices`; the other fields are for one device.
+
+        memory       bytes by kind, at the peak of their sum
+        bytes        this sum
+        operations   operations by kind, counted as by `torch.utils.flop_counter`
+        exchange     received bytes by kind: S (n - 1) / n for an all-gather to S bytes over n devices
     """
 
     config: MegalodonConfig
@@ -55,8 +58,8 @@ def plan(
         mesh: number of devices of `data`, `chunk` and `tensor`, such as {"data": 128, "chunk": 2}.
         context: tokens of a sequence. The size of `chunk` must divide its number of chunks.
         batch: sequences of a step on all devices; None: one for each `data` device.
-        device: "cpu" or "cuda", which keep and compute different things.
-        dtype: of matrix products and activations; CEMA, norms and states stay float32 if it is a 16-bit one.
+        device: "cpu" or "cuda"; the two save different tensors and compute different operations.
+        dtype: dtype of matrix products and activations; with a 16-bit dtype, CEMA, norms and states stay float32.
         autocast: float32 parameters and residual stream, products in `dtype`, as with torch.autocast.
         param_dtype: dtype in which matrices, their gradients and Adam's moments are stored. If it is not `dtype`, and
             without `autocast`, a block's matrices are cast when they are gathered, as `parallelize(param_dtype=)` does.
@@ -93,28 +96,28 @@ def plan(
         raise ValueError(f"plan: `context` must be {wanted}, got {context}.")
     check_can_split("plan", config, tensor)
 
-    stream = torch.float32 if autocast else dtype  # of the residual stream
+    stream = torch.float32 if autocast else dtype  # dtype of the residual stream
     layers, recompute, rows, length = config.num_layers, config.layerwise_ckpt, batch // data_size, context // chunk
-    block, end = measure(config, rows, length, tensor, dtype, autocast, device == "cpu", recompute)
-    operations = {kind: layers * count + end.operations.get(kind, 0) for kind, count in block.operations.items()}
+    block, final = measure(config, rows, length, tensor, dtype, autocast, device == "cpu", recompute)
+    operations = {kind: layers * count + final.operations.get(kind, 0) for kind, count in block.operations.items()}
 
     # Parameters. Gathered: those outside the blocks, this block, the next one, and one block's gradients.
     group = data_size * chunk
     shards = group if data == "shard" else 1
-    stored_block, stored_ends = _parameter_bytes(config, param_dtype, shards, tensor)
-    used_block, used_ends = _parameter_bytes(config, stream, shards, tensor)
-    stored, used, gathered = layers * stored_block + stored_ends, layers * used_block + used_ends, 0
+    stored_block, stored_others = _parameter_bytes(config, param_dtype, shards, tensor)
+    used_block, used_others = _parameter_bytes(config, stream, shards, tensor)
+    stored, used, gathered = layers * stored_block + stored_others, layers * used_block + used_others, 0
     if shards > 1 or stored != used:
-        gathered = shards * (used_ends + min(2, layers) * used_block + used_block + stored_block)
+        gathered = shards * (used_others + min(2, layers) * used_block + used_block + stored_block)
 
     # Activations and gradients, at the peak of their sum.
     channels, products = (rows * length * config.model_dim * kind.itemsize for kind in (stream, dtype))
-    saved, saved_by_end, scratch = sum(block.saved), sum(end.saved), max(block.saved) + 2 * channels
-    saved_before = channels // tensor if recompute else saved  # of a block, until its backward
+    saved, saved_by_final, scratch = sum(block.saved), sum(final.saved), max(block.saved) + 2 * channels
+    saved_before = channels // tensor if recompute else saved  # bytes of a block until its backward
     logits = min(rows * length * config.num_outputs // tensor, loss._block(torch.device(device)))
     activations, gradients, scratch = max(
-        (layers * saved_before + saved_by_end, 0, logits * (dtype.itemsize + 4)),  # the loss
-        ((layers - 1) * saved_before + saved, stored_block + stored_ends, scratch),  # the backward of the last block
+        (layers * saved_before + saved_by_final, 0, logits * (dtype.itemsize + 4)),  # the loss
+        ((layers - 1) * saved_before + saved, stored_block + stored_others, scratch),  # the backward of the last block
         (saved, stored, scratch),  # the backward of the first block, which comes last
         key=sum,
     )
@@ -132,9 +135,9 @@ def plan(
     widths = config.z_dim + config.value_dim
     states = norm + cema + config.working_memory * config.z_dim * (1 + widths // config.num_heads) * 4
     chunk_bytes = rows * config.chunk_size * (1 + config.working_memory) * widths * dtype.itemsize
-    ends = channels + config.num_outputs * config.model_dim * stream.itemsize
+    output = channels + config.num_outputs * config.model_dim * stream.itemsize
     gathers = 3 * (1 + recompute) * channels + 2 * products
-    scatters = 3 * channels + (2 + recompute * (1 + config.rescale_nffn)) * products  # fc2's once more, for its gain
+    scatters = 3 * channels + (2 + recompute * (1 + config.rescale_nffn)) * products  # fc2's output again, for its gain
     exchanged = {
         "parameters, all-gather": (2 * shards * used, shards),
         "gradients, reduce-scatter": (shards * stored, shards),
@@ -142,8 +145,8 @@ def plan(
         "states, forward": (chunk * rows * ((1 + recompute) * layers * states + norm) // tensor, chunk),
         "states, backward": (chunk * rows * (layers * states + norm) // tensor, chunk),
         "keys and values, handed on": ((config.visible_chunks - 1) * (2 + recompute) * layers * chunk_bytes, chunk),
-        "channels and output matrix, all-gather": (layers * gathers + ends, tensor),
-        "channels and output matrix, reduce-scatter": (layers * scatters + ends, tensor),
+        "channels and output matrix, all-gather": (layers * gathers + output, tensor),
+        "channels and output matrix, reduce-scatter": (layers * scatters + output, tensor),
     }
     exchange = {kind: total * (n - 1) // n for kind, (total, n) in exchanged.items() if total and n > 1}
     return Plan(config, sizes, group * tensor, batch * context, memory, sum(memory.values()), operations, exchange)

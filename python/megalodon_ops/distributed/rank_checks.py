@@ -1,4 +1,4 @@
-"""Comparison of values that must be the same on several ranks; if they are, each rank sends two integers."""
+"""Comparison of values that must be equal on several ranks. If they are, each rank sends only two integers."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ def check_same_on_ranks(
     """Raise the same ValueError on every rank of a group if a value differs between ranks; each rank must call this.
 
     Args:
-        op: begins the error.
-        values: by name. Tensors are compared by shape, dtype and content, other values by their `str`.
-        number: an integer that may differ.
-        fix: ends the error.
+        op: the beginning of the error text.
+        values: values by name. Tensors are compared by shape, dtype and content, other values by their `str`.
+        number: an integer that may differ between ranks.
+        fix: the end of the error text.
 
     Returns:
         `number` of every rank, in order.
@@ -47,14 +47,14 @@ def check_same_on_ranks(
 
 
 def device_of(group: ProcessGroup) -> torch.device:
-    """Device of the tensors that a group exchanges: the CPU if it can, as nothing then waits for a GPU."""
+    """Device for tensors that a group exchanges: the CPU if the group can, so that nothing waits for a GPU."""
     if "gloo" in dist.get_backend(group):
         return torch.device("cpu")
     return torch.device("cuda", torch.cuda.current_device())
 
 
 def _text(value: Any) -> str:
-    """Text of a value; of a tensor with more than a few numbers, a checksum of its bytes."""
+    """Text of a value; for a tensor of floating-point or many numbers, a checksum of its bytes."""
     if not isinstance(value, Tensor):
         return str(value)
     kind = f"{str(value.dtype).removeprefix('torch.')} {tuple(value.shape)}"

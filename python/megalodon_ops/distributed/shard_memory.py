@@ -1,13 +1,14 @@
 r"""The working memory of a piece of a sequence, continued from the pieces before it.
 
-A chunk turns a memory M into (1 - r) M + r P^T (V - F M). This is affine in M for given shares r, which depend only on
-the masses z. So over the pieces before a piece, in order,
+A chunk turns a memory M into (1 - r) M + r P^T (V - F M), in the letters of adaptive_working_memory_reference.py. The
+shares r depend only on the masses z, so for given z this is affine in M. With the mass z_j that piece j writes and its
+affine map M -> A_j M + B_j, the initial state of a piece follows from the pieces j before it, in order:
 
     z <- log(exp(z) + exp(z_j));  M <- A_j M + B_j
 
-There are two exchanges. First all ranks send z_j, which needs no pass. Then a piece in which the sequence begins runs
-its op, whose final memory is B, with A = 0. Meanwhile every other piece writes a memory with K more columns, from
-(0 | I) to (B | A), and runs its op after the second exchange. The last rank skips (B | A), which no rank needs.
+There are two exchanges. First, all ranks send z_j, which needs no pass. Then a piece in which the sequence begins runs
+its op; its final memory is B, with A = 0. Meanwhile every other piece writes a memory with K more columns, from (0 | I)
+to (B | A), and runs its op after the second exchange. The last rank skips (B | A), which no rank needs.
 """
 
 from __future__ import annotations
@@ -32,32 +33,33 @@ def memory_of_piece(
     cu_seqlens: Tensor | None, lengths: Tensor | None, to_end: bool, inplace: bool, cached_rows: Tensor | None,
     pieces: Pieces, group: ProcessGroup,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    """:func:`read_write_and_keep` of a piece, always to its end.
+    """Run :func:`read_write_and_keep` on a piece; `to_end` is always True.
 
     Args:
-        q, k, v, cu_seqlens, lengths: if attention sees two chunks, with the chunk before the piece in front, if any.
+        q, k, v, cu_seqlens, lengths: those of the piece. If attention sees two chunks, they include the chunk before
+            the piece, if there is one.
         state: initial state of the sequences that begin in the piece; the row of a sequence that began in an earlier
             piece is arbitrary. None: empty.
     """
     rows, added = visible_chunks * chunk_size, (visible_chunks - 1) * chunk_size if pieces.sources else 0
     if state is None:
         state = _empty(k, v, rows, pieces.num_sequences if pieces.is_packed else len(k))
-    grid, sequences = (chunk_size, visible_chunks), (cu_seqlens, lengths)
+    chunks, sequences = (chunk_size, visible_chunks), (cu_seqlens, lengths)
     begin, end = (added + column for column in pieces.tail or (0, k.shape[1] - added))
     open_state = WorkingMemoryState(*(x[-1:] for x in state)) if pieces.is_packed else state
     is_new = pieces.open_sequence_is_new() and len(open_state.mass) > 0
     if not is_new:
         begin, end = 0, (k.shape[1] - added) // chunk_size * chunk_size  # the positions that the piece writes
     open_k, open_v = k[:, begin:end], v[:, begin:end]
-    masses = _gather(_mass_after(open_k, *grid, open_state) if is_new else _mass(open_k), group)
+    masses = _gather(_mass_after(open_k, *chunks, open_state) if is_new else _mass(open_k), group)
     mass = torch.cat([torch.full_like(masses[:1], EMPTY_MASS), masses[[*pieces.sources]]]).logsumexp(0)
     if not pieces.sources:
-        o, *after = read_write_and_keep(q, k, v, *grid, state, *sequences, True, inplace)
+        o, *after = read_write_and_keep(q, k, v, *chunks, state, *sequences, True, inplace)
         memory = after[0][-1:].sum(0, keepdim=True) if pieces.is_packed else after[0]
         maps = _gather(F.pad(memory, (0, k.shape[3])), group)
         return o + (masses[:0].sum() + maps[:0].sum()), *after  # all ranks take part in the backward of exchanges
     if is_new:
-        _, memory, _ = read_and_write(open_k.detach(), open_k, open_v, *grid, open_state, None, None, True)
+        _, memory, _ = read_and_write(open_k.detach(), open_k, open_v, *chunks, open_state, None, None, True)
         own_map = F.pad(memory, (0, k.shape[3]))
     else:
         own_map = _affine_map(open_k, open_v, chunk_size, mass, is_needed=pieces.next_rank is not None)
@@ -70,11 +72,11 @@ def memory_of_piece(
     initial = initial._replace(memory=memory, mass=mass, k=initial.k + 2 * EMPTY_MASS, position=initial.position + rows)
     if pieces.is_packed:
         initial = WorkingMemoryState(*(torch.cat([one, others[1:]]) for one, others in zip(initial, state)))
-    return read_write_and_keep(q, k, v, *grid, initial, *sequences, True, inplace)
+    return read_write_and_keep(q, k, v, *chunks, initial, *sequences, True, inplace)
 
 
 def _empty(k: Tensor, v: Tensor, rows: int, sequences: int) -> WorkingMemoryState:
-    """Empty state of sequences, with room for `rows` keys and values."""
+    """Empty state of `sequences` sequences, with room for `rows` keys and values each."""
     (H, K), V = k.shape[2:], v.shape[3]
     memory = k.new_zeros(sequences, H, K, V, dtype=accumulation_dtype(k.dtype))
     keys, values = (k.new_zeros(sequences, rows, H, width) for width in (K, V))
@@ -100,7 +102,7 @@ def _mass_after(k: Tensor, chunk_size: int, visible_chunks: int, state: WorkingM
 
 
 def _affine_map(k: Tensor, v: Tensor, chunk_size: int, mass: Tensor, *, is_needed: bool) -> Tensor:
-    """(B | A) (R, H, K, V + K) of complete chunks written to a memory of this mass; zeros if no rank needs it."""
+    """(B | A) (R, H, K, V + K) of complete chunks that are written to a memory with this mass; zeros if not needed."""
     (R, H, K), V = mass.shape, v.shape[3]
     if not is_needed:
         return mass.mul(0)[..., None].expand(R, H, K, V + K)

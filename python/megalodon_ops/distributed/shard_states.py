@@ -23,9 +23,9 @@ Block = BlockState | MemoryBlockState
 
 
 def state_of_piece(whole: Block, pieces: Pieces) -> Block:
-    """State of a block before the piece's sequences; arbitrary for a sequence that began in an earlier piece.
+    """Select a block's state before the piece's sequences; it is arbitrary for one that began in an earlier piece.
 
-    All fields are None if no sequence begins in the piece or `whole` has none of them.
+    All fields are None if no sequence begins in the piece or those of `whole` are None.
     """
     if not pieces.has_new_sequence() or whole.cema is None:
         return type(whole)(*(None,) * len(whole))
@@ -41,27 +41,28 @@ def state_of_piece(whole: Block, pieces: Pieces) -> Block:
 def whole_state(
     after: MegalodonState, before: MegalodonState | None, pieces: Pieces, config: MegalodonConfig, group: ProcessGroup
 ) -> MegalodonState:
-    """The state after the whole sequences, equal on all ranks; each sequence's is from the rank with its last position.
+    """Return the state after the whole sequences, equal on all ranks.
+
+    A sequence's state comes from the rank with its last position, and its gradients return to this rank. Only filled
+    rows of keys and values are sent.
 
     Args:
         after: the state after the rank's piece.
-        before: the state before the whole sequences; None: zero. An empty sequence keeps it.
-
-    Gradients of the result go to the rank that a state comes from. Only filled rows of keys and values are sent.
+        before: the state before the whole sequences; None: zero. An empty sequence keeps this state.
     """
     integers = partial(torch.tensor, dtype=torch.int64, device=after.norm.mean.device)
     own_rows = integers([*pieces.ending_sequences])
-    local = own_rows - pieces.first_sequence
+    local_rows = own_rows - pieces.first_sequence
     other_rows = integers([s for s, (begin, end) in enumerate(pieces.spans) if begin == end])
     lengths = integers([end - begin for begin, end in pieces.spans])
 
     def whole_recurrent(
         norm: TimestepNormState, block: Block | None, old_norm: TimestepNormState | None, old_block: Block | None
     ) -> tuple[TimestepNormState, Block | None]:
-        """The whole state of a norm and the recurrent fields of a block, by one exchange."""
+        """Return a norm's whole state and a block's whole recurrent fields, by one exchange."""
         flat, groups = _flat(norm, block), norm.mean.shape[1]
         others = flat.new_zeros((len(lengths), flat.shape[1])) if old_norm is None else _flat(old_norm, old_block)
-        whole = gather_rows(flat.index_select(0, local), own_rows, others, other_rows, group)
+        whole = gather_rows(flat.index_select(0, local_rows), own_rows, others, other_rows, group)
         sizes = [groups, groups, 2 * groups, whole.shape[1] - 4 * groups]
         mean, var, residual, rest = torch.split_with_sizes_copy(whole, sizes, 1)  # no views: FSDP2 warns of them
         count = lengths if old_norm is None else old_norm.count + lengths
@@ -70,9 +71,9 @@ def whole_state(
 
     @torch.no_grad()
     def whole_cache(new: Tensor, old: Tensor | None, filled: int) -> Tensor:
-        """Keys or values of the whole sequences; `filled`: rows of the fullest state."""
+        """Return keys or values of the whole sequences; `filled`: the largest number of rows that a sequence fills."""
         others = new.new_zeros((len(lengths), *new.shape[1:])) if old is None else old
-        sent = gather_rows(new[local, :filled], own_rows, others[:, :filled], other_rows, group)
+        sent = gather_rows(new[local_rows, :filled], own_rows, others[:, :filled], other_rows, group)
         return F.pad(sent, (0, 0, 0, 0, 0, config.num_cached_positions - filled))
 
     old = None if before is None else complete(before)
@@ -97,12 +98,12 @@ def whole_state(
 
 
 def flat_recurrent(block: Block) -> Tensor:
-    """CEMA's state and, if there is one, the memory and its mass (S, F)."""
+    """CEMA's state and, if there is one, the memory and its mass, as a matrix with a row for each of S sequences."""
     return torch.cat([field.flatten(1) for field in _recurrent(block).values()], 1)
 
 
 def with_recurrent(block: Block, flat: Tensor) -> Block:
-    """The state of a block with its recurrent fields from `flat`, the inverse of :func:`flat_recurrent`."""
+    """Return a block's state with its recurrent fields from `flat`; the inverse of :func:`flat_recurrent`."""
     fields = _recurrent(block)
     parts = torch.split_with_sizes_copy(flat, [field.shape[1:].numel() for field in fields.values()], 1)
     new = {name: part.unflatten(1, fields[name].shape[1:]) for name, part in zip(fields, parts)}
@@ -120,7 +121,7 @@ def _caches(block: Block) -> list[Tensor]:
 
 
 def _flat(norm: TimestepNormState, block: Block | None) -> Tensor:
-    """Mean and variance (0 if the count is 0), their residuals, and a block's :func:`flat_recurrent` (S, F)."""
+    """Mean and variance (0 if the count is 0), their residuals, and :func:`flat_recurrent`: a row for each sequence."""
     has_past = (norm.count > 0)[:, None]
     parts = [norm.mean.where(has_past, 0), norm.var.where(has_past, 0), norm.residual.detach().flatten(1)]
     return torch.cat([*parts, *([] if block is None else [flat_recurrent(block)])], 1)

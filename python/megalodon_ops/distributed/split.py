@@ -28,10 +28,11 @@ def split(
 
     Args:
         tokens: (B, L, ...), the whole batch, on every rank.
-        mesh: with named dimensions.
-        chunk_size: the model's.
+        mesh: mesh with named dimensions.
+        chunk_size: chunk size of the model.
         cu_seqlens: (S + 1,) offsets of sequences packed into one row, each with chunks of its own.
-        position: number of tokens in the unfinished chunk of every row before, as in a state's `attention.position`.
+        position: number of tokens that every row's unfinished chunk has before the batch, as in a state's
+            `attention.position`.
 
     Returns:
         a view of `tokens`.
@@ -59,7 +60,7 @@ def split(
     rank, size = _rank_and_size(mesh, "data")
     if len(tokens) % size:
         raise ValueError(
-            f"split: `tokens` must have a number of rows that the {size} ranks of `data` divide, got {len(tokens)}."
+            f"split: `tokens` must have a multiple of {size} rows, the ranks of `data`, got {len(tokens)}."
         )
     rows, length = len(tokens) // size, tokens.shape[1]
     offsets = [0, length]
@@ -78,7 +79,7 @@ def split(
 def columns(
     rank: int, ranks: int, length: int, chunk_size: int, offsets: Sequence[int], position: int | Sequence[int] = 0
 ) -> tuple[int, int]:
-    """Return the columns [begin, end) of a rank's piece of sequences at `offsets`; `position` may be one a sequence."""
+    """Return the columns [begin, end) of a rank's piece of sequences at `offsets`; position: of all, or of each."""
     bounds = [0]
     for cut in range(1, ranks):
         bounds.append(max(_nearest_cut(cut * length / ranks, length, chunk_size, offsets, position), bounds[-1]))
@@ -89,7 +90,7 @@ def columns(
 def _nearest_cut(
     ideal: float, length: int, chunk_size: int, offsets: Sequence[int], position: int | Sequence[int]
 ) -> int:
-    """Return the chunk boundary nearest to a column; between sequences, every column is one."""
+    """Return the chunk boundary nearest to the column `ideal`; outside of sequences, return the column."""
     s = bisect_right(offsets, ideal) - 1
     if s < 0 or s + 1 >= len(offsets):
         return round(ideal)
@@ -102,7 +103,7 @@ def _nearest_cut(
 
 
 def _rank_and_size(mesh: DeviceMesh, name: str) -> tuple[int, int]:
-    """This rank's number along a dimension of the mesh, and the number of ranks there."""
+    """This rank's index along a dimension of the mesh, and the size of this dimension."""
     if name not in mesh.mesh_dim_names:
         return 0, 1
     return mesh.get_local_rank(name), mesh.size(mesh.mesh_dim_names.index(name))

@@ -20,12 +20,12 @@ from .. import torchrun
 
 
 def start(device_type: str, timeout: timedelta | None = None) -> None:
-    """Start the default process group from the environment that `torchrun` sets, or else of this process only.
+    """Start the default process group from the environment that `torchrun` sets, or else with this process only.
 
-    Tensors on the CPU are exchanged by gloo, those on GPUs by NCCL; a process takes the GPU of its `LOCAL_RANK`.
+    gloo exchanges tensors on the CPU, NCCL tensors on GPUs; a process takes the GPU of its `LOCAL_RANK`.
 
-    A restart by torchrun may keep the store, with the addresses of processes that have ended; so each start has a
-    prefix of its own in the store.
+    After a restart by torchrun, the store may still hold addresses of processes that have ended, so each start has its
+    own prefix in the store.
     """
     atexit.register(await_workers)
     backend = "gloo" if device_type == "cpu" else "cpu:gloo,cuda:nccl"
@@ -41,18 +41,18 @@ def start(device_type: str, timeout: timedelta | None = None) -> None:
     store = dist.PrefixStore(f"start-{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
     dist.init_process_group(backend, store=store, rank=rank, world_size=world_size, **options)
     if "TORCHELASTIC_ERROR_FILE" in os.environ:
-        sys.excepthook = functools.partial(_fail, sys.excepthook)  # that of init_process_group, which names the rank
+        sys.excepthook = functools.partial(_fail, sys.excepthook)  # the hook of init_process_group names the rank
 
 
 def _fail(show: Callable[..., Any], kind: type[BaseException], error: BaseException, trace: Any) -> None:
-    """Show an uncaught exception, in one line if another process caused it, and report it to torchrun."""
-    follows = torchrun.is_peer_failure(error)
-    line = f"{torchrun.PEER_FAILURE}: {torchrun.first_line(error)}" if follows else f"{kind.__name__}: {error}"
-    if follows and re.search("(?i)connection (closed|reset)|broken pipe", line):
+    """Show an uncaught exception, in one line if another process has ended, and report it to torchrun."""
+    is_peer_failure = torchrun.is_peer_failure(error)
+    line = f"{torchrun.PEER_FAILURE}: {torchrun.first_line(error)}" if is_peer_failure else f"{kind.__name__}: {error}"
+    if is_peer_failure and re.search("(?i)connection (closed|reset)|broken pipe", line):
         print(f"[rank{os.environ['RANK']}]: {line}", file=sys.stderr, flush=True)
     else:
         show(kind, error, trace)
-    torchrun.report_failure(line, is_root_cause=not follows)
+    torchrun.report_failure(line, is_root_cause=not is_peer_failure)
 
 
 def await_workers(timeout: float = 10.0) -> None:

@@ -4,13 +4,13 @@ The residual stream is split by channels; docs/tensor-parallel.md has the part o
 The inputs of a norm over all channels are gathered, so its kernel needs no change.
 
 Parameters are DTensors on the mesh's dimension `tensor`, for FSDP2, the optimizer and checkpoints. Each module with
-parameters gets `SplitLayer` (tensor_layers.py) as a base. Its forward replaces the parameters by plain tensors, the
-rank's own parts, and, as set below, gathers the module's input or sums its output; so the forward of a block is the one
-for one process. All exchanges are DTensor's redistributions.
+parameters gets the base `SplitLayer` (tensor_layers.py). Its forward replaces the parameters by plain tensors, the
+rank's own parts. If `split_over` says so, it also gathers the module's input or sums its output. So the forward of a
+block is the same as in one process. All exchanges are redistributions of DTensor.
 
-The embedding and the output matrix are split by channels, so they can be tied; every rank standardises all of a model's
-numbers and maps them to its own channels. For logits and losses the output matrix
-and the last hidden states are gathered, and each rank computes 1/n of the tokens, so every loss is exact.
+The embedding and the output matrix are split by channels, so they can be tied. Every rank standardises all numbers of a
+model with `num_features` and maps them to its own channels. For logits and losses, the output matrix and the last
+hidden states are gathered, and each of n ranks computes 1/n of the tokens, so every loss is exact.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ def _is_logged(record: logging.LogRecord) -> bool:
 
 
 logging.getLogger("torch.distributed.tensor._redistribute").addFilter(_is_logged)
-"""Filters torch's advice, on every rank, to merge two exchanges of FSDP2's and DTensor's own into one"""
+"""Hides torch's advice to merge an exchange of FSDP2 and one of DTensor, which every rank would print"""
 
 
 def split_over(model: Megalodon, mesh: DeviceMesh) -> None:
@@ -52,7 +52,7 @@ def split_over(model: Megalodon, mesh: DeviceMesh) -> None:
     config, ranks = model.config, mesh.size()
     whole_heads, first_head = config.num_heads % ranks == 0, mesh.get_local_rank() * config.num_heads // ranks
     heads, key_dim = max(config.num_heads // ranks, 1), config.z_dim // config.num_heads
-    part = None if whole_heads else (first_head * key_dim, key_dim)  # the channels of z in a shared head
+    part = None if whole_heads else (first_head * key_dim, key_dim)  # channels of z, in a head that ranks share
     own_config = replace(config, num_heads=heads, z_dim=heads * key_dim, value_dim=config.value_dim // ranks)
     split = partial(_split, mesh=mesh)
     for layer in model.layers:
@@ -90,12 +90,12 @@ def _split(
     """Make a module a :class:`SplitLayer`, and its parameters DTensors, split along `dim` or replicated.
 
     Args:
-        new_class: class of the module; None: its own with :class:`SplitLayer` in front.
-        fields: of :class:`SplitLayer`.
+        new_class: new class of the module; None: its own class with the base :class:`SplitLayer` in front.
+        fields: values of :class:`SplitLayer`'s fields.
     """
     take_methods(module)
     old_class = type(module)
-    # A new module in its place would lose the hooks, the mode and the references of the given one.
+    # A new module would lose the given module's hooks and mode, and references to it.
     module.__class__ = new_class or type(f"Split{old_class.__name__}", (SplitLayer, old_class), {})
     vars(module).update(fields, mesh=mesh)
     for name, parameter in [*module.named_parameters(recurse=False)]:
@@ -107,7 +107,7 @@ def _split(
 
 
 def check_can_split(caller: str, config: MegalodonConfig, ranks: int) -> None:
-    """Raise a ValueError if a model cannot be split over so many ranks."""
+    """Raise a ValueError if a model cannot be split over this number of ranks."""
     if ranks == 1:
         return
     if GeckoAttention.serves(config):
@@ -118,8 +118,8 @@ def check_can_split(caller: str, config: MegalodonConfig, ranks: int) -> None:
             raise ValueError(f"{caller}: `mesh` must have a size of tensor that divides {field} = {size}, got {ranks}.")
     if config.num_heads % ranks and ranks % config.num_heads:
         raise ValueError(
-            f"{caller}: `mesh` must have a size of tensor that divides num_heads = {config.num_heads} or that it "
-            f"divides, got {ranks}."
+            f"{caller}: `mesh` must have a size of tensor that divides num_heads = {config.num_heads} or is a "
+            f"multiple of this, got {ranks}."
         )
     for field in ("dropout", "hidden_dropout", "attention_dropout"):  # ranks would need the same masks
         if getattr(config, field):
@@ -127,14 +127,14 @@ def check_can_split(caller: str, config: MegalodonConfig, ranks: int) -> None:
 
 
 def split_state(state: MegalodonState, mesh: DeviceMesh, heads: int) -> MegalodonState:
-    """This rank's part of a whole state."""
+    """Return this rank's part of a whole state."""
     first, count = mesh.get_local_rank() * heads // mesh.size(), max(heads // mesh.size(), 1)
     split = partial(_redistributed, mesh=mesh, to_whole=False)
     return _map_state(state, split, lambda k: k.narrow(2, first, count), count)
 
 
 def gather_state(state: MegalodonState, mesh: DeviceMesh, heads: int) -> MegalodonState:
-    """The whole state, from the parts of the ranks."""
+    """Gather the whole state from the parts of all ranks."""
     gather, copies = partial(_redistributed, mesh=mesh, to_whole=True), max(mesh.size() // heads, 1)
     return tree_map(torch.clone, _map_state(state, gather, lambda k: gather(k, 2)[:, :, ::copies], heads))
 
@@ -149,7 +149,7 @@ def _map_state(
 ) -> MegalodonState:
     """Apply functions to a state's keys and other tensors; `map_tensor` takes the dimension of channels or groups.
 
-    heads: of the result.
+    heads: number of heads in the result.
     """
 
     def convert(name: str, tensor: Tensor) -> Tensor:

@@ -26,7 +26,7 @@ def redistribute(
     """Change the placement of a plain tensor over the ranks.
 
     Args:
-        x: this rank's part of it.
+        x: this rank's part of the tensor.
         has, wanted: placement now and afterwards.
         gradient: placement of the gradient of the result; None: as the result. `Partial()`: each rank uses a whole
             result in its own way, and the gradients are summed.
@@ -36,9 +36,9 @@ def redistribute(
 
 
 class SplitLayer:
-    """A layer that computes with its rank's part of the parameters; a base in front of the layer's class."""
+    """Base in front of a layer's class, so that the layer computes with its rank's part of the parameters."""
 
-    mesh: DeviceMesh  # of the ranks that share the layer
+    mesh: DeviceMesh  # the ranks that share the layer
     gather_input: bool = False  # the channels of the input are gathered
     sum_output: bool = False  # outputs are summed over ranks; each rank keeps its own channels of the sum
     part: tuple[int, int, int] | None = None  # dimension, begin and length of the rank's part; None: all of it
@@ -73,7 +73,7 @@ class SplitComplexEMA(SplitLayer, ComplexEMA):
 
 
 class SplitInputMap(SplitLayer, Linear):
-    """The map of numbers to a rank's own channels; the numbers, whole on every rank, get the sum of its gradients."""
+    """Map of numbers to a rank's own channels. The numbers are whole on every rank; their gradients are summed."""
 
     def forward(self, x: Tensor) -> Tensor:
         return super().forward(redistribute(x, self.mesh, Replicate(), Replicate(), Partial()))
@@ -83,12 +83,12 @@ class SplitOutput(SplitLayer, Linear):
     """The output matrix, split by columns; each rank computes the product for its share of the tokens."""
 
     def forward(self, hidden: Tensor) -> Tensor:
-        """All logits (B, L, V), on every rank, from its own channels (B, L, D / n)."""
+        """Return all logits (B, L, num_outputs) on every one of n ranks, from its channels (B, L, D / n)."""
         logits = linear(self._own_tokens(hidden), self._whole_weight())
         return self._all_tokens(logits, hidden.shape[:2])
 
     def cross_entropy(self, hidden: Tensor, targets: Tensor, reduction: str, ignore_index: int) -> Tensor:
-        """The loss, on every rank, from its own channels (B, L, D / n); `reduction` is "sum" or "none"."""
+        """Return the loss on every one of n ranks, from its channels (B, L, D / n). reduction: "sum" or "none"."""
         own = (self._own_tokens(hidden), self._whole_weight(), self._share(targets.flatten(), ignore_index))
         loss = linear_cross_entropy(*own, reduction=reduction, ignore_index=ignore_index)
         if reduction == "none":
@@ -96,21 +96,21 @@ class SplitOutput(SplitLayer, Linear):
         return redistribute(loss, self.mesh, Partial(), Replicate()).clone()
 
     def _whole_weight(self) -> Tensor:
-        """The whole matrix (V, D); the gradient of each rank is a partial sum."""
+        """Gather the whole matrix (num_outputs, D); the gradient of each rank is a partial sum."""
         return self.weight.redistribute(placements=[Replicate()]).to_local(grad_placements=[Partial()])
 
     def _own_tokens(self, hidden: Tensor) -> Tensor:
-        """This rank's share of the tokens with all channels (T / n, D); zeros follow the last token."""
+        """Return this rank's share of T tokens with all channels (T / n, D); zeros follow the last token."""
         return self._share(redistribute(hidden, self.mesh, CHANNELS, Replicate(), Partial()).flatten(0, 1), 0)
 
     def _share(self, values: Tensor, padding_value: float) -> Tensor:
-        """This rank's equal share (T / n, ...) of values of all tokens (T, ...)."""
+        """Return this rank's equal share (T / n, ...) of values (T, ...) of all tokens."""
         ranks, rank = self.mesh.size(), self.mesh.get_local_rank()
         size = -(-len(values) // ranks)
         padding = [0, 0] * (values.dim() - 1) + [0, ranks * size - len(values)]
         return F.pad(values, padding, value=padding_value).narrow(0, rank * size, size)
 
     def _all_tokens(self, own: Tensor, shape: torch.Size) -> Tensor:
-        """Values of all tokens (B, L, ...) on every rank, which all ranks must use in the same way."""
+        """Return the values of all tokens (B, L, ...) on every rank; all ranks must use them in the same way."""
         whole = redistribute(own, self.mesh, Shard(0), Replicate())
         return whole[: shape.numel()].unflatten(0, shape).clone()

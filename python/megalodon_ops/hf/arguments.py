@@ -16,25 +16,25 @@ from ..ops.common.checks import check_rank, check_tensor, describe
 from .cache import MegalodonCache
 
 IGNORED = -100
-"""The label of a token that is not learned"""
+"""Label that the loss ignores"""
 
 
 class Padding(NamedTuple):
-    """Rows (B, L) of tokens and padding, in arbitrary columns. The ops take the tokens alone, from column 0 on."""
+    """Padding in arbitrary columns of rows (B, L). The ops read rows without padding, which begin in column 0."""
 
     present: Tensor
     """(B, L) bool, True for columns with a token"""
     columns: Tensor
-    """(B, W) columns of each row's tokens; shorter rows repeat the last one. W: most tokens in a row, at least 1"""
+    """(B, W) columns of each row's tokens; shorter rows repeat the last one. W: the most tokens of a row, at least 1"""
     lengths: Tensor | None
-    """(B,) tokens in each row, None if each has W. 0 if none of a row's tokens is in this call"""
+    """(B,) number of tokens in each row, which may be 0. None: all rows have W"""
 
-    def shift(self, rows: Tensor) -> Tensor:
+    def remove(self, rows: Tensor) -> Tensor:
         """Remove the padding from rows (B, L) or (B, L, D); repeat the last token up to W."""
         return select(rows, self.columns)
 
     def positions(self) -> Tensor:
-        """(B, L) position of each column's token in its row; padding has that of the token before it, or 0."""
+        """(B, L) index of each column's token among its row's tokens; at padding, that of the token before, or 0."""
         return (self.present.cumsum(1) - 1).clamp(min=0)
 
 
@@ -46,7 +46,7 @@ def select(rows: Tensor, columns: Tensor) -> Tensor:
 
 
 def _read_padding(op: str, attention_mask: Tensor | None, shape: tuple[int, int], past: int) -> Padding | None:
-    """Return the padding of a call, whose columns are the last ones of the mask; None if it has no padding."""
+    """Return a call's padding, from the last columns of the mask; None if the call has no padding."""
     if attention_mask is None:
         return None
     batch, length = shape
@@ -87,7 +87,7 @@ def _read_packing(
             if given.dim() != 2 or given.shape[0] not in (1, shape[0]) or given.shape[1] < shape[1]:
                 raise ValueError(f"{op}: `{name}` must be {shape} as the tokens, got {tuple(given.shape)}.")
             given = given[:, -shape[1] :].expand(shape)
-            changes = (given if padding is None else padding.shift(given)).diff()
+            changes = (given if padding is None else padding.remove(given)).diff()
             starts = changes != (1 if name == "position_ids" else 0)
             if name == "position_ids" and padding is not None:
                 starts &= padding.columns.diff() == 1  # `generate` restarts its positions after padding
@@ -118,7 +118,7 @@ def targets_of(op: str, labels: Tensor, are_shifted: bool, config: MegalodonConf
     targets are defined, or the first n if labels `are_shifted`.
     """
     check_labels(op, labels, batch.shape, "shift_labels" if are_shifted else "labels")
-    targets = (labels if batch.padding is None else batch.padding.shift(labels)).long()
+    targets = (labels if batch.padding is None else batch.padding.remove(labels)).long()
     if not are_shifted:
         targets = nn.functional.pad(targets[:, 1:], (0, 1), value=IGNORED)
         if batch.cu_seqlens is not None:
@@ -127,10 +127,10 @@ def targets_of(op: str, labels: Tensor, are_shifted: bool, config: MegalodonConf
 
 
 def map_columns(head: nn.Module, hidden: Tensor, positions: Tensor | None) -> Tensor:
-    """Return head(hidden) (B, K, V) at the `positions`, (K,) or (B, K); None: all. hidden: (B, W, D).
+    """Return head(hidden) (B, K, num_outputs) at `positions` (K,) or (B, K); None: all. hidden: (B, W, D).
 
-    If there are more positions than tokens, the head maps the tokens before the selection, so that padding changes no
-    bit of its products.
+    If there are more positions than tokens, the head maps the tokens before the selection, so that padding does not
+    change its rounding.
     """
     if positions is None:
         return head(hidden)
@@ -141,10 +141,10 @@ def map_columns(head: nn.Module, hidden: Tensor, positions: Tensor | None) -> Te
 
 @dataclass
 class Batch:
-    """Arguments of one call, for the model's ops."""
+    """Checked arguments of one call."""
 
     name: str
-    """Name of `given` in transformers"""
+    """transformers' name of the argument `given`"""
     given: Tensor
     """Tokens (B, L), numbers (B, L, F) for some encoders, or embeddings (B, L, D)"""
     cache: MegalodonCache | None
@@ -159,7 +159,7 @@ class Batch:
 
     @property
     def width(self) -> int:
-        """W, the most tokens in a row."""
+        """W, the most tokens of a row."""
         return self.shape[1] if self.padding is None else self.padding.columns.shape[1]
 
     @property
@@ -169,16 +169,16 @@ class Batch:
 
     @property
     def lengths(self) -> Tensor | None:
-        """(B,) tokens in each row of :meth:`shifted`, or None if all have as many."""
+        """(B,) number of tokens in each row of :meth:`without_padding`; None: all rows have W."""
         return None if self.padding is None else self.padding.lengths
 
-    def shifted(self) -> Tensor:
-        """Return `given` without padding before and between tokens."""
-        return self.given if self.padding is None else self.padding.shift(self.given)
+    def without_padding(self) -> Tensor:
+        """Return `given` (B, W, ...) without padding before and between tokens."""
+        return self.given if self.padding is None else self.padding.remove(self.given)
 
     @property
     def is_for_decoder(self) -> bool:
-        """True if a decoder can take the call: tokens without gradients, one of them unless they may be removed again."""
+        """True if a decoder can compute the call: tokens without gradients, a single one unless the cache can undo."""
         if self.cache is None or self.holds_embeddings or torch.is_grad_enabled() or torch.compiler.is_compiling():
             return False
         if self.cache.undo:
@@ -203,11 +203,11 @@ def read_batch(
     """Check the arguments of a model's call; `inputs` is the argument that `model.main_input_name` names."""
     op, config = type(model).__name__, model.config
     name, letters = model.main_input_name, "(B, L)" if model.main_input_name == "input_ids" else "(B, L, F)"
-    settings = dict(is_causal=model._ours.config_type.causal, output_router_logits=False)
+    settings = dict(is_causal=model._core_class.config_type.causal, output_router_logits=False)
     for other, value in others.items():
         if other not in _IGNORED_ARGUMENTS and value is not None and value is not settings.get(other):
             raise TypeError(f"{op}: unexpected argument `{other}`, got {describe(value)}; leave it out.")
-    if not model._ours.config_type.causal:
+    if not model._core_class.config_type.causal:
         for other, value in dict(cache=cache, past_key_values=past_key_values, use_cache=use_cache or None).items():
             if value is not None:
                 raise ValueError(f"{op}: `{other}` must be None, got {describe(value)}; {NO_STATE}.")
@@ -218,8 +218,8 @@ def read_batch(
     for past in (cache, past_key_values):
         if past is not None and not isinstance(past, MegalodonCache):
             raise TypeError(
-                f"{op}: `cache` must be a megalodon_ops.hf.MegalodonCache or None, got {describe(past)}; keys and values, as "
-                "of prefix tuning, do not make a recurrent state: use prompt tuning."
+                f"{op}: `cache` must be a megalodon_ops.hf.MegalodonCache or None, got {describe(past)}; keys and "
+                "values of prefix tuning are no recurrent state: use prompt tuning."
             )
     if cache is not None and past_key_values is not None and cache is not past_key_values:
         raise ValueError(f"{op}: `cache` and `past_key_values` are two names of one argument; give one of them.")
@@ -233,11 +233,11 @@ def read_batch(
         raise ValueError(f"{op}: `cache` must have {len(given)} rows, as `{name}` has, got {rows}.")
     batch = Batch(name, given, cache, cache is not None or bool(use_cache))
     if batch.shape[1] == 0:
-        raise ValueError(f"{op}: there must be a token, got {batch.shape}.")
+        raise ValueError(f"{op}: `{name}` must have at least one token, got shape {batch.shape}.")
     past = 0 if cache is None else cache.get_seq_length()
     batch.padding = _read_padding(op, attention_mask, batch.shape, past)
     if not (
-        model._ours.config_type.causal
+        model._core_class.config_type.causal
         or batch.lengths is None
         or torch.compiler.is_compiling()
         or bool(batch.lengths.all())

@@ -1,4 +1,4 @@
-"""Cache of `generate`: a `MegalodonState`, or the decoder that has taken it over."""
+"""Cache of `generate`: a `MegalodonState`, or a decoder that has taken over the state."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ class MegalodonCache(Cache):
     """Past of B sequences for a model in transformers, of constant size.
 
     A model creates the cache, updates it in place and returns it. In `generate`, single tokens go through a
-    :class:`megalodon_ops.Decoder`, which the cache creates at the first one.
+    :class:`megalodon_ops.Decoder`, which the cache creates at the first single token.
 
     Args:
         state: initial state, from `Megalodon` or another cache; None: new sequences.
@@ -64,7 +64,7 @@ class MegalodonCache(Cache):
     def decode(self, model: Megalodon, tokens: Tensor, columns: int) -> Tensor:
         """Return logits (B, L, num_outputs) after more tokens (B, L) of each sequence, without gradients.
 
-        columns: of the call so far, padding and tokens that the layers have read included.
+        columns: number of columns after this call, with padding.
         """
         if self._undo and tokens.shape[1] > self._undo + 1:  # num_assistant_tokens has grown
             self.renew(tokens.shape[1] - 1)
@@ -82,11 +82,11 @@ class MegalodonCache(Cache):
         return self._undo
 
     def renew(self, undo: int = 0) -> None:
-        """Drop the decoder; the next one is made of the model as it is then, and :meth:`crop` can remove `undo` tokens."""
+        """Drop the decoder. The next one reads the model anew, and :meth:`crop` can then remove `undo` tokens."""
         self._state, self._decoder, self._undo = self.state, None, undo
 
     def reset(self) -> None:
-        """Drop the past; the next call begins new sequences, in arbitrary number."""
+        """Drop the past; the next call begins new sequences, of which there may be more or fewer."""
         self._state, self._decoder, self._columns = None, None, 0
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
@@ -110,17 +110,17 @@ class MegalodonCache(Cache):
             self._state = change(self._state)
 
     def crop(self, tokens: int) -> None:
-        """Remove the last -`tokens` tokens or, if it is positive, as in transformers 5.0, all but the first `tokens`.
+        """Remove the last -`tokens` tokens. A positive `tokens` (transformers 5.0) is the number of tokens to keep.
 
-        A cache can do this in `generate` with an assistant or with prompt lookup.
+        Only the caches of `generate` with an assistant or with prompt lookup can do this.
         """
         count = -tokens if tokens <= 0 else max(self._columns - tokens, 0)
         if count == 0:
             return
         if self._decoder is None or self._undo == 0:
             raise NotImplementedError(
-                "MegalodonCache: `crop` must be called by assisted generation, got a cache that sums over its tokens; keep a "
-                "copy.deepcopy of it to return to."
+                "MegalodonCache: `crop` must be called in assisted generation, got a cache that cannot remove tokens; "
+                "to return to a state, keep a copy.deepcopy of the cache."
             )
         self._decoder.undo(count)
         self._columns -= count

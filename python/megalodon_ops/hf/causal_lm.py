@@ -26,21 +26,21 @@ class MegalodonCausalModel(MegalodonPreTrainedModel):
     """Base of both causal models: runs the layers piece by piece and updates the cache."""
 
     config_class = MegalodonHFConfig
-    _ours = Megalodon
+    _core_class = Megalodon
     _trunk = ("embed", "layers", "output.final_norm")
     _keys_to_ignore_on_load_unexpected = [
         r"^(lm_head|output\.output)\.(weight|scale)$",
         r"^score\.",
-    ]  # of other classes
+    ]  # heads of other classes
 
     def _hidden(self, batch: Batch, positions: Tensor | None, whole: bool) -> Tensor:
         """Return the final norm's output (B, K, D) at `positions` (K,) or (B, K); None: at all positions.
 
-        Updates the cache, or creates one if the call returns one. Padding is removed, so position i is token i of a
-        row. Without gradients, and unless `whole`, the tokens are read in pieces of a chunk, so that only the result
-        grows with their number.
+        If the call returns a cache, update it or create one. Padding is removed, so position i is token i of a row.
+        Without gradients, and unless `whole`, the layers read one chunk of tokens at a time, so that only the result
+        grows with the number of tokens.
         """
-        model, given, lengths = self.megalodon, batch.shifted(), batch.lengths
+        model, given, lengths = self.megalodon, batch.without_padding(), batch.lengths
         length, state = given.shape[1], None if batch.cache is None else batch.cache.state
         if not batch.holds_embeddings:
             if lengths is not None:
@@ -51,13 +51,16 @@ class MegalodonCausalModel(MegalodonPreTrainedModel):
         pieces, selected = [], None
         for begin in range(0, length, size):
             end = min(begin + size, length)
-            part, inside = given[:, begin:end], None if lengths is None else (lengths - begin).clamp(0, end - begin)
+            part, part_lengths = (
+                given[:, begin:end],
+                None if lengths is None else (lengths - begin).clamp(0, end - begin),
+            )
             piece, state = model._hidden(
                 part * model.config.embedding_scale if batch.holds_embeddings else model._embed(part),
                 state,
                 return_state=batch.returns_cache or end < length,
                 inplace_state=begin > 0,  # the first state is the caller's
-                sequences=Sequences(batch.cu_seqlens, inside),
+                sequences=Sequences(batch.cu_seqlens, part_lengths),
             )
             if positions is None:
                 pieces.append(piece)
@@ -106,7 +109,7 @@ class MegalodonModel(MegalodonCausalModel):
     ) -> BaseModelOutputWithPast:
         """Return the final norm's output (B, L, D); arguments as in :meth:`MegalodonForCausalLM.forward`.
 
-        A model with a head passes the arguments that it has read as `batch`, and the `positions` of :meth:`_hidden`.
+        A model with a head passes `batch`, the arguments that it has read, and `positions` for :meth:`_hidden`.
         """
         if batch is None:
             batch = read_batch(self, input_ids, attention_mask, **arguments)
@@ -121,9 +124,9 @@ class MegalodonModel(MegalodonCausalModel):
 class MegalodonForCausalLM(MegalodonCausalModel, GenerationMixin):
     """A MEGALODON language model: `AutoModelForCausalLM`.
 
-    In folders its parameters have the names of :class:`megalodon_ops.Megalodon`'s, so each reads the other's. `model.model`
-    is the :class:`MegalodonModel` without the output matrix, `lm_head`. `model.megalodon` is a Megalodon that shares the
-    modules; `from_megalodon` creates a model from one.
+    Folders name parameters as those of :class:`megalodon_ops.Megalodon` do, so each class reads the other's folders.
+    `model.model` is the :class:`MegalodonModel` without the output matrix, `lm_head`. `model.megalodon` is a Megalodon
+    that shares the modules; `from_megalodon` creates a model from a Megalodon.
 
     Example:
         >>> import torch, megalodon_ops.hf as hf
@@ -176,32 +179,33 @@ class MegalodonForCausalLM(MegalodonCausalModel, GenerationMixin):
                 it; before a row's first token in the call, they are arbitrary.
             position_ids: (B, L); a document begins where they do not increase by one from a column to the next (B must
                 be 1 then). Their values are otherwise ignored.
-            cache, past_key_values: the past, updated in place; two names of one argument.
+            cache, past_key_values: two names of one argument, the past, which is updated in place.
             inputs_embeds: (B, L, D), from `get_input_embeddings()`, instead of `input_ids`.
-            labels: (B, L), the tokens, shifted by the call. -100, padding, a document's first token and tokens without
-                a logit are not learned.
-            use_cache: return a cache even if none is given, at the cost of a chunk of keys and values. None: as
-                configured, but not in training.
+            labels: (B, L), the tokens, which the call shifts. The loss ignores the label -100, padding, a document's
+                first token and tokens without a logit.
+            use_cache: return a cache even if none is given, at the cost of a chunk of keys and values. None: the
+                configuration's `use_cache`, but False in training.
             output_hidden_states: also return `hidden_states`, num_layers + 1 tensors (B, L, D): the input of each layer
                 and the final norm's output (:meth:`megalodon_ops.Megalodon.features`).
             logits_to_keep: return logits of the last n columns, or of the columns in a 1-D tensor; 0 or None: of all.
-                The loss does not need them: it is computed in blocks of tokens.
+                The loss does not depend on this argument.
             cu_seq_lens_q: (S + 1,) offsets of documents packed into one row; takes precedence over `position_ids`.
-            num_items_in_batch: divides the loss instead of the number of labels, for Trainer. Without labels, when
-                Trainer computes a loss from the logits, tokens that are never predicted share the probability e^-20.
-            use_decoder: let the cache's :class:`megalodon_ops.Decoder` take a single token without gradients, for
+            num_items_in_batch: divides the summed loss, instead of the number of labels; Trainer passes it. If it is
+                given without labels, Trainer computes a loss from the logits, so tokens that are never predicted share
+                the probability e^-20 instead of 0.
+            use_decoder: let the cache's :class:`megalodon_ops.Decoder` read a single token without gradients, for
                 `generate`. Weights and modules must not change between such calls.
-            others: `shift_labels` (B, L), the target of each token: labels that are shifted already, which take
-                precedence. `seq_idx` (B, L), as `position_ids`: a document begins where it changes. Ignored, since no
-                result depends on them: `token_type_ids`, `cache_position`, `cu_seq_lens_k`, `max_length_q`,
-                `max_length_k`, `tokenizer`.
+            others: `shift_labels` (B, L): the target of each token, that is labels already shifted; they take
+                precedence over `labels`. `seq_idx` (B, L), as `position_ids`: a document begins where it changes.
+                Ignored, since no result depends on them: `token_type_ids`, `cache_position`, `cu_seq_lens_k`,
+                `max_length_q`, `max_length_k`, `tokenizer`.
 
         Raises:
             ValueError: a mask that is not 2-D or holds other numbers than 0 and 1; packed documents in more than one
                 row; `output_attentions`.
             TypeError: the cache is not a MegalodonCache; an unknown argument.
         """
-        # Trainer takes each argument with "label" in its name for one that every batch has
+        # no named parameter: Trainer expects each parameter with "label" in its name in every batch
         are_shifted = (shift_labels := others.pop("shift_labels", None)) is not None
         labels = shift_labels if are_shifted else labels
         given = (position_ids, cache, past_key_values, inputs_embeds, use_cache, output_attentions, cu_seq_lens_q)
@@ -229,11 +233,12 @@ class MegalodonForCausalLM(MegalodonCausalModel, GenerationMixin):
         return CausalLMOutputWithPast(loss=loss, logits=logits, hidden_states=layers, **{CACHE: batch.cache})
 
     def _decode(self, batch: Batch, positions: Tensor | None) -> Tensor:
-        """Return logits (B, K, num_outputs) at `positions`, or at all of them, by the cache's decoder.
+        """Return logits (B, K, num_outputs) at `positions`, or at all of them, from the cache's decoder.
 
-        It reads the last tokens, which may be removed again or whose logits are wanted; the layers read those before.
+        The decoder reads the tokens that may be removed again and those whose logits are wanted. The layers read the
+        tokens before them.
         """
-        tokens, columns, before = batch.shifted(), batch.cache.get_seq_length() + batch.shape[1], 0
+        tokens, columns, before = batch.without_padding(), batch.cache.get_seq_length() + batch.shape[1], 0
         if batch.cache.undo and positions is not None:
             before = max(min(tokens.shape[1] - batch.cache.undo - 1, int(positions.min())), 0)
         if before:
@@ -261,20 +266,20 @@ class MegalodonForCausalLM(MegalodonCausalModel, GenerationMixin):
     def prepare_inputs_for_generation(
         self, input_ids: Tensor, inputs_embeds: Tensor | None = None, **kwargs
     ) -> dict[str, Any]:
-        """Add `use_decoder` to the arguments of `generate`'s next call: the model does not change meanwhile."""
+        """Add `use_decoder` to the arguments of the next call, as the model does not change during `generate`."""
         cache, mask = kwargs.get(CACHE), kwargs.get("attention_mask")
         if kwargs.get("next_sequence_length", 0) is None and cache is not None and mask is not None:
             # assisted generation would read the past of a given cache again
             kwargs["next_sequence_length"] = min(mask.shape[1] - cache.get_seq_length(), input_ids.shape[1])
         inputs = super().prepare_inputs_for_generation(input_ids, inputs_embeds=inputs_embeds, **kwargs)
-        # peft knows the cache by its old name, and would else insert its virtual tokens again
+        # peft reads the cache by its old name; without it, peft would insert its virtual tokens again
         return {**inputs, "past_key_values": inputs.get(CACHE), "use_decoder": True}
 
     def _prepare_cache_for_generation(self, generation_config, model_kwargs: dict, *others, **options) -> None:
-        """Create the cache, or refuse one of another text; refuse prompts whose last piece lacks a row's tokens."""
+        """Create or check the cache. Raise if it has read the whole prompt, or if a row's last piece has no token."""
         mask = model_kwargs.get("attention_mask")  # transformers drops a mask without padding, and keeps its width
         width, past = getattr(generation_config, "_mask_length", None) if mask is None else mask.shape[1], 0
-        # An assistant keeps its decoder from round to round; it drafts max_new_tokens, and reads one or two before them.
+        # An assistant keeps its decoder in all rounds. In a round, it reads one or two and drafts max_new_tokens.
         is_assisted, undo = others[:1] == (GenerationMode.ASSISTED_GENERATION,), 0
         if generation_config.is_assistant or is_assisted:
             undo = 1 if is_assisted else 2 * (generation_config.max_new_tokens + 1)
@@ -286,7 +291,7 @@ class MegalodonForCausalLM(MegalodonCausalModel, GenerationMixin):
                 if width is not None and width <= past:
                     raise ValueError(
                         f"{type(self).__name__}: `{name}` has read {past} tokens, got {width}; give "
-                        "`generate` all tokens so far, or the new ones and an `attention_mask` over the past ones and them."
+                        "`generate` all tokens so far, or the new ones and an `attention_mask` over past and new ones."
                     )
         if mask is not None:
             piece = generation_config.prefill_chunk_size or width
@@ -302,10 +307,10 @@ class MegalodonForCausalLM(MegalodonCausalModel, GenerationMixin):
             model_kwargs[CACHE].renew(undo)
 
     def init_continuous_batching(self, *arguments: Any, **options: Any) -> None:
-        """Refuse `generate_batch`, which needs a cache of pages of keys and values."""
+        """Refuse `generate_batch`, which needs a paged cache of keys and values."""
         raise NotImplementedError(
-            f"{type(self).__name__}: `generate_batch` must have a cache of keys and values in pages, and this model's state "
-            "has none; use `generate` with a batch of prompts."
+            f"{type(self).__name__}: `generate_batch` must have a paged cache of keys and values, which a recurrent "
+            "state is not; use `generate` with a batch of prompts."
         )
 
     @classmethod

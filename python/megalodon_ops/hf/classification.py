@@ -1,4 +1,4 @@
-"""Classification heads: of rows for causal models, of tokens for causal models and encoders."""
+"""Models that classify rows (causal models) or tokens (causal models and encoders)."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ from .pretrained import MegalodonPreTrainedModel
 class MegalodonForSequenceClassification(MegalodonCausalModel):
     """A language model that classifies rows: `AutoModelForSequenceClassification`.
 
-    The head `score`, a matrix (num_labels, D), reads the features of each row's last token. Loaded from the folder of a
-    language model, it is new.
+    The head `score`, a matrix (num_labels, D), reads the features of each row's last token. A model loaded from
+    a language model's folder gets a new head.
 
     Example:
         >>> import torch, megalodon_ops.hf as hf
@@ -55,11 +55,11 @@ class MegalodonForSequenceClassification(MegalodonCausalModel):
 
         Args:
             input_ids: (B, L) integers.
-            attention_mask: (B, L): 1 for a token, 0 for padding. The token `pad_token_id` has no meaning of its own.
+            attention_mask: (B, L): 1 for a token, 0 for padding. `pad_token_id` does not mark padding.
             labels: as in :meth:`MegalodonEncoderForSequenceClassification.forward`.
             use_cache: return a cache.
-            output_hidden_states, arguments: as in :meth:`MegalodonForCausalLM.forward`. Of documents packed into one
-                row, each is classified.
+            output_hidden_states, arguments: as in :meth:`MegalodonForCausalLM.forward`. Each document of a
+                packed row is classified.
 
         Raises:
             ValueError: a row without a token. Otherwise as :meth:`MegalodonForCausalLM.forward`.
@@ -69,7 +69,7 @@ class MegalodonForSequenceClassification(MegalodonCausalModel):
         offsets, lengths = batch.cu_seqlens, batch.lengths
         counts = lengths if offsets is None else offsets.diff()
         if not (counts is None or torch.compiler.is_compiling() or bool(counts.all())):
-            raise ValueError(f"{op}: there must be a token in every row, got a row without.")
+            raise ValueError(f"{op}: there must be a token in every row, got a row without one.")
         last = torch.tensor([batch.width - 1], device=batch.given.device)
         if counts is not None:
             last = lengths[:, None] - 1 if offsets is None else offsets[1:].long() - 1
@@ -82,7 +82,7 @@ class MegalodonForSequenceClassification(MegalodonCausalModel):
 
 
 class _TokenClassification(MegalodonPreTrainedModel):
-    """A linear layer of the features of every token."""
+    """Base of the token classifiers: a linear layer reads the features of every token."""
 
     _model: type[MegalodonModel] | type[MegalodonEncoderModel]
 
@@ -106,7 +106,7 @@ class _TokenClassification(MegalodonPreTrainedModel):
         """Return class logits (B, L, num_labels) of every token, and the mean cross-entropy.
 
         Args:
-            labels: (B, L) integers, the class of each token; -100 and padding are not learned.
+            labels: (B, L) integers, the class of each token. The loss ignores the label -100 and padding.
 
         Other arguments as in the forward of :class:`MegalodonForCausalLM`, without a cache, or of
         :class:`MegalodonEncoderForSequenceClassification`.

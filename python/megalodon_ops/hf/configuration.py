@@ -41,24 +41,24 @@ class MegalodonHFConfig(PreTrainedConfig):
     """
 
     model_type = MegalodonConfig.model_type
-    _ours = MegalodonConfig
+    _core_config = MegalodonConfig
     keys_to_ignore_at_inference = ["cache", "past_key_values"]
     attribute_map = {**CLIENT_NAMES, "tie_word_embeddings": "share_emb"}
 
     def __init__(self, *, use_cache: bool = True, **fields: Any) -> None:
         for name in self.attribute_map.keys() & fields.keys():
-            ours, value = self.attribute_map[name], fields.pop(name)
-            if fields.setdefault(ours, value) != value:
-                expected = f"`{name}` must be `{ours}` = {short_text(fields[ours])}"
+            field_name, value = self.attribute_map[name], fields.pop(name)
+            if fields.setdefault(field_name, value) != value:
+                expected = f"`{name}` must be `{field_name}` = {short_text(fields[field_name])}"
                 raise ValueError(f"{type(self).__name__}: {expected}, got {short_text(value)}; give one of them.")
-        for field in dataclasses.fields(self._ours):
+        for field in dataclasses.fields(self._core_config):
             setattr(self, field.name, fields.pop(field.name, field.default))
         self.use_cache = use_cache
         self.format, self.megalodon_ops_version = FORMAT, _C.build_info()["version"]
         super().__init__(eos_token_id=self.eos_token_id, **fields)
-        ours = self.to_megalodon()
-        if ours.causal:
-            check_reads_tokens(type(self).__name__, ours)
+        config = self.to_megalodon()
+        if config.causal:
+            check_reads_tokens(type(self).__name__, config)
 
     def __eq__(self, other: object) -> bool:
         """Compare all fields; transformers' comparison ignores those of MegalodonConfig."""
@@ -78,19 +78,19 @@ class MegalodonHFConfig(PreTrainedConfig):
 
     @classmethod
     def register_for_auto_class(cls, auto_class: str = "AutoConfig") -> None:
-        """Do nothing: transformers calls it so that folders get a copy of this file, which is not the whole package."""
+        """Do nothing. transformers calls this to copy this file into folders, but the file needs the whole package."""
 
     @classmethod
     def from_megalodon(cls, config: MegalodonConfig, **others: Any) -> MegalodonHFConfig:
         """Create a configuration with the same fields; `others` are fields of transformers."""
-        check_config(cls.__name__, config, cls._ours)
+        check_config(cls.__name__, config, cls._core_config)
         return cls(**config.to_dict(), **others)
 
     def to_megalodon(self) -> MegalodonConfig:
         """Return the fields that determine the model."""
-        names = {field.name for field in dataclasses.fields(self._ours)}
-        names -= set() if self._ours.causal else {"eos_token_id"}  # a tokenizer's, set by Trainer
-        return self._ours(**{name: getattr(self, name) for name in names})
+        names = {field.name for field in dataclasses.fields(self._core_config)}
+        names -= set() if self._core_config.causal else {"eos_token_id"}  # Trainer sets it from the tokenizer
+        return self._core_config(**{name: getattr(self, name) for name in names})
 
 
 class MegalodonEncoderHFConfig(MegalodonHFConfig):
@@ -109,8 +109,8 @@ class MegalodonEncoderHFConfig(MegalodonHFConfig):
     """
 
     model_type = MegalodonEncoderConfig.model_type
-    _ours = MegalodonEncoderConfig
-    attribute_map = {name: ours for name, ours in MegalodonHFConfig.attribute_map.items() if ours != "share_emb"}
+    _core_config = MegalodonEncoderConfig
+    attribute_map = {name: field for name, field in MegalodonHFConfig.attribute_map.items() if field != "share_emb"}
     tie_word_embeddings = True  # of the masked-token head; unrelated to `share_emb`
 
     def __init__(self, **fields: Any) -> None:
@@ -118,4 +118,4 @@ class MegalodonEncoderHFConfig(MegalodonHFConfig):
             fields["num_labels"] = fields["num_classes"]
         super().__init__(**{**fields, "use_cache": False})
 
-    __eq__ = MegalodonHFConfig.__eq__  # transformers would define one for every class
+    __eq__ = MegalodonHFConfig.__eq__  # transformers would define another one for each class

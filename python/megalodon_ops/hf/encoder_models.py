@@ -24,7 +24,7 @@ class MegalodonEncoderPreTrainedModel(MegalodonPreTrainedModel):
     """Base of the encoders: computes the features of rows."""
 
     config_class = MegalodonEncoderHFConfig
-    _ours = MegalodonEncoder
+    _core_class = MegalodonEncoder
     _trunk = ("embed", "layers", "final_norm")
     _keys_to_ignore_on_load_unexpected = [r"^classifier\.", r"^output\.weight$", r"^score\."]  # heads of other classes
 
@@ -40,7 +40,7 @@ class MegalodonEncoderPreTrainedModel(MegalodonPreTrainedModel):
         input_values: Tensor | None = None,
         **arguments: Any,
     ) -> Batch:
-        """Return the checked arguments."""
+        """Check the arguments and return them as a :class:`Batch`."""
         given = dict(input_ids=input_ids, input_values=input_values)
         return read_batch(self, given.pop(self.main_input_name), attention_mask, **given, **arguments)
 
@@ -77,12 +77,12 @@ class MegalodonEncoderModel(MegalodonEncoderPreTrainedModel):
     ) -> BaseModelOutput:
         """Return features (B, L, D); arguments as in :meth:`MegalodonEncoderForSequenceClassification.forward`.
 
-        A model with a head passes the arguments that it has read as `batch`; padding is then removed.
+        A model with a head passes `batch`, the arguments that it has read. The features then have no padding.
         """
         given, encoder = batch, self.megalodon
         if batch is None:
             batch = self._read(input_ids, attention_mask, input_values, **arguments)
-        op, x, sequences = type(self).__name__, batch.shifted(), Sequences(batch.cu_seqlens, batch.lengths)
+        op, x, sequences = type(self).__name__, batch.without_padding(), Sequences(batch.cu_seqlens, batch.lengths)
         if not batch.holds_embeddings:
             check_inputs(op, batch.name, x, encoder, sequences)
             x = encoder._embed(x, sequences)
@@ -99,8 +99,8 @@ class MegalodonEncoderModel(MegalodonEncoderPreTrainedModel):
 class MegalodonEncoderForSequenceClassification(MegalodonEncoderPreTrainedModel):
     """An encoder that classifies rows: `AutoModelForSequenceClassification`.
 
-    Its head, `classifier`, is that of :class:`megalodon_ops.MegalodonEncoder`, with `config.num_labels` classes. Each
-    reads the other's folders; for a folder without a head, a new one is initialized.
+    The head `classifier` is that of :class:`megalodon_ops.MegalodonEncoder`, with `config.num_labels` classes. Each of
+    the two classes reads the other's folders. If a folder has no head, a new one is initialized.
 
     Example:
         >>> import torch, megalodon_ops.hf as hf
@@ -148,12 +148,12 @@ class MegalodonEncoderForSequenceClassification(MegalodonEncoderPreTrainedModel)
             input_values: (B, L, F) floating-point numbers instead of `input_ids`, if the configuration has
                 `num_features`.
             labels: (B,) integers, each row's class; or (B, num_labels) floating-point numbers, 1 for each class of
-                the row; or, with one label, values to regress. `config.problem_type` decides which, else the
-                first labels do.
+                the row; or, with one label, values to regress. `config.problem_type` selects the kind; if it is not
+                set, the first labels do.
             output_hidden_states: also return `hidden_states`, num_layers + 1 tensors (B, L, D): the input of each
                 layer, and the features.
             arguments: `inputs_embeds` (B, L, D), from `get_input_embeddings()`, instead of the inputs; `cu_seq_lens_q`,
-                `position_ids` or `seq_idx`, for S sequences packed into one row, each of which is classified; and
+                `position_ids` or `seq_idx`, for S sequences packed into one row, which are classified one by one; and
                 the arguments that :class:`MegalodonForCausalLM` ignores.
 
         Raises:
@@ -172,7 +172,8 @@ class MegalodonEncoderForMaskedLM(MegalodonEncoderPreTrainedModel):
     """An encoder for masked-token prediction: `AutoModelForMaskedLM`.
 
     Logits are products of features and embeddings, so the head has no parameters of its own. With
-    `tie_word_embeddings=False` in the configuration it has a matrix, `output.weight`, which the other classes ignore.
+    `tie_word_embeddings=False` in the configuration, the head has a matrix, `output.weight`, which the other classes do
+    not load.
 
     Example:
         >>> import torch, megalodon_ops.hf as hf
@@ -221,8 +222,8 @@ class MegalodonEncoderForMaskedLM(MegalodonEncoderPreTrainedModel):
         """Return logits (B, L, vocab_size) of the token at every position, and the loss.
 
         Args:
-            labels: (B, L), the token at each masked position, -100 elsewhere; padding is not learned.
-            num_items_in_batch: divides the loss instead of the number of labels, for Trainer.
+            labels: (B, L), the token at each masked position, -100 elsewhere. The loss ignores padding.
+            num_items_in_batch: divides the summed loss, instead of the number of labels; Trainer passes it.
 
         Other arguments as in :meth:`MegalodonEncoderForSequenceClassification.forward`.
         """

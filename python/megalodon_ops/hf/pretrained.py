@@ -26,8 +26,8 @@ from .arguments import Batch, select
 from .configuration import MegalodonHFConfig
 from .quantizer import MegalodonQuantizationConfig, MegalodonQuantizer
 
-# Programs find layers that a backward recomputes by their class (peft does for aLoRA). A block recomputes itself, so it
-# inherits no method.
+# peft (for aLoRA) finds recomputed layers by this base class. A block recomputes itself, so it must not inherit the
+# methods of the base class.
 MegalodonBlock.__bases__ = (GradientCheckpointingLayer,)
 MegalodonBlock.__call__, MegalodonBlock.__init_subclass__ = nn.Module.__call__, nn.Module.__init_subclass__
 
@@ -42,13 +42,14 @@ def _module_at(root: nn.Module, path: str) -> nn.Module:
 class MegalodonPreTrainedModel(PreTrainedModel):
     """Base of all models: modules and weights. A model with a head has the model without it as its module `model`."""
 
-    _ours: type[Megalodon] | type[MegalodonEncoder]
+    _core_class: type[Megalodon] | type[MegalodonEncoder]
+    """Class of the core, whose modules this model has; files name parameters as the core does"""
     _trunk: tuple[str, ...]
-    """Names in `_ours` of the modules without a head; the last one is the final norm"""
+    """Names of the core's modules, without those of a head; the last one is the final norm"""
     _head: dict[str, str] = {}
-    """Names of the head's modules in `_ours`, and here"""
+    """Names of the head's modules: {name in the core: name in this model}"""
     _prefix = "model."
-    """Of the trunk's names here"""
+    """Prefix of the trunk's names in this model"""
     base_model_prefix = "model"
     main_input_name = "input_ids"
     _input_embed_layer = "embed"
@@ -60,7 +61,7 @@ class MegalodonPreTrainedModel(PreTrainedModel):
     def __init__(self, config: MegalodonHFConfig) -> None:
         super().__init__(config)
         if torch.get_default_dtype() not in (torch.bfloat16, torch.float16):
-            self.dtype_plan = {}  # transformers 5.0 would load them as float32 even into a float64 model
+            self.dtype_plan = {}  # transformers 5.0 would load these modules as float32 even into a float64 model
         self.gradient_checkpointing = False
 
     def post_init(self) -> None:
@@ -73,17 +74,17 @@ class MegalodonPreTrainedModel(PreTrainedModel):
 
     @classmethod
     def from_pretrained(cls, *args: Any, key_mapping: dict[str, str] | None = None, **options: Any) -> Any:
-        """Load a folder, as transformers does; its parameters have the names of `_ours`."""
+        """Load a folder as transformers does, with parameters named as in the core."""
         return super().from_pretrained(*args, key_mapping={**cls._key_mapping(), **(key_mapping or {})}, **options)
 
     @classmethod
     def _key_mapping(cls) -> dict[str, str]:
-        """Return beginnings of parameters' names in files, as regular expressions, and here, where they differ."""
+        """Return beginnings of names that differ: {in files, as a regular expression: in this model}."""
         return {f"^{name}.": f"{own}." for name, own in cls._names().items() if name != own}
 
     @classmethod
     def _names(cls) -> dict[str, str]:
-        """Return the modules' names in `_ours`, which are those in files, and here."""
+        """Return the modules' names: {in the core and in files: in this model}."""
         return {**{name: cls._prefix + name for name in cls._trunk}, **cls._head}
 
     @classmethod
@@ -102,8 +103,8 @@ class MegalodonPreTrainedModel(PreTrainedModel):
     @classmethod
     def from_megalodon(cls, model: Megalodon | MegalodonEncoder) -> MegalodonPreTrainedModel:
         """Create a model for transformers that shares the modules of `model`."""
-        if not isinstance(model, cls._ours):
-            raise TypeError(f"{cls.__name__}: `model` must be a {cls._ours.__name__}, got {describe(model)}.")
+        if not isinstance(model, cls._core_class):
+            raise TypeError(f"{cls.__name__}: `model` must be a {cls._core_class.__name__}, got {describe(model)}.")
         quantization = getattr(model, "quantization", None)
         with torch.device("meta"):
             result = cls(cls.config_class.from_megalodon(model.config))
@@ -122,7 +123,7 @@ class MegalodonPreTrainedModel(PreTrainedModel):
 
     @property
     def dtype(self) -> torch.dtype:
-        """Dtype of the activations: a quantised model's first parameter, of which transformers asks, is a scale."""
+        """Dtype of the activations; in a quantised model, transformers would return the dtype of a scale."""
         return computing_dtype(self.megalodon) if getattr(self.megalodon, "quantization", None) else super().dtype
 
     def train(self, mode: bool = True) -> MegalodonPreTrainedModel:
@@ -131,14 +132,14 @@ class MegalodonPreTrainedModel(PreTrainedModel):
         return self
 
     def load_state_dict(self, state_dict: Mapping[str, Tensor], *args: Any, **options: Any) -> Any:
-        """Load tensors by their names here or, as Trainer does to resume, by those in files."""
+        """Load tensors by their names in this model or, as Trainer does to resume, by their names in files."""
         for file, own in self._key_mapping().items():
             state_dict = {re.sub(file, own, name): tensor for name, tensor in state_dict.items()}
         return super().load_state_dict(state_dict, *args, **options)
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
-        """Initialize parameters that a checkpoint lacks, and recompute the rotary angles, which none holds."""
+        """Initialize parameters that a checkpoint lacks, and recompute the rotary angles, which no checkpoint holds."""
         if type(module) is nn.Embedding:  # created by resize_token_embeddings, as is the output matrix below
             module.__class__ = Embedding
         elif type(module) is nn.Linear:
@@ -151,7 +152,7 @@ class MegalodonPreTrainedModel(PreTrainedModel):
             for name, weight in saved.items():
                 own[name].copy_(weight)
         if isinstance(module, NormalizedAttention):
-            module._keep_rotary()
+            module._update_rotary()
 
     def _set_gradient_checkpointing(
         self, enable: bool = True, gradient_checkpointing_func: Callable = checkpoint, every_n_layers: int = 1
@@ -162,7 +163,7 @@ class MegalodonPreTrainedModel(PreTrainedModel):
         self._configure()
 
     def _check_and_adjust_attn_implementation(self, attn_implementation: str | None, *_: Any, **options: Any) -> str:
-        """Accept transformers' usual choices, whose results are those of the package's kernels."""
+        """Accept "eager" and "sdpa"; with both, the package's kernels compute attention."""
         if attn_implementation not in (None, "eager", "sdpa"):
             raise ValueError(
                 f'{type(self).__name__}: `attn_implementation` must be "eager" or "sdpa", got "{attn_implementation}"; leave '
@@ -188,28 +189,28 @@ class MegalodonPreTrainedModel(PreTrainedModel):
         return embeddings
 
     def _class_loss(self, logits: Tensor, labels: Tensor) -> Tensor:
-        """Return the loss of each row's class logits (B, num_labels), as transformers chooses it."""
+        """Return the loss of class logits (B, num_labels), as transformers chooses it."""
         op = type(self).__name__
         check_tensor(op, "labels", labels)
         if labels.shape[:1] != logits.shape[:1]:
-            raise ValueError(f"{op}: `labels` must be of {len(logits)} rows, got {tuple(labels.shape)}.")
+            raise ValueError(f"{op}: `labels` must have {len(logits)} rows, got {tuple(labels.shape)}.")
         return self.loss_function(labels=labels, pooled_logits=logits, config=self.config)
 
     @contextmanager
     def _record_layers(self, wanted: bool | None, batch: Batch) -> Iterator[list[Tensor] | None]:
-        """Collect the inputs of the layers and the final norm's output, in the columns of the call."""
+        """Collect the inputs of the layers and the final norm's output, each (B, L, D) with the call's padding."""
         if not (self.config.output_hidden_states if wanted is None else wanted):
             yield None
             return
-        found: list[Tensor] = []
+        recorded: list[Tensor] = []
         positions = None if batch.padding is None else batch.padding.positions()
 
         def keep(x: Tensor | tuple[Tensor, MegalodonState]) -> None:
             x = x[0] if isinstance(x, tuple) else x
-            found.append(x if positions is None else select(x, positions))
+            recorded.append(x if positions is None else select(x, positions))
 
         with ExitStack() as hooks:
             hooks.enter_context(self.layers[0].register_forward_pre_hook(lambda _, inputs: keep(inputs[0])))
             for module in (*self.layers[:-1], self.get_submodule(self._trunk[-1])):
                 hooks.enter_context(module.register_forward_hook(lambda *call: keep(call[-1])))
-            yield found
+            yield recorded

@@ -25,7 +25,7 @@ class MegalodonQuantizationConfig(QuantizationConfigMixin):
 class MegalodonQuantizer(HfQuantizer):
     """Puts quantised layers into a model before its weights are loaded."""
 
-    requires_calibration = True  # `megalodon_ops.quantize` makes the weights; here they are only loaded
+    requires_calibration = True  # `megalodon_ops.quantize` has quantised the weights; this class only loads them
     is_trainable = False
 
     def is_serializable(self, *_: Any, **__: Any) -> bool:

@@ -92,7 +92,7 @@ class NormalizedAttention(WideParameters):
         self.gamma, self.beta = (nn.Parameter(torch.empty(2, z_dim)) for _ in range(2))
         self.register_buffer("rotary", None, persistent=False)
         self._rotary_made_for = None
-        self._keep_rotary()
+        self._update_rotary()
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
@@ -106,7 +106,7 @@ class NormalizedAttention(WideParameters):
         key_dim, dtype = config.z_dim // config.num_heads, accumulation_dtype(like.dtype)
         return config.chunk_size, key_dim, config.rotary_base, dtype, like.device
 
-    def _keep_rotary(self) -> None:
+    def _update_rotary(self) -> None:
         """Rebuild the buffer `rotary` for the parameters' device and dtype; each call recomputes a very large table."""
         rows, key_dim, *_ = arguments = self._rotary_for(self.gamma)
         if rows * key_dim <= _MAX_ROTARY_SIZE and arguments != self._rotary_made_for:
@@ -122,12 +122,12 @@ class NormalizedAttention(WideParameters):
             super()._apply(fn, recurse)
         finally:
             self._buffers["rotary"] = rotary
-        self._keep_rotary()
+        self._update_rotary()
         return self
 
     def _load_from_state_dict(self, *args) -> None:
         super()._load_from_state_dict(*args)
-        self._keep_rotary()  # assign=True may bring parameters of another device or dtype
+        self._update_rotary()  # assign=True may bring parameters of another device or dtype
 
     def forward(
         self,

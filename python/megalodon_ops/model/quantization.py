@@ -43,7 +43,7 @@ def quantize(model: Megalodon, kind: str) -> Megalodon:
         raise TypeError(f"quantize: `model` must be a Megalodon that is not parallel, got {describe(model)}.")
     check_kind("quantize", kind)
     if model.quantization:
-        raise ValueError(f"quantize: `model` must have floating-point weights, got one of {model.quantization}.")
+        raise ValueError(f"quantize: `model` must have floating-point weights, got {model.quantization} weights.")
     dtype = computing_dtype(model)
     values = plain_tensors(model, model.config.parameter_shapes(), caller="quantize")
     if dtype == torch.float64:
