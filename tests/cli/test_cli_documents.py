@@ -131,7 +131,9 @@ def test_columns_of_other_types(tmp_path):
 
 def test_damaged_and_wrong_files_are_named(tmp_path):
     write_parquet(tmp_path / "a.parquet")
-    with pytest.raises(FileError, match=r"a.parquet: must have a column 'text', got id, body; --field names another"):
+    with pytest.raises(
+        FileError, match=r"a.parquet: must have a column 'text', got id, body; name another with --field"
+    ):
         load_documents([tmp_path / "a.parquet"])
     write_lines(tmp_path / "a.jsonl.gz")
     write_lines(tmp_path / "a.jsonl.zst")
@@ -179,5 +181,5 @@ def test_commands_read_documents_from_fields(tmp_path, finished, quick, capsys):
     assert ": 40 documents, " in output(capsys, "eval", "--checkpoint", finished, "--data", *data)
     tokenizer = ["--tokenizer", tmp_path / "run" / "best"]
     assert "the text: 40 documents" in output(capsys, "tokenizer", *tokenizer, *data)
-    words = "no document; skipped: lines without a text 'text' (41); --field names another"
+    words = "no document; skipped: lines without a text 'text' (41); name another field with --field"
     assert words in error_of(capsys, "train", "--data", tmp_path / "a.jsonl", "--out", tmp_path / "other")

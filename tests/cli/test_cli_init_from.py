@@ -62,7 +62,7 @@ WRONG = """
     --preset small => --preset: the model in {source} has a configuration of its own, got small; leave
     --no-end-token => --end-token: the model in {source} has True, got False; leave the flag out
     --share-emb => --share-emb: the model in {source} has False, got True; leave the flag out
-    --tokenizer {bpe} => --tokenizer: is of another tokenizer than the model in {source}
+    --tokenizer {bpe} => --tokenizer: has another tokenizer than the model in {source}
     --init-from {bpe} => --init-from {bpe}:
     --resume --out {source} => --init-from: the run in {source} has None, got {source}; leave
 """
@@ -81,7 +81,7 @@ def test_contradictions_are_refused_by_name(finished, text, tmp_path, command, w
 def test_models_that_no_text_trains_are_refused(finished, text, tmp_path, capsys):
     sizes = dict(num_layers=1, model_dim=32, z_dim=16, value_dim=32, ffn_hidden_dim=32)
     models = {
-        "has weights of int8": mo.quantize(mo.Megalodon(mo.MegalodonConfig(**sizes, vocab_size=257)), "int8"),
+        "has int8 weights": mo.quantize(mo.Megalodon(mo.MegalodonConfig(**sizes, vocab_size=257)), "int8"),
         "reads numbers, not text": mo.Megalodon(mo.MegalodonConfig(**sizes, num_features=1)),
     }
     for message, model in models.items():

@@ -165,7 +165,7 @@ def test_interrupted_and_resumed(text, bpe, tmp_path, capsys):
     assert rows(out) == whole
     assert main([*resume, "--tokenizer", str(bpe)]) == 0
     Tokenizer.train([b"other text " * 9], vocab_size=SIZE).save(tmp_path)
-    assert "has another; leave the flag out" in error_of(capsys, *resume, "--tokenizer", tmp_path)
+    assert "has another one; leave the flag out" in error_of(capsys, *resume, "--tokenizer", tmp_path)
 
 
 @pytest.mark.parametrize("keeps", [True, False])
@@ -256,12 +256,12 @@ ERRORS = """
     generate --checkpoint {run} --samples 2 --temperature 0 => --samples: must be 1
     generate --checkpoint {run} --prompt a --prompt-file - => --prompt-file: cannot be combined with --prompt
     generate --checkpoint {run} --stop '' => --stop: must be text, got ''
-    tokenizer => give --train to train one, or --tokenizer FILE to see
-    tokenizer --train --vocab-size 300 => --train: needs --vocab-size N, how many ids there may be, and --out
-    tokenizer --train --out {tmp}/x => --train: needs --vocab-size N, how many ids there may be, and --out
+    tokenizer => give --train to train a tokenizer, or --tokenizer FILE to measure one
+    tokenizer --train --vocab-size 300 => --train: needs --vocab-size N, the maximum number of ids, and --out
+    tokenizer --train --out {tmp}/x => --train: needs --vocab-size N, the maximum number of ids, and --out
     tokenizer --train --out x --vocab-size 257 => --vocab-size: must be a whole number >= 258, got '257'
     tokenizer --train --vocab-size 300 --out {tmp} => --out {tmp}: a folder, name a file
-    tokenizer --tokenizer {bpe} --out x => --out: belongs to --train
+    tokenizer --tokenizer {bpe} --out x => --out: needs --train
     tokenizer --tokenizer {bpe} --glob * => --glob: chooses among the files of folders, and
     tokenizer --tokenizer {bpe} {tmp}/none => error: {tmp}/none: no such file or folder
 """

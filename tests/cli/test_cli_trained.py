@@ -21,7 +21,7 @@ def test_a_changed_config_in_the_checkpoint_is_noticed(text, tmp_path, capsys):
     assert train(text, tmp_path, "--steps", 1) == 0
     config = next((tmp_path / "checkpoints").glob("step-*1/config.json"))
     config.write_text(config.read_text().replace('"norm_eps": 1e-05', '"norm_eps": 2e-05'))
-    words = "config.json: was changed after it was written: its checksum is another"
+    words = "config.json: was changed after it was written: its checksum does not match"
     assert words in error_of(capsys, "eval", "--checkpoint", config.parent)
 
 

@@ -60,7 +60,10 @@ def test_documents_of_validation_are_held_out_and_not_trained_on():
     prints = {hold_out(documents, other).fingerprint for other in (None, validation, [b"held"], [b"two"])}
     assert len(prints) == 4, "the held-out text counts, too"
     for none, wrong in (([b"two"], validation), (documents, [b""])):
-        with pytest.raises(ValueError, match="hold_out: `documents` must have one that is not in `validation`"):
+        with pytest.raises(
+            ValueError,
+            match="hold_out: there must be a document in `validation`, and one in `documents` that is not in it",
+        ):
             hold_out(none, wrong)
 
 

@@ -163,7 +163,7 @@ def hasten(patch: pytest.MonkeyPatch, draw: Callable[..., None] = draw_nothing) 
     patch.setenv("OMP_NUM_THREADS", "1")
     patch.setattr(os, "fsync", lambda file: None)
     patch.setattr("megalodon_ops.cli.train.draw_metrics", draw)
-    patch.setattr("megalodon_ops.cli.generate.SAMPLE", 20)
+    patch.setattr("megalodon_ops.cli.generate.SAMPLE_TOKENS", 20)
 
 
 @contextmanager

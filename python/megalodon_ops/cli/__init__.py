@@ -25,13 +25,16 @@ EXTRAS = {
     "pyarrow": "data",
     "backports": "data",
 }
-"""Package -> the extra that brings it"""
+"""Package -> the extra that installs it"""
 MODULES = {"eval": "evaluate", "plan": "plan_command", "tokenizer": "tokenizer_command"}
-"""Command -> its module, where the names differ"""
+"""Command -> its module, if the names differ"""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run one command. Exit code: 0 done, 2 a line on stderr says what to put right, 128 + n stopped by signal n."""
+    """Run one command and return its exit code.
+
+    0: done. 2: an error that the user can fix; one line on stderr describes it. 128 + n: stopped by signal n.
+    """
     for stream in (sys.stdout, sys.stderr):  # escape characters that the encoding lacks
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
@@ -76,7 +79,7 @@ def _show_error(name: str, error: Exception, is_root_cause: bool = True) -> int:
 def process() -> NoReturn:
     """Run the command and end the process.
 
-    In a distributed run it ends at once, so that no thread or connection waits for a process that is gone.
+    In a distributed run, the process ends at once: none of its threads or connections waits for an ended process.
     """
     if not torchrun.is_distributed():
         raise SystemExit(main())

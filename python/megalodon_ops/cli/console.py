@@ -13,7 +13,7 @@ from tqdm import tqdm
 
 
 def work_bar(**style: Any) -> tqdm:
-    """Return a progress bar that a terminal erases at its end; in a log it keeps a line of its own."""
+    """Return a progress bar that a terminal erases at its end; in a log, the bar keeps its own line."""
     is_terminal = sys.stderr.isatty()
     return tqdm(leave=not is_terminal, mininterval=0.5 if is_terminal else 10, **style)
 
@@ -26,7 +26,7 @@ def bytes_bar(total: int, **style: Any) -> tqdm:
 class Progress:
     """Progress bar with loss, bits per byte and tokens per second.
 
-    It counts steps or, with a time limit, seconds: the number of steps is then unknown, and estimates of it fluctuate.
+    The bar counts steps or, with a time limit, seconds, because the number of steps is then unknown.
     """
 
     def __init__(self, row: dict[str, Any], steps: int | None, seconds: float | None):
@@ -47,7 +47,7 @@ class Progress:
 
     @contextmanager
     def describe(self, activity: str) -> Iterator[None]:
-        """Show, inside the block, the activity that holds up the steps."""
+        """Show, inside the block, the activity for which the steps wait."""
         self.bar.set_description_str(activity)
         yield
         self.bar.set_description_str(None, refresh=False)
@@ -66,15 +66,16 @@ class Progress:
         self.bar.update(self._done(row) - self.bar.n)
 
     def _done(self, row: dict[str, Any]) -> float:
-        """Return the done part of the bar's total; the last step may exceed the time limit."""
+        """Return the completed part of the bar's total; the last step may exceed the time limit."""
         return min(row["seconds"], self.seconds) if self.seconds else row["step"]
 
 
 class StopSignals:
     """Let the step finish on SIGINT, SIGTERM and SIGHUP; a second signal ends the process at once.
 
-    launched: by torchrun, which forwards signals that the terminal has already sent to all. So a second signal is
-    ignored, and torchrun kills slow processes itself. The run also stops if torchrun has ended.
+    launched: True if torchrun has started the process. torchrun forwards signals that the terminal has already sent to
+    all processes, so a second signal is ignored; torchrun kills slow processes itself. The run also stops if torchrun
+    has ended.
     """
 
     def __init__(self, launched: bool = False):

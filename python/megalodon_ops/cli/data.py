@@ -39,7 +39,7 @@ def load_corpus(
     validation: Sequence[bytes] | None = None,
     quiet: bool = False,
 ) -> Corpus:
-    """Read the documents that :func:`find_files` finds, and hold some of them out, or those of `validation`."""
+    """Read the documents that :func:`find_files` finds; hold out `validation` or, if it is None, some of them."""
     try:
         return hold_out(load_documents(paths, globs, field=field, quiet=quiet), validation)
     except ValueError as error:
@@ -52,12 +52,12 @@ def load_corpus(
 def load_documents(
     paths: Paths | None, globs: Sequence[str] | None = None, *, field: str = "text", quiet: bool = False
 ) -> list[bytes]:
-    """Read the documents that :func:`find_files` finds; unless `quiet`, print how many lines and rows have none."""
+    """Read the documents that :func:`find_files` finds; unless `quiet`, print how many lines and rows were skipped."""
     skipped: Counter[str] = Counter()
     documents = [*read_documents(find_files(paths, globs, quiet=quiet), field, skipped)]
     if skipped and not documents:
         raise CommandError(
-            f"{' '.join(map(str, paths))}: no document; skipped: {reasons(skipped)}; --field names another field"
+            f"{' '.join(map(str, paths))}: no document; skipped: {reasons(skipped)}; name another field with --field"
         )
     if skipped and not quiet:
         print(f"megalodon_ops: skipped: {reasons(skipped)}", file=sys.stderr)
@@ -65,7 +65,7 @@ def load_documents(
 
 
 def tokens_folder(paths: Paths | None) -> Path | None:
-    """Return the folder of tokens in --data, or None; it must be the only path there."""
+    """Return the folder of tokens in --data, or None; such a folder must be the only path."""
     folders = [Path(path) for path in paths or () if is_tokens(Path(path))]
     if folders and len(paths or ()) > 1:
         raise CommandError(f"--data {folders[0]}: holds tokens, so it must be named alone")
@@ -94,14 +94,14 @@ def find_files(paths: Paths | None, globs: Sequence[str] | None = None, *, quiet
                 raise CommandError(f"{path}: no file with content in this folder")
             if globs:
                 chosen = [file for file in files if any(file.relative_to(path).match(glob) for glob in globs)]
-                none = f"no file in this folder matches {' or '.join(globs)}"
+                fault = f"no file in this folder matches {' or '.join(globs)}"
             else:
                 chosen = [file for file in files if file.name.endswith(RECORD_SUFFIXES) or is_text(file)]
-                none = f"no text in this folder: skipping {_not_text(files)}"
+                fault = f"no text in this folder: skipping {_not_text(files)}"
                 taken += chosen
                 skipped += sorted({*files} - {*chosen})
             if not chosen:
-                raise CommandError(f"{path}: {none}")
+                raise CommandError(f"{path}: {fault}")
             found += chosen
         elif not path.is_file():
             raise CommandError(f"{path}: no such file or folder")
@@ -150,16 +150,16 @@ def _is_binary(path: Path) -> bool:
 
 
 _CONTROLS = bytes([*range(8), *range(14, 27), *range(28, 32), 127])
-"""Characters that text does not contain, as the program `file` has them; one byte in ten of compressed data"""
+"""Control characters that text does not contain, as in the program `file`; a tenth of compressed data"""
 
 
 def _not_text(files: Sequence[Path]) -> str:
-    """Describe the files in folders that are not text."""
+    """Describe files of folders that are not text."""
     return f"{len(files)} of the files, which are not UTF-8 text, such as {files[0]}; --glob PATTERN takes every match"
 
 
 def standard_library() -> list[Path]:
-    """Return the Python sources of the standard library, without its tests, which not every machine has."""
+    """Return the Python sources of the standard library, without its tests, which some machines lack."""
     root = Path(sysconfig.get_path("stdlib"))
     files = [path for path in _walk(root, skip=NOT_LIBRARY) if path.suffix == ".py"]
     if not files:

@@ -1,8 +1,8 @@
-"""Read documents from files, divided into units, one for each shard.
+"""Read documents from files, which are divided into units, one for each shard.
 
 A text file is a document. In a .jsonl or .ndjson file, also compressed as .gz or .zst, each line is a JSON object with a
-document in one field; in a .parquet file, each row has a document in one column. The division depends on file sizes and
-row groups only, and a unit's documents on its bytes only, so units may be read in any order.
+document in one field; in a .parquet file, each row has a document in one column. The division depends only on file
+sizes and row groups. A unit's documents depend only on its bytes, so units may be read in any order.
 """
 
 from __future__ import annotations
@@ -28,15 +28,15 @@ TABLE_SUFFIX = ".parquet"
 RECORD_SUFFIXES = (*LINE_SUFFIXES, *COMPRESSED_SUFFIXES, TABLE_SUFFIX)
 """Files with a document in a field of each line or row"""
 READ_BYTES = 1 << 20
-"""Bytes read at once"""
+"""Bytes read at a time"""
 READ_ROWS = 64
-"""Rows of a table decoded at once"""
+"""Rows of a table decoded at a time"""
 
 
 class Span(NamedTuple):
-    """A file, the JSON lines that begin at bytes `begin` to `end` of it, or a row group.
+    """A file, the JSON lines that begin in its bytes [begin, end), or a row group.
 
-    Row groups are counted in bytes before compression, of all row groups of the file up to this one.
+    For a row group, `begin` and `end` count the uncompressed bytes of the file's row groups.
     """
 
     path: Path
@@ -64,7 +64,7 @@ def split_files(files: Sequence[Path], size: int) -> list[Unit]:
 
 
 def _bounds(path: Path, size: int) -> list[int]:
-    """Return the borders of a file's spans."""
+    """Return the bounds of a file's spans."""
     if path.name.endswith(TABLE_SUFFIX):
         with opened(path) as file:
             return _row_groups(_table(file))
@@ -78,7 +78,7 @@ def _table(file: BinaryIO) -> Any:
 
 
 def _row_groups(table: Any) -> list[int]:
-    """Return the borders of a table's row groups, in bytes before compression."""
+    """Return the bounds of a table's row groups, in uncompressed bytes."""
     groups = (table.metadata.row_group(number) for number in range(table.num_row_groups))
     return [0, *itertools.accumulate(group.total_byte_size for group in groups)]
 
@@ -107,13 +107,13 @@ def documents_of(unit: Unit, field: str, skipped: Counter[str]) -> Iterator[Iter
 
 
 def read_documents(files: Sequence[Path], field: str, skipped: Counter[str]) -> Iterator[bytes]:
-    """Yield the documents of files, each as a whole; `skipped` as in :func:`documents_of`."""
+    """Yield the whole documents of files; `skipped` as in :func:`documents_of`."""
     for unit in split_files(files, sum(path.stat().st_size for path in files) or 1):
         yield from (b"".join(pieces) for pieces in documents_of(unit, field, skipped))
 
 
 def reasons(skipped: Counter[str]) -> str:
-    """Describe what has no document; empty if there is nothing."""
+    """Describe the skipped lines and rows; return "" if there are none."""
     return ", ".join(f"{reason} ({count:,})" for reason, count in sorted(skipped.items()))
 
 
@@ -129,7 +129,7 @@ def _lines(span: Span) -> Iterator[bytes]:
         if span.path.name.endswith(COMPRESSED_SUFFIXES):
             lines: Iterable[bytes] = _decompressed(span.path, file)
         else:
-            if span.begin:  # skip a line that began in the span before
+            if span.begin:  # skip the rest of a line that began in the previous span
                 file.seek(span.begin - 1)
                 file.readline()
             lines = iter(lambda: file.readline() if file.tell() < span.end else b"", b"")
@@ -137,7 +137,7 @@ def _lines(span: Span) -> Iterator[bytes]:
 
 
 def _decompressed(path: Path, file: BinaryIO) -> Iterable[bytes]:
-    """Open a compressed file for reading; one that is cut short raises an error at its end."""
+    """Open a compressed file for reading; a truncated file raises an error at its end."""
     if path.suffix == ".gz":
         return gzip.open(file)
     has_zstd = sys.version_info >= (3, 14)
@@ -147,11 +147,13 @@ def _decompressed(path: Path, file: BinaryIO) -> Iterable[bytes]:
 
 
 def _rows(span: Span, field: str) -> Iterator[Any]:
-    """Yield the documents of a row group, as bytes, or other values."""
+    """Yield the values in the field's column of a row group; a text as bytes."""
     with opened(span.path) as file:
         table = _table(file)
         if field not in (names := table.schema_arrow.names):
-            raise ValueError(f"must have a column {short_text(field)}, got {', '.join(names)}; --field names another")
+            raise ValueError(
+                f"must have a column {short_text(field)}, got {', '.join(names)}; name another with --field"
+            )
         group = bisect.bisect_right(_row_groups(table), span.begin) - 1
         for batch in table.iter_batches(READ_ROWS, row_groups=[group], columns=[field], use_threads=False):
             for text in batch.column(0).to_pylist():

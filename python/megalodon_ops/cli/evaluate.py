@@ -22,7 +22,7 @@ from megalodon_ops.files import write_whole
 from megalodon_ops.tokenizers import Tokenizer
 from megalodon_ops.training.batches import Document
 
-_READ = 1 << 14  # bytes of a document read at once
+_READ = 1 << 14  # bytes of a document read at a time
 
 
 def run(options: Eval) -> int:
@@ -73,7 +73,7 @@ def report(results: Sequence[Evaluation]) -> str:
 
 
 class _EncodedDocument:
-    """Tokens of a document, encoded lazily, in each iteration."""
+    """Tokens of a document; each iteration encodes them anew, piece by piece."""
 
     def __init__(self, document: Document, tokenizer: Tokenizer, read: Callable[[int], object], ends: bool):
         self.document, self.tokenizer, self.read, self.ends = document, tokenizer, read, ends
@@ -107,16 +107,16 @@ def as_documents(
 
 
 def compressed_bits(documents: Sequence[bytes]) -> dict[str, float]:
-    """Return the bits per byte of general compressors on the concatenated documents."""
+    """Return the bits per byte of general-purpose compressors on the concatenated documents."""
     size = sum(map(len, documents))
-    # xz takes 10 times its dictionary; one of the text's size compresses as well as the 64 MiB of -9.
+    # xz takes 10 times its dictionary's memory; a dictionary of the text's size compresses as well as the 64 MiB of -9.
     xz = {"id": lzma.FILTER_LZMA2, "preset": 9, "dict_size": max(4096, min(size, 64 << 20))}
     kinds = {"gzip -9": zlib.compressobj(9, wbits=31), "xz -9": lzma.LZMACompressor(filters=[xz])}
     return {name: 8 * len(b"".join([*map(one.compress, documents), one.flush()])) / size for name, one in kinds.items()}
 
 
 def read_documents(options: Eval | Quantize, record: TrainRecord | None) -> tuple[Sequence[Document], str]:
-    """Return the documents that are given, or else the run's held-out ones, and their name."""
+    """Return the user's documents, or else the run's held-out documents, and a name for them."""
     if options.data or options.glob:
         documents: list[Document] = []
         for path in find_files(options.data, options.glob):

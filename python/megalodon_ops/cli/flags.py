@@ -27,7 +27,7 @@ REQUIRED = MISSING
 def flag(default: Any, help_text: str, **settings: Any) -> Any:
     """Field of a flag: default, help, and other arguments of argparse's `add_argument`.
 
-    `positional=True` omits `--name`.
+    With `positional=True`, the argument has no `--name`.
     """
     return dataclasses.field(default=default, metadata={"help": help_text, **settings})
 
@@ -57,7 +57,7 @@ class Mesh(dict):
 
 
 def convert(values: Mapping[str, Any], kind: type, *, strict: bool = True) -> Any:
-    """Convert values to `kind`, or raise a msgspec.ValidationError; if not `strict`, from a command line's strings."""
+    """Convert values to `kind`, or raise a msgspec.ValidationError; if not `strict`, values may be strings."""
     return msgspec.convert(values, kind, strict=strict, dec_hook=_construct)
 
 
@@ -73,7 +73,7 @@ def flag_of(name: str) -> str:
 
 
 def parse(words: Sequence[str] | None, commands: Mapping[str, type[Options]]) -> tuple[str, Options]:
-    """Return the name and options of the command in the words; exit with a line on stderr if they are wrong."""
+    """Return a command line's command and its options; if the words are wrong, exit with a line on stderr."""
     style = dict(allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter)
     first = "\n".join(_examples(kind)[0] for kind in commands.values())
     texts = dict(description="MEGALODON: train, evaluate, sample.", epilog=f"examples:\n{first}")
@@ -123,7 +123,7 @@ def _add_flags(parser: argparse.ArgumentParser, kind: type[Options]) -> None:
 
 
 def _argparse(kind: Any, default: Any) -> dict[str, Any]:
-    """Return argparse's settings for a field's type; values stay strings, except of switches and choices."""
+    """Return argparse's settings for a field's type; values stay strings, except those of switches and choices."""
     while isinstance(kind, (Metadata, UnionType)):
         union = isinstance(kind, UnionType)  # X | None
         kind = next(one for one in kind.types if not isinstance(one, NoneType)) if union else kind.type
@@ -178,10 +178,10 @@ class _Parser(argparse.ArgumentParser):
         self.exit(2, f"{name}: error: {message}\n" if is_rank0 else None)
 
     def parse_known_args(self, args=None, namespace=None):
-        """Refuse unknown arguments here, where a command's flags are known, not in the parser of commands."""
+        """Refuse unknown arguments in a command's own parser, which knows the command's flags."""
         options, unknown = super().parse_known_args(args, namespace)
         if unknown:
             near = difflib.get_close_matches(unknown[0].partition("=")[0], self._option_string_actions, n=1, cutoff=0.7)
-            fix = f"did you mean {near[0]}?" if near else f"{self.prog} --help says what there is"
+            fix = f"did you mean {near[0]}?" if near else f"{self.prog} --help lists the flags"
             self.error(f"unrecognized arguments: {' '.join(unknown)}; {fix}")
         return options, unknown

@@ -18,14 +18,14 @@ from megalodon_ops.cli.options import Generate
 from megalodon_ops.model.generation import check_samples
 from megalodon_ops.tokenizers import Tokenizer
 
-SAMPLES, SAMPLE = 3, 300
-"""Continuations shown at the end of a training run, and tokens of each"""
+NUM_SAMPLES, SAMPLE_TOKENS = 3, 300
+"""Number of continuations shown at the end of a training run, and tokens of each"""
 PROMPT_BYTES, SHOWN_BYTES = 2048, 300
 """Bytes of a held-out document in the prompt, and how many of them are shown"""
 MAX_PROMPT_BYTES = 100_000_000
-"""Longest prompt; reading stops there: /dev/zero never ends"""
+"""Longest prompt; reading stops there, as a file such as /dev/zero never ends"""
 UNKNOWN = "\N{REPLACEMENT CHARACTER}".encode()
-"""Text of an id that the tokenizer lacks"""
+"""Text of an id that the tokenizer does not have"""
 CONTEXT = 16
 """Tokens of the prompt that may affect the text of the first new token"""
 
@@ -67,7 +67,7 @@ def _collect(texts: Iterable[tuple[int, bytes]], samples: int) -> list[bytes]:
 
 
 def _print_as_it_comes(prompt: bytes, texts: Iterator[bytes]) -> None:
-    decoder = codecs.getincrementaldecoder("utf-8")("replace")  # holds back incomplete letters
+    decoder = codecs.getincrementaldecoder("utf-8")("replace")  # holds back incomplete characters
     print(decoder.decode(prompt), end="", flush=True)
     for text in texts:
         print(decoder.decode(text), end="", flush=True)
@@ -119,17 +119,17 @@ def continue_prompt(
 def show_sample(
     model: Megalodon, tokenizer: Tokenizer, documents: Sequence[bytes], seed: int, autocast: AbstractContextManager
 ) -> None:
-    """Print an excerpt from the middle of a held-out document, and the model's continuations."""
+    """Print an excerpt from the middle of a held-out document, and continuations by the model."""
     document = max(documents, key=len)
     middle = document.find(b" ", len(document) // 2) + 1 or len(document) // 2  # at the start of a word
     prompt = document[max(0, middle - PROMPT_BYTES) : middle]
-    sampling = dict(samples=SAMPLES, seed=seed, temperature=0.8, top_p=0.9)
+    sampling = dict(samples=NUM_SAMPLES, seed=seed, temperature=0.8, top_p=0.9)
     model.eval()
     with autocast:
-        texts = _collect(continue_prompt(model, tokenizer, prompt, num_tokens=SAMPLE, **sampling), SAMPLES)
+        texts = _collect(continue_prompt(model, tokenizer, prompt, num_tokens=SAMPLE_TOKENS, **sampling), NUM_SAMPLES)
     print(f"\n--- from the middle of a held-out document\n{prompt[-SHOWN_BYTES:].decode(errors='replace')}")
     for number, text in enumerate(texts, 1):
-        print(f"--- continued by the model, {number} of {SAMPLES}\n{text.decode(errors='replace')}")
+        print(f"--- continued by the model, {number} of {NUM_SAMPLES}\n{text.decode(errors='replace')}")
 
 
 def _prompts(options: Generate) -> list[bytes]:

@@ -34,7 +34,7 @@ class Best(NamedTuple):
 
 
 def best_of_run(out: Path) -> Best:
-    """Read the figure of a run's best checkpoint; a damaged one is passed over with a warning."""
+    """Read the figure of a run's best checkpoint; ignore a damaged one with a warning."""
     folder = out / BEST
     if not os.path.lexists(folder):
         return Best()
@@ -79,7 +79,10 @@ def bits_per_byte(
     processes: Processes,
     read: Callable[[int], object] = lambda _: None,
 ) -> float:
-    """Return the bits per byte of documents, with the context "all"; processes share the documents."""
+    """Return the bits per byte of documents, with the context "all"; processes share the documents.
+
+    `read` is called with the number of bytes read.
+    """
     nats, own = 0.0, as_documents(document_share(documents, processes), tokenizer, read)
     if own:
         with autocast:

@@ -1,4 +1,4 @@
-"""A lock, so that one command at a time writes in a folder."""
+"""A lock that lets one command at a time write in a folder."""
 
 from __future__ import annotations
 

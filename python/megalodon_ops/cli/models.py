@@ -1,4 +1,4 @@
-"""Build or load a model on a device from flags, and read what `train` recorded of it."""
+"""Build or load a model on a device from flags, and read the record that `train` wrote of it."""
 
 from __future__ import annotations
 
@@ -27,9 +27,9 @@ WIDTHS = ("z_dim", "value_dim", "ffn_hidden_dim")
 def model_config(
     preset: str, flags: dict[str, Any], tokenizer: Tokenizer | None = None, *, ends: bool = True
 ) -> MegalodonConfig:
-    """Return the preset changed by `flags`, for a tokenizer or bytes; other widths scale with `model_dim`.
+    """Return the configuration of a preset changed by `flags`, for a tokenizer (None: bytes).
 
-    ends: predict the tokenizer's `end`, too.
+    Widths that `flags` does not name scale with `model_dim`. With `ends`, the model also predicts the id `end`.
     """
     tokenizer = tokenizer or ByteTokenizer()
     values = MegalodonConfig.preset(preset).to_dict()
@@ -64,7 +64,7 @@ def usable_device(name: str) -> torch.device:
     try:
         torch.empty(1, device=device)
     except (RuntimeError, AssertionError) as error:
-        raise CommandError(f"--device {name}: {str(error).splitlines()[0]}; --device cpu does without a GPU") from error
+        raise CommandError(f"--device {name}: {str(error).splitlines()[0]}; --device cpu needs no GPU") from error
     if device.type == "cuda" and not has_cuda_kernels():
         raise CommandError(
             f"--device {name}: this build of megalodon_ops has no kernels for it; python -m megalodon_ops info says why"
@@ -75,7 +75,9 @@ def usable_device(name: str) -> torch.device:
 _DEVICES = "must be cpu, cuda or one card, such as cuda:1; there are no kernels for other devices"
 
 
-class Text(msgspec.Struct):
+class DataRecord(msgspec.Struct):
+    """Record of a run's text."""
+
     fingerprint: str
     position: BatchesPosition
 
@@ -85,11 +87,11 @@ class TrainRecord(msgspec.Struct):
 
     step: Annotated[int, Meta(ge=0)]
     options: Train
-    data: Text
+    data: DataRecord
     schedule: SchedulePosition
     seconds: NotNegative
     held_out_bits_per_byte: NotNegative | None = None
-    """Of the sample of held-out text, after this step; None where it was not evaluated"""
+    """Figure of the sample of held-out text after this step; None if it was not evaluated"""
 
     @classmethod
     def of(cls, folder: Path, record: dict[str, Any]) -> TrainRecord | None:
@@ -110,7 +112,7 @@ class TrainedModel(NamedTuple):
 
     @property
     def dtype(self) -> str:
-        """The run's dtype for autocast; "float32" (no autocast) without a run."""
+        """The run's dtype for autocast; without a run "float32", which means no autocast."""
         return "float32" if self.record is None else self.record.options.dtype
 
 
@@ -119,7 +121,7 @@ def trained_model(
 ) -> TrainedModel:
     """Load the model and tokenizer of a run's folder, of a checkpoint or of any saved model.
 
-    tokenizer: a file, for folders without one. dtype: "float32" converts the weights to it.
+    tokenizer: its file, for a folder without one. dtype: "float32" converts the weights to float32.
     """
     try:
         wanted = torch.float32 if dtype == "float32" else None

@@ -25,9 +25,9 @@ Text = Annotated[str, Meta(min_length=1)]
 Context = Annotated[int, Meta(ge=1, lt=1 << 62)] | Literal["all"]
 
 RATE_TIMES_WIDTH = 1.28
-"""Default peak learning rate times the model's width; see docs/training.md"""
+"""Product of the default peak learning rate and the model's width; see docs/training.md"""
 CONTEXT_ROWS = 8
-"""Default context length, in lengths of a row; see docs/training.md"""
+"""Default context length, as a multiple of --length; see docs/training.md"""
 MINUTES = 5.0
 """Minutes of a run without --steps and --minutes"""
 CONFIG_FIELDS = {
@@ -58,7 +58,7 @@ class Info(Options):
 
 @dataclass(kw_only=True)
 class ModelOptions(Options):
-    """model: widths that are not given scale with --dim as in the preset; small is --dim 128 --layers 3 --chunk 256"""
+    """model: widths without a flag scale with --dim; the preset small is --dim 128 --layers 3 --chunk 256"""
 
     preset: Literal[MegalodonConfig.presets()] = flag("small", "configuration that the other flags change")
     dim: Natural | None = flag(None, "model width")
@@ -93,7 +93,7 @@ def config_field(name: str) -> str:
 class BatchOptions(ModelOptions):
     """batches and optimizer"""
 
-    # Many short rows: each reads another document, so a step learns from many documents.
+    # A batch has many short rows. Each row reads its own document, so a step learns from many documents.
     batch: Natural = flag(64, "rows in a batch")
     accumulate: Natural = flag(
         1, "batches per step; N batches train as one with N times as many rows, in the memory of one"
@@ -162,7 +162,7 @@ class Train(BatchOptions):
     )
 
     def record(self) -> dict[str, Any]:
-        """Return the options that checkpoints and `options.json` record: all but those of one call of the command."""
+        """Return the options that checkpoints and `options.json` record: those that describe the run, not a call."""
         values = to_builtins(self, enc_hook=str)
         left_out = LAUNCH_OPTIONS if self.init_from is None else (*LAUNCH_OPTIONS, "preset")
         return {name: value for name, value in values.items() if name not in left_out}
@@ -286,7 +286,7 @@ class Tokenize(Options):
     field: Text = flag("text", FIELD)
     shard_size: Annotated[int, Meta(ge=1, lt=1 << 20)] = flag(
         64,
-        "MiB of text in a shard; a kill loses one shard; long texts, compressed files and row groups stay whole",
+        "MiB of text in a shard, of which a kill loses one; long texts, compressed files and row groups stay whole",
     )
 
 
@@ -305,10 +305,12 @@ class Plan(ModelOptions):
     context: Natural | None = flag(None, "tokens of a sequence (8 chunks)")
     batch: Natural | None = flag(None, "sequences of a step on all devices (as many as the mesh's data)")
     dtype: Literal["float32", "bfloat16", "autocast"] = flag(
-        "bfloat16", "of products and activations; autocast: bfloat16 products of float32 parameters"
+        "bfloat16", "dtype of products and activations; autocast: bfloat16 products of float32 parameters"
     )
-    param_dtype: Literal["float32", "bfloat16"] = flag("float32", "of matrices, their gradients and Adam's moments")
-    replicate: bool = flag(False, "a device keeps all parameters, and not a part of them")
+    param_dtype: Literal["float32", "bfloat16"] = flag(
+        "float32", "dtype of matrices, their gradients and Adam's moments"
+    )
+    replicate: bool = flag(False, "each device keeps all parameters instead of a part of them")
     json: Path | None = flag(None, "write all figures; - prints them instead", metavar="FILE")
     vocab: Natural | None = flag(None, "ids of the tokenizer (the preset's, or bytes)")
 

@@ -19,7 +19,7 @@ from megalodon_ops.files import write_whole
 def run(options: Options) -> int:
     config = model_config(options.preset, options.config_fields(), ends=False)
     try:
-        found = plan(
+        costs = plan(
             dataclasses.replace(config, vocab_size=options.vocab or MegalodonConfig.preset(options.preset).vocab_size),
             options.mesh or {},
             context=options.context or 8 * config.chunk_size,
@@ -34,18 +34,18 @@ def run(options: Options) -> int:
         name, _, fault = str(error).removeprefix("plan: `").partition("` ")
         raise CommandError(f"{flag_of(name)}: {fault.removesuffix('.')}") from error
 
-    figures = json.dumps(dataclasses.asdict(found), indent=1)
+    figures = json.dumps(dataclasses.asdict(costs), indent=1)
     if str(options.json) == "-":
         print(figures)
         return 0
     if options.json is not None:
         write_whole(options.json, figures.encode() + b"\n")
-    sizes = ",".join(f"{name}={size}" for name, size in found.mesh.items())
-    print(f"{found.config.num_parameters():,} parameters, {found.tokens:,} tokens a step, {sizes}, {options.device}")
+    sizes = ",".join(f"{name}={size}" for name, size in costs.mesh.items())
+    print(f"{costs.config.num_parameters():,} parameters, {costs.tokens:,} tokens a step, {sizes}, {options.device}")
     for title, numbers, unit, digits in (
-        ("GB of a device at the peak of a step", found.memory | {"sum": found.bytes}, 1e9, 2),
-        ("TFLOP of a device in a step", found.operations, 1e12, 3),
-        ("GB that a device receives in a step", found.exchange or {"nothing": 0}, 1e9, 4),
+        ("GB of a device at the peak of a step", costs.memory | {"sum": costs.bytes}, 1e9, 2),
+        ("TFLOP of a device in a step", costs.operations, 1e12, 3),
+        ("GB that a device receives in a step", costs.exchange or {"nothing": 0}, 1e9, 4),
     ):
         print(f"\n{title}")
         for name, number in numbers.items():

@@ -62,7 +62,7 @@ class Processes:
         return values
 
     def broadcast(self, value: Value) -> Value:
-        """Return the value of rank 0, in all processes."""
+        """Return the value of rank 0 in every process."""
         return self.gather(value if self.is_rank0 else None)[0]  # type: ignore[return-value]
 
     def check_same(self, facts: Mapping[str, Any]) -> None:
@@ -77,7 +77,7 @@ class Processes:
 
 @contextmanager
 def process_group(mesh: Mesh | None, timeout: float) -> Iterator[Processes]:
-    """Yield the command's processes. Inside the block, only rank 0 prints."""
+    """Yield the command's :class:`Processes`. Inside the block, only rank 0 prints."""
     size, world = math.prod((mesh or {}).values()), int(os.environ["WORLD_SIZE"]) if is_distributed() else 1
     if mesh is not None and size != world:
         start_them = f"start them by torchrun --nproc-per-node {size} -m megalodon_ops ..."
@@ -103,7 +103,7 @@ def process_group(mesh: Mesh | None, timeout: float) -> Iterator[Processes]:
             stack.enter_context(redirect_stderr(nowhere))
         yield processes
     if owns_group:
-        processes.gather(None)  # after a signal, torchrun stops all as soon as one has ended; rank 0 is the slowest
+        processes.gather(None)  # wait for rank 0: after a signal, torchrun kills all when one has ended
         dist.destroy_process_group()
 
 

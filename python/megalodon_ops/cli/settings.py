@@ -1,4 +1,4 @@
-"""Settings of a run of `train`: of a new run, or of a resumed run with the flags that may change."""
+"""Settings of a run of `train`, new or resumed; on a resume, some flags may change."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ WEIGHTLESS_OPTIONS = frozenset({"dropout", "attention_dropout", "layerwise_ckpt"
 
 class Run(NamedTuple):
     options: Train
-    """With a value for every option that determines the losses"""
+    """Has a value for every option that determines the losses"""
     config: MegalodonConfig
     tokenizer: Tokenizer
     initial: Megalodon | None = None
@@ -67,7 +67,7 @@ def with_config(options: Train) -> Train:
 
 
 def _override(options: Train, given: Train) -> Train:
-    """Override options by those that the user has set; --steps and --minutes replace each other."""
+    """Replace options by those that the user has set; --steps and --minutes replace each other."""
     new = {name: getattr(given, name) for name in given.given}
     if {"steps", "minutes"} & new.keys():
         new |= {"steps": given.steps, "minutes": given.minutes}
@@ -117,14 +117,14 @@ def _initial_model(options: Train) -> tuple[Megalodon, MegalodonConfig, Tokenize
     except (FileError, FileNotFoundError) as error:
         raise CommandError(f"--init-from {error}") from error
     if model.quantization or model.config.num_features is not None:
-        kind = "reads numbers, not text" if model.quantization is None else f"has weights of {model.quantization}"
+        kind = "reads numbers, not text" if model.quantization is None else f"has {model.quantization} weights"
         raise CommandError(
             f"--init-from {folder}: the model {kind}; name one with floating-point weights that reads text"
         )
     tokenizer = _tokenizer(options) or found or ByteTokenizer()
     if found is not None and tokenizer.fingerprint != found.fingerprint:
         flag = "--data" if options.tokenizer is None else "--tokenizer"
-        raise CommandError(f"{flag}: is of another tokenizer than the model in {folder}")
+        raise CommandError(f"{flag}: has another tokenizer than the model in {folder}")
     if tokenizer.vocab_size > model.config.vocab_size:
         raise CommandError(
             f"--init-from {folder}: the tokenizer has {tokenizer.vocab_size} ids, and the model knows "
@@ -144,7 +144,7 @@ def _initial_model(options: Train) -> tuple[Megalodon, MegalodonConfig, Tokenize
 
 
 def resumed_run(options: Train, out: Path, saved: Checkpoint) -> Run:
-    """Return a saved run's settings with the flags that may change; without --resume, all options must be the run's."""
+    """Return a saved run's settings, changed by the flags that may change; without --resume, none may."""
     record = TrainRecord.of(saved.folder, saved.record)
     if record is None:
         raise CommandError(f"--resume {out}: this run was not written by `train`")
@@ -158,12 +158,12 @@ def resumed_run(options: Train, out: Path, saved: Checkpoint) -> Run:
             )
     tokenizer = saved.tokenizer() or ByteTokenizer()
     if options.tokenizer is not None and read_tokenizer(options.tokenizer).fingerprint != tokenizer.fingerprint:
-        raise CommandError(f"--tokenizer {options.tokenizer}: the run in {out} has another; leave the flag out")
+        raise CommandError(f"--tokenizer {options.tokenizer}: the run in {out} has another one; leave the flag out")
     return Run(_with_absolute_paths(_override(record.options, options)), saved.config, tokenizer)
 
 
 def _values(options: Train, config: MegalodonConfig) -> dict[str, Any]:
-    """Return the values of all options of a run, those of the model from its configuration."""
+    """Return the values of all options of a run; model options come from the configuration."""
     model = config.to_dict()
     return {name: model.get(config_field(name), value) for name, value in options.record().items()}
 

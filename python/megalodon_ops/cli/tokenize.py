@@ -58,7 +58,7 @@ def _sources_hash(files: Sequence[Path], options: Tokenize) -> str:
 
 
 def _open_index(folder: Path, wanted: Index) -> Index:
-    """Return the index of a folder that is empty, or was begun with the same input."""
+    """Return the folder's index; raise unless the folder is empty or was begun with the same input."""
     if is_tokens(folder):
         index = Index.read(folder)
         if (index.tokenizer, index.made_of) == (wanted.tokenizer, wanted.made_of):
@@ -74,14 +74,14 @@ def _open_index(folder: Path, wanted: Index) -> Index:
 
 def _make_shards(index: Index, units: Sequence[Unit], tokenizer: Tokenizer, options: Tokenize) -> None:
     """Write the shards that the index lacks."""
-    left = [number for number, shard in enumerate(index.shards) if shard is None]
-    if not left:
+    missing = [number for number, shard in enumerate(index.shards) if shard is None]
+    if not missing:
         return
     tokenizer.save(options.out)
     total = total_size(units)
-    done = total - total_size(units[number] for number in left)
+    done = total - total_size(units[number] for number in missing)
     with bytes_bar(total, initial=done, desc="tokenizing") as bar:
-        for number in left:
+        for number in missing:
             skipped: Counter[str] = Counter()
             documents = documents_of(units[number], options.field, skipped)
             index.shards[number] = write_shard(options.out, number, tokenizer, documents, skipped)

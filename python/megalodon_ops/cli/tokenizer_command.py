@@ -18,9 +18,9 @@ def run(options: TrainTokenizer) -> int:
         return _train(options)
     for flag, given in (("--out", options.out), ("--vocab-size", options.vocab_size)):
         if given is not None:
-            raise CommandError(f"{flag}: belongs to --train")
+            raise CommandError(f"{flag}: needs --train")
     if options.tokenizer is None:
-        raise CommandError("give --train to train one, or --tokenizer FILE to see what it makes of text")
+        raise CommandError("give --train to train a tokenizer, or --tokenizer FILE to measure one")
     tokenizer = read_tokenizer(options.tokenizer)
     is_measured = options.files or options.glob
     documents = load_documents(options.files, options.glob, field=options.field) if is_measured else []
@@ -35,7 +35,7 @@ def run(options: TrainTokenizer) -> int:
 def _train(options: TrainTokenizer) -> int:
     if options.out is None or options.vocab_size is None:
         raise CommandError(
-            "--train: needs --vocab-size N, how many ids there may be, and --out FILE, the file to write"
+            "--train: needs --vocab-size N, the maximum number of ids, and --out FILE, the file to write"
         )
     if options.tokenizer is not None:
         raise CommandError("--tokenizer: cannot be combined with --train, which makes a new one")
@@ -58,7 +58,7 @@ def _train(options: TrainTokenizer) -> int:
 def _figures(tokenizer: Tokenizer, documents: Sequence[bytes], title: str) -> str:
     ids = tokenizer.encode_batch(documents)
     tokens, size = sum(map(len, ids)), sum(map(len, documents))
-    num_exact = sum(tokenizer.decode(found) == document for found, document in zip(ids, documents, strict=True))
+    num_exact = sum(tokenizer.decode(row) == document for row, document in zip(ids, documents, strict=True))
     exact = "" if num_exact == len(documents) else f"; {len(documents) - num_exact} are not decoded exactly"
     per_token = f"{size / tokens:.3f}" if tokens else "no"
     return f"{title}: {len(documents)} documents, {size:,} bytes, {tokens:,} tokens: {per_token} bytes a token{exact}"

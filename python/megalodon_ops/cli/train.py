@@ -60,7 +60,7 @@ PEAK_TFLOPS = {
 }
 """Dense peaks in TFLOP/s, of bfloat16 and of float32 without TF32, by device name; docs/training.md has the sources"""
 MIN_TIMED_STEPS = 8
-"""Minimum number of steps for an estimate of the time of a step"""
+"""Minimum number of steps for an estimate of a step's time"""
 
 
 def run(options: Train) -> int:
@@ -298,7 +298,7 @@ def check_shares(options: Train, config: MegalodonConfig, sizes: Mesh) -> None:
 
 
 def check_memory(options: Train, config: MegalodonConfig, processes: int) -> None:
-    """Refuse, before allocating, a run whose parameters, activations and states exceed the memory."""
+    """Refuse, before any allocation, a run whose parameters, activations and states exceed the memory."""
     per_parameter = 4  # the weight, its gradient and two moments
     per_channel = 4 + config.num_layers  # for each channel of a token: its id, its target and the layers' activations
     per_state = 2  # complex
@@ -323,8 +323,8 @@ def tokens_at_peak(options: Train, config: MegalodonConfig, device: torch.device
 
     peak = 1e12 * (options.peak_tflops or peaks[options.dtype == "float32"])
     pieces = measure(config, 1, config.chunk_size, on_cpu=device.type == "cpu")
-    block, end = (sum(piece.operations.values()) for piece in pieces)
-    return peak * processes * config.chunk_size / (config.num_layers * block + end)
+    block, final = (sum(piece.operations.values()) for piece in pieces)
+    return peak * processes * config.chunk_size / (config.num_layers * block + final)
 
 
 def new_model(config: MegalodonConfig, device: torch.device, processes: Processes) -> Megalodon:
@@ -365,11 +365,11 @@ def seed_of_dropout(seed: int, step: int, processes: Processes) -> int:
 
 
 def encode(documents: Sequence[bytes] | Parts, tokenizer: Tokenizer) -> Sequence[Document]:
-    """Return the documents' ids, without empty documents; for a byte tokenizer or shards, the documents themselves."""
+    """Return the ids of documents that have any; for a byte tokenizer or shards, return the documents themselves."""
     if tokenizer.byte_level or isinstance(documents, Parts):
         return documents
     read = work_bar(iterable=documents, unit=" documents", desc="encoding", delay=1)
-    found = [ids for ids in tokenizer.encode_batch(read) if len(ids)]
-    if not found:
+    encoded = [ids for ids in tokenizer.encode_batch(read) if len(ids)]
+    if not encoded:
         raise CommandError("--tokenizer: encodes the text to no tokens")
-    return found
+    return encoded
