@@ -10,7 +10,7 @@ from urllib.parse import unquote, urlsplit
 
 
 def load(module: str, extra: str) -> ModuleType:
-    """Import a module; a ModuleNotFoundError names the extra of this package that brings it."""
+    """Import a module; a ModuleNotFoundError names the extra of this package that installs it."""
     try:
         return importlib.import_module(module)
     except ModuleNotFoundError as error:
@@ -21,12 +21,12 @@ def load(module: str, extra: str) -> ModuleType:
 
 
 def missing(package: str, extra: str) -> str:
-    """Error text for a package that is missing and that the extra brings."""
+    """Error text for a missing package that the extra installs."""
     return f'needs {package}, which is not installed: pip install "{_origin()}[{extra}]"'
 
 
 def _origin() -> str:
-    """Source that pip installed this package from: its folder, if it was a folder, else its name."""
+    """Source from which pip installed this package: a folder, or the package's name."""
     try:
         origin = json.loads(importlib.metadata.distribution("megalodon_ops").read_text("direct_url.json") or "{}")
     except (importlib.metadata.PackageNotFoundError, ValueError):

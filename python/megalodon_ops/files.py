@@ -33,11 +33,11 @@ _KINDS = {stat.S_IFDIR: "a folder", stat.S_IFIFO: "a pipe", stat.S_IFCHR: "a dev
 
 
 class FileError(ValueError):
-    """A file or folder that cannot be used as it is; the message is one line and names it."""
+    """A file or folder that cannot be used as it is; the message is one line and names the file or folder."""
 
 
 def as_path(caller: str, argument: str, value: object) -> Path:
-    """Return the value as a path; raise a TypeError if it is none."""
+    """Return the value as a path; raise a TypeError if it is not a path."""
     if not isinstance(value, (str, os.PathLike)):
         raise TypeError(f"{caller}: `{argument}` must be a path, got {describe(value)}.")
     return Path(value)
@@ -105,11 +105,11 @@ def write_atomically(path: Path, *, folder: bool = False, token: str | None = No
 
     With `folder`, the draft is an empty folder; otherwise it is a file, which does not exist yet.
 
-    If the process is killed meanwhile, the old content of `path` stays. (A file system that cannot exchange folders
-    needs two renames; if the process is killed between them, the old content stays inside `.<name>.draft-...`.) If an
-    error ends the block, the draft is removed, to free its space on the disk. The draft of a killed process is removed
-    by the next call for the same path. Processes that write to one path at once have separate drafts; the last to
-    finish wins.
+    If the process is killed before the rename, the old content of `path` stays. (A file system that cannot exchange
+    folders needs two renames; if the process is killed between them, the old content stays inside
+    `.<name>.draft-...`.) If an error ends the block, the draft is removed, to free its space on the disk. The next call
+    for the same path removes the draft of a killed process. Processes that write to one path at the same time have
+    separate drafts; the last to finish wins.
     """
     path = Path(os.path.realpath(path))
     try:
@@ -123,7 +123,7 @@ def write_atomically(path: Path, *, folder: bool = False, token: str | None = No
             flush(path.parent)
         remove_drafts(path.parent, glob.escape(path.name))
     except OSError as error:
-        # An OSError that caused another one is about a file inside the folder; it has the reason.
+        # An OSError that caused this one has the reason: it is about a file inside the folder.
         cause = error.__cause__ if isinstance(error.__cause__, OSError) else error
         raise OSError(f"{path}: could not be written: {cause.strerror or cause}") from cause
 
@@ -204,7 +204,7 @@ def write_safetensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str
         plain[name] = tensor.clone() if begin in seen else tensor
         seen.add(begin)
     path.touch()
-    mode = path.stat().st_mode  # the user's default; files of safetensors are readable only by their owner
+    mode = path.stat().st_mode  # the user's default; safetensors makes files that only their owner can read
     try:
         save_file(plain, path, metadata=metadata or {"format": "pt"})
     except SafetensorError as error:

@@ -9,7 +9,7 @@ import time
 from pathlib import Path
 
 SHUTDOWN_DELAY = 2.0
-"""Seconds; by then torchrun, which polls every 0.1 s, has seen that a process ended and stops the others"""
+"""Seconds in which torchrun, which polls every 0.1 s, notices that a process has ended, and stops the others"""
 PEER_FAILURE = "another process has ended, or does not answer"
 
 
@@ -21,7 +21,7 @@ def is_distributed() -> bool:
 def report_failure(line: str, *, is_root_cause: bool = True) -> None:
     """Write the reason why this process ends to torchrun's error file, if torchrun has started it.
 
-    A process that ends because of another one (not `is_root_cause`) waits first, so that it ends after that one.
+    If another process is the root cause (not `is_root_cause`), this process waits first, so that it ends later.
     """
     if file := os.environ.get("TORCHELASTIC_ERROR_FILE"):
         if not is_root_cause:

@@ -8,7 +8,7 @@ windows of N, each with a fresh state:
 So for each N, every token of the text is predicted exactly once, from the 1 to N tokens before it in its window, and
 figures of different contexts are over the same tokens. With the context "all", a document is one window.
 
-A window is read in pieces, which pass on the state, so memory is constant in the lengths of contexts and documents.
+A window is read in pieces, which pass on the state, so memory does not grow with contexts and documents.
 """
 
 from .losses import evaluate

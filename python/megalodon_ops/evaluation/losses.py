@@ -34,11 +34,11 @@ def evaluate(
             module can be evaluated on the same windows if its `loss` takes `cu_seqlens`, `reduction="none"`, `state`
             and `return_state` as Megalodon's does, its states have `state[rows]` and `state.reset(rows)`, and its
             `alone()` returns the module itself.
-        documents: each a :class:`Document`, or its tokens alone. With several contexts they are read several times, so
-            they must be iterable again, as lists are. Sorting them longest first is fastest.
+        documents: each a :class:`Document`, or its tokens alone. Several contexts read the documents several times, so
+            these must be iterable again, as lists are. Documents sorted from longest to shortest are read fastest.
         contexts: lengths N of windows, and "all" for one window per document; see :mod:`megalodon_ops.evaluation`.
-        rows: documents read in parallel. piece: tokens of each in one call of the model. Up to rounding, both change
-            only time and memory.
+        rows: number of documents read in parallel; like `piece`, it changes only time, memory and rounding.
+        piece: tokens of each of these documents in one call of the model.
 
     Returns:
         an :class:`Evaluation` for each context, in order.
@@ -68,16 +68,16 @@ def evaluate(
     model = model.alone()
     modes = [(module, module.training) for module in model.modules()]
     model.eval()
-    found: dict[Context, Evaluation] = {}
-    uncut: Evaluation | None = None  # the result of a context that cut no document; larger contexts have the same
+    results: dict[Context, Evaluation] = {}
+    uncut: Evaluation | None = None  # result of a context that cuts no document, and so of larger contexts
     try:
         for context in sorted(lengths, key=lengths.get):
             if uncut is None:
-                found[context], has_cut = _evaluate(model, documents, context, lengths[context], rows, piece)
-                uncut = None if has_cut else found[context]
+                results[context], has_cut = _evaluate(model, documents, context, lengths[context], rows, piece)
+                uncut = None if has_cut else results[context]
             else:
-                found[context] = dataclasses.replace(uncut, context=context)
-            counts = {each.context: each.tokens for each in found.values()}
+                results[context] = dataclasses.replace(uncut, context=context)
+            counts = {each.context: each.tokens for each in results.values()}
             # Counts can differ: a document that is an iterator of pieces is empty the second time.
             if not min(counts.values()) or len(set(counts.values())) > 1:
                 raise ValueError(
@@ -88,7 +88,7 @@ def evaluate(
     finally:
         for module, training in modes:
             module.training = training
-    return [found[context] for context in contexts]
+    return [results[context] for context in contexts]
 
 
 def _evaluate(
@@ -97,18 +97,18 @@ def _evaluate(
     """Return the losses for one context, and True if a document was longer than a window."""
     tally, reader, has_cut = Tally(), _Reader(model), False
     queue = open_documents(documents, tally.add_bytes)
-    lanes: list[Iterator[list[Segment]]] = []  # each reads documents from the queue, one after another
+    lanes: list[Iterator[list[Segment]]] = []  # a lane reads one document after another from the queue
     while True:
         segments = [(number, segment) for number, lane in enumerate(lanes) for segment in next(lane, [])]
         while len(lanes) < rows:  # add a lane if documents are left
             lane = segments_of(queue, length, piece)
-            if not (taken := next(lane, [])):
+            if not (first := next(lane, [])):
                 break
-            segments += [(len(lanes), segment) for segment in taken]
+            segments += [(len(lanes), segment) for segment in first]
             lanes.append(lane)
         if not segments:
             return tally.result(context), has_cut
-        has_cut |= any(segment.ends and not segment.ends_document for _, segment in segments)
+        has_cut |= any(segment.ends_window and not segment.ends_document for _, segment in segments)
         for read, losses in reader.read(segments):
             tally.add(read, losses)
 
@@ -123,24 +123,24 @@ class _Reader:
         self.lanes: list[int] = []  # lanes of the state's sequences
 
     def read(self, segments: list[tuple[int, Segment]]) -> Iterator[tuple[list[Segment], Tensor]]:
-        """Yield the losses (T,) of all segments: first of whole windows, which need no state, then of parts of windows.
+        """Yield segments and their losses (T,): first whole windows, which need no state, then parts of windows.
 
-        `segments` are pairs (lane, segment). Every lane with an unfinished window must have one that continues it.
+        `segments` are pairs (lane, segment). They must continue the unfinished window of every lane that has one.
         """
-        whole = [segment for _, segment in segments if segment.start == 0 and segment.ends]
+        whole = [segment for _, segment in segments if segment.start == 0 and segment.ends_window]
         if whole:
             yield whole, self.model.loss(**self._batch(whole))[0]
-        parts = [(lane, segment) for lane, segment in segments if segment.start or not segment.ends]
+        parts = [(lane, segment) for lane, segment in segments if segment.start or not segment.ends_window]
         if parts:
             batch = [segment for _, segment in parts]
             losses, state = self.model.loss(**self._batch(batch), state=self._state(parts), return_state=True)
-            unfinished = [i for i, segment in enumerate(batch) if not segment.ends]
+            unfinished = [i for i, segment in enumerate(batch) if not segment.ends_window]
             self.lanes = [parts[i][0] for i in unfinished]
             self.state = state if len(unfinished) == len(parts) else state[unfinished]
             yield batch, losses[0]
 
     def _batch(self, segments: list[Segment]) -> dict[str, Any]:
-        """Arguments of the model's `loss`: segments as one packed row."""
+        """Return the arguments of the model's `loss`: segments as one packed row."""
         tokens = torch.cat([segment.inputs for segment in segments])[None].to(self.device)
         targets = torch.cat([segment.targets for segment in segments])[None].to(self.device)
         bounds = torch.tensor([0, *(len(segment.inputs) for segment in segments)]).cumsum(0).to(self.device)

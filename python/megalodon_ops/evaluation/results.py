@@ -13,8 +13,8 @@ from torch import Tensor
 
 from .windows import Segment
 
-_LAST = torch.tensor(sorted({int(2 ** (i / 4)) for i in range(62 * 4 + 1)}), device="cpu")
-"""Ends of the bins, 1, 2, 3, 4, 5, 6, 8, 9, 11, 13, 16, ...: every power of 2 is one"""
+_BIN_ENDS = torch.tensor(sorted({int(2 ** (i / 4)) for i in range(62 * 4 + 1)}), device="cpu")
+"""Longest context of each bin: 1, 2, 3, 4, 5, 6, 8, 9, 11, 13, 16, ...; every power of 2 ends a bin"""
 
 Context = int | Literal["all"]
 
@@ -40,7 +40,7 @@ class Evaluation:
     tokens: int
     """number of predicted tokens"""
     num_bytes: int | None
-    """bytes of the text; None if a document did not say"""
+    """bytes of the text; None if a document has no `num_bytes`"""
     by_position: tuple[PositionBin, ...]
     """losses by the number of tokens before the prediction, in bins of a quarter octave"""
 
@@ -70,8 +70,8 @@ class Tally:
 
     def __init__(self) -> None:
         self.num_bytes: int | None = 0
-        self.nats = torch.zeros(len(_LAST), dtype=torch.float64, device="cpu")
-        self.tokens = torch.zeros(len(_LAST), dtype=torch.int64, device="cpu")
+        self.nats = torch.zeros(len(_BIN_ENDS), dtype=torch.float64, device="cpu")
+        self.tokens = torch.zeros(len(_BIN_ENDS), dtype=torch.int64, device="cpu")
         self.longest = 0  # most tokens before a prediction
 
     def add_bytes(self, count: int | None) -> None:
@@ -83,15 +83,15 @@ class Tally:
             raise FloatingPointError(f"the loss is {total}; the model's weights are too large, or damaged")
         spans = [(s.start + 1, s.start + len(s.inputs) + 1) for s in segments]
         contexts = torch.cat([torch.arange(*span, device="cpu") for span in spans])
-        bins = torch.bucketize(contexts, _LAST)
-        self.nats += torch.bincount(bins, losses, minlength=len(_LAST))
-        self.tokens += torch.bincount(bins, minlength=len(_LAST))
+        bins = torch.bucketize(contexts, _BIN_ENDS)
+        self.nats += torch.bincount(bins, losses, minlength=len(_BIN_ENDS))
+        self.tokens += torch.bincount(bins, minlength=len(_BIN_ENDS))
         self.longest = max(self.longest, int(contexts.max()))
 
     def result(self, context: Context) -> Evaluation:
         bins = []
         for i in self.tokens.nonzero()[:, 0].tolist():
-            first, last = int(_LAST[i - 1]) + 1 if i else 1, min(int(_LAST[i]), self.longest)
+            first, last = int(_BIN_ENDS[i - 1]) + 1 if i else 1, min(int(_BIN_ENDS[i]), self.longest)
             bins.append(PositionBin(first, last, int(self.tokens[i]), self.nats[i].item()))
         nats = math.fsum(bin.nats for bin in bins)
         return Evaluation(context, nats, sum(bin.tokens for bin in bins), self.num_bytes, tuple(bins))

@@ -24,9 +24,9 @@ class Document(NamedTuple):
 
     tokens: Any
     """integers: a 1-D tensor, array or list, or an iterable of such pieces. The start token comes first. An end token may
-    come last; it is predicted, too, but is no part of the text"""
+    come last; it is predicted, too, but is not part of the text"""
     num_bytes: int | None = None
-    """bytes of the text of the tokens after the first; needed for bits per byte"""
+    """number of bytes of the text; needed for bits per byte"""
 
 
 class Segment(NamedTuple):
@@ -34,15 +34,15 @@ class Segment(NamedTuple):
 
     inputs: Tensor  # (n,) int64
     targets: Tensor  # (n,) int64, the token after each input
-    start: int  # inputs of its window in earlier segments
-    ends: bool  # True for the last segment of a window
+    start: int  # number of the window's inputs in earlier segments
+    ends_window: bool
     ends_document: bool
 
 
 def segments_of(documents: Iterator[Iterator[Tensor]], context: int, piece: int) -> Iterator[list[Segment]]:
     """Yield the segments of consecutive documents, in a list for each call of the model.
 
-    A list has `piece` tokens, if there are as many left. No window that fits one call is cut; only the first and last
+    A list has `piece` tokens if so many are left. A window that fits one call is not cut; only the first and the last
     segment of a list can be parts of windows. Documents are taken lazily from their iterator, which may be shared.
     """
     segments: list[Segment] = []
@@ -58,9 +58,9 @@ def segments_of(documents: Iterator[Iterator[Tensor]], context: int, piece: int)
             inputs, targets = ahead[:-1][:size], ahead[1:][:size]
             ahead = ahead[len(inputs) :]
             ends_document = len(ahead) < 2
-            ends = ends_document or position + size == context
-            segments.append(Segment(inputs, targets, position, ends, ends_document))
-            position = 0 if ends else position + size
+            ends_window = ends_document or position + size == context
+            segments.append(Segment(inputs, targets, position, ends_window, ends_document))
+            position = 0 if ends_window else position + size
             room -= len(inputs)
             if room == 0:
                 yield segments
@@ -79,7 +79,7 @@ def _read(ahead: Tensor, pieces: Iterator[Tensor], count: int) -> Tensor:
 
 
 def open_documents(documents: Iterable[Any], count_bytes: Callable[[int | None], object]) -> Iterator[Iterator[Tensor]]:
-    """Yield the pieces of each document, and call `count_bytes` with its bytes."""
+    """Yield each document as an iterator of pieces, and call `count_bytes` with its number of bytes."""
     for document in documents:
         tokens, size = document if isinstance(document, Document) else Document(document)
         if size is not None:

@@ -6,7 +6,7 @@ across tokenizers.
 
 Text is cut into windows of at most `WINDOW` bytes, which are encoded one by one, so a document of any size takes memory
 for one window. Cuts lie before a space between two ASCII words, where tokenizers begin a new word, too, so the ids are
-those of the whole text. A text without such spaces is cut at the end of a line or letter; its ids may differ around it.
+those of the whole text. A text without such spaces is cut after a line or character; ids near this cut may differ.
 """
 
 from .text import WINDOW

@@ -9,7 +9,7 @@ from typing import NamedTuple
 from ..ops.common.checks import describe
 
 WINDOW = 1 << 16
-"""Most bytes to encode at once"""
+"""Maximum number of bytes that are encoded at a time"""
 _TEXT = (str, bytes, bytearray, memoryview)
 _WORDS = re.compile(rb".*[!-~](?= [A-Za-z])", re.DOTALL)
 _LINES = re.compile(rb".*[!-~]\n(?=[!-~])", re.DOTALL)
@@ -24,7 +24,7 @@ class Window(NamedTuple):
 
 
 def windows_of(pieces: Iterable[bytes]) -> Iterator[Window]:
-    """Cut a document, given in pieces, into one or more windows; the cuts depend on its bytes alone."""
+    """Cut a document, given in pieces, into one or more windows; the cuts depend only on its bytes."""
     rest, is_first = bytearray(), True
     for piece in pieces:
         rest += piece
@@ -39,17 +39,17 @@ def windows_of(pieces: Iterable[bytes]) -> Iterator[Window]:
 
 
 def _cut(text: bytes) -> int:
-    """Return the cut in a text longer than a window: after the last word, else the last line, else the last letter."""
+    """Return the cut in a text longer than a window: after the last word, else line, else character."""
     if found := _WORDS.match(text) or _LINES.match(text):
         return found.end()
     cut = len(text) - 1
-    while cut > len(text) - 5 and text[cut] & 0xC0 == 0x80:  # inside a letter of UTF-8
+    while cut > len(text) - 5 and text[cut] & 0xC0 == 0x80:  # inside a UTF-8 character
         cut -= 1
     return cut
 
 
 def as_texts(function: str, argument: str, texts: Iterable[bytes | str]) -> Iterator[bytes]:
-    """Yield the texts as bytes; refuse a single text, since iterating over it would yield its letters."""
+    """Yield the texts as bytes; refuse a single text, as iterating over it would yield its characters."""
     if isinstance(texts, _TEXT) or not isinstance(texts, Iterable):
         raise TypeError(f"{function}: `{argument}` must be a list of texts, got {describe(texts)}; put it in a list.")
     for text in texts:

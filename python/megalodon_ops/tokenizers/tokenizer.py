@@ -32,7 +32,7 @@ _BATCH = 8  # windows encoded in parallel; few, because the packages take a hund
 
 
 class Tokenizer:
-    """Text to ids and back; created by :meth:`from_file`, :meth:`train` or :func:`load_tokenizer`.
+    """Conversion of text to ids and back; created by :meth:`from_file`, :meth:`train` or :func:`load_tokenizer`.
 
     Text that looks like a special token is encoded as text. Invalid UTF-8 becomes U+FFFD, except in a
     :class:`ByteTokenizer`.
@@ -132,15 +132,15 @@ class Tokenizer:
                 yield ids, len(window.text), window.is_last
 
     def encode_pieces(self, pieces: Iterable[bytes]) -> Iterator[numpy.ndarray]:
-        """Yield the ids of one document, given in pieces of arbitrary sizes; concatenated, they equal :meth:`encode`'s.
+        """Yield the ids of one document, given in pieces of any sizes; together, they equal those of :meth:`encode`.
 
-        Takes memory for one piece and one window.
+        The memory needed is that of one piece and one window.
         """
         windows = windows_of(as_texts("encode_pieces", "pieces", pieces))
         return (self._encode_windows([window])[0] for window in windows)
 
     def decode(self, ids: Iterable[int]) -> bytes:
-        """Return the text of a document's ids; `start` and `end` have none."""
+        """Return the text of a document's ids; `start` and `end` have no text."""
         return b"".join(self.text_of(ids))
 
     def text_of(self, ids: Iterable[int], *, after: Sequence[int] = ()) -> Iterator[bytes]:
@@ -156,7 +156,7 @@ class Tokenizer:
                 raise TypeError(f"decode: `ids` must be a row of integers, got {describe(given)} among them.") from None
             if not 0 <= number < self.vocab_size:
                 raise ValueError(f"decode: `ids` must be in [0, {self.vocab_size}), got {short_text(number)}.")
-            text = self._table.get(number, b"")  # unused ids have none
+            text = self._table.get(number, b"")  # unused ids have no text
             yield text.removeprefix(b" ") if is_first else text
             is_first = is_first and not text
 
@@ -180,11 +180,11 @@ class Tokenizer:
                 settings.write_text(json.dumps(config, indent=1) + "\n")
 
     def _encode(self, texts: list[str]) -> list[list[int]]:
-        """Encode texts by the package that read the file."""
+        """Encode texts with the package that has read the file."""
         raise NotImplementedError
 
     def _set_vocabulary(self, ids: dict[str, int], table: dict[int, bytes]) -> None:
-        """Store the ids of all tokens and their bytes; detect if the package puts a space before a text."""
+        """Store the ids of all tokens and their bytes; find out if the package puts a space before a text."""
         self.start, self.end, self.vocab_size = ids[self.start_token], ids[self.end_token], max(ids.values()) + 1
         self.fingerprint = hashlib.sha256(self.content + b"\n%d" % self.start).hexdigest()
         self._table = {**table, self.start: b"", self.end: b""}
@@ -193,7 +193,7 @@ class Tokenizer:
     def _encode_windows(self, windows: list[Window]) -> list[numpy.ndarray]:
         """Return the ids of each window, int32."""
         texts = [window.text.decode(errors="replace") for window in windows]
-        if self._adds_space:  # the package adds the space that a window starts with
+        if self._adds_space:  # the package adds the space at the start of a window
             texts = [text if own.is_first else text.removeprefix(" ") for text, own in zip(texts, windows, strict=True)]
         return [numpy.array(ids, numpy.int32) for ids in self._encode(texts)]
 
@@ -326,7 +326,7 @@ def _config_tokens(path: Path) -> dict[str, str | None]:
 
 
 def _edge_token(edge: str, wanted: str | None, ids: dict[str, int], usual: Iterable[str], default: str) -> str:
-    """Return a document's start or end token: the wanted one, else the first usual one, else the default."""
+    """Return the `edge` token, "start" or "end": `wanted`, else the first of `usual` in `ids`, else `default`."""
     if wanted not in (None, default, *ids):
         raise ValueError(f"the {edge} token {short_text(wanted)} must be in the vocabulary")
     return wanted or next((token for token in usual if token in ids), default)

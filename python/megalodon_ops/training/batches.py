@@ -63,12 +63,12 @@ class Batches:
         documents: bytes, arrays or tensors of ids, or a lazy sequence of them with an array `lengths`, such as the
             documents of :class:`Shards`. Empty documents are skipped.
         rows: number of rows in a batch; or, as a range, the rows of `batch` that this process reads. With `seed=None`,
-            a process whose rows have run out of text gets batches without tokens until all rows have.
+            a process whose rows have no more text gets batches without tokens until all rows have ended.
         length: tokens in a row.
         batch: number of rows of the whole batch, if `rows` is a range.
         start: the id before a document.
-        end: the id after a document, only ever a target; "start": `start` serves as both, as with bytes; None:
-            documents end with their last id.
+        end: the id after a document, which is never an input. "start": the id `start`, as with bytes. None: documents
+            end with their last id.
         context_length: maximum targets of a document; longer ones are cut into the fewest equal parts, which are then
             shuffled as documents. Only the last part has the end. The value is limited to the number of all targets
             divided by the number of rows, or to `length` if that is larger. So the rows of a batch read different text
@@ -126,7 +126,7 @@ class Batches:
             if self.lengths.max() > longest:
                 self.documents = _cut(self.documents, self.lengths, longest)
                 self.lengths = self.documents.lengths
-        self.taken = 0
+        self.taken = 0  # documents that rows have begun, in all epochs
         self.readers: list[tuple[int, int]] = [(-1, 0)] * (self.batch if self.streamed else 1)  # (document, offset)
         self._epoch, self._order = -1, numpy.empty(0, numpy.int64)
 

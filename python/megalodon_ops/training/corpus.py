@@ -100,7 +100,9 @@ def split(
 
     Args:
         document: document number -> bytes or ids.
-        keys, sizes, lengths: (N,) key, bytes of text, and length of the bytes or ids of each document.
+        keys: (N,) sort key of each document.
+        sizes: (N,) bytes of its text.
+        lengths: (N,) its length in bytes or ids.
         text_of: bytes or ids -> text.
     """
     numbers = numpy.unique(keys, return_index=True)[1]  # sorted by key, without duplicates
@@ -110,8 +112,8 @@ def split(
         numbers = numbers[~numpy.isin(keys[numbers], held_keys)]
         if not len(numbers) or not texts:
             raise ValueError(
-                "hold_out: `documents` must have one that is not in `validation`, and `validation` one, got "
-                f"{len(numbers)} and {len(texts)}."
+                "hold_out: there must be a document in `validation`, and one in `documents` that is not in it, got "
+                f"{len(texts)} and {len(numbers)}."
             )
         fingerprint = hashlib.sha256(keys[numbers].tobytes() + b"held out" + held_keys.tobytes()).hexdigest()
         train = Parts(document, numbers, lengths[numbers])
@@ -121,12 +123,12 @@ def split(
     goal = max(1, int(HELD_OUT_FRACTION * int(sizes.sum())))
     goal = room = goal if max_held_out is None else min(goal, max_held_out)
     held = numpy.zeros(len(sizes), bool)
-    left = numpy.arange(len(sizes))
-    while len(left := left[sizes[left] <= room]):  # the longest run that fits, at once
-        count = int(numpy.searchsorted(numpy.cumsum(sizes[left]), room, side="right"))
-        held[left[:count]] = True
-        room -= int(sizes[left[:count]].sum())
-        left = left[count:]
+    candidates = numpy.arange(len(sizes))
+    while len(candidates := candidates[sizes[candidates] <= room]):  # in each turn, the longest run that fits
+        count = int(numpy.searchsorted(numpy.cumsum(sizes[candidates]), room, side="right"))
+        held[candidates[:count]] = True
+        room -= int(sizes[candidates[:count]].sum())
+        candidates = candidates[count:]
     held_out = [text_of(document(number)) for number in numbers[held].tolist()]
     numbers, sizes, lengths = numbers[~held], sizes[~held], lengths[~held]
     train, num_bytes = Parts(document, numbers, lengths), int(sizes.sum())

@@ -11,7 +11,7 @@ from .. import extras
 from ..files import as_path, write_atomically
 from ..ops.common.checks import describe
 
-_BLUE, _GREY = "#2f6fb0", "#8c959f"  # a model of this package, and what it is compared with
+_BLUE, _GREY = "#2f6fb0", "#8c959f"  # this package's model, and references
 
 
 def draw_metrics(
@@ -19,8 +19,8 @@ def draw_metrics(
 ) -> None:
     """Plot bits per byte against steps, in training and on held-out text, as a PNG file.
 
-    rows: from `read_metrics`, with `bits_per_byte` or `held_out_bits_per_byte`, and `final` if the figure is of all
-    held-out text. references: figures to compare with, by name.
+    rows: rows of `read_metrics`, with `bits_per_byte` or `held_out_bits_per_byte`, and `final` if the figure is that of
+    all held-out text. references: bits per byte to compare with, by name.
     """
     if not isinstance(rows, list | tuple) or not all(isinstance(row, dict) for row in rows):
         raise TypeError(f"draw_metrics: `rows` must be a list of `read_metrics`, got {describe(rows)}.")

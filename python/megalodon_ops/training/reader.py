@@ -31,14 +31,14 @@ class Reader:
     """
 
     def __init__(self, model: Megalodon, carries: bool = True, *, rank: int = 0, ranks: int = 1):
-        """rank, ranks: this process's rank among the `ranks` processes that split the sequences."""
+        """rank: this process's rank among the `ranks` processes that split the sequences."""
         if not hasattr(model, "loss"):
             raise TypeError(f"Reader: `model` must be a Megalodon, got {describe(model)}.")
         self.model, self.carries = model, carries
         self.ranks = check_size("Reader", "ranks", ranks)
         self.rank = check_integer("Reader", "rank", rank, f"an integer in [0, {ranks}), below `ranks`", 0, ranks - 1)
-        self.state: MegalodonState | None = None  # each sequence of the last batch
-        self.last: Tensor | None = None  # (R,) each row's last sequence
+        self.state: MegalodonState | None = None  # of each sequence in the previous batch
+        self.last: Tensor | None = None  # (R,) each row's last sequence in that batch
 
     def loss(self, batch: Batch, reduction: str = "mean") -> Tensor:
         """Return the mean loss in nats, float32; with reduction "none" the loss of every target, (1, T)."""
@@ -57,7 +57,7 @@ class Reader:
         return loss
 
     def _columns(self, bounds: Tensor, state: MegalodonState | None) -> slice:
-        """Columns of the batch that this process reads."""
+        """Return the columns of the batch that this process reads."""
         from ..distributed.split import columns
 
         positions = 0 if state is None else state.layers[0].attention.position.tolist()
@@ -92,7 +92,7 @@ def split_batch(batch: Batch, count: int) -> Iterator[Batch]:
 
 
 def select(state: MegalodonState, rows: Tensor) -> MegalodonState:
-    """Return the states of the sequences `rows`, fresh ones for -1; the identity copies nothing."""
+    """Return the states of the sequences `rows`, and fresh states for -1; all sequences in order are not copied."""
     if torch.equal(rows, torch.arange(state.num_sequences, device=rows.device)):
         return state
     picked, fresh = state[rows.clamp(min=0)], rows < 0

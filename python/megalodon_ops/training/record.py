@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 FORMAT = 4
 """Version of the files' content; checkpoints of other versions are not read"""
 RECORD = "training.json"
-CHANGED = "was changed after it was written: its checksum is another"
+CHANGED = "was changed after it was written: its checksum does not match"
 
 
 class Record(msgspec.Struct):
@@ -31,10 +31,11 @@ class Record(msgspec.Struct):
     megalodon_ops: str
     torch: str
     optimizer: str | None
-    """Class name"""
+    """Name of the optimizer's class"""
     files: dict[str, dict[str, Any]]
-    """`bytes` and `sha256` of each"""
-    checksum: str  # of the other fields, whatever their layout
+    """`bytes` and `sha256` of each file, by its path in the folder"""
+    checksum: str
+    """sha256 of the other fields, independent of the file's layout"""
     mesh: dict[str, Annotated[int, msgspec.Meta(ge=1)]] = {}
     """Size by dimension, if several processes wrote the folder"""
 

@@ -65,7 +65,7 @@ class Checkpoint:
         return self.state_of(None)
 
     def state_of(self, mesh: DeviceMesh | None) -> MegalodonState | None:
-        """State of this process's rows; the mesh's dimension `data` splits all rows equally."""
+        """Return the state of this process's rows; the mesh's dimension `data` splits all rows equally."""
         stored = stored_tensors(self.folder, "state")
         if stored is None:
             return None
@@ -87,7 +87,7 @@ class Checkpoint:
         stored_tensors(self.folder).fill(dict(model.named_parameters()))
 
     def load_optimizer(self, optimizer: torch.optim.Optimizer, model: nn.Module) -> None:
-        """Load the optimizer's state; its hyperparameters, such as learning rates, stay.
+        """Load the optimizer's state; hyperparameters, such as learning rates, keep their values.
 
         For a sharded model, each process loads its own part.
         """
@@ -188,9 +188,9 @@ def training_tensors(
     state: MegalodonState | None,
     mesh: DeviceMesh | None = None,
 ) -> dict[str, dict[str, Tensor]]:
-    """States of the optimizer, the rows and the random generators, by kind and name.
+    """Return the states of the optimizer, the rows and the random generators, by kind and name.
 
-    With a mesh, each process has its own rows.
+    With a mesh, each process passes the state of its own rows.
     """
     names = {parameter: name for name, parameter in model.named_parameters()}
     kinds: dict[str, dict[str, Tensor]] = {"random": {"cpu": torch.get_rng_state()}}

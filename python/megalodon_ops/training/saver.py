@@ -31,9 +31,8 @@ class Saver:
 
     A single process writes synchronously, as :func:`save_checkpoint` does. Each process of a mesh copies its tensors
     and writes the copies in a thread while training continues; the folder appears under its name when all is on the
-    disk.
-    At most one checkpoint is in flight: the next :meth:`save` waits for it, and so does :meth:`wait`. All processes must
-    call both; if one cannot write, all raise an OSError that names its rank.
+    disk. At most one checkpoint is in flight: the next :meth:`save` waits for it, and so does :meth:`wait`. All
+    processes must call both methods; if one process cannot write, all raise an OSError that names its rank.
 
     Example:
         >>> import tempfile
@@ -114,7 +113,7 @@ class Saver:
         try:
             writing.result()
         except CheckpointException as error:
-            with suppress(OSError), draft_ends:  # its remains would keep a full disk full
+            with suppress(OSError), draft_ends:  # remove the draft: it may fill the disk
                 raise OSError from error
             rank, (cause, _) = next(iter(error.failures.items()))
             reason = (isinstance(cause, OSError) and cause.strerror) or one_line(cause)

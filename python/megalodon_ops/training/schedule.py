@@ -2,9 +2,9 @@
 
     lr = peak * min(1, max((step + 1) / warmup, 10 progress)) * (1 - progress)
 
-With `steps`, progress is step / steps. With `minutes`, progress grows linearly in the steps, from the share of the time
-spent to 1; `set_pace` sets the slope at checkpoints only, and each checkpoint stores it. So losses after a resume are
-those of the uninterrupted run.
+With `steps`, progress is step / steps. With `minutes`, progress is a line from the spent share of the time to 1.
+`set_pace` fits the line to the pace of the steps, only at checkpoints, and each checkpoint stores the line. So losses
+after a resume are those of the uninterrupted run.
 """
 
 from __future__ import annotations
@@ -18,9 +18,9 @@ import torch
 class SchedulePosition(msgspec.Struct):
     """The fields of `Schedule.position`."""
 
-    budget: float | None
-    anchor: tuple[int, float]
-    end: int | None
+    budget: float | None  # seconds
+    anchor: tuple[int, float]  # step and progress where the line starts
+    end: int | None  # step where the line ends
 
 
 class Schedule:
@@ -44,8 +44,8 @@ class Schedule:
     def progress(self, step: int) -> float:
         """Return the share of the run before a step, from 0 to 1."""
         start, done = self.anchor
-        along = 0.0 if self.end is None else (step - start) / max(1, self.end - start)
-        return min(1.0, done + (1 - done) * along)
+        share = 0.0 if self.end is None else (step - start) / max(1, self.end - start)
+        return min(1.0, done + (1 - done) * share)
 
     def lr(self, step: int) -> float:
         """Return the learning rate of a step; the first step is 0."""
@@ -65,7 +65,7 @@ class Schedule:
         return self.end is not None and step >= self.end
 
     def set_pace(self, step: int, seconds: float, seconds_per_step: float) -> None:
-        """Fit the end to the budget: `seconds` of it are spent, and a step takes `seconds_per_step`."""
+        """Fit the end to the budget, of which `seconds` are spent; a step takes `seconds_per_step`."""
         if self.budget is None:
             return
         self.anchor = (step, min(1.0, seconds / self.budget))
@@ -76,9 +76,9 @@ class Schedule:
         return {"budget": self.budget, "anchor": list(self.anchor), "end": self.end}
 
     def seek(self, position: dict[str, Any], step: int, seconds: float = 0.0) -> None:
-        """Restore a checkpoint's line of progress; if the run has a new length, fit a new line from there.
+        """Restore a checkpoint's line of progress; if the run has a new length, fit a new line from `step`.
 
-        seconds: spent so far; needed with `minutes`.
+        seconds: time spent so far; needed with `minutes`.
         """
         found = msgspec.convert(position, SchedulePosition)
         if self.budget is None:

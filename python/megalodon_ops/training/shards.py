@@ -24,10 +24,11 @@ from ..tokenizers import Tokenizer, load_tokenizer
 
 INDEX = "dataset.json"
 MAX_HELD_OUT_BYTES = 8 << 20
-"""Most bytes of text to hold out"""
+"""Maximum number of bytes of text to hold out"""
 MAX_OPEN_SHARDS = 128
-"""Shards mapped at once, with two open files each"""
-TOKENS, BYTES, KEYS = 0, 1, 2  # columns of a table of documents
+"""Maximum number of shards that are mapped at a time, with two open files each"""
+TOKENS, BYTES, KEYS = 0, 1, 2
+"""Columns of a table of documents: the shard's tokens and bytes up to each document's end, and the document's key"""
 Count = Annotated[int, msgspec.Meta(ge=0)]
 Sha256 = Annotated[str, msgspec.Meta(pattern="^[0-9a-f]{64}$")]
 
@@ -38,7 +39,7 @@ class Shard(msgspec.Struct, forbid_unknown_fields=True):
     bytes: Count
     """Bytes of the documents' text"""
     skipped: dict[str, Count]
-    """Lines or documents of the files that are missing here, by reason"""
+    """Number of lines or documents that were left out, by reason"""
 
 
 class Index(msgspec.Struct, forbid_unknown_fields=True):
@@ -65,7 +66,7 @@ class Index(msgspec.Struct, forbid_unknown_fields=True):
 class Shards:
     """A folder of tokens, written by `python -m megalodon_ops tokenize`.
 
-    The constructor compares types and sizes of all files with the index. Raises a FileError of one line, or a
+    The constructor compares dtypes and sizes of all files with the index. It raises a FileError of one line, or a
     FileNotFoundError.
 
     Example:
@@ -117,7 +118,7 @@ class Shards:
         """Hold out a twentieth of the text, and at most 8 MiB, as :func:`hold_out` does; duplicates are removed.
 
         Training documents are ids, read on access; held-out documents are text. If the end of the longest document is
-        held out, its share of the document's tokens is the share wanted of its text.
+        held out, the document's tokens are divided in the proportion wanted for its text.
         """
         keys, sizes, lengths = self._column(KEYS), self._lengths(BYTES), self._lengths(TOKENS)
         with reading(self.folder):
@@ -136,12 +137,12 @@ class Shards:
         return tokens, table
 
     def _column(self, column: int) -> numpy.ndarray:
-        """(N,) one column of the tables of all shards."""
+        """Return a column (N,) of the tables of all shards."""
         tables = (self._open_cached(number)[1] for number in range(self.num_shards))
         return numpy.concatenate([numpy.empty(0, numpy.uint64), *(table[:, column] for table in tables)])
 
     def _lengths(self, column: int) -> numpy.ndarray:
-        """(N,) tokens, or bytes of text, of each document."""
+        """Return the number (N,) of tokens, or of bytes of text, of each document."""
         lengths = [numpy.empty(0, numpy.int64)]
         for number in range(self.num_shards):
             lengths.append(numpy.diff(self._open_cached(number)[1][:, column].astype(numpy.int64), prepend=0))
@@ -174,8 +175,8 @@ def write_shard(
 ) -> Shard:
     """Encode documents, each given in pieces of text, into a shard's files, atomically.
 
-    Documents without tokens are counted in `skipped`. Takes memory for a few windows of text, and 24 bytes per
-    document.
+    Documents without tokens are counted in `skipped`. The memory needed is that of a few windows of text, and 24 bytes
+    per document.
     """
     tokens_path, documents_path = shard_paths(folder, number)
     with write_atomically(tokens_path) as draft, open(draft, "wb") as file:
@@ -188,7 +189,7 @@ def write_shard(
 def _write_tokens(
     file: BinaryIO, tokenizer: Tokenizer, documents: Iterable[Iterable[bytes]], skipped: Counter[str]
 ) -> tuple[numpy.ndarray, int, int]:
-    """Write the file of tokens; return the table of documents, and their tokens and bytes in all."""
+    """Write the file of tokens; return the table of documents, and the total numbers of tokens and bytes."""
 
     def write_header(length: int) -> None:  # of constant size
         fields = {"descr": dtype.str, "fortran_order": False, "shape": (length,)}
@@ -203,7 +204,7 @@ def _write_tokens(
     dtype = dtype_of(tokenizer)
     digests: deque[Any] = deque()  # of the documents being read
     table = array("Q")
-    tokens = size = before = 0  # of the documents so far; `before`: tokens before the open one
+    tokens = size = before = 0  # totals so far; `before`: tokens before the current document
     write_header(0)
     for ids, length, is_last in tokenizer.encode_stream(map(hashed, documents)):
         file.write(ids.astype(dtype).data)
