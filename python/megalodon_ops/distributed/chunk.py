@@ -3,8 +3,7 @@
 A block asks its :class:`Sequences` for the initial states of `timestep_norm` and `cema`. Before an op's own pass, each
 rank computes the end state of its piece from zero, sends it to all ranks, and merges the end states of earlier pieces
 (merge.py). No rank waits for another rank's pass, except with a working memory: then all wait for rank 0's
-(shard_memory.py).
-If attention sees two chunks, each rank sends the keys and values of its last chunk to the next rank.
+(shard_memory.py). If attention sees two chunks, each rank sends the keys and values of its last chunk to the next rank.
 """
 
 from __future__ import annotations

@@ -40,7 +40,7 @@ def forget_ended_groups() -> None:
 
 
 def shard(model: Megalodon, mesh: DeviceMesh, param_dtype: torch.dtype | None) -> None:
-    """Shard every parameter over the last dimension of a mesh, in place; replicate the shards over the first of two.
+    """Shard every parameter over a mesh's last dimension, in place; if there are two, replicate over the first.
 
     One exchange gathers a block's parameters, or two if the matrices are cast to another dtype than the few wide
     parameters. The model itself gathers the embedding, the output matrix and the final norm, so the loss finds the

@@ -26,7 +26,7 @@ def make_mesh(
     """Make a `DeviceMesh` of all processes, with the dimension names that :func:`parallelize` expects.
 
     If there is no process group, this function starts one, from the environment that `torchrun` sets, or else with this
-    process only. With GPUs, each process takes the GPU of its `LOCAL_RANK`. Every process of a run must call this.
+    process only. With GPUs, each process takes the GPU of its `LOCAL_RANK`. Every process of a run must call it.
 
     Args:
         sizes: number of ranks of `data`, `chunk` and `tensor`: "data=2,chunk=2" or {"data": 2, "chunk": 2}. The mesh

@@ -33,13 +33,14 @@ def memory_of_piece(
     cu_seqlens: Tensor | None, lengths: Tensor | None, to_end: bool, inplace: bool, cached_rows: Tensor | None,
     pieces: Pieces, group: ProcessGroup,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    """Run :func:`read_write_and_keep` on a piece; `to_end` is always True.
+    """Run :func:`read_write_and_keep` on a piece, with the memory of earlier pieces, to the end of the piece.
 
     Args:
         q, k, v, cu_seqlens, lengths: those of the piece. If attention sees two chunks, they include the chunk before
             the piece, if there is one.
         state: initial state of the sequences that begin in the piece; the row of a sequence that began in an earlier
             piece is arbitrary. None: empty.
+        to_end: ignored; the op always runs to the end.
     """
     rows, added = visible_chunks * chunk_size, (visible_chunks - 1) * chunk_size if pieces.sources else 0
     if state is None:
@@ -114,7 +115,7 @@ def _affine_map(k: Tensor, v: Tensor, chunk_size: int, mass: Tensor, *, is_neede
 
 
 def _gather(value: Tensor, group: ProcessGroup) -> Tensor:
-    """The values of all ranks (P, ...)."""
+    """Gather the values of all ranks (P, ...)."""
     values, _, work = send_to_all(value, None, group)
     work.wait()
     return values

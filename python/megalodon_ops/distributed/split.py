@@ -79,7 +79,7 @@ def split(
 def columns(
     rank: int, ranks: int, length: int, chunk_size: int, offsets: Sequence[int], position: int | Sequence[int] = 0
 ) -> tuple[int, int]:
-    """Return the columns [begin, end) of a rank's piece of sequences at `offsets`; position: of all, or of each."""
+    """Return the columns [begin, end) of a rank's piece of sequences at `offsets`; position: of all, or of each one."""
     bounds = [0]
     for cut in range(1, ranks):
         bounds.append(max(_nearest_cut(cut * length / ranks, length, chunk_size, offsets, position), bounds[-1]))

@@ -5,8 +5,8 @@ The inputs of a norm over all channels are gathered, so its kernel needs no chan
 
 Parameters are DTensors on the mesh's dimension `tensor`, for FSDP2, the optimizer and checkpoints. Each module with
 parameters gets the base `SplitLayer` (tensor_layers.py). Its forward replaces the parameters by plain tensors, the
-rank's own parts. If `split_over` says so, it also gathers the module's input or sums its output. So the forward of a
-block is the same as in one process. All exchanges are redistributions of DTensor.
+rank's own parts. Depending on the fields that `split_over` sets, it also gathers the module's input or sums its output.
+So the forward of a block is the same as in one process. All exchanges are redistributions of DTensor.
 
 The embedding and the output matrix are split by channels, so they can be tied. Every rank standardises all numbers of a
 model with `num_features` and maps them to its own channels. For logits and losses, the output matrix and the last

@@ -24,7 +24,7 @@ CACHE = next(
 
 
 class MegalodonCache(Cache):
-    """Past of B sequences for a model in transformers, of constant size.
+    """Past of B sequences, in constant memory, for a model in transformers.
 
     A model creates the cache, updates it in place and returns it. In `generate`, single tokens go through a
     :class:`megalodon_ops.Decoder`, which the cache creates at the first single token.
@@ -86,7 +86,7 @@ class MegalodonCache(Cache):
         self._state, self._decoder, self._undo = self.state, None, undo
 
     def reset(self) -> None:
-        """Drop the past; the next call begins new sequences, of which there may be more or fewer."""
+        """Drop the past; the next call begins new sequences; their number may differ."""
         self._state, self._decoder, self._columns = None, None, 0
 
     def reorder_cache(self, beam_idx: Tensor) -> None:

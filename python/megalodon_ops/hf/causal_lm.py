@@ -195,7 +195,7 @@ class MegalodonForCausalLM(MegalodonCausalModel, GenerationMixin):
                 the probability e^-20 instead of 0.
             use_decoder: let the cache's :class:`megalodon_ops.Decoder` read a single token without gradients, for
                 `generate`. Weights and modules must not change between such calls.
-            others: `shift_labels` (B, L): the target of each token, that is labels already shifted; they take
+            others: `shift_labels` (B, L): the target of each token (labels already shifted), which takes
                 precedence over `labels`. `seq_idx` (B, L), as `position_ids`: a document begins where it changes.
                 Ignored, since no result depends on them: `token_type_ids`, `cache_position`, `cu_seq_lens_k`,
                 `max_length_q`, `max_length_k`, `tokenizer`.
@@ -205,7 +205,7 @@ class MegalodonForCausalLM(MegalodonCausalModel, GenerationMixin):
                 row; `output_attentions`.
             TypeError: the cache is not a MegalodonCache; an unknown argument.
         """
-        # no named parameter: Trainer expects each parameter with "label" in its name in every batch
+        # Not a named parameter: Trainer expects each parameter with "label" in its name in every batch.
         are_shifted = (shift_labels := others.pop("shift_labels", None)) is not None
         labels = shift_labels if are_shifted else labels
         given = (position_ids, cache, past_key_values, inputs_embeds, use_cache, output_attentions, cu_seq_lens_q)

@@ -247,7 +247,7 @@ class MegalodonBlock(nn.Module):
     def forward(
         self, x: Tensor, *, state: BlockState | None = None, return_state: bool = False, **options
     ) -> Tensor | tuple[Tensor, BlockState]:
-        """Map x (B, L, D) to (B, L, D); options, of the first half: inplace_state; cu_seqlens, lengths, `sequences`."""
+        """Map x (B, L, D) to (B, L, D); options as in :meth:`NormalizedAttention.forward`."""
         options |= dict(state=state, return_state=return_state)
         if not (self.gradient_checkpointing and self.training and torch.is_grad_enabled()) or is_exporting():
             return self._compute(x, **options)

@@ -49,7 +49,7 @@ def changed_modules(module: nn.Module, reference: nn.Module, name: str = "") -> 
 def called_in_python(
     model: nn.Module, changed: dict[str, nn.Module], reference: nn.Module, recorder: Recorder
 ) -> Iterator[None]:
-    """Replace each changed module, copied by its name, by a :class:`_CalledModule` while a step is recorded."""
+    """Replace each changed module, given by its name, by a :class:`_CalledModule` while a step is recorded."""
     places = []
     for name, module in changed.items():
         parent, _, child = name.rpartition(".")

@@ -223,7 +223,7 @@ class MegalodonConfig:
 
     @classmethod
     def preset(cls, name: str, **overrides: Any) -> MegalodonConfig:
-        """A configuration by its name, with single fields replaced.
+        """Return the configuration `name`, with some fields replaced.
 
         Args:
             name: one of :meth:`presets`: a released configuration; "paper7B", that of the paper; or "small", a model
@@ -246,7 +246,7 @@ class MegalodonConfig:
         return dataclasses.asdict(self)
 
     def meaning(self) -> dict[str, Any]:
-        """Return the fields by which a trained model computes its outputs and states: not dropout, for instance."""
+        """Return the fields that affect a trained model's outputs and states; dropout, for instance, does not."""
         return {name: value for name, value in self.to_dict().items() if name not in _FIELDS_WITHOUT_EFFECT}
 
     @classmethod

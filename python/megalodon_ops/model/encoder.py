@@ -197,7 +197,7 @@ class MegalodonEncoder(nn.Module):
         return x if features or self.classifier is None else at_least_float32(self.classifier(x, **sequences.keywords))
 
     def _hidden(self, x: Tensor, sequences: Sequences) -> Tensor:
-        """The features of embeddings (B, L, D)."""
+        """Return the features of embeddings (B, L, D)."""
         recompute, options = recomputes_layers(self), dict(sequences=sequences)
         for layer in self.layers:
             x = checkpoint(layer, x, use_reentrant=False, **options) if recompute else layer(x, **options)

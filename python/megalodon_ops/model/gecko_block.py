@@ -149,4 +149,6 @@ class GeckoAttention(NormalizedAttention):
         return table, {"chunk_size": rows, "position": starts.clamp(max=rows - 1)}
 
 
-NormalizedAttention.other_forms.append(GeckoAttention)  # `NormalizedAttention(config)` then creates it
+NormalizedAttention.other_forms.append(
+    GeckoAttention
+)  # `NormalizedAttention(config)` creates it if it `serves` the config

@@ -81,7 +81,7 @@ def wide_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
 
 
 def _with_state_options(op: Callable[..., Tensor]) -> Callable[..., Any]:
-    """Give an op without a state the options `state` and `return_state`; with the latter, it returns (y, None)."""
+    """Give an op without a state the options `state` and `return_state=True`, which returns (y, None)."""
 
     def wrapper(*tensors: Tensor, state: None = None, return_state: bool = False, **options) -> Any:
         check_no_state(op.__name__, state, False)
@@ -122,7 +122,7 @@ class TimestepNorm(WideParameters):
         nn.init.zeros_(self.bias)
 
     def forward(self, x: Tensor, **options) -> Tensor | tuple[Tensor, TimestepNormState]:
-        """x (B, L, D); options as in the layer's op."""
+        """Normalize x (B, L, D); options as in the layer's op."""
         check_channels(type(self).__name__, x, self.weight.shape[0], self.weight)
         return self._op(x, self.weight, self.bias, num_groups=self.num_groups, eps=self.eps, **options)
 
@@ -179,17 +179,16 @@ class ComplexEMA(WideParameters):
         nn.init.trunc_normal_(self.omega, std=0.25, a=-1.0, b=1.0)
 
     def coefficients(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Return the coefficients of the op; if bidirectional, p, q and gamma have 2 D rows.
+        """Return the coefficients of the op.
 
-        p (D, N)
-        q (D, N): complex
-        gamma (D, N): complex
+        p (D, N), or (2 D, N) if bidirectional
+        q, gamma: of p's shape, complex
         omega (D,)
         """
         return *cema_coefficients(self.alpha, self.delta, self.theta, self.gamma), self.omega.squeeze(-1)
 
     def forward(self, x: Tensor, **options) -> Tensor | tuple[Tensor, Tensor]:
-        """x (B, L, D); options as in :func:`cema` or :func:`bidirectional_cema`."""
+        """Apply the op to x (B, L, D); options as in :func:`cema` or :func:`bidirectional_cema`."""
         check_channels("ComplexEMA", x, self.omega.shape[0], self.alpha)
         op = _bidirectional_cema if self.bidirectional else cema
         return op(x, *self.coefficients(), **options)

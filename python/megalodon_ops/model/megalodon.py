@@ -105,7 +105,7 @@ class Megalodon(nn.Module):
 
         Args:
             directory: holds `config.json` and `model.safetensors`, or shards that `model.safetensors.index.json` names.
-            dtype: of the linear layers and the embedding; None: as in the folder. The parameters of
+            dtype: dtype of the linear layers and the embedding; None: the folder's. The parameters of
                 :func:`wide_parameters` stay float32 under a 16-bit dtype.
             device: the device of the parameters.
 
@@ -135,8 +135,9 @@ class Megalodon(nn.Module):
         `.<name>.draft-...`.
 
         Raises:
-            ValueError: the model's parameters are not those of its configuration (merge adapters first), or not finite,
-            or the folder holds other things. OSError: the folder cannot be written; nothing is left then.
+            ValueError: the model's parameters are not those of its configuration (merge adapters first), or are not
+            finite, or the folder holds anything but a checkpoint. OSError: the folder cannot be written; then no part
+            of the checkpoint is left.
 
         Example:
             >>> import tempfile, torch, megalodon_ops as mo
@@ -200,8 +201,8 @@ class Megalodon(nn.Module):
             With `return_state` also the state, a :class:`MegalodonState`.
 
         Raises:
-            ValueError, TypeError: an argument is wrong, or two do not go together. IndexError: a token is outside of the
-            vocabulary.
+            ValueError, TypeError: an argument is wrong, or two arguments exclude each other. IndexError: a token is
+            outside of the vocabulary.
         """
         sequences = Sequences(cu_seqlens, lengths)
         check_flag("Megalodon", "return_state", return_state)
@@ -248,7 +249,7 @@ class Megalodon(nn.Module):
 
         Returns:
             features (B, L, D), in the dtype that the model computes in, with arbitrary values at padding; with
-            `return_state` also the state. They are differentiable.
+            `return_state` also the state. Features are differentiable.
 
         Raises:
             as :meth:`forward` does.
@@ -266,7 +267,7 @@ class Megalodon(nn.Module):
         return self(tokens, features=True, **options)
 
     def loss(self, tokens: Tensor, targets: Tensor, **options: Any) -> Tensor | tuple[Tensor, MegalodonState]:
-        """Cross-entropy of the logits with `targets`, computed block by block of tokens.
+        """Cross-entropy of the logits with `targets`, computed for one block of tokens at a time.
 
         This is `self(tokens, targets, ...)`, so hooks on a call of the model, such as those of FSDP2, run for the loss,
         too. Padding, by `cu_seqlens` or `lengths`, is ignored, whatever its target is.

@@ -1,4 +1,4 @@
-"""Checkpoints of the released code: config.json and a `.pth` file, or one `.pth` file per rank, which are only read."""
+"""Checkpoints of the released code: config.json and a `.pth` file, or one `.pth` file per rank (read only)."""
 
 from __future__ import annotations
 

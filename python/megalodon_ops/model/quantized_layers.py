@@ -1,4 +1,4 @@
-"""Layers with weights of 8 or 4 bits, and which layers of a model they replace."""
+"""Layers with weights of 8 or 4 bits, and the replacement of a model's layers by these."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ METHOD = "megalodon_ops"
 
 
 class _QuantizedModule(nn.Module):
-    """A module whose weight and scale keep their dtypes when it is cast."""
+    """A module whose weight and scale keep their dtypes when the module is cast."""
 
     def __init__(self, outputs: int, inputs: int, kind: str) -> None:
         check_kind(type(self).__name__, kind)

@@ -24,7 +24,7 @@ from ..ops.common.checks import short_text
 
 
 class Archive(StoredTensors):
-    """Tensors of one kind in a folder that several processes wrote; `tensors` describes them by tensors on `meta`."""
+    """Tensors of one kind in a folder that several processes wrote. `tensors` has their shapes, on `meta`."""
 
     def __init__(self, folder: Path, kind: str) -> None:
         super().__init__(path=folder)
@@ -91,7 +91,7 @@ _ALLOWED_NAMES = {
 
 
 class _Unpickler(pickle.Unpickler):
-    """Unpickler that refuses all other names."""
+    """Unpickler that refuses all names but those in `_ALLOWED_NAMES`."""
 
     def find_class(self, module: str, name: str) -> Any:
         if (module, name) == ("builtins", "getattr"):  # Python 3.11.2 pickles a member of an enumeration as a getattr

@@ -131,7 +131,7 @@ def set_whole(tensor: Tensor, value: Tensor) -> None:
 def plain_tensors(
     model: nn.Module, wanted: Shapes, dtypes: Mapping[str, torch.dtype] = {}, *, caller: str
 ) -> dict[str, Tensor]:
-    """Return the wanted parameters of a model; raise unless they fit a file. dtypes: as in `StoredTensors.check`."""
+    """Return the wanted parameters; raise unless a file can hold them. dtypes: as in `StoredTensors.check`."""
     by_name = dict(model.named_parameters(remove_duplicate=False))
     tensors = {}
     for name, shape in wanted:
