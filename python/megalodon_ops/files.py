@@ -63,12 +63,12 @@ def file_size(path: Path) -> int:
     """Return the size of a regular file in bytes, following links; for a folder, pipe or device raise a FileError."""
     with reading(path):
         try:
-            found = path.stat()
+            status = path.stat()
         except FileNotFoundError:
             raise FileNotFoundError(f"{path}: no such file") from None
-        if not stat.S_ISREG(found.st_mode):
-            raise ValueError(f"must be a file, got {_KINDS.get(stat.S_IFMT(found.st_mode), 'something else')}")
-    return found.st_size
+        if not stat.S_ISREG(status.st_mode):
+            raise ValueError(f"must be a file, got {_KINDS.get(stat.S_IFMT(status.st_mode), 'something else')}")
+    return status.st_size
 
 
 @contextmanager

@@ -82,7 +82,7 @@ def find_files(paths: Paths | None, globs: Sequence[str] | None = None, *, quiet
         raise CommandError("--glob: must be a pattern of file names such as '*.py', got ''")
     if globs and not paths:
         raise CommandError("--glob: chooses among the files of folders, and none is named")
-    found: list[Path] = [] if paths else standard_library()
+    result: list[Path] = [] if paths else standard_library()
     taken: list[Path] = []
     skipped: list[Path] = []
     for path in map(Path, paths or ()):
@@ -102,7 +102,7 @@ def find_files(paths: Paths | None, globs: Sequence[str] | None = None, *, quiet
                 skipped += sorted({*files} - {*chosen})
             if not chosen:
                 raise CommandError(f"{path}: {fault}")
-            found += chosen
+            result += chosen
         elif not path.is_file():
             raise CommandError(f"{path}: no such file or folder")
         elif not path.stat().st_size:
@@ -113,12 +113,12 @@ def find_files(paths: Paths | None, globs: Sequence[str] | None = None, *, quiet
                 f"{path}: is neither text nor one of {kinds}; --glob takes every file of a folder as text"
             )
         else:
-            found.append(path)
+            result.append(path)
     if taken and not quiet:
         print(f"megalodon_ops: taking {_by_suffix(taken)}", file=sys.stderr)
     if skipped and not quiet:
         print(f"megalodon_ops: skipping {_not_text(skipped)}", file=sys.stderr)
-    return found
+    return result
 
 
 def _by_suffix(files: Sequence[Path], limit: int = 8) -> str:

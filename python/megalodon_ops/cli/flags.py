@@ -89,13 +89,13 @@ def parse(words: Sequence[str] | None, commands: Mapping[str, type[Options]]) ->
     if not words:
         parser.print_help()
         parser.exit()
-    found = vars(parser.parse_args(words))
-    name = found.pop("command")
+    values = vars(parser.parse_args(words))
+    name = values.pop("command")
     try:
-        options = convert(found, commands[name], strict=False)
+        options = convert(values, commands[name], strict=False)
     except msgspec.ValidationError as error:
-        parsers[name].error(fault(error, found))
-    options.given = frozenset(found)
+        parsers[name].error(fault(error, values))
+    options.given = frozenset(values)
     return name, options
 
 
@@ -140,11 +140,11 @@ def _argparse(kind: Any, default: Any) -> dict[str, Any]:
     }
 
 
-def fault(error: msgspec.ValidationError, found: Mapping[str, Any]) -> str:
+def fault(error: msgspec.ValidationError, values: Mapping[str, Any]) -> str:
     """Rewrite msgspec's error with the flag's name and the given value."""
     message, _, path = str(error).partition(" - at `$.")
     name, _, index = path.rstrip("`]").partition("[")
-    value = found[name][int(index)] if index else found[name]
+    value = values[name][int(index)] if index else values[name]
     if message.startswith("Invalid enum"):
         message = "must be a whole number, or a word that --help names"
     message = message.partition(", got")[0].replace("Expected", "must be").replace(" | null", "")

@@ -41,13 +41,13 @@ def best_of_run(out: Path) -> Best:
     if not os.path.lexists(folder / RECORD):
         raise CommandError(f"--out {out}: {folder} is not a checkpoint; move it, as the run writes its best one there")
     try:
-        found = load_checkpoint(folder)
-        record = TrainRecord.of(folder, found.record)
+        checkpoint = load_checkpoint(folder)
+        record = TrainRecord.of(folder, checkpoint.record)
     except (FileError, FileNotFoundError) as fault:
         logging.getLogger("megalodon_ops").warning("passing over %s", fault)
         return Best()
     figure = None if record is None else record.held_out_bits_per_byte
-    return Best() if figure is None else Best(figure, found.step)
+    return Best() if figure is None else Best(figure, checkpoint.step)
 
 
 def document_share(documents: Sequence[bytes], processes: Processes) -> list[bytes]:

@@ -124,26 +124,27 @@ def trained_model(
     tokenizer: its file, for a folder without one. dtype: "float32" converts the weights to float32.
     """
     try:
-        wanted = torch.float32 if dtype == "float32" else None
-        model, found, record = load_any(path, dtype=wanted, device=device)
+        weight_dtype = torch.float32 if dtype == "float32" else None
+        model, stored_tokenizer, record = load_any(path, dtype=weight_dtype, device=device)
     except (FileError, FileNotFoundError) as error:
         raise CommandError(f"--checkpoint {error}") from error
     if model.config.num_features is not None:
         raise CommandError(f"--checkpoint {path}: the model reads numbers, not text; call it from Python")
     if tokenizer is not None:
-        given = read_tokenizer(tokenizer)
-        if found is not None and found.fingerprint != given.fingerprint:
+        named_tokenizer = read_tokenizer(tokenizer)
+        if stored_tokenizer is not None and stored_tokenizer.fingerprint != named_tokenizer.fingerprint:
             raise CommandError(f"--tokenizer {tokenizer}: {path} holds another tokenizer; leave the flag out")
-        found = given
-    if found is None:
+        stored_tokenizer = named_tokenizer
+    if stored_tokenizer is None:
         raise CommandError(
             f"--checkpoint {path}: holds no tokenizer.json and no tokenizer.model; name one with --tokenizer"
         )
-    if found.vocab_size > model.config.vocab_size:
+    if stored_tokenizer.vocab_size > model.config.vocab_size:
         raise CommandError(
-            f"--checkpoint {path}: its tokenizer has {found.vocab_size} ids, and the model knows {model.config.vocab_size}"
+            f"--checkpoint {path}: its tokenizer has {stored_tokenizer.vocab_size} ids, and the model knows "
+            f"{model.config.vocab_size}"
         )
-    return TrainedModel(model, found, None if record is None else TrainRecord.of(path, record))
+    return TrainedModel(model, stored_tokenizer, None if record is None else TrainRecord.of(path, record))
 
 
 def read_tokenizer(path: Path) -> Tokenizer:

@@ -24,21 +24,21 @@ def run(options: Quantize) -> int:
     trained = _trained(options)
     model = trained.model if options.dtype is None else trained.model.to(getattr(torch, options.dtype))
     try:
-        small = quantize(model, options.to)
-        small.save(options.out, tokenizer=trained.tokenizer)
+        quantized = quantize(model, options.to)
+        quantized.save(options.out, tokenizer=trained.tokenizer)
     except ValueError as error:
         raise CommandError(f"{options.checkpoint}: {error}") from error
     wide = str(model.embed.weight.dtype).removeprefix("torch.")
     print(f"{'':>16} {wide:>12} {options.to:>12}")
-    print(f"{'megabytes':>16} {_megabytes(model):>12,.2f} {_megabytes(small):>12,.2f}")
+    print(f"{'megabytes':>16} {_megabytes(model):>12,.2f} {_megabytes(quantized):>12,.2f}")
     if options.data or options.glob or trained.record is not None:
         documents, text = read_documents(options, trained.record)
         before, after = (
-            evaluate(one, as_documents(documents, trained.tokenizer), contexts=["all"], rows=_ROWS)[0].bits_per_byte
-            for one in (model, small)
+            evaluate(each, as_documents(documents, trained.tokenizer), contexts=["all"], rows=_ROWS)[0].bits_per_byte
+            for each in (model, quantized)
         )
         print(f"{'bits per byte':>16} {before:>12.4f} {after:>12.4f}  {100 * (after / before - 1):+.2f} %, {text}")
-    print(f"{'tokens a second':>16} {_tokens_a_second(model):>12,.1f} {_tokens_a_second(small):>12,.1f}")
+    print(f"{'tokens a second':>16} {_tokens_a_second(model):>12,.1f} {_tokens_a_second(quantized):>12,.1f}")
     print(f"written: {options.out}")
     return 0
 

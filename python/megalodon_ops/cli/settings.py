@@ -59,11 +59,11 @@ def with_config(options: Train) -> Train:
         fix = f"did you mean {near[0]}?" if near else "train --help names them, with - for _"
         raise CommandError(f"--config {file}: not an option of a run: {short_text(unknown[0])}; {fix}")
     try:
-        found = _override(convert(values, Train), options)
+        merged = _override(convert(values, Train), options)
     except msgspec.ValidationError as error:
         raise CommandError(f"--config {file}: {fault(error, values)}") from error
-    found.given = options.given | values.keys()
-    return found
+    merged.given = options.given | values.keys()
+    return merged
 
 
 def _override(options: Train, given: Train) -> Train:
@@ -113,7 +113,7 @@ def _initial_model(options: Train) -> tuple[Megalodon, MegalodonConfig, Tokenize
     """Load the model of --init-from; return it, the run's configuration and its tokenizer."""
     folder = options.init_from
     try:
-        model, found, _ = load_any(folder, dtype=torch.float32)
+        model, stored_tokenizer, _ = load_any(folder, dtype=torch.float32)
     except (FileError, FileNotFoundError) as error:
         raise CommandError(f"--init-from {error}") from error
     if model.quantization or model.config.num_features is not None:
@@ -121,8 +121,8 @@ def _initial_model(options: Train) -> tuple[Megalodon, MegalodonConfig, Tokenize
         raise CommandError(
             f"--init-from {folder}: the model {kind}; name one with floating-point weights that reads text"
         )
-    tokenizer = _tokenizer(options) or found or ByteTokenizer()
-    if found is not None and tokenizer.fingerprint != found.fingerprint:
+    tokenizer = _tokenizer(options) or stored_tokenizer or ByteTokenizer()
+    if stored_tokenizer is not None and tokenizer.fingerprint != stored_tokenizer.fingerprint:
         flag = "--data" if options.tokenizer is None else "--tokenizer"
         raise CommandError(f"{flag}: has another tokenizer than the model in {folder}")
     if tokenizer.vocab_size > model.config.vocab_size:
@@ -136,9 +136,11 @@ def _initial_model(options: Train) -> tuple[Megalodon, MegalodonConfig, Tokenize
         "end_token": model.config.eos_token_id is not None,
     }
     for name in sorted(options.given & {"end_token", *ModelOptions.__annotations__} - WEIGHTLESS_OPTIONS):
-        given, value = getattr(options, name), values[config_field(name)]
-        if given is not None and given != value:
-            raise CommandError(f"{flag_of(name)}: the model in {folder} has {value}, got {given}; leave the flag out")
+        flag_value, value = getattr(options, name), values[config_field(name)]
+        if flag_value is not None and flag_value != value:
+            raise CommandError(
+                f"{flag_of(name)}: the model in {folder} has {value}, got {flag_value}; leave the flag out"
+            )
     changes = {name: value for name in WEIGHTLESS_OPTIONS if (value := getattr(options, name)) is not None}
     return model, replace(model.config, **changes), tokenizer
 
@@ -182,11 +184,11 @@ def _with_absolute_paths(options: Train) -> Train:
 
 def _tokenizer(options: Train) -> Tokenizer | None:
     """Return the tokenizer of a folder of tokens, else that of --tokenizer, or None."""
-    given = None if options.tokenizer is None else read_tokenizer(options.tokenizer)
+    named = None if options.tokenizer is None else read_tokenizer(options.tokenizer)
     if (folder := tokens_folder(options.data)) is None:
-        return given
+        return named
     tokenizer = read_tokenizer(folder)
-    if given is not None and given.fingerprint != tokenizer.fingerprint:
+    if named is not None and named.fingerprint != tokenizer.fingerprint:
         raise CommandError(
             f"--tokenizer {options.tokenizer}: the tokens in {folder} are from another tokenizer; leave the flag out"
         )

@@ -138,8 +138,8 @@ def run(options: Train) -> int:
                 raise FileError(f"{saved.folder / RECORD}: {error}") from error
 
         if processes.is_rank0:
-            given = {name: value for name, value in options.record().items() if value is not None}
-            write_whole(out / OPTIONS, json.dumps(given, indent=1).encode() + b"\n")
+            set_options = {name: value for name, value in options.record().items() if value is not None}
+            write_whole(out / OPTIONS, json.dumps(set_options, indent=1).encode() + b"\n")
             print(summary(out, options, model, corpus, batches, processes), flush=True)
 
         # The loop.
@@ -269,10 +269,10 @@ def newest_checkpoint(options: Train, out: Path, processes: Processes) -> Checkp
 
     Rank 0 verifies the checkpoints, and broadcasts the folder of the newest complete one.
     """
-    found = processes.broadcast(bool(checkpoints_of(out)))
-    if not options.resume and processes.size == 1 and found:
+    has_checkpoints = processes.broadcast(bool(checkpoints_of(out)))
+    if not options.resume and processes.size == 1 and has_checkpoints:
         raise CommandError(f"--out {out}: holds a run already; continue it with --resume, or name another folder")
-    if not options.resume and not found:
+    if not options.resume and not has_checkpoints:
         return None
     try:
         saved = load_checkpoint(out) if processes.is_rank0 else None

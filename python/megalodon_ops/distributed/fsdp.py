@@ -116,9 +116,9 @@ def whole_model(model: Megalodon, values: dict[str, Tensor]) -> Megalodon:
     plain = empty_model(kind, model.config, torch.float32)
     if model.config.share_emb:
         values = {**values, "output.output.weight": values["embed.weight"]}
-    if odd := sorted(plain.state_dict().keys() ^ values.keys()):
+    if differing := sorted(plain.state_dict().keys() ^ values.keys()):
         raise ValueError(
-            f"parallelize: `model` must have the parameters of its configuration, got others, such as {odd[0]}; merge "
-            "adapters first."
+            f"parallelize: `model` must have the parameters of its configuration, got others, such as {differing[0]}; "
+            "merge adapters first."
         )
     return with_values(plain, values).requires_grad_(False).train(model.training)

@@ -105,17 +105,17 @@ def batch_and_tensor(mesh: DeviceMesh, *, replicate: bool) -> tuple[DeviceMesh, 
 
 def _shape(sizes: str | Mapping[str, int]) -> dict[str, int]:
     """Return the size of each dimension, in order; raise a ValueError if they do not fit the number of processes."""
-    given = sizes
+    by_name = sizes
     if isinstance(sizes, str):
         parts = [part.partition("=") for part in sizes.split(",")]
-        given = {name.strip(): int(size) for name, _, size in parts if re.fullmatch(r"\s*[0-9]{1,9}\s*", size)}
-        given = given if len(given) == len(parts) else {}
-    if not given or not all(
-        name in DIMENSIONS and is_integer_between(size, 1, 2**31 - 1) for name, size in given.items()
+        by_name = {name.strip(): int(size) for name, _, size in parts if re.fullmatch(r"\s*[0-9]{1,9}\s*", size)}
+        by_name = by_name if len(by_name) == len(parts) else {}
+    if not by_name or not all(
+        name in DIMENSIONS and is_integer_between(size, 1, 2**31 - 1) for name, size in by_name.items()
     ):
         got = short_text(sizes) if len(sizes) > 64 else repr(sizes)
         raise ValueError(f"make_mesh: `sizes` must be {_EXPECTED}, got {got}.")
-    shape = {name: int(given[name]) for name in DIMENSIONS if name in given}
+    shape = {name: int(by_name[name]) for name in DIMENSIONS if name in by_name}
     needed, world_size = math.prod(shape.values()), dist.get_world_size()
     if needed != world_size:
         product = " x ".join(f"{name} {size}" for name, size in shape.items())

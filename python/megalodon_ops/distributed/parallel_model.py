@@ -161,10 +161,10 @@ class ParallelMegalodon(_ParallelModel, Megalodon):
                 raise ValueError(
                     f"Megalodon: `{name}` must be integers (n,), got {values.dtype} {tuple(values.shape)}."
                 )
-        given = {name: None if values is None else values.tolist() for name, values in whole.keywords.items()}
-        given["positions"] = None if state is None else state.layers[0].attention.position.tolist()
+        arguments = {name: None if values is None else values.tolist() for name, values in whole.keywords.items()}
+        arguments["positions"] = None if state is None else state.layers[0].attention.position.tolist()
         rank, chunk_size = dist.get_rank(self._ranks.chunk), self.config.chunk_size
-        pieces = pieces_of(rank, widths, rows=len(tokens), chunk_size=chunk_size, **given)
+        pieces = pieces_of(rank, widths, rows=len(tokens), chunk_size=chunk_size, **arguments)
         integers = partial(torch.tensor, dtype=torch.int64, device=tokens.device)
         own = (None if values is None else integers(values) for values in (pieces.cu_seqlens, pieces.lengths))
         return ShardedSequences(*own, pieces=pieces, group=self._ranks.chunk)

@@ -116,11 +116,11 @@ def _check(model: nn.Module, sizes: dict[str, int], data: object, param_dtype: o
         raise ValueError(f"parallelize: `model` must have floating-point weights, got {quantization} weights.")
     check_can_split("parallelize", model.config, tensor := sizes.get("tensor", 1))
     if tensor > 1:
-        wanted = {name for name, _ in model.config.parameter_shapes()}
-        if odd := sorted({name for name, _ in model.named_parameters()} ^ wanted):
+        names = {name for name, _ in model.config.parameter_shapes()}
+        if differing := sorted({name for name, _ in model.named_parameters()} ^ names):
             raise ValueError(
                 "parallelize: `model` must have the parameters of its configuration for tensor > 1, got others, such "
-                f"as {odd[0]}; merge adapters first."
+                f"as {differing[0]}; merge adapters first."
             )
     if not isinstance(data, str) or data not in ("shard", "replicate"):
         raise ValueError(f'parallelize: `data` must be "shard" or "replicate", got {describe(data)}.')

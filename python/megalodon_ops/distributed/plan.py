@@ -92,8 +92,8 @@ def plan(
     if batch % data_size:
         raise ValueError(f"plan: `batch` must be a multiple of the mesh's data = {data_size}, got {batch}.")
     if chunk > 1 and context % (chunk * config.chunk_size):
-        wanted = f"a multiple of the mesh's chunk = {chunk} times the chunk size {config.chunk_size}"
-        raise ValueError(f"plan: `context` must be {wanted}, got {context}.")
+        expected = f"a multiple of the mesh's chunk = {chunk} times the chunk size {config.chunk_size}"
+        raise ValueError(f"plan: `context` must be {expected}, got {context}.")
     check_can_split("plan", config, tensor)
 
     stream = torch.float32 if autocast else dtype  # dtype of the residual stream

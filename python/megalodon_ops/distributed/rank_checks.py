@@ -40,9 +40,11 @@ def check_same_on_ranks(
         columns = {name: [row.get(name, "nothing") for row in all_texts] for name in names}
         name, column = next((name, column) for name, column in columns.items() if len({*column}) > 1)
         other = next(i for i, text in enumerate(column) if text != column[0])
-        found = f"{column[0]} on rank {ranks[0]} and {column[other]} on rank {ranks[other]}"
-        found += f"; {fix}" if fix else ""
-        raise ValueError(f"{op}: `{name}` must be the same on the ranks {', '.join(map(str, ranks))}, got {found}.")
+        difference = f"{column[0]} on rank {ranks[0]} and {column[other]} on rank {ranks[other]}"
+        difference += f"; {fix}" if fix else ""
+        raise ValueError(
+            f"{op}: `{name}` must be the same on the ranks {', '.join(map(str, ranks))}, got {difference}."
+        )
     return list(numbers)
 
 

@@ -140,8 +140,8 @@ def gather_state(state: MegalodonState, mesh: DeviceMesh, heads: int) -> Megalod
 
 
 def _redistributed(tensor: Tensor, dim: int, mesh: DeviceMesh, to_whole: bool) -> Tensor:
-    has, wanted = (Shard(dim), Replicate()) if to_whole else (Replicate(), Shard(dim))
-    return redistribute(tensor, mesh, has, wanted)
+    source, target = (Shard(dim), Replicate()) if to_whole else (Replicate(), Shard(dim))
+    return redistribute(tensor, mesh, source, target)
 
 
 def _map_state(

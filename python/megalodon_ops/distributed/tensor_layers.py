@@ -21,17 +21,17 @@ CHANNELS = Shard(-1)
 
 
 def redistribute(
-    x: Tensor, mesh: DeviceMesh, has: Placement, wanted: Placement, gradient: Placement | None = None
+    x: Tensor, mesh: DeviceMesh, source: Placement, target: Placement, gradient: Placement | None = None
 ) -> Tensor:
     """Change the placement of a plain tensor over the ranks.
 
     Args:
         x: this rank's part of the tensor.
-        has, wanted: placement now and afterwards.
+        source, target: placement of x and of the result.
         gradient: placement of the gradient of the result; None: as the result. `Partial()`: each rank uses a whole
             result in its own way, and the gradients are summed.
     """
-    placed = DTensor.from_local(x, mesh, [has], run_check=False).redistribute(placements=[wanted])
+    placed = DTensor.from_local(x, mesh, [source], run_check=False).redistribute(placements=[target])
     return placed.to_local(grad_placements=None if gradient is None else [gradient])
 
 

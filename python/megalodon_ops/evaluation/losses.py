@@ -161,11 +161,11 @@ def _check(model: object, documents: object, contexts: object) -> None:
         raise TypeError(f"evaluate: `model` must be a Megalodon, got {describe(model)}.")
     if isinstance(documents, (str, bytes, Tensor)) or not isinstance(documents, Iterable):
         raise TypeError(f"evaluate: `documents` must be a list of documents' tokens, got {describe(documents)}.")
-    wanted = 'a list of "all" and of positive integers below 2^62'
+    expected = 'a list of "all" and of positive integers below 2^62'
     if not isinstance(contexts, Sequence) or isinstance(contexts, (str, bytes)) or not contexts:
-        raise TypeError(f"evaluate: `contexts` must be {wanted}, got {describe(contexts)}.")
+        raise TypeError(f"evaluate: `contexts` must be {expected}, got {describe(contexts)}.")
     for context in contexts:
         if not (isinstance(context, str) and context == "all") and not is_integer_between(context, 1, _UNLIMITED - 1):
-            raise ValueError(f"evaluate: `contexts` must be {wanted}, got {short_text(context)} among them.")
+            raise ValueError(f"evaluate: `contexts` must be {expected}, got {short_text(context)} among them.")
     if len(set(contexts)) > 1 and iter(documents) is documents:
         raise ValueError(f"evaluate: `documents` must be iterable again, for every context, got {describe(documents)}.")

@@ -81,13 +81,13 @@ def _read_packing(
     """
     if offsets is None:
         begins = []
-        for name, given in indices.items():
-            if given is None or shape[1] == 1:
+        for name, values in indices.items():
+            if values is None or shape[1] == 1:
                 continue
-            if given.dim() != 2 or given.shape[0] not in (1, shape[0]) or given.shape[1] < shape[1]:
-                raise ValueError(f"{op}: `{name}` must be {shape} as the tokens, got {tuple(given.shape)}.")
-            given = given[:, -shape[1] :].expand(shape)
-            changes = (given if padding is None else padding.remove(given)).diff()
+            if values.dim() != 2 or values.shape[0] not in (1, shape[0]) or values.shape[1] < shape[1]:
+                raise ValueError(f"{op}: `{name}` must be {shape} as the tokens, got {tuple(values.shape)}.")
+            values = values[:, -shape[1] :].expand(shape)
+            changes = (values if padding is None else padding.remove(values)).diff()
             starts = changes != (1 if name == "position_ids" else 0)
             if name == "position_ids" and padding is not None:
                 starts &= padding.columns.diff() == 1  # `generate` restarts its positions after padding
@@ -144,8 +144,8 @@ class Batch:
     """Checked arguments of one call."""
 
     name: str
-    """transformers' name of the argument `given`"""
-    given: Tensor
+    """Name of the argument `inputs` in transformers"""
+    inputs: Tensor
     """Tokens (B, L), numbers (B, L, F) for some encoders, or embeddings (B, L, D)"""
     cache: MegalodonCache | None
     returns_cache: bool
@@ -155,7 +155,7 @@ class Batch:
     @property
     def shape(self) -> tuple[int, int]:
         """B and L."""
-        return tuple(self.given.shape[:2])
+        return tuple(self.inputs.shape[:2])
 
     @property
     def width(self) -> int:
@@ -164,7 +164,7 @@ class Batch:
 
     @property
     def holds_embeddings(self) -> bool:
-        """True if the call is given embeddings."""
+        """True if the inputs are embeddings."""
         return self.name == "inputs_embeds"
 
     @property
@@ -173,8 +173,8 @@ class Batch:
         return None if self.padding is None else self.padding.lengths
 
     def without_padding(self) -> Tensor:
-        """Return `given` (B, W, ...) without padding before and between tokens."""
-        return self.given if self.padding is None else self.padding.remove(self.given)
+        """Return `inputs` (B, W, ...) without padding before and between tokens."""
+        return self.inputs if self.padding is None else self.padding.remove(self.inputs)
 
     @property
     def is_for_decoder(self) -> bool:
@@ -224,14 +224,13 @@ def read_batch(
     if cache is not None and past_key_values is not None and cache is not past_key_values:
         raise ValueError(f"{op}: `cache` and `past_key_values` are two names of one argument; give one of them.")
     cache = past_key_values if cache is None else cache
-    given = inputs
-    if given is None:
-        name, given, letters = "inputs_embeds", inputs_embeds, "(B, L, D)"
-    check_tensor(op, name, given)
-    check_rank(op, name, given, letters, letters.count(",") + 1)
-    if cache is not None and (rows := cache.batch_size) not in (-1, len(given)):
-        raise ValueError(f"{op}: `cache` must have {len(given)} rows, as `{name}` has, got {rows}.")
-    batch = Batch(name, given, cache, cache is not None or bool(use_cache))
+    if inputs is None:
+        name, inputs, letters = "inputs_embeds", inputs_embeds, "(B, L, D)"
+    check_tensor(op, name, inputs)
+    check_rank(op, name, inputs, letters, letters.count(",") + 1)
+    if cache is not None and (rows := cache.batch_size) not in (-1, len(inputs)):
+        raise ValueError(f"{op}: `cache` must have {len(inputs)} rows, as `{name}` has, got {rows}.")
+    batch = Batch(name, inputs, cache, cache is not None or bool(use_cache))
     if batch.shape[1] == 0:
         raise ValueError(f"{op}: `{name}` must have at least one token, got shape {batch.shape}.")
     past = 0 if cache is None else cache.get_seq_length()
@@ -263,7 +262,7 @@ def kept_positions(op: str, logits_to_keep: int | Tensor | None, batch: Batch) -
     if isinstance(logits_to_keep, Tensor):
         kept = torch.arange(length, device=logits_to_keep.device)[logits_to_keep]  # checks bounds, counts from the end
     elif logits_to_keep:
-        kept = torch.arange(max(length - logits_to_keep, 0), length, device=batch.given.device)
+        kept = torch.arange(max(length - logits_to_keep, 0), length, device=batch.inputs.device)
     if batch.padding is None:
         return kept
     positions = batch.padding.positions()

@@ -40,21 +40,19 @@ class MegalodonCausalModel(MegalodonPreTrainedModel):
         Without gradients, and unless `whole`, the layers read one chunk of tokens at a time, so that only the result
         grows with the number of tokens.
         """
-        model, given, lengths = self.megalodon, batch.without_padding(), batch.lengths
-        length, state = given.shape[1], None if batch.cache is None else batch.cache.state
+        model, inputs, lengths = self.megalodon, batch.without_padding(), batch.lengths
+        length, state = inputs.shape[1], None if batch.cache is None else batch.cache.state
         if not batch.holds_embeddings:
             if lengths is not None:
-                given = given.masked_fill(lengths[:, None] == 0, 0)  # padding may be an invalid id
-            model._check(type(self).__name__, "input_ids", given, state, Sequences(batch.cu_seqlens, lengths))
+                inputs = inputs.masked_fill(lengths[:, None] == 0, 0)  # padding may be an invalid id
+            model._check(type(self).__name__, "input_ids", inputs, state, Sequences(batch.cu_seqlens, lengths))
         whole = whole or torch.is_grad_enabled() or batch.cu_seqlens is not None
         size = length if whole else min(model.config.chunk_size, length)
         pieces, selected = [], None
         for begin in range(0, length, size):
             end = min(begin + size, length)
-            part, part_lengths = (
-                given[:, begin:end],
-                None if lengths is None else (lengths - begin).clamp(0, end - begin),
-            )
+            part = inputs[:, begin:end]
+            part_lengths = None if lengths is None else (lengths - begin).clamp(0, end - begin)
             piece, state = model._hidden(
                 part * model.config.embedding_scale if batch.holds_embeddings else model._embed(part),
                 state,
@@ -208,8 +206,8 @@ class MegalodonForCausalLM(MegalodonCausalModel, GenerationMixin):
         # Not a named parameter: Trainer expects each parameter with "label" in its name in every batch.
         are_shifted = (shift_labels := others.pop("shift_labels", None)) is not None
         labels = shift_labels if are_shifted else labels
-        given = (position_ids, cache, past_key_values, inputs_embeds, use_cache, output_attentions, cu_seq_lens_q)
-        batch = read_batch(self, input_ids, attention_mask, *given, **others)
+        arguments = (position_ids, cache, past_key_values, inputs_embeds, use_cache, output_attentions, cu_seq_lens_q)
+        batch = read_batch(self, input_ids, attention_mask, *arguments, **others)
         positions = kept_positions("MegalodonForCausalLM", logits_to_keep, batch)
         if output_hidden_states is None:
             output_hidden_states = self.config.output_hidden_states
@@ -242,7 +240,7 @@ class MegalodonForCausalLM(MegalodonCausalModel, GenerationMixin):
         if batch.cache.undo and positions is not None:
             before = max(min(tokens.shape[1] - batch.cache.undo - 1, int(positions.min())), 0)
         if before:
-            first = dataclasses.replace(batch, given=tokens[:, :before], padding=None)
+            first = dataclasses.replace(batch, inputs=tokens[:, :before], padding=None)
             self._hidden(first, positions.new_tensor([before - 1]), whole=False)
         logits = batch.cache.decode(self.megalodon, tokens[:, before:], columns)
         return logits if positions is None else select(logits, positions - before)
@@ -284,10 +282,10 @@ class MegalodonForCausalLM(MegalodonCausalModel, GenerationMixin):
         if generation_config.is_assistant or is_assisted:
             undo = 1 if is_assisted else 2 * (generation_config.max_new_tokens + 1)
         for name in (names := ("cache", "past_key_values")):
-            if isinstance(given := model_kwargs.get(name), MegalodonCache):
-                if not (generation_config.is_assistant and given.undo > generation_config.max_new_tokens):
-                    given.renew(undo)
-                past = given.get_seq_length()
+            if isinstance(cache := model_kwargs.get(name), MegalodonCache):
+                if not (generation_config.is_assistant and cache.undo > generation_config.max_new_tokens):
+                    cache.renew(undo)
+                past = cache.get_seq_length()
                 if width is not None and width <= past:
                     raise ValueError(
                         f"{type(self).__name__}: `{name}` has read {past} tokens, got {width}; give "

@@ -70,7 +70,7 @@ class MegalodonForSequenceClassification(MegalodonCausalModel):
         counts = lengths if offsets is None else offsets.diff()
         if not (counts is None or torch.compiler.is_compiling() or bool(counts.all())):
             raise ValueError(f"{op}: there must be a token in every row, got a row without one.")
-        last = torch.tensor([batch.width - 1], device=batch.given.device)
+        last = torch.tensor([batch.width - 1], device=batch.inputs.device)
         if counts is not None:
             last = lengths[:, None] - 1 if offsets is None else offsets[1:].long() - 1
         output = self.model(batch=batch, positions=last, output_hidden_states=output_hidden_states, return_dict=True)

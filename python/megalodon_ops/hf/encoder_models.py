@@ -41,8 +41,8 @@ class MegalodonEncoderPreTrainedModel(MegalodonPreTrainedModel):
         **arguments: Any,
     ) -> Batch:
         """Check the arguments and return them as a :class:`Batch`."""
-        given = dict(input_ids=input_ids, input_values=input_values)
-        return read_batch(self, given.pop(self.main_input_name), attention_mask, **given, **arguments)
+        inputs = dict(input_ids=input_ids, input_values=input_values)
+        return read_batch(self, inputs.pop(self.main_input_name), attention_mask, **inputs, **arguments)
 
 
 class MegalodonEncoderModel(MegalodonEncoderPreTrainedModel):
@@ -79,7 +79,7 @@ class MegalodonEncoderModel(MegalodonEncoderPreTrainedModel):
 
         A model with a head passes `batch`, the arguments that it has read. The features then have no padding.
         """
-        given, encoder = batch, self.megalodon
+        has_head, encoder = batch is not None, self.megalodon
         if batch is None:
             batch = self._read(input_ids, attention_mask, input_values, **arguments)
         op, x, sequences = type(self).__name__, batch.without_padding(), Sequences(batch.cu_seqlens, batch.lengths)
@@ -91,7 +91,7 @@ class MegalodonEncoderModel(MegalodonEncoderPreTrainedModel):
         with self._record_layers(output_hidden_states, batch) as layers:
             features = encoder._hidden(x, sequences)
         check_not_empty(op, batch.name, x, sequences)
-        if given is None and batch.padding is not None:
+        if not has_head and batch.padding is not None:
             features = select(features, batch.padding.positions())
         return BaseModelOutput(last_hidden_state=features, hidden_states=layers and tuple(layers))
 

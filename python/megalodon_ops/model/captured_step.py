@@ -125,18 +125,18 @@ class _HostWork(TorchDispatchMode):
 
 def _waits(func: torch._ops.OpOverload, arguments: list[Tensor], results: Any) -> bool:
     """Return True if the function returns a value or a size that the GPU computes, or copies from or to the CPU."""
-    found = tensors_in(results)
+    outputs = tensors_in(results)
     if func is aten.lift_fresh.default:  # called by torch.tensor(values, device="cuda")
-        return found[0].is_cuda
+        return outputs[0].is_cuda
     if func.overloadpacket in (aten.index, aten.index_put_):
         return any(tensor.dtype in (torch.bool, torch.uint8) for tensor in arguments[1:])
     # A 0-dimensional tensor on the CPU is passed to the kernel as a number.
-    devices = {t.device for t in arguments if t.dim() or not t.is_cpu} | {t.device for t in found}
+    devices = {t.device for t in arguments if t.dim() or not t.is_cpu} | {t.device for t in outputs}
     return len(devices) > 1 or isinstance(results, (bool, int, float)) or not _READ_VALUES.isdisjoint(func.tags)
 
 
 def _calling_module(frames: Iterable[FrameType], model: nn.Module) -> str:
     """Return the name of the innermost module that is being called; `frames`: the stack, innermost first."""
     names = {id(module): name for name, module in model.named_modules()}
-    found = (names.get(id(frame.f_locals.get("self"))) for frame in frames)
-    return next((name for name in found if name), "model")
+    called_names = (names.get(id(frame.f_locals.get("self"))) for frame in frames)
+    return next((name for name in called_names if name), "model")

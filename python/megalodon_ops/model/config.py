@@ -254,10 +254,10 @@ class MegalodonConfig:
         """Build a configuration from a released config's `model` object or :meth:`to_dict`; an unknown field raises."""
         if not isinstance(values, dict):
             raise ValueError(f"{cls.__name__}: `values` must be a dictionary of fields, got {short_text(values)}.")
-        known = {field.name for field in dataclasses.fields(cls)}
+        field_names = {field.name for field in dataclasses.fields(cls)}
         # `efficient_attn` chooses between two kernels of the released code with equal results
         fields = {name: value for name, value in values.items() if name != "efficient_attn"}
-        if unknown := [name for name in fields if name not in known]:
+        if unknown := [name for name in fields if name not in field_names]:
             raise ValueError(f"{cls.__name__}: unknown field {', '.join(map(short_text, unknown))}.")
         return cls(**fields)
 

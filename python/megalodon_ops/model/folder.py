@@ -222,12 +222,12 @@ def read_model_files(
     with reading(folder / CONFIG):
         bits = 8 * (dtype or torch.bfloat16).itemsize if quantization is None else {"int8": 8, "int4": 4}[quantization]
         check_fits(config.num_parameters() * bits // 8, "a model of this configuration")
-    wanted, quantised_dtypes = stored_shapes(config, quantization)
+    shapes, quantised_dtypes = stored_shapes(config, quantization)
     weights = stored_tensors(folder)
     if not kind.causal:
         for name in ("output.weight", "score.weight", "score.bias"):  # heads that models of transformers add
             weights.tensors.pop(name, None)
-    weights.check(wanted, quantised_dtypes)
+    weights.check(shapes, quantised_dtypes)
     if not os.path.samestat(before, folder.stat()):  # replaced during the reads: the files may be of two models
         return read_model_files(folder, dtype, kind)
     return config, dtype or weights.tensors["embed.weight"].dtype, weights, quantization

@@ -64,12 +64,12 @@ def check_inputs(op: str, argument: str, inputs: Tensor, model: nn.Module, seque
     num_features = model.config.num_features
     if num_features is None:
         fits = inputs.dim() == 2 and inputs.dtype in (torch.int64, torch.int32)
-        wanted = "integers (B, L), int64 or int32"
+        expected = "integers (B, L), int64 or int32"
     else:
         fits = inputs.dim() == 3 and inputs.shape[-1] == num_features and inputs.is_floating_point()
-        wanted = f"floating-point numbers (B, L, {num_features})"
+        expected = f"floating-point numbers (B, L, {num_features})"
     if not fits:
-        raise ValueError(f"{op}: `{argument}` must be {wanted}, got {inputs.dtype} {tuple(inputs.shape)}.")
+        raise ValueError(f"{op}: `{argument}` must be {expected}, got {inputs.dtype} {tuple(inputs.shape)}.")
     if inputs.is_meta and not any(parameter.is_meta for parameter in model.parameters()):
         raise ValueError(f"{op}: `{argument}` must have values, got a tensor on the device meta; move the model there.")
     if num_features is not None:

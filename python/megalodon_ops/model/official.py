@@ -118,8 +118,8 @@ def save_official(model: Megalodon, directory: str | os.PathLike, *, tokenizer: 
         torch.save(weights | _buffers(config), draft / "consolidated.pth")
         has_tokenizer = (draft / "tokenizer.model").exists()
         fields = {"path": str(folder.absolute() / "tokenizer.model") if has_tokenizer else None}
-        known = {name: value for name, value in config.to_dict().items() if name not in _OWN_FIELDS}
-        (draft / CONFIG).write_text(json.dumps({"model": known, "tokenizer": fields}, indent=1) + "\n")
+        released_fields = {name: value for name, value in config.to_dict().items() if name not in _OWN_FIELDS}
+        (draft / CONFIG).write_text(json.dumps({"model": released_fields, "tokenizer": fields}, indent=1) + "\n")
         facts = {"model_parallel_size": 1, "dtype": _DTYPE_NAMES[dtype]}
         (draft / _CONSOLIDATE_CONFIG).write_text(json.dumps(facts, indent=1) + "\n")
 

@@ -90,10 +90,10 @@ class StopStrings:
         if self.stopped:
             return b""
         self._held += self._new_bytes(int(token))
-        found = [at for string in self._strings if (at := self._held.find(string)) >= 0]
-        if found:
+        positions = [at for string in self._strings if (at := self._held.find(string)) >= 0]
+        if positions:
             self.stopped = True
-            return self._take(min(found))
+            return self._take(min(positions))
         return self._take(len(self._held) - self._num_uncertain())
 
     def rest(self) -> bytes:

@@ -94,13 +94,13 @@ class StoredTensors:
         for name, tensor in tensors.items():
             set_whole(tensor, self.get(name, tensor.dtype))
 
-    def check(self, wanted: Shapes, dtypes: Mapping[str, torch.dtype] = {}) -> None:
+    def check(self, shapes: Shapes, dtypes: Mapping[str, torch.dtype] = {}) -> None:
         """Raise for the first tensor that is missing, unexpected, or of another shape or kind.
 
         dtypes: required dtypes by name; any other tensor may have any of WEIGHT_DTYPES.
         """
         remaining = dict(self.tensors)
-        for name, shape in wanted:
+        for name, shape in shapes:
             tensor = remaining.pop(name, None)
             if tensor is None:
                 raise FileError(f"{self.path}: must hold the parameters of config.json; {short_text(name)} is missing")
@@ -129,12 +129,12 @@ def set_whole(tensor: Tensor, value: Tensor) -> None:
 
 
 def plain_tensors(
-    model: nn.Module, wanted: Shapes, dtypes: Mapping[str, torch.dtype] = {}, *, caller: str
+    model: nn.Module, shapes: Shapes, dtypes: Mapping[str, torch.dtype] = {}, *, caller: str
 ) -> dict[str, Tensor]:
-    """Return the wanted parameters; raise unless a file can hold them. dtypes: as in `StoredTensors.check`."""
+    """Return the parameters in `shapes`; raise unless a file can hold them. dtypes: as in `StoredTensors.check`."""
     by_name = dict(model.named_parameters(remove_duplicate=False))
     tensors = {}
-    for name, shape in wanted:
+    for name, shape in shapes:
         tensor = by_name.get(name)
         if tensor is None:
             raise ValueError(

@@ -90,8 +90,8 @@ class Tokenizer:
     @staticmethod
     def train(documents: Iterable[bytes | str], *, vocab_size: int) -> Tokenizer:
         """Train a byte-level BPE of at most `vocab_size` ids: 256 bytes, merges, `START_TOKEN`."""
-        wanted = "an integer above 257, for 256 bytes, the start token and at least one merge"
-        vocab_size = check_integer("Tokenizer.train", "vocab_size", vocab_size, wanted, 258)
+        expected = "an integer above 257, for 256 bytes, the start token and at least one merge"
+        vocab_size = check_integer("Tokenizer.train", "vocab_size", vocab_size, expected, 258)
         documents = as_texts("Tokenizer.train", "documents", documents)
         load("tokenizers", "train")
         from tokenizers import Tokenizer as Model
@@ -112,12 +112,12 @@ class Tokenizer:
     def encode_batch(self, documents: Iterable[bytes | str]) -> list[numpy.ndarray]:
         """Return the ids of each document, int32; all cores encode in parallel."""
         documents = as_texts("encode_batch", "documents", documents)
-        found: list[list[numpy.ndarray]] = [[]]
+        encoded: list[list[numpy.ndarray]] = [[]]
         for ids, _, is_last in self.encode_stream([document] for document in documents):
-            found[-1].append(ids)
+            encoded[-1].append(ids)
             if is_last:
-                found.append([])
-        return [numpy.concatenate(parts) for parts in found[:-1]]
+                encoded.append([])
+        return [numpy.concatenate(parts) for parts in encoded[:-1]]
 
     def encode_stream(self, documents: Iterable[Iterable[bytes]]) -> Iterator[tuple[numpy.ndarray, int, bool]]:
         """Encode documents, each given as pieces of text, in constant memory.
@@ -149,11 +149,11 @@ class Tokenizer:
         A token may end inside a character, so UTF-8 is complete at the end of the text only.
         """
         is_first = self._adds_space and all(number == self.start for number in after)
-        for given in ids:
+        for value in ids:
             try:
-                number = index(given)
+                number = index(value)
             except TypeError:
-                raise TypeError(f"decode: `ids` must be a row of integers, got {describe(given)} among them.") from None
+                raise TypeError(f"decode: `ids` must be a row of integers, got {describe(value)} among them.") from None
             if not 0 <= number < self.vocab_size:
                 raise ValueError(f"decode: `ids` must be in [0, {self.vocab_size}), got {short_text(number)}.")
             text = self._table.get(number, b"")  # unused ids have no text
@@ -315,14 +315,14 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
 def _config_tokens(path: Path) -> dict[str, str | None]:
     """Return the tokens that a folder's configuration names, as arguments of `from_file`."""
     fields = read_json(path) if path.exists() else {}
-    found = {}
+    tokens = {}
     for argument, field in (("start", "bos_token"), ("end", "eos_token")):
         token = fields.get(field)
         token = token.get("content") if isinstance(token, dict) else token
         if not (token is None or isinstance(token, str)):
             raise FileError(f"{path}: `{field}` must be a token's text or null, got {short_text(token)}")
-        found[argument] = token
-    return found
+        tokens[argument] = token
+    return tokens
 
 
 def _edge_token(edge: str, wanted: str | None, ids: dict[str, int], usual: Iterable[str], default: str) -> str:

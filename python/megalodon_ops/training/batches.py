@@ -136,14 +136,14 @@ class Batches:
 
     def seek(self, position: dict[str, Any]) -> None:
         """Continue at the `position` of batches with equal documents, length, context, seed and total rows."""
-        found = msgspec.convert(position, BatchesPosition)
-        lengths = [self.lengths[number] if number < len(self.lengths) else 0 for number, _ in found.readers]
-        inside = (number < 0 or 0 <= at < length for (number, at), length in zip(found.readers, lengths, strict=True))
-        if len(found.readers) != len(self.readers) or not all(inside):
+        stored = msgspec.convert(position, BatchesPosition)
+        lengths = [self.lengths[number] if number < len(self.lengths) else 0 for number, _ in stored.readers]
+        inside = (number < 0 or 0 <= at < length for (number, at), length in zip(stored.readers, lengths, strict=True))
+        if len(stored.readers) != len(self.readers) or not all(inside):
             raise ValueError(
                 "Batches.seek: `position` must have as many rows as these batches, and offsets inside these documents."
             )
-        self.taken, self.readers = found.taken, found.readers
+        self.taken, self.readers = stored.taken, stored.readers
 
     def __iter__(self) -> Iterator[Batch]:
         while (batch := self.next()) is not None:
@@ -176,7 +176,7 @@ class Batches:
     def _pieces(self, row: int) -> list[tuple[int, int, int]]:
         """Advance a row by up to `length` tokens; return its pieces as (document, first token, end)."""
         reader, room = row if self.streamed else 0, self.length
-        found: list[tuple[int, int, int]] = []
+        pieces: list[tuple[int, int, int]] = []
         while room:
             document, offset = self.readers[reader]
             if document < 0:
@@ -185,9 +185,9 @@ class Batches:
                 document = self._take()
             stop = min(offset + room, int(self.lengths[document]))
             self.readers[reader] = (document, stop) if stop < self.lengths[document] else (-1, 0)
-            found.append((document, offset, stop))
+            pieces.append((document, offset, stop))
             room -= stop - offset
-        return found
+        return pieces
 
     def _read(self, document: int, offset: int, stop: int) -> tuple[int, numpy.ndarray]:
         """Return the token before a piece of a document, and the piece."""

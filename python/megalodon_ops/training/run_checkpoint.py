@@ -199,8 +199,8 @@ def training_tensors(
         kinds["random"]["cuda"] = torch.cuda.get_rng_state(device)
     has_state = not isinstance(model, MegalodonEncoder)
     if state is not None and not (has_state and isinstance(state, MegalodonState)):
-        wanted = "a MegalodonState or None" if has_state else "None for an encoder"
-        raise TypeError(f"save_checkpoint: `state` must be {wanted}, got {describe(state)}.")
+        expected = "a MegalodonState or None" if has_state else "None for an encoder"
+        raise TypeError(f"save_checkpoint: `state` must be {expected}, got {describe(state)}.")
     if state is not None:
         rows = {name: as_real(tensor.detach()) for name, tensor in named_tensors(complete(state)).items()}
         try:
@@ -257,13 +257,13 @@ def load_checkpoint(path: str | os.PathLike, *, verify: bool = True) -> Checkpoi
     faults = []
     for folder in reversed(checkpoints_of(path)):
         try:
-            found = _read(folder, verify)
+            checkpoint = _read(folder, verify)
         except (FileError, FileNotFoundError) as fault:
             faults.append(str(fault))
             continue
         for fault in faults:
             _log.warning("passing over %s", fault)
-        return found
+        return checkpoint
     raise FileError("; ".join([f"{path}: no complete checkpoint in this folder", *faults]))
 
 
@@ -285,8 +285,8 @@ def remove_old_drafts(run: Path) -> None:
 
 def checkpoints_of(run: Path) -> list[Path]:
     """Return the run's checkpoints, complete or damaged, ordered by step."""
-    found = [path for path in (run / "checkpoints").glob("step-*") if _NAME.fullmatch(path.name) and path.is_dir()]
-    return sorted(found, key=_step)
+    folders = [path for path in (run / "checkpoints").glob("step-*") if _NAME.fullmatch(path.name) and path.is_dir()]
+    return sorted(folders, key=_step)
 
 
 def keep_newest(run: Path, written: Path, keep: int) -> None:
@@ -316,8 +316,8 @@ def load_any(
     path, device = as_path("load_any", "path", path), as_device("load_any", device)
     check_dtype("load_any", dtype)
     if not path.is_dir() or any(os.path.lexists(path / name) for name in (RECORD, "checkpoints")):
-        found = load_checkpoint(path)
-        return read_model(Megalodon, found.folder, dtype, device), found.tokenizer(), found.record
+        checkpoint = load_checkpoint(path)
+        return read_model(Megalodon, checkpoint.folder, dtype, device), checkpoint.tokenizer(), checkpoint.record
     if is_official(path):
         with reading(path):
             return read_official(path, dtype or torch.float32, device), find_tokenizer(path), None

@@ -80,10 +80,10 @@ class Schedule:
 
         seconds: time spent so far; needed with `minutes`.
         """
-        found = msgspec.convert(position, SchedulePosition)
+        stored = msgspec.convert(position, SchedulePosition)
         if self.budget is None:
             return
-        if self.budget == found.budget:
-            self.anchor, self.end = found.anchor, found.end
+        if self.budget == stored.budget:
+            self.anchor, self.end = stored.anchor, stored.end
         elif step:
             self.set_pace(step, seconds, seconds / step)

@@ -225,7 +225,7 @@ def _write_tokens(
 def _map_array(path: Path, dtype: numpy.dtype, shape: tuple[int, ...]) -> numpy.ndarray:
     """Map an .npy file, which must have this dtype and shape."""
     with opened(path):
-        found = numpy.lib.format.open_memmap(path, mode="r")
-        if found.dtype != dtype or found.shape != shape:
-            raise ValueError(f"must hold {shape} numbers of {dtype}, got {found.shape} of {found.dtype}")
-    return found
+        array = numpy.lib.format.open_memmap(path, mode="r")
+        if array.dtype != dtype or array.shape != shape:
+            raise ValueError(f"must hold {shape} numbers of {dtype}, got {array.shape} of {array.dtype}")
+    return array
