@@ -89,10 +89,10 @@ ADAPTERS = {  # and the warning
     "plain": (lambda y: y + 1, None),
     "number": (
         lambda y: y + y.mean().item(),
-        f"{WV} calls `_local_scalar_dense`, by which the host waits for the GPU, so",
+        f"{WV} calls `_local_scalar_dense`, which makes the host wait for the GPU, so",
     ),
     "condition": (lambda y: y + 1 if (y > 0).any() else y, f"{WV} calls `_local_scalar_dense`"),
-    "mask": (lambda y: y + y[y > 0].sum(), f"{WV} calls `index`, by"),
+    "mask": (lambda y: y + y[y > 0].sum(), f"{WV} calls `index`, which"),
     "size": (lambda y: y + len(y.nonzero()), f"{WV} calls `nonzero`"),
     "refusal": (refuse_graphs, f"{WV} cannot be captured by a CUDA graph (ValueError: no graphs), so modules run"),
     "number in a capture": (

@@ -109,7 +109,7 @@ def as_documents(
 def compressed_bits(documents: Sequence[bytes]) -> dict[str, float]:
     """Return the bits per byte of general-purpose compressors on the concatenated documents."""
     size = sum(map(len, documents))
-    # xz takes 10 times its dictionary's memory; a dictionary of the text's size compresses as well as the 64 MiB of -9.
+    # xz needs 10 times its dictionary's memory. One of the text's size compresses as well as the 64 MiB of `xz -9`.
     xz = {"id": lzma.FILTER_LZMA2, "preset": 9, "dict_size": max(4096, min(size, 64 << 20))}
     kinds = {"gzip -9": zlib.compressobj(9, wbits=31), "xz -9": lzma.LZMACompressor(filters=[xz])}
     return {name: 8 * len(b"".join([*map(one.compress, documents), one.flush()])) / size for name, one in kinds.items()}

@@ -70,7 +70,7 @@ class MegalodonPreTrainedModel(PreTrainedModel):
                 module._is_hf_initialized = True  # by the constructor
         super().post_init()
         # from_pretrained sets this attribute, too; save_pretrained reverts the renamings
-        self._weight_conversions = [WeightRenaming(file, own) for file, own in self._key_mapping().items()]
+        self._weight_conversions = [WeightRenaming(file, own_name) for file, own_name in self._key_mapping().items()]
 
     @classmethod
     def from_pretrained(cls, *args: Any, key_mapping: dict[str, str] | None = None, **options: Any) -> Any:
@@ -80,7 +80,7 @@ class MegalodonPreTrainedModel(PreTrainedModel):
     @classmethod
     def _key_mapping(cls) -> dict[str, str]:
         """Return beginnings of names that differ: {in files, as a regular expression: in this model}."""
-        return {f"^{name}.": f"{own}." for name, own in cls._names().items() if name != own}
+        return {f"^{name}.": f"{own_name}." for name, own_name in cls._names().items() if name != own_name}
 
     @classmethod
     def _names(cls) -> dict[str, str]:
@@ -95,8 +95,8 @@ class MegalodonPreTrainedModel(PreTrainedModel):
     def megalodon(self) -> Megalodon | MegalodonEncoder:
         """A :class:`megalodon_ops.Megalodon` or MegalodonEncoder that shares this model's modules."""
         core = self.base_model._core  # no submodule: it would double the parameters
-        for name, own in self._names().items():
-            if _module_at(core, name) is not (module := _module_at(self, own)):  # replaced since the last call
+        for name, own_name in self._names().items():
+            if _module_at(core, name) is not (module := _module_at(self, own_name)):  # replaced since the last call
                 core.set_submodule(name, module)
         return core
 
@@ -113,8 +113,8 @@ class MegalodonPreTrainedModel(PreTrainedModel):
                 quantizer.preprocess_model(result)
                 quantizer.postprocess_model(result)
                 result.hf_quantizer = quantizer
-        for name, own in cls._names().items():
-            result.set_submodule(own, model.get_submodule(name))
+        for name, own_name in cls._names().items():
+            result.set_submodule(own_name, model.get_submodule(name))
         result.tie_weights()
         result.config.dtype = computing_dtype(model)
         for module in (result, result.base_model, result.megalodon):
@@ -133,8 +133,8 @@ class MegalodonPreTrainedModel(PreTrainedModel):
 
     def load_state_dict(self, state_dict: Mapping[str, Tensor], *args: Any, **options: Any) -> Any:
         """Load tensors by their names in this model or, as Trainer does to resume, by their names in files."""
-        for file, own in self._key_mapping().items():
-            state_dict = {re.sub(file, own, name): tensor for name, tensor in state_dict.items()}
+        for file, own_name in self._key_mapping().items():
+            state_dict = {re.sub(file, own_name, name): tensor for name, tensor in state_dict.items()}
         return super().load_state_dict(state_dict, *args, **options)
 
     @torch.no_grad()
@@ -144,13 +144,13 @@ class MegalodonPreTrainedModel(PreTrainedModel):
             module.__class__ = Embedding
         elif type(module) is nn.Linear:
             Linear.give_methods(module, token_rows=True)
-        own = dict(module.named_parameters(recurse=False))
-        loaded = {name: weight for name, weight in own.items() if getattr(weight, "_is_hf_initialized", False)}
-        if len(loaded) < len(own):
+        parameters = dict(module.named_parameters(recurse=False))
+        loaded = {name: weight for name, weight in parameters.items() if getattr(weight, "_is_hf_initialized", False)}
+        if len(loaded) < len(parameters):
             saved = {name: weight.clone() for name, weight in loaded.items()}
             module.reset_parameters()
             for name, weight in saved.items():
-                own[name].copy_(weight)
+                parameters[name].copy_(weight)
         if isinstance(module, NormalizedAttention):
             module._update_rotary()
 

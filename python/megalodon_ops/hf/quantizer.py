@@ -34,8 +34,8 @@ class MegalodonQuantizer(HfQuantizer):
     def _process_model_before_weight_loading(self, model: PreTrainedModel, **_: Any) -> PreTrainedModel:
         core = model.megalodon
         replace_layers(core, self.quantization_config.kind)
-        for name, own in model._names().items():
-            model.set_submodule(own, core.get_submodule(name))
+        for name, own_name in model._names().items():
+            model.set_submodule(own_name, core.get_submodule(name))
         if model._tied_weights_keys and model.config.tie_word_embeddings:
             tied = model._tied_weights_keys.items()
             model._tied_weights_keys = {

@@ -119,7 +119,7 @@ class _HostWork(TorchDispatchMode):
         if self.problem is None and _waits(func, tensors_in(args, kwargs), results):
             name = _calling_module((frame for frame, _ in traceback.walk_stack(None)), self._model)
             function = func._schema.name.removeprefix("aten::")
-            self.problem = f"`{name}` calls `{function}`, by which the host waits for the GPU"
+            self.problem = f"`{name}` calls `{function}`, which makes the host wait for the GPU"
         return results
 
 

@@ -381,7 +381,7 @@ def masked_targets(targets: Tensor, ignore_index: int, sequences: Sequences) -> 
 
 
 def check_targets(tokens: Tensor, targets: Tensor, ignore_index: int) -> int:
-    """Check the targets and `ignore_index`; return the latter as an integer."""
+    """Check the targets and `ignore_index`; return `ignore_index` as an integer."""
     check_tensor("Megalodon", "targets", targets)
     if not has_integers(targets):
         raise TypeError(f"Megalodon: `targets` must be integers, got {targets.dtype}.")

@@ -11,7 +11,7 @@ from ..ops.common.checks import describe, is_integer_between
 
 _NO_TOKEN, _WILDCARD = -2, -3  # stands before a row's first token; matches every token
 _REPLACEMENT = "\N{REPLACEMENT CHARACTER}".encode()
-_CONTEXT = 16  # tokens decoded with a new one, whose text may depend on them
+_CONTEXT = 16  # earlier tokens decoded with a new one, as its text may depend on them
 
 
 class StopDetector:

@@ -48,7 +48,7 @@ class Batch(NamedTuple):
     cu_seqlens: Tensor
     """(S + 1,) int64"""
     carry: Tensor
-    """(S,) int64, the row whose end state, in the previous batch, is the sequence's initial state; -1: a fresh state"""
+    """(S,) int64, row of the previous batch whose end state is the sequence's initial state; -1: a fresh state"""
     last: Tensor
     """(R,) int64, the last sequence of each row, whose state the next batch may carry; -1: a row without text"""
 
