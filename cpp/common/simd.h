@@ -174,6 +174,16 @@ MEGALODON_INLINE Vec<float> load(const float* from) { return load_raw<Vec<float>
 MEGALODON_INLINE Vec<double> load(const double* from) { return load_raw<Vec<double>>(from); }
 MEGALODON_INLINE Vec<float> load(const bf16* from) { return widen_bf16(load_raw<Half>(from)); }
 MEGALODON_INLINE Vec<float> load(const fp16* from) { return widen_f16(load_raw<Half>(from)); }
+MEGALODON_INLINE Vec<float> load(const int8_t* from) {
+#if defined(__AVX512F__)
+  return bit_cast<Vec<float>>(_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(load_raw<__m128i>(from))));
+#elif defined(__AVX2__)
+  return bit_cast<Vec<float>>(
+      _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(from)))));
+#else
+  return __builtin_convertvector(load_raw<typename VecOf<int8_t, kLanes<float>>::type>(from), Vec<float>);
+#endif
+}
 MEGALODON_INLINE void store(float* to, Vec<float> v) { store_raw(to, v); }
 MEGALODON_INLINE void store(double* to, Vec<double> v) { store_raw(to, v); }
 MEGALODON_INLINE void store(bf16* to, Vec<float> v) { store_raw(to, narrow_bf16(v)); }

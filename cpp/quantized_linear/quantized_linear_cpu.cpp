@@ -55,19 +55,9 @@ struct Int8 : Floats {
 #pragma GCC unroll 16
     for (int64_t i = 0; i < kInputs; i += kFloats) {
       Vec<float> w[rows];
-      for (int o = 0; o < rows; ++o) w[o] = widen_int8(blocks[o].weight + i);
+      for (int o = 0; o < rows; ++o) w[o] = load(reinterpret_cast<const int8_t*>(blocks[o].weight) + i);
       take(i, w);
     }
-  }
-  static MEGALODON_INLINE Vec<float> widen_int8(const char* from) {
-#if defined(__AVX512F__)
-    return bit_cast<Vec<float>>(_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(load_raw<__m128i>(from))));
-#elif defined(__AVX2__)
-    return bit_cast<Vec<float>>(
-        _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(from)))));
-#else
-    return __builtin_convertvector(load_raw<typename VecOf<int8_t, kFloats>::type>(from), Vec<float>);
-#endif
   }
   // order() stores the two vectors of inputs from i on at their places in the block; in_order() loads them from there.
   static MEGALODON_INLINE void order(float* block, int64_t i, TwoVectors<float> inputs) {
