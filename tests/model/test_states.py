@@ -14,7 +14,8 @@ import megalodon_ops as mo
 import numpy as np
 import pytest
 import torch
-from megalodon_ops.model.model_state import layout, named_tensors
+from megalodon_ops.model.model_state import named_tensors
+from megalodon_ops.model.state_layout import layout
 from models import TINY, tiny_model, tokens_of
 from torch.utils._pytree import tree_leaves, tree_map_only
 

@@ -23,9 +23,10 @@ from .changed_modules import OUTPUT_PARTS, called_in_python, changed_modules
 from .fixed_coefficients import with_fixed_coefficients
 from .inputs import check_inputs
 from .layers import wide_parameters
-from .model_state import MegalodonState, as_real, check_state, complete, layout, named_tensors
+from .model_state import MegalodonState, as_real, check_state, complete, named_tensors
 from .quantized_layers import small_tensors
 from .sequences import Sequences
+from .state_layout import layout
 from .undo import check_history, make_history
 
 _NEVER = -(2**62)

@@ -17,9 +17,10 @@ from .folder import empty_model, load_model, save_model
 from .generation import generate, stream
 from .inputs import check_inputs, check_reads_tokens, embed_numbers, embed_tokens, input_layer, own_weight
 from .layers import is_plain_linear, reset_all_parameters
-from .model_state import MegalodonState, check_state, scales_inputs
+from .model_state import MegalodonState, check_state
 from .scale import running_scale
 from .sequences import Sequences
+from .state_layout import scales_inputs
 from ..ops.linear_cross_entropy.linear_cross_entropy import blockwise_cross_entropy, has_integers, linear_cross_entropy
 from ..ops.common.checks import check_flag, check_integer, check_tensor
 

@@ -32,8 +32,8 @@ from ..model.config import MegalodonConfig
 from ..model.encoder import MegalodonEncoder, MegalodonEncoderConfig
 from ..model.megalodon import Megalodon
 from ..model.official import is_official, read_official
-from ..model.model_state import MegalodonState, as_real, batch_of, check_layout
-from ..model.model_state import complete, from_named, layout, named_tensors
+from ..model.model_state import MegalodonState, as_real, complete, from_named, named_tensors
+from ..model.state_layout import batch_of, check_layout, layout
 from ..tokenizers import Tokenizer, load_tokenizer
 from ..ops.common.checks import as_device, check_integer, describe
 
