@@ -10,6 +10,7 @@ namespace megalodon {
 // completes that chunk: its token t is at position + t on the chunk grid.
 struct ChunkedAttentionParams {
   DType dtype;              // of q, k, v, o, the cache and their gradients
+  bool quantized_cache;     // the cache has 8 bits (quantized_cache.h), and a row has 4 elements more; on the CPU
   Sequences sequences;      // S sequences in T tokens
   int64_t heads;            // H
   int64_t key_dim;          // K

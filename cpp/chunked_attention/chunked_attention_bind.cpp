@@ -13,6 +13,18 @@ struct Inputs {
   TensorView k, v, cache_k, cache_v, position;
 };
 
+// Checks keys or values of a state of S sequences, whose rows have `width` numbers; returns their memory.
+void* cache_of(const ChunkedAttentionParams& p, const TensorView& tensor, const char* letters, int64_t S,
+               int64_t width) {
+  if (p.quantized_cache) {
+    const std::string rows = std::string(letters) + " with 4 more elements for a scale";
+    tensor.present().shape(rows.c_str(), {S, p.chunk_size, p.heads, width + 4}).dtype(Scalar::i8, "as `state.k`");
+  } else {
+    tensor.present().shape(letters, {S, p.chunk_size, p.heads, width}).dtype(scalar_of(p.dtype), "as `k`");
+  }
+  return tensor.data();
+}
+
 // Checks and fills the parameters that all three launchers share.
 Inputs fill(ChunkedAttentionParams& params, py::handle k_, py::handle v_, py::handle cache_k, py::handle cache_v,
             py::handle position, int64_t chunk_size, py::handle cu_seqlens, py::handle lengths) {
@@ -37,9 +49,13 @@ Inputs fill(ChunkedAttentionParams& params, py::handle k_, py::handle v_, py::ha
     in.cache_k.absent("a `state.position` to go with it");
     in.cache_v.absent("a `state.position` to go with it");
   } else {
+    params.quantized_cache = in.cache_k.present().scalar() == Scalar::i8;
+    if (params.quantized_cache && (!kReadable || params.dtype == DType::f64))
+      in.cache_k.fail("of the dtype of `k`; keys and values of 8 bits are for the CPU, beside float32, bfloat16 or "
+                      "float16, got torch.int8");
     params.position = in.position.shape("(S,)", {S}).dtype(Scalar::i64, "positions").data_as<const int64_t>();
-    params.cache_k = in.cache_k.present().shape("(S, C, H, K)", {S, C, H, K}).dtype(k.scalar(), "as `k`").data();
-    params.cache_v = in.cache_v.present().shape("(S, C, H, V)", {S, C, H, V}).dtype(k.scalar(), "as `k`").data();
+    params.cache_k = cache_of(params, in.cache_k, "(S, C, H, K)", S, K);
+    params.cache_v = cache_of(params, in.cache_v, "(S, C, H, V)", S, V);
     in.position.values(C - 1, "[0, " + std::to_string(C) + ")");
   }
   return in;
@@ -114,13 +130,11 @@ MEGALODON_BINDING(chunked_attention_state,
                   (py::handle cache_k_out, py::handle cache_v_out, py::handle position_out)) {
   ChunkedAttentionStateParams params{};
   const Inputs in = fill(params, k, v, cache_k, cache_v, position, chunk_size, cu_seqlens, lengths);
-  const int64_t S = params.sequences.count, C = params.chunk_size, H = params.heads, K = params.key_dim,
-                V = params.value_dim;
   const TensorView k_out(kAttention, "cache_k_out", cache_k_out), v_out(kAttention, "cache_v_out", cache_v_out);
   const TensorView positions(kAttention, "position_out", position_out);
-  const Scalar scalar = in.k.scalar();
-  params.cache_k_out = k_out.present().shape("(S, C, H, K)", {S, C, H, K}).dtype(scalar, "as `k`").data();
-  params.cache_v_out = v_out.present().shape("(S, C, H, V)", {S, C, H, V}).dtype(scalar, "as `k`").data();
+  const int64_t S = params.sequences.count;
+  params.cache_k_out = cache_of(params, k_out, "(S, C, H, K)", S, params.key_dim);
+  params.cache_v_out = cache_of(params, v_out, "(S, C, H, V)", S, params.value_dim);
   params.position_out = positions.present().shape("(S,)", {S}).dtype(Scalar::i64, "positions").data_as<int64_t>();
   MemoryRanges memory;
   memory.add(in.k, false);

@@ -26,8 +26,8 @@
 #include <algorithm>
 #include <cmath>
 
-#include "attention_chunks.h"
 #include "finite.h"
+#include "quantized_cache.h"
 #include "relay.h"
 #include "vector_math.h"
 
@@ -399,11 +399,13 @@ void backward(const ChunkedAttentionBwdParams& p) {
   const std::vector<Chunk> chunks = list_chunks(p);
   int64_t max_keys = 0;
   for (const Chunk& chunk : chunks) max_keys = std::max(max_keys, round_up(chunk.keys, kRowPadding));
+  ChunkedAttentionBwdParams wide = p;
+  const WideCache<T> cache(wide, chunks);
   const auto work = [&](const Chunk& chunk) {
     return static_cast<double>(chunk.keys * chunk.queries()) * static_cast<double>(p.key_dim + p.value_dim);
   };
   for_each_chunk(chunks, p.heads, kBlock, work, [&](int threads) {
-    return ChunkBackward<T>(p, max_keys, threads);
+    return ChunkBackward<T>(wide, max_keys, threads);
   });
 }
 

@@ -304,11 +304,14 @@ void forward(const ChunkedAttentionFwdParams& p) {
     }
   }
   few_query_attention<T>(p, few);
+  if (many.empty()) return;
+  ChunkedAttentionFwdParams wide = p;
+  const WideCache<T> cache(wide, many);
   const auto work = [&](const Chunk& chunk) {
     return static_cast<double>(chunk.keys * chunk.queries()) * static_cast<double>(p.key_dim + p.value_dim);
   };
   for_each_chunk(many, p.heads, kQueryBlock, work, [&](int threads) {
-    return ChunkForward<T>(p, max_keys, threads);
+    return ChunkForward<T>(wide, max_keys, threads);
   });
 }
 
@@ -322,18 +325,30 @@ void chunked_attention_fwd_cpu(const ChunkedAttentionFwdParams& params) {
 void chunked_attention_state_cpu(const ChunkedAttentionStateParams& p) {
   const int64_t element = p.dtype == DType::f64 ? 8 : p.dtype == DType::f32 ? 4 : 2;
   const int64_t chunk_bytes = p.chunk_size * p.heads * (p.key_dim + p.value_dim) * element;
+  const auto append = [&](const char* rows, int64_t count, int64_t width, char* to) {
+    if (!p.quantized_cache) {
+      std::memcpy(to, rows, static_cast<size_t>(count * width * element));
+      return;
+    }
+    dispatch_dtype(p.dtype, [&](auto type) {
+      using T = decltype(type);
+      if constexpr (!std::is_same_v<T, double>)
+        quantize_rows(reinterpret_cast<const T*>(rows), count, width, reinterpret_cast<int8_t*>(to));
+    });
+  };
   parallel_jobs(p.sequences.count, static_cast<double>(p.sequences.count * chunk_bytes), [&] {
     return [&](int64_t s) {
       const int64_t position = p.position ? p.position[s] : 0, end = position + p.sequences.length(s);
       const int64_t start = end - end % p.chunk_size, kept = start == 0 ? position : 0, fresh = end - start - kept;
       const auto copy = [&](int64_t width, const void* cache, const void* tokens, void* cache_out) {
-        const int64_t row = p.heads * width * element;
+        const int64_t token = p.heads * width * element;
+        const int64_t row = p.quantized_cache ? p.heads * (width + kScaleElements<int8_t>) : token;
         char* out = static_cast<char*>(cache_out) + s * p.chunk_size * row;
-        const char* from = static_cast<const char*>(tokens) + (p.sequences.end(s) - fresh) * row;
+        const char* from = static_cast<const char*>(tokens) + (p.sequences.end(s) - fresh) * token;
         const bool in_place = cache == cache_out;
         if (kept > 0 && !in_place)
           std::memcpy(out, static_cast<const char*>(cache) + s * p.chunk_size * row, static_cast<size_t>(kept * row));
-        if (fresh > 0) std::memcpy(out + kept * row, from, static_cast<size_t>(fresh * row));
+        if (fresh > 0) append(from, fresh * p.heads, width, out + kept * row);
         if (!in_place)
           std::memset(out + (kept + fresh) * row, 0, static_cast<size_t>((p.chunk_size - kept - fresh) * row));
       };

@@ -4,13 +4,13 @@
 //
 // A job owns one chunk or, if there are few chunks, one segment of a chunk's keys, with all heads, so that it reads
 // contiguous memory; the segments' (max, sum, O) are merged in order. In a segment, for each kStrip keys: dot products
-// of one vector of keys at a time, online softmax, O += p_j v_j.
+// of one vector of keys at a time, online softmax, O += p_j v_j. Rows of 8 bits become floats in registers.
 #pragma once
 
 #include <algorithm>
 #include <cmath>
 
-#include "attention_chunks.h"
+#include "quantized_cache.h"
 #include "vector_math.h"
 
 namespace megalodon::MEGALODON_ISA {
@@ -45,8 +45,7 @@ class FewQueries {
   void attend(const Chunk& chunk, int64_t begin, int64_t end, R* partials) {
     const int64_t count = chunk.queries(), size = partial_size(p_);
     const auto q = chunk_rows<T>(p_, chunk, 0, nullptr, p_.q, p_.key_dim);
-    const auto k = chunk_rows<T>(p_, chunk, 0, p_.cache_k, p_.k, p_.key_dim);
-    const auto v = chunk_rows<T>(p_, chunk, 0, p_.cache_v, p_.v, p_.value_dim);
+    const Rows k(p_, chunk, p_.cache_k, p_.k, p_.key_dim), v(p_, chunk, p_.cache_v, p_.v, p_.value_dim);
     for (int64_t head = 0; head < p_.heads; ++head) {
       for (int64_t i = 0; i < count; ++i)
         for (int64_t c = 0; c < p_.key_dim; c += kLane)
@@ -64,10 +63,14 @@ class FewQueries {
       // Every query sees the first `seen` keys. The value of a later key may be NaN; queries that do not see that key
       // skip it, since 0 times NaN is NaN.
       const int64_t seen = std::min(keys, chunk.cached + 1 - key);
-      int64_t at = 0;
-      for (; at + kRows <= seen; at += kRows) add_values<kRows>(v, key, at, 0, count, partials);
-      for (; at < keys; ++at)
-        add_values<1>(v, key, at, std::max<int64_t>(0, key + at - chunk.cached), count, partials);
+      const auto add = [&](const auto& rows, int64_t at, int64_t stop) {
+        for (; at + kRows <= std::min(seen, stop); at += kRows) add_values<kRows>(rows, key, at, 0, count, partials);
+        for (; at < stop; ++at)
+          add_values<1>(rows, key, at, std::max<int64_t>(0, key + at - chunk.cached), count, partials);
+      };
+      const int64_t quantized = std::clamp<int64_t>(v.quantized.keys - key, 0, keys);
+      if constexpr (kMayQuantize) add(v.quantized, 0, quantized);
+      add(v.plain, quantized, keys);
     }
   }
 
@@ -98,35 +101,53 @@ class FewQueries {
   }
 
  private:
+  static constexpr bool kMayQuantize = !std::is_same_v<T, double>;
+
+  // Rows of a chunk, of all heads: those of the cache are in `quantized` if it has 8 bits.
+  struct Rows {
+    Rows(const ChunkedAttentionParams& p, const Chunk& chunk, const void* cache, const void* tokens, int64_t width)
+        : plain(chunk_rows<T>(p, chunk, 0, p.quantized_cache ? nullptr : cache, tokens, width)),
+          quantized(quantized_rows(p, chunk, cache, width)) {}
+    ChunkRows<T> plain;
+    ChunkRows<int8_t> quantized;
+  };
+
   R* query(int64_t head, int64_t i) const { return &queries_[(head * kFewQueries + i) * key_width_]; }
   R* sums(int64_t head, int64_t i) const { return &sums_[(head * kFewQueries + i) * kLane * kLane]; }
   R* scores(int64_t head, int64_t i) const { return &scores_[(head * kFewQueries + i) * kStrip]; }
 
   // Scores of up to a vector of the strip's keys, from key `at` on: one vector of partial sums per row, in the order of
   // memory, then the sums over the lanes of each vector.
-  void dot_products(const ChunkRows<T>& k, int64_t key, int64_t keys, int64_t queries, int64_t at) const {
-    const int64_t width = p_.key_dim, ahead = kLane * p_.heads * width;  // the next vector's rows
-    for (int64_t r = 0; r < keys; ++r) {
-      const T* row = k(key + r);
-      for (int64_t head = 0; head < p_.heads; ++head, row += width)
-        for (int64_t i = 0; i < queries; ++i) {
-          const R* q = query(head, i);
-          Vec<R> sum = zeros<R>();
-          int64_t c = 0;
-          for (; c + kLane <= width; c += kLane) {
-            __builtin_prefetch(row + c + ahead, 0, 2);
-            sum += load(q + c) * load(row + c);
-          }
-          if (c < width) sum += load(q + c) * load_first(row + c, width - c);
-          store(sums(head, i) + r * kLane, sum);
-        }
-    }
+  void dot_products(const Rows& k, int64_t key, int64_t keys, int64_t queries, int64_t at) const {
+    const int64_t quantized = std::clamp<int64_t>(k.quantized.keys - key, 0, keys);
+    if constexpr (kMayQuantize)
+      for (int64_t r = 0; r < quantized; ++r) multiply_row(k.quantized, key + r, queries, r);
+    for (int64_t r = quantized; r < keys; ++r) multiply_row(k.plain, key + r, queries, r);
     for (int64_t head = 0; head < p_.heads; ++head)
       for (int64_t i = 0; i < queries; ++i) {
         Vec<R> row[kLane];
         for (int64_t r = 0; r < kLane; ++r)
           row[r] = r < keys ? load(static_cast<const R*>(sums(head, i)) + r * kLane) : zeros<R>();
         store(scores(head, i) + at, static_cast<R>(p_.scale) * sum_rows<R>(row));
+      }
+  }
+
+  // Partial sums of the dot products of a key, which is number r of its vector.
+  template <class E>
+  void multiply_row(const ChunkRows<E>& rows, int64_t key, int64_t queries, int64_t r) const {
+    const int64_t width = p_.key_dim, ahead = kLane * rows.stride;  // the next vector's rows
+    const E* row = rows(key);
+    for (int64_t head = 0; head < p_.heads; ++head, row += width + kScaleElements<E>)
+      for (int64_t i = 0; i < queries; ++i) {
+        const R* q = query(head, i);
+        Vec<R> sum = zeros<R>();
+        int64_t c = 0;
+        for (; c + kLane <= width; c += kLane) {
+          __builtin_prefetch(row + c + ahead, 0, 2);
+          sum += load(q + c) * load(row + c);
+        }
+        if (c < width) sum += load(q + c) * load_first(row + c, width - c);
+        store(sums(head, i) + r * kLane, scale_of_row(row, width) * sum);
       }
   }
 
@@ -165,15 +186,16 @@ class FewQueries {
   }
 
   // O += p v for kKeys keys of a strip, from key `at` on, all heads, and the queries [first, queries).
-  template <int kKeys>
-  void add_values(const ChunkRows<T>& rows, int64_t key, int64_t at, int64_t first, int64_t queries,
+  template <int kKeys, class E>
+  void add_values(const ChunkRows<E>& rows, int64_t key, int64_t at, int64_t first, int64_t queries,
                   R* partials) const {
-    const int64_t width = p_.value_dim, ahead = kRows * p_.heads * width, size = partial_size(p_);
+    const int64_t width = p_.value_dim, ahead = kRows * rows.stride, size = partial_size(p_);
     for (int64_t head = 0; head < p_.heads; ++head) {
-      const T* v[kKeys];
-      for (int r = 0; r < kKeys; ++r) v[r] = rows(key + at + r) + head * width;
+      const E* v[kKeys];
+      for (int r = 0; r < kKeys; ++r) v[r] = rows(key + at + r) + head * (width + kScaleElements<E>);
       for (int64_t i = first; i < queries; ++i) {
-        const R* p = scores(head, i) + at;
+        R p[kKeys];
+        for (int r = 0; r < kKeys; ++r) p[r] = scale_of_row(v[r], width) * scores(head, i)[at + r];
         R* o = partials + head * size + kOutput + i * value_width_;
         int64_t c = 0;
         for (; c + kLane <= width; c += kLane) {

@@ -207,6 +207,10 @@ MEGALODON_INLINE Vec<float> load_some(const bf16* from, uint32_t lanes) {
 MEGALODON_INLINE Vec<float> load_some(const fp16* from, uint32_t lanes) {
   return widen_f16(load_some_bits(from, lanes));
 }
+MEGALODON_INLINE Vec<float> load_some(const int8_t* from, uint32_t lanes) {
+  const __m128i bytes = _mm_maskz_loadu_epi8(static_cast<__mmask16>(lanes), from);
+  return bit_cast<Vec<float>>(_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(bytes)));
+}
 MEGALODON_INLINE void store_some(float* to, Vec<float> v, uint32_t lanes) {
   _mm512_mask_storeu_ps(to, static_cast<__mmask16>(lanes), bit_cast<__m512>(v));
 }

@@ -31,7 +31,7 @@ ROOMS = [
     """.strip().splitlines()
 ]
 """Packages by level: each imports from itself and from lower levels."""
-PLAIN = {f"megalodon_ops.ops.common.{name}" for name in ("checks", "philox", "states")}
+PLAIN = {f"megalodon_ops.ops.common.{name}" for name in ("checks", "philox", "quantized_rows", "states")}
 """Modules without kernels, which references may import"""
 
 Imports = dict[str, set[str]]

@@ -23,6 +23,7 @@ LIMITS = {
     torch.bfloat16: (2, 0.5),
     torch.float16: (2, 0.5),
     torch.int64: (0, 0),
+    torch.int8: (0, 0),
 }
 ROUNDED_BETWEEN = {"normalized_attention": 0.5, "adaptive_working_memory": 1.5}
 """Ops that round intermediate results to the tokens' dtype, and the error that this allows, in spacings of the dtype"""

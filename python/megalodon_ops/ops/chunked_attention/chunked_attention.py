@@ -11,7 +11,8 @@ from ..common.definition import accumulation_dtype, autocast, call, contiguous_o
 from ..common.definition import empty_gradients, empty_like, int64_or_none, launch, num_sequences
 from ..common.states import AttentionState, state_fields
 from .attention_flops import attention_bwd_flops, attention_flops, pairs_in_chunk
-from .two_chunk_attention import two_chunk_attention_fwd, two_chunk_attention_state, two_chunk_attention_state_
+from .two_chunk_attention import empty_state, two_chunk_attention_fwd
+from .two_chunk_attention import two_chunk_attention_state, two_chunk_attention_state_
 from ..common.checks import LARGEST_BELOW_1, check_flag, check_number, check_size, check_tensor
 
 
@@ -46,7 +47,9 @@ def chunked_attention(
             for the sequences' ends, if they are given, and the positions.
         causal: False: each position sees its whole chunk inside its sequence, as in an encoder; there is no state.
         scale: factor on the scores.
-        state: keys and values of the unfinished chunk; None: empty. The state is constant in the backward.
+        state: keys and values of the unfinished chunk; None: empty. The state is constant in the backward. On the CPU,
+            keys and values can have 8 bits, beside float32, bfloat16 or float16: each position is rounded when it enters
+            the state, and the new state has 8 bits, too.
         return_state: also return the state after each sequence's last position.
         inplace_state: append to the tensors of `state` instead of copying them; for generation. A backward that needs
             the old values raises.
@@ -182,12 +185,7 @@ def _state(k, v, cache_k, cache_v, position, chunk_size, cu_seqlens, lengths):
 
 
 def _state_fake(k, v, cache_k, cache_v, position, chunk_size, cu_seqlens, lengths):
-    sequences = num_sequences(k.shape[0], cu_seqlens)
-    return (
-        k.new_empty((sequences, chunk_size, *k.shape[2:])),
-        v.new_empty((sequences, chunk_size, *v.shape[2:])),
-        k.new_empty((sequences,), dtype=torch.int64),
-    )
+    return empty_state(k, v, cache_k, cache_v, num_sequences(k.shape[0], cu_seqlens), chunk_size)
 
 
 def _state_inplace(k, v, cache_k, cache_v, position, chunk_size, cu_seqlens, lengths):

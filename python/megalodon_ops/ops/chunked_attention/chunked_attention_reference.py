@@ -12,6 +12,10 @@ After a given state, which only causal attention has, a sequence first completes
 `position` keys are columns 0 .. position - 1, and token t is row position + t. The keys are those of the unfinished
 chunk and, if two are visible, of the previous one. q and k have K channels a head, v and o have V.
 
+Keys and values of a state may have 8 bits. A row then has a scale s = max |x| / 127, and x_i is rounded to s q_i with an
+integer q_i, when its position enters the state. The keys and values of the call itself are exact. (Here, s q_i is
+rounded to the dtype of q; kernels may leave that out.)
+
 Forward and backward, a value that is not finite reaches the rows that see it, even with weight 0, and no other rows.
 
 DropKey hides each key from each query with probability `dropkey`, without a rescale: the softmax renormalizes. The mask
@@ -30,6 +34,7 @@ import torch
 from torch import Tensor
 
 from megalodon_ops.ops.common.philox import draw_seed, dropkey_mask
+from megalodon_ops.ops.common.quantized_rows import pack_rows, unpack_rows
 from megalodon_ops.ops.common.reference_helpers import accumulation_dtype, sequences
 from megalodon_ops.ops.common.states import AttentionState
 
@@ -67,16 +72,17 @@ def chunked_attention(
     seed = int(draw_seed() if dropkey_seed is None else dropkey_seed) if dropkey > 0 else 0
     o, ends = torch.zeros_like(v), []
     for s, (row, tokens) in enumerate(sequences(q, cu_seqlens, lengths)):
-        q_s, k_s, v_s, position = _on_grid(q[row, tokens], k[row, tokens], v[row, tokens], state, s)
+        new = k[row, tokens], v[row, tokens]
+        q_s, k_s, v_s, position = _on_grid(q[row, tokens], *new, state, s)
         o_s = torch.zeros_like(v_s)  # (position + n, H, V)
         for rows, columns in _chunks(position, len(k_s), chunk_size, visible_chunks):
             P = _probabilities(q_s, k_s, rows, columns, causal, scale, dropkey, seed, s)
             o_s[rows] = _masked_sum(P, v_s[columns], _seen_mask(rows, columns, causal))
         o[row, tokens] = o_s[position:].to(v.dtype)
-        ends.append((k_s, v_s))
+        ends.append(_kept_rows(*new, state, s))
     if not return_state:
         return o
-    new = _end_state(q, k, v, ends, chunk_size, visible_chunks)
+    new = _end_state(*((k, v) if state is None else state[:2]), ends, chunk_size, visible_chunks)
     if inplace_state:
         for old, value in zip(state, new, strict=True):
             old.copy_(value)
@@ -136,14 +142,22 @@ def _on_grid(
 ) -> tuple[Tensor, Tensor, Tensor, int]:
     """Prepend the cached keys and values, and as many empty queries, to the n new ones: (position + n, H, K or V)."""
     real = accumulation_dtype(q.dtype)
-    q, k, v = q.to(real), k.to(real), v.to(real)
     if state is None:
-        return q, k, v, 0
+        return q.to(real), k.to(real), v.to(real), 0
     position = int(state.position[s])
     q = torch.cat([q.new_zeros(position, *q.shape[1:]), q])
-    k = torch.cat([state.k[s, :position].detach().to(real), k])
-    v = torch.cat([state.v[s, :position].detach().to(real), v])
-    return q, k, v, position
+    cached = (unpack_rows(x).to(q.dtype) if x.dtype == torch.int8 else x for x in state[:2])
+    k, v = (torch.cat([x[s, :position].detach().to(real), new.to(real)]) for x, new in zip(cached, (k, v)))
+    return q.to(real), k, v, position
+
+
+def _kept_rows(k: Tensor, v: Tensor, state: AttentionState | None, s: int) -> tuple[Tensor, Tensor]:
+    """Append the n new keys and values to the cached ones, as a state keeps them: (position + n, H, ...)."""
+    if state is None:
+        return k.detach(), v.detach()
+    pairs = ((state.k, k.detach()), (state.v, v.detach()))
+    new = (pack_rows(x) if cache.dtype == torch.int8 else x for cache, x in pairs)
+    return tuple(torch.cat([cache[s, : state.position[s]], x]) for (cache, _), x in zip(pairs, new))
 
 
 def _chunks(position: int, total: int, chunk_size: int, visible: int) -> Iterator[tuple[slice, slice]]:
@@ -183,19 +197,19 @@ def _masked_sum(weights: Tensor, terms: Tensor, seen: Tensor) -> Tensor:
 
 
 def _end_state(
-    q: Tensor, k: Tensor, v: Tensor, ends: list[tuple[Tensor, Tensor]], chunk_size: int, visible: int
+    k: Tensor, v: Tensor, ends: list[tuple[Tensor, Tensor]], chunk_size: int, visible: int
 ) -> AttentionState:
     """State with the rows that the next position will see; the rows after them are zero."""
-    S, (H, K), V = len(ends), k.shape[2:], v.shape[-1]
+    S = len(ends)
     state = AttentionState(
-        k=k.new_zeros(S, visible * chunk_size, H, K),
-        v=v.new_zeros(S, visible * chunk_size, H, V),
-        position=torch.zeros(S, dtype=torch.int64, device=q.device),
+        k=k.new_zeros(S, visible * chunk_size, *k.shape[2:]),
+        v=v.new_zeros(S, visible * chunk_size, *v.shape[2:]),
+        position=torch.zeros(S, dtype=torch.int64, device=k.device),
     )
     for s, (k_s, v_s) in enumerate(ends):
         position = min(len(k_s), (visible - 1) * chunk_size + len(k_s) % chunk_size)
         first = len(k_s) - position
-        state.k[s, :position] = k_s[first:].detach().to(k.dtype)
-        state.v[s, :position] = v_s[first:].detach().to(v.dtype)
+        state.k[s, :position] = k_s[first:]
+        state.v[s, :position] = v_s[first:]
         state.position[s] = position
     return state

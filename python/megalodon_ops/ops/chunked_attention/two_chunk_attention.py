@@ -162,9 +162,16 @@ def _state_inplace_fake(k, v, cache_k, cache_v, position, chunk_size, cu_seqlens
 
 
 def _state_fake(k, v, cache_k, cache_v, position, chunk_size, cu_seqlens, lengths):
-    sequences = num_sequences(len(k), cu_seqlens)
-    caches = (x.new_empty(sequences, 2 * chunk_size, *x.shape[2:]) for x in (k, v))
-    return *caches, k.new_empty(sequences, dtype=torch.int64)
+    return empty_state(k, v, cache_k, cache_v, num_sequences(len(k), cu_seqlens), 2 * chunk_size)
+
+
+def empty_state(
+    k: Tensor, v: Tensor, cache_k: Tensor | None, cache_v: Tensor | None, sequences: int, rows: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Uninitialised tensors of a state of keys and values k, v (B, L, H, ...) with rows as in the given caches."""
+    like = (k if cache_k is None else cache_k, v if cache_v is None else cache_v)
+    caches = (x.new_empty((sequences, rows, *x.shape[2:])) for x in like)
+    return *caches, k.new_empty((sequences,), dtype=torch.int64)
 
 
 _SEQUENCES = "Tensor? cu_seqlens, Tensor? lengths"

@@ -62,6 +62,8 @@ class AttentionState(NamedTuple):
     """Keys and values of each sequence's unfinished chunk of C positions; rows [0, position) are valid.
 
     If attention sees two chunks, k and v have 2 C rows: those of the last complete chunk, if there is one, come first.
+    Keys and values of 8 bits are int8 of shape (S, C, H, K + 4) and (S, C, H, V + 4): the integers of a row, then the
+    bytes of its float32 scale, the row's largest absolute value / 127.
 
     Example:
         >>> import torch, megalodon_ops as mo

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from ..common.checks import check_device, check_optional_tensor, check_rank, check_tensor, short_text
 from ..common.definition import autocast, call, contiguous_or_none, define_op, has_cpu_kernel, in_forward_mode, launch
+from ..common.quantized_rows import round_rows
 from ..linear.linear import linear
 
 KINDS = ("int8", "int4")
@@ -60,7 +61,7 @@ def quantize_weight(weight: Tensor, kind: str) -> QuantizedWeight:
     weight = weight.detach().float()
     if not weight.is_meta and not bool(weight.isfinite().all()):
         raise ValueError("quantize_weight: `weight` must be finite, got NaN or infinity.")
-    return _to_int8(weight) if kind == "int8" else _to_int4(weight)
+    return QuantizedWeight(*round_rows(weight)) if kind == "int8" else _to_int4(weight)
 
 
 def empty_weight(outputs: int, inputs: int, kind: str) -> QuantizedWeight:
@@ -72,11 +73,6 @@ def empty_weight(outputs: int, inputs: int, kind: str) -> QuantizedWeight:
     blocks = -(-inputs // _BLOCK)
     scale = torch.empty(outputs, blocks * _BLOCK // _GROUP, dtype=torch.bfloat16)
     return QuantizedWeight(torch.empty(outputs, blocks * _BLOCK // 2, dtype=torch.uint8), scale)
-
-
-def _to_int8(weight: Tensor) -> QuantizedWeight:
-    scale = (weight.abs().amax(1) / 127 if weight.numel() else weight.sum(1)).clamp(min=torch.finfo().tiny)
-    return QuantizedWeight((weight / scale[:, None]).round().to(torch.int8), scale)
 
 
 def _to_int4(weight: Tensor) -> QuantizedWeight:
