@@ -7,7 +7,7 @@ import torch
 from command_line import error_of, output
 from models import tiny_model
 
-from megalodon_ops import Megalodon, quantize
+from megalodon_ops import Megalodon, MegalodonState, quantize
 from megalodon_ops.tokenizers import ByteTokenizer
 
 pytestmark = pytest.mark.usefixtures("quick")
@@ -23,6 +23,18 @@ def test_a_run(finished, tmp_path, capsys):
     assert Megalodon.load(out).quantization == "int8" and Megalodon.load(out).embed.dtype == torch.bfloat16
     output(capsys, "eval", "--checkpoint", out, "--data", __file__)
     output(capsys, "generate", "--checkpoint", out, "--tokens", 3)
+
+
+def test_generate_keeps_keys_and_values_in_8_bits(finished, capsys, monkeypatch):
+    dtypes, fresh = [], MegalodonState.fresh
+
+    def noted(*args, cache_dtype=None, **options):
+        dtypes.append(cache_dtype)
+        return fresh(*args, cache_dtype=cache_dtype, **options)
+
+    monkeypatch.setattr(MegalodonState, "fresh", noted)
+    output(capsys, "generate", "--checkpoint", finished, "--tokens", 3, "--cache-dtype", "int8")
+    assert dtypes and {*dtypes} == {torch.int8}
 
 
 def test_a_saved_model(tmp_path, capsys):

@@ -19,6 +19,7 @@ from launched import TORCHRUN, free_port
 from models import TINY, tiny_model, tokens_of
 from ranks import RankError, Ranks
 
+from megalodon_ops import MegalodonState
 from megalodon_ops.distributed import make_mesh, parallelize
 from megalodon_ops.distributed.rank_checks import check_same_on_ranks
 
@@ -58,6 +59,7 @@ def call_error(fault: Fault) -> str:
 
 
 LENGTHS = torch.tensor([20, 9])
+SMALL = MegalodonState.fresh(tiny_model().config, 2, cache_dtype=torch.int8)
 FAULTS = [
     Fault(
         "Megalodon: `tokens` must end at a chunk boundary on every rank but the last, got a piece of rank 0 of its group "
@@ -83,6 +85,7 @@ FAULTS = [
     Fault(r"`state.norm.count` must be .* \[8, 8\] on rank 0 and \[16, 16\] on rank 1", past=(16, 8)),
     Fault("`state` must have 2 sequences, as many as `tokens`, got 3", past=(8, 8), rows=3),
     Fault("ends 3 tokens into a chunk of 8 of sequence 0", past=(3, 3)),
+    Fault("`state` must have keys and values in the dtype of the activations.*, got torch.int8", dict(state=SMALL)),
 ]
 
 

@@ -9,6 +9,7 @@ pytest.importorskip("transformers")
 from hf_models import SIZES, VARIANTS, hf, transformers
 
 import megalodon_ops as mo
+from megalodon_ops.hf.cache import CACHE
 
 
 @pytest.mark.parametrize("kind", ["int8", "int4"])
@@ -32,6 +33,17 @@ def test_loads_generates_and_saves(kind, variant, dtype, tmp_path):
         assert torch.equal(transformers.AutoModelForCausalLM.from_pretrained(tmp_path / name)(tokens).logits, logits)
     features = transformers.AutoModel.from_pretrained(tmp_path / "ours")(tokens).last_hidden_state
     assert torch.equal(features, small.features(tokens))
+
+
+def test_generates_with_keys_and_values_of_8_bits():
+    model = mo.Megalodon(mo.MegalodonConfig(**SIZES)).eval()
+    fresh, tokens = mo.MegalodonState.fresh(model.config, 2, cache_dtype=torch.int8), torch.randint(50, (2, 12))
+    options, cache = dict(max_new_tokens=6, do_sample=False), hf.MegalodonCache(fresh)
+    found = hf.MegalodonForCausalLM.from_megalodon(model).generate(tokens, **{CACHE: cache}, **options)
+    expected, state = model.generate(tokens, max_new_tokens=6, temperature=0, state=fresh, return_state=True)
+    assert torch.equal(found, expected) and cache.state.cache_dtype == torch.int8
+    for layer, own in zip(state.layers, cache.state.layers, strict=True):
+        assert torch.equal(layer.attention.position, own.attention.position)
 
 
 def test_weights_are_not_rounded_while_they_are_loaded(tmp_path):

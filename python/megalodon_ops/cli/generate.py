@@ -36,14 +36,15 @@ def run(options: Generate) -> int:
     device = usable_device(options.device)
     prompts = _prompts(options)
     trained = trained_model(options.checkpoint, device, options.tokenizer, options.dtype)
+    cache_dtype = torch.int8 if options.cache_dtype == "int8" else None
     try:
-        check_samples(trained.model, options.samples)  # before the model runs
+        check_samples(trained.model, options.samples, cache_dtype)  # before the model runs
     except ValueError as error:
         raise CommandError(f"--samples: {error}; ask for fewer") from error
     use_huge_pages(trained.model)
     names = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty", "seed")
     sampling = dict(num_tokens=options.tokens, stops=options.stop, samples=options.samples)
-    sampling |= {name: getattr(options, name) for name in names}
+    sampling |= {name: getattr(options, name) for name in names} | {"cache_dtype": cache_dtype}
     with precision(device, options.dtype or trained.dtype):
         for count, prompt in enumerate(prompts, 1):
             title = f"prompt {count}" if len(prompts) > 1 else ""

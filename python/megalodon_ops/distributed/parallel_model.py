@@ -188,4 +188,9 @@ def _arguments(state: MegalodonState | None, rows: int, sequences: Sequences) ->
     values = {"rows of tokens": rows, **sequences.keywords, "state": "None" if state is None else "given"}
     if state is None:
         return values
+    if state.cache_dtype == torch.int8:
+        raise ValueError(
+            "Megalodon: `state` must have keys and values in the dtype of the activations, on several ranks "
+            "of chunk or tensor, got torch.int8."
+        )
     return values | {"state.norm.count": state.norm.count, "position in state": state.layers[0].attention.position}

@@ -24,7 +24,7 @@ from .fixed_coefficients import with_fixed_coefficients
 from .inputs import check_inputs
 from .layers import wide_parameters
 from .model_state import MegalodonState, as_real, check_state, complete, named_tensors
-from .quantized_layers import small_tensors
+from .quantized_layers import computing_dtype, small_tensors
 from .sequences import Sequences
 from .state_layout import layout
 from .undo import check_history, make_history
@@ -93,6 +93,7 @@ class Decoder:
             )
         self._model, self._state = model, _contiguous_copy(state)
         self._like = self._state.layers[0].attention.v
+        self._dtype = computing_dtype(model) if self._like.dtype == torch.int8 else self._like.dtype
         self.num_sequences = self._like.shape[0]
         device = self._like.device.type
         enabled, dtype = is_autocast_enabled(device), torch.get_autocast_dtype(device)
@@ -106,7 +107,7 @@ class Decoder:
         """largest position of a sequence in its cache; None: unknown"""
         self._captures, self._max_tokens = may_capture(model, self._state), 0
         if self._may_record(enabled):
-            most = linear.most_few_rows(self._like.dtype)
+            most = linear.most_few_rows(self._dtype)
             self._max_tokens = _CAPTURED_LENGTH * self.num_sequences if self._captures else most
         self._steps: dict[int, Step | CapturedStep] = {}
         """recorded and captured steps by the number of tokens of a row"""
@@ -415,7 +416,7 @@ class Decoder:
 
     def _check_tensors(self, reference: nn.Module) -> None:
         """Raise unless the parameters outside of changed modules, and the state, have the model's shapes and dtypes."""
-        dtype = self._like.dtype
+        dtype = self._dtype
         given, wide = dict(self._model.named_parameters(remove_duplicate=False)), wide_parameters(reference)
         small = small_tensors(reference)
         for name, parameter in reference.named_parameters(remove_duplicate=False):

@@ -18,6 +18,7 @@ from .sampling import Sampling, check_seeds, numbers_of_seeds
 from .model_state import MegalodonState
 from .quantized_layers import computing_dtype
 from .sequences import Sequences
+from .state_layout import check_cache_dtype
 from .stops import StopDetector, check_stops
 from ..ops.common.definition import check_runs_now
 from ..ops.linear_cross_entropy.linear_cross_entropy import has_integers
@@ -228,6 +229,7 @@ def stream(
     seed: int | Sequence[int] | None = None,
     draft: nn.Module | str | None = None,
     draft_tokens: int = 4,
+    cache_dtype: torch.dtype | None = None,
 ) -> TokenStream:
     """Continue prompts token by token.
 
@@ -259,6 +261,8 @@ def stream(
             rounding, also where they are drawn. A smaller :class:`Megalodon` of the same tokens; or "prompt", which
             repeats what followed the last tokens earlier in the text. All rows keep as many as the row with the fewest.
         draft_tokens: number of tokens that the draft guesses at once.
+        cache_dtype: torch.int8: the model's state keeps keys and values in 8 bits, on the CPU, as after
+            :meth:`MegalodonState.quantize_cache`. None: as in `state`, or in the dtype of the activations.
 
     Returns:
         an iterator of (B * num_samples,) int64, up to `max_new_tokens` or, with stops, until all rows have stopped; -1
@@ -273,10 +277,15 @@ def stream(
         check_integer("generate", "max_new_tokens", max_new_tokens, "an integer in [0, 2^31)", 0, 2**31 - 1)
     check_reads_tokens("generate", self.config)
     _check_prompt(self, prompt, state)
+    if cache_dtype is not None:
+        dtype = computing_dtype(self)
+        check_cache_dtype("generate", cache_dtype, dtype, self.config.working_memory)
+        new = dict(dtype=dtype, device=prompt.device, cache_dtype=cache_dtype)
+        state = MegalodonState.fresh(self.config, len(prompt), **new) if state is None else state.quantize_cache()
     rows = len(prompt) * check_size("generate", "num_samples", num_samples)
     if prompt.is_cpu:
         try:
-            check_samples(self, rows)
+            check_samples(self, rows, cache_dtype)
         except ValueError as error:
             raise ValueError(f"generate: `num_samples` must be less, got {num_samples:,}: {error}.") from None
     prompts = _Prompts(prompt, _check_lengths(prompt, lengths, padding), padding, num_samples)
@@ -364,9 +373,10 @@ _EQUIVALENTS = {
 """Equivalents of options of transformers' `generate`"""
 
 
-def check_samples(model: nn.Module, rows: int) -> None:
+def check_samples(model: nn.Module, rows: int, cache_dtype: torch.dtype | None = None) -> None:
     """Raise a ValueError, before a prompt is read, if the states and logits of all rows do not fit in memory."""
-    state = MegalodonState.fresh(model.config, 1, dtype=computing_dtype(model), device="meta").nbytes
+    options = dict(dtype=computing_dtype(model), device="meta", cache_dtype=cache_dtype)
+    state = MegalodonState.fresh(model.config, 1, **options).nbytes
     logits = 2 * model.config.num_outputs * torch.float32.itemsize  # the decoder's, and sorted by the sampler
     check_fits(rows * (state + logits), f"the state of {rows:,} samples")
 

@@ -18,9 +18,10 @@ from .blocks import BlockState
 from .config import MegalodonConfig, check_config
 from ..files import file_size, reading, write_atomically, write_safetensors
 from .gecko_block import MemoryBlockState, block_state_type
-from .state_layout import ACTIVATIONS, batch_of, check_layout, check_values, layout, scales_inputs
+from .state_layout import ACTIVATIONS, batch_of, check_cache_dtype, check_layout, check_values, layout, scales_inputs
 from ..ops.common.definition import accumulation_dtype
 from ..ops.common.memory import check_fits
+from ..ops.common.quantized_rows import pack_rows
 from ..ops.common.states import AttentionState, TimestepNormState, named_in_programs
 from ..ops.common.checks import as_device, check_size, describe, is_integer_between, short_text
 
@@ -64,23 +65,32 @@ class MegalodonState(NamedTuple):
         *,
         dtype: torch.dtype = torch.float32,
         device: torch.device | str = "cpu",
+        cache_dtype: torch.dtype | None = None,
     ) -> MegalodonState:
         """State of sequences that have not begun, equivalent to state=None.
 
         Args:
             num_sequences: S.
             dtype: of the model's activations.
+            cache_dtype: torch.int8: keys and values have 8 bits, as in :meth:`quantize_cache`; None: as `dtype`.
         """
         check_config("MegalodonState.fresh", config)
         rows = check_size("MegalodonState.fresh", "num_sequences", num_sequences)
         _check_activations("MegalodonState.fresh", dtype)
-        wanted, device = layout(config, rows, dtype), as_device("MegalodonState.fresh", device)
+        if cache_dtype is not None:
+            check_cache_dtype("MegalodonState.fresh", cache_dtype, dtype, config.working_memory)
+        wanted, device = layout(config, rows, cache_dtype or dtype), as_device("MegalodonState.fresh", device)
         return from_named({name: torch.zeros(shape, dtype=kind, device=device) for name, kind, shape in wanted})
 
     @property
     def num_sequences(self) -> int:
         """S."""
         return self.norm.count.shape[0]
+
+    @property
+    def cache_dtype(self) -> torch.dtype:
+        """Dtype of keys and values."""
+        return self.layers[0].attention.k.dtype
 
     @property
     def nbytes(self) -> int:
@@ -122,7 +132,8 @@ class MegalodonState(NamedTuple):
     ) -> MegalodonState:
         """Move the state to another device, or convert it for activations of another dtype: `state.to(torch.bfloat16)`.
 
-        Keys and values get the dtype; the recurrent parts become float32, or float64 for float64 activations.
+        Keys and values get the dtype, but those of 8 bits stay so; the recurrent parts become float32, or float64 for
+        float64 activations.
         """
         if isinstance(device, torch.dtype):
             device, dtype = None, device
@@ -133,13 +144,44 @@ class MegalodonState(NamedTuple):
         real = accumulation_dtype(dtype)
 
         def convert(name: str, tensor: Tensor) -> Tensor:
-            if tensor.dtype == torch.int64 or name.startswith("inputs."):
+            if tensor.dtype in (torch.int64, torch.int8) or name.startswith("inputs."):
                 return tensor.to(device)
             if name.endswith((".attention.k", ".attention.v", ".memory_k")):
                 return tensor.to(device, dtype)
             return tensor.to(device, real.to_complex() if tensor.is_complex() else real)
 
         return from_named({name: convert(name, tensor) for name, tensor in named_tensors(self).items()})
+
+    def quantize_cache(self) -> MegalodonState:
+        """Round keys and values to 8 bits; the other tensors share memory. The next calls keep 8 bits, on the CPU.
+
+        Each row of a head has a scale, its largest absolute value / 127. A call rounds the keys and values of its
+        positions after it has attended to them exactly; so a sequence that is split into other calls has other results,
+        by the error of this rounding.
+
+        Raises:
+            ValueError: the activations are float64, or the model has a working memory.
+
+        Example:
+            >>> import torch, megalodon_ops as mo
+            >>> config = mo.MegalodonConfig(num_layers=1, model_dim=32, z_dim=16, value_dim=32, ffn_hidden_dim=32, vocab_size=9)
+            >>> model, tokens = mo.Megalodon(config).eval(), torch.randint(9, (1, 12))
+            >>> _, state = model(tokens[:, :10], return_state=True)
+            >>> small = state.quantize_cache()
+            >>> state.layers[0].attention.v.nbytes, small.layers[0].attention.v.nbytes
+            (262144, 73728)
+            >>> torch.allclose(model(tokens[:, 10:], state=small), model(tokens)[:, 10:], atol=0.1)
+            True
+        """
+        if self.cache_dtype == torch.int8:
+            return self
+        has_memory = isinstance(self.layers[0], MemoryBlockState)
+        check_cache_dtype("MegalodonState.quantize_cache", torch.int8, self.cache_dtype, has_memory)
+        layers = (
+            layer._replace(attention=AttentionState(*map(pack_rows, layer.attention[:2]), layer.attention.position))
+            for layer in self.layers
+        )
+        return self._replace(layers=tuple(layers))
 
     def clone(self) -> MegalodonState:
         """Copy the state; gradients flow through."""
@@ -173,7 +215,7 @@ class MegalodonState(NamedTuple):
         path = Path(path)
         tensors = {name: as_real(tensor.detach()) for name, tensor in named_tensors(complete(self)).items()}
         try:
-            check_layout(tensors, layout(config, self.num_sequences, self.layers[0].attention.k.dtype))
+            check_layout(tensors, layout(config, self.num_sequences, self.cache_dtype))
             check_values(tensors, config)
         except ValueError as error:
             raise ValueError(f"MegalodonState.save: the state is not one of `config`: {error}.") from error

@@ -13,6 +13,7 @@ from .gecko_block import MemoryBlockState, block_state_type
 from ..ops.common.checks import short_text
 from ..ops.common.definition import accumulation_dtype
 from ..ops.common.memory import is_finite
+from ..ops.common.quantized_rows import SCALE_BYTES, scales_of_rows
 
 ACTIVATIONS = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 """Dtypes that a model's activations can have"""
@@ -20,9 +21,19 @@ Layout = Iterator[tuple[str, torch.dtype, tuple[int, ...]]]
 """Name, dtype and shape of each tensor; complex tensors as pairs of reals"""
 
 
-def layout(config: MegalodonConfig, rows: int, activations: torch.dtype) -> Layout:
+def check_cache_dtype(function: str, cache_dtype: object, activations: torch.dtype, has_memory: bool) -> None:
+    """Raise a ValueError unless keys and values can have this dtype, which must be int8, beside the activations."""
+    if cache_dtype != torch.int8:
+        raise ValueError(f"{function}: `cache_dtype` must be torch.int8 or None, got {short_text(cache_dtype)}.")
+    if activations == torch.float64 or has_memory:
+        what = "a working memory, which reads exact values" if has_memory else "float64 activations"
+        raise ValueError(f"{function}: keys and values must not have 8 bits beside {what}, got torch.int8.")
+
+
+def layout(config: MegalodonConfig, rows: int, cache_dtype: torch.dtype) -> Layout:
     """Yield name, dtype and shape of the tensors of a state of `rows` sequences."""
-    real, heads = accumulation_dtype(activations), config.num_heads
+    real, heads = accumulation_dtype(cache_dtype), config.num_heads
+    scale_bytes = SCALE_BYTES if cache_dtype == torch.int8 else 0
 
     def norm(prefix: str, groups: int, real: torch.dtype) -> Layout:
         has_group_counts = prefix == "inputs." and config.missing_values
@@ -36,13 +47,14 @@ def layout(config: MegalodonConfig, rows: int, activations: torch.dtype) -> Layo
         yield from norm(f"{prefix}norm.", config.norm_num_groups, real)
         yield f"{prefix}cema", real, (rows, config.model_dim, config.cema_ndim, 2)
         for name, dim in (("k", config.z_dim), ("v", config.value_dim)):
-            yield f"{prefix}attention.{name}", activations, (rows, config.num_cached_positions, heads, dim // heads)
+            shape = (rows, config.num_cached_positions, heads, dim // heads + scale_bytes)
+            yield f"{prefix}attention.{name}", cache_dtype, shape
         yield f"{prefix}attention.position", torch.int64, (rows,)
         if block_state_type(config) is MemoryBlockState:
             K, V = config.z_dim // heads, config.value_dim // heads
             yield f"{prefix}memory", real, (rows, heads, K, V)
             yield f"{prefix}memory_mass", real, (rows, heads, K)
-            yield f"{prefix}memory_k", activations, (rows, config.num_cached_positions, heads, K)
+            yield f"{prefix}memory_k", cache_dtype, (rows, config.num_cached_positions, heads, K)
     yield from norm("norm.", config.norm_num_groups, real)
     if scales_inputs(config):
         yield from norm("inputs.", config.num_features, torch.float64)
@@ -65,7 +77,8 @@ def check_layout(tensors: dict[str, Tensor], wanted: Layout) -> None:
 def check_values(tensors: dict[str, Tensor], config: MegalodonConfig) -> None:
     """Raise a ValueError if a tensor of :func:`layout` has values that no model returns."""
     for name, tensor in tensors.items():
-        if tensor.is_floating_point() and not is_finite(tensor):
+        numbers = scales_of_rows(tensor) if tensor.dtype == torch.int8 else tensor
+        if numbers.is_floating_point() and not is_finite(numbers):
             raise ValueError(f"`{name}` must be finite, got NaN or infinity")
         if tensor.numel() and name.endswith((".count", ".position", ".var")):
             smallest, largest = (bound.item() for bound in torch.aminmax(tensor))
@@ -75,8 +88,8 @@ def check_values(tensors: dict[str, Tensor], config: MegalodonConfig) -> None:
 
 
 def batch_of(tensors: dict[str, Tensor]) -> tuple[int, torch.dtype]:
-    """Return the number of sequences and the dtype of activations of a file's tensors."""
+    """Return the number of sequences and the dtype of keys and values of a file's tensors."""
     count, keys = tensors.get("norm.count"), tensors.get("layers.0.attention.k")
-    if count is None or count.dim() != 1 or keys is None or keys.dtype not in ACTIVATIONS:
+    if count is None or count.dim() != 1 or keys is None or keys.dtype not in (*ACTIVATIONS, torch.int8):
         raise ValueError("its tensors are not those of a state")
     return len(count), keys.dtype

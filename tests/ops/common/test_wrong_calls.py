@@ -330,8 +330,9 @@ CALLS = {
     ),
     "MegalodonState.fresh": Call(
         mo.MegalodonState.fresh,
-        dict(config=model.config, num_sequences=2, dtype=torch.float32, device="cpu"),
-        dict(config={"none": None, **NO_TENSOR}, num_sequences=NO_SIZE, dtype=NO_WEIGHTS, device=NO_DEVICE),
+        dict(config=model.config, num_sequences=2, dtype=torch.float32, device="cpu", cache_dtype=torch.int8),
+        dict(config={"none": None, **NO_TENSOR}, num_sequences=NO_SIZE, dtype=NO_WEIGHTS, device=NO_DEVICE,
+             cache_dtype=dict(string="int8", wide=torch.float16)),
         "MegalodonState.fresh",
     ),
     "MegalodonState.to": Call(
