@@ -94,5 +94,7 @@ def test_rows_of_a_table_for_few_tokens_are_those_of_torch(dtype):
     for length in (1, 10, 25):  # 3, 30 and 75 rows
         positions = (end[:, None] + torch.arange(-length, 0)).flatten()
         found = rotary_rows(end, frequencies, length, dtype == torch.float64)
-        assert_close(found, rotary_table_of(positions, 10, 1e4, dtype), tolerance=1e-7 if dtype == torch.float32 else 1e-14)
+        assert_close(
+            found, rotary_table_of(positions, 10, 1e4, dtype), tolerance=1e-7 if dtype == torch.float32 else 1e-14
+        )
     assert rotary_rows(end[:0], frequencies, 5, True).shape == (1, 5, 2)
