@@ -189,7 +189,7 @@ const TensorView& TensorView::dtype(Scalar expected, const char* why) const {
   const char* end =
       is_narrowed ? "; megalodon_ops.wide_parameters(model) lists the parameters that must stay wide." : ".";
   throw py::type_error(std::string(op_) + ": `" + name_ + "` must be torch." + scalar_name(expected) + " (" + why +
-                       "), got " + got + "; convert it with .to(torch." + scalar_name(expected) + ")" + end);
+                       "), got " + got + "; convert it to " + scalar_name(expected) + end);
 }
 
 const TensorView& TensorView::present() const {
@@ -226,7 +226,7 @@ DType TensorView::floating() const {
   }
   const std::string got = scalar_ == Scalar::other ? dtype_text_ : std::string("torch.") + scalar_name(scalar_);
   throw py::type_error(std::string(op_) + ": `" + name_ + "` must be float32, float64, bfloat16 or float16, got " +
-                       got + "; convert it with .to(torch.float32).");
+                       got + "; convert it to float32.");
 }
 
 void MemoryRanges::add(const TensorView& tensor, bool written) {

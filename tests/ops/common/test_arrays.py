@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import itertools
 import weakref
-from contextlib import nullcontext
 from types import SimpleNamespace
 from typing import Any
 
@@ -18,8 +17,6 @@ from torch import Tensor
 
 import megalodon_ops as mo
 from megalodon_ops.ops.common.arrays import _Result, call_with_arrays
-
-all_ops = pytest.mark.parametrize("op", OPS)
 
 
 class Bare:
@@ -38,7 +35,7 @@ class Bare:
 class Named(Bare):
     """An array with the namespace of the array API standard."""
 
-    def __array_namespace__(self, api_version: str | None = None) -> Any:
+    def __array_namespace__(self) -> Any:
         return SimpleNamespace(from_dlpack=lambda array: Named(np.from_dlpack(array)))
 
 
@@ -51,34 +48,52 @@ def read_only(array: np.ndarray) -> np.ndarray:
     return array
 
 
-KINDS = {
-    "contiguous": np.asarray,
-    "read-only": read_only,
-    "gaps": lambda array: np.repeat(array, 2, -1)[..., ::2],
-    "column-major": lambda array: read_only(np.asfortranarray(array)),
-    "misaligned": lambda array: np.ndarray(array.shape, array.dtype, b"." + array.tobytes(), 1),
-    "subclass": lambda array: array.view(np.memmap),
-    "namespace": Named,
-    "package": Packaged,
-    "neither": Bare,
+KINDS = {  # function that arranges an array, type of the results
+    "contiguous": (np.asarray, np.ndarray),
+    "read-only": (read_only, np.ndarray),
+    "gaps": (lambda array: np.repeat(array, 2, -1)[..., ::2], np.ndarray),
+    "column-major": (lambda array: read_only(np.asfortranarray(array)), np.ndarray),
+    "misaligned": (lambda array: np.ndarray(array.shape, array.dtype, b"." + array.tobytes(), 1), np.ndarray),
+    "subclass": (lambda array: array.view(np.memmap), np.ndarray),
+    "namespace": (Named, Named),
+    "package": (Packaged, np.ndarray),
+    "neither": (Bare, Tensor),
 }
-RESULTS = {"namespace": Named, "neither": Tensor}  # np.ndarray for the others
+ERRORS = {  # argument of cema, function that spoils it, error
+    "flipped": ("x", lambda x: x[:, ::-1], ValueError, r".* can read .* numpy.ndarray of float32 \(.* neg.*\); pass a"),
+    "byte order": ("x", lambda x: x.astype(">f4"), TypeError, r".* can read .* numpy.ndarray of >f4 \(.*\); pass a"),
+    "objects": ("x", lambda x: x.astype(object), TypeError, ".* can read .* of object"),
+    "wide": ("p", lambda p: p.astype(float), TypeError, "must be torch.float32 .* convert it to float32"),
+    "list": ("x", lambda x: x.tolist(), TypeError, r"must be .* tensor, got list; .*\(numpy.asarray in a call on arr"),
+    "tensor": (
+        "state",
+        torch.from_numpy,
+        TypeError,
+        r"must be an array .* got torch.Tensor .*\(a call .* `x` is an ar",
+    ),
+}
 
 
 def as_tensors(results: dict[str, Any]) -> dict[str, Tensor]:
-    return {name: torch.from_numpy(np.array(getattr(result, "array", result))) for name, result in results.items()}
+    arrays = {name: np.asarray(getattr(result, "array", result)) for name, result in results.items()}
+    return {name: torch.from_numpy(array.copy()) for name, array in arrays.items()}
 
 
-@all_ops
-def test_results_equal_those_of_tensors_and_have_the_arrays_type(op):
-    cases = [SMALL[op], BUILDERS[op](dtype=torch.float16, lengths=[4, 9]), BUILDERS[op](L=0, dtype=torch.float64)]
+def test_results_equal_those_of_tensors_and_have_the_arrays_type():
     with every_case() as every:
-        for case, (kind, arrange) in itertools.product(cases, KINDS.items()):
-            with every(case.dtype, kind):
-                results = forward(getattr(mo, op), case.converted(lambda tensor: arrange(tensor.numpy())))
-                assert {type(result) for result in results.values()} == {RESULTS.get(kind, np.ndarray)}
-                found = results if kind == "neither" else as_tensors(results)
-                assert_bit_equal(found, forward(getattr(mo, op), case))
+        for op, (kind, (arrange, expected)) in itertools.product(OPS, KINDS.items()):
+            half = BUILDERS[op](dtype=torch.float16, lengths=[4, 9])
+            for case in (SMALL[op], half, BUILDERS[op](L=0, dtype=torch.float64)):
+                with every(op, case.dtype, kind):
+                    results = forward(getattr(mo, op), case.converted(lambda tensor: arrange(tensor.numpy())))
+                    assert {type(result) for result in results.values()} == {expected}
+                    assert_bit_equal(as_tensors(results), forward(getattr(mo, op), case))
+
+
+def test_the_first_array_decides_the_type():
+    arrays = SMALL["cema"].converted(Tensor.numpy).tensors
+    assert type(mo.cema(**arrays | {"p": Named(arrays["p"])})) is np.ndarray
+    assert type(mo.cema(**arrays | {"x": Named(arrays["x"])})) is Named
 
 
 def test_no_copies_and_arrays_live_as_long_as_their_memory():
@@ -93,13 +108,6 @@ def test_no_copies_and_arrays_live_as_long_as_their_memory():
         assert alive() is None
 
 
-def test_the_first_argument_of_the_signature_decides_the_type():
-    arguments = {name: tensor.numpy() for name, tensor in SMALL["cema"].tensors.items()}
-    mixed = arguments | {"p": Named(arguments["p"])}
-    assert type(mo.cema(**dict(reversed(mixed.items())))) is np.ndarray
-    assert type(mo.cema(**dict(reversed((mixed | {"x": Named(arguments["x"])}).items())))) is Named
-
-
 def test_calls_run_without_gradients_and_autocast():
     def modes(x: Tensor) -> Tensor:
         return x.new_tensor([torch.is_grad_enabled(), torch.is_autocast_enabled("cpu")])
@@ -108,74 +116,53 @@ def test_calls_run_without_gradients_and_autocast():
         assert not call_with_arrays(modes, x=np.ones(1)).any()
 
 
-def test_states_are_written_in_place_where_asked():
-    for op in ("chunked_attention", "normalized_attention"):
-        function = getattr(mo, op)
-        case = SMALL[op].converted(lambda tensor: tensor.nan_to_num() if tensor.is_floating_point() else tensor.clone())
-        arrays = case.converted(lambda tensor: tensor.numpy().copy())
-        state = arrays.options["state"]
-        results = forward(function, arrays.with_options(state=tuple(state)))
-        assert_bit_equal(as_tensors(results), forward(function, case))
-        results = forward(function, arrays.with_options(inplace_state=True))
-        assert all(results[f"state.{field}"] is array for field, array in state._asdict().items())
-        assert_bit_equal(as_tensors(results), forward(function, case.with_options(inplace_state=True)))
-        locked = arrays.with_options(inplace_state=True, state=state._replace(v=read_only(state.v)))
-        with pytest.raises(ValueError, match=f"^{op}: `state.v` must be .* can write .*read-only.; pass a contiguous"):
-            forward(function, locked)
+@pytest.mark.parametrize("op", ["chunked_attention", "normalized_attention"])
+def test_states_are_written_in_place_where_asked(op):
+    case = SMALL[op].converted(lambda tensor: tensor.nan_to_num() if tensor.is_floating_point() else tensor.clone())
+    arrays = case.converted(lambda tensor: tensor.numpy().copy())
+    state = arrays.options["state"]
+    results = forward(getattr(mo, op), arrays.with_options(state=tuple(state)))
+    assert_bit_equal(as_tensors(results), forward(getattr(mo, op), case))
+    arrays = arrays.with_options(inplace_state=True).with_tensors(v=read_only(arrays.tensors["v"]))
+    results = forward(getattr(mo, op), arrays)
+    assert all(results[f"state.{field}"] is array for field, array in state._asdict().items())
+    assert_bit_equal(as_tensors(results), forward(getattr(mo, op), case.with_options(inplace_state=True)))
+    locked = arrays.with_options(state=state._replace(v=read_only(state.v)))
+    with pytest.raises(ValueError, match=f"^{op}: `state.v` must be .* can write .*read-only.; pass a contiguous"):
+        forward(getattr(mo, op), locked)
 
 
 def test_consumers_wait_for_results_and_torch_for_consumers(monkeypatch):
     """GPU memory must not be reused while a consumer still reads the tensor."""
     events = []
-    tensor = SimpleNamespace(
-        is_cuda=True,
-        __dlpack__=lambda stream: events.append(("wait", stream)),
-        record_stream=lambda stream: events.append(("keep until done", stream)),
-    )
-    monkeypatch.setattr(torch.cuda, "device_of", lambda tensor: nullcontext())
+    monkeypatch.setattr(_Result, "is_cuda", True)
+    monkeypatch.setattr(_Result, "record_stream", lambda _, stream: events.append(f"keep until {stream} is done"))
+    monkeypatch.setattr(Tensor, "__dlpack__", lambda _, stream: events.append(f"{stream} waits"))
     monkeypatch.setattr(torch.cuda, "default_stream", lambda: "default")
-    monkeypatch.setattr(torch.cuda, "ExternalStream", hex)
-    for stream, consumer in ((0x70, "0x70"), (1, "default"), (None, "default"), (-1, None)):
+    monkeypatch.setattr(torch.cuda, "ExternalStream", int)
+    for stream, consumer_stream in ((0x70, 0x70), (1, "default"), (None, "default"), (-1, None)):
+        consumer = SimpleNamespace(from_dlpack=lambda result: result.__dlpack__(stream=stream))
+        monkeypatch.setattr(Named, "__array_namespace__", lambda _: consumer)
         events.clear()
-        _Result(tensor).__dlpack__(stream=stream)
-        assert events == [("keep until done", consumer)] * (stream != -1) + [("wait", stream or 1)]
-
-
-IN_DLPACK = "must be an array that torch can read through DLPack, got numpy.ndarray of"
-NO_ARRAY = "must be a torch tensor or an array with __dlpack__, got"
-ERRORS = {  # argument of cema, function that spoils it, error
-    "flipped": ("x", lambda x: x[:, ::-1], ValueError, rf"{IN_DLPACK} float32 \(its strides \(180, -20, 4\) are neg"),
-    "byte order": ("x", lambda x: x.astype(">f4"), TypeError, rf"{IN_DLPACK} >f4 \(.*\); pass a contiguous copy in"),
-    "objects": ("x", lambda x: x.astype(object), TypeError, f"{IN_DLPACK} object"),
-    "integers": ("x", lambda x: x.astype(int), TypeError, "must be float32, float64, bfloat16 or float16, got int64"),
-    "wide": ("p", lambda p: p.astype(float), TypeError, r'must be float32 .* got float64; .* \.astype\("float32"\)'),
-    "shape": ("p", lambda p: p[:4], ValueError, "must have shape"),
-    "list": ("x", lambda x: x.tolist(), TypeError, f"{NO_ARRAY} list; make it one, as numpy.asarray does"),
-    "scalar": ("p", lambda p: p[0, 0], TypeError, f"{NO_ARRAY} numpy.float32; make it one"),
-    "none": ("p", lambda p: None, TypeError, f"{NO_ARRAY} None"),
-    "tensor": ("state", torch.from_numpy, TypeError, r"must be an array, as `x` is \(numpy.ndarray\), got .*; pass t"),
-}
+        call_with_arrays(torch.clone, input=Named(np.ones(1)))
+        kept = [f"keep until {consumer_stream} is done"] if stream != -1 else []
+        assert events == [*kept, f"{stream or 1} waits"]
 
 
 def test_errors_name_the_argument_and_the_fix():
     arrays = SMALL["cema"].converted(Tensor.numpy).tensors
     with every_case() as every:
-        for name, (argument, change, error, message) in ERRORS.items():
+        for name, (argument, spoil, error, message) in ERRORS.items():
             with every(name), pytest.raises(error, match=f"^cema: `{argument}` {message}"):
-                mo.cema(**arrays | {argument: change(arrays[argument])})
+                mo.cema(**arrays | {argument: spoil(arrays[argument])})
 
 
-@all_ops
-def test_calls_on_tensors_take_no_arrays(op):
-    """Replace each argument in turn by an array, including states and offsets."""
-    case = SMALL[op].with_options(lengths=torch.tensor([3, 9]))
-    wrong = case.converted(Tensor.numpy)
+def test_calls_on_tensors_take_no_arrays():
     with every_case() as every:
-        for name, value in (wrong.tensors | wrong.options).items():
-            if not isinstance(value, (np.ndarray, tuple)) or name == OPS[op].tokens[0]:
-                continue
-            mixed = case.with_tensors(**{name: value}) if name in case.tensors else case.with_options(**{name: value})
-            match = rf"^{op}: `(state\.)?({name}|k)` must be a torch tensor, got numpy.ndarray; make it one"
-            for mode in (torch.enable_grad(), torch.autocast("cpu")):
-                with every(name, mode), mode, pytest.raises(TypeError, match=match):
-                    forward(getattr(mo, op), mixed)
+        for op, part in itertools.product(OPS, ("tensors", "options")):
+            case = SMALL[op].with_options(lengths=torch.tensor([3, 9]))
+            for name, value in getattr(case.converted(Tensor.numpy), part).items():
+                if isinstance(value, (np.ndarray, tuple)) and name != OPS[op].tokens[0]:
+                    match = rf"^{op}: `(state\.)?({name}|k)` must be a torch tensor, got numpy.ndarray; make it one"
+                    with every(op, name), pytest.raises(TypeError, match=match):
+                        forward(getattr(mo, op), getattr(case, f"with_{part}")(**{name: value}))

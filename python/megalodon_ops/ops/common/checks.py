@@ -79,8 +79,8 @@ def check_tensor(op: str, argument: str, value: object) -> None:
     """Raise a TypeError unless the value is a torch tensor."""
     if not isinstance(value, Tensor):
         raise TypeError(
-            f"{op}: `{argument}` must be a torch tensor, got {describe(value)}; "
-            "make it one, as torch.from_dlpack does of an array."
+            f"{op}: `{argument}` must be a torch tensor, got {describe(value)}; make it one, as torch.as_tensor does "
+            "(numpy.asarray in a call on arrays)."
         )
 
 
