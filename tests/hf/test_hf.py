@@ -12,6 +12,7 @@ from functools import partial
 from pathlib import Path
 
 import pytest
+import safetensors.torch
 import torch
 from assertions import every_case
 from hf_models import seed  # noqa: F401, a fixture
@@ -124,18 +125,30 @@ def test_new_models_are_initialized_as_ours() -> None:
 
 
 def test_parameters_that_a_checkpoint_lacks_are_initialized(tmp_path: Path) -> None:
-    safetensors = pytest.importorskip("safetensors.torch")
     model = build_model()
     model.save_pretrained(tmp_path)
     tensors = model.megalodon.state_dict()
     absent = ["embed.weight", "layers.0.mega.cema.theta", "layers.1.mega.wv.weight", "output.output.weight"]
     kept = {name: tensor for name, tensor in tensors.items() if name not in absent}
-    safetensors.save_file(kept, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    safetensors.torch.save_file(kept, tmp_path / "model.safetensors", metadata={"format": "pt"})
     again = transformers.AutoModelForCausalLM.from_pretrained(tmp_path)
     for name, tensor in again.megalodon.state_dict().items():
         assert tensor.isfinite().all() and torch.equal(tensor, tensors[name]) == (name not in absent), name
     assert 0.5 < again.model.embed.weight.std() * SIZES["model_dim"] ** 0.5 < 1.5
     assert 0.5 < again.model.layers[1].mega.wv.weight.std() * (3 * SIZES["model_dim"]) ** 0.5 < 1.5
+
+
+def test_tied_weights_that_a_folder_lacks_are_reported(tmp_path: Path) -> None:
+    encoder = hf.MegalodonEncoderForMaskedLM(hf.MegalodonEncoderHFConfig(**SIZES))
+    for model, head in (build_model(share_emb=True), "lm_head.weight"), (encoder, "output.weight"):
+        model.save_pretrained(tmp_path)
+        tensors = safetensors.torch.load_file(tmp_path / "model.safetensors")
+        del tensors["embed.weight"]
+        safetensors.torch.save_file(tensors, tmp_path / "model.safetensors", metadata={"format": "pt"})
+        again, info = type(model).from_pretrained(tmp_path, output_loading_info=True)
+        assert info["missing_keys"] == {head, "model.embed.weight"}
+        assert again.get_parameter(head) is again.model.embed.weight
+        assert 0.5 < again.model.embed.weight.std() * SIZES["model_dim"] ** 0.5 < 1.5
 
 
 def test_resized_embeddings() -> None:

@@ -137,6 +137,14 @@ class MegalodonPreTrainedModel(PreTrainedModel):
             state_dict = {re.sub(file, own_name, name): tensor for name, tensor in state_dict.items()}
         return super().load_state_dict(state_dict, *args, **options)
 
+    def mark_tied_weights_as_initialized(self, *loading_info: Any) -> None:
+        """Keep tied weights that the file lacks among the missing keys: the constructor tied them, so both are marked."""
+        tied = [set(pair) for pair in self.all_tied_weights_keys.items()]
+        absent = [pair for info in loading_info for pair in tied if pair <= info.missing_keys]
+        super().mark_tied_weights_as_initialized(*loading_info)
+        for info in loading_info:  # transformers 5.0 passes none, and keeps them itself
+            info.missing_keys.update(*absent)
+
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
         """Initialize parameters that a checkpoint lacks, and recompute the rotary angles, which no checkpoint holds."""
