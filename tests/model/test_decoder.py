@@ -240,6 +240,9 @@ def test_errors():
     for name in ("layers.1.mega.cema.alpha", "layers.0.mega.wv.weight", "layers.0.nffn.norm.bias", "embed.weight"):
         refuses(TypeError, name, data(name, torch.Tensor.double))
         refuses(ValueError, name, data(name, lambda t: t[None]))
+    refuses(ValueError, "layers.1.mega.wv.weight", lambda m: m.layers[1].mega.wv.to("meta"))
+    refuses(ValueError, "embed.weight", lambda m: m.to("meta"))
+    assert_refuses(ValueError, "Decoder", "state", lambda: mo.Decoder(model, state.to("meta")))
 
     def with_layer(**fields):
         return state._replace(layers=(state.layers[0]._replace(**fields), *state.layers[1:]))

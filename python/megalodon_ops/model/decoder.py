@@ -94,6 +94,10 @@ class Decoder:
         self._model, self._state = model, _contiguous_copy(state)
         self._like = self._state.layers[0].attention.v
         self._dtype = computing_dtype(model) if self._like.dtype == torch.int8 else self._like.dtype
+        if self._like.is_meta:
+            raise ValueError(
+                "Decoder: `state` must hold values, got one on meta; compute it by a model on another device."
+            )
         self.num_sequences = self._like.shape[0]
         device = self._like.device.type
         enabled, dtype = is_autocast_enabled(device), torch.get_autocast_dtype(device)
@@ -423,6 +427,7 @@ class Decoder:
             if name in given and not any(f"{name}.".startswith(f"{changed}.") for changed in self._changed):
                 wanted = parameter.dtype if name in small else accumulation_dtype(dtype) if name in wide else dtype
                 _check_tensor_is(name, given[name], wanted, tuple(parameter.shape))
+                check_device("Decoder", name, given[name], self._like)
         self._check_state_tensors(self._state, self.num_sequences)
 
     def _check_state_tensors(self, state: MegalodonState, rows: int) -> None:
