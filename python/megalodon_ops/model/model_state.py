@@ -308,17 +308,15 @@ def complete(state: MegalodonState) -> MegalodonState:
     return MegalodonState(layers, norm(state.norm), norm(state.inputs) if state.inputs else ())
 
 
-def named_tensors(state: MegalodonState) -> dict[str, Tensor]:
+def named_tensors(state: tuple, prefix: str = "") -> dict[str, Tensor]:
     """Return the state's tensors, not copied, under names such as `layers.0.norm.mean`."""
-    return dict(_named("", state))
-
-
-def _named(prefix: str, part: Any) -> Iterator[tuple[str, Tensor]]:
-    if isinstance(part, Tensor):
-        yield prefix.removesuffix("."), part
-    elif part is not None:
-        for field, value in zip(getattr(part, "_fields", range(len(part))), tuple(part)):
-            yield from _named(f"{prefix}{field}.", value)
+    tensors = {}
+    for field, part in zip(getattr(state, "_fields", range(len(state))), state):
+        if isinstance(part, Tensor):
+            tensors[f"{prefix}{field}"] = part
+        elif part is not None:
+            tensors |= named_tensors(part, f"{prefix}{field}.")
+    return tensors
 
 
 def from_named(tensors: dict[str, Tensor]) -> MegalodonState:
