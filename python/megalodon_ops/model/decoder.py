@@ -67,8 +67,8 @@ class Decoder:
         num_sequences: B.
 
     Raises:
-        ValueError: the state is not one of this model. TypeError: a dtype is wrong. RuntimeError: an earlier call
-        failed between layers, or a module calls the decoder that runs it.
+        ValueError: the state is not one of this model, or a tensor is on another device. TypeError: a dtype is wrong.
+        RuntimeError: an earlier call failed between layers, or a module calls the decoder that runs it.
 
     Example:
         >>> import torch, megalodon_ops as mo
