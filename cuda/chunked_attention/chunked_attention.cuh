@@ -31,6 +31,15 @@ GPU_INLINE int64_t find_live_sequence(const ChunkedAttentionParams& p, int64_t t
   return s < 0 || gpu::find_position(p.position, s, p.chunk_size) < 0 ? -1 : s;
 }
 
+// Returns the number of blocks of a launch; a grid has at most 2^31 - 1.
+inline unsigned grid_size(int64_t blocks) {
+  constexpr int64_t kMost = 0x7fffffff;
+  if (blocks > kMost)
+    gpu::refuse("chunked_attention: `k` must be small enough for " + std::to_string(kMost) +
+                " blocks of a CUDA kernel, got " + std::to_string(blocks) + "; pass fewer sequences or heads at once.");
+  return static_cast<unsigned>(blocks);
+}
+
 // A block of neighbouring tokens of one range.
 struct RowBlock {
   int64_t sequence;  // of the first `live` tokens

@@ -19,7 +19,7 @@ bool takes_vectors(const ChunkedAttentionFwdParams& p) {
 template <class T, int kColumns, int kKeys>
 void launch_mma(const ChunkedAttentionFwdParams& p, void* stream) {
   const int64_t blocks = count_row_blocks<kMmaRows>(p.sequences) * p.heads * count_slices(p.value_dim, kColumns);
-  LAUNCH((chunked_attention_fwd_mma_kernel<T, kColumns, kKeys>), static_cast<unsigned>(blocks), kMmaThreads,
+  LAUNCH((chunked_attention_fwd_mma_kernel<T, kColumns, kKeys>), grid_size(blocks), kMmaThreads,
          mma_shared_bytes(p.key_dim, kColumns, kKeys), stream, p, takes_vectors<T>(p));
 }
 
@@ -34,7 +34,7 @@ void launch_mma(const ChunkedAttentionFwdParams& p, void* stream) {
 template <class T, int kColumns>
 void launch_fma(const ChunkedAttentionFwdParams& p, void* stream) {
   const int64_t blocks = count_row_blocks<kFmaRows>(p.sequences) * p.heads * count_slices(p.value_dim, kColumns);
-  LAUNCH((chunked_attention_fwd_fma_kernel<T, kColumns>), static_cast<unsigned>(blocks), kFmaThreads,
+  LAUNCH((chunked_attention_fwd_fma_kernel<T, kColumns>), grid_size(blocks), kFmaThreads,
          (FmaTiling<Compute<T>, kColumns>::kSharedBytes), stream, p, takes_vectors<T>(p));
 }
 
@@ -54,10 +54,11 @@ void launch_steps(const ChunkedAttentionFwdParams& p, void* stream) {
   const StepPlan plan = plan_steps<Compute<T>>(p);
   check_step<Compute<T>, kWidth>(p, plan);
   const int64_t items = p.sequences.tokens * p.heads, splits = ceil_div(p.value_dim, kStepColumns<kWidth>);
-  LAUNCH((chunked_attention_step_kernel<T, kWidth>), static_cast<unsigned>(items * plan.spans * splits), kStepThreads,
+  const unsigned blocks = grid_size(items * plan.spans * splits);
+  const unsigned merge_blocks = grid_size(items * ceil_div(p.value_dim, kStepThreads));
+  LAUNCH((chunked_attention_step_kernel<T, kWidth>), blocks, kStepThreads,
          (step_shared_bytes<Compute<T>, kWidth>(p, plan)), stream, p, plan);
-  LAUNCH(chunked_attention_merge_kernel<T>, static_cast<unsigned>(items * ceil_div(p.value_dim, kStepThreads)),
-         kStepThreads, 0, stream, p, plan);
+  LAUNCH(chunked_attention_merge_kernel<T>, merge_blocks, kStepThreads, 0, stream, p, plan);
 }
 
 }  // namespace

@@ -80,8 +80,7 @@ bool launch_rows(const ChunkedAttentionStateParams& p, int64_t element, void* st
   const bool in_place = plan.copies[0].in_place() && plan.copies[1].in_place();
   plan.rows = in_place && p.sequences.row_length < p.chunk_size ? p.sequences.row_length : p.chunk_size;
   if (plan.rows > 0)
-    LAUNCH(chunked_attention_state_kernel<U>, static_cast<unsigned>(p.sequences.count * plan.rows), kThreads, 0, stream,
-           plan);
+    LAUNCH(chunked_attention_state_kernel<U>, grid_size(p.sequences.count * plan.rows), kThreads, 0, stream, plan);
   return plan.rows == 1;
 }
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import pytest
 import torch
 from emulator.planted_launchers import run
@@ -249,6 +251,33 @@ def test_heads_of_attention_steps_at_offsets_beyond_31_bits(emulator, large):
     inputs = q, k, v, cache_k, cache_v, large(S, dtype=torch.int64), C, True, 1.0, 0.0, None, None, None
     with emulator.launch_sizes(attention_span=64), emulator.only_bounds(apart=2**33, ends=2):  # both spans
         emulator.launch("chunked_attention_fwd", *inputs, o, large(S, 1, heads))
+
+
+def test_attention_refuses_more_blocks_than_a_grid_has(emulator, large):
+    """A block for each token and head, of rows or of steps; two for its values; a block for each row of a state."""
+
+    def tensors(S, heads, width, rows=1):
+        return large(S, rows, heads, 8, dtype=BF16), large(S, rows, heads, width, dtype=BF16)
+
+    def forward(heads, width, with_state):
+        k, v = tensors(2**15, heads, width)
+        state = (k, v, large(2**15, dtype=torch.int64)) if with_state else (None, None, None)
+        emulator.launch("chunked_attention_fwd", k, k, v, *state, 1, *ATTENTION[1:], v, large(2**15, 1, heads))
+
+    def state():
+        k, v = tensors(2**15, 1, 8)
+        old, new = ((*tensors(2**15, 1, 8, rows=2**16), large(2**15, dtype=torch.int64)) for _ in range(2))
+        emulator.launch("chunked_attention_state", k, v, *old, 2**16, None, None, *new)
+
+    calls = [
+        partial(forward, 2**16, 8, with_state=False),
+        partial(forward, 2**16, 8, with_state=True),
+        partial(forward, 2**15, 136, with_state=True),
+        state,
+    ]
+    for call in calls:
+        with pytest.raises(ValueError, match="`k` must .* 2147483647 blocks of a CUDA kernel, got 2147483648; pass"):
+            call()
 
 
 @pytest.mark.parametrize("K", [6, 258])
