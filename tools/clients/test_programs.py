@@ -114,18 +114,8 @@ def address() -> Iterator[str]:
         free.bind(("localhost", 0))
         port = free.getsockname()[1]
     program = "from transformers.cli.transformers import main; main()"
-    command = [
-        sys.executable,
-        "-c",
-        program,
-        "serve",
-        LM,
-        "--port",
-        str(port),
-        "--device",
-        "cpu",
-        "--trust-remote-code",
-    ]
+    options = f"serve {LM} --port {port} --device cpu --trust-remote-code".split()
+    command = [sys.executable, "-c", program, *options]
     with subprocess.Popen(command) as server:
         try:
             for _ in range(240):
