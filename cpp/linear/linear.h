@@ -1,4 +1,4 @@
-// Matrix products on the CPU for cases in which torch is slow, and a transposed copy. Used by python/.../linear.py.
+// Matrix products on the CPU for cases in which torch is slow. Used by python/.../linear.py.
 #pragma once
 
 #include "dtype.h"
@@ -32,14 +32,6 @@ struct LinearManyRowsParams {
   void* y;             // (T, O)
 };
 
-// y = x^T
-struct TransposeParams {
-  DType dtype;
-  int64_t rows, columns;
-  const void* x;  // (rows, columns)
-  void* y;        // (columns, rows)
-};
-
 // With AMX, products of many rows support float32 alone (linear_amx_cpu.cpp).
 inline bool computes(Isa isa, const LinearManyRowsParams& params) {
 #if defined(__x86_64__)
@@ -50,6 +42,5 @@ inline bool computes(Isa isa, const LinearManyRowsParams& params) {
 
 MEGALODON_CPU_KERNEL(linear_few_rows_cpu, LinearFewRowsParams)
 MEGALODON_CPU_KERNEL(linear_many_rows_cpu, LinearManyRowsParams)
-MEGALODON_CPU_KERNEL(transpose_cpu, TransposeParams)
 
 }  // namespace megalodon

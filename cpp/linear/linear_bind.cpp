@@ -57,18 +57,6 @@ MEGALODON_BINDING(linear_many_rows,
   MEGALODON_LAUNCH(target, linear_many_rows, params);
 }
 
-MEGALODON_BINDING(transpose, (py::handle x_), (py::handle y_)) {
-  const TensorView x("transpose", "x", x_), y("transpose", "y", y_);
-  TransposeParams params{};
-  params.dtype = x.rank("(R, C)", 2).floating();
-  params.rows = x.size(0);
-  params.columns = x.size(1);
-  params.x = x.data();
-  y.present().shape("(C, R)", {params.columns, params.rows}).dtype(scalar_of(params.dtype), "as `x`");
-  params.y = y.data();
-  MEGALODON_LAUNCH(target, transpose, params);
-}
-
 }  // namespace
 
 }  // namespace megalodon

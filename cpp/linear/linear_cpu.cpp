@@ -1,4 +1,4 @@
-// Products of few rows, bound by reading the weights once, and a transposed copy.
+// Products of few rows, bound by reading the weights once.
 //
 //   y_to = sum_i x_ti w_oi + b_o
 //
@@ -6,16 +6,12 @@
 // with alternating shares, hardware prefetchers would fetch some lines twice. A thread processes one row at a time or,
 // with several rows of x, which stay in L1 or L2, kTogether: each loaded vector is used in many sums, in registers. The
 // order of a sum depends on I, the vector length and the number of rows alone.
-//
-// The transposed copy takes squares of kLanes^2, in bands of kBand rows of x. y is streamed at any size: its rows are
-// far apart, often by a power of two, so that cached lines would evict each other.
 
 #include "linear.h"
 
 #include <algorithm>
 
 #include "panels.h"
-#include "stream.h"
 
 namespace megalodon::MEGALODON_ISA {
 namespace {
@@ -23,7 +19,6 @@ namespace {
 constexpr int kMostRows = kRegisters / 8;
 constexpr int kTogether = 4;
 constexpr int64_t kAhead = 4096;  // bytes of the weights, prefetch distance
-constexpr int64_t kBand = 128;
 
 // One vector of elements that are multiplied and added to a vector of sums.
 template <class T>
@@ -123,31 +118,6 @@ void linear_few_rows_cpu(const LinearFewRowsParams& p) {
     parallel_jobs(jobs, static_cast<double>(p.rows * p.inputs * p.outputs), [&] {
       return [&](int64_t job) { run_job<T>(p, begin(job), begin(job + 1)); };
     });
-  });
-}
-
-void transpose_cpu(const TransposeParams& p) {
-  dispatch_dtype(p.dtype, [&](auto type) {
-    using T = decltype(type);
-    using R = Compute<T>;
-    constexpr int64_t lanes = kLanes<R>;
-    const T* x = static_cast<const T*>(p.x);
-    T* y = static_cast<T*>(p.y);
-    const bool streams = can_stream(y, p.rows);
-    parallel_jobs<StreamFence>(ceil_div(p.rows, kBand), static_cast<double>(p.rows * p.columns), [&] {
-      return [&](int64_t band) {
-        const int64_t end = std::min(p.rows, (band + 1) * kBand);
-        for (int64_t column = 0; column < p.columns; column += lanes)
-          for (int64_t row = band * kBand; row < end; row += lanes) {
-            const int64_t height = std::min(lanes, end - row), width = std::min(lanes, p.columns - column);
-            Vec<R> square[lanes] = {};
-            for (int64_t i = 0; i < height; ++i) square[i] = load_first(x + (row + i) * p.columns + column, width);
-            transpose<R>(square);
-            for (int64_t i = 0; i < width; ++i)
-              stream_or_store(streams, y + (column + i) * p.rows + row, square[i], height);
-          }
-      };
-    }, Order::shares);
   });
 }
 

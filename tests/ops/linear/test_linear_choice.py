@@ -41,7 +41,7 @@ def expected(choice: KernelChoice, rows: int, size: int, gradients: bool) -> lis
         KernelChoice(32),
         KernelChoice(32, 129, 33 * 24 * 40),
         KernelChoice(15, 16, 16 * 24 * 40),
-        KernelChoice(8, None, 1),
+        KernelChoice(8),
     ],
     ids=["torch", "many rows", "AMX", "AMX, bfloat16"],
 )
@@ -72,7 +72,7 @@ def test_choices_by_processor():
         ("v3", True, {float32, bfloat16, float16}, 1 << 20),
         ("v4", True, {float32, bfloat16, float16}, 1 << 20),
         ("v4_bf16", True, {float32, bfloat16, float16}, 1 << 29),
-        ("v4_amx", False, {float32}, 1 << 26),
+        ("v4_amx", False, {float32}, None),
     ]:
         table = choices(isa, mkl_is_slow)
         assert {dtype for dtype, choice in table.items() if choice.many_rows_from is not None} == has_many
@@ -101,6 +101,28 @@ def test_autocast_without_gradients_may_take_the_kernel(monkeypatch, casts):
     with torch.autocast("cpu", torch.bfloat16):
         assert linear(x, weight).dtype == linear(x[:63], weight).dtype == torch.bfloat16
     assert calls == ["linear_fwd"] * casts
+
+
+@pytest.mark.parametrize(
+    ("choice", "reads_on", "cached"),
+    [(KernelChoice(8), False, True), (KernelChoice(8), True, False), (KernelChoice(8, None, 1), False, False)],
+    ids=["torch", "torch reads on", "kernel"],
+)
+def test_torch_caches_cast_weights_of_products_that_it_computes(monkeypatch, choice, reads_on, cached):
+    monkeypatch.setitem(module.CHOICES, torch.bfloat16, choice)
+    monkeypatch.setattr(module, "_READS_ON", reads_on)
+    x, weight = torch.randn(4, 24), torch.randn(40, 24, requires_grad=True)
+    with torch.autocast("cpu", torch.bfloat16):
+        products = [linear(x, weight) for _ in range(2)]
+    first, second = (cast_of_weight(y.grad_fn) for y in products)
+    assert (first is second) == cached
+
+
+def cast_of_weight(node):
+    """Node of the graph that casts the weight."""
+    while node.name() != "ToCopyBackward0":
+        (node,) = (following for following, _ in node.next_functions if following is not None)
+    return node
 
 
 @torch.no_grad()

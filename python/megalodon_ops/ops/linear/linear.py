@@ -13,7 +13,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 
 from ... import _C
 from ..common.definition import OWN_TYPES, autocast, call, contiguous_or_none, define_op
-from ..common.definition import empty_like, in_forward_mode, is_exporting, launch
+from ..common.definition import in_forward_mode, is_exporting, launch
 from ..common.checks import check_optional_tensor, check_tensor
 
 _CPUINFO = Path("/proc/cpuinfo")
@@ -41,8 +41,7 @@ def choices(isa: str, mkl_is_slow: bool) -> dict[torch.dtype, KernelChoice]:
     """Choice for each dtype on a processor with this instruction set."""
     torch_choice, slow_torch = KernelChoice(32), KernelChoice(32, 64, 1 << 20, casts_here=True)
     if isa == "v4_amx":
-        # In bfloat16, torch's product is the fastest; linear_fwd serves the gradient of the weights.
-        float32, bfloat16, float16 = KernelChoice(15, 16, 1 << 26), KernelChoice(8, None, 1 << 26), torch_choice
+        float32, bfloat16, float16 = KernelChoice(15, 16, 1 << 26), KernelChoice(8), torch_choice
     else:
         float32 = KernelChoice(32, 129, 1 << 26) if mkl_is_slow else torch_choice
         float16 = slow_torch if isa in ("v2", "v3", "v4", "v4_bf16") else torch_choice
@@ -102,7 +101,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         return call(linear_fwd, x, weight, bias) if _is_plain(x, weight, bias) else F.linear(x, weight, bias)
     if takes_few_rows(x, weight, bias):
         return call(linear_few_rows, x, weight, bias)
-    if CHOICES and x.is_cpu and torch.is_autocast_enabled("cpu") and _suits_casting(x):
+    if CHOICES and x.is_cpu and torch.is_autocast_enabled("cpu") and _suits_casting(x, weight):
         x, weight, *given = autocast(x, weight, *(() if bias is None else (bias,)))
         bias = given[0] if given else None
     if _suits_linear_fwd(x, weight) and _is_plain(x, weight, bias):
@@ -119,10 +118,18 @@ def _has_rows(x: Tensor, count: int) -> bool:
     return x.numel() >= count * x.shape[-1]
 
 
-def _suits_casting(x: Tensor) -> bool:
-    """Return True to cast for autocast here; for few rows torch gains more, as it caches weights that it has cast."""
-    choice = _choice_for(torch.get_autocast_dtype("cpu"))
-    return torch.is_grad_enabled() or (choice.casts_here and _has_rows(x, choice.many_rows_from))
+def _suits_casting(x: Tensor, weight: Tensor) -> bool:
+    """Return True to cast for autocast here, if a kernel may follow; torch caches weights that it has cast."""
+    dtype = torch.get_autocast_dtype("cpu")
+    choice = _choice_for(dtype)
+    if torch.is_grad_enabled():
+        return choice.training_from is not None or _backward_reads_on(dtype, weight)
+    return choice.casts_here and _has_rows(x, choice.many_rows_from)
+
+
+def _backward_reads_on(dtype: torch.dtype, weight: Tensor) -> bool:
+    """Return True if torch's own backward may read memory between the rows of dy (..., O)."""
+    return _READS_ON and dtype == torch.bfloat16 and weight.shape[0] % 32 != 0
 
 
 def _suits_linear_fwd(x: Tensor, weight: Tensor) -> bool:
@@ -130,8 +137,8 @@ def _suits_linear_fwd(x: Tensor, weight: Tensor) -> bool:
     if size == 0:
         return False
     if torch.is_grad_enabled():
-        reads_on = _READS_ON and x.dtype == torch.bfloat16 and weight.shape[0] % 32 != 0  # in dy, torch's own backward
-        return reads_on or (choice.training_from is not None and size >= choice.training_from)
+        is_large = choice.training_from is not None and size >= choice.training_from
+        return is_large or _backward_reads_on(x.dtype, weight)
     return choice.many_rows_from is not None
 
 
@@ -184,19 +191,10 @@ def _fwd(x, weight, bias):
     if weight.is_contiguous() and not _has_rows(x, many or few + 1):
         return _few_rows(x, weight, bias)
     if many is None:
-        return _by_torch(x, weight, bias)
+        return F.linear(_without_gaps(x), _without_gaps(weight), bias)
     y = _fwd_fake(x, weight, bias)
     _many_rows(x.reshape(-1, x.shape[-1]), weight, bias, y.view(-1, y.shape[-1]), add=False)
     return y
-
-
-def _by_torch(x, weight, bias):
-    """Product by torch; of two transposed bfloat16 matrices, which take torch twice as long, the smaller is copied."""
-    if x.dtype != torch.bfloat16 or bias is not None or not _is_transposed(x) or not _is_transposed(weight):
-        return F.linear(_without_gaps(x), _without_gaps(weight), bias)
-    if x.numel() <= weight.numel() + x.shape[0] * weight.shape[0]:
-        return F.linear(_contiguous(x), weight)
-    return _contiguous(F.linear(_contiguous(weight), x).t())
 
 
 def _without_gaps(x: Tensor) -> Tensor:
@@ -218,15 +216,6 @@ def _contiguous_or_transposed(matrix: Tensor) -> tuple[Tensor, bool]:
 
 def _is_transposed(matrix: Tensor) -> bool:
     return matrix.dim() == 2 and not matrix.is_contiguous() and matrix.t().is_contiguous()
-
-
-def _contiguous(x: Tensor) -> Tensor:
-    """Return x, contiguous. A transposed matrix, as in a weight's gradient, is copied faster than by torch."""
-    if not _is_transposed(x):
-        return x.contiguous()
-    rows = empty_like(x)
-    launch("transpose", x.t(), rows)
-    return rows
 
 
 def _fwd_fake(x, weight, bias):
