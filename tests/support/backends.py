@@ -6,12 +6,14 @@ to the device, launch there and move the results back.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+import functools
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
+from types import ModuleType
 
 import pytest
 import torch
-from emulator.device import bindings
+from emulator.device import bindings, build, load
 from torch import Tensor
 
 import megalodon_ops as mo
@@ -42,15 +44,52 @@ each_implementation = pytest.mark.parametrize(
     ids=["reference", *DEVICES],
     indirect=["backend"],
 )
+# AMX on a processor without it: slow tests of the kernels for AMX run on emulated tile registers.
+EMULATES_AMX = "v4_bf16" in ISAS and "v4_amx" not in ISAS
+EMULATED_AMX = [pytest.param("v4_amx", marks=pytest.mark.slow)] * EMULATES_AMX
+each_isa_with_amx = pytest.mark.parametrize("name", [*ISA_PARAMS, *EMULATED_AMX])
+every_backend_with_amx = pytest.mark.parametrize("backend", [*EVERY_BACKEND, *EMULATED_AMX], indirect=True)
+wide_every_backend_with_amx = pytest.mark.parametrize(
+    "backend", [*ISA_PARAMS, *EMULATED_AMX, *SLOW_EMULATED], indirect=True
+)
+needs_amx = (
+    pytest.mark.slow
+    if EMULATES_AMX
+    else pytest.mark.skipif("v4_amx" not in ISAS, reason="AMX is neither there nor emulated: no AVX512-BF16")
+)
 needs_cuda_kernels = pytest.mark.skipif(not library.has_cuda_kernels(), reason="this build has no CUDA kernels")
 needs_gpu = pytest.mark.skipif(not HAS_GPU, reason="needs a GPU and a build with CUDA kernels")
 
 
 @contextmanager
 def isa(name: str) -> Iterator[None]:
-    _C.set_isa(name)
-    yield
-    _C.set_isa(DEFAULT_ISA)
+    emulated = name == "v4_amx" and EMULATES_AMX
+    with _emulated_amx() if emulated else nullcontext():
+        _C.set_isa("v4_bf16" if emulated else name)
+        yield
+        _C.set_isa(DEFAULT_ISA)
+
+
+@functools.cache
+def _amx_emulated() -> ModuleType:
+    return load(build("_amx_emulated"), "_amx_emulated")
+
+
+@contextmanager
+def _emulated_amx() -> Iterator[None]:
+    """Within the context, bindings of `_C` call kernels for AMX, on emulated tiles, for the dtypes that these compute."""
+    module = _amx_emulated()
+
+    def choice(name: str, dtype: torch.dtype) -> Callable:
+        kernel, emulated = getattr(_C, name), getattr(module, name)
+        return lambda x, *args: (emulated if x.dtype == dtype else kernel)(x, *args)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(_C, "linear_many_rows", choice("linear_many_rows", torch.float32))
+        for direction in ("fwd", "bwd"):
+            name = f"chunked_attention_{direction}"
+            patch.setattr(_C, name, choice(name, torch.bfloat16))
+        yield
 
 
 @contextmanager

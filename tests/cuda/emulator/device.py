@@ -39,7 +39,7 @@ def bindings(module: ModuleType) -> dict[str, tuple[list[str], list[str]]]:
 
 
 def build(target: str = "_cuda_emulated", verbose: bool = False) -> Path:
-    """Compile `_cuda_emulated` or `_cuda_emulated_sanitized` if a source has changed.
+    """Compile `_cuda_emulated`, `_cuda_emulated_sanitized` or `_amx_emulated` if a source has changed.
 
     MEGALODON_OPS_EMULATOR_CACHE, by default ~/.cache/megalodon_ops/emulator, has a build folder for each checkout,
     interpreter and compiler.
@@ -58,9 +58,9 @@ def build(target: str = "_cuda_emulated", verbose: bool = False) -> Path:
     return library
 
 
-def load(library: Path) -> ModuleType:
-    """Import a module that `build` has compiled."""
-    spec = importlib.util.spec_from_file_location("_cuda_emulated", library)
+def load(library: Path, name: str = "_cuda_emulated") -> ModuleType:
+    """Import a module that `build` has compiled; `name` is the one in its source."""
+    spec = importlib.util.spec_from_file_location(name, library)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module

@@ -15,7 +15,8 @@ from assertions import (
     every_case,
     with_references,
 )
-from backends import each_implementation, every_backend, wide_every_backend
+from backends import each_implementation, every_backend, every_backend_with_amx
+from backends import wide_every_backend, wide_every_backend_with_amx
 from calls import evaluate, forward, streamed
 from cases import chunked_attention_case
 from golden import TOLERANCE, golden_case, golden_config
@@ -88,7 +89,7 @@ def model_case(shape, dtype):
     return chunked_attention_case(**SHAPES[shape], dtype=dtype, scale=SHAPES[shape]["K"] ** -0.5)
 
 
-@wide_every_backend
+@wide_every_backend_with_amx
 @pytest.mark.parametrize("shape", SHAPES)
 def test_shapes_of_models(shape, backend):
     with every_case() as each:
@@ -151,7 +152,7 @@ def test_tiles_of_every_height_end_with_their_block(backend):
                 assert_all_as_accurate_as(evaluate(mo.chunked_attention, case), same, exact, factor=4, floor=8)
 
 
-@every_backend
+@every_backend_with_amx
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_keys_without_elements_give_the_mean_of_the_values(dtype, backend):
     """All scores are 0, although the scratch memory holds scores of an earlier call."""
@@ -163,7 +164,7 @@ def test_keys_without_elements_give_the_mean_of_the_values(dtype, backend):
     torch.testing.assert_close(o, expected, rtol=0, atol=8e-3 if dtype == torch.bfloat16 else 1e-6)
 
 
-@every_backend
+@every_backend_with_amx
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("L", [3, 70])
 def test_the_log_sum_exp_needs_no_values(L, dtype, backend):

@@ -15,7 +15,7 @@ from assertions import (
     references,
     with_references,
 )
-from backends import DEVICES, each_isa, every_backend, isa
+from backends import DEVICES, each_isa, each_isa_with_amx, every_backend, isa
 from calls import evaluate, forward
 from cases import cema_case, chunked_attention_case, generator, normalized_qk_case, randn, timestep_norm_case
 from hypothesis import assume, given
@@ -127,7 +127,7 @@ ATTENTION = {
 }
 
 
-@each_isa
+@each_isa_with_amx
 @pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
 @pytest.mark.parametrize("shape", ATTENTION.values(), ids=ATTENTION)
 def test_attention_passes_values_on_to_dependent_results(shape, dtype, name):

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 import pytest
 import torch
 from assertions import assert_bit_equal, every_case
-from backends import each_isa, isa
+from backends import each_isa_with_amx, isa
 from calls import OPS, evaluate
 from cases import generator, randn
 
@@ -45,7 +45,7 @@ def assert_threads_change_nothing(run):
         assert_bit_equal(other, first)
 
 
-@each_isa
+@each_isa_with_amx
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_ops(dtype, name):
     with every_case() as each, isa(name):
@@ -105,7 +105,7 @@ OTHERS = {
 }
 
 
-@each_isa
+@each_isa_with_amx
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("run", OTHERS.values(), ids=OTHERS)
 def test_kernels_around_the_ops(run, dtype, name):

@@ -1,0 +1,25 @@
+// _amx_emulated: the bindings of the ops that have kernels for AMX, which run on emulated tiles.
+#include <stdexcept>
+
+#include "bindings.h"
+#include "chunked_attention.h"
+#include "linear.h"
+
+namespace megalodon {
+
+Isa active_isa = Isa::v4_amx;
+
+// Every kernel must exist for the lowest instruction set, which a call takes for what AMX does not compute.
+namespace v2 {
+#define NOT_EMULATED(name, Params) \
+  void name(const Params&) { throw std::logic_error(#name ": only kernels for AMX are emulated"); }
+NOT_EMULATED(linear_few_rows_cpu, LinearFewRowsParams)
+NOT_EMULATED(linear_many_rows_cpu, LinearManyRowsParams)
+NOT_EMULATED(chunked_attention_fwd_cpu, ChunkedAttentionFwdParams)
+NOT_EMULATED(chunked_attention_bwd_cpu, ChunkedAttentionBwdParams)
+NOT_EMULATED(chunked_attention_state_cpu, ChunkedAttentionStateParams)
+}  // namespace v2
+
+}  // namespace megalodon
+
+PYBIND11_MODULE(_amx_emulated, module) { megalodon::Registration::define_all(module); }
