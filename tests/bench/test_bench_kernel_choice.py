@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -20,22 +22,24 @@ def test_each_way_runs_its_kernel(monkeypatch, options):
         launched.clear()
         path.call()
         found[path.name] = set(launched)
+        assert kernel_choice.chosen_way(replace(case, paths=[path])) == path.name
     expected = {"few": {"linear_few_rows"}, "many": {"linear_many_rows"}, "torch": set()}
     assert found == {name: expected[name] for name in found} and len(found) == 3 - ("backward" in options)
 
 
 def test_a_choice_that_is_not_the_fastest_is_marked():
-    def row(**milliseconds):
+    def row(chosen="", **milliseconds):
         timings = [
             Timing(name, rival=name != OURS, warm=[1e-3 * time], error=1e-3 if name == "few" else 0.0)
             for name, time in {OURS: 1.0, **milliseconds}.items()
         ]
         result = Result("", "forward", "T 1 I 2 O 3", "float32", 2, 1, "element", None, None, 1e-4, timings)
-        return kernel_choice.row(result)
+        return kernel_choice.row(result, chosen)
 
     line, is_slower = row(few=0.1, many=0.5, torch=0.8)
     assert is_slower and line == "|forward, float32, T 1 I 2 O 3|1.000|0.100|0.500|0.800| **many: 2.00 times as fast**|"
     assert not row(many=0.97, torch=2.0)[1]
+    assert not row("many", many=0.5, torch=0.49)[1] and row("many", many=0.5, torch=0.4)[1]
 
 
 def test_the_program(monkeypatch, capsys):

@@ -62,21 +62,21 @@ def test_choice_of_the_op(monkeypatch, choice, gradients):
 
 
 def test_choices_by_processor():
-    """One case for each row of the table in the docstring of `linear`."""
+    """One case for each row of the table in docs/cpu.md."""
     float32, bfloat16, float16, float64 = torch.float32, torch.bfloat16, torch.float16, torch.float64
-    for isa, mkl_is_slow, has_many, worth_of_bfloat16 in [
-        ("generic", False, set(), None),
-        ("generic", True, {float32}, None),
-        ("neon_bf16", False, set(), None),
-        ("v2", False, {bfloat16, float16}, 1 << 20),
-        ("v3", True, {float32, bfloat16, float16}, 1 << 20),
-        ("v4", True, {float32, bfloat16, float16}, 1 << 20),
-        ("v4_bf16", True, {float32, bfloat16, float16}, 1 << 29),
-        ("v4_amx", False, {float32}, None),
+    for isa, mkl_is_slow, has_many, many_rows_from, training_from in [  # the last two: of bfloat16
+        ("generic", False, set(), None, None),
+        ("generic", True, {float32}, None, None),
+        ("neon_bf16", False, set(), None, None),
+        ("v2", False, {bfloat16, float16}, 64, 1 << 20),
+        ("v3", True, {float32, bfloat16, float16}, 64, 1 << 20),
+        ("v4", True, {float32, bfloat16, float16}, 64, 1 << 20),
+        ("v4_bf16", True, {float32, bfloat16, float16}, 129, 1 << 29),
+        ("v4_amx", False, {float32}, None, None),
     ]:
         table = choices(isa, mkl_is_slow)
         assert {dtype for dtype, choice in table.items() if choice.many_rows_from is not None} == has_many
-        assert table[bfloat16].training_from == worth_of_bfloat16 and table[float64] == KernelChoice(32)
+        assert table[bfloat16][1:3] == (many_rows_from, training_from) and table[float64] == KernelChoice(32)
         assert table[float16].casts_here == (float16 in has_many) and table[float32].casts_here is False
         assert table[bfloat16].casts_here == (isa in ("v2", "v3", "v4"))
 
