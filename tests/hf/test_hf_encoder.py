@@ -291,7 +291,7 @@ def test_wrong_calls() -> None:
         "`attention_mask` must have a token in every row, got a row without one": lambda: model(
             ids, attention_mask=empty
         ),
-        "`cu_seqlens` must leave": lambda: model(ids[:1], cu_seq_lens_q=torch.tensor([0, 3, 3, 6])),
+        "`cu_seqlens` must give each row": lambda: model(ids[:1], cu_seq_lens_q=torch.tensor([0, 3, 3, 6])),
         f"`use_cache` {no_state}": lambda: model(ids, use_cache=True),
         f"`past_key_values` {no_state}": lambda: predictor(ids, past_key_values=hf.MegalodonCache()),
         f"`cache` {no_state}": lambda: numbers(input_values=torch.randn(2, 6, 2), cache=hf.MegalodonCache()),

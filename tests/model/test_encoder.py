@@ -318,7 +318,7 @@ def test_empty_rows_are_refused():
     with every_case() as case:
         for argument, call in calls.items():
             for features in (False, True):
-                message = f"^MegalodonEncoder: {argument.replace('.*', 'must leave a position to every row, got none for')}; leave"
+                message = f"^MegalodonEncoder: {argument.replace('.*', 'must give each row at least one position, got none for')}; leave"
                 with case(argument, features), pytest.raises(ValueError, match=message):
                     call(features=features)
     assert encoder(inputs[:0]).shape == (0, 3)

@@ -88,10 +88,10 @@ def check_mesh(caller: str, mesh: object) -> dict[str, int]:
     return dict(zip(names, mesh.mesh.shape))
 
 
-def batch_and_tensor(mesh: DeviceMesh, *, replicate: bool) -> tuple[DeviceMesh, DeviceMesh]:
-    """Return two parts of one mesh: the ranks of data x chunk together, for FSDP2, and the ranks of `tensor`.
+def batch_and_tensor_meshes(mesh: DeviceMesh, *, replicate: bool) -> tuple[DeviceMesh, DeviceMesh]:
+    """Return two submeshes of one mesh: the ranks of data x chunk together, for FSDP2, and the ranks of `tensor`.
 
-    The first part has shape (ranks,), over which FSDP2 shards. With `replicate` it has shape (ranks, 1): FSDP2
+    The first has shape (ranks,), over which FSDP2 shards. With `replicate` it has shape (ranks, 1): FSDP2
     replicates over its first dimension and shards over its last.
     """
     tensor = mesh["tensor"].size() if "tensor" in mesh.mesh_dim_names else 1

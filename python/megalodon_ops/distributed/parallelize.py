@@ -11,7 +11,7 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from .rank_checks import check_same_on_ranks
 from .fsdp import check_torch, forget_ended_groups, initialise, shard
-from .mesh import batch_and_tensor, check_mesh
+from .mesh import batch_and_tensor_meshes, check_mesh
 from .parallel_model import ParallelMegalodon, ParallelMegalodonEncoder, Ranks
 from .tensor import check_can_split, split_over
 from ..model.encoder import MegalodonEncoder
@@ -71,7 +71,7 @@ def parallelize(
     forget_ended_groups()
     on_meta = next(model.parameters()).is_meta
     plain = copy.deepcopy(model) if on_meta else None
-    batch, tensor = batch_and_tensor(mesh, replicate=data == "replicate")
+    batch, tensor = batch_and_tensor_meshes(mesh, replicate=data == "replicate")
     splits_sequence, splits_layers = sizes.get("chunk", 1) > 1, sizes.get("tensor", 1) > 1
     if splits_layers:
         if not on_meta:

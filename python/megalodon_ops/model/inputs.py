@@ -28,7 +28,7 @@ def embed_numbers(
     return_state: bool,
     sequences: Sequences,
 ) -> tuple[Tensor, ScaleState]:
-    """Scale and embed numbers (B, L, F), the `argument` of `op`, as (B, L, D); also return the scale's new state."""
+    """Scale and embed numbers (B, L, F) as (B, L, D); also return the scale's new state."""
     config, weight = model.config, model.embed.weight
     check_device(op, argument, numbers, weight)
     if config.scale_inputs:
@@ -37,7 +37,7 @@ def embed_numbers(
 
 
 def embed_tokens(op: str, argument: str, tokens: Tensor, model: nn.Module) -> Tensor:
-    """Embed tokens, the `argument` of `op`, as (B, L, D)."""
+    """Embed tokens (B, L) as (B, L, D)."""
     config = model.config
     try:
         x = model.embed(tokens)
@@ -112,7 +112,7 @@ def check_not_empty(op: str, argument: str, x: Tensor, sequences: Sequences) -> 
         argument, lengths = "lengths", sequences.lengths
     if lengths.device.type == "cpu" and len(empty := (lengths == 0).nonzero()):
         raise ValueError(
-            f"{op}: `{argument}` must leave a position to every row, got none for row {empty[0].item()}; leave the row out."
+            f"{op}: `{argument}` must give each row at least one position, got none for row {empty[0].item()}; leave the row out."
         )
 
 
