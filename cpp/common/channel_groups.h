@@ -91,7 +91,8 @@ MEGALODON_INLINE Vec<R> keep_first(Vec<R> v, int64_t n) {
   return lane < lane - lane + static_cast<LaneInt<R>>(n) ? v : zeros<R>();
 }
 
-// Two vectors to be added. With v = b if `bit` is set in i, else a: lane i is v[i] in `kept` and v[i ^ bit] in `other`.
+// Two vectors to be added. Where i has `bit` set, lane i of `kept` is b[i], and lane i of `other` is b[i ^ bit];
+// elsewhere they are a[i] and a[i ^ bit].
 template <class R>
 struct LanePairs {
   Vec<R> kept, other;
@@ -145,7 +146,8 @@ MEGALODON_INLINE Terms<R, kSums> sum_each(int first, Group&& group) {
 }
 
 // Lane i of the result's v[k] is the sum of term k over the `size` elements of group i; `groups` <= kLanes.
-// term(i, offset, n) returns the Terms of the n <= kLanes elements from `offset` on of group i, zero in other lanes.
+// term(i, offset, n) returns the Terms of n <= kLanes elements of group i, from its element `offset` on; further lanes
+// are zero.
 template <class R, int kSums, class Term>
 MEGALODON_INLINE Terms<R, kSums> sum_groups(int64_t groups, int64_t size, Term&& term) {
   constexpr int64_t lanes = kLanes<R>, chains = 4;

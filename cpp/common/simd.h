@@ -35,7 +35,7 @@ template <class E, int n> struct VecOf { typedef E type __attribute__((vector_si
 template <class R> using Vec = typename VecOf<R, kLanes<R>>::type;
 
 using Bits = VecOf<uint32_t, kLanes<float>>::type;  // the bits of a Vec<float>
-using Half = VecOf<uint16_t, kLanes<float>>::type;  // as many 16-bit values as a Vec<float> has lanes
+using Half = VecOf<uint16_t, kLanes<float>>::type;  // bits of bf16 or fp16 values, one for each lane of a Vec<float>
 
 template <class To, class From>
 MEGALODON_INLINE To bit_cast(From from) {
@@ -190,38 +190,38 @@ MEGALODON_INLINE void store(bf16* to, Vec<float> v) { store_raw(to, narrow_bf16(
 MEGALODON_INLINE void store(fp16* to, Vec<float> v) { store_raw(to, narrow_f16(v)); }
 
 // load_first() loads n elements, n in [0, kLanes], and zeros in the other lanes. store_first() stores the first n
-// lanes.
+// lanes. In load_some() and store_some(), bit i of `mask` is set if lane i takes part.
 #if defined(__AVX512BW__)
-MEGALODON_INLINE Vec<float> load_some(const float* from, uint32_t lanes) {
-  return bit_cast<Vec<float>>(_mm512_maskz_loadu_ps(static_cast<__mmask16>(lanes), from));
+MEGALODON_INLINE Vec<float> load_some(const float* from, uint32_t mask) {
+  return bit_cast<Vec<float>>(_mm512_maskz_loadu_ps(static_cast<__mmask16>(mask), from));
 }
-MEGALODON_INLINE Vec<double> load_some(const double* from, uint32_t lanes) {
-  return bit_cast<Vec<double>>(_mm512_maskz_loadu_pd(static_cast<__mmask8>(lanes), from));
+MEGALODON_INLINE Vec<double> load_some(const double* from, uint32_t mask) {
+  return bit_cast<Vec<double>>(_mm512_maskz_loadu_pd(static_cast<__mmask8>(mask), from));
 }
-MEGALODON_INLINE Half load_some_bits(const void* from, uint32_t lanes) {
-  return bit_cast<Half>(_mm256_maskz_loadu_epi16(static_cast<__mmask16>(lanes), from));
+MEGALODON_INLINE Half load_some_bits(const void* from, uint32_t mask) {
+  return bit_cast<Half>(_mm256_maskz_loadu_epi16(static_cast<__mmask16>(mask), from));
 }
-MEGALODON_INLINE Vec<float> load_some(const bf16* from, uint32_t lanes) {
-  return widen_bf16(load_some_bits(from, lanes));
+MEGALODON_INLINE Vec<float> load_some(const bf16* from, uint32_t mask) {
+  return widen_bf16(load_some_bits(from, mask));
 }
-MEGALODON_INLINE Vec<float> load_some(const fp16* from, uint32_t lanes) {
-  return widen_f16(load_some_bits(from, lanes));
+MEGALODON_INLINE Vec<float> load_some(const fp16* from, uint32_t mask) {
+  return widen_f16(load_some_bits(from, mask));
 }
-MEGALODON_INLINE Vec<float> load_some(const int8_t* from, uint32_t lanes) {
-  const __m128i bytes = _mm_maskz_loadu_epi8(static_cast<__mmask16>(lanes), from);
+MEGALODON_INLINE Vec<float> load_some(const int8_t* from, uint32_t mask) {
+  const __m128i bytes = _mm_maskz_loadu_epi8(static_cast<__mmask16>(mask), from);
   return bit_cast<Vec<float>>(_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(bytes)));
 }
-MEGALODON_INLINE void store_some(float* to, Vec<float> v, uint32_t lanes) {
-  _mm512_mask_storeu_ps(to, static_cast<__mmask16>(lanes), bit_cast<__m512>(v));
+MEGALODON_INLINE void store_some(float* to, Vec<float> v, uint32_t mask) {
+  _mm512_mask_storeu_ps(to, static_cast<__mmask16>(mask), bit_cast<__m512>(v));
 }
-MEGALODON_INLINE void store_some(double* to, Vec<double> v, uint32_t lanes) {
-  _mm512_mask_storeu_pd(to, static_cast<__mmask8>(lanes), bit_cast<__m512d>(v));
+MEGALODON_INLINE void store_some(double* to, Vec<double> v, uint32_t mask) {
+  _mm512_mask_storeu_pd(to, static_cast<__mmask8>(mask), bit_cast<__m512d>(v));
 }
-MEGALODON_INLINE void store_some(bf16* to, Vec<float> v, uint32_t lanes) {
-  _mm256_mask_storeu_epi16(to, static_cast<__mmask16>(lanes), bit_cast<__m256i>(narrow_bf16(v)));
+MEGALODON_INLINE void store_some(bf16* to, Vec<float> v, uint32_t mask) {
+  _mm256_mask_storeu_epi16(to, static_cast<__mmask16>(mask), bit_cast<__m256i>(narrow_bf16(v)));
 }
-MEGALODON_INLINE void store_some(fp16* to, Vec<float> v, uint32_t lanes) {
-  _mm256_mask_storeu_epi16(to, static_cast<__mmask16>(lanes), bit_cast<__m256i>(narrow_f16(v)));
+MEGALODON_INLINE void store_some(fp16* to, Vec<float> v, uint32_t mask) {
+  _mm256_mask_storeu_epi16(to, static_cast<__mmask16>(mask), bit_cast<__m256i>(narrow_f16(v)));
 }
 #endif
 template <class T>

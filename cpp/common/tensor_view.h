@@ -35,6 +35,8 @@ class TensorView {
   void* data() const { return data_; }
   template <class T> T* data_as() const { return static_cast<T*>(data_); }
 
+  // The functions from rank() to floating() check the tensor. They raise an error if it does not fit; most return the
+  // tensor, for further checks.
   // The tensor must be given and have as many axes as `letters`, such as "(B, L, D)".
   const TensorView& rank(const char* letters, int rank) const;
   // If the tensor is given, it must have exactly this shape.
@@ -106,7 +108,8 @@ inline Scalar scalar_of(DType dtype) {
 // Raises unless `value` is finite and at least `least`.
 void check_range(const char* op, const char* name, double value, double least, const char* expected);
 
-// Returns the sequences of a (B, L, ...) batch. check_values gets a check that they are ordered and within the batch.
+// Returns the sequences of a (B, L, ...) batch. check_values() checks, now or in each run of a recorded step, that
+// `cu_seqlens` does not decrease and that all sequences end within the batch.
 Sequences make_sequences(const char* op, int64_t batch, int64_t length, py::handle cu_seqlens, py::handle lengths);
 
 }  // namespace megalodon

@@ -11,6 +11,7 @@
 //   load_b_trans                   B_n[k][j] = tile[row + k][column + 8 n + j]       for X Y,   tile = Y
 //   store_d      D (16 x 8)        tile[row + i][column + j] = D[i][j]
 //   to_a         A (16 x 16) from two D (16 x 8) side by side, without shared memory
+// In the emulator, check_a and check_b compare each loaded fragment with the elements of the tile at once.
 // Rows and columns are multiples of 8.
 #pragma once
 
