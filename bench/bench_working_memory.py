@@ -1,7 +1,7 @@
 """adaptive_working_memory: forward and backward.
 
 Of n chunks of C positions, per head and without a state, n - 1 read the memory, n - 1 are written, and n - 2 of these
-are compared with the memory before, 2 C K V flops each.
+are compared with the memory before, 2 C K V flops each; the op compares by matrices (K, K) and needs fewer.
     backward  twice the flops of reads, and three times those of writes and comparisons
     bytes: q, k, v in, o out; with gradients q, k, v twice, do in, dq, dk, dv out
 """

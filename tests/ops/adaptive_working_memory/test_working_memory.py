@@ -8,7 +8,7 @@ from itertools import pairwise
 
 import pytest
 import torch
-from assertions import assert_all_close, assert_bit_equal, assert_close, assert_refuses
+from assertions import assert_all_close, assert_bit_equal, assert_close, assert_refuses, every_case
 from calls import evaluate, forward
 from cases import adaptive_working_memory_case
 from models import tiny_model, tokens_of
@@ -45,6 +45,43 @@ def test_a_value_is_found_again_by_its_key():
         q = torch.cat((torch.zeros(1, K - 1, 1, K), k[:, wanted : wanted + 1]), 1)
         o = mo.adaptive_working_memory(q, k, v, chunk_size=C)
         torch.testing.assert_close(o[0, -1, 0], v[0, wanted, 0])
+
+
+SIDE_BY_SIDE = {
+    "few rows": dict(B=1, L=40),
+    "many rows": dict(B=7, L=24),
+    "a part of a chunk": dict(B=2, L=5),
+    "one chunk": dict(B=2, L=8),
+    "packed": dict(B=1, L=48, cu_seqlens=[0, 16, 32, 48]),
+}
+
+
+def without_end_state(function, case):
+    """Results and gradients if the end state is not used."""
+    inputs = [tensor.clone().requires_grad_() for tensor in case.tensors.values()]
+    o = function(*inputs, **case.options)
+    grads = torch.autograd.grad(o.square().sum(), inputs, materialize_grads=True)
+    return dict(zip(("o", "dq", "dk", "dv"), (o.detach(), *grads), strict=True))
+
+
+def test_chunks_of_one_head_side_by_side():
+    """Such chunks are read in place. Without the end state, the last ones are not written."""
+    options = dict(H=1, C=8, dtype=torch.float64)
+    with every_case() as named:
+        for name, sizes in SIDE_BY_SIDE.items():
+            for run in (evaluate, without_end_state):
+                for visible_chunks in (1, 2):
+                    with named(name, run.__name__, visible_chunks):
+                        case = adaptive_working_memory_case(**options, **sizes, visible_chunks=visible_chunks)
+                        found, expected = (run(module.adaptive_working_memory, case) for module in (mo, mo.reference))
+                        assert_all_close(found, expected, tolerance=1e-11)
+
+
+def test_a_state_after_complete_chunks():
+    case = adaptive_working_memory_case(B=3, L=32, H=1, C=8, dtype=torch.float64, state=True)
+    case = case.with_options(kept=case.options["kept"]._replace(position=torch.tensor([16, 16, 24])))
+    found, expected = (evaluate(module.adaptive_working_memory, case) for module in (mo, mo.reference))
+    assert_all_close(found, expected, tolerance=1e-11)
 
 
 def test_padding_of_a_short_call_changes_nothing():

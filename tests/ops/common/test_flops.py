@@ -64,11 +64,11 @@ EXPECTED = {
         2 * 21 * 2 * 2 * (3 + 5),
         2 * 21 * 2 * 2 * (3 * 3 + 2 * 5),
     ),
-    # Nine positions read and eight write; four of these subtract what the memory returns for their key.
+    # For each of four memories of 3 x 5, nine positions read and eight, in two chunks, write.
     "adaptive_working_memory": (
         adaptive_working_memory_case(H=2, K=3, V=5, C=4),
-        2 * (9 + 8 + 4) * 60,
-        2 * (2 * 9 + 3 * 8 + 3 * 4) * 60,
+        2 * 4 * (9 * 15 + 8 * (15 + 9) + 2 * 9 * 5),
+        2 * 4 * (2 * 9 * 15 + 3 * 8 * (15 + 9) + 3 * 2 * 9 * 5),
     ),
 }
 
@@ -122,9 +122,10 @@ def test_attention_counts_visible_pairs():
 @pytest.mark.parametrize("to_end", [False, True])
 @pytest.mark.parametrize("L", [8, 12])
 @pytest.mark.parametrize("visible_chunks", [1, 2])
-def test_the_count_of_the_memory_is_that_of_its_products(L, to_end, visible_chunks):
-    q, k, v = adaptive_working_memory_case(L=L, C=4).tensors.values()
-    ends = [q.new_zeros(2, 2, 3, 5), q.new_zeros(2, 2, 3)] if to_end else [None, None]
+@pytest.mark.parametrize("H", [1, 2])
+def test_the_count_of_the_memory_is_that_of_its_products(H, L, to_end, visible_chunks):
+    q, k, v = adaptive_working_memory_case(L=L, H=H, C=4).tensors.values()
+    ends = [q.new_zeros(2, H, 3, 5), q.new_zeros(2, H, 3)] if to_end else [None, None]
     arguments = [q, k, v, *[None] * 5, 4, visible_chunks, None, None]
     kernels = importlib.import_module("megalodon_ops.ops.adaptive_working_memory.adaptive_working_memory")
     calls = {

@@ -13,7 +13,7 @@ from ..common.flops import lengths_of, readable_values
 from ..common.states import WorkingMemoryState, state_fields
 from ..chunked_attention.two_chunk_attention import two_chunk_attention_state, two_chunk_attention_state_
 from ..common.checks import check_device, check_flag, check_rank, check_sequences, check_size, check_tensor
-from .working_memory_plan import OP as _NAME, Plan, length
+from .working_memory_plan import OP as _NAME, Index, Plan, matrices
 
 _FEW_TOKENS = 32
 """Calls with a state and at most this many tokens use the CPU kernel for decoding"""
@@ -61,10 +61,10 @@ def adaptive_working_memory(
         ValueError: a shape or a value is wrong. TypeError: a dtype is wrong. Second derivatives are not supported.
 
     Gradients go to every tensor but the state's k and v, which are constant in the backward. Softmax, M and z are
-    float32 (float64 for float64); operands of matrix products are rounded to q's dtype. The op is a loop of torch's
-    matrix products over chunks: 6 K V operations for each position and head. On the CPU a call of up to 32 tokens with
-    a state is one kernel. Only the inputs are kept for the backward, which recomputes the memory. On a GPU the host
-    waits for `cu_seqlens`, `lengths` and the state's positions.
+    float32 (float64 for float64); operands of matrix products are rounded to q's dtype, but for those of the loop over
+    chunks. The op consists of torch's matrix products, 4 K V + 2 K^2 (1 + V / C) operations for each position and head.
+    On the CPU a call of up to 32 tokens with a state is one kernel. Only the inputs are kept for the backward, which
+    recomputes the memory. On a GPU the host waits for `cu_seqlens`, `lengths` and the state's positions.
 
     Arrays of other libraries: see :mod:`megalodon_ops.ops.common.arrays`.
 
@@ -157,36 +157,44 @@ def end_position(
 
 
 class _Writer:
-    """Weights and values of the n chunks that are written; :meth:`write` writes those of one turn (:class:`Plan`)."""
+    """The n chunks that are written: M' = M + X with X = r (N - M), for each.
+
+    As N = P^T (V - F M) = P^T V - A M with A = P^T F, X is E + D M with E = r P^T V and D = -r (A + I). These do not
+    depend on M, so that only :meth:`write` is a loop over chunks.
+    """
 
     def __init__(
         self, plan: Plan, k: Tensor, v: Tensor, cache_k: Tensor | None, cache_v: Tensor | None, z: Tensor
     ) -> None:
-        """Update z (S H, K) in place."""
-        self.U = plan.take_written(v, cache_v)  # (n H, C, V): v; `write` replaces it by U = V - F M
-        logits = plan.take_written(k, cache_k).to(z.dtype)  # (n H, C, K)
-        w = logits.logsumexp(1)  # (n H, K)
-        added = w.index_fill(0, plan.absent, -torch.inf)
-        self.r = torch.empty_like(w)
-        for at in plan.writes.turns:
-            before = z[: length(at)]
-            total = torch.logaddexp(before, added[at])
-            self.r[at] = (added[at] - total).exp_()
-            before.copy_(total)
+        """Update z (S, H, K) in place."""
+        self.V = plan.take_written(v, cache_v)  # (n, H, C, V)
+        logits = plan.take_written(k, cache_k).to(z.dtype)  # (n, H, C, K)
+        top = logits.amax(-2, keepdim=True)
+        self.P, self.F = (logits - top).exp_(), logits.softmax(-1)
+        total = self.P.sum(-2, keepdim=True)
+        self.P.div_(total)
+        w = total.log_().add_(top).squeeze(-2)  # (n, H, K)
+        after = w.index_fill(0, plan.absent, -torch.inf)
+        for _, _, n, at in plan.turns:
+            if n:
+                z[:n] = after[at] = torch.logaddexp(z[:n], after[at])
+        self.r = (w - after).exp_()  # (n, H, K)
         self.r.index_fill_(0, plan.absent, 0)
-        self.P, self.F = (logits - w[:, None]).exp_(), logits.softmax(-1)
         self.p, self.f = self.P.to(k.dtype), self.F.to(k.dtype)
-        self._plan = plan
+        E, A = (k.new_empty(*w.shape, width) for width in (v.shape[3], w.shape[-1]))
+        for p, f, V, e, a in plan.writes.matrices(self.p, self.f, self.V, E, A):
+            torch.bmm(p.mT, V, out=e)
+            torch.bmm(p.mT, f, out=a)
+        r = self.r[..., None]
+        self.X = E.to(z.dtype).mul_(r)  # (n, H, K, V): E; `write` adds D M
+        self.D = A.to(z.dtype).mul_(-r)  # (n, H, K, K)
+        self.D.diagonal(dim1=-2, dim2=-1).sub_(self.r)
 
-    def write(self, turn: int, M: Tensor) -> Tensor:
-        """Write the turn's chunks to M (S H, K, V); return N = P^T U (n H, K, V)."""
-        at = self._plan.writes.turns[turn]
-        U, M = self.U[at], M[: length(at)]
-        if not self._plan.is_empty(turn):
-            U.baddbmm_(self.f[at], M.to(U.dtype), alpha=-1)
-        N = (self.p[at].mT @ U).to(M.dtype)
-        M.lerp_(N, self.r[at][..., None].expand_as(N))
-        return N
+    def write(self, at: Index, M: Tensor) -> None:
+        """Write one chunk for each of the s sequences of M (s, H, K, V)."""
+        X, D, before = matrices(self.X[at], self.D[at], M)
+        X.baddbmm_(D, before)
+        M += self.X[at]
 
 
 def _fwd(
@@ -201,12 +209,16 @@ def _fwd(
     M, z = plan.start(q, v, memory, mass)
     writer = _Writer(plan, k, v, cache_k, cache_v, z)
     queries = plan.reads.take(q).to(M.dtype).softmax(-1).to(q.dtype)
-    o = queries.new_empty(*queries.shape[:2], v.shape[3])
-    for turn, (reads, _) in enumerate(plan.turns):
-        torch.bmm(queries[reads], M[: length(reads)].to(q.dtype), out=o[reads])
-        writer.write(turn, M)
+    before = queries.new_empty(*queries.shape[:-2], *M.shape[2:])  # M that each chunk reads
+    for num_reads, reads, num_writes, writes in plan.turns:
+        before[reads] = M[:num_reads]
+        if num_writes:
+            writer.write(writes, M[:num_writes])
+    o, chunks = plan.reads.empty(v)
+    for Q, M_read, out in plan.reads.matrices(queries, before, chunks):
+        torch.bmm(Q, M_read, out=out)
     ends = plan.end(M, z) if return_state else (M.new_empty(0), M.new_empty(0))
-    return plan.reads.put(o, v), *ends
+    return plan.reads.put(o, chunks), *ends
 
 
 def _fwd_fake(q, k, v, *others):
@@ -219,40 +231,67 @@ def _fwd_fake(q, k, v, *others):
 def _bwd(
     do, dmemory_out, dmass_out, q, k, v, memory, mass, cache_k, cache_v, position, chunk_size, visible_chunks, cu_seqlens, lengths
 ):  # fmt: skip
-    """Formulas: adaptive_working_memory_reference.py. Without dmemory_out and dmass_out, the end state is unused."""
-    to_end, dtype = dmemory_out is not None or dmass_out is not None, q.dtype
+    """Formulas: adaptive_working_memory_reference.py, with N = P^T V - A M, A = P^T F as in :class:`_Writer`:
+
+        dA = -dN M^T     dP = V dN^T + F dA^T     dF = P dA     dV = P dN
+        dM = dM' + D^T dM'                        r (1 - r) dr = (1 - r) sum_v dM' X
+
+    Without dmemory_out and dmass_out, the end state is unused.
+    """
+    to_end = dmemory_out is not None or dmass_out is not None
     plan = Plan(q, chunk_size, visible_chunks, position, cu_seqlens, lengths, to_end)
     M, z = plan.start(q, v, memory, mass)
     writer = _Writer(plan, k, v, cache_k, cache_v, z)
-    before, written = [], []
-    for turn, (reads, writes) in enumerate(plan.turns):
-        before.append(M[: max(length(reads), length(writes))].clone())
-        written.append(writer.write(turn, M))
     read = plan.reads.take(q).to(M.dtype).softmax(-1)
-    queries, do = read.to(dtype), plan.reads.take(torch.zeros_like(v) if do is None else do)
-    dqueries, dP, dF, dU = map(torch.empty_like, (queries, writer.p, writer.f, writer.U))
-    dw = torch.empty_like(writer.r)
+    queries, do = read.to(q.dtype), plan.reads.take(torch.zeros_like(v) if do is None else do)
+    before, dbefore = (q.new_empty(*read.shape[:-2], *M.shape[2:]) for _ in range(2))
+    replaced = q.new_empty(writer.X.shape)  # M that each write replaces
+    for num_reads, reads, num_writes, writes in plan.turns:
+        before[reads] = M[:num_reads]
+        if num_writes:
+            replaced[writes] = M[:num_writes]
+            writer.write(writes, M[:num_writes])
+    dqueries = torch.empty_like(queries)
+    for dO, Q, M_read, dQ, dM in plan.reads.matrices(do, queries, before, dqueries, dbefore):
+        torch.bmm(dO, M_read.mT, out=dQ)
+        torch.bmm(Q.mT, dO, out=dM)
     G, g = plan.start_of_backward(M, dmemory_out, dmass_out)
-    for turn, (reads, writes) in reversed([*enumerate(plan.turns)]):
-        M, N, r, n = before[turn], written[turn], writer.r[writes], length(writes)
-        dN, dr = (r[..., None] * G[:n]).to(dtype), (G[:n] * (N - M[:n])).sum(-1) * r * (1 - r)
-        torch.bmm(writer.U[writes], dN.mT, out=dP[writes])
-        torch.bmm(writer.p[writes], dN, out=dU[writes])
-        dw[writes] = g[:n] * r + dr
-        if plan.is_empty(turn):
-            dF[writes] = 0
-        else:
-            torch.bmm(dU[writes], M[:n].to(dtype).mT, out=dF[writes])
-            G[:n].mul_(1 - r[..., None]).sub_(writer.f[writes].mT @ dU[writes])
-            g[:n].mul_(1 - r).sub_(dr)
-        n = length(reads)
-        torch.bmm(do[reads], M[:n].to(dtype).mT, out=dqueries[reads])
-        G[:n].add_(queries[reads].mT @ do[reads])
-    dq = torch._softmax_backward_data(dqueries.to(read.dtype), read, 2, read.dtype)
-    dk = torch._softmax_backward_data(dP.to(read.dtype), writer.P, 1, read.dtype).addcmul_(writer.P, dw[:, None])
-    dk -= torch._softmax_backward_data(dF.to(read.dtype), writer.F, 2, read.dtype)
+    dM = torch.empty_like(writer.X)  # gradient of the M that each write makes
+    for num_reads, reads, num_writes, writes in reversed(plan.turns):
+        if num_writes:
+            dM[writes] = G[:num_writes]
+            dbefore_write, D, dafter = matrices(G[:num_writes], writer.D[writes], dM[writes])
+            dbefore_write.baddbmm_(D.mT, dafter)
+        G[:num_reads] += dbefore[reads]
+    r = writer.r
+    share = (1 - r) * writer.X.mul_(dM).sum(-1)  # dr r (1 - r)
+    dw = torch.empty_like(r)
+    for _, _, num_writes, writes in reversed(plan.turns):
+        if num_writes:
+            dw[writes] = g[:num_writes]
+            g[:num_writes] -= g[:num_writes] * r[writes] + share[writes]
+    dw.mul_(r).add_(share)
+    dN = dM.mul_(r[..., None]).to(q.dtype)
+    dV, dV_chunks = plan.writes.empty(v)
+    dP, dF = (q.new_empty(writer.P.shape) for _ in range(2))
+    dA = q.new_empty(writer.D.shape)  # -dA^T = M dN^T
+    tensors = writer.p, writer.f, writer.V, replaced, dN, dA, dP, dF, dV_chunks
+    for p, f, V, M_written, dN, dA, dp, df, dv in plan.writes.matrices(*tensors):
+        torch.bmm(M_written, dN.mT, out=dA)
+        torch.bmm(V, dN.mT, out=dp)
+        dp.baddbmm_(f, dA, alpha=-1)
+        torch.bmm(p, dA.mT, out=df)
+        torch.bmm(p, dN, out=dv)
+    dq = torch._softmax_backward_data(dqueries.to(read.dtype), read, -1, read.dtype)
+    dk = torch._softmax_backward_data(dP.to(read.dtype), writer.P, -2, read.dtype)
+    dk.addcmul_(writer.P, dw[..., None, :])
+    dk -= torch._softmax_backward_data(dF.to(read.dtype), writer.F, -1, read.dtype)
+    gradients = []
+    for chunks, like, gradient in ((plan.reads, q, dq), (plan.writes, k, dk)):
+        whole, to = chunks.empty(like)
+        gradients.append(chunks.put(whole, to.copy_(gradient)))
     dstate = (q.new_empty(0), q.new_empty(0)) if memory is None else plan.end_of_backward(G, g)
-    return plan.reads.put(dq, q), plan.writes.put(dk, k), plan.writes.put(dU, v), *dstate
+    return *gradients, plan.writes.put(dV, dV_chunks), *dstate
 
 
 _TENSORS = (
@@ -262,16 +301,16 @@ _TENSORS = (
 
 
 def _flops(q, v, position, chunk_size, visible_chunks, cu_seqlens, lengths, return_state):
-    read, predicted, written = _position_counts(
-        q, position, chunk_size, visible_chunks, cu_seqlens, lengths, return_state
-    )
-    return 2 * (read + predicted + written) * q.shape[2] * q.shape[3] * v.shape[3]
+    H, K, V = *q.shape[2:], v.shape[3]
+    read, written = _position_counts(q, position, chunk_size, visible_chunks, cu_seqlens, lengths, return_state)
+    return 2 * H * (read * K * V + written * K * (K + V) + written // chunk_size * K * K * V)
 
 
 def _bwd_flops(q, v, position, chunk_size, visible_chunks, cu_seqlens, lengths, dmemory_out, dmass_out):
+    H, K, V = *q.shape[2:], v.shape[3]
     to_end = dmemory_out is not None or dmass_out is not None
-    read, predicted, written = _position_counts(q, position, chunk_size, visible_chunks, cu_seqlens, lengths, to_end)
-    return 2 * (2 * read + 3 * (predicted + written)) * q.shape[2] * q.shape[3] * v.shape[3]
+    read, written = _position_counts(q, position, chunk_size, visible_chunks, cu_seqlens, lengths, to_end)
+    return 2 * H * (2 * read * K * V + 3 * written * K * (K + V) + 3 * (written // chunk_size) * K * K * V)
 
 
 def _position_counts(
@@ -282,19 +321,14 @@ def _position_counts(
     cu_seqlens: Tensor | None,
     lengths: Tensor | None,
     to_end: bool,
-) -> tuple[int, int, int]:
-    """Numbers of positions that read M, for which Phi M is computed, and that are written to M.
-
-    Without `to_end`, chunks that no position reads are not written; for an empty M, Phi M is not computed.
-    """
+) -> tuple[int, int]:
+    """Numbers of positions that read M and that are written to M: without `to_end`, only those in chunks read later."""
     counts = lengths_of(q, cu_seqlens, lengths)
     seen = readable_values(position, [0] * len(counts))
     ends = [before % chunk_size + count for before, count in zip(seen, counts)]
     written = [(end if to_end else max(end - 1, 0)) // chunk_size * chunk_size for end in ends]
-    late = (visible - 1) * chunk_size  # positions at a sequence's end that are not written yet
-    written = [max(n - late, 0) if position is None else n for n in written]
-    predicted = [max(n - chunk_size, 0) if position is None else n for n in written]
-    return sum(counts), sum(predicted), sum(written)
+    late = (visible - 1) * chunk_size if position is None else 0  # positions at a sequence's end, not written yet
+    return sum(counts), sum(max(n - late, 0) for n in written)
 
 
 adaptive_working_memory_bwd = define_op(

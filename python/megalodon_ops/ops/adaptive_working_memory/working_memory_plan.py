@@ -2,52 +2,98 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from itertools import accumulate
 
 import torch
 from torch import Tensor
 
-from ..common.definition import accumulation_dtype
+from ..common.definition import accumulation_dtype, empty_like
 from ..common.checks import sequence_spans
 
 OP = "adaptive_working_memory"
+Index = slice | tuple[slice, int]
 
 
-def length(part: slice) -> int:
-    return part.stop - part.start
+def matrices(*tensors: Tensor) -> list[Tensor]:
+    """The tensors (n, H, rows, columns) as batches of matrices (n H, rows, columns), views."""
+    return [tensor.flatten(0, 1) for tensor in tensors]
 
 
-class Chunks:
-    """Chunks of W tokens each, in the order of turns: n chunks of a tensor (B, L, H, E) are (n H, W, E)."""
+class ChunkViews:
+    """The first n / S chunks of W tokens in each of S sequences of one length, side by side, with one head, as views.
+
+    Tensors of chunks are (S, n / S, 1, W, E).
+    """
+
+    def __init__(self, counts: list[int], sequences: int, length: int, width: int) -> None:
+        """counts: chunks of each turn, `sequences` or 0. length: tokens of a sequence."""
+        self._shape, self._width = (sequences, length), width
+        numbers = [*accumulate(map(bool, counts), initial=0)]
+        self.turns: list[Index] = [(slice(None), number) for number in numbers[:-1]]
+        self._chunks = numbers[-1]  # of a sequence
+        by_sequence = self._chunks >= sequences
+        self._parts = [*range(sequences)] if by_sequence else [(slice(None), n) for n in range(self._chunks)]
+
+    def take(self, x: Tensor) -> Tensor:
+        """Chunks of x (B, L, 1, E): a view, or a copy if x is not contiguous."""
+        rows = x.contiguous().view(*self._shape, x.shape[3])[:, : self._chunks * self._width]
+        return rows.unflatten(1, (self._chunks, 1, self._width))
+
+    def empty(self, like: Tensor) -> tuple[Tensor, Tensor]:
+        """A new tensor like (B, L, 1, E), zero outside of the chunks, and its chunks, which the caller fills."""
+        whole = empty_like(like)
+        whole.view(*self._shape, like.shape[3])[:, self._chunks * self._width :] = 0
+        return whole, self.take(whole)
+
+    def put(self, whole: Tensor, chunks: Tensor) -> Tensor:
+        """`whole` with the chunks, both from :meth:`empty`."""
+        return whole
+
+    def matrices(self, *tensors: Tensor) -> Iterator[list[Tensor]]:
+        """The tensors (S, n / S, 1, rows, columns) in parts, each as batches of matrices."""
+        return (matrices(*(tensor[part] for tensor in tensors)) for part in self._parts)
+
+
+class ChunkCopies:
+    """Chunks of W tokens each, in the order of turns, as copies. Tensors of chunks are (n, H, W, E)."""
 
     def __init__(self, counts: list[int], spans: list[tuple[int, int, int]], width: int, like: Tensor) -> None:
         """counts: chunks of each turn. spans: (start, begin, end); a chunk is [start, start + W) in [begin, end)."""
         heads, device = like.shape[2], like.device
-        self.turns = [slice((end - n) * heads, end * heads) for n, end in zip(counts, accumulate(counts))]
+        self.turns: list[Index] = [slice(end - count, end) for count, end in zip(counts, accumulate(counts))]
         first, begin, end = torch.tensor(spans, dtype=torch.int64).view(-1, 3, 1).unbind(1)
         tokens = first + torch.arange(width)  # (n, W)
         is_token = (tokens >= begin) & (tokens < end)
         heads_column = torch.arange(heads)[:, None]
-        self.count, self._shape = len(spans), (len(spans) * heads, width)
+        self.count, self._width = len(spans), width
         self.is_token = None  # all are tokens
         self._source = (tokens.where(is_token, 0)[:, None] * heads + heads_column).flatten().to(device)
         self._target = self._source
         if not is_token.all():
             spare = like.shape[0] * like.shape[1]  # a row that :meth:`put` drops
             self._target = (tokens.where(is_token, spare)[:, None] * heads + heads_column).flatten().to(device)
-            self.is_token = is_token.repeat_interleave(heads, 0)[..., None].to(device)
+            self.is_token = is_token[:, None, :, None].to(device)
 
     def take(self, x: Tensor) -> Tensor:
-        """Copy the chunks of x (B, L, H, E) to (n H, W, E), zero where there is no token."""
-        chunks = x.contiguous().flatten(0, 2).index_select(0, self._source).view(*self._shape, x.shape[3])
+        """Chunks of x (B, L, H, E), zero where there is no token."""
+        shape = self.count, x.shape[2], self._width, x.shape[3]
+        chunks = x.contiguous().flatten(0, 2).index_select(0, self._source).view(shape)
         return chunks if self.is_token is None else chunks.where(self.is_token, 0)
 
-    def put(self, x: Tensor, like: Tensor) -> Tensor:
-        """Inverse of :meth:`take`, with zeros elsewhere: (B, L, H, E), in the dtype of `like` (B, L, H, ...)."""
-        B, L, H = like.shape[:3]
-        rows = like.new_zeros((B * L + 1) * H, x.shape[2])
-        rows.index_copy_(0, self._target, x.flatten(0, 1).to(like.dtype))
-        return rows[: B * L * H].view(B, L, H, x.shape[2])
+    def empty(self, like: Tensor) -> tuple[Tensor, Tensor]:
+        """A new tensor like (B, L, H, E), and chunks, which the caller fills."""
+        return empty_like(like), like.new_empty(self.count, like.shape[2], self._width, like.shape[3])
+
+    def put(self, whole: Tensor, chunks: Tensor) -> Tensor:
+        """A tensor like `whole` with the chunks, and zeros elsewhere."""
+        B, L, H, E = whole.shape
+        rows = whole.new_zeros((B * L + 1) * H, E).index_copy_(0, self._target, chunks.flatten(0, 2))
+        return rows[: B * L * H].view(B, L, H, E)
+
+    def matrices(self, *tensors: Tensor) -> Iterator[list[Tensor]]:
+        """The tensors (n, H, rows, columns) as one batch of matrices each."""
+        return iter([matrices(*tensors)])
 
 
 class Plan:
@@ -88,37 +134,39 @@ class Plan:
 
         reads = [tokens(s, turn) for turn, sequences in enumerate(readers) for s in sequences]
         reads = [(max(first, begin), begin, end) for first, begin, end in reads]
-        writes = [tokens(s, turn - lag) for turn, sequences in enumerate(writers) for s in sequences]
-        self.reads = Chunks([*map(len, readers)], reads, max((end - first for first, _, end in reads), default=0), q)
-        self.writes = Chunks([*map(len, writers)], writes, C, q)
-        self.turns = [*zip(self.reads.turns, self.writes.turns)]
+        width = max((end - first for first, _, end in reads), default=0)
+        num_readers, num_writers = [*map(len, readers)], [*map(len, writers)]
+        self.reads: ChunkViews | ChunkCopies
+        self.writes: ChunkViews | ChunkCopies
+        if (from_empty or lag == 0) and _is_grid(q, spans, seen, C):
+            sizes = len(spans), q.shape[0] * q.shape[1] // len(spans), width
+            self.reads, self.writes = (ChunkViews(counts, *sizes) for counts in (num_readers, num_writers))
+        else:
+            writes = [tokens(s, turn - lag) for turn, sequences in enumerate(writers) for s in sequences]
+            self.reads, self.writes = ChunkCopies(num_readers, reads, width, q), ChunkCopies(num_writers, writes, C, q)
+        self.turns = [*zip(num_readers, self.reads.turns, num_writers, self.writes.turns)]
         self._shape = len(spans), H
-        self._first_write = lag if from_empty else -1
         # (number, sequence, first cache row) of chunks that may begin in the cache. Row < 0: the sequence has no chunk
         # this early; zeros are written with weight 0.
         cached = [
             (number, s, (min(seen[s] // C, lag) + turn - lag) * C)
             for turn, sequences in enumerate(writers[:visible] if position is not None else [])
-            for number, s in enumerate(sequences, self.writes.turns[turn].start // max(H, 1))
+            for number, s in enumerate(sequences, sum(num_writers[:turn]))
         ]
         self._cached = [chunk for chunk in cached if chunk[2] >= 0]
-        absent = [number * H + h for number, _, first in cached if first < 0 for h in range(H)]
+        absent = [number for number, _, first in cached if first < 0]
         self.absent = torch.tensor(absent, dtype=torch.int64, device=q.device)
-        self._order = torch.tensor([s * H + h for s in order for h in range(H)], dtype=torch.int64, device=q.device)
+        self._order = torch.tensor(order, dtype=torch.int64, device=q.device)
         self._is_written, self._will_be_written = (
             torch.tensor([count >= visible * C for count in counts], dtype=torch.bool, device=q.device)[:, None, None]
             for counts in (seen, [count // C * C + end for count, end in zip(seen, ends)])
         )
 
-    def is_empty(self, turn: int) -> bool:
-        """Return True if nothing was written before this turn's chunks."""
-        return turn <= self._first_write
-
     def start(self, q: Tensor, v: Tensor, memory: Tensor | None, mass: Tensor | None) -> tuple[Tensor, Tensor]:
-        """M (S H, K, V) and z (S H, K) before the first turn, to be updated in place."""
+        """M (S, H, K, V) and z (S, H, K) before the first turn, to be updated in place."""
         if memory is None:
-            M = q.new_zeros(len(self._order), q.shape[3], v.shape[3], dtype=accumulation_dtype(q.dtype))
-            return M, M.new_full(M.shape[:2], -torch.inf)
+            M = q.new_zeros(*self._shape, q.shape[3], v.shape[3], dtype=accumulation_dtype(q.dtype))
+            return M, M.new_full(M.shape[:3], -torch.inf)
         return self.ordered(memory), self.ordered(mass.masked_fill(~self._is_written, -torch.inf))
 
     def end(self, M: Tensor, z: Tensor) -> tuple[Tensor, Tensor]:
@@ -129,28 +177,38 @@ class Plan:
         """Gradients of M and z after the last turn, to be updated in place."""
         G = torch.zeros_like(M) if dmemory is None else self.ordered(dmemory)
         if dmass is None:
-            return G, M.new_zeros(M.shape[:2])
+            return G, M.new_zeros(M.shape[:3])
         return G, self.ordered(dmass.masked_fill(~self._will_be_written, 0))
 
     def end_of_backward(self, G: Tensor, g: Tensor) -> tuple[Tensor, Tensor]:
         return self._as_given(G), self._as_given(g).masked_fill_(~self._is_written, 0)
 
     def ordered(self, x: Tensor) -> Tensor:
-        """(S H, ...) of x (S, H, ...), a copy."""
-        return x.contiguous().flatten(0, 1).index_select(0, self._order)
+        """(S, H, ...) of x (S, H, ...), a contiguous copy."""
+        return x.contiguous().index_select(0, self._order)
 
     def _as_given(self, x: Tensor) -> Tensor:
-        return torch.empty_like(x).index_copy_(0, self._order, x).view(*self._shape, *x.shape[1:])
+        return torch.empty_like(x).index_copy_(0, self._order, x)
 
     def take_written(self, x: Tensor, cache: Tensor | None) -> Tensor:
-        """Chunks to write, (n H, C, E), from x (B, L, H, E) and the state's cache (S, visible C, H, E)."""
+        """Chunks to write, from x (B, L, H, E) and the state's cache (S, visible C, H, E)."""
         written = self.writes.take(x)
-        if self._cached and self.writes.is_token is not None:
-            (H, E), C = x.shape[2:], written.shape[1]
+        if self._cached and isinstance(self.writes, ChunkCopies) and self.writes.is_token is not None:
             chunks, sequences, first = torch.tensor(self._cached, device=x.device).unbind(1)
-            rows = first[:, None] + torch.arange(C, device=x.device)
+            rows = first[:, None] + torch.arange(written.shape[2], device=x.device)
             cached = cache[sequences[:, None], rows].transpose(1, 2)  # (n, H, C, E)
-            by_chunk = written.view(self.writes.count, H, C, E)
-            is_token = self.writes.is_token.view(self.writes.count, H, C, 1)[chunks]
-            by_chunk[chunks] = by_chunk[chunks].where(is_token, cached)
+            written[chunks] = written[chunks].where(self.writes.is_token[chunks], cached)
         return written
+
+
+def _is_grid(q: Tensor, spans: list[tuple[int, int]], seen: list[int], C: int) -> bool:
+    """Return True on the CPU if the sequences of q (B, L, 1, K) fill it with as many complete chunks each, or one part.
+
+    With more heads, products of strided chunks take as long as copies; on a GPU, launches for each part cost more.
+    """
+    if not q.is_cpu or q.shape[2] != 1:
+        return False
+    length = spans[0][1] - spans[0][0] if spans else 0
+    side_by_side = spans == [(s * length, (s + 1) * length) for s in range(len(spans))]
+    fills = side_by_side and 0 < len(spans) * length == q.shape[0] * q.shape[1]
+    return fills and (length % C == 0 or length < C) and all(count % C == 0 for count in seen)
