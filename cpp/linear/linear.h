@@ -18,24 +18,25 @@ struct LinearFewRowsParams {
   void* y;             // (T, O)
 };
 
-// y = x weight^T + bias, plus y if `add`. Each matrix is contiguous.
+// y = x weight^T + bias, plus y if `add`, for each of n. All tensors are contiguous.
 struct LinearManyRowsParams {
   DType dtype;      // of all tensors: f32, bf16 or f16; with AMX only f32; sums are float
   bool y_is_float;  // independent of dtype
+  int64_t count;    // n; with AMX only 1
   int64_t rows;     // T
   int64_t inputs;   // I
   int64_t outputs;  // O
   bool x_transposed, weight_transposed, add;
-  const void* x;       // (T, I), or (I, T) if transposed
-  const void* weight;  // (O, I), or (I, O) if transposed
+  const void* x;       // (n, T, I), or (n, I, T) if transposed
+  const void* weight;  // (n, O, I), or (n, I, O) if transposed
   const void* bias;    // (O) or null: zero
-  void* y;             // (T, O)
+  void* y;             // (n, T, O)
 };
 
-// With AMX, products of many rows support float32 alone (linear_amx_cpu.cpp).
+// With AMX, products of many rows support one product in float32 (linear_amx_cpu.cpp).
 inline bool computes(Isa isa, const LinearManyRowsParams& params) {
 #if defined(__x86_64__)
-  if (isa == Isa::v4_amx) return params.dtype == DType::f32;
+  if (isa == Isa::v4_amx) return params.dtype == DType::f32 && params.count == 1;
 #endif
   return computes<LinearManyRowsParams>(isa, params);
 }

@@ -7,6 +7,9 @@
 // the panels of the block (gemm.h): a tile is computed in registers and stored to y. Products deeper than a block are
 // summed in y or, if y is shorter than float, in a buffer for kSumRows rows of y at a time. The terms of a sum are
 // added in runs of kRunDepth, in the order of the depth; the number of threads does not change this order.
+//
+// Of at least as many products as threads, each is a job, whose thread packs its blocks alone; the order of a sum is the
+// same.
 
 #include "linear.h"
 
@@ -55,18 +58,49 @@ class Product {
   static_assert(kRunDepth % kWidth == 0 || kRunDepth == kDepth);
 
  public:
-  explicit Product(const LinearManyRowsParams& params)
-      : p(params), x_(static_cast<const T*>(p.x)), weight_(static_cast<const T*>(p.weight)), y_(static_cast<Y*>(p.y)) {}
+  Product(const LinearManyRowsParams& params, int64_t number)
+      : p(params),
+        x_(static_cast<const T*>(p.x) + number * p.rows * p.inputs),
+        weight_(static_cast<const T*>(p.weight) + number * p.outputs * p.inputs),
+        y_(static_cast<Y*>(p.y) + number * p.rows * p.outputs) {}
 
+  // Runs the product on all threads.
   void run() const {
+    for_each_block([&](const Block& block) { multiply(block); });
+  }
+
+  // Runs all products: each on one thread if there is one for every thread, else each on all threads.
+  static void run_each(const LinearManyRowsParams& p) {
+    if (p.count == 1 || p.count < num_threads()) {
+      for (int64_t number = 0; number < p.count; ++number) Product(p, number).run();
+      return;
+    }
+    const double work = static_cast<double>(p.count) * static_cast<double>(p.rows * p.inputs * p.outputs);
+    const bool needs_sums = !kSumsInY && p.inputs > kDepth;
+    parallel_jobs<FlushDenormals>(p.count, work, [&] {
+      return [&p, weights = PackedMatrix<U>(std::min(p.inputs, kDepth), std::min(p.outputs, kColumns)),
+              x = PackedMatrix<U>(std::min(p.inputs, kDepth) + kWidth, kRows),
+              sums = Scratch<float>(needs_sums ? kSumRows * (kColumns + kLanes) : 0), needs_sums](int64_t number) {
+        const Product product(p, number);
+        product.for_each_block([&](const Block& block) {
+          float* const to = kSumsInY ? product.sums_of(block) : needs_sums ? sums.get() : nullptr;
+          product.multiply_here(block, weights.data, x.data, to);
+        });
+      };
+    });
+  }
+
+ private:
+  template <class Body>
+  void for_each_block(Body&& body) const {
     const int64_t columns = even(p.outputs, kColumns, kWidth), depth = even(p.inputs, kDepth, kUnitDepth<U>);
     const int64_t rows = kSumsInY || p.inputs <= depth ? p.rows : even(p.rows, kSumRows, 1);
     for (int64_t column = 0; column < p.outputs; column += columns)
       for (int64_t row = 0; row < p.rows; row += rows) {
         int64_t first = 0;
         do {  // also once for a depth of 0, which gives the bias
-          multiply({row, std::min(rows, p.rows - row), column, std::min(columns, p.outputs - column), first,
-                    std::min(depth, p.inputs - first)});
+          body(Block{row, std::min(rows, p.rows - row), column, std::min(columns, p.outputs - column), first,
+                     std::min(depth, p.inputs - first)});
           first += depth;
         } while (first < p.inputs);
       }
@@ -98,16 +132,29 @@ class Product {
     size_t helper = 0;
     parallel_jobs<FlushDenormals>(shares * parts, static_cast<double>(block.rows * block.depth * block.columns), [&] {
       return [&, x_panels = thread_memory<U, For::x>(kDepth + kWidth, kRows, helper++)](int64_t job) {
-        const int64_t r = job / parts * rows, panel = job % parts * part;
-        Block share = block;
-        share.row += r;
-        share.rows = std::min(rows, block.rows - r);
-        const Panels x{x_panels, p.x_transposed ? round_up(block.depth, kRowPadding) : kRows};
-        pack_x(share, x);
-        multiply_panels(share, x, weights, panel, std::min(panel + part, panels),
-                        sums ? sums + r * sums_stride(block) : sums);
+        const int64_t panel = job % parts * part;
+        multiply_share(block, job / parts * rows, rows, x_panels, weights, panel, std::min(panel + part, panels), sums);
       };
     });
+  }
+
+  // Multiplies all rows on the calling thread.
+  void multiply_here(const Block& block, U* weight_panels, U* x_panels, float* sums) const {
+    const Panels weights{weight_panels, round_up(block.depth, kRowPadding)};
+    for (int64_t begin = 0; begin < num_packed(block); begin += kLanes) pack_weights(block, weights, begin);
+    for (int64_t r = 0; r < block.rows; r += kRows)
+      multiply_share(block, r, kRows, x_panels, weights, 0, ceil_div(block.columns, kWidth), sums);
+  }
+
+  // Multiplies at most `rows` rows of the block, from its row r on, by the panels [panel, last) of its columns.
+  void multiply_share(const Block& block, int64_t r, int64_t rows, U* x_panels, Panels weights, int64_t panel,
+                     int64_t last, float* sums) const {
+    Block share = block;
+    share.row += r;
+    share.rows = std::min(rows, block.rows - r);
+    const Panels x{x_panels, p.x_transposed ? round_up(block.depth, kRowPadding) : kRows};
+    pack_x(share, x);
+    multiply_panels(share, x, weights, panel, last, sums ? sums + r * sums_stride(block) : sums);
   }
 
   // Where sums are kept between blocks of the depth: y or a buffer. Null if y is not float and one block is enough.
@@ -124,18 +171,25 @@ class Product {
   }
 
   void pack_weights(const Block& block, Panels to) const {
-    const int64_t all = p.weight_transposed ? round_up(block.depth, kUnitDepth<U>) : block.columns, step = kLanes;
-    parallel_jobs(ceil_div(all, step), static_cast<double>(block.depth * block.columns), [&] {
-      return [&](int64_t job) {
-        const int64_t begin = job * step, end = std::min(begin + step, all);
-        const auto input = [&](int64_t i) {
-          return i < block.depth ? weight_ + (block.first + i) * p.outputs + block.column : nullptr;
-        };
-        const auto output = [&](int64_t o) { return weight_ + (block.column + o) * p.inputs + block.first; };
-        if (p.weight_transposed) pack_by_rows<T>(begin, end, block.columns, input, to);
-        else pack_transposed<T>(begin, end, block.depth, output, to);
-      };
+    parallel_jobs(ceil_div(num_packed(block), kLanes), static_cast<double>(block.depth * block.columns), [&] {
+      return [&](int64_t job) { pack_weights(block, to, job * kLanes); };
     });
+  }
+
+  // Rows of the stored weights in a block.
+  int64_t num_packed(const Block& block) const {
+    return p.weight_transposed ? round_up(block.depth, kUnitDepth<U>) : block.columns;
+  }
+
+  // Packs kLanes of these rows.
+  void pack_weights(const Block& block, Panels to, int64_t begin) const {
+    const int64_t end = std::min<int64_t>(begin + kLanes, num_packed(block));
+    const auto input = [&](int64_t i) {
+      return i < block.depth ? weight_ + (block.first + i) * p.outputs + block.column : nullptr;
+    };
+    const auto output = [&](int64_t o) { return weight_ + (block.column + o) * p.inputs + block.first; };
+    if (p.weight_transposed) pack_by_rows<T>(begin, end, block.columns, input, to);
+    else pack_transposed<T>(begin, end, block.depth, output, to);
   }
 
   // Packs x for use as A = M (gemm.h) or, if x is transposed, as A = M^T.
@@ -214,7 +268,9 @@ void linear_many_rows_cpu(const LinearManyRowsParams& p) {
   if (p.rows == 0) return;
   dispatch_dtype(p.dtype, [&](auto type) {
     using T = decltype(type);
-    if constexpr (!std::is_same_v<T, double>) p.y_is_float ? Product<T, float>(p).run() : Product<T, T>(p).run();
+    if constexpr (!std::is_same_v<T, double>) {
+      p.y_is_float ? Product<T, float>::run_each(p) : Product<T, T>::run_each(p);
+    }
   });
 }
 

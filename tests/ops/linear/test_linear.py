@@ -14,7 +14,14 @@ from torch.autograd import forward_ad
 from backends import ISAS, each_isa, each_isa_with_amx, isa, needs_amx
 from megalodon_ops import _C
 from megalodon_ops.ops.linear import linear as module
-from megalodon_ops.ops.linear.linear import KernelChoice, linear, linear_few_rows, linear_fwd, put_product_
+from megalodon_ops.ops.linear.linear import (
+    KernelChoice,
+    linear,
+    linear_few_rows,
+    linear_fwd,
+    put_product_,
+    put_products_,
+)
 
 DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
 
@@ -192,6 +199,46 @@ def test_many_rows(name, dtype):
                 has_bias = (i + j) % 2 == 0
                 with each(T, I, O, "transposed", *transposed, "bias", has_bias):
                     assert_many_rows_are_right(name, x, weight, transposed, *(biased if has_bias else plain))
+
+
+@each_isa
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_several_products(name, dtype):
+    """Of matrices with more than one block of depth and of columns; fewer and more products than threads."""
+    if name == "v4_amx" and dtype != torch.float32:
+        pytest.skip("computed by torch")
+    torch.manual_seed(0)
+    with every_case() as each:
+        for n, T, I, O in [(1, 33, 31, 17), (3, 33, 31, 17), (7, 150, 40, 49), (2, 5, 2601, 9), (3, 4, 9, 2120)]:  # noqa: E741
+            a, b = torch.randn(n, T, I).to(dtype), torch.randn(n, I, O).to(dtype)
+            expected, size = a.double() @ b.double(), a.double().abs() @ b.double().abs()
+            for transposed in itertools.product((False, True), repeat=2):
+                with each(n, T, I, O, *transposed):
+                    left, right = (m.mT.contiguous() if t else m for m, t in zip((a, b), transposed, strict=True))
+                    y = a.new_full((n, T, O), torch.nan)
+                    with isa(name):
+                        _C.linear_many_rows(left, transposed[0], right, not transposed[1], None, False, y)
+                        first = y.clone()
+                        _C.linear_many_rows(left, transposed[0], right, not transposed[1], None, True, y)
+                    bound = 4 * torch.finfo(torch.float32).eps * size + torch.finfo(dtype).eps * expected.abs()
+                    assert ((first.double() - expected).abs() <= bound).all()
+                    assert ((y.double() - 2 * expected).abs() <= 4 * bound).all()
+
+
+@pytest.mark.parametrize("batches", [False, True])
+def test_products_of_every_layout(batches, monkeypatch):
+    """`put_products_` computes contiguous and transposed matrices and parts of a batch."""
+    torch.manual_seed(0)
+    monkeypatch.setitem(module.CHOICES, torch.float32, KernelChoice(32, batches=batches))
+    for dtype in (torch.float32, torch.float64):
+        a, b = torch.randn(4, 3, 5, dtype=dtype), torch.randn(4, 5, 7, dtype=dtype)
+        for left, right in ((a, b), (a.mT.contiguous().mT, b), (a, b.mT.contiguous().mT), (a[::2], b[::2])):
+            y = left.new_ones(len(left), 3, 7)
+            put_products_(y, left, right, add=True)
+            put_products_(y, left, right, add=True)
+            torch.testing.assert_close(y, 1 + 2 * (left @ right))
+            put_products_(y, left, right)
+            torch.testing.assert_close(y, left @ right)
 
 
 def assert_many_rows_are_right(name, x, weight, transposed, bias, expected, size):

@@ -10,6 +10,7 @@ from ..chunked_attention.chunked_attention import chunked_attention_state, chunk
 from ..common.definition import accumulation_dtype, autocast, call, define_op, empty_like
 from ..common.definition import int64_or_none, launch, num_sequences, num_positions
 from ..common.flops import lengths_of, readable_values
+from ..linear.linear import put_products_
 from ..common.states import WorkingMemoryState, state_fields
 from ..chunked_attention.two_chunk_attention import two_chunk_attention_state, two_chunk_attention_state_
 from ..common.checks import check_device, check_flag, check_rank, check_sequences, check_size, check_tensor
@@ -62,7 +63,7 @@ def adaptive_working_memory(
 
     Gradients go to every tensor but the state's k and v, which are constant in the backward. Softmax, M and z are
     float32 (float64 for float64); operands of matrix products are rounded to q's dtype, but for those of the loop over
-    chunks. The op consists of torch's matrix products, 4 K V + 2 K^2 (1 + V / C) operations for each position and head.
+    chunks. The op consists of matrix products, 4 K V + 2 K^2 (1 + V / C) operations for each position and head.
     On the CPU a call of up to 32 tokens with a state is one kernel. Only the inputs are kept for the backward, which
     recomputes the memory. On a GPU the host waits for `cu_seqlens`, `lengths` and the state's positions.
 
@@ -183,8 +184,8 @@ class _Writer:
         self.p, self.f = self.P.to(k.dtype), self.F.to(k.dtype)
         E, A = (k.new_empty(*w.shape, width) for width in (v.shape[3], w.shape[-1]))
         for p, f, V, e, a in plan.writes.matrices(self.p, self.f, self.V, E, A):
-            torch.bmm(p.mT, V, out=e)
-            torch.bmm(p.mT, f, out=a)
+            put_products_(e, p.mT, V)
+            put_products_(a, p.mT, f)
         r = self.r[..., None]
         self.X = E.to(z.dtype).mul_(r)  # (n, H, K, V): E; `write` adds D M
         self.D = A.to(z.dtype).mul_(-r)  # (n, H, K, K)
@@ -193,7 +194,7 @@ class _Writer:
     def write(self, at: Index, M: Tensor) -> None:
         """Write one chunk for each of the s sequences of M (s, H, K, V)."""
         X, D, before = matrices(self.X[at], self.D[at], M)
-        X.baddbmm_(D, before)
+        put_products_(X, D, before, add=True)
         M += self.X[at]
 
 
@@ -216,7 +217,7 @@ def _fwd(
             writer.write(writes, M[:num_writes])
     o, chunks = plan.reads.empty(v)
     for Q, M_read, out in plan.reads.matrices(queries, before, chunks):
-        torch.bmm(Q, M_read, out=out)
+        put_products_(out, Q, M_read)
     ends = plan.end(M, z) if return_state else (M.new_empty(0), M.new_empty(0))
     return plan.reads.put(o, chunks), *ends
 
@@ -253,15 +254,15 @@ def _bwd(
             writer.write(writes, M[:num_writes])
     dqueries = torch.empty_like(queries)
     for dO, Q, M_read, dQ, dM in plan.reads.matrices(do, queries, before, dqueries, dbefore):
-        torch.bmm(dO, M_read.mT, out=dQ)
-        torch.bmm(Q.mT, dO, out=dM)
+        put_products_(dQ, dO, M_read.mT)
+        put_products_(dM, Q.mT, dO)
     G, g = plan.start_of_backward(M, dmemory_out, dmass_out)
     dM = torch.empty_like(writer.X)  # gradient of the M that each write makes
     for num_reads, reads, num_writes, writes in reversed(plan.turns):
         if num_writes:
             dM[writes] = G[:num_writes]
             dbefore_write, D, dafter = matrices(G[:num_writes], writer.D[writes], dM[writes])
-            dbefore_write.baddbmm_(D.mT, dafter)
+            put_products_(dbefore_write, D.mT, dafter, add=True)
         G[:num_reads] += dbefore[reads]
     r = writer.r
     share = (1 - r) * writer.X.mul_(dM).sum(-1)  # dr r (1 - r)
@@ -274,18 +275,19 @@ def _bwd(
     dN = dM.mul_(r[..., None]).to(q.dtype)
     dV, dV_chunks = plan.writes.empty(v)
     dP, dF = (q.new_empty(writer.P.shape) for _ in range(2))
-    dA = q.new_empty(writer.D.shape)  # -dA^T = M dN^T
+    dA = q.new_empty(writer.D.shape)  # dA^T
     tensors = writer.p, writer.f, writer.V, replaced, dN, dA, dP, dF, dV_chunks
     for p, f, V, M_written, dN, dA, dp, df, dv in plan.writes.matrices(*tensors):
-        torch.bmm(M_written, dN.mT, out=dA)
-        torch.bmm(V, dN.mT, out=dp)
-        dp.baddbmm_(f, dA, alpha=-1)
-        torch.bmm(p, dA.mT, out=df)
-        torch.bmm(p, dN, out=dv)
+        put_products_(dA, M_written, dN.mT)
+        dA.neg_()
+        put_products_(dp, V, dN.mT)
+        put_products_(dp, f, dA, add=True)
+        put_products_(df, p, dA.mT)
+        put_products_(dv, p, dN)
     dq = torch._softmax_backward_data(dqueries.to(read.dtype), read, -1, read.dtype)
     dk = torch._softmax_backward_data(dP.to(read.dtype), writer.P, -2, read.dtype)
     dk.addcmul_(writer.P, dw[..., None, :])
-    dk -= torch._softmax_backward_data(dF.to(read.dtype), writer.F, -1, read.dtype)
+    dk += torch._softmax_backward_data(dF.to(read.dtype), writer.F, -1, read.dtype)
     gradients = []
     for chunks, like, gradient in ((plan.reads, q, dq), (plan.writes, k, dk)):
         whole, to = chunks.empty(like)

@@ -35,6 +35,8 @@ class KernelChoice(NamedTuple):
     """fewest multiply-adds with gradients for which `linear_fwd` gains more than its call costs; None: never"""
     casts_here: bool = False
     """under autocast without gradients, the kernel for many rows gains more than torch's cached cast weights"""
+    batches: bool = False
+    """for batches of products, the kernel for many rows is faster than torch"""
 
 
 def choices(isa: str, mkl_is_slow: bool) -> dict[torch.dtype, KernelChoice]:
@@ -43,7 +45,7 @@ def choices(isa: str, mkl_is_slow: bool) -> dict[torch.dtype, KernelChoice]:
     if isa == "v4_amx":
         float32, bfloat16, float16 = KernelChoice(15, 16, 1 << 26), KernelChoice(8), torch_choice
     else:
-        float32 = KernelChoice(32, 129, 1 << 26) if mkl_is_slow else torch_choice
+        float32 = KernelChoice(32, 129, 1 << 26, batches=True) if mkl_is_slow else torch_choice
         float16 = slow_torch if isa in ("v2", "v3", "v4", "v4_bf16") else torch_choice
         bfloat16 = KernelChoice(32, 129, 1 << 29) if isa == "v4_bf16" else float16
     return {torch.float32: float32, torch.bfloat16: bfloat16, torch.float16: float16, torch.float64: torch_choice}
@@ -182,6 +184,16 @@ def put_product_(y: Tensor, x: Tensor, weight: Tensor, rows: int, *, add: bool) 
     for y_rows, x_rows in zip(y.split(rows), x.split(rows), strict=True):
         product = linear(x_rows, weight)
         y_rows.add_(product) if add else y_rows.copy_(product)
+
+
+def put_products_(y: Tensor, a: Tensor, b: Tensor, *, add: bool = False) -> None:
+    """Compute y = a b, or y += a b, outside autograd, for n matrices each: a (n, R, I), b (n, I, O), y (n, R, O)."""
+    if _choice_for(y.dtype).batches and y.numel() > 0 and y.is_contiguous() and _is_plain(a, b, y):
+        left, right = ((m, False) if m.is_contiguous() else (m.mT, True) for m in (a, b))
+        if left[0].is_contiguous() and right[0].is_contiguous():
+            launch("linear_many_rows", *left, right[0], not right[1], None, add, y)
+            return
+    y.baddbmm_(a, b) if add else torch.bmm(a, b, out=y)
 
 
 def _fwd(x, weight, bias):
