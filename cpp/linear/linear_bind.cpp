@@ -51,7 +51,8 @@ MEGALODON_BINDING(linear_many_rows,
   params.outputs = weight.rank(batched ? "(n, O, I)" : "(O, I)", rank).size(first + (weight_transposed ? 1 : 0));
   const auto matrices = [&](const TensorView& tensor, const char* letters, const char* batched_letters, int64_t rows,
                             int64_t columns) -> const TensorView& {
-    return batched ? tensor.shape(batched_letters, {params.count, rows, columns}) : tensor.shape(letters, {rows, columns});
+    if (batched) return tensor.shape(batched_letters, {params.count, rows, columns});
+    return tensor.shape(letters, {rows, columns});
   };
   const Scalar scalar = scalar_of(params.dtype);
   params.x = x.data();

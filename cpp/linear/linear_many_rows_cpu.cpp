@@ -8,8 +8,8 @@
 // summed in y or, if y is shorter than float, in a buffer for kSumRows rows of y at a time. The terms of a sum are
 // added in runs of kRunDepth, in the order of the depth; the number of threads does not change this order.
 //
-// Of at least as many products as threads, each is a job, whose thread packs its blocks alone; the order of a sum is the
-// same.
+// Of at least as many products as threads, each is a job, whose thread packs its blocks alone. The order of the terms
+// is the same.
 
 #include "linear.h"
 

@@ -49,7 +49,7 @@ def test_a_value_is_found_again_by_its_key():
 
 SIDE_BY_SIDE = {
     "few rows": dict(B=1, L=40),
-    "many rows": dict(B=7, L=24),
+    "many rows": dict(B=13, L=24),
     "a part of a chunk": dict(B=2, L=5),
     "one chunk": dict(B=2, L=8),
     "packed": dict(B=1, L=48, cu_seqlens=[0, 16, 32, 48]),

@@ -201,6 +201,9 @@ def test_many_rows(name, dtype):
                     assert_many_rows_are_right(name, x, weight, transposed, *(biased if has_bias else plain))
 
 
+SEVERAL = [(1, 33, 31, 17), (3, 33, 31, 17), (7, 150, 40, 49), (2, 5, 2601, 9), (3, 4, 9, 2120)]
+
+
 @each_isa
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 def test_several_products(name, dtype):
@@ -209,7 +212,7 @@ def test_several_products(name, dtype):
         pytest.skip("computed by torch")
     torch.manual_seed(0)
     with every_case() as each:
-        for n, T, I, O in [(1, 33, 31, 17), (3, 33, 31, 17), (7, 150, 40, 49), (2, 5, 2601, 9), (3, 4, 9, 2120)]:  # noqa: E741
+        for n, T, I, O in SEVERAL:  # noqa: E741
             a, b = torch.randn(n, T, I).to(dtype), torch.randn(n, I, O).to(dtype)
             expected, size = a.double() @ b.double(), a.double().abs() @ b.double().abs()
             for transposed in itertools.product((False, True), repeat=2):

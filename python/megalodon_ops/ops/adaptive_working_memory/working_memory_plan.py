@@ -32,7 +32,7 @@ class ChunkViews:
         numbers = [*accumulate(map(bool, counts), initial=0)]
         self.turns: list[Index] = [(slice(None), number) for number in numbers[:-1]]
         self._chunks = numbers[-1]  # of a sequence
-        by_sequence = self._chunks >= sequences
+        by_sequence = 4 * self._chunks >= sequences  # such parts are contiguous, but each takes calls of its own
         self._parts = [*range(sequences)] if by_sequence else [(slice(None), n) for n in range(self._chunks)]
 
     def take(self, x: Tensor) -> Tensor:
