@@ -10,7 +10,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 import megalodon_ops as mo
-from megalodon_ops.model.fixed_coefficients import with_fixed_coefficients
+from megalodon_ops.model.decoding_model import decoding_model
 from megalodon_ops.model.model_state import as_real
 
 from .predict_cards import Card
@@ -48,7 +48,7 @@ def launches_of_a_token(config: mo.MegalodonConfig) -> Counter[str]:
         model = mo.Megalodon(config).to(torch.bfloat16).eval()
         state = mo.MegalodonState.fresh(config, 1, dtype=torch.bfloat16, device="meta")
         token = torch.zeros((1, 1), dtype=torch.int64)
-        run = with_fixed_coefficients(model, ())
+        run = decoding_model(model, model, [])
         with _Launches() as launches:
             _, after = run(token, state=state, return_state=True, inplace_state=True)
         copied = {

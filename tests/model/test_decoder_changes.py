@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import warnings
 
 import pytest
 import torch
-from decoding import DTYPES, by_decoder, by_layers, model_and_state
+from assertions import every_case
+from decoding import DTYPES, assert_error_of_the_layers, by_decoder, by_layers, model_and_state
 from models import tiny_model, tokens_of
 from torch.utils._pytree import tree_leaves, tree_map_only
 
@@ -90,13 +92,17 @@ BLOCK_CHANGES = {
     "torch's": (lambda block: replace_linear(block, torch.nn.Linear), ".mega.wz"),
     "subclass": (use_subclass, ".mega.wv"),
     "wrapped": (wrap_forward, ".nffn.fc2"),
-    "attribute": (weight_as_attribute, ".mega.wz"),
-    "buffer": (bias_as_buffer, ".mega.wv"),
     "function": (norm_as_function, ".mega"),
     "parametrized": (parametrize_weight, ".mega.wr"),
-    "eps": (lambda block: setattr(block.mega.rmsnorm, "eps", 0.1), ".mega.rmsnorm"),
-    "config": (change_rotary_base, ".mega"),
     "no gate": (lambda block: setattr(block.nffn, "fc3", None), ".nffn.fc3"),
+}
+RECORDED_CHANGES = {
+    "attribute": lambda model: weight_as_attribute(model.layers[1]),
+    "buffer": lambda model: bias_as_buffer(model.layers[1]),
+    "eps": lambda model: setattr(model.layers[1].mega.rmsnorm, "eps", 0.1),
+    "eps of the final norm": lambda model: setattr(model.output.final_norm, "eps", 0.1),
+    "config": lambda model: change_rotary_base(model.layers[1]),
+    "renormalised embedding": lambda model: setattr(model.embed, "max_norm", 0.5),
 }
 LINEAR_LAYERS = [f"mega.{name}" for name in ("wv", "wz", "wr", "wh1", "wh2")] + [f"nffn.fc{i}" for i in (1, 2, 3)]
 ALL_LINEAR_LAYERS = [*(f"layers.{i}.{name}" for i in (0, 2) for name in LINEAR_LAYERS), "output.output"]
@@ -117,6 +123,24 @@ def test_a_changed_block_runs_as_changed(change):
     assert not decoder.fused and decoder._steps
     assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
     assert not torch.equal(found[0], original[0])
+
+
+@pytest.mark.filterwarnings("error")
+def test_other_attributes_and_parameters_are_recorded():
+    """Layers of this package are recorded as they compute, so nothing runs in Python."""
+    model, state = model_and_state()
+    pieces = tokens_of(1, 3).split(1, 1)
+    original = by_decoder(mo.Decoder(model, state), pieces)
+    with every_case() as case:
+        for name, change in RECORDED_CHANGES.items():
+            with case(name):
+                changed = copy.deepcopy(model)
+                change(changed)
+                expected, decoder = by_layers(changed, state, pieces), mo.Decoder(changed, state)
+                found = by_decoder(decoder, pieces)
+                assert decoder.fused and decoder._steps
+                assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+                assert not torch.equal(found[0], original[0])
 
 
 @pytest.mark.parametrize(
@@ -209,24 +233,29 @@ def test_modules_run_under_the_autocast_of_the_constructor():
         assert torch.equal(decoder(token), expected)
 
 
-@pytest.mark.parametrize(
-    ("wrong", "got"),
-    [
-        (lambda y: y.double(), "float64"),
-        (lambda y: y[..., :1], r"\(1, 1, 1\)"),
-        (lambda y: y[0], r"\(1, 24\)"),
-        (lambda y: (y, y), "tuple"),
-    ],
-)
-def test_a_layer_must_return_what_the_next_kernel_reads(wrong, got):
-    model, state = model_and_state()
-    handle = model.layers[1].mega.wv.register_forward_hook(lambda module, args, y: wrong(y))
-    with pytest.warns(UserWarning, match="`layers.1.mega.wv`"):
-        decoder = mo.Decoder(model, state)
-    with pytest.raises((ValueError, TypeError), match=rf"Decoder: `layers.1.mega.wv.*got .*{got}"):
-        decoder(tokens_of(1, 1))
-    handle.remove()
-    for use in (lambda: decoder(tokens_of(1, 1)), lambda: decoder.state):
+WRONG_RESULTS = {
+    "dtype": (lambda y: y.double(), r"torch.float64 \(1, 1, 24\)"),
+    "width": (lambda y: y[..., :1], r"torch.float32 \(1, 1, 1\)"),
+    "rank": (lambda y: y[0], r"torch.float32 \(1, 24\)"),
+}
+
+
+@pytest.mark.filterwarnings("ignore:Decoder")
+@pytest.mark.parametrize("kind", WRONG_RESULTS)
+def test_a_layer_must_return_what_the_next_kernel_reads(kind):
+    """In the first call and, in later ones, what it returned there."""
+    wrong, got = WRONG_RESULTS[kind]
+    (model, state), token, calls = model_and_state(), tokens_of(1, 1), []
+    layer = model.layers[1].mega.wv
+    layer.register_forward_hook(lambda module, args, y: wrong(y) if calls else y)
+    decoder = mo.Decoder(model, state)
+    decoder(token)
+    calls.append(True)
+    with pytest.raises(RuntimeError, match=f"Decoder: `layers.1.mega.wv` must return .*float32 .*, got {got}"):
+        decoder(token)
+    assert_error_of_the_layers(model, state, token)
+    layer._forward_hooks.clear()
+    for use in (lambda: decoder(token), lambda: decoder.state):
         with pytest.raises(RuntimeError, match="Decoder: the state must be whole"):
             use()
 
@@ -276,8 +305,6 @@ def embed_by_function(model):
 
 MODEL_CHANGES = {
     "hooked embedding": (lambda model: model.embed.register_forward_hook(lambda module, args, x: x + 1), "`embed`"),
-    "renormalised embedding": (lambda model: setattr(model.embed, "max_norm", 0.5), "`embed`"),
-    "eps of the final norm": (lambda model: setattr(model.output.final_norm, "eps", 0.1), "`output.final_norm`"),
     "other output": (lambda model: setattr(model, "output", OtherOutput(model.output)), "`output`"),
     "hooked output": (hook_output, "`output.output`"),
     "wrapped output": (wrap_output, "`output.output`"),

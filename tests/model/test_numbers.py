@@ -171,7 +171,7 @@ def test_a_decoder_gives_the_bits_of_the_layers():
             decoder.reorder(torch.tensor([1, 1]))
             more = series(model, 1, 1, seed=3).expand(2, 1, 3)
             assert torch.equal(decoder(more), model(more, state=state[[1, 1]]))
-    with pytest.raises(ValueError, match=r"Decoder: `tokens` must have shape \(2, L, 3\), got \(1, 1, 3\)"):
+    with pytest.raises(ValueError, match=r"Decoder: `tokens` must have 2 rows, got \(1, 1, 3\)"):
         decoder(x[:1, :1])
     with pytest.raises(ValueError, match=r"Decoder: `tokens` must be finite, got inf at \[0, 0, 0\]"):
         decoder(torch.full((2, 1, 3), torch.inf))

@@ -1,5 +1,8 @@
 """Bitwise comparison of a decoder with the layers of its model."""
 
+import re
+
+import pytest
 import torch
 from models import tiny_model, tokens_of
 from torch.utils._pytree import tree_leaves, tree_map_only
@@ -38,6 +41,14 @@ def assert_bits_of_layers(model, state, rows=1, length=1, fused=True):
     found, expected = by_decoder(decoder, pieces), by_layers(model, state, pieces)
     assert decoder.fused is fused
     assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+
+
+def assert_error_of_the_layers(model, state, token):
+    """The decoder's first call raises the error that the model raises."""
+    with pytest.raises((RuntimeError, TypeError, ValueError)) as expected:
+        by_layers(model, state, [token])
+    with pytest.raises(expected.type, match=re.escape(str(expected.value))):
+        mo.Decoder(model, state)(token)
 
 
 def assert_equal(found, expected):

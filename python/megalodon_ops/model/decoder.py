@@ -9,22 +9,19 @@ from typing import NoReturn
 import torch
 from torch import Tensor, nn
 from torch.nn.modules import module as torch_module
-from torch.utils._pytree import tree_leaves, tree_map_only
+from torch.utils._pytree import tree_leaves
 
 from ..ops.chunked_attention.two_chunk_attention import positions_fit
 from ..ops.linear import linear
-from ..ops.common.definition import accumulation_dtype, check_runs_now, is_autocast_enabled
+from ..ops.common.definition import check_runs_now, is_autocast_enabled
 from ..ops.common.checks import check_device, check_tensor, describe
-from ..ops.common.recorder import Recorder
-from ..ops.common.recording import Step
+from ..ops.common.recording import Step, contiguous_copy
 from .blocks import at_least_float32
 from .captured_step import CapturedStep, hooked_module, may_capture
-from .changed_modules import OUTPUT_PARTS, called_in_python, changed_modules
-from .fixed_coefficients import with_fixed_coefficients
+from .decoding_model import decoding_model
 from .inputs import check_inputs
-from .layers import wide_parameters
 from .model_state import MegalodonState, as_real, check_state, complete, named_tensors
-from .quantized_layers import computing_dtype, small_tensors
+from .quantized_layers import computing_dtype
 from .sequences import Sequences
 from .state_layout import layout
 from .undo import check_history, make_history
@@ -91,7 +88,7 @@ class Decoder:
                 f"Decoder: `state` must be a MegalodonState of {model.config.num_layers} layers, as the model returns it, "
                 f"got {f'one of {len(state.layers)}' if isinstance(state, MegalodonState) else describe(state)}."
             )
-        self._model, self._state = model, _contiguous_copy(state)
+        self._model, self._state = model, contiguous_copy(complete(state))
         self._like = self._state.layers[0].attention.v
         self._dtype = computing_dtype(model) if self._like.dtype == torch.int8 else self._like.dtype
         if self._like.is_meta:
@@ -115,12 +112,10 @@ class Decoder:
             self._max_tokens = _CAPTURED_LENGTH * self.num_sequences if self._captures else most
         self._steps: dict[int, Step | CapturedStep] = {}
         """recorded and captured steps by the number of tokens of a row"""
-        self._changed: dict[str, nn.Module] = {}
-        changes = list(changed_modules(model, model._reference()))
-        self.fused = self._max_tokens >= self.num_sequences and (
-            self._find_hooks() if self._captures else self._find_changes(changes)
-        )
-        self._runner = with_fixed_coefficients(model, changes)
+        self._check_state_tensors(self._state, self.num_sequences)
+        changes: list[str] = []
+        self._runner = decoding_model(model, model._reference(), changes)
+        self.fused = self._max_tokens >= self.num_sequences and not self._warn_of_changes(changes)
         self._history = make_history(model.config, self._state, undo, self._max_tokens // max(self.num_sequences, 1))
 
     @property
@@ -246,34 +241,20 @@ class Decoder:
 
         A model with `num_features` reads numbers (B, L, F), of any floating-point type, and returns numbers.
         """
-        check_tensor("Decoder", "tokens", tokens)
         check_runs_now("Decoder", _ALTERNATIVE)
-        B, size = self.num_sequences, self._model.config.num_features
-        if size is not None:
-            if tokens.shape[:1] != (B,):
-                raise ValueError(f"Decoder: `tokens` must have shape ({B}, L, {size}), got {tuple(tokens.shape)}.")
-            check_inputs("Decoder", "tokens", tokens, self._model, Sequences())
-            tokens = tokens.double()  # one step for all types
-        elif tokens.dim() != 2 or tokens.shape[0] != B or tokens.dtype not in (torch.int64, torch.int32):
-            raise ValueError(
-                f"Decoder: `tokens` must be int64 or int32 ({B}, L), got {tokens.dtype} {tuple(tokens.shape)}."
-            )
-        else:
-            tokens = tokens.long()
+        check_inputs("Decoder", "tokens", tokens, self._model, Sequences())
+        if len(tokens) != self.num_sequences:
+            raise ValueError(f"Decoder: `tokens` must have {self.num_sequences} rows, got {tuple(tokens.shape)}.")
+        reads_tokens = self._model.config.num_features is None
+        tokens = tokens.long() if reads_tokens else tokens.double()  # one step for all types
         with self._lock:
             self._check_state()
             if self._captures:
                 check_device("Decoder", "tokens", tokens, self._like)
-            elif size is None and (self._runs_step(tokens) or self._history is not None):
+            elif reads_tokens:
                 self._check_tokens(tokens)
-            self._state_is_whole = False
-            try:
-                history = self._history
-                logits = self._run(tokens) if history is None else history.run(tokens, self._state, self._run)
-            except BaseException as error:
-                outside = (tokens < 0) | (tokens >= self._model.config.vocab_size)  # refused before a layer runs
-                self._state_is_whole = isinstance(error, IndexError) and bool(outside.any())
-                raise
+            history, self._state_is_whole = self._history, False
+            logits = self._run(tokens) if history is None else history.run(tokens, self._state, self._run)
             self._state_is_whole = True
             self._tokens_read += tokens.shape[1]
         return at_least_float32(logits)
@@ -318,32 +299,25 @@ class Decoder:
             return self._call_model(tokens, state, **lengths)[1]
 
     def _run(self, tokens: Tensor) -> Tensor:
-        if not self._runs_step(tokens):
+        length = tokens.shape[1]
+        if not self._runs_step(length):
+            self._longest = None
             return self._run_model(tokens)
-        longest = self._longest
-        logits = self._run_step(tokens)
-        self._longest = None if longest is None else longest + tokens.shape[1]
-        return logits
-
-    def _runs_step(self, tokens: Tensor) -> bool:
-        if self._captures and torch.cuda.is_current_stream_capturing():  # by the caller
-            return False
-        return 0 < self.num_sequences * tokens.shape[1] <= self._max_tokens and self._has_room(tokens.shape[1])
-
-    def _run_step(self, tokens: Tensor) -> Tensor:
-        """Run the step for rows of this length; the first call records it."""
+        if self._longest is not None:
+            self._longest += length
         if self._captures:
             return self._run_captured(tokens)
-        step = self._steps.get(tokens.shape[1])
-        if step is not None:
-            return step(tokens)
-        recorder = Recorder()
-        options = dict(recorder=recorder, checks_host_reads=False, warns=False)  # _has_room checks what is read
-        with called_in_python(self._runner, self._changed, self._model._reference(), recorder), self._autocast:
-            step = Step("Decoder", self._call_model, (tokens,), self._state, **options)
-        self._steps[tokens.shape[1]] = step
-        logits, step.first = step.first, None
-        return logits
+        if length in self._steps:
+            return self._steps[length](tokens)
+        # What the model reads in Python is checked by `_has_room` and when tokens come.
+        step = Step("Decoder", self._run_model, (tokens,), self._state, checks_host_reads=False)
+        self._steps[length] = step
+        return step.results()
+
+    def _runs_step(self, length: int) -> bool:
+        if self._captures and torch.cuda.is_current_stream_capturing():  # by the caller
+            return False
+        return 0 < self.num_sequences * length <= self._max_tokens and self._has_room(length)
 
     def _run_captured(self, tokens: Tensor) -> Tensor:
         """Run the captured step for rows of this length; its first call runs the modules, its second one captures."""
@@ -370,7 +344,6 @@ class Decoder:
 
     @torch.no_grad()
     def _run_model(self, tokens: Tensor) -> Tensor:
-        self._longest = None
         with self._autocast:
             logits, after = self._call_model(tokens, self._state)
         copies: dict[torch.dtype, list[tuple[Tensor, Tensor]]] = {}
@@ -387,20 +360,17 @@ class Decoder:
         has_hooks = torch_module._global_forward_hooks or torch_module._global_forward_pre_hooks
         return not (has_dropout or has_hooks) and (self._captures or (self._like.is_cpu and not autocast))
 
-    def _find_hooks(self) -> bool:
-        """Return True if no module has hooks, else run module by module."""
-        if hooked := hooked_module(self._model):
-            self._max_tokens = 0
-            warnings.warn(
-                f"Decoder: `{hooked}` has hooks, so modules run one by one instead of a CUDA graph, which takes longer; "
-                "remove them.",
-                stacklevel=3,
-            )
-        return not hooked
-
-    def _find_changes(self, changes: list[str]) -> bool:
-        """Check model and state; return True if no module was changed, else find those that a step calls in Python."""
-        model = self._model
+    def _warn_of_changes(self, changes: list[str]) -> bool:
+        """Warn of the first module that prevents one call of kernels, or a CUDA graph; return True if there is one."""
+        if self._captures:
+            if hooked := hooked_module(self._model):
+                self._max_tokens = 0
+                warnings.warn(
+                    f"Decoder: `{hooked}` has hooks, so modules run one by one instead of a CUDA graph, which takes "
+                    "longer; remove them.",
+                    stacklevel=3,
+                )
+            return bool(hooked)
         if changes:
             count = f", the first of {len(changes)} such modules," if len(changes) > 1 else ""
             warnings.warn(
@@ -409,48 +379,18 @@ class Decoder:
                 "or remove what was added.",
                 stacklevel=3,
             )
-        if {"", "layers"} & {*changes}:  # the model itself, or a list that it does not call: nothing is recorded
-            self._max_tokens = 0
-            return False
-        called = [part for name in changes for part in OUTPUT_PARTS.get(name, [name])]
-        modules = dict(model.named_modules(remove_duplicate=False))
-        self._changed = {name: modules[name] for name in called if isinstance(modules.get(name), nn.Module)}
-        self._check_tensors(model._reference())
-        return not changes
-
-    def _check_tensors(self, reference: nn.Module) -> None:
-        """Raise unless the parameters outside of changed modules, and the state, have the model's shapes and dtypes."""
-        dtype = self._dtype
-        given, wide = dict(self._model.named_parameters(remove_duplicate=False)), wide_parameters(reference)
-        small = small_tensors(reference)
-        for name, parameter in reference.named_parameters(remove_duplicate=False):
-            if name in given and not any(f"{name}.".startswith(f"{changed}.") for changed in self._changed):
-                wanted = parameter.dtype if name in small else accumulation_dtype(dtype) if name in wide else dtype
-                _check_tensor_is(name, given[name], wanted, tuple(parameter.shape))
-                check_device("Decoder", name, given[name], self._like)
-        self._check_state_tensors(self._state, self.num_sequences)
+        return bool(changes)
 
     def _check_state_tensors(self, state: MegalodonState, rows: int) -> None:
-        config, state = self._model.config, named_tensors(state)
-        for name, wanted, shape in layout(config, rows, self._like.dtype):
-            if (tensor := state.get(name)) is None:
-                raise ValueError(f"Decoder: `state.{name}` must be a tensor, got None.")
-            _check_tensor_is(f"state.{name}", as_real(tensor), wanted, shape)
+        config, tensors = self._model.config, named_tensors(state)
+        for name, dtype, shape in layout(config, rows, self._like.dtype):
+            tensor, name = tensors.get(name), f"state.{name}"
+            if tensor is None or as_real(tensor).shape != shape:
+                raise ValueError(f"Decoder: `{name}` must have shape {shape}, got {describe(tensor)}.")
+            if as_real(tensor).dtype != dtype:
+                raise TypeError(
+                    f"Decoder: `{name}` must be {dtype} beside the other tensors, got {tensor.dtype}; convert it."
+                )
             limit = {"count": 1 << 62, "position": config.num_cached_positions}.get(name.rpartition(".")[2])
             if limit and bool(((tensor < 0) | (tensor >= limit)).any()):
-                raise ValueError(f"Decoder: `state.{name}` must be in [0, {limit}), got {tensor.tolist()}.")
-
-
-def _check_tensor_is(name: str, tensor: Tensor, dtype: torch.dtype, shape: tuple[int, ...]) -> None:
-    if tensor.dtype != dtype:
-        raise TypeError(f"Decoder: `{name}` must be {dtype} beside the other tensors, got {tensor.dtype}; convert it.")
-    if tensor.shape != shape:
-        raise ValueError(f"Decoder: `{name}` must have shape {shape}, got {tuple(tensor.shape)}.")
-
-
-def _contiguous_copy(state: MegalodonState) -> MegalodonState:
-    """Copy the state for writing in place: every tensor is contiguous, and no tensor is missing."""
-    with torch.inference_mode(False), torch.no_grad():
-        return tree_map_only(
-            Tensor, lambda tensor: tensor.clone(memory_format=torch.contiguous_format), complete(state)
-        )
+                raise ValueError(f"Decoder: `{name}` must be in [0, {limit}), got {tensor.tolist()}.")

@@ -9,6 +9,7 @@ import threading
 from collections import Counter
 from collections.abc import Callable, Iterable
 from types import ModuleType
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -265,9 +266,9 @@ def has_cpu_kernel(x: Tensor) -> bool:
 
 
 class _Observer(threading.local):
-    """A function, set by recording.py, that is called before each launch on the CPU in this thread."""
+    """The recorder of this thread's step, which sees each launch on the CPU before it runs."""
 
-    note: Callable[[str, tuple], None] | None = None
+    recorder: Any = None
 
 
 observer = _Observer()
@@ -277,8 +278,8 @@ def launch(name: str, *args) -> None:
     """Run a kernel on contiguous tensors, some of which it writes. The first argument is a tensor."""
     if args[0].is_cuda:
         return _launch_cuda(name, args)
-    if observer.note is not None:
-        observer.note(name, args)
+    if observer.recorder is not None:
+        observer.recorder.note_launch(name, args)
     getattr(_C, name)(*args)
 
 

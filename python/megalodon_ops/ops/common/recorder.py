@@ -6,7 +6,9 @@ import contextlib
 import functools
 import math
 import sys
-from collections.abc import Callable, Iterator
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterator, Set
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -30,12 +32,13 @@ _OPERATIONS = {
     for name, sign in {"add": "+", "sub": "-", "mul": "*", "div": "/"}.items()
     for suffix in ("", "_")
 }
-_COPIES = {aten.clone.default, aten._to_copy.default}
+_COPIES = {aten.clone.default, aten._to_copy.default, aten.copy_.default}
+_WITH_KERNEL = {aten.embedding.default, *_COPIES, *_OPERATIONS}
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16)
-COPIED = (*_FLOATS, torch.float64, torch.int64, torch.complex64, torch.complex128)
+_COPIED = (*_FLOATS, torch.float64, torch.int64, torch.complex64, torch.complex128)
 _MINUS_ZERO = -0.0  # neutral in sums; +0.0 would change -0.0
-
-
+_IN_PLACE = {"timestep_norm_fwd", "cema_fwd", "chunked_attention_state", "copy_memory"}
+"""kernels that may write a new state over the old one"""
 _LEAVES = (Tensor, type(None), bool, int, float, torch.dtype, torch.device, torch.layout)
 
 
@@ -68,27 +71,21 @@ def _has_no_memory(value: Any) -> bool:
     return (address_of(value) == 0 and value.numel() > 0) if isinstance(value, Tensor) else value is not None
 
 
+@dataclass(eq=False)
 class Call:
     """A call of a kernel, by name, or of a function, in the recorded step."""
 
-    def __init__(self, function: str | Callable, args: tuple, kwargs: dict, results: list[tuple[int, Tensor]]) -> None:
-        self.function, self.args, self.kwargs = function, args, kwargs
-        self.results = results
-        """new tensors that a function returns, with their places among its results; a kernel's are among its arguments"""
-        self.written: set[int] = set()
-        self.touched: set[int] = set()
-        """addresses of the storages that the call writes, and of all that it reads or writes"""
-        self.is_needed = self.leaves_tensors = False
-        """leaves_tensors: results are values in Python, or tensors that are made of others"""
-
-    @property
-    def is_random(self) -> bool:
-        return torch.Tag.nondeterministic_seeded in getattr(self.function, "tags", ())
-
-    @property
-    def name(self) -> str:
-        schema = getattr(self.function, "_schema", None)
-        return getattr(self.function, "__name__", "a module") if schema is None else schema.name.removeprefix("aten::")
+    name: str
+    function: str | Callable
+    args: tuple
+    kwargs: dict
+    written: Set[int]
+    touched: Set[int]
+    """addresses of the storages that the call writes, and of all that it reads or writes"""
+    results: list[tuple[int, Tensor]] = field(default_factory=list)
+    """new tensors that a function returns, with their places among its results; a kernel's are among its arguments"""
+    leaves_tensors: bool = False
+    """True if results are values in Python, or tensors that are made of others"""
 
 
 class Recorder(TorchDispatchMode):
@@ -100,71 +97,71 @@ class Recorder(TorchDispatchMode):
         self.storages: dict[int, torch.UntypedStorage] = {}
         self.new: set[int] = set()
         """addresses of the storages that the step allocated"""
-        self._is_paused = False
 
     @classmethod
     def _should_skip_dynamo(cls) -> bool:
         return False  # else torch imports its compiler, 2 s
 
     @contextlib.contextmanager
-    def recording(self, notes_host_reads: bool) -> Iterator[None]:
+    def recording(self) -> Iterator[None]:
         has_compiled = "torch._dynamo" in sys.modules and hasattr(torch.compiler, "set_stance")  # new in torch 2.6
         eager = torch.compiler.set_stance("force_eager") if has_compiled else contextlib.nullcontext()
-        reads = _HostReads(self) if notes_host_reads else contextlib.nullcontext()
-        with eager, reads, self:  # compiled programs would not be seen
-            observer.note = self._note_launch
+        with eager, _HostReads(), self:  # compiled programs would not be seen
+            observer.recorder, own_threads = self, _C.use_own_threads(True)  # those of replays, so that no others start
             try:
                 yield
             finally:
-                observer.note = None
+                observer.recorder = None
+                _C.use_own_threads(own_threads)
 
-    def call(self, function: Callable, *args: Any, **kwargs: Any) -> Any:
+    def call(self, name: str, function: Callable, *args: Any, **kwargs: Any) -> Any:
         """Call a Python function that each replay calls again; the step sees copies of its new tensors."""
-        if observer.note != self._note_launch:  # another thread, or no step
-            return function(*args, **kwargs)
-        self._is_paused, observer.note = True, None
+        given, observer.recorder = self.keep(tensors_in(*args, *kwargs.values())), None
         try:
             results = function(*args, **kwargs)
+            results = tree_map_only(Tensor, lambda t: t if address_of(t) in given else t.clone(), results)
         finally:
-            self._is_paused, observer.note = False, self._note_launch
-        given = self.keep(tensors_in(*args, *kwargs.values()))
-        results = tree_map_only(Tensor, lambda t: t if address_of(t) in given else t.clone(), results)
-        self._add(function, args, kwargs, results, given)
+            observer.recorder = self
+        self.note(name, function, args, kwargs, results, given)
         return results
 
-    def _note_launch(self, name: str, args: tuple) -> None:
-        call = Call(name, args, {}, [])
-        call.written = self.keep(tensors_in(*args[-_num_results(name) :]))
-        call.touched = self.keep(tensors_in(*args))
-        self.calls.append(call)
+    def note_launch(self, kernel: str, args: tuple) -> None:
+        written = self.keep(tensors_in(*args[-_num_results(kernel) :]))
+        self.calls.append(Call(kernel, kernel, args, {}, written, self.keep(tensors_in(*args))))
 
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
         kwargs = kwargs or {}
-        if self._is_paused:
+        if observer.recorder is None:  # in `call`
             return func(*args, **kwargs)
         if func.namespace == "megalodon_ops":
             with self:  # records what the op's Python calls
                 return func.redispatch(_CPU, *args, **kwargs)
+        if func is aten._foreach_copy_.default:
+            with self:
+                for y, x in zip(*args):
+                    y.copy_(x)
+            return None
         results = func(*args, **kwargs)
         if func in _EMPTY:
             self.new |= self.keep([results])
         elif not func.is_view:
             changed = [args[i] if i < len(args) else kwargs.get(name) for i, name in _written_arguments(func)]
-            self._add(func, args, kwargs, results, self.keep(tensors_in(*changed)))
+            self.note(func._schema.name, func, args, kwargs, results, self.keep(tensors_in(*changed)))
         return results
 
-    def note_host_read(self, function: Callable, args: tuple) -> None:
-        if not self._is_paused:
-            self._add(function, args, {}, 0, set())
-
-    def _add(self, function: Callable, args: tuple, kwargs: dict, results: Any, written: set[int]) -> None:
+    def note(
+        self, name: str, function: Callable, args: tuple, kwargs: dict, results: Any, written: Set[int] = frozenset()
+    ) -> None:
+        """Add a call of a function, or of the kernel that computes the same."""
         inputs, returned = self.keep(tensors_in(*args, *kwargs.values())), tensors_in(results)
         self.new |= {address_of(t) for t in returned} - self.storages.keys()
         outputs = self.keep(returned)
         fresh = outputs - inputs
-        call = Call(function, args, kwargs, [(i, t) for i, t in enumerate(returned) if address_of(t) in fresh])
-        call.written, call.touched = written | fresh, inputs | outputs
+        call = Call(name.removeprefix("aten::"), function, args, kwargs, written | fresh, inputs | outputs)
+        call.results = [(i, t) for i, t in enumerate(returned) if address_of(t) in fresh]
         call.leaves_tensors = any(map(_has_no_memory, tree_leaves(results)))
+        if kernel := as_kernel(call):
+            call.function, *call.args = kernel
         if call.written or call.leaves_tensors:  # else results are views
             self.calls.append(call)
 
@@ -174,56 +171,100 @@ class Recorder(TorchDispatchMode):
         self.storages |= storages
         return set(storages)
 
+    def needed_calls(self, varying: set[int]) -> list[Call]:
+        """Return the calls that read `varying` memory, or draw random numbers; the results of others are constants.
+
+        Memory that is written again, or was not allocated by the step, varies, too. All that varies is added to `varying`.
+        """
+        times = Counter(address for call in self.calls for address in call.written)
+        varying |= {address for address, count in times.items() if count > 1 or address not in self.new}
+        needed = []
+        for call in self.calls:
+            is_random = torch.Tag.nondeterministic_seeded in getattr(call.function, "tags", ())
+            if is_random or not varying.isdisjoint(call.touched):
+                needed.append(call)
+                varying |= call.written
+        return needed
+
+    def places(self, calls: list[Call], varying: set[int], kept: set[int]) -> dict[int, torch.UntypedStorage]:
+        """Return the storages that replace those of the recorded call, by address; those of `kept` stay.
+
+        A new tensor that is copied to older memory, such as a state's, replaces that if no call between reads the old
+        values. Temporary tensors share memory, which then stays in the cache.
+        """
+        uses, places, free = defaultdict(list), {}, defaultdict(list)
+        for i, call in enumerate(calls):
+            for address in call.touched:
+                uses[address].append(i)
+        for i, call in enumerate(calls):
+            if call.function != "copy_memory" or not all(map(_is_whole, call.args)):
+                continue
+            source, target = map(address_of, call.args)
+            writer, last = uses[source][0], uses[source][-1]
+            meanwhile = [j for j in uses[target] if writer <= j < i]
+            in_place = not meanwhile or (meanwhile == [writer] and calls[writer].function in _IN_PLACE)
+            if source in self.new - kept and target not in self.new and writer < last == i and in_place:
+                places[source] = self.storages[target]
+        stay = kept | places.keys()
+        for i, call in enumerate(calls):
+            temporary = [a for a in sorted(call.touched) if a in self.new and a in varying and a not in stay]
+            sizes = {address: self.storages[address].nbytes() for address in temporary}
+            for address, size in sizes.items():
+                if uses[address][0] == i and free[size]:
+                    places[address] = free[size].pop()
+            for address, size in sizes.items():
+                if uses[address][-1] == i:
+                    free[size].append(places.get(address, self.storages[address]))
+        return places
+
+
+def _is_whole(tensor: Tensor) -> bool:
+    """Return True if the tensor is contiguous and has its storage for itself."""
+    return tensor.is_contiguous() and tensor.nbytes == tensor.untyped_storage().nbytes()
+
 
 class _HostReads(TorchFunctionMode):
     """Notes the functions by which Python reads values and which :class:`Recorder` does not see."""
 
-    def __init__(self, recorder: Recorder) -> None:
-        super().__init__()
-        self._recorder = recorder
-
     def __torch_function__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
-        if func in _HOST_READS:
-            self._recorder.note_host_read(func, args[:1])
+        if func in _HOST_READS and observer.recorder is not None:
+            observer.recorder.note(func.__name__, func, args[:1], {}, 0)
         return func(*args, **(kwargs or {}))
 
 
 def as_kernel(call: Call) -> tuple | None:
     """Return the kernel, and its arguments, that computes what a call of torch does; None if there is none."""
     function, args = call.function, call.args
-    if function is aten.copy_.default:
-        (y, x), others = args[:2], args[2:]
-    elif len(call.results) == 1:
-        x, y, others = args[0], call.results[0][1], args[1:]
-    elif function in _OPERATIONS:  # in place
-        x, y, others = args[0], args[0], args[1:]
-    else:
+    if function not in _WITH_KERNEL:
         return None
-    operands = [x, y, *tensors_in(others)]
-    if not all(isinstance(t, Tensor) and t.is_contiguous() and not t.is_neg() and not t.is_conj() for t in operands):
+    y = call.results[0][1] if call.results else args[0]  # in place
+    x, *others = args[1:2] if function is aten.copy_.default else args
+    tensors = [x, *tensors_in(others)]
+    if not all(address_of(t) and t.is_contiguous() and not t.is_neg() and not t.is_conj() for t in (*tensors, y)):
         return None
     if function is aten.embedding.default:
-        has_kernel = x.dim() == 2 and x.dtype in COPIED and args[1].dtype == torch.int64
-        return ("embedding_rows", x, args[1], y) if has_kernel else None
-    if (function is aten.copy_.default or function in _COPIES) and x.shape == y.shape:
-        if x.dtype == y.dtype:
-            return ("copy_memory", x, y) if x.dtype in COPIED else None
-        return ("elementwise", x, None, "=", 1.0, _MINUS_ZERO, y) if {x.dtype, y.dtype} <= {*_FLOATS} else None
-    if function not in _OPERATIONS or call.kwargs or len(others) != 1:
-        return None
-    operation, (b,), dtypes = _OPERATIONS[function], others, {t.dtype for t in operands}
+        has_kernel = x.dim() == 2 and x.dtype in _COPIED and others[0].dtype == torch.int64
+        return ("embedding_rows", x, others[0], y) if has_kernel else None
+    b, operation, scale, shift = None, "=", 1.0, _MINUS_ZERO
+    if function in _OPERATIONS:
+        operation, b = _OPERATIONS[function], others[0]
+        if call.kwargs or len(others) != 1:
+            return None
+        if not isinstance(b, Tensor):
+            if type(b) not in (int, float) or operation == "/":
+                return None
+            scale, shift = (b, _MINUS_ZERO) if operation == "*" else (1.0, b if operation == "+" else -b)
+            b, operation = None, "="
+    elif x.dtype == y.dtype:
+        return ("copy_memory", x, y) if x.dtype in _COPIED and x.shape == y.shape else None
+    dtypes = {t.dtype for t in (*tensors, y)}
     if not (dtypes <= {*_FLOATS} or dtypes == {torch.float64}):
         return None
-    if not isinstance(b, Tensor):
-        if type(b) not in (int, float) or operation == "/":
-            return None
-        scale, shift = (b, _MINUS_ZERO) if operation == "*" else (1.0, b if operation == "+" else -b)
-        return "elementwise", x, None, "=", float(scale), float(shift), y
-    if not all(_is_suffix(t.shape, y.shape) for t in (x, b)) or not any(t.shape == y.shape for t in (x, b)):
+    if not all(_is_suffix(t.shape, y.shape) for t in tensors) or not any(t.shape == y.shape for t in tensors):
         return None
-    if any(t.dim() == 0 and t.dtype != y.dtype for t in (x, b)):  # such a tensor does not promote the other
+    if any(t.dim() == 0 and t.dtype != y.dtype for t in tensors):  # such a tensor does not promote the other
         return None
-    return "elementwise", x, b, operation, 1.0, _MINUS_ZERO, y
+    return "elementwise", x, b, operation, float(scale), float(shift), y
 
 
 def _is_suffix(shape: torch.Size, whole: torch.Size) -> bool:

@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import contextlib
-import functools
 import threading
 import warnings
-from collections import defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any, NoReturn
 
 import torch
@@ -17,22 +15,10 @@ from torch.utils._pytree import tree_flatten, tree_map_only, tree_unflatten
 from ... import _C
 from .checks import check_tensor, describe
 from .definition import check_runs_now
-from .recorder import COPIED, PRODUCTS, Call, Recorder, address_of, as_kernel, tensors_in
+from .recorder import PRODUCTS, Call, Recorder, address_of, tensors_in
 
-_IN_PLACE = {"timestep_norm_fwd", "cema_fwd", "chunked_attention_state", "copy_memory"}
-"""kernels that may write a new state over the old one"""
 _TORCH_GRAIN = 32768
 """Elements of a result that torch copies and samples on OpenMP's threads, which then still spin in the next step"""
-
-
-@contextlib.contextmanager
-def _own_threads() -> Iterator[None]:
-    """Run kernels on the threads that run the recorded step, so that no others start."""
-    before = _C.use_own_threads(True)
-    try:
-        yield
-    finally:
-        _C.use_own_threads(before)
 
 
 class Step:
@@ -43,31 +29,28 @@ class Step:
     """
 
     def __init__(
-        self, op: str, function: Callable, inputs: tuple[Tensor, ...], state: Any = None, *,
-        recorder: Recorder | None = None, checks_host_reads: bool = True, warns: bool = True,
-    ) -> None:  # fmt: skip
-        """Call function(*inputs[, state=state]) once; `first` is its result, and `state` is updated in place.
+        self,
+        op: str,
+        function: Callable,
+        inputs: tuple[Tensor, ...],
+        state: Any = None,
+        *,
+        checks_host_reads: bool = True,
+    ) -> None:
+        """Call function(*inputs) once; it updates the tensors of `state` in place.
 
-        recorder: the one whose :meth:`Recorder.call` the function uses. checks_host_reads: False: the caller replays the
-        step only where values that the recorded call read in Python lead to the same calls.
+        checks_host_reads: False: the caller replays the step only where values that the recorded call read in Python
+        lead to the same calls.
         """
         self._op, self._lock, self._is_whole, self.state = op, threading.RLock(), True, state
-        recorder = recorder or Recorder()
+        recorder = Recorder()
         with torch.inference_mode(False), torch.no_grad():
-            self._inputs = [x.clone(memory_format=torch.contiguous_format) for x in inputs]
-            before = tensors_in(state)
-            recorder.keep([*self._inputs, *before])
-            with recorder.recording(checks_host_reads), _own_threads():
-                results = function(*self._inputs) if state is None else function(*self._inputs, state=state)
-                results, after = (results, None) if state is None else self._split(results)
-                overwritten = {address_of(tensor) for tensor in before}  # by the new state, before results are copied
-                results = tree_map_only(Tensor, lambda t: t.clone() if address_of(t) in overwritten else t, results)
+            self._inputs = contiguous_copy(inputs)
+            varying = recorder.keep([*self._inputs, *tensors_in(state)])
+            with recorder.recording():
+                results = function(*self._inputs)
             self._leaves, self._structure = tree_flatten(results)
-            changes = [(old, new) for old, new in zip(before, tensors_in(after)) if old is not new]
-            self._build(recorder, changes, checks_host_reads, warns)
-            self.first = tree_map_only(Tensor, torch.clone, results)
-            for old, new in [(old, new.clone()) for old, new in changes]:
-                old.copy_(new)
+            self._build(recorder, varying, checks_host_reads)
 
     def __call__(self, *inputs: Tensor) -> Any:
         """Results of the module for these inputs, which have the shapes and dtypes of the recorded ones."""
@@ -79,6 +62,7 @@ class Step:
                 f"{self._op}: `inputs` must have the recorded shapes and dtypes {_kinds_text(self._inputs)}, got "
                 f"{_kinds_text(inputs)}; record another step for them."
             )
+        autocast = torch.is_autocast_enabled("cpu")
         with self._lock, torch.no_grad():
             if not self._is_whole:
                 raise RuntimeError(
@@ -87,14 +71,15 @@ class Step:
             for buffer, x in zip(self._inputs, inputs):
                 buffer.copy_(x)
             self._is_whole = False
-            if self._calls_python and torch.is_autocast_enabled("cpu"):
-                with torch.autocast("cpu", enabled=False):
-                    self._recording.run(self._own_threads)
-            else:
+            with torch.autocast("cpu", enabled=False) if autocast else contextlib.nullcontext():
                 self._recording.run(self._own_threads)
             self._is_whole = True
-            leaves = [leaf.clone() if isinstance(leaf, Tensor) else leaf for leaf in self._leaves]
-            return tree_unflatten(leaves, self._structure)
+            return self.results()
+
+    def results(self) -> Any:
+        """Copy the results of the last call, which the next call overwrites."""
+        leaves = [leaf.clone() if isinstance(leaf, Tensor) else leaf for leaf in self._leaves]
+        return tree_unflatten(leaves, self._structure)
 
     def __reduce_ex__(self, protocol: int) -> NoReturn:
         raise TypeError(
@@ -102,27 +87,17 @@ class Step:
             "one; its `state` can be copied and saved."
         )
 
-    def _split(self, results: Any) -> tuple[Any, Any]:
-        """Split the function's results into those of the step and the new state."""
-        if isinstance(results, tuple) and len(results) == 2:
-            kinds = [[(t.shape, t.dtype) for t in tensors_in(state)] for state in (self.state, results[1])]
-            if kinds[0] == kinds[1]:
-                return results
-        raise ValueError(
-            f"{self._op}: `module` must return a tuple of its results and a state of the shapes and dtypes of `state`, got "
-            f"{describe(results)}."
-        )
-
-    def _build(
-        self, recorder: Recorder, changes: list[tuple[Tensor, Tensor]], checks_host_reads: bool, warns: bool
-    ) -> None:
-        """Make the recording of the calls that depend on inputs, on the state or on other memory that a call writes."""
-        varying = {address_of(tensor) for tensor in (*self._inputs, *tensors_in(self.state))} - {0}
-        calls = self._needed(recorder, varying, checks_host_reads)
-        for call in calls:
-            if not isinstance(call.function, str) and (kernel := as_kernel(call)):
-                (call.function, *call.args), call.kwargs, call.results = kernel, {}, []
-        places = _places(recorder, calls, changes, tensors_in(self._leaves), varying)
+    def _build(self, recorder: Recorder, varying: set[int], checks_host_reads: bool) -> None:
+        """Make the recording of the calls that depend on `varying` memory: inputs, the state, and what a call writes."""
+        calls, results = recorder.needed_calls(varying), tensors_in(self._leaves)
+        reads = [call.name for call in calls if call.leaves_tensors]
+        if reads and checks_host_reads:
+            raise NotImplementedError(
+                f"{self._op}: a step must compute with plain tensors alone, got `{reads[0]}`, which reads values in Python or "
+                "returns a tensor that is made of others; torch.where chooses between values of tensors."
+            )
+        calls = [call for call in calls if not call.leaves_tensors]
+        places = recorder.places(calls, varying, {address_of(tensor) for tensor in results})
 
         def placed(tensor: Tensor) -> Tensor:
             storage = places.get(address_of(tensor))
@@ -131,115 +106,33 @@ class Step:
             moved = tensor.new_empty(0).set_(storage, tensor.storage_offset(), tensor.size(), tensor.stride())
             return moved.conj() if tensor.is_conj() else moved
 
-        self._recording, self._memory, in_python = _C.Recording(), [], []
-        self._calls_python = False
-        self._own_threads = max((tensor.numel() for tensor in tensors_in(self._leaves)), default=0) < _TORCH_GRAIN
+        self._recording, self._memory = _C.Recording(), []
+        self._own_threads = max((tensor.numel() for tensor in results), default=0) < _TORCH_GRAIN
+        self.in_python = [call.name for call in calls if callable(call.function) and call.function not in PRODUCTS]
         for call in calls:
-            if isinstance(call.function, str):  # its arguments are tensors and scalars
-                args = [placed(value) if isinstance(value, Tensor) else value for value in call.args]
-            else:
-                args, kwargs, results = tree_map_only(Tensor, placed, (tuple(call.args), call.kwargs, call.results))
-            self._memory += [tensor.untyped_storage() for tensor in tensors_in(*args) if address_of(tensor)]
-            if not isinstance(call.function, str):
-                self._calls_python = True
-                self._recording.keep_call(_replay_of(self._op, call, args, kwargs, results))
-                in_python += [] if call.function in PRODUCTS else [call.name]
-            elif call.function != "copy_memory" or args[0].data_ptr() != args[1].data_ptr():
+            if callable(call.function):
+                self._recording.keep_call(_replay_of(self._op, call, placed))
+                continue
+            args = [placed(value) if isinstance(value, Tensor) else value for value in call.args]
+            if call.function != "copy_memory" or args[0].data_ptr() != args[1].data_ptr():
                 self._recording.keep(getattr(_C, call.function), *args)
-        staged = [(old, new, torch.empty_like(old)) for old, new in changes if address_of(new) not in places]
-        for x, y in [(new, stage) for _, new, stage in staged] + [(stage, old) for old, _, stage in staged]:
-            if _is_copied(x, y):
-                self._recording.keep(_C.copy_memory, x, y)
-            else:
-                self._recording.keep_call(functools.partial(y.copy_, x))
-        self._memory += [tensor.untyped_storage() for tensors in staged for tensor in tensors]
-        if in_python and warns:
-            names = ", ".join(f"`{name}`" for name in dict.fromkeys(in_python))
-            warnings.warn(
-                f"{self._op}: {len(in_python)} of {len(calls)} calls run in Python between the kernels, which takes "
-                f"longer: {names}.",
-                stacklevel=4,
-            )
-
-    def _needed(self, recorder: Recorder, varying: set[int], checks_host_reads: bool) -> list[Call]:
-        """Return the calls whose results are not constants; add all memory that they write to `varying`."""
-        varying |= set().union(*(call.written for call in recorder.calls)) - recorder.new
-        changed = True
-        while changed:
-            changed = False
-            for call in recorder.calls:
-                if not call.is_needed and (call.is_random or not varying.isdisjoint(call.touched)):
-                    call.is_needed = changed = True
-                    varying |= call.written
-        needed = [call for call in recorder.calls if call.is_needed]
-        reads = [call.name for call in needed if call.leaves_tensors]
-        if reads and checks_host_reads:
-            raise NotImplementedError(
-                f"{self._op}: a step must compute with plain tensors alone, got `{reads[0]}`, which reads values in Python or "
-                "returns a tensor that is made of others; torch.where chooses between values of tensors."
-            )
-        return [call for call in needed if not call.leaves_tensors]
+                self._memory.append(args)
 
 
-def _places(
-    recorder: Recorder, calls: list[Call], changes: list[tuple[Tensor, Tensor]], kept: list[Tensor], varying: set[int]
-) -> dict[int, torch.UntypedStorage]:
-    """Return the storages that replace those of the recorded call, by address.
-
-    A new state replaces the old one if no later call reads that. Temporary tensors share memory, which then stays in
-    the cache.
-    """
-    first, last, places = {}, {}, {}
-    for i, call in enumerate(calls):
-        for address in call.touched:
-            first.setdefault(address, i)
-            last[address] = i
-    stays = {address_of(tensor) for tensor in (*kept, *(new for _, new in changes))}
-    results = {address_of(tensor) for tensor in kept}
-    for old, new in changes:
-        source, target = address_of(new), address_of(old)
-        if source not in recorder.new or source not in first or {source} & (results | places.keys()) or target in stays:
-            continue
-        writer, end = calls[first[source]], last.get(target, -1)
-        in_place = end < first[source] or (end == first[source] and writer.function in _IN_PLACE)
-        if in_place and source in writer.written and _is_whole(new) and _is_whole(old):
-            places[source] = recorder.storages[target]
-    free = defaultdict(list)
-    for i, call in enumerate(calls):
-        temporary = [a for a in sorted(call.touched) if a in recorder.new and a in varying and a not in stays]
-        sizes = {address: recorder.storages[address].nbytes() for address in temporary}
-        for address, size in sizes.items():
-            if first[address] == i and free[size]:
-                places[address] = free[size].pop()
-        for address, size in sizes.items():
-            if last[address] == i:
-                free[size].append(places.get(address, recorder.storages[address]))
-    return places
-
-
-def _is_whole(tensor: Tensor) -> bool:
-    """Return True if the tensor is contiguous and has its storage for itself."""
-    return tensor.is_contiguous() and tensor.nbytes == tensor.untyped_storage().nbytes()
-
-
-def _is_copied(x: Tensor, y: Tensor) -> bool:
-    """Return True if y.copy_(x) copies memory."""
-    contiguous = all(t.is_contiguous() and not t.is_conj() and not t.is_neg() for t in (x, y))
-    return contiguous and x.dtype == y.dtype and x.shape == y.shape and x.dtype in COPIED
-
-
-def _replay_of(op: str, call: Call, args: tuple, kwargs: dict, results: list[tuple[int, Tensor]]) -> Callable[[], None]:
+def _replay_of(op: str, call: Call, placed: Callable[[Tensor], Tensor]) -> Callable[[], None]:
     """Return a function that calls the recorded one and copies its new tensors to the recorded ones."""
-    function, name = call.function, call.name
+    kept = (call.args, call.kwargs, call.results)
+    function, name, (args, kwargs, results) = call.function, call.name, tree_map_only(Tensor, placed, kept)
 
     def replay() -> None:
         found = function(*args, **kwargs)
         found = [found] if isinstance(found, Tensor) else tensors_in(found)
         for place, old in results:
             new = found[place]
-            if new.shape != old.shape:
+            if (new.shape, new.dtype) != (old.shape, old.dtype):
                 raise RuntimeError(
-                    f"{op}: `{name}` must return a tensor of the recorded shape {tuple(old.shape)}, got {tuple(new.shape)}."
+                    f"{op}: `{name}` must return a tensor of the recorded shape and dtype {_kinds_text([old])}, got "
+                    f"{_kinds_text([new])}."
                 )
             old.copy_(new)
 
@@ -311,21 +204,48 @@ def record(module: Callable, *example: Tensor, state: Any = None) -> Step:
                     f"record: `{name}` must be on the CPU, got a tensor on {x.device}; move it there, or capture the call "
                     "with torch.cuda.graph on a GPU."
                 )
-    before, copied = _attributes(module), tree_map_only(Tensor, _contiguous_copy, state)
-    step = Step("record", module, example, copied)
-    step.first = None
+    before, own_state = _attributes(module), contiguous_copy(state)
+    step = Step("record", module if state is None else _with_state(module, own_state), example, own_state)
     for name, value in _attributes(module).items():
         if before.get(name) is not value:
             raise ValueError(f"record: `module` must write its tensors in place, by copy_(), got another `{name}`.")
+    if step.in_python:
+        names = ", ".join(f"`{name}`" for name in dict.fromkeys(step.in_python))
+        warnings.warn(
+            f"record: {len(step.in_python)} calls run in Python between the kernels, which takes longer: {names}.",
+            stacklevel=2,
+        )
     with torch.no_grad():
-        for own, given in zip(tensors_in(copied), tensors_in(state)):
+        for own, given in zip(tensors_in(own_state), tensors_in(state)):
             own.copy_(given)
     return step
 
 
-def _contiguous_copy(tensor: Tensor) -> Tensor:
+def _with_state(module: Callable, state: Any) -> Callable:
+    """Return a function of the inputs that calls the module with `state` and writes the new state there."""
+    old, memory = tensors_in(state), {address_of(tensor) for tensor in tensors_in(state)}
+
+    def call(*inputs: Tensor) -> Any:
+        results = module(*inputs, state=state)
+        new = tensors_in(results[1]) if isinstance(results, tuple) and len(results) == 2 else []
+        if [(t.shape, t.dtype) for t in new] != [(t.shape, t.dtype) for t in old]:
+            raise ValueError(
+                "record: `module` must return a tuple of its results and a state of the shapes and dtypes of `state`, got "
+                f"{describe(results)}."
+            )
+        new = [t.clone() if address_of(t) in memory and t is not own else t for own, t in zip(old, new)]
+        result = tree_map_only(Tensor, lambda t: t.clone() if address_of(t) in memory else t, results[0])
+        for own, t in zip(old, new):
+            own.copy_(t)
+        return result
+
+    return call
+
+
+def contiguous_copy(state: Any) -> Any:
+    """Copy the tensors of a state for writing in place."""
     with torch.inference_mode(False), torch.no_grad():
-        return tensor.detach().clone(memory_format=torch.contiguous_format)
+        return tree_map_only(Tensor, lambda t: t.detach().clone(memory_format=torch.contiguous_format), state)
 
 
 def _attributes(module: Any) -> dict[str, Any]:
