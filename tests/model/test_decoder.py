@@ -52,11 +52,11 @@ def test_bits_are_those_of_the_layers_for_few_tokens(dtype, rows, length, workin
     assert_bits_of_layers(*model_and_state(dtype, rows, working_memory=working_memory), rows, length)
 
 
-@pytest.mark.parametrize("length", [0, 40])
-def test_more_tokens_than_the_kernels_for_few_take_run_through_the_layers(length):
-    model, state = model_and_state(rows=2)
-    decoder, tokens = mo.Decoder(model, state), tokens_of(2, length + 3)
-    pieces = [tokens[:, :1], tokens[:, 1 : length + 1], tokens[:, length + 1 :]]
+@pytest.mark.parametrize(("length", "variant"), [(0, {}), (40, {}), (40, dict(visible_chunks=2, chunk_size=24))])
+def test_more_tokens_than_the_kernels_for_few_take_run_through_the_layers(length, variant):
+    """Also up to the end of the second chunk."""
+    model, state = model_and_state(rows=2, **variant)
+    decoder, pieces = mo.Decoder(model, state), tokens_of(2, length + 6).split([1, length, 1, 1, 3], 1)
     expected = by_layers(model, state, pieces)
     assert all(torch.equal(a, b) for a, b in zip(by_decoder(decoder, pieces), expected, strict=True))
 

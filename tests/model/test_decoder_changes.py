@@ -10,7 +10,7 @@ import pytest
 import torch
 from assertions import every_case
 from decoding import DTYPES, assert_error_of_the_layers, by_decoder, by_layers, model_and_state
-from models import tiny_model, tokens_of
+from models import TINY, tiny_model, tokens_of
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 import megalodon_ops as mo
@@ -125,6 +125,22 @@ def test_a_changed_block_runs_as_changed(change):
     assert not torch.equal(found[0], original[0])
 
 
+@pytest.mark.filterwarnings("ignore:Decoder")
+def test_a_changed_layer_keeps_its_attributes():
+    """The model reads some of a layer's."""
+    sizes = {name: size for name, size in TINY.items() if name != "vocab_size"}
+    model, x = mo.Megalodon(mo.MegalodonConfig(**sizes, num_features=2)).eval(), torch.randn(1, 8, 2)
+    for layer in (model.embed, model.layers[0].mega.timenorm):
+        layer.register_forward_hook(
+            lambda module, args, y: (y + 1) if isinstance(y, torch.Tensor) else (y[0] + 1, y[1])
+        )
+    with torch.no_grad():
+        _, state = model(x[:, :5], return_state=True)
+    pieces = x[:, 5:].split(1, 1)
+    found, expected = by_decoder(mo.Decoder(model, state), pieces), by_layers(model, state, pieces)
+    assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+
+
 @pytest.mark.filterwarnings("error")
 def test_other_attributes_and_parameters_are_recorded():
     """Layers of this package are recorded as they compute, so nothing runs in Python."""
@@ -189,6 +205,16 @@ def test_other_layers_see_an_input_that_a_hook_changed(inference_mode):
         first = decoder(pieces[0])
     found = tree_leaves(([first, *(decoder(piece) for piece in pieces[1:])], decoder.state))
     assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+
+
+@pytest.mark.filterwarnings("ignore:Decoder")
+def test_results_that_a_hook_keeps_are_not_overwritten():
+    model, state = model_and_state()
+    kept, copies = [], []
+    hook = lambda module, args, y: (kept.append(y), copies.append(y.clone())) and None  # noqa: E731
+    model.layers[0].mega.wv.register_forward_hook(hook)
+    by_decoder(mo.Decoder(model, state), tokens_of(1, 3).split(1, 1))
+    assert len(kept) == 3 and all(torch.equal(a, b) for a, b in zip(kept, copies, strict=True))
 
 
 ADAPTERS = {

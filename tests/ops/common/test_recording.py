@@ -15,7 +15,7 @@ from assertions import every_case
 from models import TINY
 from torch import nn
 from torch.testing._internal.two_tensor import TwoTensor
-from torch.utils._pytree import tree_leaves
+from torch.utils._pytree import tree_leaves, tree_map_only
 
 import megalodon_ops as mo
 
@@ -124,6 +124,13 @@ def test_kernels_in_place_of_torch():
                         assert torch.equal(found, expected) and torch.equal(found.signbit(), expected.signbit())
 
 
+@pytest.mark.filterwarnings("ignore:record")
+def test_arguments_that_no_kernel_takes():
+    weight = torch.randn(3, 19)
+    assert_replays(lambda x: torch.add(x, weight, alpha=2), torch.randn(4, 3, 19).unbind(0))
+    assert_replays(lambda x: x + torch.tensor(1 / 3), torch.randn(4, 3, 19).bfloat16().unbind(0))
+
+
 def test_dtypes_that_meet():
     x, wide = torch.randn(4, 3, 19).bfloat16(), torch.randn(19)
     with warnings.catch_warnings():
@@ -180,6 +187,48 @@ def test_states_that_change_places():
     _, start = norm(x[0], return_state=True)
     step, state = assert_replays(keep_last, x.unbind(0), state=(start, start))
     assert_same_bits(step.state, state)
+
+
+def change_later(x, state):
+    """What was copied is written again."""
+    y, new = mo.rms_norm(x + state), x * 2
+    state.copy_(new)
+    new += 1
+    return y * new, state
+
+
+def write_early(x, state):
+    """Temporary tensors come after the new state."""
+    y = x + state
+    state.copy_(mo.rms_norm(x))
+    return mo.rms_norm(mo.rms_norm(y) * 2) * 3, state
+
+
+def write_part(x, state):
+    state[1].copy_(mo.rms_norm(x[0]))
+    return state * 2, state
+
+
+WRITES = {
+    "sum from zero": lambda x, state: (torch.zeros(3, D).add_(x).add_(state) * 2, x),
+    "the result is the new state": lambda x, state: 2 * (mo.rms_norm(x + state),),
+    "the old state is read later": lambda x, state: ((new := mo.rms_norm(x)) * state, new),
+    "the old state is read by the same kernel": lambda x, state: (x, state + state[0]),
+    "part of the new tensor": lambda x, state: (x, mo.rms_norm(torch.cat([x + state, x]))[:3]),
+    "part of the state": write_part,
+    "changed later": change_later,
+    "early": write_early,
+}
+
+
+@pytest.mark.filterwarnings("ignore:record")
+def test_writes_to_older_memory():
+    """A copy is left out only if nothing can notice."""
+    with every_case() as case:
+        for name, function in WRITES.items():
+            with case(name):
+                step, state = assert_replays(function, torch.randn(5, 3, D).unbind(0), state=torch.randn(3, D))
+                assert_same_bits(step.state, state)
 
 
 @pytest.mark.filterwarnings("ignore:record")
@@ -242,6 +291,14 @@ class Subclass(torch.Tensor):
     pass
 
 
+class FirstOfTwo(TwoTensor):
+    """Counts as its first tensor; functions return plain tensors."""
+
+    @classmethod
+    def __torch_dispatch__(cls, func, types, args, kwargs=None):
+        return func(*tree_map_only(cls, lambda two: two.a, args), **(kwargs or {}))
+
+
 @pytest.mark.filterwarnings("ignore:record")
 def test_subclasses_of_tensor():
     """A subclass with memory of its own is recorded; one made of other tensors may be a constant alone."""
@@ -250,6 +307,8 @@ def test_subclasses_of_tensor():
     with pytest.raises(NotImplementedError, match="got `mul`, .* returns a tensor that is made of others"):
         mo.record(lambda x: x * weight, torch.ones(D))
     assert_replays(lambda x: x + (weight * 2).a, torch.randn(3, D).unbind(0))
+    first = FirstOfTwo(torch.randn(D), torch.randn(D))
+    assert_replays(lambda x: x * first, torch.randn(3, D).unbind(0))
 
 
 @pytest.mark.filterwarnings("ignore:record")
@@ -275,6 +334,9 @@ def test_random_numbers_are_drawn_anew():
     with pytest.warns(UserWarning, match="`native_dropout|`bernoulli_|`dropout"):
         step = mo.record(partial(nn.functional.dropout, p=0.5, training=True), torch.ones(1000))
     assert not torch.equal(step(torch.ones(1000)), step(torch.ones(1000)))
+    with pytest.warns(UserWarning, match="record: 1 calls run in Python .*: `rand`"):
+        step = mo.record(lambda x: x + torch.rand(3), torch.ones(3))
+    assert not torch.equal(step(torch.ones(3)), step(torch.ones(3)))
 
 
 def test_results_and_autocast():

@@ -203,7 +203,7 @@ class Recorder(TorchDispatchMode):
             writer, last = uses[source][0], uses[source][-1]
             meanwhile = [j for j in uses[target] if writer <= j < i]
             in_place = not meanwhile or (meanwhile == [writer] and calls[writer].function in _IN_PLACE)
-            if source in self.new - kept and target not in self.new and writer < last == i and in_place:
+            if source in self.new - kept and writer < last == i and in_place:
                 places[source] = self.storages[target]
         stay = kept | places.keys()
         for i, call in enumerate(calls):
