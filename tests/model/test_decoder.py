@@ -240,6 +240,7 @@ def test_errors():
 
     norm, attention = state.layers[0].norm, state.layers[0].attention
     other = model_and_state(rows=2, chunk_size=TINY["chunk_size"] + 1)[1]
+    other = model_and_state(rows=2, chunk_size=TINY["chunk_size"] + 1)[1]
     for name, wrong in {
         "state.layers.0.norm.count": with_layer(norm=norm._replace(count=norm.count - 100)),
         "state.layers.0.norm.mean": with_layer(norm=norm._replace(mean=norm.mean[:1])),
@@ -250,6 +251,7 @@ def test_errors():
         "state.layers.0.attention.k": other,
     }.items():
         assert_refuses(ValueError, "Decoder", name, lambda: mo.Decoder(model, wrong))  # noqa: B023
+    assert_error_of_the_layers(model, state.to(torch.float64), token)
 
 
 @pytest.mark.parametrize("dtype", [torch.int32, torch.int64])
@@ -281,11 +283,13 @@ def test_replaced_rows_go_on_as_in_a_decoder_of_their_own():
         single = [mo.Decoder(model, single[2].state) for _ in range(3)]
         found = decoder(tokens[:, :1])
         assert all(torch.equal(found[[row]], one(tokens[[row], :1])) for row, one in enumerate(single))
+    longer = model_and_state(rows=1, **VARIANTS[variant] | dict(chunk_size=24))[1]
     for rows, wrong, message in (
         (torch.tensor([0, 0]), others[:2], "`rows` must be different integers"),
         (torch.tensor([0]), others[:2], "`state` must have 1 sequences, as many as `rows`, got 2"),
         (torch.tensor([3]), others[:1], r"`rows` must be in \[0, 3\), got \[3\]"),
         (torch.tensor([0]), others[:1].to(torch.float64), "must be torch.float32 beside the other tensors"),
+        (torch.tensor([0]), longer[:1], r"`state.layers.0.attention.k` must have shape .* got \(1, 48,"),
     ):
         with pytest.raises((ValueError, IndexError, TypeError), match=message):
             decoder.replace(rows, wrong)

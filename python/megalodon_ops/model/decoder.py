@@ -64,8 +64,9 @@ class Decoder:
         num_sequences: B.
 
     Raises:
-        ValueError: the state is not one of this model, or a tensor is on another device. TypeError: a dtype is wrong.
-        RuntimeError: an earlier call failed between layers, or a module calls the decoder that runs it.
+        ValueError: the state is not one of this model, or on the meta device. TypeError: a dtype is wrong. The first call
+        checks parameters, as the model does. RuntimeError: an earlier call failed between layers, or a module calls the
+        decoder that runs it.
 
     Example:
         >>> import torch, megalodon_ops as mo
@@ -362,31 +363,29 @@ class Decoder:
 
     def _warn_of_changes(self, changes: list[str]) -> bool:
         """Warn of the first module that prevents one call of kernels, or a CUDA graph; return True if there is one."""
+        problem = None
         if self._captures:
             if hooked := hooked_module(self._model):
                 self._max_tokens = 0
-                warnings.warn(
-                    f"Decoder: `{hooked}` has hooks, so modules run one by one instead of a CUDA graph, which takes "
-                    "longer; remove them.",
-                    stacklevel=3,
-                )
-            return bool(hooked)
-        if changes:
+                problem = f"`{hooked}` has hooks, so modules run one by one instead of a CUDA graph"
+        elif changes:
             count = f", the first of {len(changes)} such modules," if len(changes) > 1 else ""
-            warnings.warn(
-                f"Decoder: `{changes[0] or 'model'}`{count} is not as the configuration makes it (wrapped, hooked, "
-                "quantised or replaced), so modules run there instead of kernels in one call, which takes longer; merge "
-                "or remove what was added.",
-                stacklevel=3,
+            problem = (
+                f"`{changes[0] or 'model'}`{count} is not as the configuration makes it (wrapped, hooked, quantised or "
+                "replaced), so modules run there instead of kernels in one call"
             )
-        return bool(changes)
+        if problem:
+            warnings.warn(f"Decoder: {problem}, which takes longer; merge or remove what was added.", stacklevel=3)
+        return problem is not None
 
     def _check_state_tensors(self, state: MegalodonState, rows: int) -> None:
         config, tensors = self._model.config, named_tensors(state)
         for name, dtype, shape in layout(config, rows, self._like.dtype):
             tensor, name = tensors.get(name), f"state.{name}"
             if tensor is None or as_real(tensor).shape != shape:
-                raise ValueError(f"Decoder: `{name}` must have shape {shape}, got {describe(tensor)}.")
+                raise ValueError(
+                    f"Decoder: `{name}` must have shape {shape}, got {None if tensor is None else tuple(tensor.shape)}."
+                )
             if as_real(tensor).dtype != dtype:
                 raise TypeError(
                     f"Decoder: `{name}` must be {dtype} beside the other tensors, got {tensor.dtype}; convert it."
