@@ -310,9 +310,8 @@ class Decoder:
             return self._run_captured(tokens)
         if length in self._steps:
             return self._steps[length](tokens)
-        # What the model reads in Python is checked by `_has_room` and when tokens come.
-        step = Step("Decoder", self._run_model, (tokens,), self._state, checks_host_reads=False)
-        self._steps[length] = step
+        # Values that the model reads in Python are checked by `_has_room` and when tokens come.
+        step = self._steps[length] = Step("Decoder", self._run_model, (tokens,), self._state)
         return step.results()
 
     def _runs_step(self, length: int) -> bool:

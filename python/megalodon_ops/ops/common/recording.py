@@ -28,19 +28,11 @@ class Step:
         state: the state after the last call. The next call overwrites it; copy it to keep it.
     """
 
-    def __init__(
-        self,
-        op: str,
-        function: Callable,
-        inputs: tuple[Tensor, ...],
-        state: Any = None,
-        *,
-        checks_host_reads: bool = True,
-    ) -> None:
+    def __init__(self, op: str, function: Callable, inputs: tuple[Tensor, ...], state: Any = None) -> None:
         """Call function(*inputs) once; it updates the tensors of `state` in place.
 
-        checks_host_reads: False: the caller replays the step only where values that the recorded call read in Python
-        lead to the same calls.
+        Sets `host_reads`, the names of functions by which Python read values: a replay leaves them out, and makes the
+        calls of the recorded values; and `in_python`, those of functions that a replay calls in Python.
         """
         self._op, self._lock, self._is_whole, self.state = op, threading.RLock(), True, state
         recorder = Recorder()
@@ -50,7 +42,7 @@ class Step:
             with recorder.recording():
                 results = function(*self._inputs)
             self._leaves, self._structure = tree_flatten(results)
-            self._build(recorder, varying, checks_host_reads)
+            self._build(recorder, varying)
 
     def __call__(self, *inputs: Tensor) -> Any:
         """Results of the module for these inputs, which have the shapes and dtypes of the recorded ones."""
@@ -87,15 +79,10 @@ class Step:
             "one; its `state` can be copied and saved."
         )
 
-    def _build(self, recorder: Recorder, varying: set[int], checks_host_reads: bool) -> None:
+    def _build(self, recorder: Recorder, varying: set[int]) -> None:
         """Make the recording of the calls that depend on `varying` memory: inputs, the state, and what a call writes."""
         calls, results = recorder.needed_calls(varying), tensors_in(self._leaves)
-        reads = [call.name for call in calls if call.leaves_tensors]
-        if reads and checks_host_reads:
-            raise NotImplementedError(
-                f"{self._op}: a step must compute with plain tensors alone, got `{reads[0]}`, which reads values in Python or "
-                "returns a tensor that is made of others; torch.where chooses between values of tensors."
-            )
+        self.host_reads = [call.name for call in calls if call.leaves_tensors]
         calls = [call for call in calls if not call.leaves_tensors]
         places = recorder.places(calls, varying, {address_of(tensor) for tensor in results})
 
@@ -206,13 +193,19 @@ def record(module: Callable, *example: Tensor, state: Any = None) -> Step:
                 )
     before, own_state = _attributes(module), contiguous_copy(state)
     step = Step("record", module if state is None else _with_state(module, own_state), example, own_state)
+    if step.host_reads:
+        raise NotImplementedError(
+            f"record: a step must compute with plain tensors alone, got `{step.host_reads[0]}`, which reads values in Python "
+            "or returns a tensor that is made of others; torch.where chooses between values of tensors."
+        )
     for name, value in _attributes(module).items():
         if before.get(name) is not value:
             raise ValueError(f"record: `module` must write its tensors in place, by copy_(), got another `{name}`.")
     if step.in_python:
         names = ", ".join(f"`{name}`" for name in dict.fromkeys(step.in_python))
         warnings.warn(
-            f"record: {len(step.in_python)} calls run in Python between the kernels, which takes longer: {names}.",
+            f"record: functions run in Python between the kernels, which takes longer: {names} (calls: "
+            f"{len(step.in_python)}).",
             stacklevel=2,
         )
     with torch.no_grad():
