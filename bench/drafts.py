@@ -23,12 +23,12 @@ import megalodon_ops as mo
 PROMPT, NEW = 256, 128
 TEMPERATURES = (0.0, 0.8)
 WAYS = {
-    "no draft": {},
-    "draft, 2 tokens": dict(draft_tokens=2),
-    "draft, 4 tokens": dict(draft_tokens=4),
-    "draft, 8 tokens": dict(draft_tokens=8),
-    "the text, 4 tokens": dict(draft="prompt", draft_tokens=4),
-    "the text, 8 tokens": dict(draft="prompt", draft_tokens=8),
+    "none": {},
+    "the draft's, 2 at once": dict(draft_tokens=2),
+    "the draft's, 4": dict(draft_tokens=4),
+    "the draft's, 8": dict(draft_tokens=8),
+    "copied from the text, 4": dict(draft="prompt", draft_tokens=4),
+    "copied from the text, 8": dict(draft="prompt", draft_tokens=8),
 }
 
 
@@ -46,7 +46,7 @@ def main() -> int:
     )
     prompts = prompts_of_files(options.text, options.prompts)
     print(f"{model.num_parameters():,} and {draft.num_parameters():,} parameters, {options.dtype}")
-    print("|temperature|way|tokens/s|calls a token|guesses kept|equal tokens|", "|---" * 6 + "|", sep="\n")
+    print("|temperature|guesses|tokens/s|calls a token|guesses kept|equal tokens|", "|---" * 6 + "|", sep="\n")
     for temperature in TEMPERATURES:
         for row in measure(model, draft, prompts, temperature):
             print(row, flush=True)
@@ -79,7 +79,7 @@ def measure(model: mo.Megalodon, draft: mo.Megalodon, prompts: list[Tensor], tem
             begin = time.perf_counter()
             found = torch.cat(list(stream))
             seconds = time.perf_counter() - begin
-        plain = found if way == "no draft" else plain
+        plain = plain if WAYS[way] else found
         if i < len(WAYS):
             continue  # to warm up
         rates[way].append(NEW / seconds)
