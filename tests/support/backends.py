@@ -77,18 +77,18 @@ def _amx_emulated() -> ModuleType:
 
 @contextmanager
 def _emulated_amx() -> Iterator[None]:
-    """Within the context, bindings of `_C` call kernels for AMX, on emulated tiles, for the dtypes that these compute."""
+    """Within the context, bindings of `_C` call kernels for AMX, on emulated tiles, for the tensors that these take."""
     module = _amx_emulated()
 
-    def choice(name: str, dtype: torch.dtype) -> Callable:
+    def choice(name: str, dtype: torch.dtype, dims: int) -> Callable:
         kernel, emulated = getattr(_C, name), getattr(module, name)
-        return lambda x, *args: (emulated if x.dtype == dtype else kernel)(x, *args)
+        return lambda x, *args: (emulated if x.dtype == dtype and x.dim() == dims else kernel)(x, *args)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(_C, "linear_many_rows", choice("linear_many_rows", torch.float32))
+        patch.setattr(_C, "linear_many_rows", choice("linear_many_rows", torch.float32, 2))
         for direction in ("fwd", "bwd"):
             name = f"chunked_attention_{direction}"
-            patch.setattr(_C, name, choice(name, torch.bfloat16))
+            patch.setattr(_C, name, choice(name, torch.bfloat16, 4))
         yield
 
 
