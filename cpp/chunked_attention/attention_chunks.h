@@ -20,7 +20,7 @@ namespace megalodon::MEGALODON_ISA {
 // cache first, then tokens of this call.
 struct Chunk {
   int64_t sequence;
-  int64_t start;   // position of row 0 on the sequence's chunk grid
+  int64_t start;   // position of row 0 (chunked_attention.h), a multiple of C
   int64_t cached;  // number of rows in the cache
   int64_t token;   // index of the first token, which is row `cached`
   int64_t keys;    // number of rows, those in the cache included
@@ -45,7 +45,8 @@ inline std::vector<Chunk> list_chunks(const ChunkedAttentionParams& p) {
   return chunks;
 }
 
-// Rows of one head of a chunk, as panels.h reads them. A row past the end, or a cached row without a cache, is null.
+// Rows of one head of a chunk, as a function for panels.h: null for a row past the end, or for a cached row if `cache`
+// is null.
 template <class T>
 struct ChunkRows {
   const T* cache;
@@ -67,7 +68,7 @@ ChunkRows<T> chunk_rows(const ChunkedAttentionParams& p, const Chunk& chunk, int
           static_cast<const T*>(tokens) + chunk.token * stride + head * width, chunk.cached, chunk.keys, stride};
 }
 
-// Prefetches the next rows of up to four tensors into the L2, a few at a time between the tiles of the current work.
+// Prefetches the next rows of up to four tensors into the L2, a few at a time between the tiles of the current product.
 // The rows of one head are not adjacent in memory, so each narrow row would miss the cache. The hardware prefetches
 // wide rows itself.
 class RowsAhead {
@@ -84,11 +85,11 @@ class RowsAhead {
     bytes_ += (end - begin) * width * element;
   }
 
-  // Spreads the fetches over `turns` calls.
-  void pace(int64_t turns) { bytes_a_turn_ = ceil_div(bytes_, std::max<int64_t>(turns, 1)); }
+  // Spreads the prefetches over `calls` calls.
+  void pace(int64_t calls) { bytes_per_call_ = ceil_div(bytes_, std::max<int64_t>(calls, 1)); }
 
   MEGALODON_INLINE void operator()() {
-    for (int64_t left = bytes_a_turn_; left > 0 && count_ > 0;) {
+    for (int64_t left = bytes_per_call_; left > 0 && count_ > 0;) {
       Part& part = parts_[count_ - 1];
       for (int64_t at = 0; at < part.width; at += kLineBytes) __builtin_prefetch(part.row + at, 0, 2);
       left -= part.width;
@@ -104,7 +105,7 @@ class RowsAhead {
   };
   Part parts_[4];
   int count_ = 0;
-  int64_t bytes_ = 0, bytes_a_turn_ = 0;
+  int64_t bytes_ = 0, bytes_per_call_ = 0;
 };
 
 template <class R>
@@ -115,21 +116,21 @@ MEGALODON_INLINE Vec<R> lane_numbers() {
 }
 
 // A block of scores is one panel of S^T: row r holds the scores of key `key + r` for the queries from `query` on.
-// Sets a score to -inf if its query does not see its key. `beyond` is negative there, in each lane.
+// Sets the scores of keys that a query does not see to -inf.
 template <class R>
 void mask_unseen(R* scores, int64_t key, int64_t keys, int64_t query, const Chunk& chunk) {
-  const Vec<R> more_seen = chunk.causal ? lane_numbers<R>() : zeros<R>();
+  const Vec<R> more_seen = chunk.causal ? lane_numbers<R>() : zeros<R>();  // keys that a lane sees and lane 0 does not
   for (int64_t r = std::max<int64_t>(chunk.seen_by(query) - key, 0); r < keys; ++r)
     for (int64_t c = 0; c < kTileColumns<R>; c += kLanes<R>) {
       R* at = scores + r * kTileColumns<R> + c;
-      const Vec<R> beyond = more_seen + static_cast<R>(chunk.seen_by(query + c) - 1 - key - r);
-      store(at, beyond < R{0} ? splat(-std::numeric_limits<R>::infinity()) : load(static_cast<const R*>(at)));
+      const Vec<R> seen_after = more_seen + static_cast<R>(chunk.seen_by(query + c) - 1 - key - r);
+      store(at, seen_after < R{0} ? splat(-std::numeric_limits<R>::infinity()) : load(static_cast<const R*>(at)));
     }
 }
 
 // DropKey. Philox(seed; column / 4, row, head, sequence) returns four words, for four columns. The score of (row,
-// column) is dropped if its word, number column % 4, is less than dropkey * 2^32. Rows and columns are positions on the
-// sequence's chunk grid.
+// column) is dropped if its word, number column % 4, is less than dropkey * 2^32. A row is the position of a query and
+// a column that of a key (chunked_attention.h).
 class DropKey {
  public:
   explicit DropKey(const ChunkedAttentionParams& p)
@@ -164,7 +165,7 @@ class DropKey {
     }
   }
 
-  // Sets the dropped scores of one query, in a row, to -inf.
+  // Sets the dropped scores of one query, which are contiguous, to -inf.
   template <class R>
   void apply_to_row(R* scores, int64_t key, int64_t keys, int64_t query, const Chunk& chunk, int64_t head) const {
     const int64_t first = chunk.start + key, last = first + keys;
@@ -197,10 +198,13 @@ class DropKey {
   uint64_t seed_, threshold_;
 };
 
-// Calls body(chunk, head) for every head of every chunk; work(chunk) is the work of one head. Threads share these
-// calls; each thread has its own body = make(1). If an estimate says that it is faster, the calling thread first
-// processes the large chunks, one call after the other with body = make(threads): parallel_jobs inside the body spread
-// blocks of `block` rows over the threads. A single head of a single chunk is processed in this way, too.
+// Calls body(chunk, head) for every head of every chunk; work(chunk) is the work of one head. The calls are made in one
+// of two ways:
+//   1. The threads share the calls. Each thread has its own body = make(1).
+//   2. The calling thread makes one call after the other, with body = make(threads). parallel_jobs inside the body
+//      spread blocks of `block` rows over the threads.
+// Large chunks come first, in way 2 if an estimate of the time says that it is faster. The other chunks take way 1, but
+// a single call that is left takes way 2.
 template <class Work, class Make>
 void for_each_chunk(const std::vector<Chunk>& chunks, int64_t heads, int64_t block, Work&& work, Make&& make) {
   const int threads = num_threads();
@@ -213,7 +217,7 @@ void for_each_chunk(const std::vector<Chunk>& chunks, int64_t heads, int64_t blo
   const auto first = order.begin(), first_small = std::stable_partition(first, order.end(), [&](const Chunk* chunk) {
     return threads > 1 && work(*chunk) * 2 * threads > total;
   });
-  // Estimated end of the chunks from `at` on, with one thread per head.
+  // Estimated end of the chunks from `at` on if they take way 1.
   const auto end_from = [&](auto at) {
     struct Thread {
       double end;
@@ -230,14 +234,14 @@ void for_each_chunk(const std::vector<Chunk>& chunks, int64_t heads, int64_t blo
       }
     return last;
   };
-  double spread = 0;
+  double spread_time = 0;  // estimate for the large chunks if they take way 2
   for (auto at = first; at != first_small; ++at) {
     // Block i of a causal chunk reads i + 1 blocks of keys: n blocks keep (n + 1) / 2 threads busy.
     const double busy_threads = static_cast<double>(ceil_div((*at)->keys, block) + 1) / 2;
-    spread += work(**at) * static_cast<double>(heads) / std::min<double>(threads, busy_threads);
+    spread_time += work(**at) * static_cast<double>(heads) / std::min<double>(threads, busy_threads);
   }
   auto rest = first;
-  if (first != first_small && spread + end_from(first_small) < end_from(first)) {
+  if (first != first_small && spread_time + end_from(first_small) < end_from(first)) {
     auto body = make(threads);
     for (; rest != first_small; ++rest)
       for (int64_t head = 0; head < heads; ++head) body(**rest, head);
@@ -249,7 +253,7 @@ void for_each_chunk(const std::vector<Chunk>& chunks, int64_t heads, int64_t blo
   });
 }
 
-// Scratch memory of type S for each thread that takes part in a body of for_each_chunk.
+// Scratch memory of type S for each thread that works in a body of for_each_chunk.
 template <class S>
 class PerThread {
  public:

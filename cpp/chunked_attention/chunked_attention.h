@@ -6,26 +6,27 @@
 
 namespace megalodon {
 
-// R is float, or double if dtype is f64. All tensors are contiguous. A sequence whose state holds `position` keys first
-// completes that chunk: its token t is at position + t on the chunk grid.
+// R is float, or double if dtype is f64. All tensors are contiguous. Positions of a sequence count from the start of
+// the chunk in its state: if the state holds `position` keys, token t has position `position` + t. Chunks start at
+// multiples of C.
 struct ChunkedAttentionParams {
   DType dtype;              // of q, k, v, o, the cache and their gradients
-  bool quantized_cache;     // the cache has 8 bits (quantized_cache.h), and a row has 4 elements more; on the CPU
+  bool quantized_cache;     // CPU only: the cache is int8, a row has 4 more elements (quantized_cache.h)
   Sequences sequences;      // S sequences in T tokens
   int64_t heads;            // H
   int64_t key_dim;          // K
   int64_t value_dim;        // V
   int64_t chunk_size;       // C
-  bool causal = true;       // a query sees its chunk up to itself; false: all of its chunk
-  double scale;             // on q k^T
-  double dropkey;           // probability that an allowed score becomes -inf; 0: never
+  bool causal = true;       // a query sees its chunk up to its own position; false: its whole chunk
+  double scale;             // factor of q k^T
+  double dropkey;           // probability that the score of a visible key becomes -inf; 0: never
   const uint64_t* seed;     // (1) key of the Philox generator; null where dropkey is 0
   const void* q;            // (T, H, K)
   const void* k;            // (T, H, K)
   const void* v;            // (T, H, V)
-  const void* cache_k;      // (S, C, H, K), rows [0, position) are valid; null also if it has no elements
+  const void* cache_k;      // (S, C, H, K), rows [0, position) are valid; null if it has no elements
   const void* cache_v;      // (S, C, H, V)
-  const int64_t* position;  // (S), each in [0, C); or null: empty caches
+  const int64_t* position;  // (S), each in [0, C); null: the caches are empty
   void* workspace;          // scratch memory of a CUDA kernel, 256-byte aligned; null on the CPU
 };
 
@@ -45,7 +46,7 @@ struct ChunkedAttentionBwdParams : ChunkedAttentionParams {
 };
 
 // The state after the call: keys and values of the unfinished chunk and the position in it. The outputs may be the
-// inputs themselves (decoding in place); otherwise the kept rows are copied and the rest of the output is zero.
+// inputs (decoding in place). Otherwise the rows that stay in the state are copied, and the rest of an output is zero.
 struct ChunkedAttentionStateParams : ChunkedAttentionParams {
   void* cache_k_out;      // (S, C, H, K)
   void* cache_v_out;      // (S, C, H, V)

@@ -8,18 +8,19 @@
 //   1. S^T = scale K Q^T and dP^T = V dO^T, which become P^T and dS^T
 //   2. dV_j += P^T dO   and  dK_j += dS^T Q     (A = P^T and dS^T)
 //   3. dQ_i += dS K                             (A = (dS^T)^T), with AMX dQ_i^T += K^T dS^T
-// Tiles that no query sees are skipped. The jobs share the chunk's sums dQ, dK, dV without locks: a pair waits for
-// (i, j + 1) and (i - 1, j), which add to dQ_i and to dK_j and dV_j before it. So every sum has the same order, that of
-// i - j (from 0, or from 1 - blocks if not causal), for any number of threads. Jobs start in it and seldom wait.
+// Keys that no query of a tile sees are skipped. The jobs add to the chunk's sums dQ, dK and dV without locks: the job
+// of (i, j) waits for (i, j + 1), which adds to dQ_i, and for (i - 1, j), which adds to dK_j and dV_j. So the terms of
+// a sum are added by ascending i - j, for any number of threads. Jobs start in this order and seldom wait.
 //
-// The rows of a tile share a depth in 2 and 3: P and dS are 0 for keys that a query does not see. If packing finds a q,
-// k or do of the chunk that is not finite, 0 times it would be NaN: then a tile shares the depth that all its rows see,
-// and the rest is added row by row. Rows whose log-sum-exp is NaN get NaN for keys that they see, else 0.
+// In 2 and 3, all rows of a tile have the same depth: P and dS are 0 for keys that a query does not see. If a q, k or
+// do of the chunk is not finite, 0 times it would be NaN. Then the product of a tile has only the depth that all its
+// rows see, and the rest is added row by row. If a query's log-sum-exp is NaN, its P is NaN for keys that it sees and 0
+// for others.
 //
 // In a chunk of one block, delta_i comes from P and dP, without the rounding of o.
 // Operands are packed once per chunk: K by columns, K by rows, V by columns, Q^T, Q by rows, dO^T, dO by rows.
 // Scratch, in elements: per active chunk C (5 K + 4 V), plus C K if units are pairs (K by rows); per thread P^T and
-// dS^T, 2 kBlock^2. Queries are numbered like keys, from the chunk's start; cached rows are zero queries.
+// dS^T, 2 kBlock^2. Queries are numbered like keys, from the chunk's start; the queries of cached rows are zero.
 
 #include "chunked_attention.h"
 
@@ -100,11 +101,12 @@ class ChunkBackward {
           p(kPaired ? kBlock : 0, kBlock),
           ds(kPaired ? kBlock : 0, kBlock),
           ds_rows(kPaired ? kBlock : 0, kBlock) {}
-    PackedMatrix<R> s, dp;      // S^T and dP^T; later, if elements are not paired, P^T and dS^T
+    PackedMatrix<R> s, dp;      // S^T and dP^T; later, without pairs, P^T and dS^T
     PackedLeftMatrix<U> p, ds;  // P^T and dS^T by columns
     PackedMatrix<U> ds_rows;    // dS^T by rows
   };
 
+  // Returns `pairs` if units are pairs, else `elements`.
   template <class Pairs, class Elements>
   static const auto& units(const Pairs& pairs, const Elements& elements) {
     if constexpr (kPaired) return pairs;
@@ -139,12 +141,12 @@ class ChunkBackward {
     if constexpr (kAmx) pack_transposed_left<T>(begin, end, p_.key_dim, k, k_rows_, finite);
     else if constexpr (kPaired) pack_by_rows<T>(begin, end, p_.key_dim, k, k_rows_, finite);
     pack_by_columns<T>(begin, end, p_.value_dim, v, v_columns_);
-    const auto note = [&] {
+    const auto record_finiteness = [&] {
       if (!finite.holds()) __atomic_store_n(&finite_, false, __ATOMIC_RELAXED);
     };
 
     const int64_t base = first_row(chunk);
-    if (begin < base) return note();
+    if (begin < base) return record_finiteness();
     const auto q = query_rows(chunk, head, p_.q, p_.key_dim), o = query_rows(chunk, head, p_.o, p_.value_dim);
     const auto d_o = query_rows(chunk, head, p_.d_o, p_.value_dim);
     const auto q_row = [&](int64_t row) { return q(base + row); };
@@ -153,7 +155,7 @@ class ChunkBackward {
     pack_by_rows<T>(begin - base, end - base, p_.key_dim, q_row, q_rows_, finite);
     pack_transposed<T>(begin - base, end - base, p_.value_dim, do_row, do_transposed_);
     pack_by_rows<T>(begin - base, end - base, p_.value_dim, do_row, do_rows_, finite);
-    note();
+    record_finiteness();
 
     for (int64_t row = begin; row < round_up(end, kColumns); ++row) {
       R lse = 0, delta = 0;
@@ -212,14 +214,14 @@ class ChunkBackward {
     }
 
     // Keys of the cache get no gradient.
-    const bool first_of_keys = query_block == first_query_block(chunk, key_block);
+    const bool starts_key_sums = query_block == first_query_block(chunk, key_block);
     const auto add_to_keys = [&](const PackedLeft<U>& a, const Packed<U>& b, const ChunkRows<T>& b_rows, int64_t width,
                                  const Packed<R>& sums) {
       for (int64_t column = 0; column < panels<U>(width); ++column) {
         const int vectors = vectors_in_panel<U>(width, column);
         const Ahead<U> ahead{b.at(column + 1, query - base), kBlock};
         int64_t tile = 0, rows;
-        // Queries of a panel see no keys below its last row, so tiles of any height start where tiles of panels do.
+        // If causal, P^T of a panel of queries ends at the panel's last row: no tile may cross the end of a panel.
         constexpr int64_t kStart = kAmx ? kRows : kTallRows<U>;
         static_assert(kColumns % kStart == 0 && kBlock % kStart == 0);
         for (int64_t row = std::max(key, chunk.cached / kStart * kStart); row < key_end; row += rows, ++tile) {
@@ -227,11 +229,11 @@ class ChunkBackward {
           const int64_t seen_by_some =
               std::max<int64_t>(chunk.first_to_see(row) - query, 0) / kLeftColumns<U> * kLeftColumns<U>;
           const int64_t seen_by_all = std::max<int64_t>(chunk.first_to_see(row + rows - 1) - query, 0);
-          // `at` is the first query of the product.
+          // `at` is the first query of the product; queries from seen_by_some to `at` are added row by row.
           const bool shared = finite_ || seen_by_all <= seen_by_some;
           const int64_t at = shared ? seen_by_some : std::min(round_up(seen_by_all, kLeftColumns<U>), columns);
           multiply_rows(vectors, rows, std::max<int64_t>(queries - at, 0), a.at(at / kLeftColumns<U>, row - key),
-                        a.panel_units(), b.at(column, query - base + at), R{1}, !first_of_keys, sums.at(column, row),
+                        a.panel_units(), b.at(column, query - base + at), R{1}, !starts_key_sums, sums.at(column, row),
                         ahead, tile);
           for (int64_t r = row; at > seen_by_some && r < std::min(row + rows, key_end); ++r)
             for (int64_t i = std::max(seen_by_some, chunk.first_to_see(r) - query); i < std::min(at, queries); ++i)
@@ -244,9 +246,9 @@ class ChunkBackward {
     add_to_keys(units(scratch.p, scratch.s), do_rows_, d_o, p_.value_dim, dv_);
     add_to_keys(units(scratch.ds, scratch.dp), q_rows_, q, p_.key_dim, dk_);
 
-    const bool first_of_queries = key_block == last_key_block(chunk, query_block);
+    const bool starts_query_sums = key_block == last_key_block(chunk, query_block);
     const ChunkRows<T> k = key_rows(chunk, head);
-    // Number of keys in one product, out of `depth` keys that some queries from `at` on see.
+    // Returns the number of keys in the product of a tile: `depth` or fewer. Queries from `at` on see `depth` keys.
     const auto shared_depth = [&](int64_t depth, int64_t at) {
       const int64_t first_depth = std::max<int64_t>(chunk.seen_by(query + at) - key, 0);
       return finite_ || first_depth >= depth ? depth : first_depth / kDepthStep<U> * kDepthStep<U>;
@@ -257,7 +259,7 @@ class ChunkBackward {
         const int64_t depth = std::min(key_end, chunk.seen_by(query + at + kColumns - 1)) - key;
         const int64_t shared = shared_depth(depth, at);
         multiply_rows(vectors_in_panel<U>(queries, panel), p_.key_dim, shared, k_rows_.at(key / kLeftColumns<U>, 0),
-                      k_rows_.panel_units(), scratch.ds_rows.at(panel, 0), R{1}, !first_of_queries,
+                      k_rows_.panel_units(), scratch.ds_rows.at(panel, 0), R{1}, !starts_query_sums,
                       dq_.at(first_panel + panel, 0));
         for (int64_t i = at; shared < depth && i < std::min(at + kColumns, queries); ++i)
           for (int64_t j = shared; j < std::min(key_end, chunk.seen_by(query + i)) - key; ++j)
@@ -277,7 +279,7 @@ class ChunkBackward {
           const int64_t shared = shared_depth(depth, at);
           const U* ds = ds_rows.at(at / kColumns, 0) + at % kColumns;
           multiply_tile<true>(vectors, rows, shared, ds, 0, k_rows.at(column, key), R{1},
-                              first_of_queries ? nullptr : kOnes<R>, dq_.at(column, query - base + at),
+                              starts_query_sums ? nullptr : kOnes<R>, dq_.at(column, query - base + at),
                               ahead.part(tile));
           for (int64_t i = at; shared < depth && i < std::min(at + rows, queries); ++i)
             for (int64_t j = shared; j < std::min(key_end, chunk.seen_by(query + i)) - key; ++j)
@@ -288,8 +290,8 @@ class ChunkBackward {
     }
   }
 
-  // For queries whose log-sum-exp is NaN, sets the scores of keys that they see to NaN and leaves -inf for other keys;
-  // returns a log-sum-exp of 0 for them.
+  // For queries whose log-sum-exp is not finite, sets the scores of keys that they see to NaN; other scores stay -inf.
+  // Returns the log-sum-exps, with 0 instead of NaN.
   static Vec<R> spread_nan(R* scores, int64_t rows, Vec<R> lse) {
     for (R* at = scores; at < scores + rows * kColumns; at += kColumns) {
       const Vec<R> s = load(static_cast<const R*>(at));
@@ -309,23 +311,23 @@ class ChunkBackward {
         return softmax_exp(load(static_cast<const R*>(p) + r * kColumns) - lse);
       };
       Vec<R> gain = splat(R{1}), delta = load(&delta_[query + c]);
-      if constexpr (kWholeRows) {  // whole rows recompute both sums, free of the rounding of lse and o
+      if constexpr (kWholeRows) {  // recomputes both sums, without the rounding of lse and o
         Vec<R> total = zeros<R>(), product = zeros<R>();
         for (int64_t r = 0; r < rows; ++r) {
-          const Vec<R> now = exponential(r);
-          store(p + r * kColumns, now);
-          total += now;
-          product += now * load(static_cast<const R*>(dp) + r * kColumns);
+          const Vec<R> prob = exponential(r);
+          store(p + r * kColumns, prob);
+          total += prob;
+          product += prob * load(static_cast<const R*>(dp) + r * kColumns);
         }
         // A masked score may have a dP that is not finite.
         if (!is_finite<R>(product)) {
           product = zeros<R>();
           for (int64_t r = 0; r < rows; ++r) {
-            const Vec<R> now = load(static_cast<const R*>(p) + r * kColumns);
-            product += now == 0 ? zeros<R>() : now * load(static_cast<const R*>(dp) + r * kColumns);
+            const Vec<R> prob = load(static_cast<const R*>(p) + r * kColumns);
+            product += prob == 0 ? zeros<R>() : prob * load(static_cast<const R*>(dp) + r * kColumns);
           }
         }
-        // A row with every score dropped keeps its zeros; a NaN row keeps zeros for keys that it does not see.
+        // With every score dropped, P stays 0. With NaN, P stays 0 for keys that the query does not see.
         gain = total == 0 || total != total ? splat(R{1}) : 1 / total;
         delta = product * gain;
       }
@@ -333,21 +335,21 @@ class ChunkBackward {
         if constexpr (kWholeRows) return gain * load(static_cast<const R*>(p) + r * kColumns);
         else return exponential(r);
       };
-      const auto gradient = [&](int64_t r, Vec<R> now) {
-        const Vec<R> ds = now * (load(static_cast<const R*>(dp) + r * kColumns) - delta);
-        return now == 0 ? zeros<R>() : ds;
+      const auto gradient = [&](int64_t r, Vec<R> prob) {
+        const Vec<R> ds = prob * (load(static_cast<const R*>(dp) + r * kColumns) - delta);
+        return prob == 0 ? zeros<R>() : ds;
       };
       for (int64_t r = 0; r < rows; r += kUnitDepth<U>) {
-        const Vec<R> now = probability(r), ds = gradient(r, now);
+        const Vec<R> prob = probability(r), ds = gradient(r, prob);
         if constexpr (!kPaired) {
-          store(p + r * kColumns, now);
+          store(p + r * kColumns, prob);
           store(dp + r * kColumns, ds);
         } else {
-          const Vec<R> next = probability(r + 1), next_ds = gradient(r + 1, next);
+          const Vec<R> next_prob = probability(r + 1), next_ds = gradient(r + 1, next_prob);
           const int64_t column = panel * kColumns + c, left = column / kLeftColumns<U>;
           const int64_t unit = column % kLeftColumns<U> / 2;
-          store_raw(scratch.p.at(left, r) + unit, round_bf16(now));
-          store_raw(scratch.p.at(left, r + 1) + unit, round_bf16(next));
+          store_raw(scratch.p.at(left, r) + unit, round_bf16(prob));
+          store_raw(scratch.p.at(left, r + 1) + unit, round_bf16(next_prob));
           store_raw(scratch.ds.at(left, r) + unit, round_bf16(ds));
           store_raw(scratch.ds.at(left, r + 1) + unit, round_bf16(next_ds));
           store_raw(scratch.ds_rows.at(panel, r) + c, pair_units(ds, next_ds));
@@ -384,7 +386,7 @@ class ChunkBackward {
   PackedMatrix<U> q_transposed_, q_rows_, do_transposed_, do_rows_;
   PackedMatrix<R> dq_, dk_, dv_;
   Scratch<R> lse_, delta_;
-  Milestones done_;  // pairs
+  Milestones done_;  // one place per pair
   std::vector<Pair> pairs_;
   PerThread<PairScratch> scratch_;
   bool finite_ = true;  // true if all q, k and do of the chunk are finite
@@ -399,13 +401,13 @@ void backward(const ChunkedAttentionBwdParams& p) {
   const std::vector<Chunk> chunks = list_chunks(p);
   int64_t max_keys = 0;
   for (const Chunk& chunk : chunks) max_keys = std::max(max_keys, round_up(chunk.keys, kRowPadding));
-  ChunkedAttentionBwdParams wide = p;
-  const WideCache<T> cache(wide, chunks);
+  ChunkedAttentionBwdParams wide_params = p;
+  const WideCache<T> cache(wide_params, chunks);
   const auto work = [&](const Chunk& chunk) {
     return static_cast<double>(chunk.keys * chunk.queries()) * static_cast<double>(p.key_dim + p.value_dim);
   };
   for_each_chunk(chunks, p.heads, kBlock, work, [&](int threads) {
-    return ChunkBackward<T>(wide, max_keys, threads);
+    return ChunkBackward<T>(wide_params, max_keys, threads);
   });
 }
 

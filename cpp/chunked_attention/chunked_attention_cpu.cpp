@@ -3,18 +3,18 @@
 //   s_ij = scale q_i . k_j (j <= i if causal, in one chunk);  lse_i = log sum_j exp(s_ij);  o_i = sum_j exp(s_ij - lse_i) v_j
 //
 // A job owns kQueryBlock queries of one head of one chunk and visits the keys in blocks of kKeyBlock:
-//   1. S^T = scale K Q^T, key rows by query columns, so that each lane has its own softmax over keys (A = K, B = Q^T)
+//   1. S^T = scale K Q^T (keys, queries): each lane computes the softmax of its own query           (A = K, B = Q^T)
 //   2. online softmax: m' = max(m, max_j s), P = exp(S - m'), f = exp(m - m'), l = f l + sum_j P   (P replaces S)
 //   3. O = diag(f) O + P V                                                                         (A = (P^T)^T, B = V)
 //      with AMX O^T = O^T diag(f) + V^T P^T                                                        (A = V^T, B = P^T)
-// The job ends with o = O / l, lse = m + log l. Key tiles that no query sees are skipped, in 1 for each panel of
-// queries and in 3 for each tile of queries. K and V of a chunk are packed once: before its jobs if they run on several
-// threads, otherwise when queries first need the rows, prefetched by the previous job. Every job packs its Q^T.
-// Few queries on top of a cache, as in decoding, go to few_query_attention.h instead, which reads keys in place.
+// The job ends with o = O / l, lse = m + log l. The products skip keys that none of their queries sees: step 1 for each
+// panel of queries, step 3 for each tile of queries. K and V of a chunk are packed once. Several threads pack them
+// before the jobs start. A single thread packs rows when a job first needs them; the previous job prefetches them.
+// Every job packs its Q^T. Chunks with a cache and few queries, as in decoding, are left to few_query_attention.h.
 //
-// The rows of a tile of O share a depth: probabilities of keys that a row does not see are 0. If packing finds a value
-// of the chunk that is not finite, 0 times it would be NaN: then a tile shares the keys that all its rows see, and the
-// others are added row by row.
+// All rows of a tile of O are multiplied with the same keys: a row has probability 0 for keys that it does not see. If
+// a value of the chunk is not finite, 0 times the value would be NaN. Then the product of a tile has only the keys that
+// all its rows see, and the other keys are added row by row.
 //
 // Scratch: packed K and V of the active chunks; per thread S (kKeyBlock x kQueryBlock) and O (kQueryBlock x V).
 // Results depend on shapes alone, not on the number of threads.
@@ -38,16 +38,17 @@ namespace {
 constexpr int64_t kQueryBlock = 96;
 constexpr int64_t kKeyBlock = 256;
 
-// Turns one panel of S^T into P^T. Updates each query's `max` and `sum`; `factor` scales earlier sums.
+// Turns one panel of S^T into P^T. Updates each query's `max` and `sum`; sets `factor` to f, which scales earlier sums.
 template <class U>
 void softmax_panel(SumOf<U>* scores, int64_t keys, int vectors, SumOf<U>* max, SumOf<U>* sum, SumOf<U>* factor) {
   using R = SumOf<U>;
   constexpr int64_t kRow = kTileColumns<R>;
   constexpr R kInfinity = std::numeric_limits<R>::infinity();
-  // Missing keys, up to a multiple of kDepthStep, score -inf.
+  // Padding keys, up to a multiple of kDepthStep, get the score -inf.
   for (int64_t at = keys * kRow; at < round_up(keys, kDepthStep<U>) * kRow; at += kLanes<R>)
     store(scores + at, splat(-kInfinity));
-  // All columns advance together, since each maximum waits for the previous one. Columns beyond `vectors` are not used.
+  // One loop for all columns, since each maximum of a column waits for the previous one. The maxima of the vectors from
+  // `vectors` on are not used.
   Vec<R> maxima[kTileVectors];
   for (int j = 0; j < kTileVectors; ++j) maxima[j] = load(static_cast<const R*>(max) + j * kLanes<R>);
   for (const R* at = scores; at < scores + keys * kRow; at += kRow)
@@ -80,7 +81,7 @@ void softmax_panel(SumOf<U>* scores, int64_t keys, int vectors, SumOf<U>* max, S
   }
 }
 
-// The forward of one head of one chunk.
+// Forward of one head of one chunk.
 template <class T>
 class ChunkForward {
  public:
@@ -117,7 +118,7 @@ class ChunkForward {
     });
     parallel_jobs<FlushDenormals, TileRegisters>(blocks, pack_work * static_cast<double>(chunk.queries()), [&] {
       return [&](int64_t job) {
-        // Longest rows first: this balances the threads.
+        // The last block first: it may see the most keys. This order balances the threads.
         const int64_t block = blocks - 1 - job;
         attend(chunk, head, first_row(block), first_row(block + 1), scratch_.get(), {});
       };
@@ -149,7 +150,7 @@ class ChunkForward {
     return chunk_rows<T>(p_, chunk, head, p_.cache_v, p_.v, p_.value_dim);
   }
 
-  // Rows that the queries after [first, end) read and write.
+  // Rows that the next block of queries, after [first, end), reads and writes.
   RowsAhead rows_ahead(const Chunk& chunk, int64_t head, int64_t first, int64_t end) const {
     RowsAhead ahead;
     const auto add = [&](const void* tokens, int64_t width) {
@@ -212,15 +213,17 @@ class ChunkForward {
                           load(&scratch.sum[i]), [&](int64_t j) { return o + row(i + j) * p_.value_dim; });
   }
 
-  // Number of keys in one product, out of `depth` keys that some rows of a tile see: all if values are finite, else
-  // those that the first row sees.
+  // Returns the number of keys in the product of a tile whose rows together see `depth` keys: all if values are finite,
+  // else those that the first row sees, in whole depth steps.
   int64_t shared_depth(int64_t depth, int64_t first_row_depth) const {
     if (finite_ || first_row_depth >= depth) return depth;
     return std::max<int64_t>(first_row_depth, 0) / kDepthStep<U> * kDepthStep<U>;
   }
+
+  // Element of P.
   R probability(const BlockScratch& scratch, int64_t key, int64_t query) const {
-    U* const weights = reinterpret_cast<U*>(scratch.scores.at(0, 0));
-    return element_by_rows(Packed<U>{weights, scratch.scores.rows * kUnitDepth<U>}, key, query);
+    U* const probabilities = reinterpret_cast<U*>(scratch.scores.at(0, 0));
+    return element_by_rows(Packed<U>{probabilities, scratch.scores.rows * kUnitDepth<U>}, key, query);
   }
 
   // O = diag(f) O + P V for the block of keys from `key` on.
@@ -268,13 +271,13 @@ class ChunkForward {
     }
   }
 
-  // Scales columns whose factor is not 1: in most blocks the maximum does not change.
+  // Skips vectors of columns whose factors are all 1: in most blocks the maximum does not change.
   static void scale_columns(int vectors, int64_t rows, const R* factors, R* matrix) {
     for (int j = 0; j < vectors; ++j) {
       const Vec<R> factor = load(factors + j * kLanes<R>);
-      bool same = true;
-      for (int i = 0; i < kLanes<R>; ++i) same = same && factor[i] == 1;
-      if (same) continue;
+      bool all_ones = true;
+      for (int i = 0; i < kLanes<R>; ++i) all_ones = all_ones && factor[i] == 1;
+      if (all_ones) continue;
       for (R* at = matrix + j * kLanes<R>; at < matrix + rows * kTileColumns<R>; at += kTileColumns<R>)
         store(at, factor * load(static_cast<const R*>(at)));
     }
@@ -293,25 +296,25 @@ void forward(const ChunkedAttentionFwdParams& p) {
   using R = Compute<T>;
   zero_padding(p.sequences, p.o, p.heads * p.value_dim * static_cast<int64_t>(sizeof(T)));
   zero_padding(p.sequences, p.lse, p.heads * static_cast<int64_t>(sizeof(R)));
-  std::vector<Chunk> few, many;
+  std::vector<Chunk> few_query_chunks, other_chunks;
   int64_t max_keys = 0;
   for (const Chunk& chunk : list_chunks(p)) {
     if (chunk.queries() <= kFewQueries && chunk.cached > 0) {
-      few.push_back(chunk);
+      few_query_chunks.push_back(chunk);
     } else {
-      many.push_back(chunk);
+      other_chunks.push_back(chunk);
       max_keys = std::max(max_keys, chunk.keys);
     }
   }
-  few_query_attention<T>(p, few);
-  if (many.empty()) return;
-  ChunkedAttentionFwdParams wide = p;
-  const WideCache<T> cache(wide, many);
+  few_query_attention<T>(p, few_query_chunks);
+  if (other_chunks.empty()) return;
+  ChunkedAttentionFwdParams wide_params = p;
+  const WideCache<T> cache(wide_params, other_chunks);
   const auto work = [&](const Chunk& chunk) {
     return static_cast<double>(chunk.keys * chunk.queries()) * static_cast<double>(p.key_dim + p.value_dim);
   };
-  for_each_chunk(many, p.heads, kQueryBlock, work, [&](int threads) {
-    return ChunkForward<T>(wide, max_keys, threads);
+  for_each_chunk(other_chunks, p.heads, kQueryBlock, work, [&](int threads) {
+    return ChunkForward<T>(wide_params, max_keys, threads);
   });
 }
 
@@ -323,11 +326,11 @@ void chunked_attention_fwd_cpu(const ChunkedAttentionFwdParams& params) {
 }
 
 void chunked_attention_state_cpu(const ChunkedAttentionStateParams& p) {
-  const int64_t element = p.dtype == DType::f64 ? 8 : p.dtype == DType::f32 ? 4 : 2;
-  const int64_t chunk_bytes = p.chunk_size * p.heads * (p.key_dim + p.value_dim) * element;
+  const int64_t element_bytes = p.dtype == DType::f64 ? 8 : p.dtype == DType::f32 ? 4 : 2;
+  const int64_t chunk_bytes = p.chunk_size * p.heads * (p.key_dim + p.value_dim) * element_bytes;
   const auto append = [&](const char* rows, int64_t count, int64_t width, char* to) {
     if (!p.quantized_cache) {
-      std::memcpy(to, rows, static_cast<size_t>(count * width * element));
+      std::memcpy(to, rows, static_cast<size_t>(count * width * element_bytes));
       return;
     }
     dispatch_dtype(p.dtype, [&](auto type) {
@@ -339,18 +342,21 @@ void chunked_attention_state_cpu(const ChunkedAttentionStateParams& p) {
   parallel_jobs(p.sequences.count, static_cast<double>(p.sequences.count * chunk_bytes), [&] {
     return [&](int64_t s) {
       const int64_t position = p.position ? p.position[s] : 0, end = position + p.sequences.length(s);
-      const int64_t start = end - end % p.chunk_size, kept = start == 0 ? position : 0, fresh = end - start - kept;
+      const int64_t start = end - end % p.chunk_size;
+      const int64_t num_kept = start == 0 ? position : 0, num_new = end - start - num_kept;
       const auto copy = [&](int64_t width, const void* cache, const void* tokens, void* cache_out) {
-        const int64_t token = p.heads * width * element;
-        const int64_t row = p.quantized_cache ? p.heads * (width + kScaleElements<int8_t>) : token;
-        char* out = static_cast<char*>(cache_out) + s * p.chunk_size * row;
-        const char* from = static_cast<const char*>(tokens) + (p.sequences.end(s) - fresh) * token;
+        const int64_t token_bytes = p.heads * width * element_bytes;
+        const int64_t row_bytes = p.quantized_cache ? p.heads * (width + kScaleElements<int8_t>) : token_bytes;
+        char* out = static_cast<char*>(cache_out) + s * p.chunk_size * row_bytes;
+        const char* from = static_cast<const char*>(tokens) + (p.sequences.end(s) - num_new) * token_bytes;
         const bool in_place = cache == cache_out;
-        if (kept > 0 && !in_place)
-          std::memcpy(out, static_cast<const char*>(cache) + s * p.chunk_size * row, static_cast<size_t>(kept * row));
-        if (fresh > 0) append(from, fresh * p.heads, width, out + kept * row);
+        if (num_kept > 0 && !in_place)
+          std::memcpy(out, static_cast<const char*>(cache) + s * p.chunk_size * row_bytes,
+                      static_cast<size_t>(num_kept * row_bytes));
+        if (num_new > 0) append(from, num_new * p.heads, width, out + num_kept * row_bytes);
         if (!in_place)
-          std::memset(out + (kept + fresh) * row, 0, static_cast<size_t>((p.chunk_size - kept - fresh) * row));
+          std::memset(out + (num_kept + num_new) * row_bytes, 0,
+                      static_cast<size_t>((p.chunk_size - num_kept - num_new) * row_bytes));
       };
       copy(p.key_dim, p.cache_k, p.k, p.cache_k_out);
       copy(p.value_dim, p.cache_v, p.v, p.cache_v_out);

@@ -5,7 +5,7 @@
 
 namespace megalodon::MEGALODON_ISA {
 
-// One word of each of kPhiloxStreams independent counters, a 32-bit word in the low half of every lane.
+// A 32-bit word of each of kPhiloxStreams independent counters, in the low half of each 64-bit lane.
 inline constexpr int kPhiloxStreams = kVectorBytes / 8;
 using PhiloxWord = VecOf<uint64_t, kPhiloxStreams>::type;
 
@@ -22,7 +22,7 @@ MEGALODON_INLINE PhiloxWord multiply_low_halves(PhiloxWord a, uint32_t b) {
 #endif
 }
 
-// Replaces the counters by their random words. Only the low halves of the words are used, before and after.
+// Replaces the counters by their random words. Only the low halves of lanes are valid, before and after.
 MEGALODON_INLINE void philox(PhiloxWord (&word)[4], uint64_t seed) {
   uint32_t key0 = static_cast<uint32_t>(seed), key1 = static_cast<uint32_t>(seed >> 32);
   for (int round = 0; round < 10; ++round, key0 += 0x9e3779b9u, key1 += 0xbb67ae85u) {

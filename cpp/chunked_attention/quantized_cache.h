@@ -1,9 +1,9 @@
-// Keys and values of a state in 8 bits: a row of E numbers x is q_0 .. q_E-1 as int8, then a float, the scale s.
+// Keys and values of a state in 8 bits. A row of numbers x_i is stored as one int8 q_i for each, then a float scale s.
 //
 //   s = max(max_i |x_i| / 127, smallest normal float), NaN if an x_i is not finite;  q_i = round(x_i / s);  x_i ~ s q_i
 //
-// A row is rounded when it enters the state. Few queries read these rows in place: s multiplies a key's score and a
-// value's weight. Other kernels read a copy.
+// A row is quantized when it is added to the state. few_query_attention.h reads these rows in place: it multiplies a
+// key's score and a value's weight by s. Other kernels read a copy (WideCache).
 #pragma once
 
 #include <cfloat>
@@ -14,10 +14,10 @@
 
 namespace megalodon::MEGALODON_ISA {
 
-// Elements of type E between a head's row and the next head's.
+// Number of elements of type E that the scale of a row takes.
 template <class E> inline constexpr int64_t kScaleElements = std::is_same_v<E, int8_t> ? sizeof(float) : 0;
 
-// The rows of a chunk in a cache of 8 bits, of all heads; none if the cache is another one.
+// Returns the rows, of all heads, of a chunk in an 8-bit cache; no rows if the cache is not an 8-bit one.
 inline ChunkRows<int8_t> quantized_rows(const ChunkedAttentionParams& p, const Chunk& chunk, const void* cache,
                                         int64_t width) {
   if (!p.quantized_cache) return {};
@@ -26,6 +26,7 @@ inline ChunkRows<int8_t> quantized_rows(const ChunkedAttentionParams& p, const C
   return {rows, nullptr, chunk.cached, chunk.cached, stride};
 }
 
+// Scale of a row: 1 unless its elements are int8.
 template <class T>
 MEGALODON_INLINE Compute<T> scale_of_row(const T*, int64_t) { return 1; }
 MEGALODON_INLINE float scale_of_row(const int8_t* row, int64_t width) {
@@ -34,21 +35,21 @@ MEGALODON_INLINE float scale_of_row(const int8_t* row, int64_t width) {
   return scale;
 }
 
-// Rounds rows (count, width) to (count, width + kScaleElements).
+// Quantizes rows (count, width) to rows (count, width + kScaleElements).
 template <class T>
 void quantize_rows(const T* from, int64_t count, int64_t width, int8_t* to) {
   using Ints = typename VecOf<int32_t, kLanes<float>>::type;
   using Bytes = typename VecOf<int8_t, kLanes<float>>::type;
   constexpr float kRounding = 0x1.8p23f;  // the low bits of x + kRounding are x as an integer, ties to even
   for (; count > 0; --count, from += width, to += width + kScaleElements<int8_t>) {
-    Ints largest{};  // absolute values as integers: infinity and NaN are greater than others
+    Ints largest{};  // bits of absolute values; for infinity and NaN they are the largest
     for_each_vector<float>(width, [&](int64_t i, int64_t n) {
       const Ints bits = bit_cast<Ints>(load_first(from + i, n)) & 0x7fffffff;
       largest = bits > largest ? bits : largest;
     });
-    int32_t most = 0;
-    for (int lane = 0; lane < kLanes<float>; ++lane) most = std::max(most, largest[lane]);
-    const float max = bit_cast<float>(most), scale = max <= FLT_MAX ? std::max(max / 127, FLT_MIN) : NAN;
+    int32_t max_bits = 0;
+    for (int lane = 0; lane < kLanes<float>; ++lane) max_bits = std::max(max_bits, largest[lane]);
+    const float max = bit_cast<float>(max_bits), scale = max <= FLT_MAX ? std::max(max / 127, FLT_MIN) : NAN;
     for_each_vector<float>(width, [&](int64_t i, int64_t n) {
       const Ints rounded = bit_cast<Ints>(load_first(from + i, n) / scale + kRounding);
       const Bytes numbers = __builtin_convertvector(rounded, Bytes);
@@ -58,11 +59,11 @@ void quantize_rows(const T* from, int64_t count, int64_t width, int8_t* to) {
   }
 }
 
-// Copies of the rows of a cache of 8 bits that chunks read, as a cache of T.
+// Copy, in type T, of the rows of an 8-bit cache that the chunks read.
 template <class T>
 class WideCache {
  public:
-  // Makes `p` read the copies, which live as long as this object.
+  // Makes `p` read the copy, which lives as long as this object. Without an 8-bit cache, does nothing.
   WideCache(ChunkedAttentionParams& p, const std::vector<Chunk>& chunks)
       : k_(num_rows(p) * p.key_dim), v_(num_rows(p) * p.value_dim) {
     if (!p.quantized_cache) return;
@@ -80,7 +81,7 @@ class WideCache {
   }
 
  private:
-  static int64_t num_rows(const ChunkedAttentionParams& p) {  // memory of rows that no chunk reads stays untouched
+  static int64_t num_rows(const ChunkedAttentionParams& p) {  // rows that no chunk reads are never written
     return p.quantized_cache ? p.sequences.count * p.chunk_size * p.heads : 0;
   }
   static void widen(const ChunkedAttentionParams& p, const Chunk& chunk, const void* cache, int64_t width, T* copy) {

@@ -172,13 +172,13 @@ MEGALODON_INLINE void multiply_tile(int vectors, int64_t rows, int64_t depth, co
   static_assert(kTileVectors <= 3);
   const auto multiply = [&](auto tile_vectors) {
     constexpr int kVectors = decltype(tile_vectors)::value, kRows = kTileRows<U>, kTall = kTallRows<U> / kVectors;
-    constexpr int kRow = kTransposeA ? 1 : Packed<U>::kRowUnits;
+    constexpr int kRowStride = kTransposeA ? 1 : Packed<U>::kRowUnits;  // units between the rows of A
     if (rows == kRows) {
       multiply_tile<kTransposeA, kVectors, kRows>(depth, a, a_panel, b, gain, factors, c, ahead);
     } else if constexpr (kTallRows<U> > kRows) {
       static_assert(kTall * kVectors == kTallRows<U>);
       for (int r = 0; r < rows; r += kTall)
-        multiply_tile<kTransposeA, kVectors, kTall>(depth, a + r * kRow, a_panel, b, gain,
+        multiply_tile<kTransposeA, kVectors, kTall>(depth, a + r * kRowStride, a_panel, b, gain,
                                                     factors ? factors + r : factors, c + r * kTileColumns<U>, ahead);
     }
   };

@@ -18,7 +18,7 @@ struct LinearFewRowsParams {
   void* y;             // (T, O)
 };
 
-// y = x weight^T + bias, plus y if `add`, for each of n. All tensors are contiguous.
+// n products y = x weight^T + bias, each added to y if `add`. All tensors are contiguous.
 struct LinearManyRowsParams {
   DType dtype;      // of all tensors: f32, bf16 or f16; with AMX only f32; sums are float
   bool y_is_float;  // independent of dtype
@@ -33,7 +33,7 @@ struct LinearManyRowsParams {
   void* y;             // (n, T, O)
 };
 
-// With AMX, products of many rows support one product in float32 (linear_amx_cpu.cpp).
+// The AMX kernel of many rows (linear_amx_cpu.cpp) computes only a single product, in float32.
 inline bool computes(Isa isa, const LinearManyRowsParams& params) {
 #if defined(__x86_64__)
   if (isa == Isa::v4_amx) return params.dtype == DType::f32 && params.count == 1;

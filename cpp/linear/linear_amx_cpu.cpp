@@ -4,19 +4,19 @@
 //   a b = a0 b0 + (a0 b1 + a1 b0) + (a0 b2 + a1 b1 + a2 b0) + less than 2^-22 |a b|, 2^-26 in the mean square
 //
 // (Henry, Tang and Heinecke 2019, arXiv 1904.06376). a0 is rounded to nearest, so the omitted terms have either sign.
-// The six products are exact, and an instruction adds those of 32 indices of the depth to a sum at once, so the sum is
-// rounded less often than by multiply-adds. Six products at 16 times float32's rate take 6 / 16 of its time.
+// The six products are exact. One instruction adds the products of 32 indices of the depth to a sum, so the sum is
+// rounded less often than by multiply-adds. AMX has 16 times the rate of float32: six products take 6 / 16 of its time.
 //
-// Infinity gives NaN, and so does a number from 2^128 (1 - 2^-9) on: bfloat16 rounds it to infinity. A number below
-// 2^-110 loses low bits, as bfloat16 has float32's exponents and the instruction treats denormals as zero.
+// Infinities give NaN, and so do numbers of at least 2^128 (1 - 2^-9), which bfloat16 rounds to infinity. Numbers below
+// 2^-110 lose low bits, as bfloat16 has float32's exponents and the instruction treats denormals as zero.
 //
 // Matrices are packed in slices of 16 rows (of x and of weight). A slice is split into steps of 32 along the depth, a
-// step into three tiles of 1 KiB, one for each part. Depths d and d + 16 form a pair. A row of a tile of x is a row
-// of x: its 16 pairs. Row d of a tile of weight, a right operand, is pair d of 16 rows of weight, side by side.
+// step into three tiles of 1 KiB, one for each part. Depths d and d + 16 form pair d. x is the left operand: a row of
+// its tile has the 16 pairs of a row of x. weight is the right operand: row d of its tile has pair d of 16 rows.
 //
-// A job owns kRows rows of y, or some columns of them. Every kDepth of the depth, it packs its rows of x, which stay
-// in the L2. Then, every kColumns columns, it packs the weights and computes squares of 2 x 2 tiles of y: 24 products
-// and 14 loads per step. Sums follow the order of the depth, for any number of threads.
+// A job owns kRows rows of y, or some columns of them. For each kDepth of the depth, it packs its rows of x, which stay
+// in the L2. Then, for each kColumns columns, it packs the weights and computes squares of y, of 2 x 2 tiles: 24
+// products and 14 loads per step. Sums follow the order of the depth, for any number of threads.
 
 #include "linear.h"
 
@@ -29,7 +29,7 @@ namespace {
 
 constexpr int kSide = 16;  // rows of a tile
 constexpr int kStep = 32;  // depth of a tile
-constexpr int kParts = 3;
+constexpr int kParts = 3;  // bfloat16 per number
 constexpr int kSquare = 2 * kSide;
 constexpr int64_t kTileUnits = kSide * kSide;  // Bf16Pair
 constexpr int64_t kStepUnits = kParts * kTileUnits;
@@ -46,12 +46,12 @@ struct Workspace {
   explicit Workspace(void* page)
       : left(static_cast<Bf16Pair*>(page)), right(left + kLeft), sums(reinterpret_cast<float*>(right + kRight)) {}
 
-  Bf16Pair* left;   // kRows of x
-  Bf16Pair* right;  // kColumns of the weights
-  float* sums;      // of a square
+  Bf16Pair* left;   // kRows rows of x
+  Bf16Pair* right;  // kColumns rows of the weights
+  float* sums;      // (kSquare, kSquare)
 };
 
-// The workspace that a calling thread keeps between calls, for itself (0) or one of its helpers.
+// A workspace that the calling thread keeps between calls: 0 for itself, the others for the threads that help.
 Workspace kept_workspace(size_t helper) {
   struct Free {
     void operator()(void* page) const { std::free(page); }
@@ -66,10 +66,10 @@ Workspace kept_workspace(size_t helper) {
   return Workspace(pages[helper].get());
 }
 
-// Packs a whole step of a slice. Element (r, d) is at r stride + d or, if transposed, at d stride + r.
+// Packs a whole step of a slice. Element (r, d) is from[r stride + d] or, if transposed, from[d stride + r].
 template <bool transposed>
 void split_step(const float* from, int64_t stride, bool left, Bf16Pair* to) {
-  Vec<float> low[kSide], high[kSide];  // of the depth
+  Vec<float> low[kSide], high[kSide];  // depths 0 to 15, and 16 to 31
 #pragma GCC unroll 16
   for (int i = 0; i < kSide; ++i) {
     low[i] = load(from + i * stride);
@@ -83,7 +83,7 @@ void split_step(const float* from, int64_t stride, bool left, Bf16Pair* to) {
   for (int i = 0; i < kSide; ++i) {
 #pragma GCC unroll 3
     for (int part = 0; part < kParts; ++part) {
-      const uint32_t half = part == 0 ? 0x8000 : 0;  // rounds to nearest
+      const uint32_t half = part == 0 ? 0x8000 : 0;  // rounds part 0 to nearest; the others are truncated
       const Bits a = (bit_cast<Bits>(low[i]) + half) & 0xffff0000, b = (bit_cast<Bits>(high[i]) + half) & 0xffff0000;
       store_raw(to + part * kTileUnits + i * kSide, a >> 16 | b);
       low[i] -= bit_cast<Vec<float>>(a);
@@ -131,21 +131,21 @@ struct Matrix {
   }
 };
 
-// The sums of a square, from two slices of x and two of the weights.
+// Computes the sums of a square from two slices of x and two of the weights.
 void multiply_square(int64_t steps, const Bf16Pair* x, const Bf16Pair* weight, float* sums) {
-  const Bf16Pair *below = x + steps * kStepUnits, *beside = weight + steps * kStepUnits;
+  const Bf16Pair *second_x = x + steps * kStepUnits, *second_weight = weight + steps * kStepUnits;
   asm volatile("" ::: "memory");  // the intrinsics do not tell the compiler that they read memory
   _tile_zero(0);
   _tile_zero(1);
   _tile_zero(2);
   _tile_zero(3);
-  const auto left = [&](int part) __attribute__((always_inline)) {
+  const auto load_left = [&](int part) __attribute__((always_inline)) {
     _tile_loadd(4, x + part * kTileUnits, 64);
-    _tile_loadd(5, below + part * kTileUnits, 64);
+    _tile_loadd(5, second_x + part * kTileUnits, 64);
   };
-  const auto right = [&](int part) __attribute__((always_inline)) {
+  const auto load_right = [&](int part) __attribute__((always_inline)) {
     _tile_loadd(6, weight + part * kTileUnits, 64);
-    _tile_loadd(7, beside + part * kTileUnits, 64);
+    _tile_loadd(7, second_weight + part * kTileUnits, 64);
   };
   const auto multiply = [&]() __attribute__((always_inline)) {
     _tile_dpbf16ps(0, 4, 6);
@@ -154,23 +154,23 @@ void multiply_square(int64_t steps, const Bf16Pair* x, const Bf16Pair* weight, f
     _tile_dpbf16ps(3, 5, 7);
   };
   for (; steps > 0; --steps) {
-    left(0);
-    right(2);
+    load_left(0);
+    load_right(2);
     multiply();
-    right(1);
+    load_right(1);
     multiply();
-    left(1);
+    load_left(1);
     multiply();
-    right(0);
+    load_right(0);
     multiply();
-    left(2);
+    load_left(2);
     multiply();
-    left(0);
+    load_left(0);
     multiply();
     x += kStepUnits;
-    below += kStepUnits;
+    second_x += kStepUnits;
     weight += kStepUnits;
-    beside += kStepUnits;
+    second_weight += kStepUnits;
   }
   constexpr int64_t kStride = kSquare * sizeof(float);
   _tile_stored(0, sums, kStride);
@@ -199,7 +199,7 @@ void linear_many_rows_cpu(const LinearManyRowsParams& p) {
   const Matrix weight{static_cast<const float*>(p.weight), p.outputs, p.inputs, p.weight_transposed};
   const float* bias = static_cast<const float*>(p.bias);
   float* y = static_cast<float*>(p.y);
-  // Enough jobs for the threads.
+  // Splits columns into parts until there are enough jobs for the threads.
   const int64_t blocks = ceil_div(p.rows, kRows), threads = num_threads();
   int64_t parts = 1;
   while (blocks * parts < 4 * threads && blocks * parts % threads && parts * 2 * kColumns <= p.outputs) ++parts;

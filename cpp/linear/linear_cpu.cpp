@@ -1,11 +1,11 @@
-// Products of few rows, bound by reading the weights once.
+// Products of few rows, whose time is that of reading the weights once.
 //
 //   y_to = sum_i x_ti w_oi + b_o
 //
-// A thread owns neighbouring rows of the weights, which it streams without a pause and far from other threads' rows:
-// with alternating shares, hardware prefetchers would fetch some lines twice. A thread processes one row at a time or,
-// with several rows of x, which stay in L1 or L2, kTogether: each loaded vector is used in many sums, in registers. The
-// order of a sum depends on I, the vector length and the number of rows alone.
+// A thread owns contiguous rows of the weights: if neighbouring rows belonged to different threads, hardware
+// prefetchers would fetch some lines twice. A thread processes one row of the weights at a time or, if x has several
+// rows, kTogether: then each loaded vector is used in many sums, in registers. x stays in L1 or L2. The order of a sum
+// depends on I, the vector length and the number of rows alone.
 
 #include "linear.h"
 
@@ -16,11 +16,11 @@
 namespace megalodon::MEGALODON_ISA {
 namespace {
 
-constexpr int kMostRows = kRegisters / 8;
-constexpr int kTogether = 4;
-constexpr int64_t kAhead = 4096;  // bytes of the weights, prefetch distance
+constexpr int kMostRows = kRegisters / 8;  // rows of x processed together
+constexpr int kTogether = 4;               // rows of the weights processed together
+constexpr int64_t kAhead = 4096;           // prefetch distance in bytes of the weights
 
-// One vector of elements that are multiplied and added to a vector of sums.
+// A vector of elements of x or of the weights. a.times(b, sum) returns sum + a b.
 template <class T>
 struct Factors {
   using R = Compute<T>;
@@ -42,15 +42,15 @@ struct Factors<bf16> {
 };
 #endif
 
-// `rows` rows of x times `outputs` rows of the weights.
+// Multiplies `rows` rows of x, from `row` on, by `outputs` rows of the weights, from `output` on.
 template <class T, int rows, int outputs>
 MEGALODON_INLINE void products(const LinearFewRowsParams& p, int64_t row, int64_t output) {
   using R = Compute<T>;
   constexpr int64_t lanes = kLanes<R>, step = Factors<T>::kCount;
-  constexpr int chains = kRegisters / 2 / (rows * outputs);
+  constexpr int chains = kRegisters / 2 / (rows * outputs);  // vectors of partial sums per output
   const T* x = static_cast<const T*>(p.x) + row * p.inputs;
   const T* weight = static_cast<const T*>(p.weight) + output * p.inputs;
-  // With several rows at once, prefetches the next group of rows, or less far if the group is long.
+  // With several rows of the weights, prefetches the next group of rows, but at most 4 kAhead bytes ahead.
   const int64_t group = outputs * p.inputs * static_cast<int64_t>(sizeof(T));
   const int64_t ahead = outputs == 1 ? kAhead : std::min(4 * kAhead, group);
   Vec<R> sums[chains][rows][outputs] = {};
@@ -92,7 +92,7 @@ MEGALODON_INLINE void products(const LinearFewRowsParams& p, int64_t row, int64_
   }
 }
 
-// All rows of x times the rows [begin, end) of the weights.
+// Multiplies all rows of x by the rows [begin, end) of the weights.
 template <class T>
 MEGALODON_INLINE void run_job(const LinearFewRowsParams& p, int64_t begin, int64_t end) {
   int64_t output = begin;
@@ -109,7 +109,7 @@ MEGALODON_INLINE void run_job(const LinearFewRowsParams& p, int64_t begin, int64
 }  // namespace
 
 void linear_few_rows_cpu(const LinearFewRowsParams& p) {
-  // Jobs start at multiples of kTogether, so their number, which depends on the threads, changes no sum.
+  // The number of jobs depends on the threads. It changes no sum, because jobs start at multiples of kTogether.
   const int64_t groups = (p.outputs + kTogether - 1) / kTogether;
   const int64_t jobs = std::min<int64_t>(groups, num_threads());
   const auto begin = [&](int64_t job) { return std::min(kTogether * (groups * job / jobs), p.outputs); };

@@ -4,12 +4,12 @@
 //
 // All threads together pack a block of the weights, of at most kColumns outputs and kDepth inputs; it stays in the
 // last-level cache. Then a job packs the block's inputs of some rows of x, which stay in the L2, and multiplies them by
-// the panels of the block (gemm.h): a tile is computed in registers and stored to y. Products deeper than a block are
-// summed in y or, if y is shorter than float, in a buffer for kSumRows rows of y at a time. The terms of a sum are
-// added in runs of kRunDepth, in the order of the depth; the number of threads does not change this order.
+// the panels of the block (gemm.h): a tile is computed in registers and stored to y. If there are more inputs than in a
+// block, the sums are kept in y or, if y is not float, in a buffer for kSumRows rows of y at a time. The terms of a sum
+// are added in runs of kRunDepth, in the order of the depth; the number of threads does not change this order.
 //
-// Of at least as many products as threads, each is a job, whose thread packs its blocks alone. The order of the terms
-// is the same.
+// If there are at least as many products as threads, each product is one job, and its thread packs the blocks alone.
+// The order of the terms is the same.
 
 #include "linear.h"
 
@@ -28,7 +28,7 @@ struct Block { int64_t row, rows, column, columns, first, depth; };
 template <class T, class Y>
 struct Place {
   Y* y;
-  float* sums;  // over the depth so far; y itself if that is float
+  float* sums;  // over the depth so far; y itself if Y is float
   int64_t y_stride, sums_stride;
   const T* bias;  // or null
   bool add, first, last;
@@ -51,7 +51,7 @@ class Product {
   static constexpr bool kSumsInY = std::is_same_v<Y, float>;
   static constexpr int kWidth = kTileColumns<U>, kHeight = kTileRows<U>, kLanes = MEGALODON_ISA::kLanes<float>;
   static constexpr int64_t kDepth = 1280 * kUnitDepth<U>, kColumns = 2112, kSumRows = 1152;
-  static constexpr int64_t kRows = 144, kLeastRows = 24;  // per job
+  static constexpr int64_t kRows = 144, kLeastRows = 24;  // most and least rows of a job
   // A float32 product is summed in runs of this depth, so that rounding errors grow with the root of the depth.
   static constexpr int64_t kRunDepth = std::is_same_v<T, float> ? 288 : kDepth;
   static_assert(kColumns % kWidth == 0 && kRows % kWidth == 0 && kRows % kTallRows<U> == 0);
@@ -69,7 +69,7 @@ class Product {
     for_each_block([&](const Block& block) { multiply(block); });
   }
 
-  // Runs all products: each on one thread if there is one for every thread, else each on all threads.
+  // Runs all products: each on one thread if there are at least as many products as threads, else each on all threads.
   static void run_each(const LinearManyRowsParams& p) {
     if (p.count == 1 || p.count < num_threads()) {
       for (int64_t number = 0; number < p.count; ++number) Product(p, number).run();
@@ -93,8 +93,8 @@ class Product {
  private:
   template <class Body>
   void for_each_block(Body&& body) const {
-    const int64_t columns = even(p.outputs, kColumns, kWidth), depth = even(p.inputs, kDepth, kUnitDepth<U>);
-    const int64_t rows = kSumsInY || p.inputs <= depth ? p.rows : even(p.rows, kSumRows, 1);
+    const int64_t columns = even_size(p.outputs, kColumns, kWidth), depth = even_size(p.inputs, kDepth, kUnitDepth<U>);
+    const int64_t rows = kSumsInY || p.inputs <= depth ? p.rows : even_size(p.rows, kSumRows, 1);
     for (int64_t column = 0; column < p.outputs; column += columns)
       for (int64_t row = 0; row < p.rows; row += rows) {
         int64_t first = 0;
@@ -106,9 +106,8 @@ class Product {
       }
   }
 
- private:
   // Size of the blocks into which `all` is split: equal, at most `most`, a multiple of `unit`, which divides `most`.
-  static int64_t even(int64_t all, int64_t most, int64_t unit) {
+  static int64_t even_size(int64_t all, int64_t most, int64_t unit) {
     return all > 0 ? round_up(ceil_div(all, ceil_div(all, most)), unit) : unit;
   }
 
@@ -157,7 +156,8 @@ class Product {
     multiply_panels(share, x, weights, panel, last, sums ? sums + r * sums_stride(block) : sums);
   }
 
-  // Where sums are kept between blocks of the depth: y or a buffer. Null if y is not float and one block is enough.
+  // Returns the sums that are kept between blocks of the depth, in y or a buffer; null if y is not float and one block
+  // is enough.
   float* sums_of(const Block& block) const {
     if constexpr (kSumsInY) {
       return y_ + block.row * p.outputs + block.column;
@@ -181,7 +181,7 @@ class Product {
     return p.weight_transposed ? round_up(block.depth, kUnitDepth<U>) : block.columns;
   }
 
-  // Packs kLanes of these rows.
+  // Packs kLanes of these rows, from `begin` on.
   void pack_weights(const Block& block, Panels to, int64_t begin) const {
     const int64_t end = std::min<int64_t>(begin + kLanes, num_packed(block));
     const auto input = [&](int64_t i) {

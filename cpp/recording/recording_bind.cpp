@@ -1,5 +1,5 @@
-// A recorded step: the launches of a call's kernels, which run again without Python between them; and kernels for what
-// torch computes between ops.
+// A recorded step: the kernel launches of a call, which can run again without Python in between. Also kernels that
+// replace torch's operations between ops.
 
 #include <cstring>
 #include <functional>
@@ -17,7 +17,7 @@ namespace {
 
 class Recording {
  public:
-  // Keeps the launches that function(*arguments) makes, which do not run now.
+  // Keeps the launches of function(*arguments) without running them.
   void keep(const py::object& function, const py::args& arguments) {
     struct Keep {
       explicit Keep(Launches& launches) { kept_launches = &launches; }
@@ -25,6 +25,7 @@ class Recording {
     } const keep(launches_);
     function(*arguments);
   }
+  // Keeps a call of `function` as a launch.
   void keep_call(py::object function) {
     calls_python_ = true;
     launches_.emplace_back([function = std::move(function)] {
@@ -32,7 +33,7 @@ class Recording {
       function();
     });
   }
-  // own_threads: see OwnThreads; torch's threads would slow them if a launch calls Python.
+  // own_threads: run on OwnThreads if no launch calls Python. After Python, torch's threads would slow them.
   void run(bool own_threads) const {
     const py::gil_scoped_release unlocked;
     std::optional<OwnThreads> own;
@@ -55,8 +56,8 @@ const Registration register_recording{[](py::module_& module) {
 
 constexpr const char* kElementwise = "elementwise";
 
-// b None: y = scale a + shift; else y = a + b, a - b, a b or a / b by `operation` of "+-*/". A tensor of fewer elements
-// than y is broadcast over y's leading axes.
+// If b is None, y = scale a + shift; else y = a + b, a - b, a b or a / b, where `operation` is one of "+-*/". A tensor
+// with fewer elements than y is broadcast over y's leading axes.
 MEGALODON_BINDING(elementwise,
                   (py::handle a_, py::handle b_, const std::string& operation, double scale, double shift),
                   (py::handle y_)) {
@@ -67,6 +68,7 @@ MEGALODON_BINDING(elementwise,
   params.b_dtype = b.given() ? b.floating() : params.a_dtype;
   if ((params.dtype == DType::f64) != (params.a_dtype == DType::f64 && params.b_dtype == DType::f64))
     y.fail("float64 beside float64 alone");
+  // In the order of Operation; "=" is affine.
   const size_t code = std::string("=+-*/").find(b.given() ? operation : "=");
   params.operation = static_cast<Operation>(code);
   params.channels = b.given() && b.elements() < a.elements() ? b.elements() : a.elements();
@@ -89,7 +91,7 @@ MEGALODON_BINDING(elementwise,
 
 struct RowsParams {
   int64_t count, available, bytes;  // rows of y, rows of x, bytes of a row
-  const int64_t* index;             // (count) rows of x; null: the first
+  const int64_t* index;             // (count) row of x for each row of y; null: the same row
   const char* x;                    // (available, bytes)
   char* y;                          // (count, bytes)
 };

@@ -24,7 +24,7 @@ MEGALODON_INLINE Moments<R> merge_moments(const Moments<R>& a, const Moments<R>&
   const Vec<R> difference = a.sum - b.sum;
   return {a.sum + b.sum, a.squares + b.squares + difference * difference * (R{0.5} / static_cast<R>(values))};
 }
-// Moments of the differences from `shift` of the elements of `count` vectors.
+// Returns the Moments of x - shift, over the `count` vectors at x.
 template <int count, class T, class R = Compute<T>>
 MEGALODON_INLINE Moments<R> moments_of(const T* x, Vec<R> shift) {
   constexpr int half = count / 2;

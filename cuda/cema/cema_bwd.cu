@@ -5,7 +5,7 @@ namespace {
 
 using namespace cema;
 
-// Returns sizes and tensors, without workspace.
+// Returns the sizes and the call's tensors; the pointers into the workspace stay null.
 Gradients make_gradients(const CemaBwdParams& params) {
   Gradients g{};
   g.scan = make_scan(params);
@@ -28,7 +28,7 @@ Gradients make_gradients(const CemaBwdParams& params) {
   g.adjoint.initial = params.dstate_out;
   g.adjoint.final = params.dstate;
   g.adjoint.factor = params.state || params.dstate_out || !params.dy ? params.x : nullptr;
-  g.kinds = g.adjoint.factor ? kMostSums : kProductFirst;
+  g.kinds = g.adjoint.factor ? kMostSums : kProductFirst;  // without `factor`, all sums before the products
   g.stride = (g.kinds * g.scan.lanes + 1) * g.scan.width;
   g.parts = g.shares ? 1 : g.scan.tiles;
   g.dy = params.dy;
@@ -39,7 +39,7 @@ Gradients make_gradients(const CemaBwdParams& params) {
   return g;
 }
 
-// Return the bytes of arrays that only tensor cores use; 0 without tensor cores.
+// Return the bytes of `slopes` and `lags`, which are used if tensor cores compute the sums; otherwise 0.
 int64_t slopes_bytes(const Gradients& g) {
   return g.shares ? workspace_part(4 * g.scan.tiles * g.scan.lanes * g.scan.width * sizeof(float)) : 0;
 }
@@ -83,11 +83,11 @@ void launch_cema_bwd_cuda(const CemaBwdParams& params, void* stream) {
   g.lags = take(lags_bytes(g));
   g.adjoint.sums = memory;
   g.sums = memory + sums_bytes(params);
-  launch_empty(params.dtype, g.adjoint, stream);
+  launch_empty(params.dtype, g.adjoint, stream);  // sequences without tokens
   for_each_group(g.adjoint, [&] {
     g.scan.first_mode = g.adjoint.first_mode;
     launch_table(params, g.scan, static_cast<bool>(g.adjoint.factor), stream);
-    if (g.lags) launch_tiles(g, stream);
+    if (g.lags) launch_tiles(g, stream);  // `lags` is null unless tensor cores compute the sums
     else launch_states(params.dtype, g.scan, &g.adjoint, stream);
     dispatch_dtype(params.dtype, [&](auto type) {
       using T = decltype(type);
