@@ -13,7 +13,7 @@ struct Inputs {
   TensorView k, v, cache_k, cache_v, position;
 };
 
-// Checks keys or values of a state of S sequences, whose rows have `width` numbers; returns their memory.
+// Checks the keys or values of a state of S sequences, in rows of `width` numbers; returns their address.
 void* cache_of(const ChunkedAttentionParams& p, const TensorView& tensor, const char* letters, int64_t S,
                int64_t width) {
   if (p.quantized_cache) {
@@ -51,8 +51,8 @@ Inputs fill(ChunkedAttentionParams& params, py::handle k_, py::handle v_, py::ha
   } else {
     params.quantized_cache = in.cache_k.present().scalar() == Scalar::i8;
     if (params.quantized_cache && (!kReadable || params.dtype == DType::f64))
-      in.cache_k.fail("of the dtype of `k`; keys and values of 8 bits are for the CPU, beside float32, bfloat16 or "
-                      "float16, got torch.int8");
+      in.cache_k.fail("of the dtype of `k`; int8 requires the CPU and a `k` of float32, bfloat16 or float16, got "
+                      "torch.int8");
     params.position = in.position.shape("(S,)", {S}).dtype(Scalar::i64, "positions").data_as<const int64_t>();
     params.cache_k = cache_of(params, in.cache_k, "(S, C, H, K)", S, K);
     params.cache_v = cache_of(params, in.cache_v, "(S, C, H, V)", S, V);
@@ -61,7 +61,7 @@ Inputs fill(ChunkedAttentionParams& params, py::handle k_, py::handle v_, py::ha
   return in;
 }
 
-// Fills the shared parameters, and those of q, scores and DropKey. The seed is an int64 tensor of one element.
+// Also fills the parameters of q, the scores and DropKey. The seed is an int64 tensor of one element.
 Inputs fill(ChunkedAttentionParams& params, const TensorView& q, py::handle k, py::handle v, py::handle cache_k,
             py::handle cache_v, py::handle position, int64_t chunk_size, bool causal, double scale, double dropkey,
             py::handle dropkey_seed, py::handle cu_seqlens, py::handle lengths) {

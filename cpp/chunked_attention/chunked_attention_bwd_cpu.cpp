@@ -14,8 +14,7 @@
 //
 // In 2 and 3, all rows of a tile have the same depth: P and dS are 0 for keys that a query does not see. If a q, k or
 // do of the chunk is not finite, 0 times it would be NaN. Then the product of a tile has only the depth that all its
-// rows see, and the rest is added row by row. If a query's log-sum-exp is NaN, its P is NaN for keys that it sees and 0
-// for others.
+// rows see, and the rest is added row by row. If a query's log-sum-exp is NaN, its P is NaN or, for unseen keys, 0.
 //
 // In a chunk of one block, delta_i comes from P and dP, without the rounding of o.
 // Operands are packed once per chunk: K by columns, K by rows, V by columns, Q^T, Q by rows, dO^T, dO by rows.

@@ -16,8 +16,8 @@
 
 namespace megalodon::MEGALODON_ISA {
 
-inline constexpr int64_t kFewQueries = 4;      // most queries per chunk
-inline constexpr int64_t kMostSegments = 64;   // per chunk
+inline constexpr int64_t kFewQueries = 4;     // most queries per chunk
+inline constexpr int64_t kMostSegments = 64;  // per chunk
 
 template <class T>
 class FewQueries {

@@ -29,7 +29,7 @@ bool has_amx_kernel() {
 #endif
 }
 
-// Matrices, or n of each.
+// The tensors are matrices or, if x has 3 axes, stacks of n matrices.
 MEGALODON_BINDING(linear_many_rows,
                   (py::handle x_, bool x_transposed, py::handle weight_, bool weight_transposed, py::handle bias_,
                    bool add),

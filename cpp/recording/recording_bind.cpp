@@ -67,7 +67,7 @@ MEGALODON_BINDING(elementwise,
   params.a_dtype = a.present().floating();
   params.b_dtype = b.given() ? b.floating() : params.a_dtype;
   if ((params.dtype == DType::f64) != (params.a_dtype == DType::f64 && params.b_dtype == DType::f64))
-    y.fail("float64 beside float64 alone");
+    y.fail("float64 if and only if `a` and `b` are float64");
   // In the order of Operation; "=" is affine.
   const size_t code = std::string("=+-*/").find(b.given() ? operation : "=");
   params.operation = static_cast<Operation>(code);

@@ -208,5 +208,5 @@ def test_other_states_are_refused():
 @pytest.mark.parametrize("backend", ["cuda-emulated"], indirect=True)
 def test_kernels_of_cuda_refuse_8_bits(backend):
     case = small_case()
-    with pytest.raises(ValueError, match="`state.k` must be .*8 bits are for the CPU.*got torch.int8"):
+    with pytest.raises(ValueError, match="`state.k` must be .*int8 requires the CPU.*got torch.int8"):
         mo.chunked_attention(*case.tensors.values(), chunk_size=4, state=case.options["state"])
