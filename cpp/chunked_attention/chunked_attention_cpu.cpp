@@ -1,6 +1,7 @@
 // Chunked attention, forward and state, on the CPU.
 //
-//   s_ij = scale q_i . k_j (j <= i if causal, in one chunk);  lse_i = log sum_j exp(s_ij);  o_i = sum_j exp(s_ij - lse_i) v_j
+//   s_ij = scale q_i . k_j (j <= i if causal, in one chunk);  lse_i = log sum_j exp(s_ij)
+//   o_i = sum_j exp(s_ij - lse_i) v_j
 //
 // A job owns kQueryBlock queries of one head of one chunk and visits the keys in blocks of kKeyBlock:
 //   1. S^T = scale K Q^T (keys, queries): each lane computes the softmax of its own query           (A = K, B = Q^T)
@@ -230,7 +231,8 @@ class ChunkForward {
   void add_values(const Chunk& chunk, const ChunkRows<T>& v, int64_t key, int64_t first, int64_t queries,
                   const BlockScratch& scratch) const {
     constexpr int64_t kColumns = kTileColumns<R>;
-    const int64_t block = std::min(kKeyBlock, chunk.seen_by(first + queries - 1) - key), columns = panels<U>(p_.value_dim);
+    const int64_t block = std::min(kKeyBlock, chunk.seen_by(first + queries - 1) - key);
+    const int64_t columns = panels<U>(p_.value_dim);
     for (int64_t column = 0; column < columns; ++column) {
       const int vectors = vectors_in_panel<U>(p_.value_dim, column);
       const Ahead<U> ahead{column + 1 < columns ? values_.at(column + 1, key) : values_.at(0, key + block), block};

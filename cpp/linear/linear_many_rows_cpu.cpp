@@ -156,8 +156,7 @@ class Product {
     multiply_panels(share, x, weights, panel, last, sums ? sums + r * sums_stride(block) : sums);
   }
 
-  // Returns the sums that are kept between blocks of the depth, in y or a buffer; null if y is not float and one block
-  // is enough.
+  // Address of the sums over the depth so far, in y or in a buffer. Null if y is not float and one block is enough.
   float* sums_of(const Block& block) const {
     if constexpr (kSumsInY) {
       return y_ + block.row * p.outputs + block.column;
