@@ -28,7 +28,7 @@ Gradients make_gradients(const CemaBwdParams& params) {
   g.adjoint.initial = params.dstate_out;
   g.adjoint.final = params.dstate;
   g.adjoint.factor = params.state || params.dstate_out || !params.dy ? params.x : nullptr;
-  g.kinds = g.adjoint.factor ? kMostSums : kProductFirst;  // without `factor`, all sums before the products
+  g.kinds = g.adjoint.factor ? kMostSums : kProductFirst;  // without `factor`: no products, the last of enum Sum
   g.stride = (g.kinds * g.scan.lanes + 1) * g.scan.width;
   g.parts = g.shares ? 1 : g.scan.tiles;
   g.dy = params.dy;

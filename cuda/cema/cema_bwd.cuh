@@ -47,7 +47,7 @@ struct Gradients {
   int64_t kinds, stride, parts;  // sums of a part; numbers of a part; parts: one per tile or, with `lags`, one in all
   Pairs slopes;                  // (2, tiles, D', N'): q times derivatives of both scans' local ends
   Reals lags;                    // (shares, kMmaTile, D'): sums over t of dy_t x_(t - lag), or null
-  int64_t shares;                // of the tiles, one per block of cema_tiles_kernel; 0: sums without tensor cores
+  int64_t shares;                // of the tiles: the y grid of cema_tiles_kernel; 0: sums without tensor cores
   Reals dp, domega;              // (D, N), (D); domega is null if dy is null
   Complexes dq, dgamma;          // (D, N); dgamma is null if dy is null
 
