@@ -237,9 +237,9 @@ void few_query_attention(const ChunkedAttentionFwdParams& p, const std::vector<C
     max_keys = std::max(max_keys, chunk.keys);
     num_scores += chunk.keys * chunk.queries();
   }
-  const int64_t least = max_keys >= kSegment ? 4 : max_keys >= kShortSegment ? 2 : 1;
-  const int64_t wanted = std::max(max_keys / kSegment, least);
-  const int64_t segments = std::clamp<int64_t>(wanted, 1, std::max<int64_t>(1, kMostSegments / count));
+  const int64_t min_segments = max_keys >= kSegment ? 4 : max_keys >= kShortSegment ? 2 : 1;
+  const int64_t wanted_segments = std::max(max_keys / kSegment, min_segments);
+  const int64_t segments = std::clamp<int64_t>(wanted_segments, 1, std::max<int64_t>(1, kMostSegments / count));
   const int64_t segment_keys = ceil_div(max_keys, segments), size = p.heads * FewQueries<T>::partial_size(p);
   const double work = static_cast<double>(num_scores * p.heads * (p.key_dim + p.value_dim));
   const auto finish = [&](const FewQueries<T>& body, const Chunk& chunk, const R* partials) {
