@@ -18,7 +18,7 @@ PAPER_RUN = dict(config=PAPER, mesh={"data": 128, "chunk": 2}, context=32768, de
 WRONG = {
     "`mesh` must have dimensions named data, chunk or tensor, got 'rows'.": dict(mesh={"rows": 2}),
     "`mesh` must be a positive integer below 2^31, got 0": dict(mesh={"data": 0}),
-    "`mesh` must have a size of tensor that divides norm_num_groups = 64, got 3.": dict(mesh={"tensor": 3}),
+    "`mesh` must have a dimension `tensor` whose size divides norm_num_groups = 64, got 3.": dict(mesh={"tensor": 3}),
     "`context` must be a multiple of the mesh's chunk = 2 times the chunk size 4096, got 12288.": dict(context=12288),
     '`device` must be "cpu" or "cuda", got \'abacus\'.': dict(device="abacus"),
 }

@@ -8,9 +8,9 @@ parameters gets the base `SplitLayer` (tensor_layers.py). Its forward replaces t
 rank's own parts. Depending on the fields that `split_over` sets, it also gathers the module's input or sums its output.
 So the forward of a block is the same as in one process. All exchanges are redistributions of DTensor.
 
-The embedding and the output matrix are split by channels, so they can be tied. Every rank standardises all numbers of a
-model with `num_features` and maps them to its own channels. For logits and losses, the output matrix and the last
-hidden states are gathered, and each of n ranks computes 1/n of the tokens, so every loss is exact.
+The embedding and the output matrix are split by channels, so they can be tied. In a model with `num_features`, every
+rank standardises all input features and maps them to its own channels. For logits and losses, the output matrix and the
+last hidden states are gathered, and each of n ranks computes 1/n of the tokens, so every loss is exact.
 """
 
 from __future__ import annotations
@@ -52,17 +52,18 @@ def split_over(model: Megalodon, mesh: DeviceMesh) -> None:
     config, ranks = model.config, mesh.size()
     whole_heads, first_head = config.num_heads % ranks == 0, mesh.get_local_rank() * config.num_heads // ranks
     heads, key_dim = max(config.num_heads // ranks, 1), config.z_dim // config.num_heads
-    part = None if whole_heads else (first_head * key_dim, key_dim)  # channels of z, in a head that ranks share
+    # A head that several ranks share: each of them has all of the head's channels of z.
+    key_range = None if whole_heads else (first_head * key_dim, key_dim)  # (first channel, number of channels)
     own_config = replace(config, num_heads=heads, z_dim=heads * key_dim, value_dim=config.value_dim // ranks)
     split = partial(_split, mesh=mesh)
     for layer in model.layers:
         mega, nffn = layer.mega, layer.nffn
-        split(mega, 1 if whole_heads else None, part=part and (1, *part))
+        split(mega, 1 if whole_heads else None, part=key_range and (1, *key_range))
         split(mega.timenorm, 0)
         split(mega.cema, 0, SplitComplexEMA)
         split(mega.rmsnorm, None, gather_input=True)
         split(mega.wv, 0, gather_input=True)
-        split(mega.wz, 0 if whole_heads else None, part=part and (0, *part))
+        split(mega.wz, 0 if whole_heads else None, part=key_range and (0, *key_range))
         split(mega.wr, 0)
         split(mega.wh1, 0)
         split(mega.wh2, 1, sum_output=True)
@@ -93,7 +94,7 @@ def _split(
         new_class: new class of the module; None: its own class with the base :class:`SplitLayer` in front.
         fields: values of :class:`SplitLayer`'s fields.
     """
-    take_methods(module)
+    take_methods(module)  # a `Linear` has methods in its attributes, which would hide those of the new class
     old_class = type(module)
     # A new module would lose the given module's hooks and mode, and references to it.
     module.__class__ = new_class or type(f"Split{old_class.__name__}", (SplitLayer, old_class), {})
@@ -115,11 +116,13 @@ def check_can_split(caller: str, config: MegalodonConfig, ranks: int) -> None:
         raise ValueError(f"{caller}: `mesh` must have tensor = 1 for a model with {unsplit}, got {ranks}.")
     for field in ("norm_num_groups", "value_dim", "ffn_hidden_dim"):
         if (size := getattr(config, field)) % ranks:
-            raise ValueError(f"{caller}: `mesh` must have a size of tensor that divides {field} = {size}, got {ranks}.")
+            raise ValueError(
+                f"{caller}: `mesh` must have a dimension `tensor` whose size divides {field} = {size}, got {ranks}."
+            )
     if config.num_heads % ranks and ranks % config.num_heads:
         raise ValueError(
-            f"{caller}: `mesh` must have a size of tensor that divides num_heads = {config.num_heads} or is a "
-            f"multiple of this, got {ranks}."
+            f"{caller}: `mesh` must have a dimension `tensor` whose size divides num_heads = {config.num_heads} "
+            f"or is a multiple of num_heads, got {ranks}."
         )
     for field in ("dropout", "hidden_dropout", "attention_dropout"):  # ranks would need the same masks
         if getattr(config, field):

@@ -1,4 +1,4 @@
-"""`Decoder`: computes logits of the next tokens, from a model and an initial state."""
+"""`Decoder`: logits after each of the next tokens, from a model and an initial state."""
 
 from __future__ import annotations
 
@@ -27,46 +27,47 @@ from .state_layout import layout
 from .undo import check_history, make_history
 
 _NEVER = -(2**62)
-_CAPTURED_LENGTH = 8  # tokens of a row: one, or a draft of several
+_CAPTURED_LENGTH = 8  # most tokens of a row in a captured step: one, or a draft of several
 _ALTERNATIVE = "call the model there, with its state: model(tokens, state=state, return_state=True)"
 
 
 class Decoder:
     """Compute the logits after each next token of B sequences, without gradients.
 
-    On the CPU a call runs all kernels of the model, without Python between them, bitwise equal to the layers: the first
-    call with rows of a length runs the layers and records a step, as :func:`record` does. A module that was wrapped (for
-    instance by an adapter), hooked, replaced or quantised by another tool is called between two kernels, as are the
-    functions of torch that leave out missing values. The model runs module by module if it was hooked or replaced itself,
-    on other devices, under torch.autocast, with dropout in training, for more rows than the kernels take (32; AMX: 15 in
-    float32, 8 in bfloat16), with MEGALODON_OPS_LINEAR=torch, and, if attention sees two chunks, in calls in which a chunk
-    ends.
+    On the CPU a call runs all kernels of the model without Python between them; results are bitwise equal to those of
+    the layers. The first call with a new number of tokens per row runs the layers and records a step, as :func:`record`
+    does. A module that was wrapped (for instance by an adapter), hooked, replaced or quantised by another tool is
+    called between two kernels, as are the functions of torch that leave out missing values. The model runs module by
+    module if it was hooked or replaced itself, on other devices, under torch.autocast, with dropout in training, for
+    more tokens in a call than the kernels take (32; AMX: 15 in float32, 8 in bfloat16), with
+    MEGALODON_OPS_LINEAR=torch, and, if attention sees two chunks, in calls in which a chunk ends.
 
-    On a GPU the second call with rows of a length up to 8 tokens captures a CUDA graph of the layers, which later calls
-    replay; see docs/cuda.md. The model runs module by module if a module is hooked or waits for the GPU, with a warning
-    that names it, with a working memory, with tensors on several devices, and with dropout in training.
+    On a GPU the second call with the same number of tokens per row, up to 8, captures a CUDA graph of the layers, which
+    later calls replay; see docs/cuda.md. The model runs module by module if a module is hooked or waits for the GPU,
+    with a warning that names the module; and with a working memory, tensors on several devices, or dropout in training.
 
-    The decoder chooses once, when it is made. Its steps keep the addresses of parameters, so they see values that an
-    optimizer step or `load_state_dict` writes there later, with two exceptions: CEMA's parameters, whose coefficients
-    are computed when the decoder is made, and parameters that are not contiguous, which a recorded step copies. Make a
-    new decoder after these change, after parameters move to other memory, and after modules, hooks or adapters change: the
-    decoder does not notice. Threads that call one decoder wait for each other. A decoder cannot be copied or pickled.
+    The decoder inspects the model once, when it is made. Its steps keep the addresses of parameters, so they see values
+    that an optimizer step or `load_state_dict` writes there later. They do not see new values of CEMA's parameters,
+    whose coefficients are computed when the decoder is made, or of parameters that are not contiguous, which a recorded
+    step copies. Make a new decoder after these change, after parameters move to other memory, and after modules, hooks
+    or adapters change. Threads that call one decoder wait for each other. A decoder cannot be copied or pickled.
 
     Args:
-        model: the :class:`Megalodon` that gives the logits.
+        model: the :class:`Megalodon` that computes the logits.
         state: the state of B sequences, as a call of the model returned it. The decoder copies the state.
-        undo: number of tokens that :meth:`undo` can take back. The past before their calls is kept, without keys and
-            values. Of a call with more than 2 undo + 1 tokens of a row, the last undo + 1 are a call of their own.
+        undo: number of tokens that :meth:`undo` can take back. The decoder keeps the states before their calls, mostly
+            without keys and values. If a call has more than 2 undo + 1 tokens per row, the last undo + 1 are run as a
+            separate call.
 
     Attributes:
-        fused: True if one call of kernels, or a CUDA graph, computes everything and calls no module. If a changed module
-            prevents it, a warning has named the first such module.
+        fused: True if one call of kernels, or a CUDA graph, computes everything and calls no module. If changed modules
+            prevent this, a warning names the first of them.
         num_sequences: B.
 
     Raises:
-        ValueError: the state is not one of this model, or on the meta device. TypeError: a dtype is wrong. The first call
-        checks parameters, as the model does. RuntimeError: an earlier call failed between layers, or a module calls the
-        decoder that runs it.
+        ValueError: the state is of another model, or on the meta device. TypeError: a dtype is wrong. RuntimeError, in
+        a call: an earlier call failed between layers, or a module calls the decoder that runs it. The first call checks
+        parameters, as the model's call does.
 
     Example:
         >>> import torch, megalodon_ops as mo
@@ -99,20 +100,20 @@ class Decoder:
         self.num_sequences = self._like.shape[0]
         device = self._like.device.type
         enabled, dtype = is_autocast_enabled(device), torch.get_autocast_dtype(device)
-        # Without torch's cache of cast weights, which a CUDA graph could outlive; a call casts each weight once.
+        # No cache of cast weights: a CUDA graph could outlive it. A call casts each weight once anyway.
         self._autocast = torch.autocast(device, enabled=enabled, dtype=dtype, cache_enabled=False)
-        self._lock, self._state_is_whole = threading.RLock(), True
+        self._lock, self._state_is_whole = threading.RLock(), True  # False while layers have read different tokens
         self._tokens_read = 0
         self._last_equal = torch.full((self.num_sequences, self.num_sequences), _NEVER, device="cpu")
-        """(B, B): number of tokens read when two sequences were last equal"""
+        """(B, B): value of `_tokens_read` when two sequences were last equal"""
         self._longest: int | None = None
-        """largest position of a sequence in its cache; None: unknown"""
+        """largest number of cached positions of a sequence; None: unknown"""
         self._captures, self._max_tokens = may_capture(model, self._state), 0
         if self._may_record(enabled):
             most = linear.most_few_rows(self._dtype)
             self._max_tokens = _CAPTURED_LENGTH * self.num_sequences if self._captures else most
         self._steps: dict[int, Step | CapturedStep] = {}
-        """recorded and captured steps by the number of tokens of a row"""
+        """recorded and captured steps, by number of tokens per row"""
         self._check_state_tensors(self._state, self.num_sequences)
         changes: list[str] = []
         self._runner = decoding_model(model, model._reference(), changes)
@@ -121,11 +122,11 @@ class Decoder:
 
     @property
     def state(self) -> MegalodonState:
-        """A copy of the state after all tokens so far."""
+        """Copy of the state after all tokens so far."""
         return self._copied_state(0)
 
     def state_of(self, rows: Tensor) -> MegalodonState:
-        """A copy of the state of the sequences `rows` (n,) after all tokens so far."""
+        """Return a copy of the state of the sequences `rows` (n,) after all tokens so far."""
         with self._lock:
             self._check_state()
             return (self._state if self._history is None else self.state)[rows]
@@ -134,7 +135,8 @@ class Decoder:
     def reorder(self, rows: Tensor) -> None:
         """Replace sequence i by sequence rows[i], in place, as beam search does; rows (B,) integers.
 
-        Keys and values are copied from the position at which two sequences diverge: beams share most of their past.
+        Keys and values are copied only from the position at which two sequences diverge, as beams share most of their
+        past.
         """
         check_tensor("Decoder", "rows", rows)
         B = self.num_sequences
@@ -168,14 +170,14 @@ class Decoder:
 
     @torch.no_grad()
     def replace(self, rows: Tensor, state: MegalodonState) -> None:
-        """Put other sequences in the places `rows`, in place, where others have ended: continuous batching.
+        """Replace the sequences `rows`, in place, for instance where they have ended: continuous batching.
 
         Args:
             rows: (n,) different integers in [0, B).
-            state: of n sequences, as a call of the model returned it.
+            state: state of the n new sequences, as a call of the model returned it.
 
         Raises:
-            ValueError, TypeError: the state is not one of this model, or `rows` are not such places.
+            ValueError, TypeError, IndexError: the state is of another model, or `rows` are wrong.
         """
         check_tensor("Decoder", "rows", rows)
         if rows.dim() != 1 or rows.dtype not in (torch.int64, torch.int32) or len(rows.unique()) < len(rows):
@@ -199,20 +201,20 @@ class Decoder:
 
     @torch.no_grad()
     def undo(self, counts: int | Tensor) -> None:
-        """Take back the last tokens, in place: the decoder continues as if it had not read them, to the bit.
+        """Take back the last tokens, in place: the decoder continues, bit for bit, as if it had not read them.
 
-        The state is again that before the oldest call of which tokens are taken back. The next call reads the kept
-        tokens of that call in front of its own, and returns the logits of its own. So states and logits have the bits
-        of a decoder that never read the other tokens, and that reads the kept and the next ones in one call. Where rows
-        keep different numbers of tokens, they are read at once, by a call of the model with `lengths`. Kept tokens are
-        also read by a call of their own in :meth:`reorder` and :meth:`replace`, and where they and the next ones are
-        more than 2 undo + 1, or than the step takes. A copy of the state includes them.
+        The state becomes the one before the oldest call that loses tokens. The next call reads that call's kept tokens
+        before its own, and returns the logits of its own. So states and logits have the bits of a decoder that never
+        read the other tokens, and that reads the kept and the next tokens in one call. A separate call reads the kept
+        tokens in three cases: at once, with `lengths`, if rows keep different numbers of tokens; in :meth:`reorder` and
+        :meth:`replace`; and if the kept and the next tokens are more than 2 undo + 1, or more than a step takes. A copy
+        of the state includes them.
 
         Args:
             counts: number of tokens, for all rows or (B,) integers for each; at most the constructor's `undo`.
 
         Raises:
-            ValueError: a row has not read so many tokens since the decoder was made, :meth:`reorder` was called, or the row
+            ValueError: a row has read fewer tokens since the decoder was made, :meth:`reorder` was called, or the row
             was replaced.
 
         Example:
@@ -233,21 +235,21 @@ class Decoder:
             self._state_is_whole = True
 
     def state_before(self, counts: int | Tensor) -> MegalodonState:
-        """A copy of the state before the last `counts` tokens, which :meth:`undo` would take back."""
+        """Return a copy of the state before the last `counts` tokens, which :meth:`undo` would take back."""
         check_history(self._history)
         return self._copied_state(counts)
 
     def __call__(self, tokens: Tensor) -> Tensor:
-        """Logits (B, L, num_outputs) after each of the next tokens (B, L), float32 (float64 for a float64 model).
+        """Return logits (B, L, num_outputs) after the next tokens (B, L), float32 (float64 for a float64 model).
 
-        A model with `num_features` reads numbers (B, L, F), of any floating-point type, and returns numbers.
+        A model with `num_features` reads numbers (B, L, F) of an arbitrary floating-point dtype, and returns numbers.
         """
         check_runs_now("Decoder", _ALTERNATIVE)
         check_inputs("Decoder", "tokens", tokens, self._model, Sequences())
         if len(tokens) != self.num_sequences:
             raise ValueError(f"Decoder: `tokens` must have {self.num_sequences} rows, got {tuple(tokens.shape)}.")
         reads_tokens = self._model.config.num_features is None
-        tokens = tokens.long() if reads_tokens else tokens.double()  # one step for all types
+        tokens = tokens.long() if reads_tokens else tokens.double()  # so that one step serves all dtypes
         with self._lock:
             self._check_state()
             if self._captures:
@@ -280,7 +282,7 @@ class Decoder:
 
     @torch.no_grad()
     def _copied_state(self, counts: Tensor | int) -> MegalodonState:
-        """Return a copy of the state before the last `counts` tokens, after all others, pending ones included."""
+        """Return a copy of the state before the last `counts` tokens, after all others, including the pending ones."""
         with self._lock:
             self._check_state()
             state = self._state.clone()
@@ -310,7 +312,7 @@ class Decoder:
             return self._run_captured(tokens)
         if length in self._steps:
             return self._steps[length](tokens)
-        # Values that the model reads in Python are checked by `_has_room` and when tokens come.
+        # `host_reads` are allowed: `_has_room` and `__call__` check the values that the model reads in Python.
         step = self._steps[length] = Step("Decoder", self._run_model, (tokens,), self._state)
         return step.results()
 
@@ -320,7 +322,7 @@ class Decoder:
         return 0 < self.num_sequences * length <= self._max_tokens and self._has_room(length)
 
     def _run_captured(self, tokens: Tensor) -> Tensor:
-        """Run the captured step for rows of this length; its first call runs the modules, its second one captures."""
+        """Run the step for this number of tokens per row; its first call runs the modules, its second captures."""
         length = tokens.shape[1]
         if length not in self._steps:
             self._steps[length] = CapturedStep(self._runner)
@@ -350,7 +352,7 @@ class Decoder:
         for old, new in zip(tree_leaves(self._state), tree_leaves(after), strict=True):
             if old is not new:
                 copies.setdefault(as_real(old).dtype, []).append((as_real(old), as_real(new)))
-        for pairs in copies.values():  # on CUDA, tensors of a dtype are copied by one launch
+        for pairs in copies.values():  # on CUDA, one launch copies all tensors of a dtype
             torch._foreach_copy_(*zip(*pairs))
         return logits
 

@@ -1,4 +1,4 @@
-"""`decoding_model`: a decoder's copy of its model, with CEMA's coefficients computed and changed modules marked."""
+"""`decoding_model`: a decoder's copy of its model, with constant CEMA coefficients and wrapped changed modules."""
 
 from __future__ import annotations
 
@@ -14,20 +14,20 @@ from .layers import ComplexEMA, has_own_forward
 
 
 def decoding_model(module: nn.Module, reference: nn.Module, changed: list[str], name: str = "") -> nn.Module:
-    """Return `module` with a :class:`FixedEMA` for each :class:`ComplexEMA`, and :class:`ChangedModule` for others.
+    """Return a copy of `module` with a :class:`FixedEMA` for each :class:`ComplexEMA`.
 
-    Modules that contain others are copied; the copies share parameters, buffers and all other modules with the
-    originals. Changed modules stay as they are, as does everything in them.
+    Each changed module is wrapped in a :class:`ChangedModule` and, with all modules in it, not copied. Of the other
+    modules, those that contain modules are copied; the copies share parameters and buffers with the originals.
 
     Args:
-        reference: the module as the configuration makes it; a changed module differs from its counterpart there.
+        reference: the same module as the configuration makes it; a changed module differs from it.
         changed: receives the names of the outermost changed modules.
-        name: the module's own.
+        name: name of `module` in the model.
     """
     is_changed = _is_changed(module, reference)
     if is_changed:
         changed.append(name)
-    if is_changed and not isinstance(reference, (Output, nn.ModuleList)):  # the model calls the parts of these
+    if is_changed and not isinstance(reference, (Output, nn.ModuleList)):  # the model calls their submodules
         return ChangedModule(name, module) if isinstance(module, nn.Module) else module
     if isinstance(module, ComplexEMA):
         return FixedEMA(module)
@@ -37,15 +37,14 @@ def decoding_model(module: nn.Module, reference: nn.Module, changed: list[str], 
     copied._modules = {}
     for child, part in module._modules.items():
         path = f"{name}.{child}".removeprefix(".")
-        marked = (
+        copied._modules[child] = (
             ChangedModule(path, part) if is_changed else decoding_model(part, reference._modules[child], changed, path)
         )
-        copied._modules[child] = marked
     return copied
 
 
 def _is_changed(module: nn.Module | None, reference: nn.Module) -> bool:
-    """Return True if a call of the module may do something else than the layers of this package, its parts apart."""
+    """Return True if a call of the module, apart from its submodules, may differ from that of the reference."""
     return not (
         type(module) is type(reference)
         and (has_own_forward(module) if has_own_forward(reference) else "forward" not in vars(module))
@@ -56,7 +55,7 @@ def _is_changed(module: nn.Module | None, reference: nn.Module) -> bool:
 
 
 class FixedEMA(ComplexEMA):
-    """A :class:`ComplexEMA` that keeps the coefficients of its construction, for inference."""
+    """:class:`ComplexEMA` for inference, with the coefficients that its parameters gave when it was made."""
 
     def __init__(self, layer: ComplexEMA) -> None:
         nn.Module.__init__(self)
@@ -71,11 +70,14 @@ class FixedEMA(ComplexEMA):
 
 
 class ChangedModule(nn.Module):
-    """A module that was wrapped, hooked, quantised or replaced; a recorded step calls it in Python."""
+    """Wrapper of a changed module (hooked, quantised or replaced), which a recorded step calls in Python."""
 
     def __init__(self, name: str, module: nn.Module) -> None:
         super().__init__()
-        self._name, self.__dict__["_module"] = name, module  # no submodule, which would have another name
+        self._name, self.__dict__["_module"] = (
+            name,
+            module,
+        )  # not registered as a submodule, which would change its name
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.__dict__["_module"], name)
@@ -86,7 +88,7 @@ class ChangedModule(nn.Module):
         return observer.recorder.call(self._name, self._call, *args, **kwargs)
 
     def _call(self, x: Tensor, *args: Any, **kwargs: Any) -> Any:
-        """Call the module with a copy of its input x, which a hook may keep."""
+        """Call the module with a copy of its input x, as a hook may keep the copy."""
         given = x.clone()
         result = self._module(given, *args, **kwargs)
         x.copy_(given)  # a hook may have changed the input, which other modules read

@@ -1,4 +1,4 @@
-"""Generation: `Megalodon.stream` token by token, `Megalodon.generate` at once."""
+"""Generation: `Megalodon.stream`, token by token, and `Megalodon.generate`, all tokens at once."""
 
 from __future__ import annotations
 
@@ -29,12 +29,12 @@ _STOPPED_TOKEN = -1
 
 
 class TokenStream:
-    """Iterator over the new tokens of prompts, one for each row at a time, from :meth:`Megalodon.stream`.
+    """Iterator over the new tokens of prompts, from :meth:`Megalodon.stream`.
 
-    Yields (rows,) int64, -1 for a row that has stopped, and ends when all rows have.
+    Yields the next token of each row, (rows,) int64, -1 for a row that has stopped. Ends when all rows have stopped.
 
     Attributes:
-        stopped: (rows,) bools.
+        stopped: (rows,) bools, True for rows that have stopped.
 
     Example:
         >>> import itertools, torch, megalodon_ops as mo
@@ -46,17 +46,10 @@ class TokenStream:
     """
 
     def __init__(
-        self,
-        model: nn.Module,
-        prompts: _Prompts,
-        state: MegalodonState | None,
-        sampling: Sampling,
-        stops: list[list[int]],
-        seeds: list[int],
-        max_new_tokens: int | None,
-        draft: nn.Module | str | None,
+        self, model: nn.Module, prompts: _Prompts, state: MegalodonState | None, sampling: Sampling,
+        stops: list[list[int]], seeds: list[int], max_new_tokens: int | None, draft: nn.Module | str | None,
         draft_tokens: int,
-    ) -> None:
+    ) -> None:  # fmt: skip
         self._num_guesses = 0 if draft is None else draft_tokens
         state = _prompt_state(model, prompts, state)
         self._prompts, self._decoder = prompts, Decoder(model, state, undo=self._num_guesses)
@@ -72,7 +65,7 @@ class TokenStream:
         self._all_stopped, self._remaining = False, math.inf if max_new_tokens is None else max_new_tokens
         self._states_of_stopped: list[tuple[Tensor, MegalodonState]] = []
         self._ready: deque[tuple[Tensor, Tensor]] = deque()
-        """tokens to yield, each with the rows that have stopped then"""
+        """tokens (rows,) to yield, each with the value of `stopped` after it"""
         self._drawn: list[Tensor] = []
         """random numbers of the next tokens"""
 
@@ -89,7 +82,7 @@ class TokenStream:
         return token
 
     def _advance(self) -> None:
-        """Choose the next tokens: as many as the draft guesses right, and one more."""
+        """Choose the next tokens: those that the draft guessed right, and one more."""
         read, count, tokens = self._last[:, None], min(self._num_guesses, self._remaining - 1), []
         if count:
             read = torch.cat([read, self._draft.guess(count, self._choice_of_guesses())], 1)
@@ -115,22 +108,22 @@ class TokenStream:
             self._draft.accept(torch.stack(tokens, 1))
         if ending is not None and bool(ending.any()):
             self._all_stopped = bool(self._will_stop.all())
-            if not self._all_stopped:  # the decoder still computes these rows, but nobody uses them
+            if not self._all_stopped:  # the decoder still computes the stopped rows, but their tokens are not used
                 rows = ending.nonzero()[:, 0]
                 self._states_of_stopped.append((rows, self._decoder.state_of(rows)))
 
     def _choose(self, i: int, logits: Tensor, seen_mask: Tensor | None) -> Tensor:
-        """Choose the token (rows,) that is i places after the next one."""
+        """Choose the token (rows,) i places after the next one."""
         return self._sampling.choose(logits, self._numbers_from(i), seen_mask)
 
     def _numbers_from(self, i: int) -> Iterator[Tensor]:
-        """Yield the random numbers (rows,) of the token that is i places after the next one, if it is drawn."""
+        """Yield the random numbers (rows,) of the token i places after the next one, drawn on demand."""
         while len(self._drawn) <= i:
             self._drawn.append(next(self._numbers))
         yield self._drawn[i]
 
     def _choice_of_guesses(self) -> Choose:
-        """Return a function that chooses a draft's tokens in turn; they count as seen for later ones."""
+        """Return a function that chooses the tokens of a draft in order; the penalty counts each for the later ones."""
         seen_mask = self._seen_mask
 
         def choose(i: int, logits: Tensor) -> Tensor:
@@ -143,9 +136,9 @@ class TokenStream:
 
     @property
     def state(self) -> MegalodonState:
-        """A copy of the state after all tokens of a row, prompt and new ones, but the last.
+        """Copy of the state after each row's prompt and new tokens except the last.
 
-        The last token begins the prompt of a later call.
+        To continue, begin the prompt of a later call with the last token.
         """
         state = self._decoder.state_before(len(self._ready)) if self._ready else self._decoder.state
         if not self._states_of_stopped:
@@ -154,7 +147,9 @@ class TokenStream:
         index = torch.arange(len(self.stopped), device=self.stopped.device)
         stopped = torch.cat(rows)
         last = len(index) + torch.arange(len(stopped), device=index.device)
-        index[stopped] = last.where(self.stopped[stopped], stopped)  # some stop by a token in `_ready`
+        index[stopped] = last.where(
+            self.stopped[stopped], stopped
+        )  # a row may stop only at a token that is still in `_ready`
         return MegalodonState.cat([state, *states])[index]
 
 
@@ -163,7 +158,7 @@ def _add_seen(seen_mask: Tensor | None, token: Tensor) -> Tensor | None:
 
 
 class _Prompts:
-    """Prompts of a batch, right-padded with zeros, whatever the given padding."""
+    """Prompts of a batch, right-padded with zeros; `padding` is the side of the given padding."""
 
     def __init__(self, prompt: Tensor, lengths: Tensor, padding: str, num_samples: int) -> None:
         width = prompt.shape[1]
@@ -184,11 +179,11 @@ class _Prompts:
         return found.scatter_(1, token, True)[:, :num_tokens]
 
     def texts(self) -> list[Tensor]:
-        """Return the prompt (n,) of each sample."""
+        """Return each sample's prompt (n,), without padding."""
         return [self.tokens[row, : self.lengths[row]].long() for row in self.samples.tolist()]
 
     def append(self, new: Tensor) -> tuple[Tensor, Tensor]:
-        """Return each sample's prompt and new tokens up to the first -1, padded as the prompts were, and lengths."""
+        """Return prompts and new tokens up to the first -1, padded on the given side, and lengths, of all samples."""
         tokens, lengths = self.tokens[self.samples], self.lengths[self.samples]
         width, count = tokens.shape[1], new.shape[1]
         column = torch.arange(width + count, device=new.device)
@@ -201,7 +196,7 @@ class _Prompts:
 
 @torch.no_grad()
 def _prompt_state(model: nn.Module, prompts: _Prompts, state: MegalodonState | None) -> MegalodonState:
-    """Compute the state of all samples after all tokens of their prompts but the last, one chunk at a time."""
+    """Return the state of all samples after their prompts except the last token, which are read chunk by chunk."""
     size, tokens, lengths = model.config.chunk_size, prompts.tokens, prompts.lengths - 1
     for start in range(0, max(int(lengths.max()), 1), size):
         left = (lengths - start).clamp(0, size)
@@ -233,45 +228,43 @@ def stream(
 ) -> TokenStream:
     """Continue prompts token by token.
 
-    A row does not depend on the other rows of its batch, up to rounding. A prompt is read once, one chunk at a time, so
-    that memory does not grow with its length.
+    A row does not depend on the other rows of its batch, up to rounding. Prompts are read one chunk at a time, so
+    memory does not grow with their length.
 
     Args:
         prompt: (B, L >= 1) integers.
-        max_new_tokens: number of tokens after which the stream ends; None: it does not.
-        lengths: (B,) >= 1, the prompts' lengths; padding may have arbitrary values.
-        padding: the padded side, "right" or "left", if `lengths` are less than L.
-        temperature: divides the logits; 0 takes the likeliest token and draws nothing. One for all rows, or a list of one
-            for each row of B * num_samples.
-        top_k: draws from the top_k likeliest tokens.
-        top_p: draws from the smallest set of these with the probability top_p; one for all rows, or one for each.
-        min_p: draws from those of these that are at least min_p times as likely as the likeliest.
-        repetition_penalty: divides the positive logits, and multiplies the negative ones, of tokens in the prompt and of
-            new ones. Tokens in the past of `state` do not count, as a state does not store them.
-        stop_tokens: a token or several; a row stops after one of them. None: after `config.eos_token_id`, the end of a
-            document, if the model has one; an empty list: after none.
+        max_new_tokens: number of tokens after which the stream ends; None: no limit.
+        lengths: (B,) integers >= 1, the prompts' lengths; padding may have arbitrary values.
+        padding: side of the padding, "right" or "left"; "left" needs `lengths`.
+        temperature: divides the logits; 0: take the likeliest token. A number for all rows, or B * num_samples in a list.
+        top_k: draw only from the top_k likeliest tokens.
+        top_p: draw only from the smallest set of these with probability top_p. A number or a list, as `temperature`.
+        min_p: draw only from the remaining tokens that are at least min_p times as likely as the likeliest.
+        repetition_penalty: divides positive logits, and multiplies negative ones, of tokens that are in the prompt or
+            already generated. Tokens in the past of `state` do not count, as a state does not store them.
+        stop_tokens: one token or several; a row stops after one of them. None: `config.eos_token_id`, the end of a
+            document, if the model has one; an empty list: no token.
         stop_sequences: lists of tokens; a row stops when its new tokens end with one. For strings, see `StopStrings`.
-        num_samples: continuations of each prompt, which is read once; rows b * num_samples and following are prompt b's.
+        num_samples: n continuations of each prompt, which is read once; prompt b has the rows b n to b n + n - 1.
         state: the past of the B prompts, as `stream.state`, `generate` or a call of the model returned it.
-        seed: makes a row's draws the same in every batch, on every device and over several calls: each depends on the
-            row's seed and position alone. One for each row of B * num_samples; one integer s stands for s, s + 1, s + 2
-            and so on. None: an integer from torch's own generator.
-        draft: speculative decoding: guesses the next tokens, which the model then reads in one call, and the stream keeps
-            them up to the first that the model would not choose itself. So the tokens are those without a draft, up to
-            rounding, also where they are drawn. A smaller :class:`Megalodon` of the same tokens; or "prompt", which
-            repeats what followed the last tokens earlier in the text. All rows keep as many as the row with the fewest.
+        seed: a row's draws depend on its seed and on positions alone, so they are the same in every batch, on every
+            device and over several calls. A list of one integer for each of the B * num_samples rows; an integer s
+            stands for s, s + 1, s + 2 and so on. None: an integer from torch's own generator.
+        draft: speculative decoding. The draft guesses the next tokens, the model reads the guesses in one call, and the
+            stream keeps those before the first that the model would not choose itself. So the tokens are those without
+            a draft, up to rounding, even if they are drawn. All rows keep as many guesses as the row with the fewest.
+            A smaller :class:`Megalodon` of the same tokens; or "prompt", which repeats what followed in earlier text.
         draft_tokens: number of tokens that the draft guesses at once.
         cache_dtype: torch.int8: the model's state keeps keys and values in 8 bits, on the CPU, as after
             :meth:`MegalodonState.quantize_cache`. None: as in `state`, or in the dtype of the activations.
 
     Returns:
-        an iterator of (B * num_samples,) int64, up to `max_new_tokens` or, with stops, until all rows have stopped; -1
-        for a row that has stopped. Pass its `state` to a later call to continue.
+        a :class:`TokenStream`, which yields (B * num_samples,) int64 until `max_new_tokens` or until all rows have
+        stopped; -1 for a row that has stopped. To continue, pass its `state` to a later call.
 
     Raises:
-        ValueError, TypeError: an argument is wrong, or two do not go together: `num_samples` with temperature 0,
-        padding "left" without `lengths`. FloatingPointError, on the CPU: logits are NaN or infinite, for instance if
-        weights overflow.
+        ValueError, TypeError: an argument is wrong, or two exclude each other: `num_samples` and temperature 0; padding
+        "left" and no `lengths`. FloatingPointError, on the CPU: logits are NaN or infinite, as if weights overflow.
     """
     if max_new_tokens is not None:
         check_integer("generate", "max_new_tokens", max_new_tokens, "an integer in [0, 2^31)", 0, 2**31 - 1)
@@ -317,19 +310,20 @@ def generate(
     return_state: bool = False,
     **options: Any,
 ) -> Tensor | tuple[Tensor | MegalodonState, ...]:
-    """Continue prompts by up to `max_new_tokens`; all other options as in :meth:`stream`.
+    """Continue prompts by up to `max_new_tokens`; all other options are those of :meth:`stream`.
 
     Args:
         prompt: (B, L >= 1) integers.
-        max_new_tokens: largest number of new tokens of a row; it may stop before, for instance where a document ends.
-        return_lengths: also return (B * num_samples,) int64, the number of tokens of a row, prompt and new ones.
-        return_state: also return the state after all tokens of a row but its last. To continue, pass this state, with
-            the last token as the beginning of the prompt: the tokens are those of one call, up to rounding.
+        max_new_tokens: largest number of new tokens of a row; a row may stop earlier, for instance where a document
+            ends.
+        return_lengths: also return (B * num_samples,) int64, the number of tokens of each row, prompt and new ones.
+        return_state: also return the state after all tokens of a row except its last. To continue, pass this state, and
+            begin the prompt with the last token: the tokens are those of one call, up to rounding.
 
     Returns:
-        tokens (B * num_samples, L + n), where n is the largest number of new tokens. A row's new tokens, the one that
-        stops it included, follow its prompt; zeros pad the rest. With padding "left", all new tokens begin at column L.
-        Then, if asked for, lengths and state.
+        tokens (B * num_samples, L + n), where n is the largest number of new tokens of a row. A row's new tokens, with
+        the one that stops it, follow its prompt; the padding is zeros. With padding "left", all new tokens begin at
+        column L. Then, if requested, the lengths and the state.
 
     Example:
         >>> import torch, megalodon_ops as mo
@@ -377,7 +371,7 @@ def check_samples(model: nn.Module, rows: int, cache_dtype: torch.dtype | None =
     """Raise a ValueError, before a prompt is read, if the states and logits of all rows do not fit in memory."""
     options = dict(dtype=computing_dtype(model), device="meta", cache_dtype=cache_dtype)
     state = MegalodonState.fresh(model.config, 1, **options).nbytes
-    logits = 2 * model.config.num_outputs * torch.float32.itemsize  # the decoder's, and sorted by the sampler
+    logits = 2 * model.config.num_outputs * torch.float32.itemsize  # the decoder's, and the sampler's sorted ones
     check_fits(rows * (state + logits), f"the state of {rows:,} samples")
 
 

@@ -1,10 +1,10 @@
-"""`MegalodonState`: the state that calls of a model pass on, its sequences, and its file."""
+"""`MegalodonState`: the state that a call of a model passes to the next, and its file."""
 
 from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -37,9 +37,10 @@ Rows = slice | Sequence[int] | Tensor
 class MegalodonState(NamedTuple):
     """State that a call of the model passes on to the next call; its size does not depend on the length of the past.
 
-    A state is a pytree of tensors whose first dimension is the S sequences of a batch. `state[rows]` selects sequences
-    by a slice, a list or a 1-D tensor of integers or bools; integers may be in arbitrary order and repeat. No method
-    changes the state it is called on, and results of `clone`, `reset`, `cat` and `state[rows]` share no memory with it.
+    A state is a pytree of tensors whose first dimension is S, the number of sequences in a batch. `state[rows]` selects
+    sequences by a slice, a list or a 1-D tensor of integers or bools; integers may be in arbitrary order and repeat. No
+    method changes the state it is called on, and results of `clone`, `reset`, `cat` and `state[rows]` share no memory
+    with it.
 
     Example:
         >>> import torch, megalodon_ops as mo
@@ -55,8 +56,8 @@ class MegalodonState(NamedTuple):
     norm: TimestepNormState
     """the final norm's"""
     inputs: TimestepNormState | tuple[()] = ()
-    """running statistics of the inputs, one group per feature, float64; with `missing_values`, count is (S, F); (): the
-    model does not scale its inputs"""
+    """running statistics of the inputs, float64, one group for each of F features; with `missing_values`, count is
+    (S, F). Empty if the model does not scale its inputs"""
 
     @staticmethod
     def fresh(
@@ -67,12 +68,12 @@ class MegalodonState(NamedTuple):
         device: torch.device | str = "cpu",
         cache_dtype: torch.dtype | None = None,
     ) -> MegalodonState:
-        """State of sequences that have not begun, equivalent to state=None.
+        """Return the state of sequences that have not begun, equivalent to state=None.
 
         Args:
             num_sequences: S.
-            dtype: of the model's activations.
-            cache_dtype: torch.int8: keys and values have 8 bits, as in :meth:`quantize_cache`; None: as `dtype`.
+            dtype: dtype of the model's activations.
+            cache_dtype: torch.int8: keys and values have 8 bits, as in :meth:`quantize_cache`; None: `dtype`.
         """
         check_config("MegalodonState.fresh", config)
         rows = check_size("MegalodonState.fresh", "num_sequences", num_sequences)
@@ -132,8 +133,8 @@ class MegalodonState(NamedTuple):
     ) -> MegalodonState:
         """Move the state to another device, or convert it for activations of another dtype: `state.to(torch.bfloat16)`.
 
-        Keys and values get the dtype, but those of 8 bits stay so; the recurrent parts become float32, or float64 for
-        float64 activations.
+        Keys and values get the dtype, except that those of 8 bits are unchanged. The recurrent parts become float32, or
+        float64 for float64 activations.
         """
         if isinstance(device, torch.dtype):
             device, dtype = None, device
@@ -153,11 +154,11 @@ class MegalodonState(NamedTuple):
         return from_named({name: convert(name, tensor) for name, tensor in named_tensors(self).items()})
 
     def quantize_cache(self) -> MegalodonState:
-        """Round keys and values to 8 bits; the other tensors share memory. The next calls keep 8 bits, on the CPU.
+        """Return the state with keys and values rounded to 8 bits; the other tensors share memory. For the CPU.
 
-        Each row of a head has a scale, its largest absolute value / 127. A call rounds the keys and values of its
-        positions after it has attended to them exactly; so a sequence that is split into other calls has other results,
-        by the error of this rounding.
+        Each key and value of a head has a scale, its largest absolute value / 127. Later calls keep 8 bits: a call
+        attends to the exact keys and values of its own positions, and rounds them when they enter the state. So the
+        results of a sequence depend on how it is split into calls, by the error of this rounding.
 
         Raises:
             ValueError: the activations are float64, or the model has a working memory.
@@ -188,7 +189,7 @@ class MegalodonState(NamedTuple):
         return _map(Tensor.clone, self)
 
     def detach(self) -> MegalodonState:
-        """Detach the state from the graph, for truncated backpropagation through time. Memory is shared."""
+        """Detach the state from the autograd graph, for truncated backpropagation through time. Memory is shared."""
         return _map(Tensor.detach, self)
 
     def save(self, path: str | os.PathLike, config: MegalodonConfig) -> None:
@@ -199,8 +200,8 @@ class MegalodonState(NamedTuple):
             config: the configuration of the state's model; :meth:`load` requires the same one.
 
         Raises:
-            ValueError: the state is not one of this configuration or has invalid values, such as NaN. OSError: the file
-            cannot be written. An existing file is then unchanged.
+            ValueError: the state is of another configuration or has invalid values, such as NaN. OSError: the file
+            cannot be written. After an error, an existing file is unchanged.
 
         Example:
             >>> import tempfile, torch, megalodon_ops as mo
@@ -233,8 +234,8 @@ class MegalodonState(NamedTuple):
         """Load a state that :meth:`save` wrote for a model of this configuration.
 
         Raises:
-            FileNotFoundError: there is no such file. ValueError: the file is not one that :meth:`save` wrote for this
-            configuration, is damaged, or has invalid values, such as NaN.
+            FileNotFoundError: there is no such file. ValueError: :meth:`save` did not write the file, or wrote it for
+            another configuration; or the file is damaged or has invalid values, such as NaN.
         """
         check_config("MegalodonState.load", config)
         path = Path(path)
@@ -270,7 +271,7 @@ class MegalodonState(NamedTuple):
 
 
 def check_state(op: str, state: object, config: MegalodonConfig, rows: int, argument: str) -> None:
-    """Raise an error unless the state fits the configuration and has `rows` sequences, as many as `argument`."""
+    """Raise an error unless the state fits the configuration and has `rows` sequences, the number in `argument`."""
     if not isinstance(state, MegalodonState):
         raise TypeError(f"{op}: `state` must be a MegalodonState or None, got {describe(state)}.")
     if state.num_sequences != rows:
@@ -320,7 +321,7 @@ def named_tensors(state: tuple, prefix: str = "") -> dict[str, Tensor]:
 
 
 def from_named(tensors: dict[str, Tensor]) -> MegalodonState:
-    """Build a state from tensors under the names of :func:`named_tensors`; `cema` may be pairs of reals."""
+    """Build a state from tensors by the names of :func:`named_tensors`; a `cema` may be complex or pairs of reals."""
 
     def norm(prefix: str) -> TimestepNormState:
         return TimestepNormState(*(tensors.get(prefix + field) for field in TimestepNormState._fields))

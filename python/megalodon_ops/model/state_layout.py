@@ -22,7 +22,7 @@ Layout = Iterator[tuple[str, torch.dtype, tuple[int, ...]]]
 
 
 def check_cache_dtype(function: str, cache_dtype: object, activations: torch.dtype, has_memory: bool) -> None:
-    """Raise a ValueError unless keys and values can have this dtype, which must be int8, beside the activations."""
+    """Raise a ValueError unless `cache_dtype` is int8 and the activations' dtype and the model allow it."""
     if cache_dtype != torch.int8:
         raise ValueError(f"{function}: `cache_dtype` must be torch.int8 or None, got {short_text(cache_dtype)}.")
     if activations == torch.float64 or has_memory:

@@ -1,4 +1,4 @@
-"""`History`: the last calls of a decoder, from which it takes tokens back."""
+"""`History`: the last calls of a decoder, whose tokens can be taken back."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ from ..ops.common.checks import check_integer
 from ..ops.linear_cross_entropy.linear_cross_entropy import has_integers
 
 ReadTokens = Callable[..., MegalodonState]
-"""Function that returns the state after tokens (B, L) or numbers (B, L, F), from these, a state that it may overwrite
-and, where rows have different numbers of tokens, their `lengths` (B,)"""
+"""Function of tokens (B, L) or numbers (B, L, F), of a state, which it may overwrite, and, if rows have different
+numbers of tokens, of their `lengths` (B,). It returns the state after the tokens."""
 
 
 @dataclass
@@ -28,17 +28,17 @@ class _Call:
     tokens: Tensor
     """(B, L), or numbers (B, L, F)"""
     lengths: Tensor
-    """(B,) tokens of each row, 0 if they were taken back, on the CPU"""
+    """(B,), on the CPU: number of tokens of each row, 0 if they were taken back"""
     position: Tensor
-    """(B,) positions in the attention's cache before the call, on the CPU"""
+    """(B,), on the CPU: number of positions in the attention's cache before the call"""
     small: list[Tensor]
-    """tensors of :func:`_small_tensors`, those of all layers in one, before the call"""
+    """tensors of :func:`_small_tensors` before the call, each list concatenated"""
     caches: list[list[Tensor]] | None
-    """the attention's and the memory's tensors of each layer before the call; None: no chunk ends in it"""
+    """tensors of :func:`_cache` of each layer before the call; None: no chunk ends in the call"""
 
 
 def make_history(config: MegalodonConfig, state: MegalodonState, size: int, most_tokens: int) -> History | None:
-    """Return the history of a decoder with undo=`size`, if that is above 0; `most_tokens`: of a row in a step."""
+    """Return the history of a decoder with undo=`size`, None for 0. most_tokens: most tokens per row in a step."""
     if check_integer("Decoder", "undo", size, "an integer in [0, 2^31)", 0, 2**31 - 1) == 0:
         return None
     return History(config, state, size, most_tokens)
@@ -51,17 +51,17 @@ def check_history(history: History | None) -> History:
 
 
 class History:
-    """The last calls of a decoder, at least `size` tokens of each row.
+    """The last calls of a decoder, with at least `size` tokens of each row.
 
-    Each call has the small states before it. Keys and values stay in their cache; of a call in which a chunk ends, the
-    cache before it is kept. Tokens are taken back by returning to the state before their call. The call's other tokens
-    are pending then: the next call reads them in front of its own.
+    The history keeps the small tensors of the state before each call. Keys and values stay in the decoder's cache, but
+    for a call in which a chunk ends the history keeps the cache before it, too. Tokens are taken back by restoring the
+    state before their call. The call's other tokens are then pending: the next call reads them before its own.
     """
 
     def __init__(self, config: MegalodonConfig, state: MegalodonState, size: int, most_tokens: int) -> None:
         self.size, self._config = size, config
         self._longest = min(2 * size + 1, most_tokens) if most_tokens > size else 2 * size + 1
-        """the most tokens of a row in a call, pending ones included"""
+        """largest number of tokens per row in a call, pending ones included"""
         self._calls: list[_Call] = []
         self._pending: Tensor | None = None
         """(B, L) tokens or (B, L, F) numbers, right-padded"""
@@ -69,9 +69,9 @@ class History:
         self._num_pending = torch.zeros_like(self._position)
 
     def run(self, tokens: Tensor, state: MegalodonState, run: Callable[[Tensor], Tensor]) -> Tensor:
-        """Return the logits after `tokens`; `run` returns those of its tokens and updates `state`."""
+        """Return the logits after `tokens`. run: returns the logits after its argument and updates `state`."""
         num_pending = 0 if self._pending is None else self._pending.shape[1]
-        # A copy, as the caller may change the tokens.
+        # `cat` copies: the caller may change `tokens` later.
         tokens, logits = torch.cat([tokens] if self._pending is None else [self._pending, tokens], 1), []
         if tokens.shape[1] > self._longest:
             first, tokens = tokens.split([tokens.shape[1] - self.size - 1, self.size + 1], 1)
@@ -83,19 +83,19 @@ class History:
         return (torch.cat(logits, 1) if len(logits) > 1 else logits[0])[:, num_pending:]
 
     def read_pending(self, state: MegalodonState, read: ReadTokens) -> None:
-        """Read the pending tokens, by a call of their own, which updates `state`."""
+        """Read the pending tokens by a separate call, which updates `state`."""
         if self._pending is None:
             return
         call, rows = self._begin(state, self._pending, self._num_pending), self._num_pending.nonzero()[:, 0]
-        lengths, at = self._num_pending[rows], rows.to(self._pending.device)
-        options = {} if bool((lengths == lengths[0]).all()) else {"lengths": lengths.to(at.device)}
-        after = read(self._pending[at], state[at], **options)
-        for to, x in zip(tree_leaves(state), tree_leaves(after), strict=True):
-            to[at] = x
+        lengths, index = self._num_pending[rows], rows.to(self._pending.device)
+        options = {} if bool((lengths == lengths[0]).all()) else {"lengths": lengths.to(index.device)}
+        after = read(self._pending[index], state[index], **options)
+        for old, new in zip(tree_leaves(state), tree_leaves(after), strict=True):
+            old[index] = new
         self._end(call)
 
     def _begin(self, state: MegalodonState, tokens: Tensor, lengths: Tensor) -> _Call:
-        """Return a call with `tokens` from `state`."""
+        """Return a call with `tokens`, which starts from `state`."""
         ends_chunk = bool((self._position + lengths >= self._config.num_cached_positions).any())
         return _Call(
             tokens=tokens,
@@ -106,10 +106,10 @@ class History:
         )
 
     def _end(self, call: _Call) -> None:
-        """Add a call, which has read what was pending; drop those that are too old."""
+        """Add a call, which has read all pending tokens; drop calls that are too old."""
         limit, size = self._config.num_cached_positions, self._config.chunk_size
         position = call.position + call.lengths
-        # A full cache drops a chunk.
+        # When the cache is full, its first chunk is dropped.
         self._position = position.where(position < limit, limit - size + (position - limit) % size)
         self._pending, self._num_pending = None, torch.zeros_like(position)
         self._calls.append(call)
@@ -118,7 +118,7 @@ class History:
             later = later - self._calls.pop(0).lengths
 
     def forget(self, state: MegalodonState, rows: Tensor | slice = slice(None)) -> None:
-        """Forget the past of rows that other sequences have taken; `state` is the one after that."""
+        """Forget the tokens of rows whose sequences were replaced; `state` is the state after the replacement."""
         for call in self._calls:
             call.lengths = call.lengths.clone()
             call.lengths[rows] = 0
@@ -131,20 +131,20 @@ class History:
         return other
 
     def take_back(self, state: MegalodonState, counts: Tensor, read: ReadTokens) -> None:
-        """Change the state, in place, to that before the calls of the last `counts` (B,) tokens of each row.
+        """Restore, in place, the state before the calls with the last `counts` (B,) tokens of each row.
 
-        The other tokens of these calls are pending afterwards or, where rows have different numbers of them, read.
+        The other tokens of these calls are then pending or, if their number differs between rows, read at once.
         """
         if not bool(counts.any()):
             return
         sources = list(self._calls[-1].tokens if self._pending is None else self._pending)
-        num_pending, left = (self._num_pending - counts).clamp(min=0), (counts - self._num_pending).clamp(min=0)
+        num_pending, remaining = (self._num_pending - counts).clamp(min=0), (counts - self._num_pending).clamp(min=0)
         for call in reversed(self._calls):
-            taken = torch.minimum(left, call.lengths)
+            taken = torch.minimum(remaining, call.lengths)
             if bool((taken > 0).any()):
                 for row in self._restore(state, call, taken > 0):
                     sources[row], num_pending[row] = call.tokens[row], call.lengths[row] - taken[row]
-                call.lengths, left = call.lengths.where(taken == 0, 0), left - taken
+                call.lengths, remaining = call.lengths.where(taken == 0, 0), remaining - taken
         self._calls = [call for call in self._calls if bool(call.lengths.any())]
         kept = [tokens[:count] for tokens, count in zip(sources, num_pending.tolist(), strict=True)]
         self._pending, self._num_pending = pad_sequence(kept, True) if bool(num_pending.any()) else None, num_pending
@@ -152,7 +152,7 @@ class History:
             self.read_pending(state, read)
 
     def check_counts(self, counts: int | Tensor) -> Tensor:
-        """Return the numbers of tokens to take back as (B,) on the CPU."""
+        """Check the numbers of tokens to take back; return them as (B,) on the CPU."""
         if not isinstance(counts, Tensor):
             counts = torch.tensor(check_integer("Decoder", "counts", counts, "an integer of at least 0", 0))
         if counts.shape not in ((), self._position.shape) or not has_integers(counts):
@@ -169,33 +169,33 @@ class History:
         return counts
 
     def _restore(self, state: MegalodonState, call: _Call, changes: Tensor) -> list[int]:
-        """Restore the state before a call in the rows of which `changes` (B,) is True, and return these."""
+        """Restore the state before a call in the rows where `changes` (B,) is True, and return these rows."""
         ended = changes & (call.position + call.lengths >= self._config.num_cached_positions)
-        at = _places(changes, state)
+        index = _row_index(changes, state)
         for tensors, before in zip(_small_tensors(state), call.small, strict=True):
-            for x, y in zip(tensors, before.chunk(len(tensors)), strict=True):
-                x[at] = y[at]
+            for tensor, old in zip(tensors, before.chunk(len(tensors)), strict=True):
+                tensor[index] = old[index]
         if bool(ended.any()):
-            at = _places(ended, state)
+            index = _row_index(ended, state)
             for layer, before in zip(state.layers, call.caches, strict=True):
-                for x, y in zip(_cache(layer), before, strict=True):
-                    x[at] = y[at]
+                for tensor, old in zip(_cache(layer), before, strict=True):
+                    tensor[index] = old[index]
         self._position = call.position.where(changes, self._position)
         return changes.nonzero()[:, 0].tolist()
 
 
-def _places(rows: Tensor, state: MegalodonState) -> Tensor | slice:
-    """Return the index of rows (B,), bools on the CPU: a slice, which copies faster, for all of them."""
-    return slice(None) if bool(rows.all()) else rows.nonzero()[:, 0].to(state.norm.count.device)
+def _row_index(is_selected: Tensor, state: MegalodonState) -> Tensor | slice:
+    """Return the index of the rows where `is_selected` (B,) is True; for all rows a slice, which copies faster."""
+    return slice(None) if bool(is_selected.all()) else is_selected.nonzero()[:, 0].to(state.norm.count.device)
 
 
 def _small_tensors(state: MegalodonState) -> list[list[Tensor]]:
-    """Return the state's tensors apart from the caches, those of one shape together."""
+    """Return the state's tensors except those of :func:`_cache`, in lists of tensors of one shape."""
     norms = [*(layer.norm for layer in state.layers), state.norm]
     layers = [[layer.cema for layer in state.layers], [layer.attention.position for layer in state.layers]]
     return [*map(list, zip(*norms, strict=True)), *layers, *([x] for x in state.inputs)]
 
 
 def _cache(layer: tuple) -> tuple[Tensor, ...]:
-    """Tensors of a layer's state that change where a chunk ends, apart from the position."""
+    """Return the tensors of a layer's state that must be kept if a chunk ends: keys, values and the memory."""
     return layer.attention.k, layer.attention.v, *layer[3:]

@@ -304,7 +304,7 @@ def test_subclasses_of_tensor():
     """A subclass with memory of its own is recorded; one made of other tensors may be a constant alone."""
     assert_replays(lambda x: torch.relu(x.as_subclass(Subclass) * 2), torch.randn(3, D).unbind(0))
     weight = TwoTensor(torch.randn(D), torch.randn(D))
-    with pytest.raises(NotImplementedError, match="got `mul`, .* returns a tensor that is made of others"):
+    with pytest.raises(NotImplementedError, match="got `mul`, .* returns a tensor that wraps others"):
         mo.record(lambda x: x * weight, torch.ones(D))
     assert_replays(lambda x: x + (weight * 2).a, torch.randn(3, D).unbind(0))
     first = FirstOfTwo(torch.randn(D), torch.randn(D))

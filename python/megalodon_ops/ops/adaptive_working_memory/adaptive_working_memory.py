@@ -1,4 +1,4 @@
-"""`adaptive_working_memory`: each position reads a memory of all earlier chunks, a matrix per head."""
+"""`adaptive_working_memory`: each position reads a matrix per head that summarizes all earlier chunks."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from ..common.checks import check_device, check_flag, check_rank, check_sequence
 from .working_memory_plan import OP as _NAME, Index, Plan, matrices
 
 _FEW_TOKENS = 32
-"""Calls with a state and at most this many tokens use the CPU kernel for decoding"""
+"""On the CPU, calls with a state and at most this many tokens (B L) use the kernel for decoding"""
 
 
 def adaptive_working_memory(
@@ -40,15 +40,15 @@ def adaptive_working_memory(
         P &= \mathrm{softmax}_t(k), \quad \Phi = \mathrm{softmax}_K(k), \quad
         r = e^{w - z'}, \quad w = \log \textstyle\sum_t e^{k_t}, \quad z' = \log (e^z + e^w)
 
-    Row i of M is the mean, over past positions t, of the part of v_t that M did not predict, weighted by exp(k_ti); z
-    is the logarithm of the sum of the weights. Chunks are those of :func:`chunked_attention`, which attends to the
-    position's own chunk.
+    Row i of M is a mean over past positions t, weighted by exp(k_ti), of the part of v_t that M did not predict; z_i is
+    the logarithm of the sum of the weights. M starts at 0. Chunks are those of :func:`chunked_attention`, which attends
+    to the position's own chunk.
 
     Args:
         q, k: (B, L, H, K) float32, float64, bfloat16 or float16, without rotary positions.
         v: (B, L, H, V) in q's dtype.
         chunk_size: C.
-        visible_chunks: 1 or 2, the number of chunks that attention sees, the position's own included. For 2, each chunk
+        visible_chunks: 1 or 2, the number of chunks that attention sees, the position's own included. With 2, a chunk
             is written one chunk later, when attention no longer sees it.
         state: the state that an earlier call returned; None: an empty memory.
         return_state: also return the state after each sequence's last position.
@@ -61,11 +61,11 @@ def adaptive_working_memory(
     Raises:
         ValueError: a shape or a value is wrong. TypeError: a dtype is wrong. Second derivatives are not supported.
 
-    Gradients go to every tensor but the state's k and v, which are constant in the backward. Softmax, M and z are
-    float32 (float64 for float64); operands of matrix products are rounded to q's dtype, but for those of the loop over
-    chunks. The op consists of matrix products, 4 K V + 2 K^2 (1 + V / C) operations for each position and head.
-    On the CPU a call of up to 32 tokens with a state is one kernel. Only the inputs are kept for the backward, which
-    recomputes the memory. On a GPU the host waits for `cu_seqlens`, `lengths` and the state's positions.
+    Every tensor has gradients except the state's k and v, which are constant in the backward. Softmax, M and z are
+    float32 (float64 for float64). Operands of matrix products are rounded to q's dtype, except in the loop over chunks.
+    The op consists of matrix products, 4 K V + 2 K^2 (1 + V / C) operations for each position and head. On the CPU a
+    call of up to 32 tokens with a state is one kernel. The backward keeps only the inputs and recomputes the memory. On
+    a GPU the host waits for `cu_seqlens`, `lengths` and the state's positions.
 
     Arrays of other libraries: see :mod:`megalodon_ops.ops.common.arrays`.
 
@@ -111,7 +111,7 @@ def read_and_write(
     q: Tensor, k: Tensor, v: Tensor, chunk_size: int, visible_chunks: int, state: WorkingMemoryState | None,
     cu_seqlens: Tensor | None, lengths: Tensor | None, to_end: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """Return o and, if `to_end`, the memory and mass after the last position, else empty ones. Checks nothing."""
+    """Return o, and the memory and mass after the last position, which are empty unless `to_end`. Checks nothing."""
     memory, mass, cache_k, position, cache_v = (None,) * 5 if state is None else state
     tensors = (q, k, v, memory, mass, cache_k, cache_v, position)
     return call(adaptive_working_memory_fwd, *tensors, chunk_size, visible_chunks, cu_seqlens, lengths, to_end)
@@ -122,9 +122,11 @@ def read_write_and_keep(
     cu_seqlens: Tensor | None, lengths: Tensor | None, to_end: bool, inplace: bool = False,
     cached_rows: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    """Return :func:`read_and_write`'s results and, if `to_end`, the new state's k, written in place if `inplace`.
+    """Return :func:`read_and_write`'s results and the new state's k, which has no rows unless `to_end`.
 
-    cached_rows: (S,) valid rows of the state's k, if the caller has them.
+    Args:
+        inplace: write the new k into `state.k`.
+        cached_rows: (S,) number of valid rows of `state.k`; None: computed from the position.
     """
     cu_seqlens, lengths = int64_or_none(cu_seqlens), int64_or_none(lengths)
     o, memory, mass = read_and_write(q, k, v, chunk_size, visible_chunks, state, cu_seqlens, lengths, to_end)
@@ -145,29 +147,29 @@ def read_write_and_keep(
 
 
 def num_cached_rows(position: Tensor, chunk_size: int, visible_chunks: int) -> Tensor:
-    """(S,) number of valid rows of keys and values in a state after `position` positions."""
+    """Return (S,), the number of valid rows of keys and values in a state after `position` positions."""
     return torch.minimum(position, (visible_chunks - 1) * chunk_size + position % chunk_size)
 
 
 def end_position(
     q: Tensor, state: WorkingMemoryState | None, cu_seqlens: Tensor | None, lengths: Tensor | None
 ) -> Tensor:
-    """(S,) number of positions of each sequence so far, those of its state included."""
+    """Return (S,), the number of positions of each sequence so far, those of its state included."""
     counts = num_positions(q, cu_seqlens, lengths)
-    return counts.clone() if state is None else state.position + counts  # counts may be the caller's lengths
+    return counts.clone() if state is None else state.position + counts  # a copy: counts may be the caller's lengths
 
 
 class _Writer:
-    """The n chunks that are written: M' = M + X with X = r (N - M), for each.
+    """Update of M by each of the n chunks that are written: M' = M + X, where X = r (N - M).
 
-    As N = P^T (V - F M) = P^T V - A M with A = P^T F, X is E + D M with E = r P^T V and D = -r (A + I). These do not
-    depend on M, so that only :meth:`write` is a loop over chunks.
+    With A = P^T F, N is P^T (V - F M) = P^T V - A M. So X = E + D M, where E = r P^T V and D = -r (A + I). E and D do
+    not depend on M; only the calls of :meth:`write` are a loop over chunks.
     """
 
     def __init__(
         self, plan: Plan, k: Tensor, v: Tensor, cache_k: Tensor | None, cache_v: Tensor | None, z: Tensor
     ) -> None:
-        """Update z (S, H, K) in place."""
+        """Compute E and D of all chunks, and update z (S, H, K) in place."""
         self.V = plan.take_written(v, cache_v)  # (n, H, C, V)
         logits = plan.take_written(k, cache_k).to(z.dtype)  # (n, H, C, K)
         top = logits.amax(-2, keepdim=True)
@@ -176,9 +178,9 @@ class _Writer:
         self.P.div_(total)
         w = total.log_().add_(top).squeeze(-2)  # (n, H, K)
         after = w.index_fill(0, plan.absent, -torch.inf)
-        for _, _, n, at in plan.turns:
-            if n:
-                z[:n] = after[at] = torch.logaddexp(z[:n], after[at])
+        for _, _, num_writes, writes in plan.turns:
+            if num_writes:
+                z[:num_writes] = after[writes] = torch.logaddexp(z[:num_writes], after[writes])
         self.r = (w - after).exp_()  # (n, H, K)
         self.r.index_fill_(0, plan.absent, 0)
         self.p, self.f = self.P.to(k.dtype), self.F.to(k.dtype)
@@ -187,15 +189,15 @@ class _Writer:
             put_products_(e, p.mT, V)
             put_products_(a, p.mT, f)
         r = self.r[..., None]
-        self.X = E.to(z.dtype).mul_(r)  # (n, H, K, V): E; `write` adds D M
+        self.X = E.to(z.dtype).mul_(r)  # (n, H, K, V): E, to which `write` adds D M
         self.D = A.to(z.dtype).mul_(-r)  # (n, H, K, K)
         self.D.diagonal(dim1=-2, dim2=-1).sub_(self.r)
 
-    def write(self, at: Index, M: Tensor) -> None:
-        """Write one chunk for each of the s sequences of M (s, H, K, V)."""
-        X, D, before = matrices(self.X[at], self.D[at], M)
+    def write(self, chunks: Index, M: Tensor) -> None:
+        """Write `chunks`, one for each sequence of M (number of chunks, H, K, V)."""
+        X, D, before = matrices(self.X[chunks], self.D[chunks], M)
         put_products_(X, D, before, add=True)
-        M += self.X[at]
+        M += self.X[chunks]
 
 
 def _fwd(
@@ -210,13 +212,13 @@ def _fwd(
     M, z = plan.start(q, v, memory, mass)
     writer = _Writer(plan, k, v, cache_k, cache_v, z)
     queries = plan.reads.take(q).to(M.dtype).softmax(-1).to(q.dtype)
-    before = queries.new_empty(*queries.shape[:-2], *M.shape[2:])  # M that each chunk reads
+    M_of_reads = queries.new_empty(*queries.shape[:-2], *M.shape[2:])  # M that each chunk reads
     for num_reads, reads, num_writes, writes in plan.turns:
-        before[reads] = M[:num_reads]
+        M_of_reads[reads] = M[:num_reads]
         if num_writes:
             writer.write(writes, M[:num_writes])
     o, chunks = plan.reads.empty(v)
-    for Q, M_read, out in plan.reads.matrices(queries, before, chunks):
+    for Q, M_read, out in plan.reads.matrices(queries, M_of_reads, chunks):
         put_products_(out, Q, M_read)
     ends = plan.end(M, z) if return_state else (M.new_empty(0), M.new_empty(0))
     return plan.reads.put(o, chunks), *ends
@@ -232,46 +234,46 @@ def _fwd_fake(q, k, v, *others):
 def _bwd(
     do, dmemory_out, dmass_out, q, k, v, memory, mass, cache_k, cache_v, position, chunk_size, visible_chunks, cu_seqlens, lengths
 ):  # fmt: skip
-    """Formulas: adaptive_working_memory_reference.py, with N = P^T V - A M, A = P^T F as in :class:`_Writer`:
+    """Differentiate the formulas of adaptive_working_memory_reference.py, with A = P^T F and N = P^T V - A M.
 
         dA = -dN M^T     dP = V dN^T + F dA^T     dF = P dA     dV = P dN
         dM = dM' + D^T dM'                        r (1 - r) dr = (1 - r) sum_v dM' X
 
-    Without dmemory_out and dmass_out, the end state is unused.
+    If dmemory_out and dmass_out are None, the end state was not used.
     """
     to_end = dmemory_out is not None or dmass_out is not None
     plan = Plan(q, chunk_size, visible_chunks, position, cu_seqlens, lengths, to_end)
     M, z = plan.start(q, v, memory, mass)
     writer = _Writer(plan, k, v, cache_k, cache_v, z)
-    read = plan.reads.take(q).to(M.dtype).softmax(-1)
-    queries, do = read.to(q.dtype), plan.reads.take(torch.zeros_like(v) if do is None else do)
-    before, dbefore = (q.new_empty(*read.shape[:-2], *M.shape[2:]) for _ in range(2))
-    replaced = q.new_empty(writer.X.shape)  # M that each write replaces
+    weights = plan.reads.take(q).to(M.dtype).softmax(-1)
+    queries, do = weights.to(q.dtype), plan.reads.take(torch.zeros_like(v) if do is None else do)
+    M_of_reads, dM_of_reads = (q.new_empty(*weights.shape[:-2], *M.shape[2:]) for _ in range(2))
+    replaced = q.new_empty(writer.X.shape)  # M before each write
     for num_reads, reads, num_writes, writes in plan.turns:
-        before[reads] = M[:num_reads]
+        M_of_reads[reads] = M[:num_reads]
         if num_writes:
             replaced[writes] = M[:num_writes]
             writer.write(writes, M[:num_writes])
     dqueries = torch.empty_like(queries)
-    for dO, Q, M_read, dQ, dM in plan.reads.matrices(do, queries, before, dqueries, dbefore):
+    for dO, Q, M_read, dQ, dM in plan.reads.matrices(do, queries, M_of_reads, dqueries, dM_of_reads):
         put_products_(dQ, dO, M_read.mT)
         put_products_(dM, Q.mT, dO)
     G, g = plan.start_of_backward(M, dmemory_out, dmass_out)
-    dM = torch.empty_like(writer.X)  # gradient of the M that each write makes
+    dM = torch.empty_like(writer.X)  # gradient of M after each write
     for num_reads, reads, num_writes, writes in reversed(plan.turns):
         if num_writes:
             dM[writes] = G[:num_writes]
             dbefore_write, D, dafter = matrices(G[:num_writes], writer.D[writes], dM[writes])
             put_products_(dbefore_write, D.mT, dafter, add=True)
-        G[:num_reads] += dbefore[reads]
+        G[:num_reads] += dM_of_reads[reads]
     r = writer.r
-    share = (1 - r) * writer.X.mul_(dM).sum(-1)  # dr r (1 - r)
+    r_part = (1 - r) * writer.X.mul_(dM).sum(-1)  # dr r (1 - r)
     dw = torch.empty_like(r)
     for _, _, num_writes, writes in reversed(plan.turns):
         if num_writes:
             dw[writes] = g[:num_writes]
-            g[:num_writes] -= g[:num_writes] * r[writes] + share[writes]
-    dw.mul_(r).add_(share)
+            g[:num_writes] -= g[:num_writes] * r[writes] + r_part[writes]
+    dw.mul_(r).add_(r_part)
     dN = dM.mul_(r[..., None]).to(q.dtype)
     dV, dV_chunks = plan.writes.empty(v)
     dP, dF = (q.new_empty(writer.P.shape) for _ in range(2))
@@ -284,14 +286,14 @@ def _bwd(
         put_products_(dp, f, dA, add=True)
         put_products_(df, p, dA.mT)
         put_products_(dv, p, dN)
-    dq = torch._softmax_backward_data(dqueries.to(read.dtype), read, -1, read.dtype)
-    dk = torch._softmax_backward_data(dP.to(read.dtype), writer.P, -2, read.dtype)
+    dq = torch._softmax_backward_data(dqueries.to(weights.dtype), weights, -1, weights.dtype)
+    dk = torch._softmax_backward_data(dP.to(weights.dtype), writer.P, -2, weights.dtype)
     dk.addcmul_(writer.P, dw[..., None, :])
-    dk += torch._softmax_backward_data(dF.to(read.dtype), writer.F, -1, read.dtype)
+    dk += torch._softmax_backward_data(dF.to(weights.dtype), writer.F, -1, weights.dtype)
     gradients = []
     for chunks, like, gradient in ((plan.reads, q, dq), (plan.writes, k, dk)):
-        whole, to = chunks.empty(like)
-        gradients.append(chunks.put(whole, to.copy_(gradient)))
+        whole, target = chunks.empty(like)
+        gradients.append(chunks.put(whole, target.copy_(gradient)))
     dstate = (q.new_empty(0), q.new_empty(0)) if memory is None else plan.end_of_backward(G, g)
     return *gradients, plan.writes.put(dV, dV_chunks), *dstate
 
@@ -324,12 +326,15 @@ def _position_counts(
     lengths: Tensor | None,
     to_end: bool,
 ) -> tuple[int, int]:
-    """Numbers of positions that read M and that are written to M: without `to_end`, only those in chunks read later."""
+    """Return the numbers of positions that read M and that are written to M.
+
+    Without `to_end`, only chunks that a later position reads are written.
+    """
     counts = lengths_of(q, cu_seqlens, lengths)
     seen = readable_values(position, [0] * len(counts))
     ends = [before % chunk_size + count for before, count in zip(seen, counts)]
     written = [(end if to_end else max(end - 1, 0)) // chunk_size * chunk_size for end in ends]
-    late = (visible - 1) * chunk_size if position is None else 0  # positions at a sequence's end, not written yet
+    late = (visible - 1) * chunk_size if position is None else 0  # last complete chunk, not written yet
     return sum(counts), sum(max(n - late, 0) for n in written)
 
 

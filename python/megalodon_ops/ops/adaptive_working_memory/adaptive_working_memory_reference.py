@@ -1,18 +1,19 @@
 """Adaptive working memory: a matrix for each head, written by earlier chunks (Gecko, arXiv 2601.06463, eqs. 17 to 23).
 
-Chunks of C positions lie as in chunked_attention.py. M (K, V) starts at 0, and z (K,), the logarithm of the total
-weight written to each row, at -inf. The positions of a chunk read M as it is before the chunk. A complete chunk then
-writes M; if attention sees two chunks, the chunk before it does:
+Chunks have C positions, as in chunked_attention.py. M (K, V) starts at 0. z (K,), the logarithm of the total weight
+written to each row, starts at -inf. All positions of a chunk read M as it is before the chunk. When a chunk is
+complete, it is written to M or, if attention sees two chunks, the previous chunk is:
 
     o_t = softmax(q_t) M
     w_i = log sum_t exp(k_ti)      z' = log(exp(z) + exp(w))      r = exp(w - z')           over the chunk's positions t
     P_ti = exp(k_ti - w_i)         F_t = softmax(k_t)             U = V - F M
     M' = (1 - r) M + r P^T U
 
-So row i is a mean over the past, with weights exp(k_ti), of the part of the values that M did not predict. A sequence
-that continues from a state first completes its chunk, with the state's keys and values.
+So row i of M is a mean over the past, with weights exp(k_ti), of the part of the values that M did not predict. A
+sequence that continues from a state first completes the state's chunk, with the state's keys and values.
 
-dtypes: q, k, v, o and the state's k and v float32, float64, bfloat16 or float16; all else float32, or float64 for float64.
+dtypes: q, k, v, o and the state's k and v float32, float64, bfloat16 or float16; the rest float32 (float64 for
+float64).
 """
 
 from __future__ import annotations
@@ -38,7 +39,7 @@ def adaptive_working_memory(
     cu_seqlens: Tensor | None = None,  # (S + 1,)
     lengths: Tensor | None = None,  # (B,)
 ) -> Tensor | tuple[Tensor, WorkingMemoryState]:
-    """Read and write chunk after chunk. Returns o (B, L, H, V) and, with `return_state`, the state.
+    """Read M and write to it, chunk by chunk. Returns o (B, L, H, V) and, with `return_state`, the state.
 
     >>> q = torch.zeros(1, 4, 1, 1)
     >>> v = torch.tensor([1.0, 3.0, 0.0, 0.0]).view(1, 4, 1, 1)
@@ -73,12 +74,12 @@ def adaptive_working_memory_bwd(
     cu_seqlens: Tensor | None = None,
     lengths: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Walk back over the chunks with the gradients G of M' and g of z'. Returns dq, dk, dv, dmemory, dmass.
+    """Process the chunks in reverse with the gradients G of M' and g of z'. Returns dq, dk, dv, dmemory, dmass.
 
         M' = (1 - r) M + r N,  N = P^T U    ->   dN = r G      dr = sum_v G (N - M)      dM = (1 - r) G
         N = P^T U                           ->   dP = U dN^T   dU = P dN
         U = V - F M                         ->   dV = dU       dF = -dU M^T              dM += -F^T dU
-        o = softmax(q) M                    ->   dM += softmax(q)^T do,  and dq by the softmax's do M^T
+        o = softmax(q) M                    ->   dM += softmax(q)^T do,  dq: do M^T through the softmax
         r = exp(w - z')                     ->   dw = dr r (1 - r) + g r                 dz = -dr r (1 - r) + g (1 - r)
         P_ti = exp(k_ti - w_i)              ->   dk = P (dP - sum_t P dP) + P dw + F (dF - sum_i F dF)
 
@@ -127,7 +128,7 @@ def adaptive_working_memory_bwd(
 
 
 class _Span(NamedTuple):
-    """Positions of a sequence, the first `cached` ones from its state; the first lies at the start of a chunk."""
+    """Positions of a sequence from the start of a chunk; the first `cached` ones come from the state."""
 
     q: Tensor  # (cached + n, H, K)
     k: Tensor
@@ -148,14 +149,14 @@ def _on_grid(
 
 
 def _num_kept(seen: int, chunk_size: int, visible: int) -> int:
-    """Number of positions that a state keeps: those of the unfinished chunk and of chunks to be written later."""
+    """Return the number of positions that a state keeps: those of chunks that are not yet written."""
     return min(seen, (visible - 1) * chunk_size + seen % chunk_size)
 
 
 def _initial_memory(
     q: Tensor, v: Tensor, chunk_size: int, visible: int, state: WorkingMemoryState | None, s: int
 ) -> tuple[Tensor, Tensor]:
-    """M (H, K, V) and z (H, K) before the sequence's first position in this call."""
+    """Return M (H, K, V) and z (H, K) before the sequence's first position in this call."""
     if state is None:
         M = q.new_zeros(*q.shape[2:], v.shape[-1], dtype=accumulation_dtype(q.dtype))
         return M, torch.full_like(M[..., 0] if M.shape[-1] else M.sum(-1), -torch.inf)
@@ -164,7 +165,7 @@ def _initial_memory(
 
 
 def _chunks(span: _Span, chunk_size: int, visible: int) -> list[tuple[_Span, _Span | None]]:
-    """Pairs of a chunk that reads and the chunk that is written after it, or None."""
+    """Return pairs of a chunk that reads M and the chunk that is written after that, or None."""
     parts = (a.split(chunk_size) if len(a) else () for a in span[:3])
     chunks = [_Span(*chunk, cached=0) for chunk in zip(*parts, strict=True)]
     ends_now = [span.cached < (i + 1) * chunk_size <= len(span.q) for i in range(len(chunks))]
@@ -174,7 +175,7 @@ def _chunks(span: _Span, chunk_size: int, visible: int) -> list[tuple[_Span, _Sp
 
 
 def _write(M: Tensor, z: Tensor, chunk: _Span) -> tuple[Tensor, Tensor]:
-    """Write a complete chunk. Returns M and z after it."""
+    """Write a complete chunk to M. Returns the new M and z."""
     w = chunk.k.logsumexp(0)
     total = torch.logaddexp(z, w)
     r = (w - total).exp()[..., None]
@@ -191,7 +192,7 @@ def _end_state(
     visible: int,
     state: WorkingMemoryState | None,
 ) -> WorkingMemoryState:
-    """State with the positions of chunks that are not yet written; the rows after them are zero."""
+    """Return the state with the positions of chunks that are not yet written; its other rows are zero."""
     S, (H, K), V, real = len(ends), q.shape[2:], v.shape[-1], accumulation_dtype(q.dtype)
     memory, mass = q.new_zeros(S, H, K, V, dtype=real), q.new_zeros(S, H, K, dtype=real)
     keys, values = k.new_zeros(S, visible * chunk_size, H, K), v.new_zeros(S, visible * chunk_size, H, V)

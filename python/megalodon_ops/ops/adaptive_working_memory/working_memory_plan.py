@@ -16,42 +16,43 @@ Index = slice | tuple[slice, int]
 
 
 def matrices(*tensors: Tensor) -> list[Tensor]:
-    """The tensors (n, H, rows, columns) as batches of matrices (n H, rows, columns), views."""
+    """Return the tensors (n, H, rows, columns) as batches of matrices, (n H, rows, columns) views."""
     return [tensor.flatten(0, 1) for tensor in tensors]
 
 
 class ChunkViews:
-    """The first n / S chunks of W tokens in each of S sequences of one length, side by side, with one head, as views.
+    """The first n / S chunks, of W tokens each, in each of S adjacent sequences of one length, as views; for one head.
 
     Tensors of chunks are (S, n / S, 1, W, E).
     """
 
     def __init__(self, counts: list[int], sequences: int, length: int, width: int) -> None:
-        """counts: chunks of each turn, `sequences` or 0. length: tokens of a sequence."""
+        """counts: number of chunks of each turn, `sequences` or 0. length: tokens of a sequence. width: W."""
         self._shape, self._width = (sequences, length), width
         numbers = [*accumulate(map(bool, counts), initial=0)]
         self.turns: list[Index] = [(slice(None), number) for number in numbers[:-1]]
-        self._chunks = numbers[-1]  # of a sequence
-        by_sequence = 4 * self._chunks >= sequences  # such parts are contiguous, but each takes calls of its own
+        self._chunks = numbers[-1]  # chunks of a sequence
+        # Parts of one sequence are contiguous. They are used unless they take more than four times as many calls.
+        by_sequence = 4 * self._chunks >= sequences
         self._parts = [*range(sequences)] if by_sequence else [(slice(None), n) for n in range(self._chunks)]
 
     def take(self, x: Tensor) -> Tensor:
-        """Chunks of x (B, L, 1, E): a view, or a copy if x is not contiguous."""
+        """Return the chunks of x (B, L, 1, E): a view, or a copy if x is not contiguous."""
         rows = x.contiguous().view(*self._shape, x.shape[3])[:, : self._chunks * self._width]
         return rows.unflatten(1, (self._chunks, 1, self._width))
 
     def empty(self, like: Tensor) -> tuple[Tensor, Tensor]:
-        """A new tensor like (B, L, 1, E), zero outside of the chunks, and its chunks, which the caller fills."""
+        """Return a new tensor (B, L, 1, E), zero outside of its chunks, and the chunks, which the caller fills."""
         whole = empty_like(like)
         whole.view(*self._shape, like.shape[3])[:, self._chunks * self._width :] = 0
         return whole, self.take(whole)
 
     def put(self, whole: Tensor, chunks: Tensor) -> Tensor:
-        """`whole` with the chunks, both from :meth:`empty`."""
+        """Return `whole`, of which the chunks are views; both are from :meth:`empty`."""
         return whole
 
     def matrices(self, *tensors: Tensor) -> Iterator[list[Tensor]]:
-        """The tensors (S, n / S, 1, rows, columns) in parts, each as batches of matrices."""
+        """Yield parts of the tensors (S, n / S, 1, rows, columns), as batches of matrices."""
         return (matrices(*(tensor[part] for tensor in tensors)) for part in self._parts)
 
 
@@ -59,7 +60,10 @@ class ChunkCopies:
     """Chunks of W tokens each, in the order of turns, as copies. Tensors of chunks are (n, H, W, E)."""
 
     def __init__(self, counts: list[int], spans: list[tuple[int, int, int]], width: int, like: Tensor) -> None:
-        """counts: chunks of each turn. spans: (start, begin, end); a chunk is [start, start + W) in [begin, end)."""
+        """counts: number of chunks of each turn. width: W.
+
+        spans: (start, begin, end) of each chunk, which has the tokens of [start, start + W) that are in [begin, end).
+        """
         heads, device = like.shape[2], like.device
         self.turns: list[Index] = [slice(end - count, end) for count, end in zip(counts, accumulate(counts))]
         first, begin, end = torch.tensor(spans, dtype=torch.int64).view(-1, 3, 1).unbind(1)
@@ -67,40 +71,42 @@ class ChunkCopies:
         is_token = (tokens >= begin) & (tokens < end)
         heads_column = torch.arange(heads)[:, None]
         self.count, self._width = len(spans), width
-        self.is_token = None  # all are tokens
+        self.is_token = None  # every place of a chunk has a token
         self._source = (tokens.where(is_token, 0)[:, None] * heads + heads_column).flatten().to(device)
         self._target = self._source
         if not is_token.all():
-            spare = like.shape[0] * like.shape[1]  # a row that :meth:`put` drops
+            spare = like.shape[0] * like.shape[1]  # additional row, which :meth:`put` drops
             self._target = (tokens.where(is_token, spare)[:, None] * heads + heads_column).flatten().to(device)
             self.is_token = is_token[:, None, :, None].to(device)
 
     def take(self, x: Tensor) -> Tensor:
-        """Chunks of x (B, L, H, E), zero where there is no token."""
+        """Return the chunks of x (B, L, H, E), zero at places without a token."""
         shape = self.count, x.shape[2], self._width, x.shape[3]
         chunks = x.contiguous().flatten(0, 2).index_select(0, self._source).view(shape)
         return chunks if self.is_token is None else chunks.where(self.is_token, 0)
 
     def empty(self, like: Tensor) -> tuple[Tensor, Tensor]:
-        """A new tensor like (B, L, H, E), and chunks, which the caller fills."""
+        """Return a new tensor (B, L, H, E), and chunks, which the caller fills."""
         return empty_like(like), like.new_empty(self.count, like.shape[2], self._width, like.shape[3])
 
     def put(self, whole: Tensor, chunks: Tensor) -> Tensor:
-        """A tensor like `whole` with the chunks, and zeros elsewhere."""
+        """Return a tensor like `whole` with the chunks, and zeros elsewhere."""
         B, L, H, E = whole.shape
         rows = whole.new_zeros((B * L + 1) * H, E).index_copy_(0, self._target, chunks.flatten(0, 2))
         return rows[: B * L * H].view(B, L, H, E)
 
     def matrices(self, *tensors: Tensor) -> Iterator[list[Tensor]]:
-        """The tensors (n, H, rows, columns) as one batch of matrices each."""
+        """Yield the tensors (n, H, rows, columns), once, as batches of matrices."""
         return iter([matrices(*tensors)])
 
 
 class Plan:
-    """In turn t, chunk t of each sequence reads; if it is complete, chunk t - visible + 1 is then written.
+    """Order of reads and writes: in turn t, chunk t of each sequence reads M.
 
-    Chunk 0 is the unfinished chunk of the state. Sequences with more chunks come first. Without `to_end`, chunks that
-    no later token reads are not written. An empty memory is read, too: NaN in a query gives NaN.
+    If chunk t is complete, chunk t - visible + 1 is then written. Chunk 0 is the unfinished chunk of the state.
+    Sequences are sorted by decreasing number of chunks. Without `to_end`, chunks that no later token reads are not
+    written. An
+    empty memory is read, too: NaN in a query gives NaN.
     """
 
     def __init__(
@@ -119,7 +125,9 @@ class Plan:
         if wrong := [count for count in seen if not 0 <= count <= 2**62]:
             raise ValueError(f"{OP}: `state.position` must be in [0, 2^62], got {wrong[0]}.")
         lag = visible - 1
-        ends = [count % C + end - begin for count, (begin, end) in zip(seen, spans)]  # counted from chunk 0
+        ends = [
+            count % C + end - begin for count, (begin, end) in zip(seen, spans)
+        ]  # in positions from the start of chunk 0
         order = sorted(range(len(spans)), key=lambda s: (-(-ends[s] // C), ends[s] // C), reverse=True)
         turns = range(-(-max(ends, default=0) // C))
         from_empty = position is None
@@ -146,15 +154,15 @@ class Plan:
             self.reads, self.writes = ChunkCopies(num_readers, reads, width, q), ChunkCopies(num_writers, writes, C, q)
         self.turns = [*zip(num_readers, self.reads.turns, num_writers, self.writes.turns)]
         self._shape = len(spans), H
-        # (number, sequence, first cache row) of chunks that may begin in the cache. Row < 0: the sequence has no chunk
-        # this early; zeros are written with weight 0.
+        # (index, sequence, first cache row) of chunks that may begin in the cache. Row < 0: the sequence has no such
+        # chunk; zeros are written with weight 0.
         cached = [
-            (number, s, (min(seen[s] // C, lag) + turn - lag) * C)
+            (index, s, (min(seen[s] // C, lag) + turn - lag) * C)
             for turn, sequences in enumerate(writers[:visible] if position is not None else [])
-            for number, s in enumerate(sequences, sum(num_writers[:turn]))
+            for index, s in enumerate(sequences, sum(num_writers[:turn]))
         ]
         self._cached = [chunk for chunk in cached if chunk[2] >= 0]
-        absent = [number for number, _, first in cached if first < 0]
+        absent = [index for index, _, first in cached if first < 0]
         self.absent = torch.tensor(absent, dtype=torch.int64, device=q.device)
         self._order = torch.tensor(order, dtype=torch.int64, device=q.device)
         self._is_written, self._will_be_written = (
@@ -163,18 +171,18 @@ class Plan:
         )
 
     def start(self, q: Tensor, v: Tensor, memory: Tensor | None, mass: Tensor | None) -> tuple[Tensor, Tensor]:
-        """M (S, H, K, V) and z (S, H, K) before the first turn, to be updated in place."""
+        """Return M (S, H, K, V) and z (S, H, K) before the first turn, to be updated in place."""
         if memory is None:
             M = q.new_zeros(*self._shape, q.shape[3], v.shape[3], dtype=accumulation_dtype(q.dtype))
             return M, M.new_full(M.shape[:3], -torch.inf)
         return self.ordered(memory), self.ordered(mass.masked_fill(~self._is_written, -torch.inf))
 
     def end(self, M: Tensor, z: Tensor) -> tuple[Tensor, Tensor]:
-        """memory (S, H, K, V) and mass (S, H, K) after the last turn."""
+        """Return memory (S, H, K, V) and mass (S, H, K) after the last turn, in the given order of sequences."""
         return self._as_given(M), self._as_given(z).masked_fill_(~self._will_be_written, 0)
 
     def start_of_backward(self, M: Tensor, dmemory: Tensor | None, dmass: Tensor | None) -> tuple[Tensor, Tensor]:
-        """Gradients of M and z after the last turn, to be updated in place."""
+        """Return the gradients of M and z after the last turn, to be updated in place."""
         G = torch.zeros_like(M) if dmemory is None else self.ordered(dmemory)
         if dmass is None:
             return G, M.new_zeros(M.shape[:3])
@@ -184,14 +192,14 @@ class Plan:
         return self._as_given(G), self._as_given(g).masked_fill_(~self._is_written, 0)
 
     def ordered(self, x: Tensor) -> Tensor:
-        """(S, H, ...) of x (S, H, ...), a contiguous copy."""
+        """Return a contiguous copy of x (S, H, ...) with the sequences in the order of the plan."""
         return x.contiguous().index_select(0, self._order)
 
     def _as_given(self, x: Tensor) -> Tensor:
         return torch.empty_like(x).index_copy_(0, self._order, x)
 
     def take_written(self, x: Tensor, cache: Tensor | None) -> Tensor:
-        """Chunks to write, from x (B, L, H, E) and the state's cache (S, visible C, H, E)."""
+        """Return the chunks to write, from x (B, L, H, E) and the state's cache (S, visible C, H, E)."""
         written = self.writes.take(x)
         if self._cached and isinstance(self.writes, ChunkCopies) and self.writes.is_token is not None:
             chunks, sequences, first = torch.tensor(self._cached, device=x.device).unbind(1)
@@ -202,8 +210,9 @@ class Plan:
 
 
 def _is_grid(q: Tensor, spans: list[tuple[int, int]], seen: list[int], C: int) -> bool:
-    """Return True on the CPU if the sequences of q (B, L, 1, K) fill it with as many complete chunks each, or one part.
+    """Return True for q (B, L, 1, K) on the CPU if :class:`ChunkViews` can hold its chunks.
 
+    The sequences must fill q, have equal lengths, of complete chunks or of one shorter chunk, and start with a chunk.
     With more heads, products of strided chunks take as long as copies; on a GPU, launches for each part cost more.
     """
     if not q.is_cpu or q.shape[2] != 1:

@@ -1,4 +1,4 @@
-"""Operations of attention: two for each multiply-add of the pairs of a query and a key that the chunks allow."""
+"""Floating-point operations of attention: two for each multiply-add of a pair of a query and a key that it sees."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from torch import Tensor
 from ..common.flops import lengths_of, readable_values
 
 Pairs = Iterator[tuple[int, int]]
-"""for each sequence, the number of pairs and the number of pairs with a cached key"""
+"""For each sequence: the number of pairs of a query and a key that it sees, and how many of them have a cached key"""
 
 
 def attention_flops(q: Tensor, v: Tensor, pairs_of_sequences: Pairs) -> int:
@@ -20,8 +20,8 @@ def attention_flops(q: Tensor, v: Tensor, pairs_of_sequences: Pairs) -> int:
 def attention_bwd_flops(q: Tensor, v: Tensor, pairs_of_sequences: Pairs) -> int:
     heads, K, V = q.shape[2], q.shape[3], v.shape[3]
     total = 0
-    for pairs, cached in pairs_of_sequences:
-        scores_dscores_and_dq, dk_and_dv = pairs * (2 * K + V), (pairs - cached) * (K + V)
+    for pairs, cached_pairs in pairs_of_sequences:
+        scores_dscores_and_dq, dk_and_dv = pairs * (2 * K + V), (pairs - cached_pairs) * (K + V)
         total += 2 * heads * (scores_dscores_and_dq + dk_and_dv)
     return total
 
@@ -31,25 +31,26 @@ def pairs_in_chunk(
 ) -> Pairs:
     """Count the pairs inside chunks."""
 
-    def until(end: int) -> int:
-        chunks, rest = end // chunk_size, end % chunk_size
+    def pairs_among_first(positions: int) -> int:
+        chunks, rest = divmod(positions, chunk_size)
         if not causal:
             return chunks * chunk_size**2 + rest**2
         return (chunks * chunk_size * (chunk_size + 1) + rest * (rest + 1)) // 2
 
     counts = lengths_of(q, cu_seqlens, lengths)
-    for count, first in zip(counts, readable_values(position, [0] * len(counts))):
-        yield until(first + count) - until(first), first * min(count, chunk_size - first)
+    for count, cached in zip(counts, readable_values(position, [0] * len(counts))):
+        pairs = pairs_among_first(cached + count) - pairs_among_first(cached)
+        yield pairs, cached * min(count, chunk_size - cached)
 
 
 def pairs_in_two_chunks(
     q: Tensor, position: Tensor | None, C: int, cu_seqlens: Tensor | None, lengths: Tensor | None
 ) -> Pairs:
     """Count the pairs inside chunks and those with the keys of the previous chunk."""
-    own = pairs_in_chunk(q, position, C, True, cu_seqlens, lengths)
+    pairs_in_own_chunk = pairs_in_chunk(q, position, C, True, cu_seqlens, lengths)
     counts = lengths_of(q, cu_seqlens, lengths)
-    for count, first, (pairs, _) in zip(counts, readable_values(position, [0] * len(counts)), own):
-        end = first + count
-        in_first_two, in_third = min(end, 2 * C) - first, max(min(end, 3 * C) - 2 * C, 0)
-        cached = first * in_first_two + max(first - C, 0) * in_third
-        yield pairs + C * (max(end - C, 0) - max(first - C, 0)), cached
+    for count, cached, (pairs, _) in zip(counts, readable_values(position, [0] * len(counts)), pairs_in_own_chunk):
+        end = cached + count
+        queries_in_first_two, queries_in_third = min(end, 2 * C) - cached, max(min(end, 3 * C) - 2 * C, 0)
+        cached_pairs = cached * queries_in_first_two + max(cached - C, 0) * queries_in_third
+        yield pairs + C * (max(end - C, 0) - max(cached - C, 0)), cached_pairs

@@ -33,30 +33,30 @@ def chunked_attention(
     cu_seqlens: Tensor | None = None,
     lengths: Tensor | None = None,
 ) -> Tensor | tuple[Tensor, AttentionState]:
-    r"""Softmax attention of each position to its chunk up to itself, or to its whole chunk.
+    r"""Softmax attention inside chunks: a position sees its chunk up to itself or, if not causal, its whole chunk.
 
     .. math:: o_i = \sum_{j \le i} \mathrm{softmax}_j(\mathrm{scale}\; q_i^\top k_j)\, v_j, \qquad i, j \text{ in one chunk}
 
     Args:
         q, k: (B, L, H, K) float32, float64, bfloat16 or float16.
-        v: (B, L, H, V), V and K are independent.
-        chunk_size: C. Each sequence starts its own chunk grid, at `state.position` if it has a state.
-        visible_chunks: 2: a position also sees the previous chunk, as in Gecko (arXiv 2601.06463), causal and without
-            `dropkey`. This is attention in windows of 2 C positions, twice: 4 pairs of a query and a key where 3 would
-            suffice. The state has 2 C rows; rotary positions must not restart with each chunk. On a GPU the host waits
-            for the sequences' ends, if they are given, and the positions.
-        causal: False: each position sees its whole chunk inside its sequence, as in an encoder; there is no state.
+        v: (B, L, H, V) in q's dtype; V may differ from K.
+        chunk_size: C. Chunks are counted from each sequence's start; a call with a state first completes its chunk.
+        visible_chunks: 2: a position also sees the previous chunk, as in Gecko (arXiv 2601.06463); only causal and
+            without `dropkey`. The op computes attention in windows of 2 C positions twice: 4 pairs of a query and a key
+            where 3 would suffice. The state has 2 C rows; rotary positions must not restart with each chunk. On a GPU
+            the host waits for the state's positions and for `cu_seqlens` and `lengths`.
+        causal: False: each position sees its whole chunk, as in an encoder; `state` and `return_state` are refused.
         scale: factor on the scores.
-        state: keys and values of the unfinished chunk; None: empty. The state is constant in the backward. On the CPU,
-            keys and values can have 8 bits, beside float32, bfloat16 or float16: each position is rounded when it enters
-            the state, and the new state has 8 bits, too.
+        state: keys and values of the unfinished chunk; None: empty. The state is constant in the backward. On the CPU
+            the state's keys and values can have 8 bits if q is float32, bfloat16 or float16: each position is rounded
+            when it enters the state, and the new state has 8 bits, too.
         return_state: also return the state after each sequence's last position.
         inplace_state: append to the tensors of `state` instead of copying them; for generation. A backward that needs
-            the old values raises.
-        dropkey: probability in [0, 1) that a key is hidden from a query: the score becomes -inf before the softmax,
-            without a rescale. A row that loses every score gives zeros. The mask counts positions from the start of the
-            call, so pieces of a sequence have another mask than the whole.
-        dropkey_seed: (1,) int64 seed of the mask; None: drawn from the device's default generator.
+            the old values raises an error.
+        dropkey: probability in [0, 1) that a key is hidden from a query: the score becomes -inf before the softmax, and
+            no other score is rescaled. A row without scores gives zeros. The mask depends on positions in the call, so
+            a sequence that is read in pieces has another mask.
+        dropkey_seed: (1,) int64, seed of the mask; None: drawn from the device's default generator.
         cu_seqlens, lengths: sequences as in :func:`cema`.
 
     Returns:
@@ -67,7 +67,7 @@ def chunked_attention(
 
     Scores are computed in blocks that fit the cache, never as a C x C matrix; sums are float32 (float64 for float64).
     On CUDA, dense batches of the shapes listed in :mod:`megalodon_ops.ops.chunked_attention.dense_attention` use
-    torch's libraries. q, k, v, o and one log-sum-exp for each row and head are kept for the backward.
+    torch's libraries. The backward keeps q, k, v, o and one log-sum-exp for each position and head.
 
     Arrays of other libraries: see :mod:`megalodon_ops.ops.common.arrays`.
 
@@ -141,7 +141,7 @@ def _attend_two_chunks(
 
 
 def _library_path(direction, q, k, v, position, chunk_size, causal, scale, dropkey, cu_seqlens, lengths):
-    """Path through torch's libraries for a dense batch without cached keys; None: the kernels."""
+    """Return the path through torch's libraries for a dense batch without a state; None: the kernels."""
     is_dense = not dropkey and position is None and cu_seqlens is None and lengths is None
     return dense_attention.path_of(direction, q, k, v, chunk_size, causal, scale) if is_dense else None
 

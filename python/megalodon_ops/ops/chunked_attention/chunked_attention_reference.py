@@ -1,26 +1,26 @@
 """Softmax attention inside chunks of C positions (arXiv 2404.08801, section 2), with DropKey (arXiv 2208.02646).
 
-A sequence is divided into a grid of chunks. Row i sees the columns j <= i of its own chunk and, if two chunks are
-visible (Gecko, arXiv 2601.06463), of the previous one; or all columns of its chunk if attention is not causal, as in an
-encoder:
+A sequence is divided into a grid of chunks. Query i, a row of the scores, sees the columns j <= i of its own chunk and,
+if two chunks are visible (Gecko, arXiv 2601.06463), the columns of the previous one. If attention is not causal, as in
+an encoder, row i sees all columns of its chunk:
 
     s_ij = scale q_i . k_j                     -inf for columns dropped by DropKey
     P_ij = exp(s_ij) / sum_j exp(s_ij)         zero if all columns were dropped
     o_i  = sum_j P_ij v_j
 
-After a given state, which only causal attention has, a sequence first completes the state's chunk: the state's
-`position` keys are columns 0 .. position - 1, and token t is row position + t. The keys are those of the unfinished
-chunk and, if two are visible, of the previous one. q and k have K channels a head, v and o have V.
+Only causal attention has states. After a given state, a sequence first completes the state's chunk: the state's
+`position` keys are columns 0 .. position - 1, and token t is row position + t. The state's keys are those of the
+unfinished chunk and, if two chunks are visible, of the previous one. q and k have K channels a head, v and o have V.
 
-Keys and values of a state may have 8 bits. A row then has a scale s = max |x| / 127, and x_i is rounded to s q_i with an
-integer q_i, when its position enters the state. The keys and values of the call itself are exact. (Here, s q_i is
-rounded to the dtype of q; kernels may leave that out.)
+Keys and values of a state may have 8 bits. When a position enters the state, each of its vectors x gets a scale
+s = max |x| / 127, and number x_i becomes s n_i with an integer n_i. The keys and values of the call itself are exact.
+(This reference rounds s n_i to the dtype of q; kernels may leave that out.)
 
 Forward and backward, a value that is not finite reaches the rows that see it, even with weight 0, and no other rows.
 
-DropKey hides each key from each query with probability `dropkey`, without a rescale: the softmax renormalizes. The mask
-(philox.py) depends on seed, sequence, head, row and column on the grid of the call, so another split of the sequence
-has another mask.
+DropKey hides each key from each query with probability `dropkey`. The other scores are not rescaled: the softmax
+renormalizes. The mask (philox.py) depends on seed, sequence, head, and row and column in the call, so a sequence that
+is read in other pieces has another mask.
 
 dtypes: q, k, v, o and the state float32, float64, bfloat16 or float16; scores, softmax and sums float32, or float64
 for float64.
@@ -58,9 +58,8 @@ def chunked_attention(
 ) -> Tensor | tuple[Tensor, AttentionState]:
     """Attend inside each chunk: o_i = sum_j softmax_j(scale q_i . k_j) v_j over the columns j that row i sees.
 
-    Returns o (B, L, H, V) and, with `return_state`, keys, values and position of each sequence's unfinished chunk.
-    The state is a constant: no gradient enters or leaves it. `inplace_state` writes the new state into the tensors of
-    the given one.
+    Returns o (B, L, H, V) and, with `return_state`, the state after each sequence's last position.
+    The state is a constant, without gradients. `inplace_state` writes the new state into the given state's tensors.
 
     >>> q = torch.zeros(1, 3, 1, 2)
     >>> v = torch.tensor([2.0, 4.0, 6.0]).view(1, 3, 1, 1)
@@ -114,7 +113,7 @@ def chunked_attention_bwd(
         s_ij = scale q_i . k_j                 ->   dq_i = scale sum_j ds_ij k_j   dk_j = scale sum_i ds_ij q_i
 
     delta needs no probabilities: delta_i = sum_j P_ij (do_i . v_j) = do_i . o_i. A dropped score has P_ij = 0 and so no
-    gradient; the same holds for a row whose scores were all dropped. Cached keys and values are constants.
+    gradient; a row whose scores were all dropped has none. Cached keys and values are constants.
     """
     seed = int(dropkey_seed) if dropkey > 0 else 0
     real = accumulation_dtype(q.dtype)
@@ -140,7 +139,7 @@ def chunked_attention_bwd(
 def _on_grid(
     q: Tensor, k: Tensor, v: Tensor, state: AttentionState | None, s: int
 ) -> tuple[Tensor, Tensor, Tensor, int]:
-    """Prepend the cached keys and values, and as many empty queries, to the n new ones: (position + n, H, K or V)."""
+    """Return q, k, v (position + n, H, ...), the state's rows (zeros in q) before the n new ones, and `position`."""
     real = accumulation_dtype(q.dtype)
     if state is None:
         return q.to(real), k.to(real), v.to(real), 0
@@ -152,7 +151,7 @@ def _on_grid(
 
 
 def _kept_rows(k: Tensor, v: Tensor, state: AttentionState | None, s: int) -> tuple[Tensor, Tensor]:
-    """Append the n new keys and values to the cached ones, as a state keeps them: (position + n, H, ...)."""
+    """Return the cached and the n new keys and values, in the state's format, (position + n, H, ...)."""
     if state is None:
         return k.detach(), v.detach()
     pairs = ((state.k, k.detach()), (state.v, v.detach()))
@@ -161,7 +160,7 @@ def _kept_rows(k: Tensor, v: Tensor, state: AttentionState | None, s: int) -> tu
 
 
 def _chunks(position: int, total: int, chunk_size: int, visible: int) -> Iterator[tuple[slice, slice]]:
-    """Yield (new rows, columns) of each chunk with new rows."""
+    """Yield the new rows of each chunk that has some, and the columns of the chunks that they see."""
     for start in range(position // chunk_size * chunk_size, total, chunk_size):
         columns = slice(max(start - (visible - 1) * chunk_size, 0), min(start + chunk_size, total))
         yield slice(max(start, position), columns.stop), columns
@@ -170,7 +169,7 @@ def _chunks(position: int, total: int, chunk_size: int, visible: int) -> Iterato
 def _probabilities(
     q: Tensor, k: Tensor, rows: slice, columns: slice, causal: bool, scale: float, dropkey: float, seed: int, s: int
 ) -> Tensor:
-    """Return softmax(scale q k^T) of a chunk, (H, rows, columns)."""
+    """Return softmax(scale q k^T) for the rows and columns, (H, rows, columns)."""
     scores = scale * torch.einsum("ihk,jhk->hij", q[rows], k[columns])
     masked = (~_seen_mask(rows, columns, causal)).to(q.device).expand(scores.shape)
     if dropkey > 0:
@@ -181,13 +180,16 @@ def _probabilities(
 
 
 def _seen_mask(rows: slice, columns: slice, causal: bool) -> Tensor:
-    """Mask of the columns that each row sees, (rows, columns)."""
+    """Return (rows, columns) bools, True where the row sees the column."""
     last = torch.arange(rows.start, rows.stop) if causal else torch.full((rows.stop - rows.start,), columns.stop - 1)
     return torch.arange(columns.start, columns.stop) <= last[:, None]
 
 
 def _masked_sum(weights: Tensor, terms: Tensor, seen: Tensor) -> Tensor:
-    """Return sum_j weights_ij terms_j, (I, H, E), over the j that i sees. weights (H, I, J), terms (J, H, E)."""
+    """Return sum_j weights_ij terms_j, (I, H, E), over the j that i sees.
+
+    weights (H, I, J), terms (J, H, E). seen (I, J): True where i sees j.
+    """
     finite = terms.isfinite()
     total = torch.einsum("hij,jhe->ihe", weights, terms.where(finite, 0))
     for j in (~finite).flatten(1).any(1).nonzero().flatten().tolist():
@@ -199,7 +201,7 @@ def _masked_sum(weights: Tensor, terms: Tensor, seen: Tensor) -> Tensor:
 def _end_state(
     k: Tensor, v: Tensor, ends: list[tuple[Tensor, Tensor]], chunk_size: int, visible: int
 ) -> AttentionState:
-    """State with the rows that the next position will see; the rows after them are zero."""
+    """Return the state with the keys and values that the next position will see; its other rows are zero."""
     S = len(ends)
     state = AttentionState(
         k=k.new_zeros(S, visible * chunk_size, *k.shape[2:]),

@@ -1,21 +1,21 @@
 """`chunked_attention` of dense batches on CUDA by torch's libraries, where operation counts favour these.
 
-Two paths take whole chunks and return the kernels' results, o and the log-sum-exp, so that forward and backward may
-take different paths.
+Two paths through the libraries compute whole chunks. Both return o and the log-sum-exp, as the kernels do, so forward
+and backward may take different paths.
 
 - "flash", for V = K: torch's flash attention.
-- "products", for V much larger than K and causal attention: matrix products around the probabilities of some chunks.
-  The kernel first computes the rows' log-sum-exp, without values. Three more columns of q and k subtract it
-  inside their product, so that log P = s - lse is rounded to 16 bits, not s:
+- "products", for causal attention with V much larger than K: matrix products with the probabilities of some chunks,
+  which are kept in memory. The kernel first computes the rows' log-sum-exp lse, without values. Additional columns of q
+  and k subtract lse inside the product q k^T, so that log P = s - lse is rounded to 16 bits, not s:
 
-      forward, a strip of rows     P = exp(scale [q, -lse / scale] [k, 1]^T), 0 after the diagonal;  o = P V
+      forward, a strip of rows     P = exp(scale [q, -lse / scale] [k, 1]^T), 0 right of the diagonal;  o = P V
       backward, a strip of rows    P as above;  dP = dO V^T;  dS = P (dP - rowsum(P dP));  dQ = scale dS K
       backward, a strip of keys    dV = P^T dO;  dK = scale dS^T Q
 
-  A strip of rows takes the keys up to its end, a strip of keys the rows from its start. P, dP and dS have the tensors'
-  dtype; products are summed as in torch.
+  A strip of rows uses the keys up to its end, a strip of keys the rows from its start. P, dP and dS have the dtype of
+  q; products accumulate as in torch.
 
-docs/cuda.md has the counts of time and memory.
+docs/cuda.md has the estimates of time and memory.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ DIRECTIONS = "forward", "backward"
 
 
 class Shapes(NamedTuple):
-    """Shapes of a path: a pair has the smallest and the largest size; sizes are multiples of 8."""
+    """Shapes that a path computes: pairs of a smallest and a largest size. Sizes must be multiples of 8."""
 
     path: str
     directions: tuple[str, ...]
@@ -46,11 +46,11 @@ class Shapes(NamedTuple):
     key_dim: tuple[int, int]
     value_dim: tuple[int, float]
     chunk: tuple[int, float]
-    """positions of a chunk, or of a shorter sequence"""
+    """positions of a chunk; of the sequence, if that is shorter"""
     predicted: tuple[tuple[int, int | None], ...] = ()
-    """Forward and backward, microseconds on an H100: the floor of the kernels by their machine code, and the library's
-    time by published rates, as `python -m bench.predict` counts them. No card has measured them. Sizes: 16,384 tokens,
-    C 2048, the largest K, the smallest V, 8 heads (flash) or 1."""
+    """Predicted microseconds on an H100, forward and backward: the minimum time of the kernels by their machine code,
+    and the library's time by published rates (`python -m bench.predict`). Not measured on a GPU. Sizes:
+    16,384 tokens, C 2048, the largest K, the smallest V, 8 heads (flash) or 1"""
 
 
 _16_BITS = (torch.bfloat16, torch.float16)
@@ -61,26 +61,27 @@ TABLE = (
     Shapes("products", ("forward",), _16_BITS, (64, 256), (2048, math.inf), (1024, 8192), ((447, 183), (397, 458))),
     Shapes("products", DIRECTIONS, (torch.float32,), (64, 256), (2048, math.inf), (1024, 5792)),
 )
-"""directions and shapes that libraries compute; a (C, C) matrix of "products" fits WORKSPACE"""
+"""Directions and shapes that libraries compute; a (C, C) matrix of "products" fits WORKSPACE"""
 _ENVIRONMENT = os.environ.get("MEGALODON_OPS_ATTENTION", "auto")
 if _ENVIRONMENT == "kernels":
     TABLE = ()
 elif _ENVIRONMENT != "auto":
     raise ImportError(f"megalodon_ops: MEGALODON_OPS_ATTENTION must be auto or kernels, got {_ENVIRONMENT}.")
 LEAST_ROWS = 16384
-"""fewest rows of a batch for a path: tokens x heads for "flash", else tokens"""
+"""Fewest rows of a batch for a path: tokens x heads for "flash", tokens for "products"."""
 
 WORKSPACE = 128 << 20
-"""bytes of a (C, C) matrix for each chunk computed at once; the backward has two, the forward a strip of one"""
+"""Most bytes of the (C, C) matrices of the chunks computed at once. The backward has two such blocks, P and dS; the
+forward has a strip of P"""
 _STRIP, _STRIPS, _ROWS = 256, 8, 2048  # unit of a strip's rows, most strips of a chunk, fewest rows of a product
-_WIDTH, _UNIT = 8, 256.0  # columns for lse keep rows aligned; / 256: lse / scale up to 1e7 fits float16
+_WIDTH, _UNIT = 8, 256.0  # 8 columns for lse keep rows aligned; divided by 256, lse / scale up to 1e7 fits float16
 _LEAST_SCALE = 2.0**-10  # bounds lse / scale; flash attention needs a scale above 0
 
 
 def path_by_shapes(
     direction: str, dtype: torch.dtype, tokens: int, heads: int, key_dim: int, value_dim: int, chunk: int
 ) -> str | None:
-    """Path of a dense batch by its sizes; None: the kernels.
+    """Return the path of a dense batch by its sizes; None: the kernels.
 
     Example:
         >>> import torch
@@ -98,7 +99,7 @@ def path_by_shapes(
 
 
 def path_of(direction: str, q: Tensor, k: Tensor, v: Tensor, chunk_size: int, causal: bool, scale: float) -> str | None:
-    """Path of a dense batch under torch's settings; None: the kernels, which also refuse wrong arguments."""
+    """Return the path that torch's settings allow; None: the kernels, which also refuse wrong arguments."""
     if not q.is_cuda or q.dim() != 4 or q.shape != k.shape or v.dim() != 4 or q.shape[:3] != v.shape[:3]:
         return None
     if not (q.dtype == k.dtype == v.dtype and q.device == k.device == v.device):
@@ -126,7 +127,7 @@ def _tf32_is_allowed() -> bool:
 def forward(
     path: str, q: Tensor, k: Tensor, v: Tensor, chunk_size: int, causal: bool, scale: float
 ) -> tuple[Tensor, ...]:
-    """o and lse of a dense batch."""
+    """Return o and lse of a dense batch."""
     paths = {"flash": partial(_flash_fwd, causal=causal), "products": _products_fwd}
     return _by_chunks(paths[path], chunk_size, scale, q, k, v)
 
@@ -135,13 +136,13 @@ def backward(
     path: str, do: Tensor, q: Tensor, k: Tensor, v: Tensor, o: Tensor, lse: Tensor, chunk_size: int, causal: bool,
     scale: float,
 ) -> tuple[Tensor, ...]:  # fmt: skip
-    """dq, dk and dv of a dense batch."""
+    """Return dq, dk and dv of a dense batch."""
     paths = {"flash": partial(_flash_bwd, causal=causal), "products": _products_bwd}
     return _by_chunks(paths[path], chunk_size, scale, do, q, k, v, o, lse)
 
 
 def _by_chunks(function: Callable, chunk_size: int, scale: float, *tensors: Tensor) -> tuple[Tensor, ...]:
-    """Apply `function` to the tensors' chunks, (N, C, H, ...): whole chunks, then the shorter ones at rows' ends."""
+    """Apply `function` to the tensors' chunks (N, C, H, ...): the whole ones, then the shorter last ones of rows."""
     batch, length = tensors[0].shape[:2]
     whole, parts = length - length % chunk_size, []
     with torch.autocast(tensors[0].device.type, enabled=False):
@@ -165,7 +166,7 @@ def _flash_fwd(q, k, v, scale, causal):
 
 def _flash_bwd(do, q, k, v, o, lse, scale, causal):
     *by_head, lse = (t.transpose(1, 2) for t in (do, q, k, v, o, lse))
-    length, no_dropout = q.shape[1], q.new_empty(2, dtype=torch.int64)  # instead of a generator's state
+    length, no_dropout = q.shape[1], q.new_empty(2, dtype=torch.int64)  # unused seed and offset of a generator
     grads = _flash_backward(
         *by_head, lse.contiguous(), None, None, length, length, 0.0, causal, no_dropout, no_dropout, scale=scale
     )
@@ -208,7 +209,7 @@ def _products_bwd(do, q, k, v, _o, lse, scale):
 
 
 def _blocks(q: Tensor) -> tuple[int, list[slice]]:
-    """Number of chunks that are computed at once, and the strips of a chunk."""
+    """Return the number of chunks that are computed at once, and the strips of a chunk."""
     chunks, C = q.shape[:2]
     size = min(chunks, max(WORKSPACE // (C * C * q.element_size()), 1))
     height = math.ceil(max(C / _STRIPS, _ROWS / size) / _STRIP) * _STRIP
@@ -223,7 +224,10 @@ def _matrices(size: int, *tensors: Tensor) -> Iterator[list[Tensor]]:
 
 
 def _columns(lse: Tensor, scale: float, dtype: torch.dtype) -> Tensor:
-    """(N, C, H, 8): three bfloat16 (float64: seven), exact in float16 and TF32, whose sum is -lse / scale / 256."""
+    """Return columns (N, C, H, 8) whose sum is -lse / scale / 256: 3 bfloat16 values (7 for float64) and zeros.
+
+    Each value is exact in float16 and TF32.
+    """
     rest, parts = lse / (-_UNIT * scale), []
     for _ in range(3 if lse.dtype == torch.float32 else 7):
         parts.append(rest.bfloat16())
@@ -232,7 +236,7 @@ def _columns(lse: Tensor, scale: float, dtype: torch.dtype) -> Tensor:
 
 
 def _extended(q: Tensor, k: Tensor, columns: Tensor) -> tuple[Tensor, Tensor]:
-    """q and k with more columns, (n, C, K + 8) each; their product is q k^T - lse / scale."""
+    """Return q and k with 8 more columns, (n, C, K + 8) each; their product is q k^T - lse / scale."""
     return torch.cat((q, columns), -1), F.pad(k, (0, _WIDTH), value=_UNIT)
 
 

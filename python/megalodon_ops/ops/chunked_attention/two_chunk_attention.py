@@ -1,15 +1,16 @@
 """Attention to a position's own chunk and the previous one, by attention inside windows of two chunks on two grids.
 
     chunk                 0    1    2    3    4
-    early windows      [  .    o ][  .    o ][  .      o: sees two chunks, as wanted
+    early windows      [  .    o ][  .    o ][  .      o: sees two chunks, as required
     late windows            [  .    o ][  .    o ]     .: sees its own chunk alone
 
-The first chunk of a sequence and the second chunk of each early window take the results of the early windows, all
-others those of the late windows. The first halves of windows are computed in vain: 4 pairs of a query and a key where 3
-would suffice. In the backward these halves have no incoming gradients, and the log-sum-exp of the other grid.
+The first chunk of a sequence and the second chunk of each early window use the results of the early windows. All other
+chunks use those of the late windows. The other results, of the windows' first halves, are not used: 4 pairs of a query
+and a key are computed where 3 would suffice. In the backward the gradients of unused results are zero.
 
-A state has up to two chunks, the last complete one and the unfinished one, in the cache's 2 C rows; the grid restarts
-whenever these are full. Calls whose positions fit the cache, such as those of decoding, have no late windows.
+A state has up to two chunks, the last complete one and the unfinished one, in the 2 C rows of its cache. When the rows
+are full, the last complete chunk moves to the front. Calls whose positions fit the cache, as in decoding, have no late
+windows.
 """
 
 from __future__ import annotations
@@ -37,7 +38,7 @@ _caller = _Caller()
 
 @contextlib.contextmanager
 def positions_fit() -> Iterator[None]:
-    """Within the context, the caller knows that no call of this thread fills a cache, so the host reads no positions."""
+    """Declare that no call of this thread inside the context fills a cache, so that the host reads no positions."""
     _caller.knows_that_positions_fit = True
     try:
         yield
@@ -46,7 +47,7 @@ def positions_fit() -> Iterator[None]:
 
 
 class _Grids:
-    """The places of the sequences' positions on the early grid, and the late windows of longer sequences."""
+    """Positions of the sequences on the early grid, and the late windows of sequences of more than two chunks."""
 
     def __init__(
         self,
@@ -58,7 +59,7 @@ class _Grids:
         *,
         state_only: bool = False,
     ) -> None:
-        """x (B, L, ...); position (S,) valid rows of the cache. state_only: only the state after x is computed."""
+        """x (B, L, ...): new tokens. position (S,): valid rows of the cache. state_only: no outputs are computed."""
         self.has_late = False
         if _caller.knows_that_positions_fit:
             return
@@ -70,8 +71,8 @@ class _Grids:
         self.has_late = max(self.rows, default=0) >= 2 * C + (not state_only)
         if not self.has_late:
             return
-        # Late windows start with a sequence's second chunk. First chunks, and padding between sequences, become
-        # sequences of their own, whose results are not used.
+        # The late grid has three sequences for each given one: padding before it, its first chunk, and the rest, which
+        # the late windows cover. Results of the first two are not used.
         bounds, indices, rows = [0], [], torch.full((B * L,), -1)
         for first, (begin, end) in zip(cached, spans):
             start = min(begin + max(C - first, 0), end)
@@ -79,16 +80,16 @@ class _Grids:
             bounds += [begin, start, end]
             rows[begin:end] = torch.arange(first, first + end - begin)
         self.cu_seqlens = torch.tensor([*bounds, B * L], device=x.device)
-        self.late_index = torch.tensor(indices, device=x.device)  # (S,) each sequence's number among the late ones
+        self.late_index = torch.tensor(indices, device=x.device)  # (S,) index of each rest on the late grid
         rows = rows.view(B, L, 1, 1).to(x.device)
         self.is_padding, self.takes_early = rows < 0, (rows < 2 * C) | (rows % (2 * C) >= C)
 
     def as_one_row(self, *tensors: Tensor) -> list[Tensor]:
-        """Tensors (B, L, ...) as one row of B L tokens."""
+        """Return the tensors (B, L, ...) as one row of B L tokens."""
         return [x.contiguous().flatten(0, 1)[None] for x in tensors]
 
     def late_state(self, *caches: Tensor | None) -> tuple[Tensor | None, ...]:
-        """The caches (S, 2 C, ...) without their first chunk, and the position, for the late sequences."""
+        """Return the caches (S, 2 C, ...) without their first chunk, and positions, for the late grid's sequences."""
         if self._position is None:
             return *caches, None
         position = (self._position - self._C).clamp(min=0)
@@ -168,7 +169,7 @@ def _state_fake(k, v, cache_k, cache_v, position, chunk_size, cu_seqlens, length
 def empty_state(
     k: Tensor, v: Tensor, cache_k: Tensor | None, cache_v: Tensor | None, sequences: int, rows: int
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Uninitialised tensors of a state of keys and values k, v (B, L, H, ...) with rows as in the given caches."""
+    """Return uninitialised tensors of a state, with dtype and last dimensions of the given caches, else of k, v."""
     like = (k if cache_k is None else cache_k, v if cache_v is None else cache_v)
     caches = (x.new_empty((sequences, rows, *x.shape[2:])) for x in like)
     return *caches, k.new_empty((sequences,), dtype=torch.int64)

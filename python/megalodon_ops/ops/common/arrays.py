@@ -1,14 +1,14 @@
 """Arrays of other libraries as arguments of the ops, through DLPack: NumPy, CuPy, every type with `__dlpack__`.
 
-An op whose first argument is an array reads its arrays in place, or a copy if they are not C-contiguous. Its results
-are arrays of that argument's library, or torch tensors if the library has no `from_dlpack`. With `inplace_state`, the
-op writes to the arrays of the state.
+If the first argument of an op is an array, the op reads all arrays in place, or a copy of those that are not
+C-contiguous. The results are arrays of the first argument's library, or torch tensors if that library has no
+`from_dlpack`. With `inplace_state`, the op writes to the arrays of the state.
 
-A call on arrays runs without gradients and torch.autocast. It takes no tensors, whose gradients would be lost.
+A call on arrays runs without gradients and torch.autocast. It refuses tensors, whose gradients would be lost.
 
-Streams follow the protocol; the host never waits. Each array's producer makes torch's current stream wait for the work
-pending on the array; the results make their consumer's current stream wait for the op. If the results are torch
-tensors, no other stream waits: keep the arrays until torch's stream is done with them.
+Streams follow DLPack's protocol; the host never waits. The library of an array makes torch's current stream wait for
+the work pending on the array. The library that imports a result makes its own current stream wait for the op. If
+results are torch tensors, no other stream waits: keep the arrays until torch's stream has finished with them.
 
 Example:
     >>> import numpy as np, megalodon_ops as mo
@@ -34,11 +34,11 @@ from .checks import check_tensor, describe
 
 
 def call_with_arrays(op: Callable[..., Any], /, **arguments: Any) -> Any:
-    """Call `op` on tensors over the arrays' memory; return its results as arrays of the first array's library."""
+    """Call `op` on tensors that share the arrays' memory; return its results as arrays of the first array's library."""
     first, array = next(iter(arguments.items()))
     if not hasattr(type(array), "__dlpack__"):
         check_tensor(op.__name__, first, array)
-    arrays: dict[int, Any] = {}  # keys: ids of the tensors over their memory
+    arrays: dict[int, Any] = {}  # keys: ids of the tensors that share their memory
 
     def to_tensor(name: str, path: tuple, value: Any) -> Any:
         if not hasattr(type(value), "__dlpack__"):
@@ -47,7 +47,7 @@ def call_with_arrays(op: Callable[..., Any], /, **arguments: Any) -> Any:
         try:
             if isinstance(value, Tensor):
                 raise TypeError(f"a call takes either arrays or tensors, and `{first}` is an array")
-            tensor = _tensor_over(value, write)
+            tensor = _tensor_sharing_memory(value, write)
         except Exception as error:
             raise (ValueError if isinstance(error, ValueError) else TypeError)(
                 f"{op.__name__}: `{name}{keystr(path)}` must be an array that torch can {'write' if write else 'read'} "
@@ -74,20 +74,22 @@ def call_with_arrays(op: Callable[..., Any], /, **arguments: Any) -> Any:
         return tree_map(to_array, op(**tensors))
 
 
-def _tensor_over(array: Any, write: bool) -> Tensor:
-    """Tensor over the array's memory; without `write` the array may be read-only."""
+def _tensor_sharing_memory(array: Any, write: bool) -> Tensor:
+    """Return a tensor that shares the array's memory; without `write`, the array may be read-only."""
     if min(getattr(array, "strides", None) or (0,)) < 0:  # torch would crash: pytorch#188023
         raise ValueError("a stride is negative")
     if write:
         array[:0] = array[:0]  # raises if the array cannot be written, and changes nothing
-    elif isinstance(array, numpy.ndarray) and not array.flags.writeable:  # older versions of NumPy do not export it
+    elif (
+        isinstance(array, numpy.ndarray) and not array.flags.writeable
+    ):  # older versions of NumPy do not export such arrays
         interface = array.__array_interface__ | {"data": (array.ctypes.data, False)}
         array = numpy.asarray(SimpleNamespace(array=array, __array_interface__=interface))
     return torch.from_dlpack(array)
 
 
 class _Result(Tensor):
-    """A result for another library to import. Torch reuses its memory only after the library's work on it."""
+    """Result that another library imports. Torch reuses its memory only after that library's work on it."""
 
     __torch_function__ = torch._C._disabled_torch_function_impl
 

@@ -1,4 +1,4 @@
-"""Rows of 8-bit integers with a scale: of weights, and of keys and values in a state."""
+"""Rows of 8-bit integers with one scale each, for weights and for keys and values of a state."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ SCALE_BYTES = 4
 def round_rows(x: Tensor) -> tuple[Tensor, Tensor]:
     """Return integers from -127 to 127, as int8, and the float32 scale of each row of x (..., E).
 
-    The scale is the largest absolute value / 127; NaN if a number is not finite.
+    The scale is the row's largest absolute value / 127, or NaN if the row has a number that is not finite.
     """
     x = x.float()
     largest = x.abs().amax(-1) if x.shape[-1] else x.sum(-1)
@@ -20,7 +20,7 @@ def round_rows(x: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def pack_rows(x: Tensor) -> Tensor:
-    """Round rows (..., E) to (..., E + 4) int8: the integers, then the bytes of the scale."""
+    """Round rows (..., E) to int8 (..., E + 4): the integers, then the four bytes of the scale."""
     integers, scale = round_rows(x)
     return torch.cat([integers, scale[..., None].view(torch.int8)], -1)
 
@@ -31,5 +31,5 @@ def scales_of_rows(rows: Tensor) -> Tensor:
 
 
 def unpack_rows(rows: Tensor) -> Tensor:
-    """Return the float32 numbers (..., E) that packed rows (..., E + 4) stand for."""
+    """Return the float32 values (..., E) of packed rows (..., E + 4)."""
     return rows[..., :-SCALE_BYTES] * scales_of_rows(rows)

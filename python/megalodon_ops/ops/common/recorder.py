@@ -1,4 +1,4 @@
-"""`Recorder`: sees what a call computes, the launches of kernels and the functions of torch, and keeps its tensors."""
+"""`Recorder`: notes the launches of kernels and the functions of torch in a call, and keeps their tensors."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ _EMPTY = {aten.empty.memory_format, aten.empty_like.default, aten.new_empty.defa
 _EMPTY |= {aten.empty_strided.default, aten.new_empty_strided.default}
 _HOST_READS = (Tensor.tolist, Tensor.numpy, Tensor.__array__, Tensor.__dlpack__, Tensor.data_ptr)
 PRODUCTS = {aten.mm.default, aten.addmm.default, aten.bmm.default, aten.baddbmm.default}
-"""called in Python without a warning: the call is short beside the product"""
+"""Matrix products; called in Python without a warning, as the call takes much less time than the product"""
 _OPERATIONS = {
     getattr(aten, name + suffix).Tensor: sign
     for name, sign in {"add": "+", "sub": "-", "mul": "*", "div": "/"}.items()
@@ -36,13 +36,14 @@ _COPIES = {aten.clone.default, aten._to_copy.default, aten.copy_.default}
 _WITH_KERNEL = {aten.embedding.default, *_COPIES, *_OPERATIONS}
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 _COPIED = (*_FLOATS, torch.float64, torch.int64, torch.complex64, torch.complex128)
-_MINUS_ZERO = -0.0  # neutral in sums; +0.0 would change -0.0
+_MINUS_ZERO = -0.0  # leaves every number unchanged in a sum; +0.0 would change -0.0
 _IN_PLACE = {"timestep_norm_fwd", "cema_fwd", "chunked_attention_state", "copy_memory"}
-"""kernels that may write a new state over the old one"""
+"""Kernels that may write a new state over the old one"""
 _LEAVES = (Tensor, type(None), bool, int, float, torch.dtype, torch.device, torch.layout)
 
 
 def tensors_in(*values: Any) -> list[Tensor]:
+    """Return the tensors in values, which may be nested."""
     leaves = []
     for value in values:
         leaves += [value] if isinstance(value, _LEAVES) else tree_leaves(value)  # slow: 10 us
@@ -56,40 +57,41 @@ def _num_results(kernel: str) -> int:
 
 @functools.cache
 def _written_arguments(function: Any) -> list[tuple[int, str]]:
-    """Places and names of the arguments that a function of torch writes."""
+    """Return the indices and names of the arguments that a function of torch writes."""
     arguments = enumerate(function._schema.arguments)
     return [(i, a.name) for i, a in arguments if a.alias_info is not None and a.alias_info.is_write]
 
 
 def address_of(tensor: Tensor) -> int:
-    """Address of the tensor's storage; 0 if it has none, as an empty tensor or one that is made of others."""
+    """Return the address of the tensor's storage; 0 if it has none, as an empty tensor or one that wraps others."""
     return 0 if is_traceable_wrapper_subclass(tensor) else tensor.untyped_storage().data_ptr()
 
 
 def _has_no_memory(value: Any) -> bool:
-    """Return True for a value in Python, and for a tensor whose memory is in others."""
+    """Return True for a value in Python, and for a tensor that wraps others."""
     return (address_of(value) == 0 and value.numel() > 0) if isinstance(value, Tensor) else value is not None
 
 
 @dataclass(eq=False)
 class Call:
-    """A call of a kernel, by name, or of a function, in the recorded step."""
+    """A call in the recorded step: of a kernel, by its name, or of a function."""
 
     name: str
     function: str | Callable
     args: tuple
     kwargs: dict
     written: Set[int]
+    """addresses of the storages that the call writes"""
     touched: Set[int]
-    """addresses of the storages that the call writes, and of all that it reads or writes"""
+    """addresses of the storages that the call reads or writes"""
     results: list[tuple[int, Tensor]] = field(default_factory=list)
-    """new tensors that a function returns, with their places among its results; a kernel's are among its arguments"""
+    """new tensors that a function returns, with their indices among its results; a kernel writes to its arguments"""
     leaves_tensors: bool = False
-    """True if results are values in Python, or tensors that are made of others"""
+    """True if results are values in Python, or tensors that wrap others"""
 
 
 class Recorder(TorchDispatchMode):
-    """Keeps every launch of a kernel and every call of torch inside a step, and all of their tensors."""
+    """List of the launches of kernels and the calls of torch inside a step, with all of their tensors."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -106,8 +108,9 @@ class Recorder(TorchDispatchMode):
     def recording(self) -> Iterator[None]:
         has_compiled = "torch._dynamo" in sys.modules and hasattr(torch.compiler, "set_stance")  # new in torch 2.6
         eager = torch.compiler.set_stance("force_eager") if has_compiled else contextlib.nullcontext()
-        with eager, _HostReads(), self:  # compiled programs would not be seen
-            observer.recorder, own_threads = self, _C.use_own_threads(True)  # those of replays, so that no others start
+        with eager, _HostReads(), self:  # without `eager`, compiled programs would not be noted
+            # On the threads of replays, so that no other threads start.
+            observer.recorder, own_threads = self, _C.use_own_threads(True)
             try:
                 yield
             finally:
@@ -115,7 +118,7 @@ class Recorder(TorchDispatchMode):
                 _C.use_own_threads(own_threads)
 
     def call(self, name: str, function: Callable, *args: Any, **kwargs: Any) -> Any:
-        """Call a Python function that each replay calls again; the step sees copies of its new tensors."""
+        """Call a Python function that each replay calls again; return copies of its new tensors."""
         given, observer.recorder = self.keep(tensors_in(*args, *kwargs.values())), None
         try:
             results = function(*args, **kwargs)
@@ -126,6 +129,7 @@ class Recorder(TorchDispatchMode):
         return results
 
     def note_launch(self, kernel: str, args: tuple) -> None:
+        """Add a launch of a kernel, whose last arguments are its results."""
         written = self.keep(tensors_in(*args[-_num_results(kernel) :]))
         self.calls.append(Call(kernel, kernel, args, {}, written, self.keep(tensors_in(*args))))
 
@@ -145,14 +149,14 @@ class Recorder(TorchDispatchMode):
         if func in _EMPTY:
             self.new |= self.keep([results])
         elif not func.is_view:
-            changed = [args[i] if i < len(args) else kwargs.get(name) for i, name in _written_arguments(func)]
-            self.note(func._schema.name, func, args, kwargs, results, self.keep(tensors_in(*changed)))
+            written = [args[i] if i < len(args) else kwargs.get(name) for i, name in _written_arguments(func)]
+            self.note(func._schema.name, func, args, kwargs, results, self.keep(tensors_in(*written)))
         return results
 
     def note(
         self, name: str, function: Callable, args: tuple, kwargs: dict, results: Any, written: Set[int] = frozenset()
     ) -> None:
-        """Add a call of a function, or of the kernel that computes the same."""
+        """Add a call of a function, as a call of the kernel that computes the same if there is one."""
         inputs, returned = self.keep(tensors_in(*args, *kwargs.values())), tensors_in(results)
         self.new |= {address_of(t) for t in returned} - self.storages.keys()
         outputs = self.keep(returned)
@@ -162,7 +166,7 @@ class Recorder(TorchDispatchMode):
         call.leaves_tensors = any(map(_has_no_memory, tree_leaves(results)))
         if kernel := as_kernel(call):
             call.function, *call.args = kernel
-        if call.written or call.leaves_tensors:  # else results are views
+        if call.written or call.leaves_tensors:  # otherwise, the results are views
             self.calls.append(call)
 
     def keep(self, tensors: list[Tensor]) -> set[int]:
@@ -172,9 +176,10 @@ class Recorder(TorchDispatchMode):
         return set(storages)
 
     def needed_calls(self, varying: set[int]) -> list[Call]:
-        """Return the calls that read `varying` memory, or draw random numbers; the results of others are constants.
+        """Return the calls that depend on `varying` memory or draw random numbers; other results are constants.
 
-        Memory that is written again, or was not allocated by the step, varies, too. All that varies is added to `varying`.
+        Adds to `varying` the storages that these calls write, that are written more than once, or that were written but
+        not allocated by the step.
         """
         times = Counter(address for call in self.calls for address in call.written)
         varying |= {address for address, count in times.items() if count > 1 or address not in self.new}
@@ -187,10 +192,10 @@ class Recorder(TorchDispatchMode):
         return needed
 
     def places(self, calls: list[Call], varying: set[int], kept: set[int]) -> dict[int, torch.UntypedStorage]:
-        """Return the storages that replace those of the recorded call, by address; those of `kept` stay.
+        """Return other storages for the recorded call's storages, by their addresses; those of `kept` stay.
 
-        A new tensor that is copied to older memory, such as a state's, replaces that if no call between reads the old
-        values. Temporary tensors share memory, which then stays in the cache.
+        A new tensor whose values are copied to older memory, such as a state's, is placed in that memory if no call in
+        between reads the old values. Temporary tensors share memory, which then stays in the processor's cache.
         """
         uses, places, free = defaultdict(list), {}, defaultdict(list)
         for i, call in enumerate(calls):
@@ -201,8 +206,8 @@ class Recorder(TorchDispatchMode):
                 continue
             source, target = map(address_of, call.args)
             writer, last = uses[source][0], uses[source][-1]
-            meanwhile = [j for j in uses[target] if writer <= j < i]
-            in_place = not meanwhile or (meanwhile == [writer] and calls[writer].function in _IN_PLACE)
+            target_uses = [j for j in uses[target] if writer <= j < i]
+            in_place = not target_uses or (target_uses == [writer] and calls[writer].function in _IN_PLACE)
             if source in self.new - kept and writer < last == i and in_place:
                 places[source] = self.storages[target]
         stay = kept | places.keys()
@@ -219,12 +224,12 @@ class Recorder(TorchDispatchMode):
 
 
 def _is_whole(tensor: Tensor) -> bool:
-    """Return True if the tensor is contiguous and has its storage for itself."""
+    """Return True if the tensor is contiguous and fills its storage."""
     return tensor.is_contiguous() and tensor.nbytes == tensor.untyped_storage().nbytes()
 
 
 class _HostReads(TorchFunctionMode):
-    """Notes the functions by which Python reads values and which :class:`Recorder` does not see."""
+    """Notes the functions by which Python reads values without a dispatch to :class:`Recorder`."""
 
     def __torch_function__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
         if func in _HOST_READS and observer.recorder is not None:
@@ -233,7 +238,7 @@ class _HostReads(TorchFunctionMode):
 
 
 def as_kernel(call: Call) -> tuple | None:
-    """Return the kernel, and its arguments, that computes what a call of torch does; None if there is none."""
+    """Return name and arguments of a kernel that computes the same as a call of torch; None if there is none."""
     function, args = call.function, call.args
     if function not in _WITH_KERNEL:
         return None
@@ -262,13 +267,15 @@ def as_kernel(call: Call) -> tuple | None:
         return None
     if not all(_is_suffix(t.shape, y.shape) for t in tensors) or not any(t.shape == y.shape for t in tensors):
         return None
-    if any(t.dim() == 0 and t.dtype != y.dtype for t in tensors):  # such a tensor does not promote the other
+    if any(
+        t.dim() == 0 and t.dtype != y.dtype for t in tensors
+    ):  # a tensor without dimensions does not promote the other
         return None
     return "elementwise", x, b, operation, float(scale), float(shift), y
 
 
 def _is_suffix(shape: torch.Size, whole: torch.Size) -> bool:
-    """Return True if a tensor of this shape, ones in front apart, repeats over the leading axes of `whole`."""
+    """Return True if a tensor of this shape, without leading ones, repeats over the leading dimensions of `whole`."""
     while len(shape) and shape[0] == 1 and math.prod(shape) != 1:
         shape = shape[1:]
     return whole[len(whole) - len(shape) :] == shape

@@ -1,4 +1,4 @@
-"""`record`: a call of a module as a list of kernels, which run again without Python between them."""
+"""`record`: a call of a module as a list of kernels, which are replayed without Python between them."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from .definition import check_runs_now
 from .recorder import PRODUCTS, Call, Recorder, address_of, tensors_in
 
 _TORCH_GRAIN = 32768
-"""Elements of a result that torch copies and samples on OpenMP's threads, which then still spin in the next step"""
+"""Fewest elements of a result that torch copies on OpenMP's threads, which would still spin during the next replay"""
 
 
 class Step:
@@ -29,10 +29,11 @@ class Step:
     """
 
     def __init__(self, op: str, function: Callable, inputs: tuple[Tensor, ...], state: Any = None) -> None:
-        """Call function(*inputs) once; it updates the tensors of `state` in place.
+        """Call function(*inputs) once, which updates the tensors of `state` in place, and record the call.
 
-        Sets `host_reads`, the names of functions by which Python read values: a replay leaves them out, and makes the
-        calls of the recorded values; and `in_python`, those of functions that a replay calls in Python.
+        Sets two lists of names: `host_reads`, functions by which Python read values, which a replay does not call (it
+        runs the calls that followed from the recorded values); and `in_python`, functions that a replay calls in
+        Python.
         """
         self._op, self._lock, self._is_whole, self.state = op, threading.RLock(), True, state
         recorder = Recorder()
@@ -45,7 +46,7 @@ class Step:
             self._build(recorder, varying)
 
     def __call__(self, *inputs: Tensor) -> Any:
-        """Results of the module for these inputs, which have the shapes and dtypes of the recorded ones."""
+        """Return the module's results for these inputs, which must have the recorded shapes and dtypes."""
         same = len(inputs) == len(self._inputs)
         for buffer, x in zip(self._inputs, inputs):
             same = same and isinstance(x, Tensor) and x.dtype == buffer.dtype and x.shape == buffer.shape
@@ -69,7 +70,7 @@ class Step:
             return self.results()
 
     def results(self) -> Any:
-        """Copy the results of the last call, which the next call overwrites."""
+        """Return a copy of the last call's results, which the next call overwrites."""
         leaves = [leaf.clone() if isinstance(leaf, Tensor) else leaf for leaf in self._leaves]
         return tree_unflatten(leaves, self._structure)
 
@@ -80,13 +81,14 @@ class Step:
         )
 
     def _build(self, recorder: Recorder, varying: set[int]) -> None:
-        """Make the recording of the calls that depend on `varying` memory: inputs, the state, and what a call writes."""
+        """Build the recording of the calls that depend on `varying` memory, at first the inputs and the state."""
         calls, results = recorder.needed_calls(varying), tensors_in(self._leaves)
         self.host_reads = [call.name for call in calls if call.leaves_tensors]
         calls = [call for call in calls if not call.leaves_tensors]
         places = recorder.places(calls, varying, {address_of(tensor) for tensor in results})
 
         def placed(tensor: Tensor) -> Tensor:
+            """Return the tensor in the memory that the recording uses for it."""
             storage = places.get(address_of(tensor))
             if storage is None:
                 return tensor
@@ -107,15 +109,15 @@ class Step:
 
 
 def _replay_of(op: str, call: Call, placed: Callable[[Tensor], Tensor]) -> Callable[[], None]:
-    """Return a function that calls the recorded one and copies its new tensors to the recorded ones."""
-    kept = (call.args, call.kwargs, call.results)
-    function, name, (args, kwargs, results) = call.function, call.name, tree_map_only(Tensor, placed, kept)
+    """Return a function that repeats a recorded call in Python and copies its new tensors to the recorded ones."""
+    function, name = call.function, call.name
+    args, kwargs, results = tree_map_only(Tensor, placed, (call.args, call.kwargs, call.results))
 
     def replay() -> None:
-        found = function(*args, **kwargs)
-        found = [found] if isinstance(found, Tensor) else tensors_in(found)
-        for place, old in results:
-            new = found[place]
+        new_results = function(*args, **kwargs)
+        new_results = [new_results] if isinstance(new_results, Tensor) else tensors_in(new_results)
+        for index, old in results:
+            new = new_results[index]
             if (new.shape, new.dtype) != (old.shape, old.dtype):
                 raise RuntimeError(
                     f"{op}: `{name}` must return a tensor of the recorded shape and dtype {_kinds_text([old])}, got "
@@ -133,32 +135,35 @@ def _kinds_text(tensors: Any) -> str:
 def record(module: Callable, *example: Tensor, state: Any = None) -> Step:
     """Record a call of a module on the CPU, as a CUDA graph does on a GPU; the step replays it without Python.
 
-    A call of a small network is mostly Python: two blocks of width 64 take twenty times as long by their layers as by a
-    step. A replay runs the recorded kernels, in order, with the same bits. It computes without gradients.
+    A call of a small network spends most of its time in Python: a call of two blocks of width 64 takes twenty times as
+    long as a replay. A replay runs the recorded kernels, in order, with bitwise equal results. It computes without
+    gradients.
 
-    The kernels of this package, and of torch sums, differences, products and quotients of tensors, copies and
-    embeddings, run without Python. Other functions of torch are called in Python between two kernels; a warning names
-    them, except for matrix products, such as those of `torch.nn.Linear`. Nothing is left out: a module that reads values
-    of tensors in Python, by `item` or `if`, is refused. Each replay checks lengths, offsets and positions as the ops do.
+    This package's kernels, and torch's sums, differences, products, quotients, copies and embeddings of tensors, run
+    without Python. Other functions of torch are called in Python between two kernels; a warning names them, except for
+    matrix products, such as those of `torch.nn.Linear`. A module that reads values of tensors in Python, by `item` or
+    `if`, is refused. Each replay checks lengths, offsets and positions as the ops do.
 
     Args:
         module: called as `module(*example)`, or `module(*example, state=state)`; `functools.partial` sets other arguments.
-        example: tensors on the CPU. Calls of the step take others of the same shapes and dtypes.
-        state: tensors, in tuples or lists, that the module reads. It returns a tuple of its results and the state after
-            them, which has the same tensors. The step copies the state, and each call continues where the last one
-            ended. Buffers that the module writes in place continue, too; the recorded call is one step for them.
+        example: tensors on the CPU. Calls of the step take tensors of the same shapes and dtypes.
+        state: tensors, in tuples or lists, that the module reads. The module must return a tuple of its results and the
+            new state, whose tensors have the same shapes and dtypes. The step copies `state`, and each call continues
+            from the state after the last one. Buffers that the module writes in place keep their values between calls;
+            the recorded call has updated them once.
 
     Returns:
-        A step: `step(*inputs)` returns the module's results as new tensors, `step.state` holds the state. Calls from
-        several threads wait for each other. It cannot be copied or pickled.
+        A step: `step(*inputs)` returns the module's results as new tensors; `step.state` is the state. Calls from
+        several threads wait for each other. A step cannot be copied or pickled.
 
     Raises:
-        NotImplementedError: the module reads values in Python. ValueError: it returns another state, sets attributes
-        instead of writing their tensors, or a tensor is not on the CPU. TypeError: an argument has a wrong type.
+        NotImplementedError: the module reads values in Python. ValueError: the module returns a state of other shapes
+        or dtypes, or sets attributes instead of writing their tensors in place; or a tensor is not on the CPU.
+        TypeError: an argument has a wrong type.
 
-    The step keeps the addresses of parameters, so it sees values that are written there later, except where the module
-    computes something from parameters alone, such as CEMA's coefficients: that is computed once. Record another step
-    after parameters move, or modules or hooks change: hooks run once, in the recording.
+    The step keeps the addresses of parameters, so it sees values that are written there later. Results that depend on
+    parameters alone, such as CEMA's coefficients, are computed once, in the recording. Hooks, too, run only then.
+    Record another step after parameters move to other memory, or after modules or hooks change.
 
     Example:
         >>> import torch, megalodon_ops as mo
@@ -196,7 +201,7 @@ def record(module: Callable, *example: Tensor, state: Any = None) -> Step:
     if step.host_reads:
         raise NotImplementedError(
             f"record: a step must compute with plain tensors alone, got `{step.host_reads[0]}`, which reads values in Python "
-            "or returns a tensor that is made of others; torch.where chooses between values of tensors."
+            "or returns a tensor that wraps others; torch.where chooses between values of tensors."
         )
     for name, value in _attributes(module).items():
         if before.get(name) is not value:
@@ -215,7 +220,7 @@ def record(module: Callable, *example: Tensor, state: Any = None) -> Step:
 
 
 def _with_state(module: Callable, state: Any) -> Callable:
-    """Return a function of the inputs that calls the module with `state` and writes the new state there."""
+    """Return a function of the inputs that calls the module with `state` and writes the new state to its tensors."""
     old, memory = tensors_in(state), {address_of(tensor) for tensor in tensors_in(state)}
 
     def call(*inputs: Tensor) -> Any:
@@ -236,7 +241,7 @@ def _with_state(module: Callable, state: Any) -> Callable:
 
 
 def contiguous_copy(state: Any) -> Any:
-    """Copy the tensors of a state for writing in place."""
+    """Return contiguous copies of the tensors of a state, which may be written in place."""
     with torch.inference_mode(False), torch.no_grad():
         return tree_map_only(Tensor, lambda t: t.detach().clone(memory_format=torch.contiguous_format), state)
 

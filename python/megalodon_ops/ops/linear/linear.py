@@ -17,30 +17,30 @@ from ..common.definition import in_forward_mode, is_exporting, launch
 from ..common.checks import check_optional_tensor, check_tensor
 
 _CPUINFO = Path("/proc/cpuinfo")
-KERNEL_TYPES = (*OWN_TYPES, FakeTensor)  # types that the kernels, or their fakes, take
+KERNEL_TYPES = (*OWN_TYPES, FakeTensor)  # types of tensors that the kernels or their fakes accept
 
 
 class KernelChoice(NamedTuple):
-    """Choice between torch and the kernels, for the products of one dtype on a processor.
+    """Choice between torch and the kernels for products of one dtype on a processor.
 
-    Without gradients, a product of few rows uses the kernel that reads the weights once; a product of many rows uses
-    the op `linear_fwd` if that is faster than torch. So does a large product with gradients.
+    Without gradients, a product of few rows uses the kernel that reads the weights once. Products of many rows, and
+    large products with gradients, use the op `linear_fwd` where that is faster than torch.
     """
 
     few_rows_to: int
     """most rows for which the kernel for few rows is faster than torch"""
     many_rows_from: int | None = None
-    """fewest rows for which the kernel for many rows is faster than the one for few; None: torch is faster than both"""
+    """fewest rows for which the kernel for many rows is faster than that for few; None: torch is faster than both"""
     training_from: int | None = None
-    """fewest multiply-adds with gradients for which `linear_fwd` gains more than its call costs; None: never"""
+    """fewest multiply-adds with gradients for which `linear_fwd`, with its call, is faster than torch; None: never"""
     casts_here: bool = False
-    """under autocast without gradients, the kernel for many rows gains more than torch's cached cast weights"""
+    """True if, under autocast without gradients, the kernel for many rows gains more than torch's cast cache"""
     batches: bool = False
-    """for batches of products, the kernel for many rows is faster than torch"""
+    """True if the kernel for many rows is faster than torch for batches of products"""
 
 
 def choices(isa: str, mkl_is_slow: bool) -> dict[torch.dtype, KernelChoice]:
-    """Choice for each dtype on a processor with this instruction set."""
+    """Return the choice for each dtype on a processor with this instruction set."""
     torch_choice, slow_torch = KernelChoice(32), KernelChoice(32, 64, 1 << 20, casts_here=True)
     if isa == "v4_amx":
         float32, bfloat16, float16 = KernelChoice(15, 16, 1 << 26), KernelChoice(8), torch_choice
@@ -61,23 +61,23 @@ _ENVIRONMENT = os.environ.get("MEGALODON_OPS_LINEAR", "auto")
 if _ENVIRONMENT not in ("auto", "torch"):
     raise ImportError(f"megalodon_ops: MEGALODON_OPS_LINEAR must be auto or torch, got {_ENVIRONMENT}.")
 CHOICES = choices(_C.active_isa(), _mkl_is_slow()) if _ENVIRONMENT == "auto" else {}
-"""choices of this process; empty if torch computes everything"""
+"""Choices of this process; empty if torch computes everything"""
 _ALL_BY_TORCH = KernelChoice(few_rows_to=0)
 _READS_ON = bool(CHOICES) and "v4_amx" in _C.available_isas()
-"""torch's library reads 32 bfloat16 of a row at a time and multiplies those after its end by 0: docs/numerics.md"""
+"""True if torch reads past the ends of bfloat16 rows: 32 values at a time, the excess times 0 (docs/numerics.md)"""
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """`torch.nn.functional.linear`, on the CPU by the fastest of torch and two kernels.
+    """Compute `torch.nn.functional.linear`; on the CPU by torch or one of two kernels, the fastest of them.
 
     Products of few rows, as in decoding, use a kernel that reads the weights once; products of many rows use another
-    kernel if torch's libraries are slower on the processor. `docs/cpu.md` has the table; :class:`KernelChoice` and
-    :func:`choices` are its code. The choice depends on processor, dtype and sizes, never on a measurement. Results
-    differ by rounding alone, except that with AMX an infinite float32, or one above 3.38e38, gives NaN. With
-    `MEGALODON_OPS_LINEAR=torch` in the environment torch computes every product.
+    kernel if torch's libraries are slower on the processor. `docs/cpu.md` has a table of the choices. They depend on
+    processor, dtype and sizes, never on a measurement. Results differ by rounding alone, except that with AMX an
+    infinite float32, or one above 3.38e38, gives NaN. With `MEGALODON_OPS_LINEAR=torch` in the environment, torch
+    computes every product.
 
-    Under torch.autocast the tensors are cast first, unless torch, which caches weights that it has cast, is faster. In
-    a program of torch.export the op `linear_fwd` chooses in each run, by the rows of that run.
+    Under torch.autocast the tensors are cast first, unless torch, which caches cast weights, is faster. In a program of
+    torch.export, the op `linear_fwd` chooses in each run, by the number of rows of that run.
 
     Args:
         x: (..., I). weight: (O, I). bias: (O,) or None.
@@ -121,7 +121,7 @@ def _has_rows(x: Tensor, count: int) -> bool:
 
 
 def _suits_casting(x: Tensor, weight: Tensor) -> bool:
-    """Return True to cast for autocast here, if a kernel may follow; torch caches weights that it has cast."""
+    """Return True if this function should cast for autocast because a kernel may follow; torch caches cast weights."""
     dtype = torch.get_autocast_dtype("cpu")
     choice = _choice_for(dtype)
     if torch.is_grad_enabled():
@@ -130,7 +130,7 @@ def _suits_casting(x: Tensor, weight: Tensor) -> bool:
 
 
 def _backward_reads_on(dtype: torch.dtype, weight: Tensor) -> bool:
-    """Return True if torch's own backward may read memory between the rows of dy (..., O)."""
+    """Return True if torch's own backward may read memory after the rows of dy (..., O)."""
     return _READS_ON and dtype == torch.bfloat16 and weight.shape[0] % 32 != 0
 
 
@@ -157,7 +157,7 @@ def most_few_rows(dtype: torch.dtype) -> int:
 
 
 def _is_plain(x: Tensor, weight: Tensor, other: Tensor | None) -> bool:
-    """Return True for CPU tensors of KERNEL_TYPES, without tangents, in one float dtype that autocast keeps."""
+    """Return True for CPU tensors of KERNEL_TYPES, without tangents, in one floating dtype that autocast keeps."""
     if in_forward_mode() or not all(t is None or type(t) in KERNEL_TYPES for t in (x, weight, other)):
         return False
     same = x.dtype == weight.dtype and (other is None or other.dtype == x.dtype) and x.is_floating_point()
@@ -175,7 +175,7 @@ def _few_rows(x, weight, bias):
 def put_product_(y: Tensor, x: Tensor, weight: Tensor, rows: int, *, add: bool) -> None:
     """Compute y = x weight^T, or y += x weight^T, outside autograd; y may be float32 for x and weight of 16 bits.
 
-    Without a kernel that writes to y, torch computes `rows` rows of y at a time, which fit the cache.
+    If no kernel writes to y, torch computes `rows` rows of y at a time; the caller chooses rows that fit the cache.
     """
     has_kernel = _choice_for(x.dtype).many_rows_from is not None
     if has_kernel and _is_plain(x, weight, None) and y.dtype in (x.dtype, torch.float32):
@@ -187,7 +187,7 @@ def put_product_(y: Tensor, x: Tensor, weight: Tensor, rows: int, *, add: bool) 
 
 
 def put_products_(y: Tensor, a: Tensor, b: Tensor, *, add: bool = False) -> None:
-    """Compute y = a b, or y += a b, outside autograd, for n matrices each: a (n, R, I), b (n, I, O), y (n, R, O)."""
+    """Compute y = a b, or y += a b, outside autograd, for n matrices a (n, R, I), b (n, I, O) and y (n, R, O)."""
     if _choice_for(y.dtype).batches and y.numel() > 0 and y.is_contiguous() and _is_plain(a, b, y):
         left, right = ((m, False) if m.is_contiguous() else (m.mT, True) for m in (a, b))
         if left[0].is_contiguous() and right[0].is_contiguous():
@@ -197,12 +197,12 @@ def put_products_(y: Tensor, a: Tensor, b: Tensor, *, add: bool = False) -> None
 
 
 def _fwd(x, weight, bias):
-    few, many, *_ = _choice_for(x.dtype)
+    few_rows_to, many_rows_from, *_ = _choice_for(x.dtype)
     if not x.is_cpu or x.numel() == 0:
         return F.linear(x, weight, bias)
-    if weight.is_contiguous() and not _has_rows(x, many or few + 1):
+    if weight.is_contiguous() and not _has_rows(x, many_rows_from or few_rows_to + 1):
         return _few_rows(x, weight, bias)
-    if many is None:
+    if many_rows_from is None:
         return F.linear(_without_gaps(x), _without_gaps(weight), bias)
     y = _fwd_fake(x, weight, bias)
     _many_rows(x.reshape(-1, x.shape[-1]), weight, bias, y.view(-1, y.shape[-1]), add=False)
@@ -210,7 +210,7 @@ def _fwd(x, weight, bias):
 
 
 def _without_gaps(x: Tensor) -> Tensor:
-    """x, or a copy if torch would read memory between its rows."""
+    """Return x, or a contiguous copy if torch would read memory between its rows."""
     reads_on = _READS_ON and x.is_cpu and x.dtype == torch.bfloat16 and x.shape[-1] % 32
     return x.contiguous() if reads_on and not _is_transposed(x) else x
 
