@@ -74,10 +74,7 @@ class ChangedModule(nn.Module):
 
     def __init__(self, name: str, module: nn.Module) -> None:
         super().__init__()
-        self._name, self.__dict__["_module"] = (
-            name,
-            module,
-        )  # not registered as a submodule, which would change its name
+        self._name, self.__dict__["_module"] = name, module  # no submodule: that would change the module's name
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.__dict__["_module"], name)

@@ -147,9 +147,8 @@ class TokenStream:
         index = torch.arange(len(self.stopped), device=self.stopped.device)
         stopped = torch.cat(rows)
         last = len(index) + torch.arange(len(stopped), device=index.device)
-        index[stopped] = last.where(
-            self.stopped[stopped], stopped
-        )  # a row may stop only at a token that is still in `_ready`
+        # A row that stops at a token in `_ready` has not stopped yet.
+        index[stopped] = last.where(self.stopped[stopped], stopped)
         return MegalodonState.cat([state, *states])[index]
 
 
@@ -236,7 +235,7 @@ def stream(
         max_new_tokens: number of tokens after which the stream ends; None: no limit.
         lengths: (B,) integers >= 1, the prompts' lengths; padding may have arbitrary values.
         padding: side of the padding, "right" or "left"; "left" needs `lengths`.
-        temperature: divides the logits; 0: take the likeliest token. A number for all rows, or B * num_samples in a list.
+        temperature: divides the logits; 0: take the likeliest token. A number, or a list of one for each row.
         top_k: draw only from the top_k likeliest tokens.
         top_p: draw only from the smallest set of these with probability top_p. A number or a list, as `temperature`.
         min_p: draw only from the remaining tokens that are at least min_p times as likely as the likeliest.
@@ -253,7 +252,7 @@ def stream(
         draft: speculative decoding. The draft guesses the next tokens, the model reads the guesses in one call, and the
             stream keeps those before the first that the model would not choose itself. So the tokens are those without
             a draft, up to rounding, even if they are drawn. All rows keep as many guesses as the row with the fewest.
-            A smaller :class:`Megalodon` of the same tokens; or "prompt", which repeats what followed in earlier text.
+            A smaller :class:`Megalodon` of the same tokens; or "prompt": what followed the last tokens earlier.
         draft_tokens: number of tokens that the draft guesses at once.
         cache_dtype: torch.int8: the model's state keeps keys and values in 8 bits, on the CPU, as after
             :meth:`MegalodonState.quantize_cache`. None: as in `state`, or in the dtype of the activations.
@@ -264,7 +263,7 @@ def stream(
 
     Raises:
         ValueError, TypeError: an argument is wrong, or two exclude each other: `num_samples` and temperature 0; padding
-        "left" and no `lengths`. FloatingPointError, on the CPU: logits are NaN or infinite, as if weights overflow.
+        "left" and no `lengths`. FloatingPointError, on the CPU: logits are NaN or infinite, as when weights overflow.
     """
     if max_new_tokens is not None:
         check_integer("generate", "max_new_tokens", max_new_tokens, "an integer in [0, 2^31)", 0, 2**31 - 1)
@@ -314,8 +313,7 @@ def generate(
 
     Args:
         prompt: (B, L >= 1) integers.
-        max_new_tokens: largest number of new tokens of a row; a row may stop earlier, for instance where a document
-            ends.
+        max_new_tokens: largest number of new tokens of a row, which may stop earlier, as at the end of a document.
         return_lengths: also return (B * num_samples,) int64, the number of tokens of each row, prompt and new ones.
         return_state: also return the state after all tokens of a row except its last. To continue, pass this state, and
             begin the prompt with the last token: the tokens are those of one call, up to rounding.

@@ -105,8 +105,7 @@ class Plan:
 
     If chunk t is complete, chunk t - visible + 1 is then written. Chunk 0 is the unfinished chunk of the state.
     Sequences are sorted by decreasing number of chunks. Without `to_end`, chunks that no later token reads are not
-    written. An
-    empty memory is read, too: NaN in a query gives NaN.
+    written. An empty memory is read, too: NaN in a query gives NaN.
     """
 
     def __init__(
@@ -125,9 +124,7 @@ class Plan:
         if wrong := [count for count in seen if not 0 <= count <= 2**62]:
             raise ValueError(f"{OP}: `state.position` must be in [0, 2^62], got {wrong[0]}.")
         lag = visible - 1
-        ends = [
-            count % C + end - begin for count, (begin, end) in zip(seen, spans)
-        ]  # in positions from the start of chunk 0
+        ends = [count % C + end - begin for count, (begin, end) in zip(seen, spans)]  # counted from chunk 0's start
         order = sorted(range(len(spans)), key=lambda s: (-(-ends[s] // C), ends[s] // C), reverse=True)
         turns = range(-(-max(ends, default=0) // C))
         from_empty = position is None

@@ -54,8 +54,8 @@ def chunked_attention(
         inplace_state: append to the tensors of `state` instead of copying them; for generation. A backward that needs
             the old values raises an error.
         dropkey: probability in [0, 1) that a key is hidden from a query: the score becomes -inf before the softmax, and
-            no other score is rescaled. A row without scores gives zeros. The mask depends on positions in the call, so
-            a sequence that is read in pieces has another mask.
+            no other score is rescaled. A row that loses all scores gives zeros. The mask depends on positions in the
+            call, so a sequence that is read in pieces has another mask.
         dropkey_seed: (1,) int64, seed of the mask; None: drawn from the device's default generator.
         cu_seqlens, lengths: sequences as in :func:`cema`.
 

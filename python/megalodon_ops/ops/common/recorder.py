@@ -267,9 +267,7 @@ def as_kernel(call: Call) -> tuple | None:
         return None
     if not all(_is_suffix(t.shape, y.shape) for t in tensors) or not any(t.shape == y.shape for t in tensors):
         return None
-    if any(
-        t.dim() == 0 and t.dtype != y.dtype for t in tensors
-    ):  # a tensor without dimensions does not promote the other
+    if any(t.dim() == 0 and t.dtype != y.dtype for t in tensors):  # a 0-D tensor does not promote the other
         return None
     return "elementwise", x, b, operation, float(scale), float(shift), y
 

@@ -34,7 +34,7 @@ class KernelChoice(NamedTuple):
     training_from: int | None = None
     """fewest multiply-adds with gradients for which `linear_fwd`, with its call, is faster than torch; None: never"""
     casts_here: bool = False
-    """True if, under autocast without gradients, the kernel for many rows gains more than torch's cast cache"""
+    """True if, without gradients, the kernel for many rows gains more than autocast's cache of cast weights"""
     batches: bool = False
     """True if the kernel for many rows is faster than torch for batches of products"""
 
