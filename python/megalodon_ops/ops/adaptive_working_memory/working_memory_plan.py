@@ -66,8 +66,8 @@ class ChunkCopies:
         """
         heads, device = like.shape[2], like.device
         self.turns: list[Index] = [slice(end - count, end) for count, end in zip(counts, accumulate(counts))]
-        first, begin, end = torch.tensor(spans, dtype=torch.int64).view(-1, 3, 1).unbind(1)
-        tokens = first + torch.arange(width)  # (n, W)
+        start, begin, end = torch.tensor(spans, dtype=torch.int64).view(-1, 3, 1).unbind(1)
+        tokens = start + torch.arange(width)  # (n, W)
         is_token = (tokens >= begin) & (tokens < end)
         heads_column = torch.arange(heads)[:, None]
         self.count, self._width = len(spans), width
