@@ -172,7 +172,7 @@ def test_a_model_that_cannot_be_split_is_refused_on_every_rank(ranks):
     groups, values, hidden, heads, two, others, tokens = first
     assert "`mesh` must have a dimension `tensor` whose size divides norm_num_groups = 1, got 2" in groups
     assert "divides value_dim = 25" in values and "divides ffn_hidden_dim = 41" in hidden
-    assert "divides num_heads = 3 or is a multiple of this, got 2" in heads
+    assert "divides num_heads = 3 or is a multiple of num_heads, got 2" in heads
     assert (
         two
         == "parallelize: `mesh` must have tensor = 1 for a model with a working memory or attention to two chunks, got 2."
