@@ -66,7 +66,8 @@ MEGALODON_BINDING(elementwise,
   params.dtype = y.present().floating();
   params.a_dtype = a.present().floating();
   params.b_dtype = b.given() ? b.floating() : params.a_dtype;
-  if ((params.dtype == DType::f64) != (params.a_dtype == DType::f64 && params.b_dtype == DType::f64))
+  const bool is_f64 = params.dtype == DType::f64;
+  if ((params.a_dtype == DType::f64) != is_f64 || (params.b_dtype == DType::f64) != is_f64)
     y.fail("float64 if and only if `a` and `b` are float64");
   // In the order of Operation; "=" is affine.
   const size_t code = std::string("=+-*/").find(b.given() ? operation : "=");

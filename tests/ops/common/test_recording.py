@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import gc
+import itertools
 import threading
 import warnings
 import weakref
@@ -18,6 +19,7 @@ from torch.testing._internal.two_tensor import TwoTensor
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 import megalodon_ops as mo
+from megalodon_ops import _C
 
 D = TINY["model_dim"]
 pytestmark = pytest.mark.usefixtures("poisoned_memory")
@@ -189,8 +191,16 @@ def test_states_that_change_places():
     assert_same_bits(step.state, state)
 
 
+def test_a_sum_takes_float64_alone_or_not_at_all():
+    numbers = {dtype: torch.ones(3, dtype=dtype) for dtype in (torch.float32, torch.float64)}
+    for a, b, y in itertools.product(numbers.values(), repeat=3):
+        if len({a.dtype, b.dtype, y.dtype}) > 1:
+            with pytest.raises(ValueError, match="`y` must be float64 if and only if `a` and `b` are"):
+                _C.elementwise(a, b, "+", 1.0, -0.0, y.clone())
+
+
 def change_later(x, state):
-    """What was copied is written again."""
+    """The copied tensor is written after the copy."""
     y, new = mo.rms_norm(x + state), x * 2
     state.copy_(new)
     new += 1
