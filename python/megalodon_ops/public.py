@@ -6,14 +6,13 @@ from . import _C, reference
 from .model.blocks import BlockState, MegalodonBlock, NormalizedAttention, NormalizedFFN
 from .model.config import MegalodonConfig
 from .model.decoder import Decoder
-from .model.encoder import MegalodonEncoder, MegalodonEncoderConfig
+from .model.encoder import MegalodonEncoderConfig
 from .model.gecko_block import MemoryBlockState
 from .model.generation import TokenStream
 from .model.layers import ComplexEMA, SequenceNorm, TimestepNorm, wide_parameters
-from .model.megalodon import Megalodon
 from .model.quantization import quantize
 from .model.quantized_layers import QuantizedLinear
-from .model.official import load_official, save_official
+from .model.official import save_official
 from .model.model_state import MegalodonState
 from .model.stops import StopStrings
 from .ops.adaptive_working_memory.adaptive_working_memory import adaptive_working_memory
@@ -33,6 +32,7 @@ from .ops.quantized_linear.quantized_linear import quantize_weight, quantized_li
 from .ops.sequence_norm.sequence_norm import sequence_norm
 from .ops.common.states import AttentionState, TimestepNormState, WorkingMemoryState
 from .ops.timestep_norm.timestep_norm import timestep_norm, timestep_norm_end_state
+from .public_models import Megalodon, MegalodonEncoder, load_official
 
 torch.serialization.add_safe_globals(
     [AttentionState, BlockState, MegalodonState, MemoryBlockState, TimestepNormState, WorkingMemoryState]

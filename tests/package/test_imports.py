@@ -23,6 +23,7 @@ ROOMS = [
         megalodon_ops.distributed megalodon_ops.tokenizers
         megalodon_ops
         megalodon_ops.public
+        megalodon_ops.public_models
         megalodon_ops.model
         megalodon_ops.files megalodon_ops.reference
         megalodon_ops.ops

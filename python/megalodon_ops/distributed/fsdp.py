@@ -10,10 +10,9 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 
-from ..model.encoder import MegalodonEncoder
-from ..model.folder import empty_model, with_values
+from ..model.parameters import empty_model, with_values
 from ..model.layers import WideParameters, wide_parameters
-from ..model.megalodon import Megalodon
+from ..public_models import Megalodon, MegalodonEncoder
 from ..model.weights import set_whole
 
 try:

@@ -21,7 +21,7 @@ from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
 
 from ..model.config import MegalodonConfig
-from ..model.megalodon import Megalodon
+from ..public_models import Megalodon
 from ..ops.linear_cross_entropy.linear_cross_entropy import linear_cross_entropy
 
 PRODUCTS, OTHERS, RECOMPUTED = "matrix products, attention", "CEMA, norms, gates", "computed again"

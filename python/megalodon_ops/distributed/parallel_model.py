@@ -17,9 +17,9 @@ from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import Replicate
 
-from ..model.encoder import MegalodonEncoder
 from ..model.generation import TokenStream
-from ..model.megalodon import Megalodon, masked_targets
+from ..model.megalodon import masked_targets
+from ..public_models import Megalodon, MegalodonEncoder
 from ..model.model_state import MegalodonState
 from ..model.sequences import Sequences
 from ..ops.linear_cross_entropy.linear_cross_entropy import check_reduction, has_integers

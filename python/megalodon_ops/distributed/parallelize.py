@@ -14,8 +14,7 @@ from .fsdp import check_torch, forget_ended_groups, initialise, shard
 from .mesh import batch_and_tensor_meshes, check_mesh
 from .parallel_model import ParallelMegalodon, ParallelMegalodonEncoder, Ranks
 from .tensor import check_can_split, split_over
-from ..model.encoder import MegalodonEncoder
-from ..model.megalodon import Megalodon
+from ..public_models import Megalodon, MegalodonEncoder
 from ..ops.common.checks import describe, short_text
 
 

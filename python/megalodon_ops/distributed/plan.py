@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 import torch
 
 from ..model.config import MegalodonConfig, check_config
-from ..model.megalodon import Megalodon
+from ..public_models import Megalodon
 from ..ops.common.checks import check_size, short_text
 from ..ops.linear_cross_entropy import linear_cross_entropy as loss
 from .measure import measure

@@ -30,7 +30,7 @@ from torch.utils._pytree import tree_map
 from ..model.config import MegalodonConfig
 from ..model.gecko_block import GeckoAttention
 from ..model.layers import take_methods
-from ..model.megalodon import Megalodon
+from ..public_models import Megalodon
 from ..model.model_state import MegalodonState, as_real, from_named, named_tensors
 from .tensor_layers import SplitComplexEMA, SplitInputMap, SplitLayer, SplitOutput, redistribute
 

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from .results import Context, Evaluation, Tally
 from .windows import Segment, open_documents, segments_of
-from ..model.megalodon import Megalodon
+from ..public_models import Megalodon
 from ..model.model_state import MegalodonState
 from ..ops.common.checks import check_size, describe, is_integer_between, short_text
 

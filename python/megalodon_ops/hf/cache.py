@@ -12,7 +12,7 @@ from transformers.cache_utils import Cache
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from ..model.decoder import Decoder
-from ..model.megalodon import Megalodon
+from ..public_models import Megalodon
 from ..model.model_state import MegalodonState
 from ..model.quantized_layers import computing_dtype
 from ..ops.common.checks import describe

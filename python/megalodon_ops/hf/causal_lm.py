@@ -14,7 +14,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutpu
 from transformers.utils import can_return_tuple
 
 from ..model.blocks import at_least_float32
-from ..model.megalodon import Megalodon
+from ..public_models import Megalodon
 from ..model.sequences import Sequences
 from .arguments import IGNORED, Batch, kept_positions, map_columns, read_batch, select, targets_of
 from .cache import CACHE, MegalodonCache

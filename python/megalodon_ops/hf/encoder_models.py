@@ -11,7 +11,7 @@ from transformers.modeling_outputs import BaseModelOutput, MaskedLMOutput, Seque
 from transformers.utils import can_return_tuple
 
 from ..model.blocks import at_least_float32
-from ..model.encoder import MegalodonEncoder
+from ..public_models import MegalodonEncoder
 from ..model.inputs import check_inputs, check_not_empty
 from ..model.layers import Linear
 from ..model.sequences import Sequences

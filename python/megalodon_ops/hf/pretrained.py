@@ -17,8 +17,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from ..model.blocks import MegalodonBlock, NormalizedAttention
 from ..model.layers import Embedding, Linear
-from ..model.encoder import MegalodonEncoder
-from ..model.megalodon import Megalodon
+from ..public_models import Megalodon, MegalodonEncoder
 from ..model.model_state import MegalodonState
 from ..model.quantized_layers import computing_dtype
 from ..ops.common.checks import check_tensor, describe

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -12,7 +11,6 @@ from torch.utils.checkpoint import checkpoint
 
 from .blocks import MegalodonBlock, at_least_float32, recomputes_layers
 from .config import MegalodonConfig, check_config
-from .folder import load_model, save_model
 from .inputs import check_inputs, check_not_empty, embed_numbers, embed_tokens, input_layer
 from .layers import Linear, SequenceNorm, check_no_state, reset_all_parameters
 from .sequences import Sequences
@@ -79,28 +77,11 @@ class _Head(nn.Module):
         self.classes = Linear(dim, num_classes)
 
     def forward(self, h: Tensor, **offsets: Tensor | None) -> Tensor:
-        return self.classes(MegalodonEncoder.pool(gated_silu(self.proj(h) + h), **offsets))
+        return self.classes(MegalodonEncoderBase.pool(gated_silu(self.proj(h) + h), **offsets))
 
 
-class MegalodonEncoder(nn.Module):
-    """A MEGALODON encoder: every position sees its whole row; the output is the class of a row, or features.
-
-    The blocks are those of :class:`Megalodon` with :func:`sequence_norm`, :func:`bidirectional_cema` and attention to
-    the whole chunk. An encoder has no state and does not stream.
-
-    Source: arXiv 2404.08801, section 4.5, and the code in which the paper's encoders were developed. No encoder with
-    the final version of the block was released.
-
-    Example:
-        >>> import torch, megalodon_ops as mo
-        >>> config = mo.MegalodonEncoderConfig(num_layers=2, model_dim=64, z_dim=32, value_dim=64, ffn_hidden_dim=96,
-        ...                                    chunk_size=16, num_features=1, num_classes=10)
-        >>> encoder, sound = mo.MegalodonEncoder(config), torch.randn(2, 50, 1)
-        >>> encoder(sound, lengths=torch.tensor([50, 32])).shape
-        torch.Size([2, 10])
-        >>> encoder.features(sound).shape
-        torch.Size([2, 50, 64])
-    """
+class MegalodonEncoderBase(nn.Module):
+    """The network: parameters and calls. :class:`megalodon_ops.MegalodonEncoder` adds files."""
 
     config_type: ClassVar[type[MegalodonConfig]] = MegalodonEncoderConfig
 
@@ -141,26 +122,6 @@ class MegalodonEncoder(nn.Module):
 
     def num_parameters(self) -> int:
         return sum(parameter.numel() for parameter in self.parameters())
-
-    @classmethod
-    def load(
-        cls, directory: str | os.PathLike, *, dtype: torch.dtype | None = None, device: torch.device | str = "cpu"
-    ) -> MegalodonEncoder:
-        """Load an encoder in evaluation mode from a folder of :meth:`save`, as :meth:`Megalodon.load` does."""
-        return load_model(cls, directory, dtype=dtype, device=device)
-
-    def save(self, directory: str | os.PathLike, *, tokenizer: Any = None, max_shard_bytes: int = 4 << 30) -> None:
-        """Write the encoder to a folder that :meth:`load` reads, atomically, as :meth:`Megalodon.save` does.
-
-        Example:
-            >>> import tempfile, torch, megalodon_ops as mo
-            >>> config = mo.MegalodonEncoderConfig(num_layers=1, model_dim=32, z_dim=16, value_dim=32, ffn_hidden_dim=32, vocab_size=9)
-            >>> with tempfile.TemporaryDirectory() as folder:
-            ...     mo.MegalodonEncoder(config).save(f"{folder}/encoder")
-            ...     mo.MegalodonEncoder.load(f"{folder}/encoder", dtype=torch.bfloat16).config == config
-            True
-        """
-        save_model(self, directory, tokenizer=tokenizer, max_shard_bytes=max_shard_bytes)
 
     def forward(
         self,

@@ -15,22 +15,21 @@ import os
 import shutil
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from .. import _C
 from .config import CLIENT_NAMES, MegalodonConfig
 from ..files import FileError, as_path, drafting, read_json, reading, write_atomically
-from .quantized_layers import METHOD, computing_dtype, replace_layers, stored_shapes
-from .weights import WEIGHT_DTYPES, StoredTensors, is_weight_file, plain_tensors, write_weights
+from .parameters import WEIGHT_DTYPES, Model, empty_model, plain_tensors, with_values
+from .quantized_layers import METHOD, computing_dtype, stored_shapes
+from .weights import StoredTensors, is_weight_file, write_weights
 from ..ops.common.memory import check_fits
 from ..ops.quantized_linear.quantized_linear import KINDS
 from ..ops.common.checks import as_device, check_integer, describe, is_integer_between, short_text
 
-Model = TypeVar("Model", bound=nn.Module)
-"""Megalodon or MegalodonEncoder"""
 FORMAT = 1
 """Version of the folder's content; newer folders are not read"""
 CONFIG = "config.json"
@@ -252,28 +251,6 @@ def model_of(
     model = empty_model(kind, config, dtype, quantization)
     values = {name: weights.get(name, parameter.dtype, device) for name, parameter in model.named_parameters()}
     return with_values(model, values)
-
-
-def empty_model(
-    kind: type[Model], config: MegalodonConfig, dtype: torch.dtype, quantization: str | None = None
-) -> Model:
-    """Build a model on the device meta."""
-    with torch.device("meta"):
-        model = kind(config).to(dtype)
-        if quantization:
-            replace_layers(model, quantization)
-            model.tie_weights()
-    return model
-
-
-def with_values(model: Model, values: dict[str, Tensor]) -> Model:
-    """Give a model on the device meta its parameters; return it in evaluation mode."""
-    if model.config.share_emb:
-        values |= {f"output.output.{name}": values[f"embed.{name}"] for name, _ in model.embed.named_parameters()}
-    model.load_state_dict(values, strict=True, assign=True)
-    if model.config.share_emb:
-        model.tie_weights()
-    return model.eval()
 
 
 def check_folder(folder: Path) -> None:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import functools
-import os
 from collections.abc import Callable
 from typing import Any, ClassVar
 
@@ -13,8 +11,6 @@ from torch.utils.checkpoint import checkpoint
 
 from .blocks import MegalodonBlock, Output, at_least_float32, recomputes_layers
 from .config import MegalodonConfig, check_config
-from .folder import empty_model, load_model, save_model
-from .generation import generate, stream
 from .inputs import check_inputs, check_reads_tokens, embed_numbers, embed_tokens, input_layer, own_weight
 from .layers import is_plain_linear, reset_all_parameters
 from .model_state import MegalodonState, check_state
@@ -25,26 +21,11 @@ from ..ops.linear_cross_entropy.linear_cross_entropy import blockwise_cross_entr
 from ..ops.common.checks import check_flag, check_integer, check_tensor
 
 
-class Megalodon(nn.Module):
-    """A MEGALODON language model.
+class MegalodonBase(nn.Module):
+    """The network: parameters and calls. :class:`megalodon_ops.Megalodon` adds files and generation.
 
     Parameters have the names of the released checkpoints. In a 16-bit model, the parameters of CEMA, the norms and the
     attention's affine map stay float32, and so do all recurrent states.
-
-    Source: arXiv 2404.08801 and the released code.
-
-    Example:
-        >>> import torch, megalodon_ops as mo
-        >>> config = mo.MegalodonConfig(num_layers=2, model_dim=64, z_dim=32, value_dim=64, ffn_hidden_dim=96,
-        ...                             chunk_size=16, vocab_size=256)
-        >>> model = mo.Megalodon(config)
-        >>> tokens = torch.randint(256, (1, 50))
-        >>> model(tokens).shape
-        torch.Size([1, 50, 256])
-        >>> logits, state = model(tokens[:, :20], return_state=True)
-        >>> rest = model(tokens[:, 20:], state=state)
-        >>> torch.allclose(rest, model(tokens)[:, 20:], atol=1e-4)
-        True
     """
 
     config_type: ClassVar[type[MegalodonConfig]] = MegalodonConfig
@@ -94,63 +75,7 @@ class Megalodon(nn.Module):
             self._share_embedding()
         return self
 
-    @classmethod
-    def load(
-        cls, directory: str | os.PathLike, *, dtype: torch.dtype | None = None, device: torch.device | str = "cpu"
-    ) -> Megalodon:
-        """Load a model from a folder that :meth:`save`, `python -m megalodon_ops train` or transformers wrote.
-
-        On the CPU the weights are memory-mapped: a tensor is read from the disk at its first use and is not copied.
-        Changes to the weights are not written to the files. Do not truncate or overwrite the files of a loaded model.
-        Replacing the folder by :meth:`save` is safe: the old files stay on the disk as long as the model exists.
-
-        Args:
-            directory: holds `config.json` and `model.safetensors`, or shards that `model.safetensors.index.json` names.
-            dtype: dtype of the linear layers and the embedding; None: the folder's. The parameters of
-                :func:`wide_parameters` stay float32 under a 16-bit dtype.
-            device: the device of the parameters.
-
-        Returns:
-            the model, in evaluation mode.
-
-        Raises:
-            FileNotFoundError: the folder or a file in it is missing. ValueError: a file is damaged, or not what
-            :meth:`save` writes, or the model is larger than the machine's memory. The message names the file and the
-            fault. No code in a file is run.
-        """
-        return load_model(cls, directory, dtype=dtype, device=device)
-
-    def save(self, directory: str | os.PathLike, *, tokenizer: Any = None, max_shard_bytes: int = 4 << 30) -> None:
-        """Write the model to a folder that :meth:`load` and transformers' `from_pretrained` read.
-
-        Args:
-            directory: a new or empty folder, or one with a checkpoint, which is replaced. Files that this method does
-                not write are kept, and so is the folder's tokenizer if `tokenizer` is None.
-            tokenizer: saved with the model; has a method `save(folder)`, as those of :mod:`megalodon_ops.tokenizers`.
-            max_shard_bytes: largest size of a weight file. Larger weights are split into several files with an index.
-                No parameter is split, even if it is larger.
-
-        The write is atomic: the folder is written under another name, flushed to the disk and renamed. If the process
-        is killed while it replaces a checkpoint, or if several processes save there at once, the folder holds one
-        whole checkpoint. A file system that cannot exchange two folders may leave the old one in
-        `.<name>.draft-...`.
-
-        Raises:
-            ValueError: the model's parameters are not those of its configuration (merge adapters first), or are not
-            finite, or the folder holds anything but a checkpoint. OSError: the folder cannot be written; then no part
-            of the checkpoint is left.
-
-        Example:
-            >>> import tempfile, torch, megalodon_ops as mo
-            >>> config = mo.MegalodonConfig(num_layers=1, model_dim=32, z_dim=16, value_dim=32, ffn_hidden_dim=32, vocab_size=9)
-            >>> with tempfile.TemporaryDirectory() as folder:
-            ...     mo.Megalodon(config).save(f"{folder}/model")
-            ...     mo.Megalodon.load(f"{folder}/model", dtype=torch.bfloat16).config == config
-            True
-        """
-        save_model(self, directory, tokenizer=tokenizer, max_shard_bytes=max_shard_bytes)
-
-    def alone(self) -> Megalodon:
+    def alone(self) -> MegalodonBase:
         """Return a model that runs in one process, on whole sequences.
 
         A model of :func:`megalodon_ops.distributed.parallelize` returns a model with all parameters, whose calls
@@ -163,10 +88,6 @@ class Megalodon(nn.Module):
         if self.quantization:
             return self.config.num_parameters()
         return sum(parameter.numel() for parameter in self.parameters())
-
-    def _reference(self) -> Megalodon:
-        """Return an unmodified model of this configuration on `meta`; :class:`Decoder` compares this model with it."""
-        return _shared_empty_model(Megalodon, self.config, torch.float32, self.quantization)
 
     def forward(
         self,
@@ -366,9 +287,6 @@ class Megalodon(nn.Module):
         x, norm_state = norm(x, state=norm_state, return_state=True, **sequences.keywords)
         return x, MegalodonState(tuple(layer_states), norm_state) if return_state else None
 
-    stream = stream
-    generate = generate
-
 
 def masked_targets(targets: Tensor, ignore_index: int, sequences: Sequences) -> Tensor:
     """Return the targets (B, L) as int64, with `ignore_index` outside of sequences."""
@@ -391,6 +309,3 @@ def check_targets(tokens: Tensor, targets: Tensor, ignore_index: int) -> int:
             f"Megalodon: `targets` must have shape {tuple(tokens.shape)} as `tokens`, got {tuple(targets.shape)}."
         )
     return check_integer("Megalodon", "ignore_index", ignore_index, "an integer below 2^63", -(2**63))
-
-
-_shared_empty_model = functools.lru_cache(maxsize=8)(empty_model)

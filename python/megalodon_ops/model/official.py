@@ -14,16 +14,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .folder import CONFIG, check_dtype, check_tokenizer, kept_files, model_of
+from .folder import CONFIG, check_tokenizer, kept_files, model_of
 from .config import MegalodonConfig
 from ..files import FileError, as_path, drafting, file_size, read_json, reading, write_atomically
 from .gecko_block import GeckoAttention
 from .inputs import check_reads_tokens
-from .megalodon import Megalodon
-from .weights import StoredTensors, plain_tensors
+from .megalodon import MegalodonBase
+from .parameters import Model, plain_tensors
+from .weights import StoredTensors
 from ..ops.common.definition import OWN_TYPES
 from ..ops.common.memory import check_fits
-from ..ops.common.checks import as_device, describe, is_integer_between, short_text
+from ..ops.common.checks import describe, is_integer_between, short_text
 
 # How a model-parallel checkpoint splits its parameters: along dim 1, along dim 0, or not at all.
 _SPLIT_DIM_1 = re.compile(r"embed\.weight|.*\.mega\.(gamma|beta)|.*\.(wh2|fc2)\.weight|output\.output\.weight")
@@ -45,32 +46,7 @@ _OWN_FIELDS = (
 _EMBEDDING, _OUTPUT = "embed.weight", "output.output.weight"
 
 
-def load_official(
-    directory: str | Path, *, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu"
-) -> Megalodon:
-    """Load a model, in evaluation mode, from a folder that the released code wrote.
-
-    Args:
-        directory: holds `config.json` ({"model": {...}}) and `consolidated.pth`, or the shards
-            `consolidated.00.pth`, `consolidated.01.pth`, ... of a model-parallel run, which are joined.
-        dtype: the dtype of the linear layers and the embedding. Wide parameters stay float32 under a 16-bit dtype.
-        device: the device of the parameters.
-
-    Raises:
-        FileNotFoundError: the folder or a file in it is missing. ValueError: a file is damaged or not what the released
-        code writes, or the model is larger than the machine's memory. The message names the file and the fault.
-
-    Files are unpickled with `weights_only=True`, after a test of their checksums.
-    """
-    check_dtype("load_official", dtype)
-    directory, device = as_path("load_official", "directory", directory), as_device("load_official", device)
-    try:
-        return read_official(directory, dtype or torch.float32, device)
-    except (FileNotFoundError, FileError) as error:
-        raise type(error)(f"load_official: {error}") from error
-
-
-def save_official(model: Megalodon, directory: str | os.PathLike, *, tokenizer: Any = None) -> None:
+def save_official(model: MegalodonBase, directory: str | os.PathLike, *, tokenizer: Any = None) -> None:
     """Write the model as the released code does: :func:`load_official`, that code and megalodon-jax read the folder.
 
     Args:
@@ -92,7 +68,7 @@ def save_official(model: Megalodon, directory: str | os.PathLike, *, tokenizer: 
         ...     mo.load_official(f"{folder}/model").config == config
         True
     """
-    if not isinstance(model, Megalodon):
+    if not isinstance(model, MegalodonBase):
         raise TypeError(f"save_official: `model` must be a Megalodon, got {describe(model)}.")
     folder, config = as_path("save_official", "directory", directory), model.config
     check_tokenizer("save_official", tokenizer)
@@ -141,8 +117,8 @@ def is_official(directory: Path) -> bool:
     return any(directory.glob("consolidated*.pth"))
 
 
-def read_official(directory: Path, dtype: torch.dtype, device: torch.device) -> Megalodon:
-    """:func:`load_official` with checked arguments."""
+def read_official(kind: type[Model], directory: Path, dtype: torch.dtype, device: torch.device) -> Model:
+    """Read a folder of the released code as a model of the class `kind`, in evaluation mode."""
     if not directory.is_dir():
         raise FileNotFoundError(f"{directory}: no such folder")
     if not (directory / CONFIG).exists():
@@ -158,7 +134,7 @@ def read_official(directory: Path, dtype: torch.dtype, device: torch.device) -> 
             )
         del weights.tensors[_OUTPUT]
     weights.check(config.parameter_shapes())
-    return model_of(Megalodon, config, dtype, weights, device=device)
+    return model_of(kind, config, dtype, weights, device=device)
 
 
 class _Shards(StoredTensors):

@@ -6,13 +6,12 @@ import torch
 
 from ..ops.common.checks import describe
 from ..ops.quantized_linear.quantized_linear import check_kind, quantize_weight
-from .megalodon import Megalodon
-from .folder import empty_model, with_values
+from .megalodon import MegalodonBase
+from .parameters import Model, empty_model, plain_tensors, with_values
 from .quantized_layers import computing_dtype, kind_of, stored_shapes
-from .weights import plain_tensors
 
 
-def quantize(model: Megalodon, kind: str) -> Megalodon:
+def quantize(model: Model, kind: str) -> Model:
     """Return a model whose embedding and linear layers have weights of 8 or 4 bits, for inference.
 
     Decoding a token reads every weight once, so smaller weights make it faster. The model also takes less memory.
@@ -39,7 +38,8 @@ def quantize(model: Megalodon, kind: str) -> Megalodon:
         >>> small(torch.tensor([[1, 2, 3]])).shape, small.quantization
         (torch.Size([1, 3, 9]), 'int8')
     """
-    if type(model) is not Megalodon:
+    plain_type = type(model._reference()) if isinstance(model, MegalodonBase) else None
+    if type(model) is not plain_type:
         raise TypeError(f"quantize: `model` must be a Megalodon that is not parallel, got {describe(model)}.")
     check_kind("quantize", kind)
     if model.quantization:
@@ -48,7 +48,7 @@ def quantize(model: Megalodon, kind: str) -> Megalodon:
     values = plain_tensors(model, model.config.parameter_shapes(), caller="quantize")
     if dtype == torch.float64:
         raise ValueError("quantize: `model` must be float32, bfloat16 or float16, got float64; call .float() on it.")
-    result = empty_model(Megalodon, model.config, dtype, kind)
+    result = empty_model(plain_type, model.config, dtype, kind)
     _, quantised_dtypes = stored_shapes(model.config, kind)
     copies = {}
     for name, value in values.items():

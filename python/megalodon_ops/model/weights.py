@@ -8,23 +8,21 @@ from __future__ import annotations
 import json
 import os
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
 from safetensors.torch import load_file
-from torch import Tensor, nn
+from torch import Tensor
 
+from .parameters import Shapes, allowed_dtypes
 from ..files import FileError, file_size, read_json, reading, write_safetensors
 from ..ops.common.definition import OWN_TYPES
 from ..ops.common.memory import is_finite
 from ..ops.common.checks import short_text
 
 WHOLE, INDEX = "model.safetensors", "model.safetensors.index.json"
-WEIGHT_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 _SHARD = re.compile(r"model-\d{5}-of-\d{5}\.safetensors")
-
-Shapes = Iterable[tuple[str, tuple[int, ...]]]
 
 
 def is_weight_file(name: str) -> bool:
@@ -104,17 +102,13 @@ class StoredTensors:
             tensor = remaining.pop(name, None)
             if tensor is None:
                 raise FileError(f"{self.path}: must hold the parameters of config.json; {short_text(name)} is missing")
-            if tensor.dtype not in _allowed_dtypes(name, dtypes) or tensor.shape != shape:
+            if tensor.dtype not in allowed_dtypes(name, dtypes) or tensor.shape != shape:
                 got, kind = f"{tensor.dtype} {tuple(tensor.shape)}", dtypes.get(name, "floating-point numbers")
                 raise FileError(f"{self.path}: `{name}` must be {kind} of shape {shape}, got {got}")
         if remaining:
             raise FileError(
                 f"{self.path}: must hold the parameters of config.json; {short_text(min(remaining))} is none of them"
             )
-
-
-def _allowed_dtypes(name: str, dtypes: Mapping[str, torch.dtype]) -> tuple[torch.dtype, ...]:
-    return (dtypes[name],) if name in dtypes else WEIGHT_DTYPES
 
 
 @torch.no_grad()
@@ -126,28 +120,3 @@ def set_whole(tensor: Tensor, value: Tensor) -> None:
         parts = distribute_tensor(value, tensor.device_mesh, tensor.placements, src_data_rank=None)
         tensor, value = tensor.to_local(), parts.to_local()
     tensor.copy_(value)
-
-
-def plain_tensors(
-    model: nn.Module, shapes: Shapes, dtypes: Mapping[str, torch.dtype] = {}, *, caller: str
-) -> dict[str, Tensor]:
-    """Return the parameters in `shapes`; raise unless a file can hold them. dtypes: as in `StoredTensors.check`."""
-    by_name = dict(model.named_parameters(remove_duplicate=False))
-    tensors = {}
-    for name, shape in shapes:
-        tensor = by_name.get(name)
-        if tensor is None:
-            raise ValueError(
-                f"{caller}: `model` must have the parameters of its configuration, got no `{name}`; merge adapters, "
-                "and undo what wraps its layers"
-            )
-        if type(tensor) not in OWN_TYPES or tensor.dtype not in _allowed_dtypes(name, dtypes) or tensor.is_meta:
-            got = "a meta tensor" if tensor.is_meta else f"{type(tensor).__name__} of {tensor.dtype}"
-            kind = dtypes.get(name, "floating-point numbers")
-            raise ValueError(f"{caller}: `{name}` must be a tensor of {kind} with values, got {got}.")
-        if tensor.shape != shape:
-            raise ValueError(f"{caller}: `{name}` must have shape {shape}, got {tuple(tensor.shape)}.")
-        if not is_finite(tensor):
-            raise ValueError(f"{caller}: `{name}` must be finite, got NaN or infinity.")
-        tensors[name] = tensor
-    return tensors

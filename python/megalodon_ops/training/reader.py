@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from .batches import Batch
-from ..model.megalodon import Megalodon
+from ..public_models import Megalodon
 from ..model.model_state import MegalodonState
 from ..ops.common.checks import check_integer, check_size, describe
 

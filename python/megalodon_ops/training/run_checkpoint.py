@@ -29,8 +29,8 @@ from ..files import FileError, as_path, drafting, reading, remove_drafts, write_
 from ..model.folder import CONFIG, check_dtype, check_tokenizer, holds_model
 from ..model.folder import read_model, read_model_files, stored_tensors, write_model
 from ..model.config import MegalodonConfig
-from ..model.encoder import MegalodonEncoder, MegalodonEncoderConfig
-from ..model.megalodon import Megalodon
+from ..model.encoder import MegalodonEncoderConfig
+from ..public_models import Megalodon, MegalodonEncoder
 from ..model.official import is_official, read_official
 from ..model.model_state import MegalodonState, as_real, complete, from_named, named_tensors
 from ..model.state_layout import batch_of, check_layout, layout
@@ -320,7 +320,7 @@ def load_any(
         return read_model(Megalodon, checkpoint.folder, dtype, device), checkpoint.tokenizer(), checkpoint.record
     if is_official(path):
         with reading(path):
-            return read_official(path, dtype or torch.float32, device), find_tokenizer(path), None
+            return read_official(Megalodon, path, dtype or torch.float32, device), find_tokenizer(path), None
     if os.path.lexists(path / CONFIG):
         return read_model(Megalodon, path, dtype, device), find_tokenizer(path), None
     raise FileNotFoundError(f"{path}: no model in this folder: neither a run's checkpoints/, nor {CONFIG} and weights")
