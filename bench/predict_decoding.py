@@ -10,7 +10,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 import megalodon_ops as mo
-from megalodon_ops.model.decoding_model import decoding_model
+from megalodon_ops.inference.decoding_model import decoding_model
 from megalodon_ops.model.model_state import as_real
 
 from .predict_cards import Card

@@ -11,7 +11,7 @@ arm=$PWD/build/arm
 tests=(tests/ops/{cema,timestep_norm,chunked_attention,normalized_qk,normalized_attention,linear,layer_norm,gated_silu,sequence_norm}
        tests/ops/linear_cross_entropy/test_linear_cross_entropy.py
        tests/ops/common/test_{ops,range,end_states,nothing_to_do,threads,wrong_calls}.py
-       tests/model/test_{states,layers,model,encoder,decoder,generation}.py)
+       tests/model/test_{states,layers,model,encoder}.py tests/inference/test_{decoder,generation}.py)
 
 if [ ! -e "$arm/venv" ]; then
   python3.13 -m venv "$arm/venv"

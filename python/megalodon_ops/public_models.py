@@ -11,11 +11,11 @@ import torch
 
 from .files import FileError, as_path
 from .model.encoder import MegalodonEncoderBase
-from .model.folder import check_dtype, load_model, save_model
-from .model.generation import generate, stream
+from .storage.folder import check_dtype, load_model, save_model
+from .inference.generation import generate, stream
 from .model.megalodon import MegalodonBase
-from .model.official import read_official
-from .model.parameters import empty_model
+from .storage.official import read_official
+from .inference.parameters import empty_model
 from .ops.common.checks import as_device
 
 

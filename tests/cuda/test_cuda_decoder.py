@@ -1,4 +1,4 @@
-"""A decoder's CUDA graph on a GPU: what tests/model/test_captured_step.py cannot see with its stand-in for graphs."""
+"""A decoder's CUDA graph on a GPU: what tests/inference/test_captured_step.py cannot see with its stand-in for graphs."""
 
 from __future__ import annotations
 

@@ -28,7 +28,7 @@ fsdp = pytest.importorskip("torch.distributed.fsdp")
 if not hasattr(fsdp, "fully_shard"):
     pytest.skip("this torch has no torch.distributed.fsdp.fully_shard", allow_module_level=True)
 
-from megalodon_ops.model import sharded_tensors  # noqa: E402
+from megalodon_ops.storage import sharded_tensors  # noqa: E402
 
 SIZES = SMALLEST | dict(model_dim=12, z_dim=4, value_dim=6, ffn_hidden_dim=10, cema_ndim=2, chunk_size=4)
 CONFIG = MegalodonConfig(**SIZES | {"norm_num_groups": 3})

@@ -15,7 +15,7 @@ from hf_models import QUIET, SIZES, build_model, close, hf, transformers
 from programs import run_python
 
 import megalodon_ops as mo
-from megalodon_ops.model.folder import AUTO_CLASSES
+from megalodon_ops.storage.folder import AUTO_CLASSES
 
 pytestmark = QUIET
 

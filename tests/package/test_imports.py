@@ -24,6 +24,8 @@ ROOMS = [
         megalodon_ops
         megalodon_ops.public
         megalodon_ops.public_models
+        megalodon_ops.storage
+        megalodon_ops.inference
         megalodon_ops.model
         megalodon_ops.files megalodon_ops.reference
         megalodon_ops.ops
@@ -113,8 +115,10 @@ def test_imports_run_downwards_without_circles():
 @pytest.mark.parametrize(
     ("module", "line", "fault"),
     [
-        ("model.blocks", "def f():\n    from .decoder import Decoder", "circle"),
-        ("model.blocks", "if TYPE_CHECKING:\n    from . import decoder", "circle"),
+        ("model.blocks", "def f():\n    from .inputs import embed", "circle"),
+        ("model.blocks", "if TYPE_CHECKING:\n    from . import inputs", "circle"),
+        ("model.blocks", "from ..inference import decoder", "upwards"),
+        ("inference.decoder", "from ..storage import folder", "upwards"),
         ("model.blocks", "try:\n    pass\nexcept E:\n    import megalodon_ops.cli", "upwards"),
         ("ops.common.definition", "from ..cema import cema", "upwards"),
         ("hf.cache", "from ..evaluation import losses", "upwards"),
@@ -128,8 +132,9 @@ def test_imports_run_downwards_without_circles():
     ],
 )
 def test_a_fault_is_found(tmp_path, module, line, fault):
-    files = dict.fromkeys(["ops.cema.cema", "ops.common.definition", "evaluation.losses", "hf.cache", "cli.data"], "")
-    files |= {"model.decoder": "from .blocks import MegalodonBlock", "model.blocks": "from ..ops.cema.cema import cema"}
+    stems = ["ops.cema.cema", "ops.common.definition", "evaluation.losses", "hf.cache", "cli.data"]
+    files = dict.fromkeys([*stems, "inference.decoder", "storage.folder"], "")
+    files |= {"model.inputs": "from .blocks import MegalodonBlock", "model.blocks": "from ..ops.cema.cema import cema"}
     files |= {"ops.cema.cema_reference": "import math", "reference": "from .ops.cema import cema_reference"}
     for added in {}, {module: line}:
         assert [*faults(tmp_path)] == []

@@ -19,7 +19,8 @@ from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_mod
 from torch.utils._pytree import tree_leaves
 
 from megalodon_ops import _C
-from megalodon_ops.model import decoder, inputs
+from megalodon_ops.inference import decoder
+from megalodon_ops.model import inputs
 from megalodon_ops.ops.cema import cema_coefficients
 from megalodon_ops.ops.gated_silu import gated_silu
 from megalodon_ops.ops.layer_norm import layer_norm

@@ -15,7 +15,7 @@ from megalodon_ops import Megalodon, StopStrings, use_huge_pages
 from megalodon_ops.cli.errors import CommandError
 from megalodon_ops.cli.models import precision, trained_model, usable_device
 from megalodon_ops.cli.options import Generate
-from megalodon_ops.model.generation import check_samples
+from megalodon_ops.inference.generation import check_samples
 from megalodon_ops.tokenizers import Tokenizer
 
 NUM_SAMPLES, SAMPLE_TOKENS = 3, 300

@@ -10,10 +10,10 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 
-from ..model.parameters import empty_model, with_values
+from ..inference.parameters import empty_model, with_values
 from ..model.layers import WideParameters, wide_parameters
 from ..public_models import Megalodon, MegalodonEncoder
-from ..model.weights import set_whole
+from ..storage.weights import set_whole
 
 try:
     from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard

@@ -17,7 +17,7 @@ from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import Replicate
 
-from ..model.generation import TokenStream
+from ..inference.generation import TokenStream
 from ..model.megalodon import masked_targets
 from ..public_models import Megalodon, MegalodonEncoder
 from ..model.model_state import MegalodonState

@@ -21,7 +21,7 @@ from transformers.models.auto.modeling_auto import (
     MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES,
 )
 
-from ..model.folder import AUTO_CLASSES
+from ..storage.folder import AUTO_CLASSES
 from .cache import MegalodonCache
 from .causal_lm import MegalodonForCausalLM, MegalodonModel
 from .classification import MegalodonEncoderForTokenClassification, MegalodonForSequenceClassification

@@ -11,10 +11,10 @@ from torch import Tensor
 from transformers.cache_utils import Cache
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
-from ..model.decoder import Decoder
+from ..inference.decoder import Decoder
 from ..public_models import Megalodon
 from ..model.model_state import MegalodonState
-from ..model.quantized_layers import computing_dtype
+from ..inference.quantized_layers import computing_dtype
 from ..ops.common.checks import describe
 
 CACHE = next(

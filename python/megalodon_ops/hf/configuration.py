@@ -10,7 +10,7 @@ from typing import Any
 from transformers import PreTrainedConfig
 
 from .. import _C
-from ..model.folder import FORMAT, auto_map, write_module
+from ..storage.folder import FORMAT, auto_map, write_module
 from ..model.config import CLIENT_NAMES, MegalodonConfig, check_config
 from ..model.inputs import check_reads_tokens
 from ..model.encoder import MegalodonEncoderConfig

@@ -19,7 +19,7 @@ from ..model.blocks import MegalodonBlock, NormalizedAttention
 from ..model.layers import Embedding, Linear
 from ..public_models import Megalodon, MegalodonEncoder
 from ..model.model_state import MegalodonState
-from ..model.quantized_layers import computing_dtype
+from ..inference.quantized_layers import computing_dtype
 from ..ops.common.checks import check_tensor, describe
 from .arguments import Batch, select
 from .configuration import MegalodonHFConfig

@@ -8,7 +8,7 @@ from transformers import PreTrainedModel
 from transformers.quantizers import HfQuantizer, register_quantization_config, register_quantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from ..model.quantized_layers import METHOD, replace_layers
+from ..inference.quantized_layers import METHOD, replace_layers
 from ..ops.quantized_linear.quantized_linear import check_kind
 
 

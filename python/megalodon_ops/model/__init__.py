@@ -1,1 +1,1 @@
-"""The model: configuration, layers, blocks, model, decoder, and files of weights."""
+"""The paper: configuration, layers, blocks, the model, the encoder, their inputs, sequences and states."""

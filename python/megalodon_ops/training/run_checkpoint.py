@@ -26,12 +26,12 @@ from torch import Tensor, nn
 
 from .record import RECORD, new_record, read_record, write_record
 from ..files import FileError, as_path, drafting, reading, remove_drafts, write_atomically, write_safetensors
-from ..model.folder import CONFIG, check_dtype, check_tokenizer, holds_model
-from ..model.folder import read_model, read_model_files, stored_tensors, write_model
+from ..storage.folder import CONFIG, check_dtype, check_tokenizer, holds_model
+from ..storage.folder import read_model, read_model_files, stored_tensors, write_model
 from ..model.config import MegalodonConfig
 from ..model.encoder import MegalodonEncoderConfig
 from ..public_models import Megalodon, MegalodonEncoder
-from ..model.official import is_official, read_official
+from ..storage.official import is_official, read_official
 from ..model.model_state import MegalodonState, as_real, complete, from_named, named_tensors
 from ..model.state_layout import batch_of, check_layout, layout
 from ..tokenizers import Tokenizer, load_tokenizer

@@ -15,7 +15,7 @@ import torch.distributed as dist
 from .run_checkpoint import checkpoint_folder, keep_newest, local_tensor, remove_old_drafts
 from .run_checkpoint import save_checkpoint, training_tensors
 from .record import new_record, write_record
-from ..model.folder import DISTRIBUTED, write_config
+from ..storage.folder import DISTRIBUTED, write_config
 from ..files import as_path, draft_path, one_line, write_atomically
 from ..public_models import Megalodon
 from ..model.model_state import MegalodonState
@@ -78,7 +78,7 @@ class Saver:
             return
         from torch.distributed.checkpoint import async_save  # here: it takes long to load
 
-        from ..model.sharded_tensors import ArchiveWriter
+        from ..storage.sharded_tensors import ArchiveWriter
 
         self.wait()
         content = new_record(step, optimizer, record, self.mesh)

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from ..ops.common.definition import OWN_TYPES, observer
-from .blocks import Output
-from .layers import ComplexEMA, has_own_forward
+from ..model.blocks import Output
+from ..model.layers import ComplexEMA, has_own_forward
 
 
 def decoding_model(module: nn.Module, reference: nn.Module, changed: list[str], name: str = "") -> nn.Module:

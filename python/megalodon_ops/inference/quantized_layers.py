@@ -8,8 +8,8 @@ import torch
 from torch import Tensor, nn
 
 from ..ops.quantized_linear.quantized_linear import check_kind, dequantize, empty_weight, quantized_linear
-from .config import MegalodonConfig
-from .layers import Embedding
+from ..model.config import MegalodonConfig
+from ..model.layers import Embedding
 
 METHOD = "megalodon_ops"
 """`quant_method` in the `quantization_config` of a config.json"""

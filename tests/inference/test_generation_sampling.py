@@ -8,8 +8,8 @@ import pytest
 import torch
 from models import tiny_model, tokens_of
 
-from megalodon_ops.model import sampling
-from megalodon_ops.model.sampling import Sampling, numbers_of_seeds
+from megalodon_ops.inference import sampling
+from megalodon_ops.inference.sampling import Sampling, numbers_of_seeds
 
 VALUES = {"temperature": (0.5, 1.5), "top_k": (3, 99), "top_p": (0.6, 1.0, 1e-9), "min_p": (0.2, 0.0, 1.0)}
 OPTIONS = [

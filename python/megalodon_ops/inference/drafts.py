@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from .decoder import Decoder
-from .model_state import MegalodonState
+from ..model.model_state import MegalodonState
 from ..ops.common.checks import describe
 
 _LONGEST_MATCH, _SHORTEST_MATCH = 5, 2

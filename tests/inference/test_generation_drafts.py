@@ -12,7 +12,7 @@ from models import TINY, tiny_model, tokens_of
 from torch.utils._pytree import tree_leaves
 
 import megalodon_ops as mo
-from megalodon_ops.model.decoder import Decoder
+from megalodon_ops.inference.decoder import Decoder
 
 OPTIONS = {
     "greedy": dict(temperature=0.0),

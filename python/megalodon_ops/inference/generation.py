@@ -13,12 +13,12 @@ from torch import Tensor, nn
 
 from .decoder import Decoder
 from .drafts import Choose, ModelDraft, PromptDraft, check_draft
-from .inputs import check_reads_tokens
+from ..model.inputs import check_reads_tokens
 from .sampling import Sampling, check_seeds, numbers_of_seeds
-from .model_state import MegalodonState
+from ..model.model_state import MegalodonState
 from .quantized_layers import computing_dtype
-from .sequences import Sequences
-from .state_layout import check_cache_dtype
+from ..model.sequences import Sequences
+from ..model.state_layout import check_cache_dtype
 from .stops import StopDetector, check_stops
 from ..ops.common.definition import check_runs_now
 from ..ops.linear_cross_entropy.linear_cross_entropy import has_integers

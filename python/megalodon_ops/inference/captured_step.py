@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from ..ops.common.recorder import tensors_in
-from .model_state import MegalodonState
+from ..model.model_state import MegalodonState
 
 _CAPTURING = threading.Lock()  # torch allows one capture at a time in a process
 aten = torch.ops.aten

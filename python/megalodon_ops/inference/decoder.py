@@ -16,14 +16,14 @@ from ..ops.linear import linear
 from ..ops.common.definition import check_runs_now, is_autocast_enabled
 from ..ops.common.checks import check_device, check_tensor, describe
 from ..ops.common.recording import Step, contiguous_copy
-from .blocks import at_least_float32
+from ..model.blocks import at_least_float32
 from .captured_step import CapturedStep, hooked_module, may_capture
 from .decoding_model import decoding_model
-from .inputs import check_inputs
-from .model_state import MegalodonState, as_real, check_state, complete, named_tensors
+from ..model.inputs import check_inputs
+from ..model.model_state import MegalodonState, as_real, check_state, complete, named_tensors
 from .quantized_layers import computing_dtype
-from .sequences import Sequences
-from .state_layout import layout
+from ..model.sequences import Sequences
+from ..model.state_layout import layout
 from .undo import check_history, make_history
 
 _NEVER = -(2**62)

@@ -16,8 +16,8 @@ from torch import nn
 
 import megalodon_ops as mo
 from megalodon_ops import files
-from megalodon_ops.model import folder as checkpoint
-from megalodon_ops.model import weights
+from megalodon_ops.storage import folder as checkpoint
+from megalodon_ops.storage import weights
 from megalodon_ops.tokenizers import Tokenizer, load_tokenizer
 from megalodon_ops.training import run_checkpoint as runs
 from megalodon_ops.training import load_checkpoint, save_checkpoint

@@ -6,7 +6,7 @@ import torch
 
 from ..ops.common.checks import describe
 from ..ops.quantized_linear.quantized_linear import check_kind, quantize_weight
-from .megalodon import MegalodonBase
+from ..model.megalodon import MegalodonBase
 from .parameters import Model, empty_model, plain_tensors, with_values
 from .quantized_layers import computing_dtype, kind_of, stored_shapes
 

@@ -15,12 +15,12 @@ import torch
 from torch import Tensor
 
 from .folder import CONFIG, check_tokenizer, kept_files, model_of
-from .config import MegalodonConfig
+from ..model.config import MegalodonConfig
 from ..files import FileError, as_path, drafting, file_size, read_json, reading, write_atomically
-from .gecko_block import GeckoAttention
-from .inputs import check_reads_tokens
-from .megalodon import MegalodonBase
-from .parameters import Model, plain_tensors
+from ..model.gecko_block import GeckoAttention
+from ..model.inputs import check_reads_tokens
+from ..model.megalodon import MegalodonBase
+from ..inference.parameters import Model, plain_tensors
 from .weights import StoredTensors
 from ..ops.common.definition import OWN_TYPES
 from ..ops.common.memory import check_fits

@@ -8,7 +8,7 @@ from typing import TypeVar
 import torch
 from torch import Tensor, nn
 
-from .config import MegalodonConfig
+from ..model.config import MegalodonConfig
 from .quantized_layers import replace_layers
 from ..ops.common.definition import OWN_TYPES
 from ..ops.common.memory import is_finite

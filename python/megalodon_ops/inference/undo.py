@@ -11,8 +11,8 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils._pytree import tree_leaves
 
-from .config import MegalodonConfig
-from .model_state import MegalodonState
+from ..model.config import MegalodonConfig
+from ..model.model_state import MegalodonState
 from ..ops.common.checks import check_integer
 from ..ops.linear_cross_entropy.linear_cross_entropy import has_integers
 

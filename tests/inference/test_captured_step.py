@@ -20,7 +20,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map, tree_map_only
 
 import megalodon_ops as mo
-from megalodon_ops.model.captured_step import _waits, may_capture
+from megalodon_ops.inference.captured_step import _waits, may_capture
 
 pytestmark = pytest.mark.usefixtures("poisoned_memory", "fake_graphs")
 
@@ -215,7 +215,7 @@ def test_generation_replays_a_graph(monkeypatch):
         return [*own, causal.generate(prompt, max_new_tokens=4, do_sample=False)]
 
     found, captures = generated(), count("capture")
-    monkeypatch.setattr("megalodon_ops.model.decoder.may_capture", lambda model, state: False)
+    monkeypatch.setattr("megalodon_ops.inference.decoder.may_capture", lambda model, state: False)
     monkeypatch.setattr(mo.Decoder, "_may_record", lambda self, autocast: False)
     assert_equal(found, generated())
     assert captures == count("capture") == 3

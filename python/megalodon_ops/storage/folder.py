@@ -21,10 +21,10 @@ import torch
 from torch import nn
 
 from .. import _C
-from .config import CLIENT_NAMES, MegalodonConfig
+from ..model.config import CLIENT_NAMES, MegalodonConfig
 from ..files import FileError, as_path, drafting, read_json, reading, write_atomically
-from .parameters import WEIGHT_DTYPES, Model, empty_model, plain_tensors, with_values
-from .quantized_layers import METHOD, computing_dtype, stored_shapes
+from ..inference.parameters import WEIGHT_DTYPES, Model, empty_model, plain_tensors, with_values
+from ..inference.quantized_layers import METHOD, computing_dtype, stored_shapes
 from .weights import StoredTensors, is_weight_file, write_weights
 from ..ops.common.memory import check_fits
 from ..ops.quantized_linear.quantized_linear import KINDS

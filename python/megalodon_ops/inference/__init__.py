@@ -1,0 +1,1 @@
+"""Inference: decoder, generation, drafts, sampling, weights of 8 and 4 bits."""

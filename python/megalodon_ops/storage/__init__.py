@@ -1,0 +1,1 @@
+"""Models on disk: folders, files of weights, the released code's format."""
