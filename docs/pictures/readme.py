@@ -13,7 +13,7 @@ from pathlib import Path
 import matplotlib
 
 HERE = Path(__file__).parent
-PICTURES = ("chunks", "against_llama", "against_llama_cpp")
+PICTURES = ("chunks", "against_llama")
 
 
 def draw(name: str, folder: Path = HERE) -> Path:
