@@ -2,10 +2,14 @@
 //
 //   h_t = q h_{t-1} + p x_t,   y_t = Re(sum_n gamma_n h_t[n]) + omega x_t     x, y (T, D);  h, q, gamma (D, N) complex
 //
-// Ownership. A lane is a channel; lanes are independent. A vector has as many channels as a register has lanes; a
-// strip is several vectors. A span is a sequence, or a part of one if there are few channels and sequences. A job is
-// one strip and a group of spans; a tile is one vector and 32 positions. Spans and groups fix the order of every sum
-// and depend on shapes alone, so results are bit-equal for any number of threads.
+// Ownership. Channels are independent; a lane of a register is a channel.
+//   vector   as many channels as a register has lanes
+//   strip    several vectors
+//   tile     one vector and 32 positions
+//   span     a sequence, or a part of one if there are few channels and sequences
+//   job      one strip and a group of spans; what a thread takes
+// Spans and groups fix the order of every sum and depend on shapes alone, so results are bit-equal for any number of
+// threads.
 //
 // Forward, for each span, each 32 positions, each tile:
 //   scan 4 modes at a time with the states in registers. The first pass reads the vectors of x, D elements apart, and
@@ -281,7 +285,7 @@ bool run_backward(const CemaBwdParams& params, const CemaPlan& plan, bool folded
       }
       for (int64_t s = end - 1; s >= begin; --s)
         if (!scan_adjoints(strip, params, plan.spans[s], s, folded, sum)) total = NAN;
-      for (int64_t i = 0; sums && i < size; ++i) total += sum[i] * 0;
+      for (int64_t i = 0; sums && i < size; ++i) total += sum[i] * 0;  // 0, or NaN if a sum is NaN or infinite
       if (total != 0) __atomic_store_n(&finite, false, __ATOMIC_RELAXED);
     };
   });

@@ -191,10 +191,8 @@ def test_sentencepiece(text, tmp_path, capsys, keeps):
 def test_a_folder_without_a_tokenizer(run, bpe, tmp_path, capsys):
     trained = trained_model(run, torch.device("cpu"))
     trained.model.save(tmp_path / "bare")
-    bare, words = (
-        ["--checkpoint", tmp_path / "bare"],
-        "is not a run of `train`, so it has no held-out text; give --data",
-    )
+    bare = ["--checkpoint", tmp_path / "bare"]
+    words = "is not a run of `train`, so it has no held-out text; give --data"
     assert "holds no tokenizer.json and no tokenizer.model" in error_of(capsys, "generate", *bare, "--tokens", 5)
     output(capsys, "generate", *bare, "--tokens", 5, "--tokenizer", bpe)
     assert words in error_of(capsys, "eval", *bare, "--tokenizer", bpe)

@@ -29,7 +29,8 @@ def run(options: Eval) -> int:
     if options.json is not None and not options.json.absolute().parent.is_dir():  # before anything is computed
         raise CommandError(f"--json {options.json}: no such folder: {options.json.absolute().parent}")
     device = usable_device(options.device)
-    model, tokenizer, record = trained = trained_model(options.checkpoint, device, options.tokenizer, options.dtype)
+    trained = trained_model(options.checkpoint, device, options.tokenizer, options.dtype)
+    model, tokenizer, record = trained
     dtype = options.dtype or trained.dtype
     documents, text = read_documents(options, record)
     total = sum(map(len, documents))
