@@ -10,12 +10,12 @@ constexpr const char* kMemory = "adaptive_working_memory";
 // Updates memory and mass, and fills o.
 MEGALODON_BINDING(working_memory_steps,
                   (py::handle q_, py::handle k, py::handle v, py::handle cache_k, py::handle cache_v,
-                   py::handle position, int64_t chunk_size, int64_t visible, py::handle cu_seqlens, py::handle lengths),
+                   py::handle position, int64_t chunk_size, int64_t visible, py::handle spans),
                   (py::handle memory, py::handle mass, py::handle o)) {
   WorkingMemoryStepsParams params{};
   const TensorView q(kMemory, "q", q_), values(kMemory, "v", v);
   params.dtype = q.rank("(B, L, H, K)", 4).floating();
-  params.sequences = make_sequences(kMemory, q.size(0), q.size(1), cu_seqlens, lengths);
+  params.sequences = make_sequences(kMemory, q.size(0), q.size(1), spans);
   const int64_t B = q.size(0), L = q.size(1), H = q.size(2), K = q.size(3), C = chunk_size;
   const int64_t V = values.rank("(B, L, H, V)", 4).size(3), S = params.sequences.count;
   if (C < 1) throw py::value_error(std::string(kMemory) + ": `chunk_size` must be positive, got " + std::to_string(C) + ".");

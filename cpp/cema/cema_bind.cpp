@@ -9,10 +9,10 @@ constexpr const char* kCemaEndState = "cema_end_state";
 
 // Checks and fills the parameters of a scan of states; returns x.
 TensorView fill_scan(const char* op, CemaParams& params, py::handle x_, py::handle p_, py::handle q_,
-                     py::handle cu_seqlens, py::handle lengths) {
+                     py::handle spans) {
   const TensorView x(op, "x", x_), p(op, "p", p_), q(op, "q", q_);
   params.dtype = x.rank("(B, L, D)", 3).floating();
-  params.sequences = make_sequences(op, x.size(0), x.size(1), cu_seqlens, lengths);
+  params.sequences = make_sequences(op, x.size(0), x.size(1), spans);
   params.channels = x.size(2);
   params.modes = p.rank("(D, N)", 2).size(1);
   if (params.modes < 1) p.fail("of at least one mode per channel, got N = 0");
@@ -25,9 +25,9 @@ TensorView fill_scan(const char* op, CemaParams& params, py::handle x_, py::hand
 
 // Checks and fills the parameters that the forward and the backward share; returns x.
 TensorView fill(CemaParams& params, py::handle x_, py::handle p_, py::handle q_, py::handle gamma_, py::handle omega_,
-                py::handle state_, py::handle cu_seqlens, py::handle lengths) {
+                py::handle state_, py::handle spans) {
   const TensorView gamma("cema", "gamma", gamma_), omega("cema", "omega", omega_), state("cema", "state", state_);
-  const TensorView x = fill_scan("cema", params, x_, p_, q_, cu_seqlens, lengths);
+  const TensorView x = fill_scan("cema", params, x_, p_, q_, spans);
   const Scalar real = real_of(params.dtype), complex = complex_of(params.dtype);
   const int64_t S = params.sequences.count, D = params.channels, N = params.modes;
   params.gamma = gamma.present().shape("(D, N)", {D, N}).dtype(complex, kComplexDtype).data();
@@ -38,10 +38,10 @@ TensorView fill(CemaParams& params, py::handle x_, py::handle p_, py::handle q_,
 
 MEGALODON_BINDING(cema_fwd,
                   (py::handle x_, py::handle p, py::handle q, py::handle gamma, py::handle omega, py::handle state,
-                   py::handle cu_seqlens, py::handle lengths),
+                   py::handle spans),
                   (py::handle y, py::handle state_out)) {
   CemaFwdParams params{};
-  const TensorView x = fill(params, x_, p, q, gamma, omega, state, cu_seqlens, lengths);
+  const TensorView x = fill(params, x_, p, q, gamma, omega, state, spans);
   const int64_t S = params.sequences.count, D = params.channels, N = params.modes;
   params.y = TensorView("cema", "y", y).like(x).data();
   params.state_out = TensorView("cema", "state_out", state_out)
@@ -53,11 +53,11 @@ MEGALODON_BINDING(cema_fwd,
 
 MEGALODON_BINDING(cema_bwd,
                   (py::handle x_, py::handle p, py::handle q, py::handle gamma, py::handle omega, py::handle state,
-                   py::handle cu_seqlens, py::handle lengths, py::handle dy, py::handle dstate_out),
+                   py::handle spans, py::handle dy, py::handle dstate_out),
                   (py::handle dx, py::handle dp, py::handle dq, py::handle dgamma, py::handle domega,
                    py::handle dstate)) {
   CemaBwdParams params{};
-  const TensorView x = fill(params, x_, p, q, gamma, omega, state, cu_seqlens, lengths);
+  const TensorView x = fill(params, x_, p, q, gamma, omega, state, spans);
   const TensorView p_view("cema", "p", p), q_view("cema", "q", q), omega_view("cema", "omega", omega);
   const int64_t S = params.sequences.count, D = params.channels, N = params.modes;
   const Scalar complex = complex_of(params.dtype);
@@ -84,21 +84,21 @@ void* end_state(const char* name, const CemaParams& params, py::handle object) {
 }
 
 MEGALODON_BINDING(cema_end_state_fwd,
-                  (py::handle x, py::handle p, py::handle q, py::handle cu_seqlens, py::handle lengths),
+                  (py::handle x, py::handle p, py::handle q, py::handle spans),
                   (py::handle state_out)) {
   CemaFwdParams params{};
-  fill_scan(kCemaEndState, params, x, p, q, cu_seqlens, lengths);
+  fill_scan(kCemaEndState, params, x, p, q, spans);
   params.state_out = end_state("state_out", params, state_out);
   params.ends_only = true;
   MEGALODON_LAUNCH(target, cema_fwd, params);
 }
 
 MEGALODON_BINDING(cema_end_state_bwd,
-                  (py::handle x_, py::handle p, py::handle q, py::handle cu_seqlens, py::handle lengths,
+                  (py::handle x_, py::handle p, py::handle q, py::handle spans,
                    py::handle dstate_out),
                   (py::handle dx, py::handle dp, py::handle dq)) {
   CemaBwdParams params{};
-  const TensorView x = fill_scan(kCemaEndState, params, x_, p, q, cu_seqlens, lengths);
+  const TensorView x = fill_scan(kCemaEndState, params, x_, p, q, spans);
   const TensorView p_view(kCemaEndState, "p", p), q_view(kCemaEndState, "q", q);
   params.dstate_out = end_state("dstate_out", params, dstate_out);
   params.dx = TensorView(kCemaEndState, "dx", dx).like(x).data();

@@ -27,7 +27,7 @@ void* cache_of(const ChunkedAttentionParams& p, const TensorView& tensor, const 
 
 // Checks and fills the parameters that all three launchers share.
 Inputs fill(ChunkedAttentionParams& params, py::handle k_, py::handle v_, py::handle cache_k, py::handle cache_v,
-            py::handle position, int64_t chunk_size, py::handle cu_seqlens, py::handle lengths) {
+            py::handle position, int64_t chunk_size, py::handle spans) {
   const Inputs in{{kAttention, "k", k_},
                   {kAttention, "v", v_},
                   {kAttention, "state.k", cache_k},
@@ -35,7 +35,7 @@ Inputs fill(ChunkedAttentionParams& params, py::handle k_, py::handle v_, py::ha
                   {kAttention, "state.position", position}};
   const TensorView &k = in.k, &v = in.v;
   params.dtype = k.rank("(B, L, H, K)", 4).floating();
-  params.sequences = make_sequences(kAttention, k.size(0), k.size(1), cu_seqlens, lengths);
+  params.sequences = make_sequences(kAttention, k.size(0), k.size(1), spans);
   const int64_t B = k.size(0), L = k.size(1), H = k.size(2), K = k.size(3), S = params.sequences.count;
   const int64_t V = v.rank("(B, L, H, V)", 4).size(3), C = chunk_size;
   if (C < 1) throw py::value_error("chunked_attention: `chunk_size` must be positive, got " + std::to_string(C) + ".");
@@ -64,8 +64,8 @@ Inputs fill(ChunkedAttentionParams& params, py::handle k_, py::handle v_, py::ha
 // Also fills the parameters of q, the scores and DropKey. The seed is an int64 tensor of one element.
 Inputs fill(ChunkedAttentionParams& params, const TensorView& q, py::handle k, py::handle v, py::handle cache_k,
             py::handle cache_v, py::handle position, int64_t chunk_size, bool causal, double scale, double dropkey,
-            py::handle dropkey_seed, py::handle cu_seqlens, py::handle lengths) {
-  const Inputs in = fill(params, k, v, cache_k, cache_v, position, chunk_size, cu_seqlens, lengths);
+            py::handle dropkey_seed, py::handle spans) {
+  const Inputs in = fill(params, k, v, cache_k, cache_v, position, chunk_size, spans);
   params.q = q.like(in.k).data();
   check_range(kAttention, "scale", scale, std::numeric_limits<double>::lowest(), "finite");
   params.causal = causal;
@@ -86,12 +86,12 @@ Inputs fill(ChunkedAttentionParams& params, const TensorView& q, py::handle k, p
 MEGALODON_BINDING(chunked_attention_fwd,
                   (py::handle q_, py::handle k, py::handle v, py::handle cache_k, py::handle cache_v,
                    py::handle position, int64_t chunk_size, bool causal, double scale, double dropkey,
-                   py::handle dropkey_seed, py::handle cu_seqlens, py::handle lengths),
+                   py::handle dropkey_seed, py::handle spans),
                   (py::handle o, py::handle lse)) {
   ChunkedAttentionFwdParams params{};
   const TensorView q(kAttention, "q", q_);
   const Inputs in = fill(params, q, k, v, cache_k, cache_v, position, chunk_size, causal, scale, dropkey, dropkey_seed,
-                         cu_seqlens, lengths);
+                         spans);
   params.o = TensorView(kAttention, "o", o).like(in.v).data();
   params.lse = TensorView(kAttention, "lse", lse)
                    .present()
@@ -104,13 +104,13 @@ MEGALODON_BINDING(chunked_attention_fwd,
 MEGALODON_BINDING(chunked_attention_bwd,
                   (py::handle q_, py::handle k, py::handle v, py::handle cache_k, py::handle cache_v,
                    py::handle position, int64_t chunk_size, bool causal, double scale, double dropkey,
-                   py::handle dropkey_seed, py::handle cu_seqlens, py::handle lengths, py::handle o, py::handle lse,
+                   py::handle dropkey_seed, py::handle spans, py::handle o, py::handle lse,
                    py::handle do_),
                   (py::handle dq, py::handle dk, py::handle dv)) {
   ChunkedAttentionBwdParams params{};
   const TensorView q(kAttention, "q", q_);
   const Inputs in = fill(params, q, k, v, cache_k, cache_v, position, chunk_size, causal, scale, dropkey, dropkey_seed,
-                         cu_seqlens, lengths);
+                         spans);
   params.o = TensorView(kAttention, "o", o).like(in.v).data();
   params.lse = TensorView(kAttention, "lse", lse)
                    .present()
@@ -126,10 +126,10 @@ MEGALODON_BINDING(chunked_attention_bwd,
 
 MEGALODON_BINDING(chunked_attention_state,
                   (py::handle k, py::handle v, py::handle cache_k, py::handle cache_v, py::handle position,
-                   int64_t chunk_size, py::handle cu_seqlens, py::handle lengths),
+                   int64_t chunk_size, py::handle spans),
                   (py::handle cache_k_out, py::handle cache_v_out, py::handle position_out)) {
   ChunkedAttentionStateParams params{};
-  const Inputs in = fill(params, k, v, cache_k, cache_v, position, chunk_size, cu_seqlens, lengths);
+  const Inputs in = fill(params, k, v, cache_k, cache_v, position, chunk_size, spans);
   const TensorView k_out(kAttention, "cache_k_out", cache_k_out), v_out(kAttention, "cache_v_out", cache_v_out);
   const TensorView positions(kAttention, "position_out", position_out);
   const int64_t S = params.sequences.count;
@@ -142,8 +142,7 @@ MEGALODON_BINDING(chunked_attention_state,
   memory.add_update(in.cache_k, k_out);
   memory.add_update(in.cache_v, v_out);
   memory.add_update(in.position, positions);
-  memory.add({kAttention, "cu_seqlens", cu_seqlens}, false);
-  memory.add({kAttention, "lengths", lengths}, false);
+  memory.add({kAttention, "spans", spans, true}, false);
   memory.check();
   MEGALODON_LAUNCH(target, chunked_attention_state, params);
 }

@@ -1,4 +1,4 @@
-// Dense, padded and packed batches in one form: S sequences in a flat row of T tokens.
+// Batches of every kind in one form: S sequences in a flat row of T tokens.
 #pragma once
 
 #include "dtype.h"
@@ -8,25 +8,25 @@ namespace megalodon {
 constexpr int64_t kMaxPositions = int64_t{1} << 62;  // limit on a state's position: adding a length never overflows
 
 // Sequence s holds the tokens [begin(s), end(s)). Sequences are in order and do not overlap; tokens outside them are
-// padding. Dense: cu_seqlens and lengths are null and S = B. Right-padded: lengths (S). Packed: cu_seqlens (S + 1).
+// padding. Without spans, each row is a sequence.
 //
-// On a GPU, cu_seqlens and lengths are not checked before a kernel reads them. For arbitrary values, 0 <= begin(s) <=
-// end(s) <= T: an offset beyond the row counts as the row's end, and a sequence that would end before it begins is
-// empty. If offsets decrease, two sequences may share a token, which then gets the result of either.
+// On a GPU, spans are not checked before a kernel reads them. For arbitrary values, 0 <= begin(s) <= end(s) <= T: a
+// span beyond the batch ends with it, and one that would end before it begins is empty. If spans overlap, two sequences
+// share a token, which then gets the result of either.
 struct Sequences {
-  int64_t count;                        // S
-  int64_t tokens;                       // T = B * L
-  int64_t row_length;                   // L
-  const int64_t* cu_seqlens = nullptr;  // (S + 1)
-  const int64_t* lengths = nullptr;     // (S)
+  int64_t count;                   // S
+  int64_t tokens;                  // T = B * L
+  int64_t row_length;              // L
+  const int64_t* spans = nullptr;  // (S, 2), first and last-plus-one tokens
+  int64_t stride = 2;              // from one span to the next; 1 for neighbouring pairs of S + 1 offsets
+  bool by_row = true;              // S = B, and sequence s begins row s; a launcher may divide its work by rows
 
   MEGALODON_INLINE int64_t begin(int64_t s) const {
-    return cu_seqlens ? within(0, cu_seqlens[s], tokens) : s * row_length;
+    return by_row ? s * row_length : within(0, spans[s * stride], tokens);
   }
   MEGALODON_INLINE int64_t end(int64_t s) const {
-    const int64_t from = begin(s);
-    if (cu_seqlens) return within(from, cu_seqlens[s + 1], tokens);
-    return from + (lengths ? within(0, lengths[s], row_length) : row_length);
+    const int64_t from = begin(s), most = by_row ? from + row_length : tokens;
+    return spans ? within(from, spans[s * stride + 1], most) : most;
   }
   MEGALODON_INLINE int64_t length(int64_t s) const { return end(s) - begin(s); }
   // The padding before sequence s is [gap_begin(s), gap_end(s)); s = count gives the padding at the end.

@@ -88,7 +88,8 @@ bool is_contiguous(const DlpackTensor& tensor) {
 
 }  // namespace
 
-TensorView::TensorView(const char* op, const char* name, py::handle object) : op_(op), name_(name) {
+TensorView::TensorView(const char* op, const char* name, py::handle object, bool may_be_pairs)
+    : op_(op), name_(name), may_be_pairs_(may_be_pairs) {
   if (object.is_none()) return;
   given_ = true;
   if (!read_dlpack(object)) read_attributes(object);
@@ -100,7 +101,9 @@ bool TensorView::read_dlpack(py::handle object) {
   DlpackTensor tensor;
   if (!dlpack_view(object, tensor) || tensor.rank > kMaxRank) return false;
   scalar_ = scalar_of_dlpack(tensor);
-  if (scalar_ == Scalar::other || tensor.device_type != (kReadable ? kCpu : kCuda) || !is_contiguous(tensor)) return false;
+  if (scalar_ == Scalar::other || tensor.device_type != (kReadable ? kCpu : kCuda)) return false;
+  is_pairs_ = may_be_pairs_ && tensor.rank == 2 && tensor.strides[0] == 1 && tensor.strides[1] == 1;
+  if (!is_pairs_ && !is_contiguous(tensor)) return false;
   rank_ = tensor.rank;
   for (int axis = 0; axis < rank_; ++axis) shape_[axis] = tensor.shape[axis];
   data_ = static_cast<char*>(tensor.data) + tensor.byte_offset;
@@ -127,7 +130,10 @@ void TensorView::read_attributes(py::handle object) {
     fail(std::string("on ") + (kReadable ? "the CPU" : "a CUDA device") + ", got device " +
              std::string(py::str(object.attr("device"))),
          "move all tensors to one device");
-  if (call(object, names().is_contiguous).ptr() != Py_True) fail("contiguous", "call .contiguous()");
+  if (call(object, names().is_contiguous).ptr() != Py_True) {
+    is_pairs_ = may_be_pairs_ && py::tuple(object.attr("stride")()).equal(py::make_tuple(1, 1));
+    if (!is_pairs_) fail("contiguous", "call .contiguous()");
+  }
   data_ = PyLong_AsVoidPtr(call(object, names().data_ptr).ptr());
   if (PyErr_Occurred()) throw py::error_already_set();
 }
@@ -141,7 +147,8 @@ void TensorView::check_memory() const {
 
 int64_t TensorView::bytes() const {
   constexpr int64_t bytes_of[] = {4, 8, 2, 2, 8, 16, 8, 1, 1, 1};
-  return elements() * bytes_of[static_cast<int>(scalar_)];
+  const int64_t count = is_pairs_ && shape_[0] > 0 ? shape_[0] + 1 : elements();
+  return count * bytes_of[static_cast<int>(scalar_)];
 }
 
 void TensorView::fail(const std::string& expected, const std::string& fix) const {
@@ -275,34 +282,45 @@ void TensorView::values(int64_t most, const std::string& range) const {
   });
 }
 
-Sequences make_sequences(const char* op, int64_t batch, int64_t length, py::handle cu_seqlens, py::handle lengths) {
+// Raises unless the spans are in order, disjoint and within one row each.
+static void check_spans(const Sequences& sequences, const TensorView& spans) {
+  const int64_t L = sequences.row_length, stride = sequences.stride;
+  const auto refuse = [&](const char* name, const std::string& expected, const std::string& got, int64_t at) {
+    TensorView(spans.op(), name, py::none()).fail(expected + ", got " + got + " at " + std::to_string(at));
+  };
+  const std::string range = "[0, " + std::to_string(L) + "]";
+  int64_t last = 0;
+  for (int64_t s = 0; s < sequences.count; ++s) {
+    const int64_t begin = sequences.spans[s * stride], end = sequences.spans[s * stride + 1];
+    const bool ordered = last <= begin && begin <= end && end <= sequences.tokens;
+    if (sequences.by_row ? begin == s * L && ordered && end - begin <= L
+                         : ordered && (begin == end || begin / L == (end - 1) / L)) {
+      last = end;
+    } else if (sequences.by_row && begin == s * L) {
+      refuse("lengths", "in " + range, std::to_string(end - begin), s);
+    } else if (stride == 1) {
+      const bool is_first = begin < last;
+      refuse("cu_seqlens", "non-decreasing offsets in " + range, std::to_string(is_first ? begin : end), s + !is_first);
+    } else {
+      refuse("spans", "in order, disjoint and within one row of " + std::to_string(L) + " positions each",
+             "[" + std::to_string(begin) + ", " + std::to_string(end) + ")", s);
+    }
+  }
+}
+
+Sequences make_sequences(const char* op, int64_t batch, int64_t length, py::handle object) {
+  const TensorView spans(op, "spans", object, true);
   Sequences sequences{batch, batch * length, length};
-  const TensorView offsets(op, "cu_seqlens", cu_seqlens), row_lengths(op, "lengths", lengths);
-  if (offsets.given() && row_lengths.given()) row_lengths.fail("None where `cu_seqlens` is given");
-  if (offsets.given()) {
-    offsets.rank("(S + 1,)", 1).dtype(Scalar::i64, "offsets into the packed row");
-    if (batch != 1)
-      offsets.fail("None unless the batch is packed into one row, got B = " + std::to_string(batch),
-                "reshape to (1, T, ...)");
-    if (offsets.size(0) < 1) offsets.fail("of at least one element, got 0");
-    sequences.count = offsets.size(0) - 1;
-    sequences.cu_seqlens = offsets.data_as<const int64_t>();
-    check_values([offsets, length] {
-      int64_t last = 0;
-      for (int64_t s = 0; s < offsets.size(0); ++s) {
-        const int64_t offset = offsets.data_as<const int64_t>()[s];
-        if (offset < last || offset > length)
-          offsets.fail("non-decreasing offsets in [0, " + std::to_string(length) + "], got " + std::to_string(offset) +
-                    " at " + std::to_string(s));
-        last = offset;
-      }
-    });
-  }
-  if (row_lengths.given()) {
-    row_lengths.shape("(B,)", {batch}).dtype(Scalar::i64, "row lengths");
-    sequences.lengths = row_lengths.data_as<const int64_t>();
-    row_lengths.values(length, "[0, " + std::to_string(length) + "]");
-  }
+  if (!spans.given()) return sequences;
+  sequences.by_row = spans.axes() == 3;
+  sequences.count = sequences.by_row ? batch : spans.rank("(S, 2)", 2).size(0);
+  if (sequences.by_row) spans.shape("(B, 1, 2)", {batch, 1, 2});
+  else spans.shape("(S, 2)", {sequences.count, 2});
+  sequences.spans = spans.dtype(Scalar::i64, "positions in the flattened batch").data_as<const int64_t>();
+  static constexpr int64_t kNoSpan = 0;  // the address of a tensor without elements is null, which means a dense batch
+  if (sequences.count == 0) sequences.spans = &kNoSpan;
+  if (spans.is_pairs_of_offsets()) sequences.stride = 1;
+  check_values([sequences, spans] { check_spans(sequences, spans); });
   return sequences;
 }
 

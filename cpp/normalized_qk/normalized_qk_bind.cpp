@@ -2,6 +2,8 @@
 #include "target.h"
 #include "tensor_view.h"
 
+#include <algorithm>
+
 namespace megalodon {
 namespace {
 
@@ -9,12 +11,11 @@ constexpr const char* kQk = "normalized_qk";
 
 // Checks and fills the parameters that the forward and the backward share; returns z.
 TensorView fill(NormalizedQkParams& params, py::handle z_, py::handle gamma_, py::handle beta_, int64_t num_heads,
-                int64_t chunk_size, double eps, py::handle rotary_, py::handle position_, py::handle cu_seqlens,
-                py::handle lengths) {
+                int64_t chunk_size, double eps, py::handle rotary_, py::handle position_, py::handle spans) {
   const TensorView z(kQk, "z", z_), gamma(kQk, "gamma", gamma_), beta(kQk, "beta", beta_);
   const TensorView rotary(kQk, "rotary", rotary_), position(kQk, "position", position_);
   params.dtype = z.rank("(B, L, Z)", 3).floating();
-  params.sequences = make_sequences(kQk, z.size(0), z.size(1), cu_seqlens, lengths);
+  params.sequences = make_sequences(kQk, z.size(0), z.size(1), spans);
   const Scalar real = real_of(params.dtype);
   const int64_t Z = z.size(2), S = params.sequences.count;
   if (num_heads < 1 || Z % num_heads || Z / num_heads % 2)
@@ -38,16 +39,18 @@ TensorView fill(NormalizedQkParams& params, py::handle z_, py::handle gamma_, py
   const int64_t longest = z.size(1), needed = position.given() || longest > chunk_size ? chunk_size : longest;
   if (params.table_rows < needed)
     rotary.fail("of at least " + std::to_string(needed) + " rows, got " + std::to_string(params.table_rows));
+  // Positions inside a row are below table_rows. On a GPU, spans that leave their row then still read the table.
+  params.chunk_size = std::min(chunk_size, std::max<int64_t>(params.table_rows, 1));
   position.values(chunk_size - 1, "[0, " + std::to_string(chunk_size) + ")");
   return z;
 }
 
 MEGALODON_BINDING(normalized_qk_fwd,
                   (py::handle z_, py::handle gamma, py::handle beta, int64_t num_heads, int64_t chunk_size,
-                   double eps, py::handle rotary, py::handle position, py::handle cu_seqlens, py::handle lengths),
+                   double eps, py::handle rotary, py::handle position, py::handle spans),
                   (py::handle q, py::handle k)) {
   NormalizedQkFwdParams params{};
-  const TensorView z = fill(params, z_, gamma, beta, num_heads, chunk_size, eps, rotary, position, cu_seqlens, lengths);
+  const TensorView z = fill(params, z_, gamma, beta, num_heads, chunk_size, eps, rotary, position, spans);
   const auto heads = [&](const char* name, py::handle object) {
     return TensorView(kQk, name, object)
         .present()
@@ -62,12 +65,12 @@ MEGALODON_BINDING(normalized_qk_fwd,
 
 MEGALODON_BINDING(normalized_qk_bwd,
                   (py::handle z_, py::handle gamma, py::handle beta_, int64_t num_heads, int64_t chunk_size,
-                   double eps, py::handle rotary, py::handle position, py::handle cu_seqlens, py::handle lengths,
+                   double eps, py::handle rotary, py::handle position, py::handle spans,
                    py::handle dq, py::handle dk),
                   (py::handle dz, py::handle dgamma, py::handle dbeta)) {
   NormalizedQkBwdParams params{};
   const TensorView z =
-      fill(params, z_, gamma, beta_, num_heads, chunk_size, eps, rotary, position, cu_seqlens, lengths);
+      fill(params, z_, gamma, beta_, num_heads, chunk_size, eps, rotary, position, spans);
   const TensorView beta(kQk, "beta", beta_);
   const auto heads = [&](const char* name, py::handle object) {
     return TensorView(kQk, name, object)

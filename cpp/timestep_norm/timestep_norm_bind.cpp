@@ -10,11 +10,10 @@ constexpr const char* kNormEndState = "timestep_norm_end_state";
 
 // Checks and fills x, its groups and its sequences; returns x.
 template <class Params>
-TensorView fill_x(const char* op, Params& params, py::handle x_, int64_t num_groups, py::handle cu_seqlens,
-                  py::handle lengths) {
+TensorView fill_x(const char* op, Params& params, py::handle x_, int64_t num_groups, py::handle spans) {
   const TensorView x(op, "x", x_);
   params.dtype = x.rank("(B, L, D)", 3).floating();
-  params.sequences = make_sequences(op, x.size(0), x.size(1), cu_seqlens, lengths);
+  params.sequences = make_sequences(op, x.size(0), x.size(1), spans);
   const int64_t D = x.size(2), G = num_groups;
   if (G < 1 || D % G)
     throw py::value_error(std::string(op) + ": `num_groups` must be positive and divide D = " + std::to_string(D) +
@@ -41,11 +40,11 @@ void fill_end_states(const char* op, TimestepNormFwdParams& params, const Tensor
 // Checks and fills the parameters that the forward and the backward share; returns x.
 TensorView fill(TimestepNormParams& params, py::handle x_, py::handle weight_, py::handle bias_, int64_t num_groups,
                 double eps, py::handle count_, py::handle mean_, py::handle var_, py::handle residual_,
-                py::handle cu_seqlens, py::handle lengths) {
+                py::handle spans) {
   const TensorView weight(kNorm, "weight", weight_), bias(kNorm, "bias", bias_);
   const TensorView count(kNorm, "state.count", count_), mean(kNorm, "state.mean", mean_), var(kNorm, "state.var", var_);
   const TensorView residual(kNorm, "state.residual", residual_);
-  const TensorView x = fill_x(kNorm, params, x_, num_groups, cu_seqlens, lengths);
+  const TensorView x = fill_x(kNorm, params, x_, num_groups, spans);
   const Scalar real = real_of(params.dtype);
   const int64_t S = params.sequences.count, D = params.channels, G = params.groups;
   check_range(kNorm, "eps", eps, 0, "finite and at least 0");
@@ -66,12 +65,11 @@ TensorView fill(TimestepNormParams& params, py::handle x_, py::handle weight_, p
 
 MEGALODON_BINDING(timestep_norm_fwd,
                   (py::handle x_, py::handle weight, py::handle bias, int64_t num_groups, double eps,
-                   py::handle count, py::handle mean, py::handle var, py::handle residual, py::handle cu_seqlens,
-                   py::handle lengths),
+                   py::handle count, py::handle mean, py::handle var, py::handle residual, py::handle spans),
                   (py::handle y, py::handle stats, py::handle count_out, py::handle mean_out, py::handle var_out,
                    py::handle residual_out)) {
   TimestepNormFwdParams params{};
-  const TensorView x = fill(params, x_, weight, bias, num_groups, eps, count, mean, var, residual, cu_seqlens, lengths);
+  const TensorView x = fill(params, x_, weight, bias, num_groups, eps, count, mean, var, residual, spans);
   const Scalar real = real_of(params.dtype);
   const int64_t B = x.size(0), L = x.size(1), G = params.groups;
   params.y = TensorView(kNorm, "y", y).like(x).data();
@@ -83,12 +81,12 @@ MEGALODON_BINDING(timestep_norm_fwd,
 
 MEGALODON_BINDING(timestep_norm_bwd,
                   (py::handle x_, py::handle weight_, py::handle bias, int64_t num_groups, double eps,
-                   py::handle count, py::handle mean, py::handle var, py::handle residual, py::handle cu_seqlens,
-                   py::handle lengths, py::handle stats, py::handle dy, py::handle dmean_out, py::handle dvar_out),
+                   py::handle count, py::handle mean, py::handle var, py::handle residual, py::handle spans,
+                   py::handle stats, py::handle dy, py::handle dmean_out, py::handle dvar_out),
                   (py::handle dx, py::handle dweight, py::handle dbias, py::handle dmean, py::handle dvar)) {
   TimestepNormBwdParams params{};
   const TensorView x =
-      fill(params, x_, weight_, bias, num_groups, eps, count, mean, var, residual, cu_seqlens, lengths);
+      fill(params, x_, weight_, bias, num_groups, eps, count, mean, var, residual, spans);
   const TensorView weight(kNorm, "weight", weight_);
   const Scalar real = real_of(params.dtype);
   const int64_t B = x.size(0), L = x.size(1), S = params.sequences.count, G = params.groups;
@@ -109,10 +107,10 @@ MEGALODON_BINDING(timestep_norm_bwd,
 }
 
 MEGALODON_BINDING(timestep_norm_end_state_fwd,
-                  (py::handle x, int64_t num_groups, py::handle cu_seqlens, py::handle lengths),
+                  (py::handle x, int64_t num_groups, py::handle spans),
                   (py::handle mean_out, py::handle var_out, py::handle residual_out, py::handle count_out)) {
   TimestepNormFwdParams params{};
-  fill_x(kNormEndState, params, x, num_groups, cu_seqlens, lengths);
+  fill_x(kNormEndState, params, x, num_groups, spans);
   const TensorView count(kNormEndState, "count_out", count_out);
   fill_end_states(kNormEndState, params, count, mean_out, var_out, residual_out);
   params.ends_only = true;
@@ -120,11 +118,11 @@ MEGALODON_BINDING(timestep_norm_end_state_fwd,
 }
 
 MEGALODON_BINDING(timestep_norm_end_state_bwd,
-                  (py::handle x_, int64_t num_groups, py::handle cu_seqlens, py::handle lengths, py::handle mean_out,
+                  (py::handle x_, int64_t num_groups, py::handle spans, py::handle mean_out,
                    py::handle residual_out, py::handle dmean_out, py::handle dvar_out),
                   (py::handle dx)) {
   TimestepNormEndStateBwdParams params{};
-  const TensorView x = fill_x(kNormEndState, params, x_, num_groups, cu_seqlens, lengths);
+  const TensorView x = fill_x(kNormEndState, params, x_, num_groups, spans);
   const Scalar real = real_of(params.dtype);
   const int64_t S = params.sequences.count, G = params.groups;
   const TensorView mean(kNormEndState, "mean_out", mean_out), residual(kNormEndState, "residual_out", residual_out);

@@ -66,7 +66,7 @@ Scan make_scan(const CemaParams& params) {
 // 1/8 of a product of the backward's sums.
 bool takes_mma(const CemaParams& params, const Scan& scan, const void* from, const void* to) {
   const Sequences& sequences = params.sequences;
-  const bool dense = !sequences.cu_seqlens && !sequences.lengths && sequences.row_length % kMmaTile == 0;
+  const bool dense = !sequences.spans && sequences.row_length % kMmaTile == 0;
   const auto aligned = [](const void* tensor) { return gpu::aligned<8>(static_cast<const gpu::bf16*>(tensor)); };
   const bool eighths = params.channels > 0 && params.channels % 8 == 0 && aligned(from) && aligned(to);
   return params.dtype == DType::bf16 && dense && !params.state && eighths && scan.tile >= kMmaTile &&
@@ -163,7 +163,7 @@ void launch_ends(DType dtype, const Scan& scan, void* stream) {
 
 void launch_empty(DType dtype, const Scan& scan, void* stream) {
   const Sequences& sequences = scan.sequences;
-  const bool all_full = !sequences.cu_seqlens && !sequences.lengths && sequences.tokens > 0;
+  const bool all_full = !sequences.spans && sequences.tokens > 0;
   if (all_full || sequences.count == 0 || !scan.final) return;
   const auto blocks = static_cast<unsigned>(sequences.count);
   if (dtype == DType::f64) LAUNCH(cema_empty_kernel<double>, blocks, kThreads, 0, stream, scan);

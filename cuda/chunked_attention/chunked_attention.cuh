@@ -4,14 +4,14 @@
 // call, so that token t is row position + t. Row i sees the columns from i - i % C to i or, if attention is not causal,
 // to the end of its chunk.
 //
-// Only the device knows cu_seqlens, lengths and position, so a launcher counts blocks of rows by T and S alone. It
-// divides the tokens into ranges:
-//   dense, padded   each of the B rows of L tokens is a range
-//   packed          the ranges are the padding in front, the S sequences, and the padding behind
-// A range is cut into blocks of kRows tokens. If packed, range r begins at token begin(r), and its blocks are numbered
-// from begin(r) / kRows + r on. This leaves at least ceil(length / kRows) numbers for each range; excess numbers have
-// no rows.
-// Example: kRows 4, cu_seqlens 0, 5, 6, T 6: the first blocks of [0, 0), [0, 5), [5, 6), [6, 6) are 0, 1, 3, 4.
+// Only the device knows spans and position, so a launcher counts blocks of rows by T and S alone. It divides the tokens
+// into ranges:
+//   one in each row   each of the B rows of L tokens is a range
+//   other spans       the ranges are the padding in front, and each of the S sequences with the padding behind it
+// A range is cut into blocks of kRows tokens. For other spans, range r begins at token begin(r), and its blocks are
+// numbered from begin(r) / kRows + r on. This leaves at least ceil(length / kRows) numbers for each range; excess
+// numbers have no rows.
+// Example: kRows 4, spans [0, 5), [5, 6), T 8: the first blocks of the ranges [0, 0), [0, 5), [5, 8) are 0, 1, 3.
 #pragma once
 
 #include "chunked_attention.h"
@@ -55,34 +55,32 @@ struct RowBlock {
 // Returns the number of blocks of kRows tokens that a launcher must provide.
 template <int kRows>
 inline int64_t count_row_blocks(const Sequences& sequences) {
-  if (sequences.cu_seqlens) return sequences.tokens / kRows + sequences.count + 2;
-  return (sequences.row_length + kRows - 1) / kRows * sequences.count;
+  if (sequences.by_row) return (sequences.row_length + kRows - 1) / kRows * sequences.count;
+  return sequences.tokens / kRows + sequences.count + 1;
 }
 
 template <int kRows>
 GPU_INLINE RowBlock find_row_block(const ChunkedAttentionParams& p, int64_t number) {
   const Sequences& sequences = p.sequences;
-  int64_t sequence, begin, first, stop, end;  // the range is [begin, stop), its sequence ends at `end`
-  if (!sequences.cu_seqlens) {
+  int64_t sequence, begin, first, stop;  // the range is [begin, stop)
+  if (sequences.by_row) {
     const int64_t blocks = (sequences.row_length + kRows - 1) / kRows;
     sequence = number / blocks;
     begin = sequences.begin(sequence);
     stop = begin + sequences.row_length;
-    end = sequences.end(sequence);
     first = number % blocks * kRows;
   } else {
     // Range r begins where sequence r - 1 does. Find the last range whose first block is at most `number`.
     const auto range_begin = [&](int64_t r) { return r == 0 ? int64_t{0} : sequences.begin(r - 1); };
     int64_t range = 0;
-    for (int64_t high = sequences.count + 2; high - range > 1;) {
+    for (int64_t high = sequences.count + 1; high - range > 1;) {
       const int64_t middle = range + (high - range) / 2;
       if (range_begin(middle) / kRows + middle <= number) range = middle;
       else high = middle;
     }
     sequence = range - 1;
     begin = range_begin(range);
-    stop = sequence < sequences.count ? range_begin(range + 1) : sequences.tokens;
-    end = sequence < 0 || sequence == sequences.count ? begin : stop;
+    stop = range < sequences.count ? range_begin(range + 1) : sequences.tokens;
     first = (number - begin / kRows - range) * kRows;
   }
   RowBlock block{sequence, 0, begin, begin + first, 0, 0};
@@ -91,7 +89,8 @@ GPU_INLINE RowBlock find_row_block(const ChunkedAttentionParams& p, int64_t numb
     return static_cast<int>(left < 0 ? 0 : left < kRows ? left : kRows);
   };
   block.rows = within(stop);
-  block.live = within(end);
+  block.live = sequence < 0 ? 0 : within(sequences.end(sequence));
+  if (block.live > block.rows) block.live = block.rows;  // spans overlap
   if (block.live > 0) block.position = gpu::find_position(p.position, sequence, p.chunk_size);
   if (block.position < 0) block.live = 0;
   return block;

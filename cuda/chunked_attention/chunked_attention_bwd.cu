@@ -15,7 +15,7 @@ int64_t make_plan(const ChunkedAttentionBwdParams& p, BwdPlan& plan) {
   using R = typename Product::R;
   constexpr int64_t edge = Product::kEdge, size = sizeof(T);
   const Sequences& sequences = p.sequences;
-  const int64_t longest = sequences.cu_seqlens ? sequences.tokens : sequences.row_length;
+  const int64_t longest = sequences.by_row ? sequences.row_length : sequences.tokens;
   const int64_t rows = longest + (p.position ? p.chunk_size - 1 : 0);
   plan.most_rows = rows < p.chunk_size ? rows : p.chunk_size;
   plan.blocks = ceil_div(plan.most_rows, edge);
@@ -47,7 +47,7 @@ void launch(const ChunkedAttentionBwdParams& p, void* stream) {
   using T = typename Product::T;
   BwdPlan plan;
   make_plan<Product>(p, plan);
-  if (plan.delta || p.sequences.cu_seqlens || p.sequences.lengths || p.position)
+  if (plan.delta || p.sequences.spans || p.position)
     LAUNCH(chunked_attention_bwd_prepare_kernel<Product>, static_cast<unsigned>(ceil_div(p.sequences.tokens, kTokens)),
            kPrepareWarps * gpu::kWarp, 0, stream, p, plan);
   constexpr int64_t edge = Product::kEdge;

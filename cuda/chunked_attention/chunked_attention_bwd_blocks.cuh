@@ -1,12 +1,12 @@
 // The backward of chunked attention: distribution of work over launches, and rows of a block.
 //
 // Row blocks follow the chunks' grid. They are numbered by sequence, chunk, head and block, so that the blocks of one
-// head of a chunk are neighbours. A launcher does not know cu_seqlens, lengths or position, so a sequence's first
+// head of a chunk are neighbours. A launcher does not know spans or position, so a sequence's first
 // number depends on sizes alone:
-//   dense, padded   as if every sequence had L tokens after C - 1 cached rows
-//   packed          sequence s begins at begin(s) * blocks / most_rows + 2 s, or later if there are caches
-// Excess numbers have no rows. Example: kEdge 2, C 3 (two blocks per chunk), cu_seqlens 0, 4, 5: the sequences begin at
-// the numbers 0 and 4; sequence 0 takes the numbers 0, 1 (rows 0, 1 and 2) and 2 (row 3), and 3 is in excess.
+//   one in each row   as if every sequence had L tokens after C - 1 cached rows
+//   other spans       sequence s begins at begin(s) * blocks / most_rows + 2 s, or later if there are caches
+// Excess numbers have no rows. Example: kEdge 2, C 3 (two blocks per chunk), spans [0, 4), [4, 5): the sequences begin
+// at the numbers 0 and 4; sequence 0 takes the numbers 0, 1 (rows 0, 1 and 2) and 2 (row 3), and 3 is in excess.
 #pragma once
 
 #include "chunked_attention.cuh"
@@ -43,7 +43,7 @@ template <int kEdge>
 MEGALODON_INLINE int64_t first_number(const ChunkedAttentionParams& p, const BwdPlan& plan, int64_t s, int64_t begin) {
   const int64_t cached_blocks = p.position ? plan.blocks : 0;
   // A sequence of n rows has at most n * blocks / most_rows + 1 blocks, and rounding down takes less than one.
-  if (p.sequences.cu_seqlens) return begin * plan.blocks / plan.most_rows + s * (cached_blocks + 2);
+  if (!p.sequences.by_row) return begin * plan.blocks / plan.most_rows + s * (cached_blocks + 2);
   const int64_t rows = p.sequences.row_length + (p.position ? p.chunk_size - 1 : 0), rest = rows % p.chunk_size;
   return s * (rows / p.chunk_size * plan.blocks + (rest + kEdge - 1) / kEdge);
 }
@@ -53,7 +53,7 @@ template <int kEdge>
 GPU_INLINE bool find_block(ChunkBlock& block, const ChunkedAttentionParams& p, const BwdPlan& plan, int64_t number) {
   const Sequences& sequences = p.sequences;
   const auto first_of = [&](int64_t s) {
-    return first_number<kEdge>(p, plan, s, sequences.cu_seqlens ? sequences.begin(s) : 0) * p.heads;
+    return first_number<kEdge>(p, plan, s, sequences.by_row ? 0 : sequences.begin(s)) * p.heads;
   };
   // Find the last sequence whose first number is at most `number`, or sequence 0. Each lane tests one of 32 candidates.
   int64_t s = 0;

@@ -76,7 +76,7 @@ bool launch_rows(const ChunkedAttentionStateParams& p, int64_t element, void* st
   const int64_t key = p.heads * p.key_dim * element, value = p.heads * p.value_dim * element;
   const auto unit = static_cast<int64_t>(sizeof(U));
   StatePlan plan{p, {{p.cache_k, p.k, p.cache_k_out, key / unit}, {p.cache_v, p.v, p.cache_v_out, value / unit}}, 0};
-  // A sequence has at most row_length tokens, which is T if sequences are packed.
+  // A sequence has at most row_length tokens.
   const bool in_place = plan.copies[0].in_place() && plan.copies[1].in_place();
   plan.rows = in_place && p.sequences.row_length < p.chunk_size ? p.sequences.row_length : p.chunk_size;
   if (plan.rows > 0)

@@ -10,7 +10,7 @@ namespace gpu {
 // Returns the sequence of `token`, or -1 for padding.
 GPU_INLINE int64_t find_sequence(const megalodon::Sequences& sequences, int64_t token) {
   int64_t s = 0;
-  if (!sequences.cu_seqlens) {
+  if (sequences.by_row) {
     s = token / sequences.row_length;
   } else {
     // The first sequence that ends after the token.

@@ -231,13 +231,13 @@ GPU_INLINE bool is_merging_thread(const TimestepNormParams& p, const Layout& lay
 
 // Returns true if a sequence may continue from a tile to the next, as far as the host knows.
 inline bool tiles_depend(const TimestepNormParams& p) {
-  return p.sequences.tokens > kTile && (p.sequences.cu_seqlens || kTile % p.sequences.row_length != 0);
+  return p.sequences.tokens > kTile && (!p.sequences.by_row || kTile % p.sequences.row_length != 0);
 }
 
 // Returns true if there may be sequences without tokens, or tokens without channels.
 inline bool may_be_empty(const TimestepNormParams& p) {
   const bool no_elements = p.sequences.tokens * p.channels == 0;
-  return p.sequences.count > 0 && (p.sequences.cu_seqlens || p.sequences.lengths || no_elements);
+  return p.sequences.count > 0 && (p.sequences.spans || no_elements);
 }
 
 }  // namespace timestep_norm

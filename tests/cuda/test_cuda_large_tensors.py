@@ -32,7 +32,7 @@ def cema_parameters(large, channels, modes=1):
 @pytest.mark.parametrize("modes", [1, 33])
 def test_cema_scans_offsets_beyond_31_bits(emulator, large, modes):
     x, y = large(1, T, D, dtype=BF16), large(1, T, D, dtype=BF16)
-    emulator.launch("cema_fwd", x, *cema_parameters(large, D, modes), None, None, None, y, None)
+    emulator.launch("cema_fwd", x, *cema_parameters(large, D, modes), None, None, y, None)
 
 
 def test_cema_steps_at_offsets_beyond_31_bits(emulator, large):
@@ -40,14 +40,14 @@ def test_cema_steps_at_offsets_beyond_31_bits(emulator, large):
     channels, count = 2**26, 40
     x, y = large(count, 1, channels, dtype=BF16), large(count, 1, channels, dtype=BF16)
     before, after = large(count, channels, 1, dtype=C64), large(count, channels, 1, dtype=C64)
-    emulator.launch("cema_fwd", x, *cema_parameters(large, channels), before, None, None, y, after)
+    emulator.launch("cema_fwd", x, *cema_parameters(large, channels), before, None, y, after)
 
 
 @pytest.mark.parametrize("modes", [1, 33])
 def test_cema_differentiates_at_offsets_beyond_31_bits(emulator, large, modes):
     x, dy, dx = (large(1, T, D, dtype=BF16) for _ in range(3))
     gradients = cema_parameters(large, D, modes)
-    emulator.launch("cema_bwd", x, *cema_parameters(large, D, modes), None, None, None, dy, None, dx, *gradients, None)
+    emulator.launch("cema_bwd", x, *cema_parameters(large, D, modes), None, None, dy, None, dx, *gradients, None)
 
 
 def test_cema_differentiates_on_tensor_cores_at_offsets_beyond_31_bits(emulator, large):
@@ -56,14 +56,14 @@ def test_cema_differentiates_on_tensor_cores_at_offsets_beyond_31_bits(emulator,
     inputs, gradients = cema_parameters(large, channels), cema_parameters(large, channels)
     emulator.set_order("random", shared_limit=163 * 1024)  # with less, the scan runs
     with emulator.launch_sizes(cema_tile=128, cema_shares=1):
-        emulator.launch("cema_bwd", x, *inputs, None, None, None, dy, None, dx, *gradients, None)
+        emulator.launch("cema_bwd", x, *inputs, None, None, dy, None, dx, *gradients, None)
 
 
 def test_end_states_of_cema_at_offsets_beyond_31_bits(emulator, large):
     x, dx, state = large(1, T, D, dtype=BF16), large(1, T, D, dtype=BF16), large(1, D, 1, dtype=C64)
     p, q, dp, dq = large(D, 1), large(D, 1, dtype=C64), large(D, 1), large(D, 1, dtype=C64)
-    emulator.launch("cema_end_state_fwd", x, p, q, None, None, state)
-    emulator.launch("cema_end_state_bwd", x, p, q, None, None, state, dx, dp, dq)
+    emulator.launch("cema_end_state_fwd", x, p, q, None, state)
+    emulator.launch("cema_end_state_bwd", x, p, q, None, state, dx, dp, dq)
 
 
 GROUPS = 2**10
@@ -77,7 +77,7 @@ def test_timestep_norm_at_offsets_beyond_31_bits(emulator, large):
 
 def test_timestep_norm_differentiates_at_offsets_beyond_31_bits(emulator, large):
     x, dy, dx = (large(1, T, D, dtype=BF16) for _ in range(3))
-    inputs = x, large(D), large(D), GROUPS, 1e-5, *[None] * 6, large(3, 1, T, GROUPS), dy, None, None
+    inputs = x, large(D), large(D), GROUPS, 1e-5, *[None] * 5, large(3, 1, T, GROUPS), dy, None, None
     emulator.launch("timestep_norm_bwd", *inputs, dx, large(D), large(D), None, None)
 
 
@@ -89,8 +89,8 @@ def test_end_states_of_timestep_norm_at_offsets_beyond_31_bits(emulator, large):
         large(1, 2, GROUPS),
     )
     state = mean, large(1, GROUPS), residual, large(1, dtype=torch.int64)
-    emulator.launch("timestep_norm_end_state_fwd", x, GROUPS, None, None, *state)
-    emulator.launch("timestep_norm_end_state_bwd", x, GROUPS, None, None, mean, residual, mean, mean, dx)
+    emulator.launch("timestep_norm_end_state_fwd", x, GROUPS, None, *state)
+    emulator.launch("timestep_norm_end_state_bwd", x, GROUPS, None, mean, residual, mean, mean, dx)
 
 
 @pytest.mark.parametrize("K", [256, 520])
@@ -101,12 +101,12 @@ def test_normalized_qk_at_offsets_beyond_31_bits(emulator, large, K):
     z, dz = (large(1, tokens, heads * K, dtype=BF16) for _ in range(2))
     q, k = (large(1, tokens, heads, K, dtype=BF16) for _ in range(2))
     gamma, beta, dgamma, dbeta = (large(2, heads * K) for _ in range(4))
-    options = heads, C, 1e-5, large(C, K // 2, 2), position, None, None
+    options = heads, C, 1e-5, large(C, K // 2, 2), position, None
     emulator.launch("normalized_qk_fwd", z, gamma, beta, *options, q, k)
     emulator.launch("normalized_qk_bwd", z, gamma, beta, *options, q, k, dz, dgamma, dbeta)
 
 
-ATTENTION = 256, True, 1.0, 0.0, None, None, None  # chunk size and options
+ATTENTION = 256, True, 1.0, 0.0, None, None  # chunk size and options
 
 
 @pytest.mark.parametrize("dtype", [BF16, F32], ids=str)
@@ -120,7 +120,7 @@ def test_steps_of_attention_at_offsets_beyond_31_bits(emulator, large):
     S, K, V = 2**20 + 8, 8, 2048
     q, k, cache_k = (large(S, 1, 1, K, dtype=BF16) for _ in range(3))
     v, cache_v, o = (large(S, 1, 1, V, dtype=BF16) for _ in range(3))
-    inputs = q, k, v, cache_k, cache_v, large(S, dtype=torch.int64), 1, True, 1.0, 0.0, None, None, None
+    inputs = q, k, v, cache_k, cache_v, large(S, dtype=torch.int64), 1, True, 1.0, 0.0, None, None
     emulator.launch("chunked_attention_fwd", *inputs, o, large(S, 1, 1))
 
 
@@ -136,7 +136,7 @@ def test_states_of_attention_at_offsets_beyond_31_bits(emulator, large, K, L):
     emulator.launch("chunked_attention_fwd", q, k, v, *cache, position, *ATTENTION, o, large(S, L, 1))
     with emulator.only_bounds(apart=2**33, ends=60):  # rows of the last cache from 196 on
         new = new_k, new_v, new_position
-        emulator.launch("chunked_attention_state", k, v, *cache, position, 256, None, None, *new)
+        emulator.launch("chunked_attention_state", k, v, *cache, position, 256, None, *new)
 
 
 def test_attention_differentiates_at_offsets_beyond_31_bits(emulator, large):
@@ -158,12 +158,12 @@ def test_cema_outputs_on_tensor_cores_at_offsets_beyond_31_bits(emulator, large)
     inputs, state = cema_parameters(large, channels, modes), large(S, channels, modes, dtype=C64)
     emulator.set_order("random", shared_limit=163 * 1024)
     with emulator.launch_sizes(cema_tile=128):
-        emulator.launch("cema_fwd", x, *inputs, None, None, None, y, state)
+        emulator.launch("cema_fwd", x, *inputs, None, None, y, state)
     assert "cema_mma_output_kernel" in set(emulator.module.launched())
     del state
     gradients = cema_parameters(large, channels, modes)
     with emulator.launch_sizes(cema_tile=128, cema_shares=1):
-        emulator.launch("cema_bwd", x, *inputs, None, None, None, y, None, dx, *gradients, None)
+        emulator.launch("cema_bwd", x, *inputs, None, None, y, None, dx, *gradients, None)
     assert {"cema_tiles_kernel", "cema_mma_output_kernel"} <= set(emulator.module.launched())
 
 
@@ -180,26 +180,26 @@ def test_states_of_cema_at_offsets_beyond_31_bits(emulator, large, dtype):
     p, q, gamma, _ = inputs
     p[-1], q[-1], gamma[-1], state[-1, -1] = 0.5, 0.5, 1, 2
     with emulator.launch_sizes(cema_tile=32):
-        emulator.launch("cema_fwd", x, *inputs, state, None, None, y, new)
+        emulator.launch("cema_fwd", x, *inputs, state, None, y, new)
         assert y[-1, :, -1].tolist() == [2**-t for t in range(5)] and new[-1, -1].real == 2**-4
         dstate = large(S, channels, 1, dtype=C64)
-        emulator.launch("cema_bwd", x, *inputs, state, None, None, y, new, dx, *gradients, dstate)
+        emulator.launch("cema_bwd", x, *inputs, state, None, y, new, dx, *gradients, dstate)
     with emulator.launch_sizes(cema_tile=8):
-        emulator.launch("cema_end_state_fwd", x, *inputs[:2], None, None, new)
+        emulator.launch("cema_end_state_fwd", x, *inputs[:2], None, new)
 
 
 def test_states_of_sequences_without_tokens_at_offsets_beyond_31_bits(emulator, large):
-    S, channels, modes, cu_seqlens = 2**24 + 8, 4, 33, large(2**24 + 9, dtype=torch.int64)
+    S, channels, modes, spans = 2**24 + 8, 4, 33, large(2**24 + 8, 2, dtype=torch.int64)
     x, y = large(1, 1, channels), large(1, 1, channels)
     before, after = (large(S, channels, modes, dtype=C64) for _ in range(2))
-    emulator.launch("cema_fwd", x, *cema_parameters(large, channels, modes), before, cu_seqlens, None, y, after)
+    emulator.launch("cema_fwd", x, *cema_parameters(large, channels, modes), before, spans, y, after)
 
 
 def test_padding_between_steps_of_cema_at_offsets_beyond_31_bits(emulator, large):
-    channels, lengths = 2**26, large(40, dtype=torch.int64)
+    channels, spans = 2**26, large(40, 1, 2, dtype=torch.int64)
     y = large(40, 2, channels, dtype=BF16)
     inputs = cema_parameters(large, channels)
-    emulator.launch("cema_fwd", large(40, 2, channels, dtype=BF16), *inputs, None, None, lengths, y, None)
+    emulator.launch("cema_fwd", large(40, 2, channels, dtype=BF16), *inputs, None, spans, y, None)
 
 
 @pytest.mark.parametrize("rows", [1, T], ids=["one-row", "rows-of-a-token"])
@@ -211,7 +211,7 @@ def test_statistics_and_states_of_timestep_norm_at_offsets_beyond_31_bits(emulat
     count, new_count = large(rows, dtype=torch.int64).fill_(1), large(rows, dtype=torch.int64)
     moments = large(rows, D), large(rows, D), large(rows, 2, D)
     new = large(rows, D), large(rows, D), large(rows, 2, D)
-    options = D, 1e-5, count, *moments, None, None
+    options = D, 1e-5, count, *moments, None
     if rows == 1:  # (T, 2, G) sums are beyond 2^32: blocks in the middle are between 2^31 and 2^32
         emulator.module.set_bounds(True, 2**33, 1, T // 64 * D // 32 * 3 // 4)
     emulator.launch("timestep_norm_fwd", x, weight, bias, *options, y, stats, new_count, *new)
@@ -248,7 +248,7 @@ def test_heads_of_attention_steps_at_offsets_beyond_31_bits(emulator, large):
     S, heads, C = 2**13 + 8, 2**16, 70  # two spans of keys, the second without any
     q, k, v, o = (large(S, 1, heads, 4, dtype=BF16) for _ in range(4))
     cache_k, cache_v = (large(S, C, heads, 4, dtype=BF16) for _ in range(2))
-    inputs = q, k, v, cache_k, cache_v, large(S, dtype=torch.int64), C, True, 1.0, 0.0, None, None, None
+    inputs = q, k, v, cache_k, cache_v, large(S, dtype=torch.int64), C, True, 1.0, 0.0, None, None
     with emulator.launch_sizes(attention_span=64), emulator.only_bounds(apart=2**33, ends=2):  # both spans
         emulator.launch("chunked_attention_fwd", *inputs, o, large(S, 1, heads))
 
@@ -322,7 +322,7 @@ def forward_kernels(emulator, large, B, L, channels, modes) -> set[str]:
     x, y = large(B, L, channels, dtype=BF16), large(B, L, channels, dtype=BF16)
     emulator.reset()
     emulator.set_order("random", shared_limit=163 * 1024)
-    emulator.launch("cema_fwd", x, *cema_parameters(large, channels, modes), None, None, None, y, None)
+    emulator.launch("cema_fwd", x, *cema_parameters(large, channels, modes), None, None, y, None)
     return set(emulator.module.launched())
 
 

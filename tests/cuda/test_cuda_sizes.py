@@ -142,7 +142,7 @@ def test_attention_of_a_released_model(emulator):
 def backward(emulator, case, results, do, offset=0):
     """Gradients of q, k and v by the kernels alone, from o, lse and do."""
     found = {name: torch.empty_like(case.tensors[name[1]]) for name in GRADIENTS}
-    rest = case.options["chunk_size"], True, case.options["scale"], 0.0, None, None, None
+    rest = case.options["chunk_size"], True, case.options["scale"], 0.0, None, None
     inputs = *case.tensors.values(), *case.options["state"], *rest, *results.values(), do
     emulator.call("chunked_attention_bwd", *inputs, *found.values(), offset=offset)
     return found
@@ -183,7 +183,7 @@ def test_rows_of_a_state_of_several_turns(emulator, dtype, offset, K, V):
     state, expected = case.options["state"], forward(mo.reference.chunked_attention, case)
     copied = [torch.empty_like(t) for t in state]
     tensors = case.tensors["k"], case.tensors["v"], *state
-    emulator.call("chunked_attention_state", *tensors, 4, None, None, *copied, offset=offset)
+    emulator.call("chunked_attention_state", *tensors, 4, None, *copied, offset=offset)
     for name, actual in zip(("k", "v", "position"), copied, strict=True):
         assert torch.equal(actual, expected[f"state.{name}"])
 
@@ -193,7 +193,7 @@ def test_states_in_place_of_more_sequences_than_two_blocks_take(emulator):
     case = chunked_attention_case(B=300, L=3, H=1, K=2, V=2, C=6, state=True)
     state, expected = case.options["state"], forward(mo.reference.chunked_attention, case)
     k, v, position = state = AttentionState(*(t.clone() for t in state))
-    emulator.call("chunked_attention_state", case.tensors["k"], case.tensors["v"], *state, 6, None, None, *state)
+    emulator.call("chunked_attention_state", case.tensors["k"], case.tensors["v"], *state, 6, None, *state)
     assert torch.equal(position, expected["state.position"])
     live = torch.arange(6) < position[:, None]
     assert torch.equal(k[live], expected["state.k"][live]) and torch.equal(v[live], expected["state.v"][live])

@@ -109,7 +109,7 @@ def test_a_state_in_place_with_a_wrong_position_is_not_changed(emulator):
     case = at_positions(build("chunked_attention", B=3, L=4), torch.tensor([6, 1, -7]))
     state = AttentionState(*(t.clone() for t in case.options["state"]))
     k, v = case.tensors["k"], case.tensors["v"]
-    emulator.call("chunked_attention_state", k, v, *state, 6, None, None, *state)
+    emulator.call("chunked_attention_state", k, v, *state, 6, None, *state)
     assert state.position.tolist() == [-1, 5, -1]
     for new, old in zip(state[:2], case.options["state"][:2], strict=True):
         assert torch.equal(new[::2], old[::2])

@@ -68,8 +68,13 @@ FAULTS = [
         pieces=(13, 16, 4),
     ),
     Fault(r"`lengths` must be 2 lengths in \[0, 20\], .* got \[21, 3\]", dict(lengths=torch.tensor([21, 3]))),
-    Fault("`cu_seqlens` must be ascending offsets of one row", dict(cu_seqlens=torch.tensor([0, 5, 21]))),
-    Fault(r"`lengths` must be integers \(n,\), got torch.float32 \(2,\)", dict(lengths=LENGTHS * 1.0)),
+    Fault("`cu_seqlens` must have shape .* for a batch of one row", dict(cu_seqlens=torch.tensor([0, 5, 21]))),
+    Fault(
+        "`spans` must be in order, disjoint and in one row of 20 positions",
+        dict(spans=torch.tensor([[0, 5], [20, 40]])),
+    ),
+    Fault("`starts` must be None where ranks hold pieces of rows", dict(starts=LENGTHS)),
+    Fault(r"`lengths` must have shape \(2,\), got \(1,\)", dict(lengths=LENGTHS[:1])),
     Fault(
         r"`lengths` must be the same on the ranks 0, 1, 2, got \[20, 9\] on rank 0 and \[20, 10\] on rank 1\.",
         dict(lengths=LENGTHS),

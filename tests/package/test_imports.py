@@ -34,7 +34,7 @@ ROOMS = [
     """.strip().splitlines()
 ]
 """Packages by level: each imports from itself and from lower levels."""
-PLAIN = {f"megalodon_ops.ops.common.{name}" for name in ("checks", "philox", "quantized_rows", "states")}
+PLAIN = {f"megalodon_ops.ops.common.{name}" for name in ("checks", "philox", "quantized_rows", "spans", "states")}
 """Modules without kernels, which references may import"""
 
 Imports = dict[str, set[str]]

@@ -36,7 +36,7 @@ def test_cuda_extension_needs_no_cuda_library():
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 def test_without_a_gpu_a_launch_is_an_error():
     arguments = [torch.zeros(1, 4, 6), torch.zeros(2, 6), torch.zeros(2, 6), 1, 4, 1e-5, torch.zeros(4, 3, 2)]
-    arguments += [None, None, None, torch.zeros(1, 4, 1, 6), torch.zeros(1, 4, 1, 6)]
+    arguments += [None, None, torch.zeros(1, 4, 1, 6), torch.zeros(1, 4, 1, 6)]
     arguments = [DeviceTensor(a) if isinstance(a, torch.Tensor) else a for a in arguments]
     with pytest.raises(RuntimeError, match="^cuda:0: .*(driver|device)"):
         library.cuda_extension().normalized_qk_fwd(0, 0, None, *arguments)

@@ -11,8 +11,11 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.utils._pytree import tree_map_only
 
+from megalodon_ops.ops.common.spans import as_spans
+
 F32 = torch.float32
 Tensors = dict[str, Tensor]
+SEQUENCES = ("cu_seqlens", "lengths", "starts", "spans")
 Sizes = dict[str, Any]
 """Keyword arguments of a function that builds a case"""
 
@@ -63,16 +66,18 @@ class Case:
 
     def poisoned(self, tokens: Tensor) -> Tensor:
         """Tokens (B, L, ...), or gradients of an output, with the case's poison at the padding."""
-        if "lengths" in self.options:
-            ends = self.options["lengths"]
-            begins = torch.zeros_like(ends)
-        elif "cu_seqlens" in self.options:
-            begins, ends = self.options["cu_seqlens"][:1], self.options["cu_seqlens"][-1:]
-        else:
+        spans = self.spans()
+        if spans is None:
             return tokens
-        t = torch.arange(tokens.shape[1], device=tokens.device)
-        inside = (t >= begins[:, None]) & (t < ends[:, None])
+        inside = torch.zeros(tokens.shape[:2], dtype=torch.bool, device=tokens.device)
+        for begin, end in spans.reshape(-1, 2).tolist():
+            inside.view(-1)[begin:end] = True
         return tokens.where(inside.view(*inside.shape, *[1] * (tokens.dim() - 2)), self.poison)
+
+    def spans(self) -> Tensor | None:
+        """The spans of the case's sequences."""
+        where = [self.options.get(name) for name in SEQUENCES]
+        return as_spans(self.op, next(iter(self.tensors.values())), *where)
 
     def with_tensors(self, **tensors: Tensor) -> Case:
         return replace(self, tensors=self.tensors | tensors)
@@ -86,15 +91,15 @@ class Case:
         return replace(self, tensors=tensors, options=options)
 
 
-def sequence_options(
-    cu_seqlens: Sequence[int] | None = None, lengths: Sequence[int] | None = None
-) -> dict[str, Tensor]:
-    named = {"cu_seqlens": cu_seqlens, "lengths": lengths}
-    return {name: torch.tensor(values) for name, values in named.items() if values is not None}
+def sequence_options(**rows: Sequence | None) -> dict[str, Tensor]:
+    """Tensors of cu_seqlens, lengths, starts or spans."""
+    assert rows.keys() <= {*SEQUENCES}, rows
+    options = {name: torch.tensor(values) for name, values in rows.items() if values is not None}
+    return options | ({"spans": options["spans"].view(-1, 2)} if "spans" in options else {})
 
 
-def count_sequences(B: int, cu_seqlens: Sequence[int] | None = None, lengths: Sequence[int] | None = None) -> int:
-    return B if cu_seqlens is None else len(cu_seqlens) - 1
+def count_sequences(B: int, **rows: Sequence) -> int:
+    return len(rows["cu_seqlens"]) - 1 if "cu_seqlens" in rows else len(rows["spans"]) if "spans" in rows else B
 
 
 def call_with_state(

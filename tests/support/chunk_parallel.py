@@ -80,7 +80,7 @@ def _results(work: Work, model: mo.Megalodon, columns: slice) -> dict[str, Tenso
     length = sum(work.pieces)
     tokens, targets = torch.randint(TINY["vocab_size"], (2, work.rows, length), generator=gen)
     targets[:, ::5] = -100
-    options = sequence_options(work.cu_seqlens, work.lengths)
+    options = sequence_options(cu_seqlens=work.cu_seqlens, lengths=work.lengths)
     state = None if work.past is None else _past(work, model.alone())
     tokens, targets = tokens[:, columns], targets[:, columns]
     results: dict[str, Tensor] = {}
@@ -172,7 +172,7 @@ def compare_numbers(work: Work) -> dict[str, float]:
     unsharded = tiny_model(num_features=2, output_size=3)
     model = cut_over_all_ranks(tiny_model(num_features=2, output_size=3))
     x = 5 + torch.randn(work.rows, sum(work.pieces), 2, generator=torch.Generator().manual_seed(3))
-    options = sequence_options(work.cu_seqlens, work.lengths)
+    options = sequence_options(cu_seqlens=work.cu_seqlens, lengths=work.lengths)
     end = list(accumulate(work.pieces))[rank]
     columns = slice(end - work.pieces[rank], end)
     state = None

@@ -27,12 +27,10 @@ def scaled_case(**shape):
 def run(emulator, case, offset=0):
     """Return o and lse of the forward's kernels."""
     q, k, v = (case.tensors[name] for name in "qkv")
-    options = (
-        dict(state=None, causal=True, dropkey=0.0, dropkey_seed=None, cu_seqlens=None, lengths=None) | case.options
-    )
+    options = dict(state=None, causal=True, dropkey=0.0, dropkey_seed=None) | case.options
     o, lse = torch.empty_like(v), q.new_empty(q.shape[:-1], dtype=accumulation_dtype(q.dtype))
-    names = ("chunk_size", "causal", "scale", "dropkey", "dropkey_seed", "cu_seqlens", "lengths")
-    arguments = q, k, v, *(options["state"] or (None,) * 3), *(options[name] for name in names)
+    names = ("chunk_size", "causal", "scale", "dropkey", "dropkey_seed")
+    arguments = q, k, v, *(options["state"] or (None,) * 3), *(options[name] for name in names), case.spans()
     emulator.call("chunked_attention_fwd", *arguments, o, lse, offset=offset)
     return {"o": o, "lse": lse}
 
@@ -41,7 +39,7 @@ def exact_lse(case):
     """log sum_j exp(s_ij) in float64, 0 at padding."""
     q, k, options = case.tensors["q"].double(), case.tensors["k"].double(), case.options
     state, lse = options.get("state"), torch.zeros(q.shape[:-1], dtype=F64)
-    for s, (row, tokens) in enumerate(sequences(q, options.get("cu_seqlens"), options.get("lengths"))):
+    for s, (row, tokens) in enumerate(sequences(q, case.spans())):
         position = 0 if state is None else int(state.position[s])
         keys = k[row, tokens] if state is None else torch.cat([state.k[s, :position].double(), k[row, tokens]])
         i, j = torch.arange(position, len(keys)), torch.arange(len(keys))

@@ -73,7 +73,7 @@ def _results(work: Work, model: mo.Megalodon, mesh: Any) -> dict[str, Tensor]:
     tokens, targets = torch.randint(TINY["vocab_size"], (2, work.rows, work.length), generator=gen)
     past = torch.randint(TINY["vocab_size"], (work.rows, work.past), generator=gen)
     targets[:, ::5] = -100
-    options = sequence_options(work.cu_seqlens, work.lengths)
+    options = sequence_options(cu_seqlens=work.cu_seqlens, lengths=work.lengths)
     if mesh is not None:
         tokens, targets = (split(tensor, mesh, chunk_size=TINY["chunk_size"]) for tensor in (tokens, targets))
         past = split(past, mesh, chunk_size=TINY["chunk_size"])

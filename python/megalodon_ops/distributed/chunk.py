@@ -23,6 +23,7 @@ from ..model.sequences import Sequences
 from ..ops.adaptive_working_memory.adaptive_working_memory import num_cached_rows, read_write_and_keep
 from ..ops.cema.cema import cema_end_state
 from ..ops.common.definition import accumulation_dtype
+from ..ops.common.spans import num_positions
 from ..ops.common.states import AttentionState, TimestepNormState, WorkingMemoryState
 from ..ops.timestep_norm.timestep_norm import timestep_norm_end_state
 from .exchange import send_to_all, send_to_next
@@ -79,7 +80,7 @@ class ShardedSequences(Sequences):
         (q, k, v), added, sequences = self._with_previous_chunk(q, k, v, **options)
         if op is read_write_and_keep:
             op = partial(memory_of_piece, pieces=self.pieces, group=self.group)
-        result = op(q, k, v, **options, **sequences.keywords)
+        result = op(q, k, v, **options, spans=sequences.spans)
         return (result[0][:, added:], *result[1:]) if isinstance(result, tuple) else result[:, added:]
 
     def _with_previous_chunk(
@@ -92,15 +93,19 @@ class ShardedSequences(Sequences):
         last = [_last_chunk(self.pieces, x, state, name, chunk_size) for name, x in (("k", k), ("v", v))]
         previous = send_to_next(torch.cat(last, -1), self.pieces.next_rank, self.pieces.previous_rank, self.group)
         previous = previous if self.pieces.sources else previous[:, :0]
-        added, sizes, offsets = previous.shape[1], [k.shape[-1], v.shape[-1]], self.cu_seqlens
+        added, sizes, spans = previous.shape[1], [k.shape[-1], v.shape[-1]], self.spans
         k, v = (torch.cat(parts, 1) for parts in zip(previous.split(sizes, -1), (k, v)))
-        offsets = None if offsets is None else torch.cat([offsets[:1], offsets[1:] + added])
-        lengths = None if self.lengths is None else self.lengths + added * (self.lengths > 0)
-        return (F.pad(q, (0, 0, 0, 0, added, 0)), k, v), added, Sequences(offsets, lengths)
+        sequences = Sequences(spans)
+        if self.pieces.is_packed and added:  # the first sequence continues, and begins with the added chunk
+            sequences = Sequences(torch.cat([spans[:1] + spans.new_tensor([0, added]), spans[1:] + added]))
+        elif added and spans is not None:
+            lengths = num_positions(k, spans)
+            sequences = Sequences.of("Megalodon", k, lengths=lengths + added * (lengths > 0))
+        return (F.pad(q, (0, 0, 0, 0, added, 0)), k, v), added, sequences
 
     def _carried_part(self, x: Tensor) -> tuple[Tensor, dict[str, Tensor | None]]:
         """Return the part of x (B, L, D) whose end state the ranks exchange, and the options of an op on this part."""
-        return (x[:, slice(*self.pieces.tail)], {}) if self.pieces.is_packed else (x, {"lengths": self.lengths})
+        return (x[:, slice(*self.pieces.tail)], {}) if self.pieces.is_packed else (x, {"spans": self.spans})
 
     def _open_rows(self, start: Tensor | None) -> Tensor | None:
         """Select the states (R, ...) of sequences that are open where the piece begins from those of all (S, ...)."""

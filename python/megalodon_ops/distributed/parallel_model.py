@@ -22,7 +22,8 @@ from ..model.megalodon import masked_targets
 from ..public_models import Megalodon, MegalodonEncoder
 from ..model.model_state import MegalodonState
 from ..model.sequences import Sequences
-from ..ops.linear_cross_entropy.linear_cross_entropy import check_reduction, has_integers
+from ..ops.linear_cross_entropy.linear_cross_entropy import check_reduction
+from ..ops.common.spans import argument_of
 from .rank_checks import check_same_on_ranks
 from .chunk import ShardedSequences
 from .exchange import TotalLoss
@@ -98,6 +99,14 @@ class ParallelMegalodon(_ParallelModel, Megalodon):
     and raise the same ValueError if they differ.
     """
 
+    def forward(self, tokens: Tensor, *others: Any, starts: Tensor | None = None, **options: Any) -> Any:
+        """Compute the piece's logits, features or loss, as :meth:`megalodon_ops.Megalodon.forward` does for the whole."""
+        if starts is not None and self._ranks.chunk is not None:
+            raise ValueError(
+                "Megalodon: `starts` must be None where ranks hold pieces of rows, got a tensor; in one row, pass `spans`."
+            )
+        return super().forward(tokens, *others, starts=starts, **options)
+
     def _compute(
         self, tokens: Tensor, targets: Tensor | None, features: bool, reduction: str, ignore_index: int,
         state: MegalodonState | None, return_state: bool, inplace_state: bool, sequences: Sequences,
@@ -156,18 +165,17 @@ class ParallelMegalodon(_ParallelModel, Megalodon):
         self, widths: list[int], state: MegalodonState | None, tokens: Tensor, whole: Sequences
     ) -> ShardedSequences:
         """Return the sequences in this rank's piece; `widths`: number of columns of each rank's piece."""
-        for name, values in whole.keywords.items():
-            if values is not None and (not has_integers(values) or values.dim() != 1):
-                raise ValueError(
-                    f"Megalodon: `{name}` must be integers (n,), got {values.dtype} {tuple(values.shape)}."
-                )
-        arguments = {name: None if values is None else values.tolist() for name, values in whole.keywords.items()}
+        arguments = {name: values.tolist() for name, values in _sequence_argument(whole).items()}
         arguments["positions"] = None if state is None else state.layers[0].attention.position.tolist()
         rank, chunk_size = dist.get_rank(self._ranks.chunk), self.config.chunk_size
         pieces = pieces_of(rank, widths, rows=len(tokens), chunk_size=chunk_size, **arguments)
         integers = partial(torch.tensor, dtype=torch.int64, device=tokens.device)
-        own = (None if values is None else integers(values) for values in (pieces.cu_seqlens, pieces.lengths))
-        return ShardedSequences(*own, pieces=pieces, group=self._ranks.chunk)
+        if pieces.is_packed:
+            own = Sequences(integers(pieces.own_spans).view(-1, 2))
+        else:
+            lengths = None if pieces.lengths is None else integers(pieces.lengths)
+            own = Sequences.of("Megalodon", tokens, lengths=lengths)
+        return ShardedSequences(own.spans, pieces=pieces, group=self._ranks.chunk)
 
 
 class ParallelMegalodonEncoder(_ParallelModel, MegalodonEncoder):
@@ -183,9 +191,19 @@ class ParallelMegalodonEncoder(_ParallelModel, MegalodonEncoder):
             return super().forward(inputs, **options)
 
 
+def _sequence_argument(sequences: Sequences) -> dict[str, Tensor]:
+    """Return the argument that says where the whole sequences lie, by name; nothing for a dense batch."""
+    return {} if sequences.spans is None else dict([argument_of(sequences.spans)])
+
+
 def _arguments(state: MegalodonState | None, rows: int, sequences: Sequences) -> dict[str, Any]:
     """Return a call's arguments that describe whole sequences, by name; the ranks compare them."""
-    values = {"rows of tokens": rows, **sequences.keywords, "state": "None" if state is None else "given"}
+    values = {
+        "rows of tokens": rows,
+        **dict.fromkeys(("cu_seqlens", "lengths", "spans")),
+        **_sequence_argument(sequences),
+    }
+    values["state"] = "None" if state is None else "given"
     if state is None:
         return values
     if state.cache_dtype == torch.int8:

@@ -29,7 +29,7 @@ class Pieces:
     first_sequence: int = 0  # first sequence with tokens in the piece
     num_sequences: int = 0  # number of sequences with tokens in the piece
     is_continuation: bool = False  # the first sequence began in an earlier piece
-    cu_seqlens: tuple[int, ...] | None = None  # offsets of the piece's sequences in the piece
+    own_spans: tuple[tuple[int, int], ...] | None = None  # columns of the piece's sequences in the piece
 
     @property
     def is_packed(self) -> bool:
@@ -52,6 +52,7 @@ def pieces_of(
     chunk_size: int,
     cu_seqlens: Sequence[int] | None = None,
     lengths: Sequence[int] | None = None,
+    spans: Sequence[tuple[int, int]] | None = None,
     positions: Sequence[int] | None = None,
 ) -> Pieces:
     """Return the piece of `rank`.
@@ -59,7 +60,7 @@ def pieces_of(
     Args:
         piece_lengths: (P,) columns of each rank's piece.
         rows: B.
-        cu_seqlens, lengths: those of the whole sequences, in a packed or a padded batch.
+        cu_seqlens, lengths, spans: those of the whole sequences; spans only in one row.
         positions: (S,) number of tokens that each sequence's unfinished chunk has before the batch; None: 0.
 
     Raises:
@@ -67,39 +68,50 @@ def pieces_of(
     """
     ends = tuple(accumulate(piece_lengths))
     begin, end = ends[rank] - piece_lengths[rank], ends[rank]
-    spans = _spans(rows, ends[-1], cu_seqlens, lengths)
+    is_packed = cu_seqlens is not None or spans is not None
+    spans = _spans(rows, ends[-1], cu_seqlens, lengths, spans)
     _check_cuts(ends, spans, chunk_size, positions or [0] * len(spans))
     ending = tuple(s for s, (start, stop) in enumerate(spans) if start < stop and begin < stop <= end)
     common = dict(begin=begin, spans=spans, ending_sequences=ending)
     if piece_lengths[rank]:
         common["previous_rank"] = max((r for r in range(rank) if piece_lengths[r]), default=None)
         common["next_rank"] = min((r for r in range(rank + 1, len(ends)) if piece_lengths[r]), default=None)
-    if cu_seqlens is None:
+    if not is_packed:
         sources = tuple(r for r in range(rank) if piece_lengths[r])
         own_lengths = None if lengths is None else tuple(min(max(n - begin, 0), end - begin) for n in lengths)
         source_lengths = tuple(piece_lengths[r] for r in sources)
         return Pieces(sources=sources, source_lengths=source_lengths, lengths=own_lengths, **common)
     sequences = [s for s, (start, stop) in enumerate(spans) if max(start, begin) < min(stop, end)]
     if not sequences:
-        return Pieces(sources=(), source_lengths=(), tail=(0, 0), cu_seqlens=(0,), **common)
+        return Pieces(sources=(), source_lengths=(), tail=(0, 0), own_spans=(), **common)
     first, last = sequences[0], sequences[-1]
-    bounds = tuple(min(max(offset, begin), end) - begin for offset in cu_seqlens[first : last + 2])
+    own = tuple((max(start, begin) - begin, min(stop, end) - begin) for start, stop in spans[first : last + 1])
     from_column, to_column = spans[first][0], spans[last][1]
     is_continuation = from_column < begin
     sources = tuple(r for r in range(rank) if is_continuation and ends[r] > from_column and piece_lengths[r])
     source_lengths = tuple(ends[r] - max(from_column, ends[r] - piece_lengths[r]) for r in sources)
     tail = (max(spans[last][0], begin) - begin if to_column > end else end - begin, end - begin)
-    packed = dict(tail=tail, first_sequence=first, num_sequences=last + 1 - first, cu_seqlens=bounds)
+    packed = dict(tail=tail, first_sequence=first, num_sequences=last + 1 - first, own_spans=own)
     common |= dict(sources=sources, source_lengths=source_lengths, is_continuation=is_continuation)
     return Pieces(**packed, **common)
 
 
 def _spans(
-    rows: int, total: int, cu_seqlens: Sequence[int] | None, lengths: Sequence[int] | None
+    rows: int,
+    total: int,
+    cu_seqlens: Sequence[int] | None,
+    lengths: Sequence[int] | None,
+    spans: Sequence[tuple[int, int]] | None,
 ) -> tuple[tuple[int, int], ...]:
     """Return the columns [begin, end) of each sequence."""
-    if cu_seqlens is not None and lengths is not None:
-        raise ValueError("Megalodon: `lengths` must be None with `cu_seqlens`, got both.")
+    if spans is not None:
+        bounds = [0, *(bound for span in spans for bound in span), total]
+        if rows != 1 or bounds != sorted(bounds):
+            raise ValueError(
+                f"Megalodon: `spans` must be in order, disjoint and in one row of {total} positions where ranks hold pieces "
+                f"of sequences, got {reprlib.repr([*spans])} for {rows} rows."
+            )
+        return tuple(map(tuple, spans))
     if cu_seqlens is not None:
         spans = tuple(pairwise(cu_seqlens))
         ordered = all(begin <= end for begin, end in spans)

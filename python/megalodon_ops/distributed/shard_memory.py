@@ -30,13 +30,13 @@ EMPTY_MASS = -1e4
 
 def memory_of_piece(
     q: Tensor, k: Tensor, v: Tensor, chunk_size: int, visible_chunks: int, state: WorkingMemoryState | None,
-    cu_seqlens: Tensor | None, lengths: Tensor | None, to_end: bool, inplace: bool, cached_rows: Tensor | None,
+    spans: Tensor | None, to_end: bool, inplace: bool, cached_rows: Tensor | None,
     pieces: Pieces, group: ProcessGroup,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """Run :func:`read_write_and_keep` on a piece, with the memory of earlier pieces, to the end of the piece.
 
     Args:
-        q, k, v, cu_seqlens, lengths: those of the piece. If attention sees two chunks, they include the chunk before
+        q, k, v, spans: those of the piece. If attention sees two chunks, they include the chunk before
             the piece, if there is one.
         state: initial state of the sequences that begin in the piece; the row of a sequence that began in an earlier
             piece is arbitrary. None: empty.
@@ -45,7 +45,7 @@ def memory_of_piece(
     rows, added = visible_chunks * chunk_size, (visible_chunks - 1) * chunk_size if pieces.sources else 0
     if state is None:
         state = _empty(k, v, rows, pieces.num_sequences if pieces.is_packed else len(k))
-    chunks, sequences = (chunk_size, visible_chunks), (cu_seqlens, lengths)
+    chunks = (chunk_size, visible_chunks)
     begin, end = (added + column for column in pieces.tail or (0, k.shape[1] - added))
     open_state = WorkingMemoryState(*(x[-1:] for x in state)) if pieces.is_packed else state
     is_new = pieces.open_sequence_is_new() and len(open_state.mass) > 0
@@ -55,12 +55,12 @@ def memory_of_piece(
     masses = _gather(_mass_after(open_k, *chunks, open_state) if is_new else _mass(open_k), group)
     mass = torch.cat([torch.full_like(masses[:1], EMPTY_MASS), masses[[*pieces.sources]]]).logsumexp(0)
     if not pieces.sources:
-        o, *after = read_write_and_keep(q, k, v, *chunks, state, *sequences, True, inplace)
+        o, *after = read_write_and_keep(q, k, v, *chunks, state, spans, True, inplace)
         memory = after[0][-1:].sum(0, keepdim=True) if pieces.is_packed else after[0]
         maps = _gather(F.pad(memory, (0, k.shape[3])), group)
         return o + (masses[:0].sum() + maps[:0].sum()), *after  # all ranks take part in the backward of exchanges
     if is_new:
-        _, memory, _ = read_and_write(open_k.detach(), open_k, open_v, *chunks, open_state, None, None, True)
+        _, memory, _ = read_and_write(open_k.detach(), open_k, open_v, *chunks, open_state, None, True)
         own_map = F.pad(memory, (0, k.shape[3]))
     else:
         own_map = _affine_map(open_k, open_v, chunk_size, mass, is_needed=pieces.next_rank is not None)
@@ -73,7 +73,7 @@ def memory_of_piece(
     initial = initial._replace(memory=memory, mass=mass, k=initial.k + 2 * EMPTY_MASS, position=initial.position + rows)
     if pieces.is_packed:
         initial = WorkingMemoryState(*(torch.cat([one, others[1:]]) for one, others in zip(initial, state)))
-    return read_write_and_keep(q, k, v, *chunks, initial, *sequences, True, inplace)
+    return read_write_and_keep(q, k, v, *chunks, initial, spans, True, inplace)
 
 
 def _empty(k: Tensor, v: Tensor, rows: int, sequences: int) -> WorkingMemoryState:
@@ -111,7 +111,7 @@ def _affine_map(k: Tensor, v: Tensor, chunk_size: int, mass: Tensor, *, is_neede
     identity = F.pad(torch.eye(K, dtype=mass.dtype, device=mass.device), (V, 0)).expand(R, H, K, V + K)
     start = _empty(k, v, chunk_size, R)
     start = start._replace(memory=identity, mass=mass, position=start.position + chunk_size)
-    return read_and_write(k.detach(), k, v, chunk_size, 1, start, None, None, True)[1]
+    return read_and_write(k.detach(), k, v, chunk_size, 1, start, None, True)[1]
 
 
 def _gather(value: Tensor, group: ProcessGroup) -> Tensor:

@@ -45,7 +45,8 @@ class MegalodonCausalModel(MegalodonPreTrainedModel):
         if not batch.holds_embeddings:
             if lengths is not None:
                 inputs = inputs.masked_fill(lengths[:, None] == 0, 0)  # padding may be an invalid id
-            model._check(type(self).__name__, "input_ids", inputs, state, Sequences(batch.cu_seqlens, lengths))
+            sequences = Sequences.of(type(self).__name__, inputs, cu_seqlens=batch.cu_seqlens, lengths=lengths)
+            model._check(type(self).__name__, "input_ids", inputs, state, sequences)
         whole = whole or torch.is_grad_enabled() or batch.cu_seqlens is not None
         size = length if whole else min(model.config.chunk_size, length)
         pieces, selected = [], None
@@ -58,7 +59,7 @@ class MegalodonCausalModel(MegalodonPreTrainedModel):
                 state,
                 return_state=batch.returns_cache or end < length,
                 inplace_state=begin > 0,  # the first state is the caller's
-                sequences=Sequences(batch.cu_seqlens, part_lengths),
+                sequences=Sequences.of(type(self).__name__, part, cu_seqlens=batch.cu_seqlens, lengths=part_lengths),
             )
             if positions is None:
                 pieces.append(piece)
@@ -257,7 +258,7 @@ class MegalodonForCausalLM(MegalodonCausalModel, GenerationMixin):
             targets.to(hidden.device),
             reduction="mean" if num_items is None else "sum",
             ignore_index=IGNORED,
-            sequences=Sequences(batch.cu_seqlens, lengths),
+            sequences=Sequences.of(type(self).__name__, hidden, cu_seqlens=batch.cu_seqlens, lengths=lengths),
         )
         return loss if num_items is None else loss / num_items
 

@@ -82,7 +82,8 @@ class MegalodonEncoderModel(MegalodonEncoderPreTrainedModel):
         has_head, encoder = batch is not None, self.megalodon
         if batch is None:
             batch = self._read(input_ids, attention_mask, input_values, **arguments)
-        op, x, sequences = type(self).__name__, batch.without_padding(), Sequences(batch.cu_seqlens, batch.lengths)
+        op, x = type(self).__name__, batch.without_padding()
+        sequences = Sequences.of(op, x, cu_seqlens=batch.cu_seqlens, lengths=batch.lengths)
         if not batch.holds_embeddings:
             check_inputs(op, batch.name, x, encoder, sequences)
             x = encoder._embed(x, sequences)

@@ -200,7 +200,8 @@ def _prompt_state(model: nn.Module, prompts: _Prompts, state: MegalodonState | N
     for start in range(0, max(int(lengths.max()), 1), size):
         left = (lengths - start).clamp(0, size)
         piece = tokens[:, start : start + min(size, int(left.max()))]
-        _, state = model._hidden(model._embed(piece), state, True, start > 0, Sequences(lengths=left))
+        sequences = Sequences.of("generate", piece, lengths=left)
+        _, state = model._hidden(model._embed(piece), state, True, start > 0, sequences)
     return state[prompts.samples] if len(prompts.samples) > len(tokens) else state
 
 

@@ -138,23 +138,27 @@ class NormalizedAttention(WideParameters):
         inplace_state: bool = False,
         cu_seqlens: Tensor | None = None,
         lengths: Tensor | None = None,
+        starts: Tensor | None = None,
+        spans: Tensor | None = None,
         sequences: Sequences | None = None,
     ) -> Tensor | tuple[Tensor, BlockState]:
         """Map x (B, L, D) to y (B, L, D); options as in :func:`normalized_attention`, `state` is the whole block's.
 
-        sequences: passed by a model instead of cu_seqlens and lengths.
+        sequences: passed by a model instead of cu_seqlens, lengths, starts and spans.
         """
         config, training = self.config, self.training
         if not config.causal:
             check_no_state("MegalodonBlock", state, return_state)
-        sequences = Sequences(cu_seqlens, lengths) if sequences is None else sequences
+        if sequences is None:
+            where = dict(cu_seqlens=cu_seqlens, lengths=lengths, starts=starts, spans=spans)
+            sequences = Sequences.of("MegalodonBlock", x, **where)
         past = self.state_type(*state_fields("MegalodonBlock", state, self.state_type))
         norm_state = sequences.norm_state(self.timenorm, x, past.norm)
-        t, norm_state = self.timenorm(x, state=norm_state, return_state=True, **sequences.keywords)
+        t, norm_state = self.timenorm(x, state=norm_state, return_state=True, spans=sequences.spans)
         sent = sequences.send_end(self.cema, t, past)
         v = gated_silu(self.wv(t))  # overlaps with the exchange
         past = sequences.receive(sent)
-        c, cema_state = self.cema(t, state=past.cema, return_state=True, **sequences.keywords)
+        c, cema_state = self.cema(t, state=past.cema, return_state=True, spans=sequences.spans)
         m = F.dropout(self.rmsnorm(c), config.hidden_dropout, training)
         gated, other_fields = self._attend(m, self.wz(m), v, norm_state, past, return_state, inplace_state, sequences)
         gated = F.dropout(gated, config.hidden_dropout, training)
@@ -171,7 +175,7 @@ class NormalizedAttention(WideParameters):
             z, v, self.gamma, self.beta, rotary,
             num_heads=config.num_heads, chunk_size=config.chunk_size, causal=config.causal, rope_base=config.rotary_base,
             eps=config.norm_eps, state=past.attention, return_state=return_state, inplace_state=inplace_state,
-            dropkey=config.attention_dropout if self.training else 0.0, **sequences.keywords,
+            dropkey=config.attention_dropout if self.training else 0.0, spans=sequences.spans,
         )  # fmt: skip
         a, state = a if return_state else (a, None)
         return gated_silu(self.wr(m), a), (state,)

@@ -17,6 +17,7 @@ from .sequences import Sequences
 from ..ops.gated_silu.gated_silu import gated_silu
 from ..ops.timestep_norm.timestep_norm import timestep_norm_end_state
 from ..ops.common.checks import check_flag, check_rank, check_size
+from ..ops.common.spans import as_spans
 
 
 @dataclass(frozen=True)
@@ -132,6 +133,8 @@ class MegalodonEncoderBase(nn.Module):
         return_state: bool = False,
         cu_seqlens: Tensor | None = None,
         lengths: Tensor | None = None,
+        starts: Tensor | None = None,
+        spans: Tensor | None = None,
     ) -> Tensor:
         """Compute the class logits of every row; with `features` or without a head, the features of every position.
 
@@ -139,9 +142,8 @@ class MegalodonEncoderBase(nn.Module):
             inputs: (B, L) integers, the tokens; with `num_features` (B, L, F) floating-point numbers of any type.
             features: return the features, as :meth:`features` does.
             state, return_state: None and False, as an encoder has no state.
-            cu_seqlens: (S + 1,) offsets of sequences packed into one row (B = 1).
-            lengths: (B,) positions in each right-padded row. No sequence may be empty (not checked on a GPU or in a
-                compiled program).
+            cu_seqlens, lengths, starts, spans: sequences as in :meth:`Megalodon.forward`. None may be empty (not checked on
+                a GPU or in a compiled program).
 
         Returns:
             logits (S, num_classes) of the S sequences, float32 (float64 for a float64 encoder), or the features.
@@ -151,18 +153,19 @@ class MegalodonEncoderBase(nn.Module):
         """
         check_flag("MegalodonEncoder", "features", features)
         check_no_state("MegalodonEncoder", state, return_state)
-        sequences = Sequences(cu_seqlens, lengths)
+        where = dict(cu_seqlens=cu_seqlens, lengths=lengths, starts=starts, spans=spans)
+        sequences = Sequences.of("MegalodonEncoder", inputs, **where)
         check_inputs("MegalodonEncoder", "inputs", inputs, self, sequences)
         x = self._hidden(self._embed(inputs, sequences), sequences)
         check_not_empty("MegalodonEncoder", "inputs", x, sequences)  # the ops have checked offsets and lengths
-        return x if features or self.classifier is None else at_least_float32(self.classifier(x, **sequences.keywords))
+        return x if features or self.classifier is None else at_least_float32(self.classifier(x, spans=sequences.spans))
 
     def _hidden(self, x: Tensor, sequences: Sequences) -> Tensor:
         """Return the features of embeddings (B, L, D)."""
         recompute, options = recomputes_layers(self), dict(sequences=sequences)
         for layer in self.layers:
             x = checkpoint(layer, x, use_reentrant=False, **options) if recompute else layer(x, **options)
-        return self.final_norm(x, **sequences.keywords)
+        return self.final_norm(x, spans=sequences.spans)
 
     def features(self, inputs: Tensor, **options: Any) -> Tensor:
         """Features (B, L, D) of every position: the final norm's output, zero at padding.
@@ -179,11 +182,19 @@ class MegalodonEncoderBase(nn.Module):
         return self(inputs, features=True, **options)
 
     @staticmethod
-    def pool(x: Tensor, *, cu_seqlens: Tensor | None = None, lengths: Tensor | None = None) -> Tensor:
+    def pool(
+        x: Tensor,
+        *,
+        cu_seqlens: Tensor | None = None,
+        lengths: Tensor | None = None,
+        starts: Tensor | None = None,
+        spans: Tensor | None = None,
+    ) -> Tensor:
         """Mean (S, D) of x (B, L, D) over each sequence, summed in float64; zero for an empty sequence."""
         check_rank("MegalodonEncoder.pool", "x", x, "(B, L, D)", 3)
+        spans = as_spans("MegalodonEncoder.pool", x, cu_seqlens, lengths, starts, spans)
         each_channel = dict(num_groups=x.shape[-1])  # one channel per group: a group's mean is its channel's
-        return timestep_norm_end_state(x, **each_channel, cu_seqlens=cu_seqlens, lengths=lengths).mean.to(x.dtype)
+        return timestep_norm_end_state(x, **each_channel, spans=spans).mean.to(x.dtype)
 
     def _embed(self, inputs: Tensor, sequences: Sequences) -> Tensor:
         """Embed the inputs as (B, L, D), in the dtype that the encoder computes in."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .blocks import BlockState, NormalizedAttention
@@ -13,6 +14,7 @@ from .sequences import Sequences
 from ..ops.adaptive_working_memory.adaptive_working_memory import read_write_and_keep
 from ..ops.chunked_attention.chunked_attention import chunked_attention
 from ..ops.common.definition import autocast, call
+from ..ops.common.spans import num_positions, token_sequences
 from ..ops.common.states import AttentionState, TimestepNormState, WorkingMemoryState, named_in_programs
 from ..ops.gated_silu.gated_silu import gated_silu
 from ..ops.normalized_qk.normalized_qk import normalized_qk, rotary_frequencies, rotary_rows
@@ -84,7 +86,7 @@ class GeckoAttention(NormalizedAttention):
         self, m: Tensor, z: Tensor, v: Tensor, norm_state: TimestepNormState, past: BlockState | MemoryBlockState,
         return_state: bool, inplace_state: bool, sequences: Sequences,
     ) -> tuple[Tensor, tuple]:  # fmt: skip
-        config, keywords = self.config, sequences.keywords
+        config = self.config
         rotary = self.rotary if self._rotary_made_for == self._rotary_for(z) else None
         z, v = autocast(z, v)
         v = v.unflatten(-1, (config.num_heads, -1))
@@ -99,7 +101,7 @@ class GeckoAttention(NormalizedAttention):
             rotary, row_options = self._rotary_over_chunks(z, norm_state.count, sequences)
         qk_options = dict(num_heads=config.num_heads, rope_base=config.rotary_base, eps=config.norm_eps)
         q, k = rotated_queries_and_keys(
-            z, self.gamma[:2], self.beta[:2], rotary, **qk_options, **row_options, **keywords
+            z, self.gamma[:2], self.beta[:2], rotary, **qk_options, **row_options, spans=sequences.spans
         )
         chunks = dict(chunk_size=config.chunk_size, visible_chunks=config.visible_chunks)
         states = dict(state=past.attention, return_state=return_state, inplace_state=inplace_state)
@@ -121,7 +123,7 @@ class GeckoAttention(NormalizedAttention):
         """Return the working memory's output (B, L, H * V) and its fields of the new state."""
         config = self.config
         unrotated = dict(num_heads=config.num_heads, eps=config.norm_eps, chunk_size=1)  # all rotary angles are 0
-        q, k = normalized_qk(z, self.gamma[2:], self.beta[2:], **unrotated, **sequences.keywords)
+        q, k = normalized_qk(z, self.gamma[2:], self.beta[2:], **unrotated, spans=sequences.spans)
         chunks = dict(chunk_size=config.chunk_size, visible_chunks=config.visible_chunks)
         state = None if past.memory is None else past.working_memory()
         cached_rows = past.attention[2] if inplace_state and past.attention is not None else None
@@ -135,16 +137,14 @@ class GeckoAttention(NormalizedAttention):
         end: (S,) position after the last token of each sequence.
         """
         (B, L), (_, key_dim, rotary_base, dtype, device) = z.shape[:2], self._rotary_for(z)
-        rows, cu_seqlens, lengths = max(B * L, 1), sequences.cu_seqlens, sequences.lengths  # at least one row
-        if cu_seqlens is None:
+        rows, spans = max(B * L, 1), sequences.spans  # at least one row
+        if spans is None or spans.dim() == 3:
             starts, frequencies = torch.arange(B, device=device) * L, rotary_frequencies(key_dim, rotary_base, device)
-            end = end if lengths is None else end + L - lengths
+            end = end if spans is None else end + L - num_positions(z, spans)
             table = call(rotary_rows, end, frequencies, L, dtype == torch.float64)
         else:
-            starts, positions = cu_seqlens[:-1], torch.arange(rows, device=device)
-            if len(starts):
-                sequence = torch.bucketize(positions, cu_seqlens[1:], right=True).clamp(max=len(starts) - 1)
-                positions -= (starts - end + cu_seqlens.diff())[sequence]
+            (starts, ends), positions = spans.unbind(1), torch.arange(rows, device=device)
+            positions[: B * L] -= F.pad(ends - end, (0, 1))[token_sequences(z, spans).flatten()]
             table = rotary_table_of(positions, key_dim, rotary_base, dtype)
         return table, {"chunk_size": rows, "position": starts.clamp(max=rows - 1)}
 

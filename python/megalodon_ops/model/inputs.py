@@ -9,7 +9,8 @@ from .config import MegalodonConfig
 from .layers import Embedding, Linear
 from .scale import ScaleState, standardize
 from .sequences import Sequences
-from ..ops.common.checks import check_device, check_optional_tensor, check_tensor
+from ..ops.common.checks import check_device, check_tensor
+from ..ops.common.spans import argument_of, num_positions
 
 
 def input_layer(config: MegalodonConfig) -> Embedding | Linear:
@@ -59,8 +60,6 @@ def embed_tokens(op: str, argument: str, tokens: Tensor, model: nn.Module) -> Te
 def check_inputs(op: str, argument: str, inputs: Tensor, model: nn.Module, sequences: Sequences) -> None:
     """Raise unless the `argument` of `op` is tokens or, for a model with `num_features`, numbers (B, L, F)."""
     check_tensor(op, argument, inputs)
-    for name, tensor in sequences.keywords.items():
-        check_optional_tensor(op, name, tensor)
     num_features = model.config.num_features
     if num_features is None:
         fits = inputs.dim() == 2 and inputs.dtype in (torch.int64, torch.int32)
@@ -83,11 +82,10 @@ def _check_finite(op: str, argument: str, x: Tensor, missing_values: bool, seque
     is_wrong = x.detach().isinf() if missing_values else ~x.detach().isfinite()
     if not is_wrong.any():
         return
-    for row, position, feature in is_wrong.nonzero().tolist():
-        if sequences.contains(row, position):
-            fix = "" if missing_values else "; a model with missing_values=True takes NaN"
-            got = f"{x[row, position, feature].item()} at [{row}, {position}, {feature}]"
-            raise ValueError(f"{op}: `{argument}` must be finite, got {got}{fix}.")
+    for row, position, feature in (is_wrong & sequences.mask(x)[..., None]).nonzero().tolist():
+        fix = "" if missing_values else "; a model with missing_values=True takes NaN"
+        got = f"{x[row, position, feature].item()} at [{row}, {position}, {feature}]"
+        raise ValueError(f"{op}: `{argument}` must be finite, got {got}{fix}.")
 
 
 def check_reads_tokens(op: str, config: MegalodonConfig) -> None:
@@ -106,10 +104,8 @@ def check_not_empty(op: str, argument: str, x: Tensor, sequences: Sequences) -> 
     if torch.compiler.is_compiling():
         return
     lengths = torch.full(x.shape[:1], x.shape[1])
-    if sequences.cu_seqlens is not None:
-        argument, lengths = "cu_seqlens", sequences.cu_seqlens.diff()
-    elif sequences.lengths is not None:
-        argument, lengths = "lengths", sequences.lengths
+    if sequences.spans is not None:
+        (argument, _), lengths = argument_of(sequences.spans), num_positions(x, sequences.spans)
     if lengths.device.type == "cpu" and len(empty := (lengths == 0).nonzero()):
         raise ValueError(
             f"{op}: `{argument}` must give each row at least one position, got none for row {empty[0].item()}; leave the row out."

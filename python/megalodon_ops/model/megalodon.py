@@ -19,6 +19,7 @@ from .sequences import Sequences
 from .state_layout import scales_inputs
 from ..ops.linear_cross_entropy.linear_cross_entropy import blockwise_cross_entropy, has_integers, linear_cross_entropy
 from ..ops.common.checks import check_flag, check_integer, check_tensor
+from ..ops.common.spans import argument_of, num_sequences
 
 
 class MegalodonBase(nn.Module):
@@ -102,6 +103,8 @@ class MegalodonBase(nn.Module):
         inplace_state: bool = False,
         cu_seqlens: Tensor | None = None,
         lengths: Tensor | None = None,
+        starts: Tensor | None = None,
+        spans: Tensor | None = None,
     ) -> Tensor | tuple[Tensor, MegalodonState]:
         """Compute the logits of the next token at every position; with `targets`, the loss, as :meth:`loss` does.
 
@@ -116,6 +119,9 @@ class MegalodonBase(nn.Module):
                 state is lost.
             cu_seqlens: (S + 1,) offsets of documents packed into one row (B = 1).
             lengths: (B,) tokens in each right-padded row.
+            starts: (B,) first position of each left-padded row; with `lengths`, rows have padding on both sides.
+            spans: (S, 2) first and last-plus-one position of each document in the flattened batch (B * L), in order, disjoint, each
+                within one row; for documents packed into several rows.
 
         Returns:
             the logits or, with `num_features`, the predicted numbers: (B, L, num_outputs), float32 (float64 for a
@@ -126,7 +132,8 @@ class MegalodonBase(nn.Module):
             ValueError, TypeError: an argument is wrong, or two arguments exclude each other. IndexError: a token is
             outside of the vocabulary.
         """
-        sequences = Sequences(cu_seqlens, lengths)
+        where = dict(cu_seqlens=cu_seqlens, lengths=lengths, starts=starts, spans=spans)
+        sequences = Sequences.of("Megalodon", tokens, **where)
         check_flag("Megalodon", "return_state", return_state)
         self._check("Megalodon", "tokens", tokens, state, sequences)
         check_flag("Megalodon", "inplace_state", inplace_state)
@@ -167,7 +174,7 @@ class MegalodonBase(nn.Module):
 
         Args:
             tokens: (B, L) integers.
-            state, return_state, inplace_state, cu_seqlens, lengths: as in :meth:`forward`.
+            state, return_state, inplace_state, cu_seqlens, lengths, starts, spans: as in :meth:`forward`.
 
         Returns:
             features (B, L, D), in the dtype that the model computes in, with arbitrary values at padding; with
@@ -192,14 +199,14 @@ class MegalodonBase(nn.Module):
         """Cross-entropy of the logits with `targets`, computed for one block of tokens at a time.
 
         This is `self(tokens, targets, ...)`, so hooks on a call of the model, such as those of FSDP2, run for the loss,
-        too. Padding, by `cu_seqlens` or `lengths`, is ignored, whatever its target is.
+        too. Padding is ignored, whatever its target is.
 
         Args:
             tokens: (B, L) integers.
             targets: (B, L) integers, the token after each token, or `ignore_index`.
             reduction: "mean", "sum" or "none", as in :func:`megalodon_ops.linear_cross_entropy`.
             ignore_index: positions with this target are left out of the loss.
-            state, return_state, inplace_state, cu_seqlens, lengths: as in :meth:`forward`.
+            state, return_state, inplace_state, cu_seqlens, lengths, starts, spans: as in :meth:`forward`.
 
         Returns:
             the loss, reduced by `reduction`, float32 (float64 for a float64 model); with `return_state` also the state.
@@ -258,9 +265,10 @@ class MegalodonBase(nn.Module):
         """Raise an error, naming `op` and `argument`, unless `tokens` and the initial state fit the model."""
         check_inputs(op, argument, tokens, self, sequences)
         if state is not None:
-            offsets = sequences.cu_seqlens
-            rows = tokens.shape[0] if offsets is None else offsets.numel() - 1
-            check_state(op, state, self.config, rows, argument if offsets is None else "cu_seqlens")
+            spans = sequences.spans
+            by_row = spans is None or spans.dim() == 3
+            argument = argument if by_row else argument_of(spans)[0]
+            check_state(op, state, self.config, num_sequences(tokens.shape[0], spans), argument)
 
     def _embed(self, tokens: Tensor) -> Tensor:
         """Embed tokens as (B, L, D)."""
@@ -284,19 +292,14 @@ class MegalodonBase(nn.Module):
                 layer_states.append(layer_state)
         norm = self.output.final_norm
         norm_state = sequences.norm_state(norm, x, None if state is None else state.norm)
-        x, norm_state = norm(x, state=norm_state, return_state=True, **sequences.keywords)
+        x, norm_state = norm(x, state=norm_state, return_state=True, spans=sequences.spans)
         return x, MegalodonState(tuple(layer_states), norm_state) if return_state else None
 
 
 def masked_targets(targets: Tensor, ignore_index: int, sequences: Sequences) -> Tensor:
     """Return the targets (B, L) as int64, with `ignore_index` outside of sequences."""
-    cu_seqlens, lengths = sequences.cu_seqlens, sequences.lengths
-    position, targets = torch.arange(targets.shape[1], device=targets.device), targets.long()
-    if lengths is not None:
-        targets = targets.where(position < lengths[:, None], ignore_index)
-    if cu_seqlens is not None:
-        targets = targets.where((position >= cu_seqlens[0]) & (position < cu_seqlens[-1]), ignore_index)
-    return targets
+    targets = targets.long()
+    return targets if sequences.spans is None else targets.where(sequences.mask(targets), ignore_index)
 
 
 def check_targets(tokens: Tensor, targets: Tensor, ignore_index: int) -> int:

@@ -6,12 +6,12 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from .config import MegalodonConfig
 from .sequences import Sequences
 from ..ops.common.definition import call
+from ..ops.common.spans import num_sequences, token_sequences
 from ..ops.common.states import TimestepNormState
 from ..ops.sequence_norm.sequence_norm import sequence_norm
 from ..ops.timestep_norm.timestep_norm import timestep_norm, timestep_norm_fwd
@@ -37,9 +37,9 @@ def standardize(
     those of the whole sequence. With `missing_values`, a NaN does not count and becomes 0; F flags are appended.
     """
     x = x.double()
-    rows, options, restore = _feature_rows(x, config, sequences)
+    rows, spans, restore = _feature_rows(x, config, sequences)
     parameters = x.new_zeros(2, rows.shape[-1])
-    common = dict(num_groups=rows.shape[-1], eps=_EPS, **options)
+    common = dict(num_groups=rows.shape[-1], eps=_EPS, spans=spans)
     if config.causal:
         initial = _initial_state(rows, config, state, sequences)
         y, end = timestep_norm(rows, *parameters, state=initial, return_state=True, **common)
@@ -54,12 +54,10 @@ def standardize(
 def running_scale(x: Tensor, config: MegalodonConfig, state: ScaleState) -> tuple[Tensor, Tensor]:
     """Return the mean and deviation (B, L, F), float64, by which :func:`standardize` scales a causal model's x."""
     sequences = Sequences()
-    rows, options, restore = _feature_rows(x.double(), config, sequences)
+    rows, spans, restore = _feature_rows(x.double(), config, sequences)
     groups, initial = rows.shape[-1], _initial_state(rows, config, state, sequences)
     before = (None,) * 4 if initial is None else tuple(initial)
-    stats = call(
-        timestep_norm_fwd, rows, *rows.new_zeros(2, groups), groups, _EPS, *before, *options.values(), True, False
-    )[1]
+    stats = call(timestep_norm_fwd, rows, *rows.new_zeros(2, groups), groups, _EPS, *before, spans, True, False)[1]
     scale = torch.stack([restore(stats[0] + stats[1]), restore(1 / stats[2])])
     if config.missing_values:  # a missing value has the statistics at the last value before it
         before_x = torch.stack([state.mean, state.var.sqrt()]) if state else scale.new_zeros(2, len(x), x.shape[2])
@@ -71,24 +69,16 @@ def running_scale(x: Tensor, config: MegalodonConfig, state: ScaleState) -> tupl
 
 def _feature_rows(
     x: Tensor, config: MegalodonConfig, sequences: Sequences
-) -> tuple[Tensor, dict[str, Tensor | None], Callable[[Tensor], Tensor]]:
-    """Return the norm's input, its options `cu_seqlens` and `lengths`, and a function from its output to x's layout.
+) -> tuple[Tensor, Tensor | None, Callable[[Tensor], Tensor]]:
+    """Return the norm's input, its spans, and a function from its output to x's layout.
 
     Without missing values, each feature of x is a group. With them, each feature of each sequence becomes a sequence of
     its own, packed without the missing values, so that its statistics count only present values.
     """
     if not config.missing_values:
-        return x, sequences.keywords, lambda y: y
-    B, L, num_features = x.shape
-    position, offsets = torch.arange(L, device=x.device), sequences.cu_seqlens
-    if offsets is None:
-        S, sequence = B, torch.arange(B, device=x.device)[:, None].expand(B, L)
-        lengths = L if sequences.lengths is None else sequences.lengths[:, None]
-        sequence = sequence.where(position < lengths, S)
-    else:
-        S = len(offsets) - 1
-        sequence = torch.searchsorted(offsets.to(torch.int64), position, right=True)[None] - 1
-        sequence = sequence.where(sequence >= 0, S)
+        return x, sequences.spans, lambda y: y
+    num_features, S = x.shape[2], num_sequences(x.shape[0], sequences.spans)
+    sequence = token_sequences(x, sequences.spans)
     key = sequence[..., None] * num_features + torch.arange(num_features, device=x.device)
     key = key.where((sequence[..., None] < S) & ~x.isnan(), S * num_features).flatten()  # the last key: padding and NaN
     order = key.argsort(stable=True)
@@ -96,8 +86,9 @@ def _feature_rows(
         0, key, torch.ones_like(key)
     )
     rows = x.flatten()[order].view(1, -1, 1)
-    options = {"cu_seqlens": F.pad(counts[:-1].cumsum(0), (1, 0)), "lengths": None}
-    return rows, options, lambda y: torch.zeros_like(y.flatten()).index_copy(0, order, y.flatten()).view(x.shape)
+    ends = counts[:-1].cumsum(0)
+    spans = torch.stack((ends - counts[:-1], ends), 1)
+    return rows, spans, lambda y: torch.zeros_like(y.flatten()).index_copy(0, order, y.flatten()).view(x.shape)
 
 
 def _initial_state(

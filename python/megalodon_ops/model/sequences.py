@@ -8,30 +8,37 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from ..ops.common.spans import as_spans, num_sequences, token_sequences
+
 
 @dataclass(frozen=True, eq=False)
 class Sequences:
-    """Sequences in x (B, L, ...), which a model passes to its layers. With neither field, every row is one sequence.
+    """Sequences in x (B, L, ...), which a model passes to its layers.
 
     A block asks this object for the initial states of its ops. For whole sequences these are the caller's; for pieces
     of sequences, a subclass receives them from other ranks (distributed/chunk.py).
     """
 
-    cu_seqlens: Tensor | None = None
-    """(S + 1,), offsets of sequences packed into one row"""
-    lengths: Tensor | None = None
-    """(B,), positions of each right-padded row"""
+    spans: Tensor | None = None
+    """(S, 2), or (B, 1, 2) with one span at the start of each row; None: every row is one sequence"""
 
-    @property
-    def keywords(self) -> dict[str, Tensor | None]:
-        """Return the fields as keywords of an op."""
-        return {"cu_seqlens": self.cu_seqlens, "lengths": self.lengths}
+    @classmethod
+    def of(
+        cls,
+        op: str,
+        x: Tensor,
+        *,
+        cu_seqlens: Tensor | None = None,
+        lengths: Tensor | None = None,
+        starts: Tensor | None = None,
+        spans: Tensor | None = None,
+    ) -> Sequences:
+        """Return the sequences of x (B, L, ...) from the arguments of `op`, checked as by :func:`as_spans`."""
+        return cls(as_spans(op, x, cu_seqlens, lengths, starts, spans))
 
-    def contains(self, row: int, position: int) -> bool:
-        """Return True if a position belongs to a sequence, False at padding."""
-        if self.cu_seqlens is not None:
-            return int(self.cu_seqlens[0]) <= position < int(self.cu_seqlens[-1])
-        return self.lengths is None or position < int(self.lengths[row])
+    def mask(self, x: Tensor) -> Tensor:
+        """Return (B, L) bool, True at positions of x (B, L, ...) in a sequence, False at padding."""
+        return token_sequences(x, self.spans) < num_sequences(x.shape[0], self.spans)
 
     def norm_state(self, norm: Any, x: Tensor, given: Any) -> Any:
         """Return the initial state of a norm with `num_groups` over x (B, L, D); `given`: the caller's state."""
@@ -47,4 +54,4 @@ class Sequences:
 
     def carry(self, op: Callable, q: Tensor, k: Tensor, v: Tensor, **options: Any) -> Any:
         """Call an op that reads earlier chunks, with their `state` among its options."""
-        return op(q, k, v, **options, **self.keywords)
+        return op(q, k, v, **options, spans=self.spans)

@@ -270,13 +270,13 @@ def test_null_pointers_for_states(emulator, L):
     """No final state, no gradient of the initial state; one sequence is empty."""
     case = cema_case(B=2, L=L, D=4, N=4, state=True, lengths=[L, 0])
     x, *parameters, state = case.tensors.values()
-    expected, lengths = run_emulated(emulator, case), case.options["lengths"]
+    expected, spans = run_emulated(emulator, case), torch.tensor([[[0, L]], [[L, L]]])
     y, grads = torch.empty_like(x), [torch.empty_like(t) for t in (x, *parameters)]
-    emulator.call("cema_fwd", x, *parameters, state, None, lengths, y, None)
+    emulator.call("cema_fwd", x, *parameters, state, spans, y, None)
     dy, dstate_out = torch.ones_like(x), torch.ones_like(state)
-    emulator.call("cema_bwd", x, *parameters, state, None, lengths, dy, dstate_out, *grads, None)
+    emulator.call("cema_bwd", x, *parameters, state, spans, dy, dstate_out, *grads, None)
     wanted = [torch.empty_like(t) for t in (x, *parameters, state)]
-    emulator.call("cema_bwd", x, *parameters, state, None, lengths, dy, dstate_out, *wanted)
+    emulator.call("cema_bwd", x, *parameters, state, spans, dy, dstate_out, *wanted)
     assert_bit_equal({"y": y}, {"y": expected["y"]})
     for grad, same in zip(grads, wanted, strict=False):
         assert torch.equal(grad, same)

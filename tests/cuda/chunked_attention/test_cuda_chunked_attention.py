@@ -105,7 +105,7 @@ def test_blocks_of_rows_cover_every_token_once(emulated_module, dtype, longest):
         case = scaled_case(**kind, L=L, H=1, K=8, V=8, C=C, dtype=dtype, causal=data.draw(st.booleans()))
         tokens = case.tensors["q"][..., 0, 0]
         padding = torch.ones_like(tokens, dtype=torch.bool)
-        for row, inside in sequences(tokens, case.options.get("cu_seqlens"), case.options.get("lengths")):
+        for row, inside in sequences(tokens, case.spans()):
             padding[row, inside] = False
         result = run(emulator, case.with_tensors(**{
             name: tensor.masked_fill(padding[..., None, None], torch.nan) for name, tensor in case.tensors.items()
@@ -188,7 +188,7 @@ def test_steps_over_many_and_over_long_spans(emulator, dtype, span):
 def test_the_largest_span(emulator):
     """It has 2048 keys: for 2049, the workspace has a maximum, a sum and a value of two spans."""
     tokens, cache, sizes = torch.zeros(2048, 1, 1, 1), torch.zeros(2048, 2049, 1, 1), []
-    inputs = tokens, tokens, tokens, cache, cache, torch.zeros(2048).long(), 2049, True, 1.0, 0.0, None, None, None
+    inputs = tokens, tokens, tokens, cache, cache, torch.zeros(2048).long(), 2049, True, 1.0, 0.0, None, None
     with emulator.only_asking(sizes), pytest.raises(InterruptedError):
         emulator.call("chunked_attention_fwd", *inputs, torch.empty_like(tokens), torch.empty(2048, 1, 1))
     assert sizes == [2048 * 2 * 3 * 4]

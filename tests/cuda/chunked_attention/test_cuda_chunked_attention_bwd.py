@@ -105,7 +105,7 @@ def test_whole_chunks_in_many_rounds(emulator, gradients, path, panels):
 def test_a_round_has_a_panel_of_every_size(emulator):
     """A panel of 137 MiB: only the size of the workspace is checked, as the products would take an hour."""
     x, lse, sizes = torch.zeros(1, 70_000, 1, 1, dtype=torch.float64), torch.zeros(1, 70_000, 1).double(), []
-    inputs = x, x, x, None, None, None, 70_000, True, 1.0, 0.0, None, None, None, x, lse, x
+    inputs = x, x, x, None, None, None, 70_000, True, 1.0, 0.0, None, None, x, lse, x
     with emulator.only_asking(sizes), pytest.raises(InterruptedError):
         emulator.call("chunked_attention_bwd", *inputs, *(torch.empty_like(x) for _ in range(3)))
     assert 2 * 8 * 64 * 70_000 <= sizes[0] <= 2 * 8 * 64 * 72_000
@@ -119,8 +119,8 @@ def test_a_round_has_a_panel_of_every_size(emulator):
 def test_the_workspace_has_no_unused_panels(emulator, B, L, C, cu_seqlens, panels):
     """Chunks of one block need only panels, of 64 x 64 elements of P and of dS."""
     x, lse, sizes = torch.zeros(B, L, 1, 3, dtype=torch.float64), torch.zeros(B, L, 1).double(), []
-    packed = None if cu_seqlens is None else torch.tensor(cu_seqlens)
-    inputs = x, x, x, None, None, None, C, True, 1.0, 0.0, None, packed, None, x, lse, x
+    spans = None if cu_seqlens is None else torch.tensor(cu_seqlens).unfold(0, 2, 1)
+    inputs = x, x, x, None, None, None, C, True, 1.0, 0.0, None, spans, x, lse, x
     with emulator.only_asking(sizes), pytest.raises(InterruptedError):
         emulator.call("chunked_attention_bwd", *inputs, *(torch.empty_like(x) for _ in range(3)))
     assert sizes == [panels * 2 * 8 * 64 * 64]
@@ -129,7 +129,7 @@ def test_the_workspace_has_no_unused_panels(emulator, B, L, C, cu_seqlens, panel
 def backward(emulator, case, chunk_size, v=None):
     """Gradients by the kernels alone, without a state; `v`, if given, replaces the forward's values."""
     q, k, fwd_v = (case.tensors[name] for name in "qkv")
-    o, lse, rest = torch.empty_like(fwd_v), torch.empty(q.shape[:-1]), (chunk_size, True, 1.0, 0.0, None, None, None)
+    o, lse, rest = torch.empty_like(fwd_v), torch.empty(q.shape[:-1]), (chunk_size, True, 1.0, 0.0, None, None)
     emulator.call("chunked_attention_fwd", q, k, fwd_v, None, None, None, *rest, o, lse)
     found = {name: torch.empty_like(case.tensors[name[1]]) for name in GRADIENTS}
     inputs = q, k, fwd_v if v is None else v, None, None, None, *rest, o, lse, torch.ones_like(o)
@@ -230,8 +230,8 @@ def test_no_sequences_with_a_nonzero_cache_pointer(emulator):
     x, lse = emulator.tensor(torch.ones(1, 1, 1, 2)), emulator.tensor(torch.zeros(1, 1, 1))
     state = at_some_address(0, 4, 1, 2), at_some_address(0, 4, 1, 2), at_some_address(0, dtype=torch.int64)
     found = [emulator.empty(1, 1, 1, 2) for _ in GRADIENTS]
-    cu_seqlens = emulator.tensor(torch.zeros(1, dtype=torch.int64))
-    inputs = x, x, x, *state, 4, True, 1.0, 0.0, None, cu_seqlens, None, x, lse, x
+    spans = emulator.tensor(torch.zeros(0, 2, dtype=torch.int64))
+    inputs = x, x, x, *state, 4, True, 1.0, 0.0, None, spans, x, lse, x
     emulator.launch("chunked_attention_bwd", *inputs, *found)
     assert all(torch.equal(gradient, torch.zeros(1, 1, 1, 2)) for gradient in found)
 

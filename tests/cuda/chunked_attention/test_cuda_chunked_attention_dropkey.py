@@ -53,7 +53,7 @@ def test_words_beyond_16_bits(emulator, shape, dtype):
         o, lse = torch.zeros_like(case.tensors["v"]), found["lse"]
         o[-1, -rows:, -1] = found["o"][-1, -rows:, -1]
         dq, dk, dv = (torch.empty_like(case.tensors[name]) for name in "qkv")
-        options = C, True, case.options["scale"], 0.4, case.options["dropkey_seed"], None, None
+        options = C, True, case.options["scale"], 0.4, case.options["dropkey_seed"], None
         inputs = *case.tensors.values(), None, None, None, *options, o, lse, o
         with emulator.launch_sizes(attention_panels=panels):
             emulator.call("chunked_attention_bwd", *inputs, dq, dk, dv)

@@ -31,7 +31,7 @@ TABLE = Path(__file__).parent / "magnitude.tsv"
 HEADER = "kernel\tfile\tline\tbuffers\tmost\twhy it stays below 2^31"
 SMALL = {
     "parameters": set("p q gamma omega weight bias beta dp dq dgamma domega dweight dbias dbeta".split()),
-    "a number per sequence": {"cu_seqlens", "lengths", "position", "count", "position_out", "count_out"},
+    "one or two numbers per sequence": {"spans", "position", "count", "position_out", "count_out"},
     "one number": {"dropkey_seed"},
 }
 """Buffers whose elements number less than 2^31, by the reason; attention's q and dq are tokens, and no parameters."""

@@ -145,7 +145,7 @@ def test_null_pointers_for_statistics_and_the_end_state(emulator, L):
     case = timestep_norm_case(B=2, L=L, G=2, width=4)
     x, weight, bias = (case.tensors[name] for name in ("x", "weight", "bias"))
     y = torch.full_like(x, torch.nan)
-    emulator.call("timestep_norm_fwd", x, weight, bias, 2, case.options["eps"], *[None] * 6, y, *[None] * 5)
+    emulator.call("timestep_norm_fwd", x, weight, bias, 2, case.options["eps"], *[None] * 5, y, *[None] * 5)
     assert_close(y, forward(mo.timestep_norm, case)["y"], tolerance=1e-5)
 
 
@@ -155,7 +155,7 @@ def test_the_workspace_of_many_channels(emulator):
     x, weight, bias = (case.tensors[name] for name in ("x", "weight", "bias"))
     stats, dy, shares = torch.ones(3, 1, 1, 1), torch.ones_like(x), []
     results = [torch.empty_like(t) for t in (x, weight, bias)]
-    inputs = x, weight, bias, 1, 1e-5, None, None, None, None, None, None, stats, dy, None, None
+    inputs = x, weight, bias, 1, 1e-5, *[None] * 5, stats, dy, None, None
     with emulator.only_asking(shares), pytest.raises(InterruptedError):
         emulator.call("timestep_norm_bwd", *inputs, *results, None, None)
     assert shares[0] >= 2 * x.nbytes

@@ -172,7 +172,7 @@ def test_the_log_sum_exp_needs_no_values(L, dtype, backend):
     case = chunked_attention_case(B=1, L=L, C=32, dtype=dtype, state=True)
     (q, k, v), (cache_k, cache_v, position) = case.tensors.values(), case.options["state"]
     forward = torch.ops.megalodon_ops.chunked_attention_fwd.default
-    rest = position, 32, True, 1.0, 0.0, None, None, None
+    rest = position, 32, True, 1.0, 0.0, None, None
     _, expected = forward(q, k, v, cache_k, cache_v, *rest)
     _, lse = forward(q, k, v[..., :0], cache_k, cache_v[..., :0], *rest)
     torch.testing.assert_close(lse, expected, rtol=1e-6, atol=1e-5)

@@ -137,7 +137,7 @@ def test_log_probabilities_are_rounded_instead_of_scores(force_path):
 def test_the_fake_kernels_know_shapes_and_strides(path, L, force_path):
     force_path(path, torch.float32)
     case = case_of(path, torch.float32, L=L)
-    inputs, rest = [t.clone().requires_grad_() for t in case.tensors.values()], (40, True, 1.0, 0.0, None, None, None)
+    inputs, rest = [t.clone().requires_grad_() for t in case.tensors.values()], (40, True, 1.0, 0.0, None, None)
     fwd = torch.ops.megalodon_ops.chunked_attention_fwd.default
     torch.library.opcheck(fwd, (*inputs, None, None, None, *rest), test_utils="test_faketensor")
     inputs = [t.detach() for t in inputs]
@@ -164,7 +164,7 @@ def test_autocast_does_not_change_the_paths(force_path):
     force_path("products", torch.float16)
     case = case_of("products", torch.float16)
     expected = evaluate(mo.chunked_attention, case)
-    ops, rest = torch.ops.megalodon_ops, (None, None, None, 40, True, 1.0, 0.0, None, None, None)
+    ops, rest = torch.ops.megalodon_ops, (None, None, None, 40, True, 1.0, 0.0, None, None)
     with torch.autocast("cpu", torch.bfloat16):
         o, lse = ops.chunked_attention_fwd(*case.tensors.values(), *rest)
         grads = ops.chunked_attention_bwd(o, *case.tensors.values(), o, lse, *rest)

@@ -79,9 +79,9 @@ def test_the_output_does_not_depend_on_return_state(case, backend):
 
 def test_results_that_the_flags_leave_out_are_empty():
     x, zeros = torch.randn(2, 5, 8), torch.zeros(8)
-    y, stats, *state = ops.timestep_norm_fwd(x, zeros, zeros, 2, 1e-5, *[None] * 6, False, False)
+    y, stats, *state = ops.timestep_norm_fwd(x, zeros, zeros, 2, 1e-5, *[None] * 5, False, False)
     assert y.shape == x.shape and [t.numel() for t in (stats, *state)] == [0] * 5
-    _, stats, count, mean, var, residual = ops.timestep_norm_fwd(x, zeros, zeros, 2, 1e-5, *[None] * 6, True, True)
+    _, stats, count, mean, var, residual = ops.timestep_norm_fwd(x, zeros, zeros, 2, 1e-5, *[None] * 5, True, True)
     assert stats.shape == (3, 2, 5, 2) and count.tolist() == [5, 5] and residual.shape == (2, 2, 2)
     p, q = torch.rand(8, 3), torch.rand(8, 3).to(torch.complex64)
     _, state = ops.cema_fwd(x, p, q, q, zeros, None, None, None, False)
@@ -98,7 +98,7 @@ def test_a_backward_with_unknown_names_is_refused():
 
 def test_statistics_are_needed_for_gradients():
     weight, bias = torch.zeros(8, requires_grad=True), torch.zeros(8)
-    y, *_ = ops.timestep_norm_fwd(torch.randn(2, 5, 8), weight, bias, 2, 1e-5, *[None] * 6, False, False)
+    y, *_ = ops.timestep_norm_fwd(torch.randn(2, 5, 8), weight, bias, 2, 1e-5, *[None] * 5, False, False)
     with pytest.raises(ValueError, match="timestep_norm: `return_stats` must be True where gradients are wanted"):
         y.sum().backward()
 
@@ -106,10 +106,10 @@ def test_statistics_are_needed_for_gradients():
 def test_parts_of_a_state_without_their_counter_are_refused():
     x, zeros, group = torch.randn(2, 5, 8), torch.zeros(8), torch.ones(2, 2)
     with pytest.raises(ValueError, match=r"`state\.mean` must be None without a `state\.count`"):
-        ops.timestep_norm_fwd(x, zeros, zeros, 2, 1e-5, None, group, group, None, None, None, False, False)
+        ops.timestep_norm_fwd(x, zeros, zeros, 2, 1e-5, None, group, group, None, None, False, False)
     q, cache = torch.randn(2, 5, 1, 4), torch.randn(2, 8, 1, 4)
     with pytest.raises(ValueError, match=r"`state\.k` must be None without a `state\.position`"):
-        ops.chunked_attention_fwd(q, q, q, cache, cache, None, 8, True, 1.0, 0.0, None, None, None)
+        ops.chunked_attention_fwd(q, q, q, cache, cache, None, 8, True, 1.0, 0.0, None, None)
 
 
 def test_errors_of_torch_are_not_changed():

@@ -126,7 +126,7 @@ def test_attention_counts_visible_pairs():
 def test_the_count_of_the_memory_is_that_of_its_products(H, L, to_end, visible_chunks):
     q, k, v = adaptive_working_memory_case(L=L, H=H, C=4, dtype=torch.float64).tensors.values()  # products by torch
     ends = [q.new_zeros(2, H, 3, 5), q.new_zeros(2, H, 3)] if to_end else [None, None]
-    arguments = [q, k, v, *[None] * 5, 4, visible_chunks, None, None]
+    arguments = [q, k, v, *[None] * 5, 4, visible_chunks, None]
     kernels = importlib.import_module("megalodon_ops.ops.adaptive_working_memory.adaptive_working_memory")
     calls = {
         ops.adaptive_working_memory_fwd: lambda function: function(*arguments, to_end),

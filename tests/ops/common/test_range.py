@@ -236,7 +236,7 @@ def test_cema_in_place_recomputes_from_its_initial_state():
     y, state = torch.empty_like(tensors["x"]), tensors["state"].clone()
     expected, expected_state = mo.cema(**tensors, return_state=True)
     inputs = [tensors[name] for name in ("x", "p", "q", "gamma", "omega")]
-    _C.cema_fwd(*inputs, state, None, None, y, state)
+    _C.cema_fwd(*inputs, state, None, y, state)
     assert torch.equal(y, expected) and torch.equal(state, expected_state)
     assert state.isfinite().all()
 

@@ -8,12 +8,13 @@ from torch import Tensor
 from ..common.arrays import call_with_arrays
 from ..chunked_attention.chunked_attention import chunked_attention_state, chunked_attention_state_
 from ..common.definition import accumulation_dtype, autocast, call, define_op, empty_like
-from ..common.definition import int64_or_none, launch, num_sequences, num_positions
+from ..common.definition import launch
 from ..common.flops import lengths_of, readable_values
+from ..common.spans import as_spans, num_positions, num_sequences
 from ..linear.linear import put_products_
 from ..common.states import WorkingMemoryState, state_fields
 from ..chunked_attention.two_chunk_attention import two_chunk_attention_state, two_chunk_attention_state_
-from ..common.checks import check_device, check_flag, check_rank, check_sequences, check_size, check_tensor
+from ..common.checks import check_device, check_flag, check_rank, check_size, check_tensor
 from .working_memory_plan import OP as _NAME, Index, Plan, matrices
 
 _FEW_TOKENS = 32
@@ -31,6 +32,8 @@ def adaptive_working_memory(
     return_state: bool = False,
     cu_seqlens: Tensor | None = None,
     lengths: Tensor | None = None,
+    starts: Tensor | None = None,
+    spans: Tensor | None = None,
 ) -> Tensor | tuple[Tensor, WorkingMemoryState]:
     r"""Read a memory of earlier chunks; each chunk writes the part of its values that the memory did not predict.
 
@@ -52,7 +55,7 @@ def adaptive_working_memory(
             is written one chunk later, when attention no longer sees it.
         state: the state that an earlier call returned; None: an empty memory.
         return_state: also return the state after each sequence's last position.
-        cu_seqlens, lengths: sequences as in :func:`cema`.
+        cu_seqlens, lengths, starts, spans: sequences as in :func:`cema`.
 
     Returns:
         o (B, L, H, V), zero at tokens in no sequence and, for finite queries, in a sequence's first chunk; with
@@ -65,7 +68,7 @@ def adaptive_working_memory(
     float32 (float64 for float64). Operands of matrix products are rounded to q's dtype, except in the loop over chunks.
     The op consists of matrix products, 4 K V + 2 K^2 (1 + V / C) operations for each position and head. On the CPU a
     call of up to 32 tokens with a state is one kernel. The backward keeps only the inputs and recomputes the memory. On
-    a GPU the host waits for `cu_seqlens`, `lengths` and the state's positions.
+    a GPU the host waits for the sequences' and the state's positions.
 
     Arrays of other libraries: see :mod:`megalodon_ops.ops.common.arrays`.
 
@@ -91,10 +94,10 @@ def adaptive_working_memory(
     if visible_chunks > 2:
         raise ValueError(f"{_NAME}: `visible_chunks` must be 1 or 2, got {visible_chunks}.")
     check_flag(_NAME, "return_state", return_state)
-    cu_seqlens, lengths = int64_or_none(cu_seqlens), int64_or_none(lengths)
-    _check(q, k, v, cu_seqlens, lengths)
-    state = _check_state(state, q, v, visible_chunks * chunk_size, num_sequences(len(q), cu_seqlens))
-    o, memory, mass = read_and_write(q, k, v, chunk_size, visible_chunks, state, cu_seqlens, lengths, return_state)
+    _check(q, k, v)
+    spans = as_spans(_NAME, q, cu_seqlens, lengths, starts, spans)
+    state = _check_state(state, q, v, visible_chunks * chunk_size, num_sequences(len(q), spans))
+    o, memory, mass = read_and_write(q, k, v, chunk_size, visible_chunks, state, spans, return_state)
     if not return_state:
         return o
     cached = (
@@ -103,23 +106,23 @@ def adaptive_working_memory(
         else (state.k, state.v, num_cached_rows(state.position, chunk_size, visible_chunks))
     )
     append = two_chunk_attention_state if visible_chunks == 2 else chunked_attention_state
-    k, v, _ = call(append, k.detach(), v.detach(), *cached, chunk_size, cu_seqlens, lengths)
-    return o, WorkingMemoryState(memory, mass, k, end_position(q, state, cu_seqlens, lengths), v)
+    k, v, _ = call(append, k.detach(), v.detach(), *cached, chunk_size, spans)
+    return o, WorkingMemoryState(memory, mass, k, end_position(q, state, spans), v)
 
 
 def read_and_write(
     q: Tensor, k: Tensor, v: Tensor, chunk_size: int, visible_chunks: int, state: WorkingMemoryState | None,
-    cu_seqlens: Tensor | None, lengths: Tensor | None, to_end: bool,
+    spans: Tensor | None, to_end: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """Return o, and the memory and mass after the last position, which are empty unless `to_end`. Checks nothing."""
     memory, mass, cache_k, position, cache_v = (None,) * 5 if state is None else state
     tensors = (q, k, v, memory, mass, cache_k, cache_v, position)
-    return call(adaptive_working_memory_fwd, *tensors, chunk_size, visible_chunks, cu_seqlens, lengths, to_end)
+    return call(adaptive_working_memory_fwd, *tensors, chunk_size, visible_chunks, spans, to_end)
 
 
 def read_write_and_keep(
     q: Tensor, k: Tensor, v: Tensor, chunk_size: int, visible_chunks: int, state: WorkingMemoryState | None,
-    cu_seqlens: Tensor | None, lengths: Tensor | None, to_end: bool, inplace: bool = False,
+    spans: Tensor | None, to_end: bool, inplace: bool = False,
     cached_rows: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """Return :func:`read_and_write`'s results and the new state's k, which has no rows unless `to_end`.
@@ -128,8 +131,7 @@ def read_write_and_keep(
         inplace: write the new k into `state.k`.
         cached_rows: (S,) number of valid rows of `state.k`; None: computed from the position.
     """
-    cu_seqlens, lengths = int64_or_none(cu_seqlens), int64_or_none(lengths)
-    o, memory, mass = read_and_write(q, k, v, chunk_size, visible_chunks, state, cu_seqlens, lengths, to_end)
+    o, memory, mass = read_and_write(q, k, v, chunk_size, visible_chunks, state, spans, to_end)
     if not to_end:
         return o, memory, mass, k[:, :0]
     cached = (None,) * 3
@@ -140,10 +142,10 @@ def read_write_and_keep(
     new = k.detach(), v[..., :0].detach()
     if inplace and state is not None:
         append = two_chunk_attention_state_ if visible_chunks == 2 else chunked_attention_state_
-        append(*new, *cached, chunk_size, cu_seqlens, lengths)
+        append(*new, *cached, chunk_size, spans)
         return o, memory, mass, state.k
     append = two_chunk_attention_state if visible_chunks == 2 else chunked_attention_state
-    return o, memory, mass, append(*new, *cached, chunk_size, cu_seqlens, lengths)[0]
+    return o, memory, mass, append(*new, *cached, chunk_size, spans)[0]
 
 
 def num_cached_rows(position: Tensor, chunk_size: int, visible_chunks: int) -> Tensor:
@@ -151,12 +153,10 @@ def num_cached_rows(position: Tensor, chunk_size: int, visible_chunks: int) -> T
     return torch.minimum(position, (visible_chunks - 1) * chunk_size + position % chunk_size)
 
 
-def end_position(
-    q: Tensor, state: WorkingMemoryState | None, cu_seqlens: Tensor | None, lengths: Tensor | None
-) -> Tensor:
+def end_position(q: Tensor, state: WorkingMemoryState | None, spans: Tensor | None) -> Tensor:
     """Return (S,), the number of positions of each sequence so far, those of its state included."""
-    counts = num_positions(q, cu_seqlens, lengths)
-    return counts.clone() if state is None else state.position + counts  # a copy: counts may be the caller's lengths
+    counts = num_positions(q, spans)
+    return counts if state is None else state.position + counts
 
 
 class _Writer:
@@ -200,15 +200,13 @@ class _Writer:
         M += self.X[chunks]
 
 
-def _fwd(
-    q, k, v, memory, mass, cache_k, cache_v, position, chunk_size, visible_chunks, cu_seqlens, lengths, return_state
-):
+def _fwd(q, k, v, memory, mass, cache_k, cache_v, position, chunk_size, visible_chunks, spans, return_state):
     if q.is_cpu and position is not None and q.shape[0] * q.shape[1] <= _FEW_TOKENS:
         o, M, z = empty_like(v), *(x.clone(memory_format=torch.contiguous_format) for x in (memory, mass))
         tensors = (x.contiguous() for x in (q, k, v, cache_k, cache_v, position))
-        launch("working_memory_steps", *tensors, chunk_size, visible_chunks, cu_seqlens, lengths, M, z, o)
+        launch("working_memory_steps", *tensors, chunk_size, visible_chunks, spans, M, z, o)
         return o, *((M, z) if return_state else (M.new_empty(0), z.new_empty(0)))
-    plan = Plan(q, chunk_size, visible_chunks, position, cu_seqlens, lengths, return_state)
+    plan = Plan(q, chunk_size, visible_chunks, position, spans, return_state)
     M, z = plan.start(q, v, memory, mass)
     writer = _Writer(plan, k, v, cache_k, cache_v, z)
     queries = plan.reads.take(q).to(M.dtype).softmax(-1).to(q.dtype)
@@ -225,14 +223,14 @@ def _fwd(
 
 
 def _fwd_fake(q, k, v, *others):
-    *_, cu_seqlens, _, return_state = others
-    mass_shape = (num_sequences(len(q), cu_seqlens), *q.shape[2:])
+    *_, spans, return_state = others
+    mass_shape = (num_sequences(len(q), spans), *q.shape[2:])
     shapes = ((*mass_shape, v.shape[3]), mass_shape) if return_state else (0, 0)
     return empty_like(v), *(q.new_empty(shape, dtype=accumulation_dtype(q.dtype)) for shape in shapes)
 
 
 def _bwd(
-    do, dmemory_out, dmass_out, q, k, v, memory, mass, cache_k, cache_v, position, chunk_size, visible_chunks, cu_seqlens, lengths
+    do, dmemory_out, dmass_out, q, k, v, memory, mass, cache_k, cache_v, position, chunk_size, visible_chunks, spans
 ):  # fmt: skip
     """Differentiate the formulas of adaptive_working_memory_reference.py, with A = P^T F and N = P^T V - A M.
 
@@ -242,7 +240,7 @@ def _bwd(
     If dmemory_out and dmass_out are None, the end state was not used.
     """
     to_end = dmemory_out is not None or dmass_out is not None
-    plan = Plan(q, chunk_size, visible_chunks, position, cu_seqlens, lengths, to_end)
+    plan = Plan(q, chunk_size, visible_chunks, position, spans, to_end)
     M, z = plan.start(q, v, memory, mass)
     writer = _Writer(plan, k, v, cache_k, cache_v, z)
     weights = plan.reads.take(q).to(M.dtype).softmax(-1)
@@ -300,20 +298,20 @@ def _bwd(
 
 _TENSORS = (
     "Tensor q, Tensor k, Tensor v, Tensor? memory, Tensor? mass, Tensor? cache_k, Tensor? cache_v, Tensor? position, "
-    "int chunk_size, int visible_chunks, Tensor? cu_seqlens, Tensor? lengths"
+    "int chunk_size, int visible_chunks, Tensor? spans"
 )
 
 
-def _flops(q, v, position, chunk_size, visible_chunks, cu_seqlens, lengths, return_state):
+def _flops(q, v, position, chunk_size, visible_chunks, spans, return_state):
     H, K, V = *q.shape[2:], v.shape[3]
-    read, written = _position_counts(q, position, chunk_size, visible_chunks, cu_seqlens, lengths, return_state)
+    read, written = _position_counts(q, position, chunk_size, visible_chunks, spans, return_state)
     return 2 * H * (read * K * V + written * K * (K + V) + written // chunk_size * K * K * V)
 
 
-def _bwd_flops(q, v, position, chunk_size, visible_chunks, cu_seqlens, lengths, dmemory_out, dmass_out):
+def _bwd_flops(q, v, position, chunk_size, visible_chunks, spans, dmemory_out, dmass_out):
     H, K, V = *q.shape[2:], v.shape[3]
     to_end = dmemory_out is not None or dmass_out is not None
-    read, written = _position_counts(q, position, chunk_size, visible_chunks, cu_seqlens, lengths, to_end)
+    read, written = _position_counts(q, position, chunk_size, visible_chunks, spans, to_end)
     return 2 * H * (2 * read * K * V + 3 * written * K * (K + V) + 3 * (written // chunk_size) * K * K * V)
 
 
@@ -322,15 +320,14 @@ def _position_counts(
     position: Tensor | None,
     chunk_size: int,
     visible: int,
-    cu_seqlens: Tensor | None,
-    lengths: Tensor | None,
+    spans: Tensor | None,
     to_end: bool,
 ) -> tuple[int, int]:
     """Return the numbers of positions that read M and that are written to M.
 
     Without `to_end`, only chunks that a later position reads are written.
     """
-    counts = lengths_of(q, cu_seqlens, lengths)
+    counts = lengths_of(q, spans)
     seen = readable_values(position, [0] * len(counts))
     ends = [before % chunk_size + count for before, count in zip(seen, counts)]
     written = [(end if to_end else max(end - 1, 0)) // chunk_size * chunk_size for end in ends]
@@ -353,7 +350,7 @@ adaptive_working_memory_fwd = define_op(
 )
 
 
-def _check(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor | None, lengths: Tensor | None) -> None:
+def _check(q: Tensor, k: Tensor, v: Tensor) -> None:
     for name, x in (("q", q), ("k", k), ("v", v)):
         check_rank(_NAME, name, x, "(B, L, H, V)" if name == "v" else "(B, L, H, K)", 4)
         check_device(_NAME, name, x, q)
@@ -367,7 +364,6 @@ def _check(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor | None, lengths: 
         raise ValueError(
             f"{_NAME}: `v` must have shape (B, L, H, V) beside a q of {tuple(q.shape)}, got {tuple(v.shape)}."
         )
-    check_sequences(_NAME, q, cu_seqlens, lengths)
 
 
 def _check_state(state: WorkingMemoryState | None, q: Tensor, v: Tensor, C: int, S: int) -> WorkingMemoryState | None:

@@ -24,6 +24,7 @@ import torch
 from torch import Tensor
 
 from megalodon_ops.ops.common.states import WorkingMemoryState
+from megalodon_ops.ops.common.spans import as_spans
 from megalodon_ops.ops.common.reference_helpers import accumulation_dtype, sequences
 
 
@@ -38,6 +39,8 @@ def adaptive_working_memory(
     return_state: bool = False,
     cu_seqlens: Tensor | None = None,  # (S + 1,)
     lengths: Tensor | None = None,  # (B,)
+    starts: Tensor | None = None,  # (B,)
+    spans: Tensor | None = None,  # (S, 2)
 ) -> Tensor | tuple[Tensor, WorkingMemoryState]:
     """Read M and write to it, chunk by chunk. Returns o (B, L, H, V) and, with `return_state`, the state.
 
@@ -46,8 +49,9 @@ def adaptive_working_memory(
     >>> adaptive_working_memory(q, q, v, chunk_size=2).flatten().tolist()
     [0.0, 0.0, 2.0, 2.0]
     """
+    spans = as_spans("adaptive_working_memory", q, cu_seqlens, lengths, starts, spans)
     o, ends = torch.zeros_like(v), []
-    for s, (row, tokens) in enumerate(sequences(q, cu_seqlens, lengths)):
+    for s, (row, tokens) in enumerate(sequences(q, spans)):
         span = _on_grid(q[row, tokens], k[row, tokens], v[row, tokens], chunk_size, visible_chunks, state, s)
         M, z = _initial_memory(q, v, chunk_size, visible_chunks, state, s)
         read = []
@@ -71,8 +75,7 @@ def adaptive_working_memory_bwd(
     chunk_size: int,
     visible_chunks: int = 1,
     state: WorkingMemoryState | None = None,
-    cu_seqlens: Tensor | None = None,
-    lengths: Tensor | None = None,
+    spans: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Process the chunks in reverse with the gradients G of M' and g of z'. Returns dq, dk, dv, dmemory, dmass.
 
@@ -87,7 +90,7 @@ def adaptive_working_memory_bwd(
     """
     dq, dk, dv = (torch.zeros_like(a) for a in (q, k, v))
     starts = []
-    for s, (row, tokens) in enumerate(sequences(q, cu_seqlens, lengths)):
+    for s, (row, tokens) in enumerate(sequences(q, spans)):
         span = _on_grid(q[row, tokens], k[row, tokens], v[row, tokens], chunk_size, visible_chunks, state, s)
         M, z = _initial_memory(q, v, chunk_size, visible_chunks, state, s)
         do_s = torch.cat([span.v.new_zeros(span.cached, *v.shape[2:]), do[row, tokens].to(M.dtype)])

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ..common.definition import accumulation_dtype, empty_like
-from ..common.checks import sequence_spans
+from ..common.spans import read_spans
 
 OP = "adaptive_working_memory"
 Index = slice | tuple[slice, int]
@@ -114,18 +114,17 @@ class Plan:
         C: int,
         visible: int,
         position: Tensor | None,
-        cu_seqlens: Tensor | None,
-        lengths: Tensor | None,
+        spans: Tensor | None,
         to_end: bool,
     ) -> None:
         H = q.shape[2]
-        spans = sequence_spans(OP, q, cu_seqlens, lengths)
-        seen = [0] * len(spans) if position is None else position.tolist()
+        pairs = read_spans(OP, q, spans)
+        seen = [0] * len(pairs) if position is None else position.tolist()
         if wrong := [count for count in seen if not 0 <= count <= 2**62]:
             raise ValueError(f"{OP}: `state.position` must be in [0, 2^62], got {wrong[0]}.")
         lag = visible - 1
-        ends = [count % C + end - begin for count, (begin, end) in zip(seen, spans)]  # counted from chunk 0's start
-        order = sorted(range(len(spans)), key=lambda s: (-(-ends[s] // C), ends[s] // C), reverse=True)
+        ends = [count % C + end - begin for count, (begin, end) in zip(seen, pairs)]  # counted from chunk 0's start
+        order = sorted(range(len(pairs)), key=lambda s: (-(-ends[s] // C), ends[s] // C), reverse=True)
         turns = range(-(-max(ends, default=0) // C))
         from_empty = position is None
         readers = [[s for s in order if ends[s] > t * C] for t in turns]  # sequences of each turn
@@ -134,7 +133,7 @@ class Plan:
         ]
 
         def tokens(s: int, chunk: int) -> tuple[int, int, int]:
-            (begin, end), first = spans[s], spans[s][0] - seen[s] % C + chunk * C
+            (begin, end), first = pairs[s], pairs[s][0] - seen[s] % C + chunk * C
             return first, begin, min(first + C, end)
 
         reads = [tokens(s, turn) for turn, sequences in enumerate(readers) for s in sequences]
@@ -143,14 +142,14 @@ class Plan:
         num_readers, num_writers = [*map(len, readers)], [*map(len, writers)]
         self.reads: ChunkViews | ChunkCopies
         self.writes: ChunkViews | ChunkCopies
-        if (from_empty or lag == 0) and _is_grid(q, spans, seen, C):
-            sizes = len(spans), q.shape[0] * q.shape[1] // len(spans), width
+        if (from_empty or lag == 0) and _is_grid(q, pairs, seen, C):
+            sizes = len(pairs), q.shape[0] * q.shape[1] // len(pairs), width
             self.reads, self.writes = (ChunkViews(counts, *sizes) for counts in (num_readers, num_writers))
         else:
             writes = [tokens(s, turn - lag) for turn, sequences in enumerate(writers) for s in sequences]
             self.reads, self.writes = ChunkCopies(num_readers, reads, width, q), ChunkCopies(num_writers, writes, C, q)
         self.turns = [*zip(num_readers, self.reads.turns, num_writers, self.writes.turns)]
-        self._shape = len(spans), H
+        self._shape = len(pairs), H
         # (index, sequence, first cache row) of chunks that may begin in the cache. Row < 0: the sequence has no such
         # chunk; zeros are written with weight 0.
         cached = [
@@ -206,7 +205,7 @@ class Plan:
         return written
 
 
-def _is_grid(q: Tensor, spans: list[tuple[int, int]], seen: list[int], C: int) -> bool:
+def _is_grid(q: Tensor, pairs: list[tuple[int, int]], seen: list[int], C: int) -> bool:
     """Return True for q (B, L, 1, K) on the CPU if :class:`ChunkViews` can hold its chunks.
 
     The sequences must fill q, have equal lengths, of complete chunks or of one shorter chunk, and start with a chunk.
@@ -214,7 +213,7 @@ def _is_grid(q: Tensor, spans: list[tuple[int, int]], seen: list[int], C: int) -
     """
     if not q.is_cpu or q.shape[2] != 1:
         return False
-    length = spans[0][1] - spans[0][0] if spans else 0
-    side_by_side = spans == [(s * length, (s + 1) * length) for s in range(len(spans))]
-    fills = side_by_side and 0 < len(spans) * length == q.shape[0] * q.shape[1]
+    length = pairs[0][1] - pairs[0][0] if pairs else 0
+    side_by_side = pairs == [(s * length, (s + 1) * length) for s in range(len(pairs))]
+    fills = side_by_side and 0 < len(pairs) * length == q.shape[0] * q.shape[1]
     return fills and (length % C == 0 or length < C) and all(count % C == 0 for count in seen)

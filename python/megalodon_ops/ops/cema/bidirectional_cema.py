@@ -5,12 +5,13 @@ from __future__ import annotations
 import re
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from ..common.arrays import call_with_arrays
 from .cema import cema
-from ..common.definition import int64_or_none
 from ..common.checks import check_rank, check_tensor
+from ..common.spans import as_spans, token_sequences
 
 _CEMA_PREFIX = re.compile("^cema: ")
 
@@ -24,6 +25,8 @@ def bidirectional_cema(
     *,
     cu_seqlens: Tensor | None = None,
     lengths: Tensor | None = None,
+    starts: Tensor | None = None,
+    spans: Tensor | None = None,
 ) -> Tensor:
     r"""Complex exponential moving averages of `x` in both directions of time.
 
@@ -38,7 +41,7 @@ def bidirectional_cema(
             others for those after t.
         q, gamma: (2 D, N) complex64, or complex128 for a float64 `x`.
         omega: (D,) as `p`.
-        cu_seqlens, lengths: sequences as in :func:`cema`.
+        cu_seqlens, lengths, starts, spans: sequences as in :func:`cema`.
 
     Returns:
         y (B, L, D) in x's dtype, zero at tokens in no sequence.
@@ -72,16 +75,17 @@ def bidirectional_cema(
             raise ValueError(
                 f"bidirectional_cema: `{name}` must have 2 D = {2 * D} rows, as `x` has {D} channels, got {len(tensor)}."
             )
-    sequences = {"cu_seqlens": int64_or_none(cu_seqlens), "lengths": int64_or_none(lengths)}
+    spans = as_spans("bidirectional_cema", x, cu_seqlens, lengths, starts, spans)
     try:
-        y = cema(x, p[:D], q[:D], gamma[:D], omega, **sequences)
-        order = mirrored_tokens(x, **sequences)
-        z = cema(_reorder(x, order), p[D:], q[D:], gamma[D:], torch.zeros_like(omega), **sequences)
+        y = cema(x, p[:D], q[:D], gamma[:D], omega, spans=spans)
+        order = mirrored_tokens(x, spans)
+        z = cema(_reorder(x, order), p[D:], q[D:], gamma[D:], torch.zeros_like(omega), spans=spans)
     except (TypeError, ValueError) as error:
         raise type(error)(_CEMA_PREFIX.sub("bidirectional_cema: ", str(error))) from error
     after = _reorder(z, order)[:, 1:]  # z includes the position itself
-    if cu_seqlens is not None:
-        after = after.masked_fill((order[1:] != order[:-1] - 1)[:, None], 0)  # the next token is in another sequence
+    if spans is not None and spans.dim() == 2:
+        order = order.view(x.shape[:2])
+        after = after.masked_fill((order[:, 1:] != order[:, :-1] - 1)[..., None], 0)  # the next token is elsewhere
     return y + torch.cat((after, torch.zeros_like(z[:, :1])), 1)  # torch 2.5's pad refuses tensors without elements
 
 
@@ -89,22 +93,19 @@ def _reorder(x: Tensor, order: Tensor) -> Tensor:
     return x.flatten(0, 1).index_select(0, order).view(x.shape)
 
 
-def mirrored_tokens(x: Tensor, cu_seqlens: Tensor | None, lengths: Tensor | None) -> Tensor:
+def mirrored_tokens(x: Tensor, spans: Tensor | None) -> Tensor:
     """Return the index of each token in the reversed sequences, (B L,) int64; tokens in no sequence keep their index.
 
     Example:
         >>> import torch
         >>> from megalodon_ops.ops.cema.bidirectional_cema import mirrored_tokens
-        >>> mirrored_tokens(torch.zeros(2, 3, 1), None, torch.tensor([2, 3]))
+        >>> mirrored_tokens(torch.zeros(2, 3, 1), torch.tensor([[0, 2], [3, 6]]))
         tensor([1, 0, 2, 5, 4, 3])
     """
     B, L = x.shape[:2]
     token = torch.arange(B * L, device=x.device)
-    if cu_seqlens is not None:
-        after = torch.searchsorted(cu_seqlens, token, right=True)  # index of the first offset after the token
-        begin, end = (cu_seqlens[at.clamp(0, len(cu_seqlens) - 1)] for at in (after - 1, after))
-    else:
-        begin = token - token % max(L, 1)
-        end = begin + (L if lengths is None else lengths.repeat_interleave(L, output_size=B * L))
-    inside = (begin <= token) & (token < end)
-    return torch.where(inside, begin + end - 1 - token, token).clamp(0, max(B * L - 1, 0))
+    if spans is None:
+        return token + L - 1 - 2 * (token % max(L, 1))
+    sequence = token_sequences(x, spans).flatten()
+    first_and_last = F.pad(spans.sum(-1).flatten() - 1, (0, 1))[sequence]  # their sum
+    return torch.where(sequence < spans.shape[0], first_and_last - token, token).clamp(0, max(B * L - 1, 0))

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from megalodon_ops.ops.cema.cema_reference import cema, cema_bwd
 from megalodon_ops.ops.common.reference_helpers import sequences
+from megalodon_ops.ops.common.spans import as_spans
 
 
 def bidirectional_cema(
@@ -27,6 +28,8 @@ def bidirectional_cema(
     *,
     cu_seqlens: Tensor | None = None,  # (S + 1,)
     lengths: Tensor | None = None,  # (B,)
+    starts: Tensor | None = None,  # (B,)
+    spans: Tensor | None = None,  # (S, 2)
 ) -> Tensor:
     """Add the CEMA of the positions up to each position and the CEMA of the positions after it.
 
@@ -35,9 +38,10 @@ def bidirectional_cema(
     >>> bidirectional_cema(x, p, q, gamma, torch.zeros(1)).flatten().tolist()
     [1.0, 1.0, 0.5, 0.25]
     """
+    spans = as_spans("bidirectional_cema", x, cu_seqlens, lengths, starts, spans)
     D = x.shape[-1]
-    y = cema(x, p[:D], q[:D], gamma[:D], omega, cu_seqlens=cu_seqlens, lengths=lengths)
-    for row, tokens in sequences(x, cu_seqlens, lengths):
+    y = cema(x, p[:D], q[:D], gamma[:D], omega, spans=spans)
+    for row, tokens in sequences(x, spans):
         z = cema(x[row, tokens].flip(0)[None], p[D:], q[D:], gamma[D:], torch.zeros_like(omega))[0].flip(0)
         y[row, tokens] += torch.cat([z[1:], torch.zeros_like(z[:1])])
     return y
@@ -51,8 +55,7 @@ def bidirectional_cema_bwd(
     gamma: Tensor,
     omega: Tensor,
     *,
-    cu_seqlens: Tensor | None = None,
-    lengths: Tensor | None = None,
+    spans: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Add cema_bwd of both directions. Returns dx, dp, dq, dgamma, domega.
 
@@ -60,10 +63,10 @@ def bidirectional_cema_bwd(
     """
     D = x.shape[-1]
     first = p[:D], q[:D], gamma[:D], omega
-    dx, *dfirst, domega, _ = cema_bwd(dy, None, x, *first, cu_seqlens=cu_seqlens, lengths=lengths)
+    dx, *dfirst, domega, _ = cema_bwd(dy, None, x, *first, spans=spans)
     after = p[D:], q[D:], gamma[D:], torch.zeros_like(omega)
     dafter = [torch.zeros_like(a) for a in after[:3]]
-    for row, tokens in sequences(x, cu_seqlens, lengths):
+    for row, tokens in sequences(x, spans):
         dy_s, x_s = dy[row, tokens], x[row, tokens]
         dz = torch.cat([torch.zeros_like(dy_s[:1]), dy_s[:-1]])
         dx_s, *parts, _, _ = cema_bwd(dz.flip(0)[None], None, x_s.flip(0)[None], *after)

@@ -10,8 +10,9 @@ from torch import Tensor
 from ..common.arrays import call_with_arrays
 from ..common.checks import check_flag, check_rank, check_width
 from ..common.definition import call, contiguous_or_none, define_op, empty_gradients
-from ..common.definition import empty_like, int64_or_none, launch, num_sequences
+from ..common.definition import empty_like, launch
 from ..common.flops import num_tokens
+from ..common.spans import as_spans, num_sequences
 
 
 def cema(
@@ -25,6 +26,8 @@ def cema(
     return_state: bool = False,
     cu_seqlens: Tensor | None = None,
     lengths: Tensor | None = None,
+    starts: Tensor | None = None,
+    spans: Tensor | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
     r"""Complex exponential moving average of `x` along time.
 
@@ -35,10 +38,14 @@ def cema(
         p: (D, N) float32, or float64 for a float64 `x`.
         q, gamma: (D, N) complex64, or complex128 for a float64 `x`; \|q\| <= 1 for a stable recurrence.
         omega: (D,) as `p`.
-        state: (S, D, N) complex, h before the first position; None: zeros. S is B, or the number of packed sequences.
+        state: (S, D, N) complex, h before the first position; None: zeros. S is B, or the number of sequences.
         return_state: also return h after each sequence's last position.
         cu_seqlens: (S + 1,) int64 or int32 offsets of sequences packed into one row (B = 1).
         lengths: (B,) int64 or int32, number of positions in each right-padded row.
+        starts: (B,) int64 or int32, first position of each left-padded row; with `lengths`, rows have padding on both
+            sides.
+        spans: (S, 2) int64 or int32, first and last-plus-one position of each sequence in the flattened batch (B * L),
+            in order, disjoint, each within one row. (B, 1, 2): one in each row, from the row's first position.
 
     Returns:
         y (B, L, D) in x's dtype, zero at tokens in no sequence; with `return_state` also the state (S, D, N). States
@@ -66,9 +73,8 @@ def cema(
     check_rank("cema", "x", x, "(B, L, D)", 3)
     check_width("cema", x, p=p, q=q)
     check_flag("cema", "return_state", return_state)
-    y, state_out = call(
-        cema_fwd, x, p, q, gamma, omega, state, int64_or_none(cu_seqlens), int64_or_none(lengths), return_state
-    )
+    spans = as_spans("cema", x, cu_seqlens, lengths, starts, spans)
+    y, state_out = call(cema_fwd, x, p, q, gamma, omega, state, spans, return_state)
     return (y, state_out) if return_state else y
 
 
@@ -79,6 +85,8 @@ def cema_end_state(
     *,
     cu_seqlens: Tensor | None = None,
     lengths: Tensor | None = None,
+    starts: Tensor | None = None,
+    spans: Tensor | None = None,
 ) -> Tensor:
     r"""The state of :func:`cema` after each sequence that starts from zeros; y is not computed.
 
@@ -91,8 +99,7 @@ def cema_end_state(
         x: (B, L, D) float32, float64, bfloat16 or float16, arbitrary strides (copied once if not contiguous).
         p: (D, N) float32, or float64 for a float64 `x`.
         q: (D, N) complex64, or complex128 for a float64 `x`.
-        cu_seqlens: (S + 1,) int64 or int32 offsets of sequences packed into one row (B = 1).
-        lengths: (B,) int64 or int32, number of positions in each right-padded row.
+        cu_seqlens, lengths, starts, spans: sequences as in :func:`cema`.
 
     Returns:
         (S, D, N) complex as `q`, the state of ``cema(..., return_state=True)``; zero for an empty sequence.
@@ -117,87 +124,87 @@ def cema_end_state(
         return call_with_arrays(cema_end_state, **locals())
     check_rank("cema_end_state", "x", x, "(B, L, D)", 3)
     check_width("cema_end_state", x, p=p, q=q)
-    return call(cema_end_state_fwd, x, p, q, int64_or_none(cu_seqlens), int64_or_none(lengths))
+    return call(cema_end_state_fwd, x, p, q, as_spans("cema_end_state", x, cu_seqlens, lengths, starts, spans))
 
 
-def _fwd(x, p, q, gamma, omega, state, cu_seqlens, lengths, return_state):
+def _fwd(x, p, q, gamma, omega, state, spans, return_state):
     x = x.contiguous()
-    y, state_out = _fwd_fake(x, p, q, gamma, omega, state, cu_seqlens, lengths, return_state)
+    y, state_out = _fwd_fake(x, p, q, gamma, omega, state, spans, return_state)
     coefficients = (p.contiguous(), q.contiguous(), gamma.contiguous(), omega.contiguous())
     results = (y, state_out if return_state else None)
-    launch("cema_fwd", x, *coefficients, contiguous_or_none(state), cu_seqlens, lengths, *results)
+    launch("cema_fwd", x, *coefficients, contiguous_or_none(state), spans, *results)
     return y, state_out
 
 
-def _fwd_fake(x, p, q, gamma, omega, state, cu_seqlens, lengths, return_state):
+def _fwd_fake(x, p, q, gamma, omega, state, spans, return_state):
     """Without `return_state`, the state has no elements, as torch's schemas have no optional results."""
-    shape = (num_sequences(x.shape[0], cu_seqlens), *q.shape) if return_state else (0,)
+    shape = (num_sequences(x.shape[0], spans), *q.shape) if return_state else (0,)
     return empty_like(x), q.new_empty(shape)
 
 
-def _bwd(dy, dstate_out, x, p, q, gamma, omega, state, cu_seqlens, lengths):
+def _bwd(dy, dstate_out, x, p, q, gamma, omega, state, spans):
     x, p, q, gamma, omega = x.contiguous(), p.contiguous(), q.contiguous(), gamma.contiguous(), omega.contiguous()
     *grads, dstate = empty_gradients(x, p, q, gamma, omega, state)
     incoming = dy.contiguous(), contiguous_or_none(dstate_out)
     results = *grads, None if state is None else dstate
-    launch("cema_bwd", x, p, q, gamma, omega, contiguous_or_none(state), cu_seqlens, lengths, *incoming, *results)
+    launch("cema_bwd", x, p, q, gamma, omega, contiguous_or_none(state), spans, *incoming, *results)
     return *grads, dstate
 
 
-def _bwd_flops(x, p, cu_seqlens, lengths):
+def _bwd_flops(x, p, spans):
     channels, modes = p.shape
     h, g, dx, dp, dq, dgamma = 8, 10, 2, 2, 8, 4
-    return num_tokens(x, cu_seqlens, lengths) * channels * ((h + g + dx + dp + dq + dgamma) * modes + 4)
+    return num_tokens(x, spans) * channels * ((h + g + dx + dp + dq + dgamma) * modes + 4)
 
 
 cema_bwd = define_op(
     "cema_bwd(Tensor dy, Tensor? dstate_out, Tensor x, Tensor p, Tensor q, Tensor gamma, Tensor omega, Tensor? state, "
-    "Tensor? cu_seqlens, Tensor? lengths) -> (Tensor dx, Tensor dp, Tensor dq, Tensor dgamma, Tensor domega, Tensor dstate)",
+    "Tensor? spans) -> (Tensor dx, Tensor dp, Tensor dq, Tensor dgamma, Tensor domega, Tensor dstate)",
     kernel=_bwd,
     flops=_bwd_flops,
 )
 cema_fwd = define_op(
-    "cema_fwd(Tensor x, Tensor p, Tensor q, Tensor gamma, Tensor omega, Tensor? state, Tensor? cu_seqlens, "
-    "Tensor? lengths, bool return_state) -> (Tensor y, Tensor state_out)",
+    "cema_fwd(Tensor x, Tensor p, Tensor q, Tensor gamma, Tensor omega, Tensor? state, "
+    "Tensor? spans, bool return_state) -> (Tensor y, Tensor state_out)",
     kernel=_fwd,
     fake=_fwd_fake,
     backward=cema_bwd,
-    flops=lambda x, p, cu_seqlens, lengths: num_tokens(x, cu_seqlens, lengths) * len(p) * (12 * p.shape[1] + 2),
+    flops=lambda x, p, spans: num_tokens(x, spans) * len(p) * (12 * p.shape[1] + 2),
 )
 
 
-def _end_state_fwd(x, p, q, cu_seqlens, lengths):
-    state_out = _end_state_fwd_fake(x, p, q, cu_seqlens, lengths)
-    launch("cema_end_state_fwd", x.contiguous(), p.contiguous(), q.contiguous(), cu_seqlens, lengths, state_out)
+def _end_state_fwd(x, p, q, spans):
+    state_out = _end_state_fwd_fake(x, p, q, spans)
+    launch("cema_end_state_fwd", x.contiguous(), p.contiguous(), q.contiguous(), spans, state_out)
     return state_out
 
 
-def _end_state_fwd_fake(x, p, q, cu_seqlens, lengths):
-    return q.new_empty((num_sequences(x.shape[0], cu_seqlens), *q.shape))
+def _end_state_fwd_fake(x, p, q, spans):
+    return q.new_empty((num_sequences(x.shape[0], spans), *q.shape))
 
 
-def _end_state_bwd(dstate_out, x, p, q, cu_seqlens, lengths):
+def _end_state_bwd(dstate_out, x, p, q, spans):
     x, p, q = x.contiguous(), p.contiguous(), q.contiguous()
     grads = empty_gradients(x, p, q)
-    launch("cema_end_state_bwd", x, p, q, cu_seqlens, lengths, dstate_out.contiguous(), *grads)
+    launch("cema_end_state_bwd", x, p, q, spans, dstate_out.contiguous(), *grads)
     return grads
 
 
-def _end_state_bwd_flops(x, p, cu_seqlens, lengths):
+def _end_state_bwd_flops(x, p, spans):
     h, g, dx, dp, dq = 8, 6, 2, 2, 8
-    return num_tokens(x, cu_seqlens, lengths) * p.numel() * (h + g + dx + dp + dq)
+    return num_tokens(x, spans) * p.numel() * (h + g + dx + dp + dq)
 
 
 cema_end_state_bwd = define_op(
-    "cema_end_state_bwd(Tensor dstate_out, Tensor x, Tensor p, Tensor q, Tensor? cu_seqlens, Tensor? lengths) "
+    "cema_end_state_bwd(Tensor dstate_out, Tensor x, Tensor p, Tensor q, Tensor? spans) "
     "-> (Tensor dx, Tensor dp, Tensor dq)",
     kernel=_end_state_bwd,
     flops=_end_state_bwd_flops,
 )
 cema_end_state_fwd = define_op(
-    "cema_end_state_fwd(Tensor x, Tensor p, Tensor q, Tensor? cu_seqlens, Tensor? lengths) -> Tensor state_out",
+    "cema_end_state_fwd(Tensor x, Tensor p, Tensor q, Tensor? spans) -> Tensor state_out",
     kernel=_end_state_fwd,
     fake=_end_state_fwd_fake,
     backward=cema_end_state_bwd,
-    flops=lambda x, p, cu_seqlens, lengths: num_tokens(x, cu_seqlens, lengths) * p.numel() * 8,
+    flops=lambda x, p, spans: num_tokens(x, spans) * p.numel() * 8,
 )

@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 
 from megalodon_ops.ops.common.reference_helpers import accumulation_dtype, sequences
+from megalodon_ops.ops.common.spans import as_spans
 
 
 def cema(
@@ -35,6 +36,8 @@ def cema(
     return_state: bool = False,
     cu_seqlens: Tensor | None = None,  # (S + 1,)
     lengths: Tensor | None = None,  # (B,)
+    starts: Tensor | None = None,  # (B,)
+    spans: Tensor | None = None,  # (S, 2)
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Run the recurrence position by position: h_t = q h_{t-1} + p x_t, y_t = Re(sum_n gamma_n h_t[n]) + omega x_t.
 
@@ -45,9 +48,10 @@ def cema(
     >>> cema(x, one, 0.5 * one + 0j, one + 0j, torch.zeros(1)).flatten().tolist()
     [1.0, 0.5, 0.25]
     """
+    spans = as_spans("cema", x, cu_seqlens, lengths, starts, spans)
     xs, p, q, gamma, omega, state = _widen(x, p, q, gamma, omega, state)
     y, last = torch.zeros_like(x), []
-    for s, (row, tokens) in enumerate(sequences(x, cu_seqlens, lengths)):
+    for s, (row, tokens) in enumerate(sequences(x, spans)):
         x_s = xs[row, tokens]  # (n, D)
         h = _scan(x_s, p, q, None if state is None else state[s])  # (n + 1, D, N)
         y[row, tokens] = ((gamma * h[1:]).real.sum(-1) + omega * x_s).to(x.dtype)
@@ -64,8 +68,7 @@ def cema_bwd(
     gamma: Tensor,
     omega: Tensor,
     state: Tensor | None = None,
-    cu_seqlens: Tensor | None = None,
-    lengths: Tensor | None = None,
+    spans: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Scan backwards in time: the adjoint of `cema`. Returns dx, dp, dq, dgamma, domega, dstate.
 
@@ -94,7 +97,7 @@ def cema_bwd(
     dx = torch.zeros_like(x)
     dp, dq, dgamma, domega = (torch.zeros_like(a) for a in (p, q, gamma, omega))
     dstates = []
-    for s, (row, tokens) in enumerate(sequences(x, cu_seqlens, lengths)):
+    for s, (row, tokens) in enumerate(sequences(x, spans)):
         x_s, dy_s = xs[row, tokens], dys[row, tokens]  # (n, D)
         h = _scan(x_s, p, q, None if state is None else state[s])  # (n + 1, D, N)
         carry = torch.zeros_like(q) if dstate is None else dstate[s].to(q.dtype)  # (D, N)
@@ -118,14 +121,17 @@ def cema_end_state(
     *,
     cu_seqlens: Tensor | None = None,  # (S + 1,)
     lengths: Tensor | None = None,  # (B,)
+    starts: Tensor | None = None,  # (B,)
+    spans: Tensor | None = None,  # (S, 2)
 ) -> Tensor:
     """Return the last h of each sequence (S, D, N) from h_0 = 0: h_L = sum_t q^(L-t) p x_t.
 
     >>> cema_end_state(torch.tensor([[[4.0], [2.0], [1.0]]]), torch.ones(1, 1), torch.tensor([[0.5j]])).item()
     1j
     """
+    spans = as_spans("cema_end_state", x, cu_seqlens, lengths, starts, spans)
     xs, p, q, *_ = _widen(x, p, q, q, p, None)
-    return _stack([_scan(xs[row, tokens], p, q, None)[-1] for row, tokens in sequences(x, cu_seqlens, lengths)], q)
+    return _stack([_scan(xs[row, tokens], p, q, None)[-1] for row, tokens in sequences(x, spans)], q)
 
 
 def cema_end_state_bwd(
@@ -133,8 +139,7 @@ def cema_end_state_bwd(
     x: Tensor,
     p: Tensor,
     q: Tensor,
-    cu_seqlens: Tensor | None = None,
-    lengths: Tensor | None = None,
+    spans: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Apply the adjoint of `cema` to `dstate` alone, with dy = 0. Returns dx, dp, dq.
 
@@ -142,7 +147,7 @@ def cema_end_state_bwd(
     dx_t = sum_n p_n Re g_t[n],    dp = sum_t x_t Re g_t,    dq = sum_t conj(h_{t-1}) g_t
     """
     no_gamma, no_omega = torch.zeros_like(q), torch.zeros_like(p[:, 0])
-    return cema_bwd(torch.zeros_like(x), dstate, x, p, q, no_gamma, no_omega, None, cu_seqlens, lengths)[:3]
+    return cema_bwd(torch.zeros_like(x), dstate, x, p, q, no_gamma, no_omega, None, spans)[:3]
 
 
 def _scan(x: Tensor, p: Tensor, q: Tensor, h: Tensor | None) -> Tensor:

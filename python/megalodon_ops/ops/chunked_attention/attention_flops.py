@@ -26,9 +26,7 @@ def attention_bwd_flops(q: Tensor, v: Tensor, pairs_of_sequences: Pairs) -> int:
     return total
 
 
-def pairs_in_chunk(
-    q: Tensor, position: Tensor | None, chunk_size: int, causal: bool, cu_seqlens: Tensor | None, lengths: Tensor | None
-) -> Pairs:
+def pairs_in_chunk(q: Tensor, position: Tensor | None, chunk_size: int, causal: bool, spans: Tensor | None) -> Pairs:
     """Count the pairs inside chunks."""
 
     def pairs_among_first(positions: int) -> int:
@@ -37,18 +35,16 @@ def pairs_in_chunk(
             return chunks * chunk_size**2 + rest**2
         return (chunks * chunk_size * (chunk_size + 1) + rest * (rest + 1)) // 2
 
-    counts = lengths_of(q, cu_seqlens, lengths)
+    counts = lengths_of(q, spans)
     for count, cached in zip(counts, readable_values(position, [0] * len(counts))):
         pairs = pairs_among_first(cached + count) - pairs_among_first(cached)
         yield pairs, cached * min(count, chunk_size - cached)
 
 
-def pairs_in_two_chunks(
-    q: Tensor, position: Tensor | None, C: int, cu_seqlens: Tensor | None, lengths: Tensor | None
-) -> Pairs:
+def pairs_in_two_chunks(q: Tensor, position: Tensor | None, C: int, spans: Tensor | None) -> Pairs:
     """Count the pairs inside chunks and those with the keys of the previous chunk."""
-    pairs_in_own_chunk = pairs_in_chunk(q, position, C, True, cu_seqlens, lengths)
-    counts = lengths_of(q, cu_seqlens, lengths)
+    pairs_in_own_chunk = pairs_in_chunk(q, position, C, True, spans)
+    counts = lengths_of(q, spans)
     for count, cached, (pairs, _) in zip(counts, readable_values(position, [0] * len(counts)), pairs_in_own_chunk):
         end = cached + count
         queries_in_first_two, queries_in_third = min(end, 2 * C) - cached, max(min(end, 3 * C) - 2 * C, 0)

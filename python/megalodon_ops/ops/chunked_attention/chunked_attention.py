@@ -8,7 +8,8 @@ from torch import Tensor
 from . import dense_attention
 from ..common.arrays import call_with_arrays
 from ..common.definition import accumulation_dtype, autocast, call, contiguous_or_none, define_op
-from ..common.definition import empty_gradients, empty_like, int64_or_none, launch, num_sequences
+from ..common.definition import empty_gradients, empty_like, launch
+from ..common.spans import as_spans, num_sequences
 from ..common.states import AttentionState, state_fields
 from .attention_flops import attention_bwd_flops, attention_flops, pairs_in_chunk
 from .two_chunk_attention import empty_state, two_chunk_attention_fwd
@@ -32,6 +33,8 @@ def chunked_attention(
     dropkey_seed: Tensor | None = None,
     cu_seqlens: Tensor | None = None,
     lengths: Tensor | None = None,
+    starts: Tensor | None = None,
+    spans: Tensor | None = None,
 ) -> Tensor | tuple[Tensor, AttentionState]:
     r"""Softmax attention inside chunks: a position sees its chunk up to itself or, if not causal, its whole chunk.
 
@@ -44,7 +47,7 @@ def chunked_attention(
         visible_chunks: 2: a position also sees the previous chunk, as in Gecko (arXiv 2601.06463); only causal and
             without `dropkey`. The op computes attention in windows of 2 C positions twice: 4 pairs of a query and a key
             where 3 would suffice. The state has 2 C rows; rotary positions must not restart with each chunk. On a GPU
-            the host waits for the state's positions and for `cu_seqlens` and `lengths`.
+            the host waits for the state's positions and for the sequences'.
         causal: False: each position sees its whole chunk, as in an encoder; `state` and `return_state` are refused.
         scale: factor on the scores.
         state: keys and values of the unfinished chunk; None: empty. The state is constant in the backward. On the CPU
@@ -57,7 +60,7 @@ def chunked_attention(
             no other score is rescaled. A row that loses all scores gives zeros. The mask depends on positions in the
             call, so a sequence that is read in pieces has another mask.
         dropkey_seed: (1,) int64, seed of the mask; None: drawn from the device's default generator.
-        cu_seqlens, lengths: sequences as in :func:`cema`.
+        cu_seqlens, lengths, starts, spans: sequences as in :func:`cema`.
 
     Returns:
         o (B, L, H, V), zero at tokens in no sequence; with `return_state` also the :class:`AttentionState`.
@@ -86,7 +89,7 @@ def chunked_attention(
     check_tensor("chunked_attention", "k", k)
     check_tensor("chunked_attention", "v", v)
     q, k, v = autocast(q, k, v)
-    cu_seqlens, lengths = int64_or_none(cu_seqlens), int64_or_none(lengths)
+    spans = as_spans("chunked_attention", q, cu_seqlens, lengths, starts, spans)
     chunk_size = check_size("chunked_attention", "chunk_size", chunk_size)
     scale = check_number("chunked_attention", "scale", scale, "a finite number")
     visible_chunks = check_size("chunked_attention", "visible_chunks", visible_chunks)
@@ -115,45 +118,45 @@ def chunked_attention(
             "chunked_attention: `state` must not require gradients, it is constant in the backward; detach it."
         )
     if visible_chunks == 2:
-        return _attend_two_chunks(q, k, v, state, chunk_size, scale, return_state, inplace_state, cu_seqlens, lengths)
+        return _attend_two_chunks(q, k, v, state, chunk_size, scale, return_state, inplace_state, spans)
     before = (cache_k, cache_v, position, chunk_size)
-    o, _ = call(chunked_attention_fwd, q, k, v, *before, causal, scale, dropkey, dropkey_seed, cu_seqlens, lengths)
+    o, _ = call(chunked_attention_fwd, q, k, v, *before, causal, scale, dropkey, dropkey_seed, spans)
     if inplace_state:
-        call(chunked_attention_state_, k.detach(), v.detach(), *state, chunk_size, cu_seqlens, lengths)
+        call(chunked_attention_state_, k.detach(), v.detach(), *state, chunk_size, spans)
         return (o, state) if return_state else o
     if return_state:
-        return o, AttentionState(*call(chunked_attention_state, k.detach(), v.detach(), *before, cu_seqlens, lengths))
+        return o, AttentionState(*call(chunked_attention_state, k.detach(), v.detach(), *before, spans))
     return o
 
 
 def _attend_two_chunks(
     q: Tensor, k: Tensor, v: Tensor, state: AttentionState | None, chunk_size: int, scale: float, return_state: bool,
-    inplace_state: bool, cu_seqlens: Tensor | None, lengths: Tensor | None,
+    inplace_state: bool, spans: Tensor | None,
 ) -> Tensor | tuple[Tensor, AttentionState]:  # fmt: skip
     before = (*(state or (None,) * 3), chunk_size)
-    o, _ = call(two_chunk_attention_fwd, q, k, v, *before, scale, cu_seqlens, lengths)
+    o, _ = call(two_chunk_attention_fwd, q, k, v, *before, scale, spans)
     new, after = (k.detach(), v.detach()), state
     if inplace_state:
-        call(two_chunk_attention_state_, *new, *before, cu_seqlens, lengths)
+        call(two_chunk_attention_state_, *new, *before, spans)
     elif return_state:
-        after = AttentionState(*call(two_chunk_attention_state, *new, *before, cu_seqlens, lengths))
+        after = AttentionState(*call(two_chunk_attention_state, *new, *before, spans))
     return (o, after) if return_state else o
 
 
-def _library_path(direction, q, k, v, position, chunk_size, causal, scale, dropkey, cu_seqlens, lengths):
+def _library_path(direction, q, k, v, position, chunk_size, causal, scale, dropkey, spans):
     """Return the path through torch's libraries for a dense batch without a state; None: the kernels."""
-    is_dense = not dropkey and position is None and cu_seqlens is None and lengths is None
+    is_dense = not dropkey and position is None and spans is None
     return dense_attention.path_of(direction, q, k, v, chunk_size, causal, scale) if is_dense else None
 
 
-def _fwd(q, k, v, cache_k, cache_v, position, chunk_size, causal, scale, dropkey, dropkey_seed, cu_seqlens, lengths):
+def _fwd(q, k, v, cache_k, cache_v, position, chunk_size, causal, scale, dropkey, dropkey_seed, spans):
     q, k, v = q.contiguous(), k.contiguous(), v.contiguous()
-    if path := _library_path("forward", q, k, v, position, chunk_size, causal, scale, dropkey, cu_seqlens, lengths):
+    if path := _library_path("forward", q, k, v, position, chunk_size, causal, scale, dropkey, spans):
         return dense_attention.forward(path, q, k, v, chunk_size, causal, scale)
     o, lse = _fwd_fake(q, k, v)
     launch(
         "chunked_attention_fwd", q, k, v, contiguous_or_none(cache_k), contiguous_or_none(cache_v), contiguous_or_none(position), chunk_size,
-        causal, scale, dropkey, dropkey_seed, cu_seqlens, lengths, o, lse,
+        causal, scale, dropkey, dropkey_seed, spans, o, lse,
     )  # fmt: skip
     return o, lse
 
@@ -162,71 +165,69 @@ def _fwd_fake(q, k, v, *_):
     return empty_like(v), q.new_empty(q.shape[:-1], dtype=accumulation_dtype(q.dtype))
 
 
-def _bwd(
-    do, q, k, v, o, lse, cache_k, cache_v, position, chunk_size, causal, scale, dropkey, dropkey_seed, cu_seqlens, lengths,
-):  # fmt: skip
+def _bwd(do, q, k, v, o, lse, cache_k, cache_v, position, chunk_size, causal, scale, dropkey, dropkey_seed, spans):
     q, k, v = q.contiguous(), k.contiguous(), v.contiguous()
-    if path := _library_path("backward", q, k, v, position, chunk_size, causal, scale, dropkey, cu_seqlens, lengths):
+    if path := _library_path("backward", q, k, v, position, chunk_size, causal, scale, dropkey, spans):
         return dense_attention.backward(path, do, q, k, v, o, lse, chunk_size, causal, scale)
     grads = empty_gradients(q, k, v)
     cached = contiguous_or_none(cache_k), contiguous_or_none(cache_v), contiguous_or_none(position)
-    options = chunk_size, causal, scale, dropkey, dropkey_seed, cu_seqlens, lengths
+    options = chunk_size, causal, scale, dropkey, dropkey_seed, spans
     outputs = o.contiguous(), lse.contiguous(), do.contiguous()
     launch("chunked_attention_bwd", q, k, v, *cached, *options, *outputs, *grads)
     return grads
 
 
-def _state(k, v, cache_k, cache_v, position, chunk_size, cu_seqlens, lengths):
+def _state(k, v, cache_k, cache_v, position, chunk_size, spans):
     k, v = k.contiguous(), v.contiguous()
-    outputs = _state_fake(k, v, cache_k, cache_v, position, chunk_size, cu_seqlens, lengths)
+    outputs = _state_fake(k, v, cache_k, cache_v, position, chunk_size, spans)
     cache_k, cache_v, position = contiguous_or_none(cache_k), contiguous_or_none(cache_v), contiguous_or_none(position)
-    launch("chunked_attention_state", k, v, cache_k, cache_v, position, chunk_size, cu_seqlens, lengths, *outputs)
+    launch("chunked_attention_state", k, v, cache_k, cache_v, position, chunk_size, spans, *outputs)
     return outputs
 
 
-def _state_fake(k, v, cache_k, cache_v, position, chunk_size, cu_seqlens, lengths):
-    return empty_state(k, v, cache_k, cache_v, num_sequences(k.shape[0], cu_seqlens), chunk_size)
+def _state_fake(k, v, cache_k, cache_v, position, chunk_size, spans):
+    return empty_state(k, v, cache_k, cache_v, num_sequences(k.shape[0], spans), chunk_size)
 
 
-def _state_inplace(k, v, cache_k, cache_v, position, chunk_size, cu_seqlens, lengths):
+def _state_inplace(k, v, cache_k, cache_v, position, chunk_size, spans):
     state = (cache_k, cache_v, position)
-    launch("chunked_attention_state", k.contiguous(), v.contiguous(), *state, chunk_size, cu_seqlens, lengths, *state)
+    launch("chunked_attention_state", k.contiguous(), v.contiguous(), *state, chunk_size, spans, *state)
 
 
-def _state_inplace_fake(k, v, cache_k, cache_v, position, chunk_size, cu_seqlens, lengths):
+def _state_inplace_fake(k, v, cache_k, cache_v, position, chunk_size, spans):
     return None
 
 
 chunked_attention_bwd = define_op(
     "chunked_attention_bwd(Tensor do, Tensor q, Tensor k, Tensor v, Tensor o, Tensor lse, Tensor? cache_k, "
     "Tensor? cache_v, Tensor? position, int chunk_size, bool causal, float scale, float dropkey, Tensor? dropkey_seed, "
-    "Tensor? cu_seqlens, Tensor? lengths) -> (Tensor dq, Tensor dk, Tensor dv)",
+    "Tensor? spans) -> (Tensor dq, Tensor dk, Tensor dv)",
     kernel=_bwd,
-    flops=lambda q, v, position, chunk_size, causal, cu_seqlens, lengths: attention_bwd_flops(
-        q, v, pairs_in_chunk(q, position, chunk_size, causal, cu_seqlens, lengths)
+    flops=lambda q, v, position, chunk_size, causal, spans: attention_bwd_flops(
+        q, v, pairs_in_chunk(q, position, chunk_size, causal, spans)
     ),
 )
 chunked_attention_fwd = define_op(
     "chunked_attention_fwd(Tensor q, Tensor k, Tensor v, Tensor? cache_k, Tensor? cache_v, Tensor? position, "
-    "int chunk_size, bool causal, float scale, float dropkey, Tensor? dropkey_seed, Tensor? cu_seqlens, Tensor? lengths) "
+    "int chunk_size, bool causal, float scale, float dropkey, Tensor? dropkey_seed, Tensor? spans) "
     "-> (Tensor o, Tensor lse)",
     kernel=_fwd,
     fake=_fwd_fake,
     backward=chunked_attention_bwd,
-    flops=lambda q, v, position, chunk_size, causal, cu_seqlens, lengths: attention_flops(
-        q, v, pairs_in_chunk(q, position, chunk_size, causal, cu_seqlens, lengths)
+    flops=lambda q, v, position, chunk_size, causal, spans: attention_flops(
+        q, v, pairs_in_chunk(q, position, chunk_size, causal, spans)
     ),
 )
 chunked_attention_state = define_op(
     "chunked_attention_state(Tensor k, Tensor v, Tensor? cache_k, Tensor? cache_v, Tensor? position, int chunk_size, "
-    "Tensor? cu_seqlens, Tensor? lengths) -> (Tensor cache_k_out, Tensor cache_v_out, Tensor position_out)",
+    "Tensor? spans) -> (Tensor cache_k_out, Tensor cache_v_out, Tensor position_out)",
     kernel=_state,
     fake=_state_fake,
     flops=lambda: 0,
 )
 chunked_attention_state_ = define_op(
     "chunked_attention_state_(Tensor k, Tensor v, Tensor(a!) cache_k, Tensor(b!) cache_v, Tensor(c!) position, "
-    "int chunk_size, Tensor? cu_seqlens, Tensor? lengths) -> ()",
+    "int chunk_size, Tensor? spans) -> ()",
     kernel=_state_inplace,
     fake=_state_inplace_fake,
     flops=lambda: 0,

@@ -36,6 +36,7 @@ from torch import Tensor
 from megalodon_ops.ops.common.philox import draw_seed, dropkey_mask
 from megalodon_ops.ops.common.quantized_rows import pack_rows, unpack_rows
 from megalodon_ops.ops.common.reference_helpers import accumulation_dtype, sequences
+from megalodon_ops.ops.common.spans import as_spans
 from megalodon_ops.ops.common.states import AttentionState
 
 
@@ -55,6 +56,8 @@ def chunked_attention(
     dropkey_seed: Tensor | None = None,  # (1,) int64
     cu_seqlens: Tensor | None = None,  # (S + 1,)
     lengths: Tensor | None = None,  # (B,)
+    starts: Tensor | None = None,  # (B,)
+    spans: Tensor | None = None,  # (S, 2)
 ) -> Tensor | tuple[Tensor, AttentionState]:
     """Attend inside each chunk: o_i = sum_j softmax_j(scale q_i . k_j) v_j over the columns j that row i sees.
 
@@ -68,9 +71,10 @@ def chunked_attention(
     """
     if not causal and (state is not None or return_state):
         raise ValueError("chunked_attention: `causal` must be True where a state is given or returned.")
+    spans = as_spans("chunked_attention", q, cu_seqlens, lengths, starts, spans)
     seed = int(draw_seed() if dropkey_seed is None else dropkey_seed) if dropkey > 0 else 0
     o, ends = torch.zeros_like(v), []
-    for s, (row, tokens) in enumerate(sequences(q, cu_seqlens, lengths)):
+    for s, (row, tokens) in enumerate(sequences(q, spans)):
         new = k[row, tokens], v[row, tokens]
         q_s, k_s, v_s, position = _on_grid(q[row, tokens], *new, state, s)
         o_s = torch.zeros_like(v_s)  # (position + n, H, V)
@@ -102,8 +106,7 @@ def chunked_attention_bwd(
     state: AttentionState | None = None,
     dropkey: float = 0.0,
     dropkey_seed: Tensor | None = None,
-    cu_seqlens: Tensor | None = None,
-    lengths: Tensor | None = None,
+    spans: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Recompute the probabilities of each chunk and differentiate the softmax. Returns dq, dk, dv.
 
@@ -118,7 +121,7 @@ def chunked_attention_bwd(
     seed = int(dropkey_seed) if dropkey > 0 else 0
     real = accumulation_dtype(q.dtype)
     dq, dk, dv = (torch.zeros_like(a) for a in (q, k, v))
-    for s, (row, tokens) in enumerate(sequences(q, cu_seqlens, lengths)):
+    for s, (row, tokens) in enumerate(sequences(q, spans)):
         q_s, k_s, v_s, position = _on_grid(q[row, tokens], k[row, tokens], v[row, tokens], state, s)
         do_s = torch.cat([v_s.new_zeros(position, *v_s.shape[1:]), do[row, tokens].to(real)])
         dq_s, dk_s, dv_s = (torch.zeros_like(a) for a in (q_s, k_s, v_s))

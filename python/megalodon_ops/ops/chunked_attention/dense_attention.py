@@ -176,7 +176,7 @@ def _flash_bwd(do, q, k, v, o, lse, scale, causal):
 def _products_fwd(q, k, v, scale):
     o, lse, no_values = empty_like(v), q.new_empty(q.shape[:-1], dtype=accumulation_dtype(q.dtype)), v[..., :0]
     none = (None,) * 3  # no state; no seed and no sequences
-    launch("chunked_attention_fwd", q, k, no_values, *none, q.shape[1], True, scale, 0.0, *none, no_values, lse)
+    launch("chunked_attention_fwd", q, k, no_values, *none, q.shape[1], True, scale, 0.0, None, None, no_values, lse)
     size, strips = _blocks(q)
     for q_, k_, columns, v_, o_ in _matrices(size, q, k, _columns(lse, scale, q.dtype), v, o):
         rows, keys = _extended(q_, k_, columns)

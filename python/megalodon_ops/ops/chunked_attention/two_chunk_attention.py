@@ -22,8 +22,8 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from ..common.definition import accumulation_dtype, define_op, empty_like, num_sequences
-from ..common.checks import sequence_spans
+from ..common.definition import accumulation_dtype, define_op, empty_like
+from ..common.spans import num_sequences, read_spans
 from .attention_flops import attention_bwd_flops, attention_flops, pairs_in_two_chunks
 
 ops = torch.ops.megalodon_ops  # chunked_attention.py, which imports this file, defines chunked_attention_*
@@ -54,8 +54,7 @@ class _Grids:
         x: Tensor,
         C: int,
         position: Tensor | None,
-        cu_seqlens: Tensor | None,
-        lengths: Tensor | None,
+        spans: Tensor | None,
         *,
         state_only: bool = False,
     ) -> None:
@@ -64,106 +63,87 @@ class _Grids:
         if _caller.knows_that_positions_fit:
             return
         B, L = x.shape[:2]
-        spans = sequence_spans("chunked_attention", x, cu_seqlens, lengths)
-        cached = [0] * len(spans) if position is None else position.tolist()
+        pairs = read_spans("chunked_attention", x, spans)
+        cached = [0] * len(pairs) if position is None else position.tolist()
         self._C, self._position = C, position
-        self.rows = [first + end - begin for first, (begin, end) in zip(cached, spans)]  # rows on the early grid
+        self.rows = [first + end - begin for first, (begin, end) in zip(cached, pairs)]  # rows on the early grid
         self.has_late = max(self.rows, default=0) >= 2 * C + (not state_only)
         if not self.has_late:
             return
-        # The late grid has three sequences for each given one: padding before it, its first chunk, and the rest, which
-        # the late windows cover. Results of the first two are not used.
-        bounds, indices, rows = [0], [], torch.full((B * L,), -1)
-        for first, (begin, end) in zip(cached, spans):
-            start = min(begin + max(C - first, 0), end)
-            indices.append(len(bounds) + 1)
-            bounds += [begin, start, end]
+        late, rows = [], torch.full((B * L,), -1)
+        for first, (begin, end) in zip(cached, pairs):
+            late.append((min(begin + max(C - first, 0), end), end))
             rows[begin:end] = torch.arange(first, first + end - begin)
-        self.cu_seqlens = torch.tensor([*bounds, B * L], device=x.device)
-        self.late_index = torch.tensor(indices, device=x.device)  # (S,) index of each rest on the late grid
+        self.late_spans = torch.tensor(late, device=x.device)  # without each sequence's first chunk
         rows = rows.view(B, L, 1, 1).to(x.device)
-        self.is_padding, self.takes_early = rows < 0, (rows < 2 * C) | (rows % (2 * C) >= C)
-
-    def as_one_row(self, *tensors: Tensor) -> list[Tensor]:
-        """Return the tensors (B, L, ...) as one row of B L tokens."""
-        return [x.contiguous().flatten(0, 1)[None] for x in tensors]
+        self.takes_early = (rows < 2 * C) | (rows % (2 * C) >= C)
 
     def late_state(self, *caches: Tensor | None) -> tuple[Tensor | None, ...]:
-        """Return the caches (S, 2 C, ...) without their first chunk, and positions, for the late grid's sequences."""
+        """Return the caches (S, 2 C, ...) without their first chunk, and positions, for the late windows."""
         if self._position is None:
             return *caches, None
         position = (self._position - self._C).clamp(min=0)
-        shifted = [torch.cat((x[:, self._C :], x[:, : self._C]), 1) for x in caches]
-        return tuple(map(self._by_late_index, (*shifted, position)))
-
-    def _by_late_index(self, x: Tensor) -> Tensor:
-        return x.new_zeros(len(self.cu_seqlens) - 1, *x.shape[1:]).index_copy_(0, self.late_index, x)
+        return *(torch.cat((x[:, self._C :], x[:, : self._C]), 1) for x in caches), position
 
 
-def _fwd(q, k, v, cache_k, cache_v, position, chunk_size, scale, cu_seqlens, lengths):
-    def attend(q, k, v, cache_k, cache_v, position, cu_seqlens, lengths):
+def _fwd(q, k, v, cache_k, cache_v, position, chunk_size, scale, spans):
+    def attend(q, k, v, cache_k, cache_v, position, spans):
         windows = (2 * chunk_size, True, scale, 0.0, None)
-        return ops.chunked_attention_fwd(q, k, v, cache_k, cache_v, position, *windows, cu_seqlens, lengths)
+        return ops.chunked_attention_fwd(q, k, v, cache_k, cache_v, position, *windows, spans)
 
-    o, lse = attend(q, k, v, cache_k, cache_v, position, cu_seqlens, lengths)
-    grids = _Grids(q, chunk_size, position, cu_seqlens, lengths)
+    o, lse = attend(q, k, v, cache_k, cache_v, position, spans)
+    grids = _Grids(q, chunk_size, position, spans)
     if not grids.has_late:
         return o, lse
-    late_o, late_lse = attend(*grids.as_one_row(q, k, v), *grids.late_state(cache_k, cache_v), grids.cu_seqlens, None)
+    late_o, late_lse = attend(q, k, v, *grids.late_state(cache_k, cache_v), grids.late_spans)
     early = grids.takes_early
-    return o.where(early, late_o.view_as(o)), lse.where(early[..., 0], late_lse.view_as(lse))
+    return o.where(early, late_o), lse.where(early[..., 0], late_lse)
 
 
 def _fwd_fake(q, k, v, *_):
     return empty_like(v), q.new_empty(q.shape[:-1], dtype=accumulation_dtype(q.dtype))
 
 
-def _bwd(do, q, k, v, o, lse, cache_k, cache_v, position, chunk_size, scale, cu_seqlens, lengths):
-    def differentiate(do, q, k, v, o, lse, cache_k, cache_v, position, cu_seqlens, lengths):
+def _bwd(do, q, k, v, o, lse, cache_k, cache_v, position, chunk_size, scale, spans):
+    def differentiate(do, q, k, v, o, lse, cache_k, cache_v, position, spans):
         windows = (2 * chunk_size, True, scale, 0.0, None)
-        return ops.chunked_attention_bwd(do, q, k, v, o, lse, cache_k, cache_v, position, *windows, cu_seqlens, lengths)
+        return ops.chunked_attention_bwd(do, q, k, v, o, lse, cache_k, cache_v, position, *windows, spans)
 
-    grids = _Grids(q, chunk_size, position, cu_seqlens, lengths)
+    grids = _Grids(q, chunk_size, position, spans)
     if not grids.has_late:
-        return differentiate(do, q, k, v, o, lse, cache_k, cache_v, position, cu_seqlens, lengths)
+        return differentiate(do, q, k, v, o, lse, cache_k, cache_v, position, spans)
     early_do, late_do = do.where(grids.takes_early, 0), do.where(~grids.takes_early, 0)
-    grads = differentiate(early_do, q, k, v, o, lse, cache_k, cache_v, position, cu_seqlens, lengths)
-    late = differentiate(
-        *grids.as_one_row(late_do, q, k, v, o, lse), *grids.late_state(cache_k, cache_v), grids.cu_seqlens, None
-    )
-    return tuple(grad.add_(more.view_as(grad).masked_fill_(grids.is_padding, 0)) for grad, more in zip(grads, late))
+    grads = differentiate(early_do, q, k, v, o, lse, cache_k, cache_v, position, spans)
+    late = differentiate(late_do, q, k, v, o, lse, *grids.late_state(cache_k, cache_v), grids.late_spans)
+    return tuple(grad.add_(more) for grad, more in zip(grads, late))
 
 
-def _state(k, v, cache_k, cache_v, position, chunk_size, cu_seqlens, lengths):
+def _state(k, v, cache_k, cache_v, position, chunk_size, spans):
     size = 2 * chunk_size
-    early = ops.chunked_attention_state(k, v, cache_k, cache_v, position, size, cu_seqlens, lengths)
-    grids = _Grids(k, chunk_size, position, cu_seqlens, lengths, state_only=True)
+    early = ops.chunked_attention_state(k, v, cache_k, cache_v, position, size, spans)
+    grids = _Grids(k, chunk_size, position, spans, state_only=True)
     if not grids.has_late:
         return early
-    late = ops.chunked_attention_state(
-        *grids.as_one_row(k, v), *grids.late_state(cache_k, cache_v), size, grids.cu_seqlens, None
-    )
+    late = ops.chunked_attention_state(k, v, *grids.late_state(cache_k, cache_v), size, grids.late_spans)
     takes_late = torch.tensor([rows >= size and rows % size < chunk_size for rows in grids.rows], device=k.device)
-    return tuple(
-        torch.where(takes_late.view(-1, *(1,) * (a.dim() - 1)), b[grids.late_index], a) for a, b in zip(early, late)
-    )
+    return tuple(torch.where(takes_late.view(-1, *(1,) * (a.dim() - 1)), b, a) for a, b in zip(early, late))
 
 
-def _state_inplace(k, v, cache_k, cache_v, position, chunk_size, cu_seqlens, lengths):
+def _state_inplace(k, v, cache_k, cache_v, position, chunk_size, spans):
     before = (cache_k, cache_v, position)
-    if not _Grids(k, chunk_size, position, cu_seqlens, lengths, state_only=True).has_late:
-        ops.chunked_attention_state_(k, v, *before, 2 * chunk_size, cu_seqlens, lengths)
+    if not _Grids(k, chunk_size, position, spans, state_only=True).has_late:
+        ops.chunked_attention_state_(k, v, *before, 2 * chunk_size, spans)
         return
-    for old, new in zip(before, _state(k, v, *before, chunk_size, cu_seqlens, lengths)):
+    for old, new in zip(before, _state(k, v, *before, chunk_size, spans)):
         old.copy_(new)
 
 
-def _state_inplace_fake(k, v, cache_k, cache_v, position, chunk_size, cu_seqlens, lengths):
+def _state_inplace_fake(k, v, cache_k, cache_v, position, chunk_size, spans):
     return None
 
 
-def _state_fake(k, v, cache_k, cache_v, position, chunk_size, cu_seqlens, lengths):
-    return empty_state(k, v, cache_k, cache_v, num_sequences(len(k), cu_seqlens), 2 * chunk_size)
+def _state_fake(k, v, cache_k, cache_v, position, chunk_size, spans):
+    return empty_state(k, v, cache_k, cache_v, num_sequences(len(k), spans), 2 * chunk_size)
 
 
 def empty_state(
@@ -175,27 +155,26 @@ def empty_state(
     return *caches, k.new_empty((sequences,), dtype=torch.int64)
 
 
-_SEQUENCES = "Tensor? cu_seqlens, Tensor? lengths"
 _CACHES = "Tensor? cache_k, Tensor? cache_v, Tensor? position, int chunk_size"
 two_chunk_attention_bwd = define_op(
     f"two_chunk_attention_bwd(Tensor do, Tensor q, Tensor k, Tensor v, Tensor o, Tensor lse, {_CACHES}, float scale, "
-    f"{_SEQUENCES}) -> (Tensor dq, Tensor dk, Tensor dv)",
+    f"Tensor? spans) -> (Tensor dq, Tensor dk, Tensor dv)",
     kernel=_bwd,
-    flops=lambda q, v, position, chunk_size, cu_seqlens, lengths: attention_bwd_flops(
-        q, v, pairs_in_two_chunks(q, position, chunk_size, cu_seqlens, lengths)
+    flops=lambda q, v, position, chunk_size, spans: attention_bwd_flops(
+        q, v, pairs_in_two_chunks(q, position, chunk_size, spans)
     ),
 )
 two_chunk_attention_fwd = define_op(
-    f"two_chunk_attention_fwd(Tensor q, Tensor k, Tensor v, {_CACHES}, float scale, {_SEQUENCES}) -> (Tensor o, Tensor lse)",
+    f"two_chunk_attention_fwd(Tensor q, Tensor k, Tensor v, {_CACHES}, float scale, Tensor? spans) -> (Tensor o, Tensor lse)",
     kernel=_fwd,
     fake=_fwd_fake,
     backward=two_chunk_attention_bwd,
-    flops=lambda q, v, position, chunk_size, cu_seqlens, lengths: attention_flops(
-        q, v, pairs_in_two_chunks(q, position, chunk_size, cu_seqlens, lengths)
+    flops=lambda q, v, position, chunk_size, spans: attention_flops(
+        q, v, pairs_in_two_chunks(q, position, chunk_size, spans)
     ),
 )
 two_chunk_attention_state = define_op(
-    f"two_chunk_attention_state(Tensor k, Tensor v, {_CACHES}, {_SEQUENCES}) "
+    f"two_chunk_attention_state(Tensor k, Tensor v, {_CACHES}, Tensor? spans) "
     "-> (Tensor cache_k_out, Tensor cache_v_out, Tensor position_out)",
     kernel=_state,
     fake=_state_fake,
@@ -203,7 +182,7 @@ two_chunk_attention_state = define_op(
 )
 two_chunk_attention_state_ = define_op(
     "two_chunk_attention_state_(Tensor k, Tensor v, Tensor(a!) cache_k, Tensor(b!) cache_v, Tensor(c!) position, "
-    f"int chunk_size, {_SEQUENCES}) -> ()",
+    f"int chunk_size, Tensor? spans) -> ()",
     kernel=_state_inplace,
     fake=_state_inplace_fake,
     flops=lambda: 0,

@@ -147,39 +147,6 @@ def as_device(caller: str, value: object) -> torch.device:
         raise ValueError(f"{caller}: `device` must be one of torch's, such as cpu, got {short_text(value)}.") from None
 
 
-def check_sequences(op: str, x: Tensor, cu_seqlens: Tensor | None, lengths: Tensor | None) -> None:
-    """Check the dtype, shape and device of `cu_seqlens` or `lengths` of x (B, L, ...), but not the values."""
-    B, L = x.shape[:2]
-    if cu_seqlens is not None and lengths is not None:
-        raise ValueError(f"{op}: `lengths` must be None where `cu_seqlens` is given.")
-    for name, tensor in (("cu_seqlens", cu_seqlens), ("lengths", lengths)):
-        if tensor is None:
-            continue
-        check_tensor(op, name, tensor)
-        check_device(op, name, tensor, x)
-        if tensor.dtype != torch.int64:
-            raise TypeError(f"{op}: `{name}` must be int64 or int32, got {tensor.dtype}.")
-        if tensor.dim() != 1 or (len(tensor) != B if name == "lengths" else B != 1 or not len(tensor)):
-            wanted = f"({B},)" if name == "lengths" else "(S + 1,) for a batch of one row"
-            raise ValueError(f"{op}: `{name}` must have shape {wanted}, got {tuple(tensor.shape)} for B = {B}.")
-
-
-def sequence_spans(op: str, x: Tensor, cu_seqlens: Tensor | None, lengths: Tensor | None) -> list[tuple[int, int]]:
-    """Return (begin, end) of each sequence among the B L tokens of x (B, L, ...). Waits for the device."""
-    B, L = x.shape[:2]
-    if cu_seqlens is not None:
-        offsets = cu_seqlens.tolist()
-        if offsets != sorted(offsets) or not 0 <= offsets[0] <= offsets[-1] <= L:
-            raise ValueError(
-                f"{op}: `cu_seqlens` must be non-decreasing offsets in [0, {L}], got {short_text(offsets)}."
-            )
-        return [*zip(offsets, offsets[1:])]
-    ends = [L] * B if lengths is None else lengths.tolist()
-    if any(not 0 <= end <= L for end in ends):
-        raise ValueError(f"{op}: `lengths` must be row lengths in [0, {L}], got {short_text(ends)}.")
-    return [(row * L, row * L + end) for row, end in enumerate(ends)]
-
-
 def describe(value: object) -> str:
     """Return the text of a value of a wrong type: a number or a string itself, or else the name of its type."""
     if value is None or isinstance(value, (bool, int, float, complex, str, bytes)):

@@ -73,16 +73,16 @@ def _autograd_by_names(op: Callable, backward_op: Callable) -> tuple[Callable, C
     call 2 us. The source for `cema_fwd`::
 
         def setup_context(ctx, inputs, output):
-            x, p, q, gamma, omega, state, cu_seqlens, lengths, return_state = inputs
+            x, p, q, gamma, omega, state, spans, return_state = inputs
             y, state_out = output
             if not return_state: ctx.mark_non_differentiable(state_out)
             ctx.set_materialize_grads(False)
-            ctx.save_for_backward(x, p, q, gamma, omega, state, cu_seqlens, lengths)
+            ctx.save_for_backward(x, p, q, gamma, omega, state, spans)
         def backward(ctx, dy, dstate_out):
-            x, p, q, gamma, omega, state, cu_seqlens, lengths = ctx.saved_tensors
+            x, p, q, gamma, omega, state, spans = ctx.saved_tensors
             if dy is None: dy = torch.zeros_like(x)
-            dx, dp, dq, dgamma, domega, dstate = call(backward_op, dy, dstate_out, x, p, <and so on>, lengths)
-            return dx, dp, dq, dgamma, domega, None if state is None else dstate, None, None, None
+            dx, dp, dq, dgamma, domega, dstate = call(backward_op, dy, dstate_out, x, p, <and so on>, spans)
+            return dx, dp, dq, dgamma, domega, None if state is None else dstate, None, None
 
     All arguments of `backward_op` but the incoming gradients are saved, scalars apart from tensors. A result is
     differentiable if its gradient is an argument of `backward_op`. If one incoming gradient has the type `Tensor?`, a
@@ -326,7 +326,7 @@ def _no_derivative(name: str) -> Callable:
 
 
 def int64_or_none(tensor: Tensor | None) -> Tensor | None:
-    """Return offsets or lengths as the kernels read them: int32 becomes int64; the kernels refuse other dtypes."""
+    """Return counts or positions as the kernels read them: int32 becomes int64; the kernels refuse other dtypes."""
     if tensor is None or not isinstance(tensor, Tensor):
         return tensor
     return (tensor.long() if tensor.dtype == torch.int32 else tensor).contiguous()
@@ -344,18 +344,6 @@ def empty_gradients(*tensors: Tensor | None) -> tuple[Tensor, ...]:
 
 def contiguous_or_none(tensor: Tensor | None) -> Tensor | None:
     return None if tensor is None else tensor.contiguous()
-
-
-def num_sequences(batch: int, cu_seqlens: Tensor | None) -> int:
-    """Return S, the number of packed sequences or of rows."""
-    return batch if cu_seqlens is None else max(cu_seqlens.numel() - 1, 0)
-
-
-def num_positions(x: Tensor, cu_seqlens: Tensor | None = None, lengths: Tensor | None = None) -> Tensor:
-    """Return the number of positions of each sequence of x (B, L, ...), (S,)."""
-    if cu_seqlens is not None:
-        return cu_seqlens.diff()
-    return torch.full((len(x),), x.shape[1], device=x.device) if lengths is None else lengths
 
 
 def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:

@@ -26,6 +26,8 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
+from .spans import num_positions
+
 
 def register_formula(op: Callable, formula: Callable[..., int]) -> None:
     """Register an op's formula with torch. The formula's parameters have the names of arguments of the op."""
@@ -50,13 +52,12 @@ def readable_values(tensor: Tensor | None, otherwise: list[int]) -> list[int]:
     return tensor.tolist() if readable else otherwise
 
 
-def lengths_of(x: Tensor, cu_seqlens: Tensor | None, lengths: Tensor | None) -> list[int]:
+def lengths_of(x: Tensor, spans: Tensor | None) -> list[int]:
     """Return the lengths of the sequences of x (B, L, ...)."""
     batch, length = x.shape[:2]
-    ends = None if cu_seqlens is None else cu_seqlens.diff()
-    return readable_values(lengths if ends is None else ends, [length] * batch)
+    return readable_values(None if spans is None else num_positions(x, spans), [length] * batch)
 
 
-def num_tokens(x: Tensor, cu_seqlens: Tensor | None, lengths: Tensor | None) -> int:
+def num_tokens(x: Tensor, spans: Tensor | None) -> int:
     """Return the number of tokens of x (B, L, ...) that are in a sequence."""
-    return sum(lengths_of(x, cu_seqlens, lengths))
+    return sum(lengths_of(x, spans))

@@ -1,4 +1,4 @@
-"""Helpers of the references: sequences of dense, right-padded and packed batches, dtypes of sums, inverse RMS."""
+"""Helpers of the references: sequences of a batch, dtypes of sums, inverse RMS."""
 
 from __future__ import annotations
 
@@ -13,20 +13,21 @@ def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
-def sequences(x: Tensor, cu_seqlens: Tensor | None, lengths: Tensor | None) -> list[tuple[int, slice]]:
+def sequences(x: Tensor, spans: Tensor | None) -> list[tuple[int, slice]]:
     """Return (batch row, tokens) of each of the S sequences in x (B, L, ...), so that x[row, tokens] is one sequence.
 
-    A dense batch is B sequences of L tokens; `lengths` (B,) ends each row early; `cu_seqlens` (S+1,) splits one row.
+    Without spans, a batch is B sequences of L tokens.
     """
-    if cu_seqlens is not None:
-        bounds = cu_seqlens.tolist()
-        return [(0, slice(start, end)) for start, end in zip(bounds, bounds[1:], strict=False)]
-    if x.shape[0] > MAX_ROWS:
+    B, L = x.shape[:2]
+    if spans is not None:
+        pairs = spans.reshape(-1, 2).tolist()
+        rows = [min(begin // max(L, 1), max(B - 1, 0)) for begin, _ in pairs]
+        return [(row, slice(begin - row * L, end - row * L)) for row, (begin, end) in zip(rows, pairs, strict=True)]
+    if B > MAX_ROWS:
         raise ValueError(
-            f"megalodon_ops.reference: `B` must be at most {MAX_ROWS}, as Python loops over the rows, got {x.shape[0]}."
+            f"megalodon_ops.reference: `B` must be at most {MAX_ROWS}, as Python loops over the rows, got {B}."
         )
-    ends = [x.shape[1]] * x.shape[0] if lengths is None else lengths.tolist()
-    return [(row, slice(0, end)) for row, end in enumerate(ends)]
+    return [(row, slice(0, L)) for row in range(B)]
 
 
 def inverse_rms(x: Tensor, eps: float) -> Tensor:

@@ -12,6 +12,7 @@ from ..common.definition import autocast
 from ..normalized_qk.normalized_qk import rotated_queries_and_keys
 from ..common.states import AttentionState, state_fields
 from ..common.checks import check_size, check_tensor
+from ..common.spans import as_spans
 
 _OP_PREFIX = re.compile("^(normalized_qk|chunked_attention): ")
 
@@ -34,6 +35,8 @@ def normalized_attention(
     dropkey_seed: Tensor | None = None,
     cu_seqlens: Tensor | None = None,
     lengths: Tensor | None = None,
+    starts: Tensor | None = None,
+    spans: Tensor | None = None,
 ) -> Tensor | tuple[Tensor, AttentionState]:
     r"""Attention inside chunks; queries and keys are two affine maps of one normalized z.
 
@@ -47,7 +50,7 @@ def normalized_attention(
         num_heads, chunk_size: H, C.
         rope_base, eps: as in :func:`normalized_qk`.
         causal, state, return_state, inplace_state, dropkey, dropkey_seed: as in :func:`chunked_attention`.
-        cu_seqlens, lengths: sequences as in :func:`cema`.
+        cu_seqlens, lengths, starts, spans: sequences as in :func:`cema`.
 
     Returns:
         o (B, L, H * V), zero at tokens in no sequence; with `return_state` also the :class:`AttentionState`.
@@ -73,11 +76,12 @@ def normalized_attention(
     if not isinstance(z, Tensor):
         return call_with_arrays(normalized_attention, **locals())
     check_tensor("normalized_attention", "v", v)
+    spans = as_spans("normalized_attention", z, cu_seqlens, lengths, starts, spans)
     try:
         return attend(
             z, v, gamma, beta, None, num_heads=num_heads, chunk_size=chunk_size, causal=causal, rope_base=rope_base,
             eps=eps, state=state, return_state=return_state, inplace_state=inplace_state, dropkey=dropkey,
-            dropkey_seed=dropkey_seed, cu_seqlens=cu_seqlens, lengths=lengths,
+            dropkey_seed=dropkey_seed, spans=spans,
         )  # fmt: skip
     except (TypeError, ValueError) as error:
         raise type(error)(_OP_PREFIX.sub("normalized_attention: ", str(error))) from error
@@ -100,8 +104,7 @@ def attend(
     inplace_state: bool,
     dropkey: float,
     dropkey_seed: Tensor | None = None,
-    cu_seqlens: Tensor | None = None,
-    lengths: Tensor | None = None,
+    spans: Tensor | None = None,
 ) -> Tensor | tuple[Tensor, AttentionState]:
     """Compute :func:`normalized_attention` with a rotary table, as :func:`rotated_queries_and_keys` takes it."""
     z, v = autocast(z, v)
@@ -116,12 +119,12 @@ def attend(
         )
     q, k = rotated_queries_and_keys(
         z, gamma, beta, rotary, num_heads=num_heads, chunk_size=chunk_size, rope_base=rope_base, eps=eps,
-        position=state_fields("normalized_attention", state, AttentionState)[2], cu_seqlens=cu_seqlens, lengths=lengths,
+        position=state_fields("normalized_attention", state, AttentionState)[2], spans=spans,
     )  # fmt: skip
     result = chunked_attention(
         q, k, v.unflatten(-1, (num_heads, -1)), chunk_size=chunk_size, causal=causal, state=state,
         return_state=return_state, inplace_state=inplace_state, dropkey=dropkey, dropkey_seed=dropkey_seed,
-        cu_seqlens=cu_seqlens, lengths=lengths,
+        spans=spans,
     )  # fmt: skip
     if return_state:
         o, state = result

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from megalodon_ops.ops.chunked_attention.chunked_attention_reference import chunked_attention, chunked_attention_bwd
 from megalodon_ops.ops.normalized_qk.normalized_qk_reference import normalized_qk, normalized_qk_bwd
+from megalodon_ops.ops.common.spans import as_spans
 from megalodon_ops.ops.common.states import AttentionState
 
 
@@ -33,6 +34,8 @@ def normalized_attention(
     dropkey_seed: Tensor | None = None,  # (1,) int64
     cu_seqlens: Tensor | None = None,  # (S + 1,)
     lengths: Tensor | None = None,  # (B,)
+    starts: Tensor | None = None,  # (B,)
+    spans: Tensor | None = None,  # (S, 2)
 ) -> Tensor | tuple[Tensor, AttentionState]:
     """Attend inside chunks with queries and keys from z: chunked_attention(*normalized_qk(z, gamma, beta), v).
 
@@ -43,11 +46,11 @@ def normalized_attention(
     >>> normalized_attention(z, v, zeros, zeros, num_heads=1, chunk_size=2).flatten().tolist()
     [2.0, 3.0]
     """
-    sequences = dict(cu_seqlens=cu_seqlens, lengths=lengths)
+    spans = as_spans("normalized_attention", z, cu_seqlens, lengths, starts, spans)
     position = None if state is None else state.position
-    normalized = dict(num_heads=num_heads, rope_base=rope_base, eps=eps, position=position, **sequences)
+    normalized = dict(num_heads=num_heads, rope_base=rope_base, eps=eps, position=position, spans=spans)
     q, k = normalized_qk(z, gamma, beta, chunk_size=chunk_size, **normalized)
-    masks = dict(causal=causal, dropkey=dropkey, dropkey_seed=dropkey_seed, **sequences)
+    masks = dict(causal=causal, dropkey=dropkey, dropkey_seed=dropkey_seed, spans=spans)
     states = dict(state=state, return_state=return_state, inplace_state=inplace_state)
     result = chunked_attention(q, k, v.unflatten(-1, (num_heads, -1)), chunk_size=chunk_size, **masks, **states)
     return (result[0].flatten(-2), result[1]) if return_state else result.flatten(-2)
@@ -68,16 +71,14 @@ def normalized_attention_bwd(
     state: AttentionState | None = None,
     dropkey: float = 0.0,
     dropkey_seed: Tensor | None = None,
-    cu_seqlens: Tensor | None = None,
-    lengths: Tensor | None = None,
+    spans: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Apply the chain rule to both parts: do -> dq, dk, dv -> dz, dgamma, dbeta. Returns dz, dv, dgamma, dbeta."""
-    sequences = dict(cu_seqlens=cu_seqlens, lengths=lengths)
     position = None if state is None else state.position
-    normalized = dict(num_heads=num_heads, rope_base=rope_base, eps=eps, position=position, **sequences)
+    normalized = dict(num_heads=num_heads, rope_base=rope_base, eps=eps, position=position, spans=spans)
     q, k = normalized_qk(z, gamma, beta, chunk_size=chunk_size, **normalized)
     do, v = (x.unflatten(-1, (num_heads, -1)) for x in (do, v))
-    masks = dict(causal=causal, dropkey=dropkey, dropkey_seed=dropkey_seed, **sequences)
+    masks = dict(causal=causal, dropkey=dropkey, dropkey_seed=dropkey_seed, spans=spans)
     dq, dk, dv = chunked_attention_bwd(do, q, k, v, chunk_size=chunk_size, state=state, **masks)
     dz, dgamma, dbeta = normalized_qk_bwd(dq, dk, z, gamma, beta, chunk_size=chunk_size, **normalized)
     return dz, dv.flatten(-2), dgamma, dbeta

@@ -12,6 +12,7 @@ from ..common.arrays import call_with_arrays
 from ..common.definition import accumulation_dtype, autocast, call, contiguous_or_none
 from ..common.definition import define_op, empty_gradients, int64_or_none, launch
 from ..common.flops import num_tokens
+from ..common.spans import as_spans
 from ..common.checks import MIN_POSITIVE, check_number, check_rank, check_size
 
 _MAX_KERNEL_ROWS = 32
@@ -30,6 +31,8 @@ def normalized_qk(
     position: Tensor | None = None,
     cu_seqlens: Tensor | None = None,
     lengths: Tensor | None = None,
+    starts: Tensor | None = None,
+    spans: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     r"""Per-head RMS norm of `z`, one affine map for queries and one for keys, rotary position embedding.
 
@@ -46,7 +49,7 @@ def normalized_qk(
         rope_base: angle of the pair (2i, 2i + 1) at position m is m * rope_base^(-2i/K).
         eps: added to the mean square.
         position: (S,) int64, index of each sequence's first token inside its chunk; None: zeros.
-        cu_seqlens, lengths: sequences as in :func:`cema`.
+        cu_seqlens, lengths, starts, spans: sequences as in :func:`cema`.
 
     Returns:
         Queries and keys, (B, L, H, K) in z's dtype, zero at tokens in no sequence. Angles are computed in float64.
@@ -70,7 +73,9 @@ def normalized_qk(
     """
     if not isinstance(z, Tensor):
         return call_with_arrays(normalized_qk, **locals())
-    grid = dict(chunk_size=chunk_size, position=position, cu_seqlens=cu_seqlens, lengths=lengths)
+    check_rank("normalized_qk", "z", z, "(B, L, H * K)", 3)
+    spans = as_spans("normalized_qk", z, cu_seqlens, lengths, starts, spans)
+    grid = dict(chunk_size=chunk_size, position=position, spans=spans)
     return rotated_queries_and_keys(z, gamma, beta, None, num_heads=num_heads, rope_base=rope_base, eps=eps, **grid)
 
 
@@ -85,8 +90,7 @@ def rotated_queries_and_keys(
     rope_base: float,
     eps: float,
     position: Tensor | None,
-    cu_seqlens: Tensor | None,
-    lengths: Tensor | None,
+    spans: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
     """Compute :func:`normalized_qk` with a table from :func:`rotary_table`; None: the op makes its own."""
     check_rank("normalized_qk", "z", z, "(B, L, H * K)", 3)
@@ -95,7 +99,7 @@ def rotated_queries_and_keys(
     rope_base = check_number("normalized_qk", "rope_base", rope_base, "a positive finite number", MIN_POSITIVE)
     eps = check_number("normalized_qk", "eps", eps, "a finite number of at least 0", 0.0)
     (z,) = autocast(z)
-    sequences = (int64_or_none(position), int64_or_none(cu_seqlens), int64_or_none(lengths))
+    sequences = (int64_or_none(position), spans)
     return call(normalized_qk_fwd, z, gamma, beta, rotary, num_heads, chunk_size, rope_base, eps, *sequences)
 
 
@@ -165,49 +169,49 @@ def _rotary(
     return make(rows, z.shape[-1] // num_heads, rope_base, accumulation_dtype(z.dtype), z.device)
 
 
-def _fwd(z, gamma, beta, rotary, num_heads, chunk_size, rope_base, eps, position, cu_seqlens, lengths):
+def _fwd(z, gamma, beta, rotary, num_heads, chunk_size, rope_base, eps, position, spans):
     z, gamma, beta, position = z.contiguous(), gamma.contiguous(), beta.contiguous(), contiguous_or_none(position)
-    q, k = _fwd_fake(z, gamma, beta, rotary, num_heads, chunk_size, rope_base, eps, position, cu_seqlens, lengths)
+    q, k = _fwd_fake(z, gamma, beta, rotary, num_heads, chunk_size, rope_base, eps, position, spans)
     rotary = _rotary(z, rotary, num_heads, chunk_size, rope_base, position)
-    launch("normalized_qk_fwd", z, gamma, beta, num_heads, chunk_size, eps, rotary, position, cu_seqlens, lengths, q, k)
+    launch("normalized_qk_fwd", z, gamma, beta, num_heads, chunk_size, eps, rotary, position, spans, q, k)
     return q, k
 
 
-def _fwd_fake(z, gamma, beta, rotary, num_heads, chunk_size, rope_base, eps, position, cu_seqlens, lengths):
+def _fwd_fake(z, gamma, beta, rotary, num_heads, chunk_size, rope_base, eps, position, spans):
     shape = (*z.shape[:-1], num_heads, z.shape[-1] // num_heads)
     return z.new_empty(shape), z.new_empty(shape)
 
 
-def _bwd(dq, dk, z, gamma, beta, rotary, num_heads, chunk_size, rope_base, eps, position, cu_seqlens, lengths):
+def _bwd(dq, dk, z, gamma, beta, rotary, num_heads, chunk_size, rope_base, eps, position, spans):
     z, gamma, beta = z.contiguous(), gamma.contiguous(), beta.contiguous()
     grads = empty_gradients(z, gamma, beta)
     rotary = _rotary(z, rotary, num_heads, chunk_size, rope_base, position)
-    options = num_heads, chunk_size, eps, rotary, contiguous_or_none(position), cu_seqlens, lengths
+    options = num_heads, chunk_size, eps, rotary, contiguous_or_none(position), spans
     launch("normalized_qk_bwd", z, gamma, beta, *options, dq.contiguous(), dk.contiguous(), *grads)
     return grads
 
 
-def _flops(z, cu_seqlens, lengths):
+def _flops(z, spans):
     normalized, affine, rotated = 3, 2, 3
-    return num_tokens(z, cu_seqlens, lengths) * z.shape[2] * (normalized + 2 * (affine + rotated))
+    return num_tokens(z, spans) * z.shape[2] * (normalized + 2 * (affine + rotated))
 
 
-def _bwd_flops(z, cu_seqlens, lengths):
+def _bwd_flops(z, spans):
     normalized, rotated, dgamma, dbeta, dnormalized, dz = 3, 3, 2, 1, 3, 5
     per_element = normalized + 2 * (rotated + dgamma + dbeta) + dnormalized + dz
-    return num_tokens(z, cu_seqlens, lengths) * z.shape[2] * per_element
+    return num_tokens(z, spans) * z.shape[2] * per_element
 
 
 normalized_qk_bwd = define_op(
     "normalized_qk_bwd(Tensor dq, Tensor dk, Tensor z, Tensor gamma, Tensor beta, Tensor? rotary, int num_heads, "
-    "int chunk_size, float rope_base, float eps, Tensor? position, Tensor? cu_seqlens, Tensor? lengths) "
+    "int chunk_size, float rope_base, float eps, Tensor? position, Tensor? spans) "
     "-> (Tensor dz, Tensor dgamma, Tensor dbeta)",
     kernel=_bwd,
     flops=_bwd_flops,
 )
 normalized_qk_fwd = define_op(
     "normalized_qk_fwd(Tensor z, Tensor gamma, Tensor beta, Tensor? rotary, int num_heads, int chunk_size, "
-    "float rope_base, float eps, Tensor? position, Tensor? cu_seqlens, Tensor? lengths) -> (Tensor q, Tensor k)",
+    "float rope_base, float eps, Tensor? position, Tensor? spans) -> (Tensor q, Tensor k)",
     kernel=_fwd,
     fake=_fwd_fake,
     backward=normalized_qk_bwd,

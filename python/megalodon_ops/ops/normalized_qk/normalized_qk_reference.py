@@ -26,6 +26,7 @@ import torch
 from torch import Tensor
 
 from megalodon_ops.ops.common.reference_helpers import accumulation_dtype, inverse_rms, sequences
+from megalodon_ops.ops.common.spans import as_spans
 
 
 def normalized_qk(
@@ -40,6 +41,8 @@ def normalized_qk(
     position: Tensor | None = None,  # (S,) index inside the chunk of each sequence's first token
     cu_seqlens: Tensor | None = None,  # (S + 1,)
     lengths: Tensor | None = None,  # (B,)
+    starts: Tensor | None = None,  # (B,)
+    spans: Tensor | None = None,  # (S, 2)
 ) -> tuple[Tensor, Tensor]:
     """Normalize z per head, scale and shift it into queries and keys, and rotate both. Returns q, k (B, L, H, K).
 
@@ -48,11 +51,12 @@ def normalized_qk(
     >>> torch.allclose(q, torch.full((1, 1, 1, 2), 0.5**0.5)), torch.equal(q, k)
     (True, True)
     """
+    spans = as_spans("normalized_qk", z, cu_seqlens, lengths, starts, spans)
     real = accumulation_dtype(z.dtype)
     gamma, beta = (a.to(real).unflatten(-1, (num_heads, -1)) for a in (gamma, beta))  # (2, H, K)
     q = torch.zeros_like(z).unflatten(-1, (num_heads, -1))
     k = torch.zeros_like(q)
-    for s, (row, tokens) in enumerate(sequences(z, cu_seqlens, lengths)):
+    for s, (row, tokens) in enumerate(sequences(z, spans)):
         z_s = z[row, tokens].to(real).unflatten(-1, (num_heads, -1))  # (n, H, K)
         zn = z_s * inverse_rms(z_s, eps)
         u = zn * ((1 + gamma) / math.sqrt(zn.shape[-1]))[:, None] + beta[:, None]  # (2, n, H, K)
@@ -73,8 +77,7 @@ def normalized_qk_bwd(
     rope_base: float = 10000.0,
     eps: float = 1e-5,
     position: Tensor | None = None,
-    cu_seqlens: Tensor | None = None,
-    lengths: Tensor | None = None,
+    spans: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Rotate the gradients back, then differentiate the affine maps and the RMS norm. Returns dz, dgamma, dbeta.
 
@@ -92,7 +95,7 @@ def normalized_qk_bwd(
     dz = torch.zeros_like(z)
     gain = 1 + gamma.to(real).unflatten(-1, (num_heads, -1))  # (2, H, K)
     dgamma, dbeta = torch.zeros_like(gain), torch.zeros_like(gain)
-    for s, (row, tokens) in enumerate(sequences(z, cu_seqlens, lengths)):
+    for s, (row, tokens) in enumerate(sequences(z, spans)):
         z_s = z[row, tokens].to(real).unflatten(-1, (num_heads, -1))  # (n, H, K)
         r = inverse_rms(z_s, eps)
         zn = z_s * r

@@ -8,6 +8,8 @@ import torch
 from torch import Tensor
 
 from ..common.arrays import call_with_arrays
+from ..common.checks import check_rank
+from ..common.spans import as_spans
 from ..common.states import TimestepNormState
 from ..timestep_norm.timestep_norm import timestep_norm, timestep_norm_end_state
 
@@ -25,6 +27,8 @@ def sequence_norm(
     eps: float = 1e-5,
     cu_seqlens: Tensor | None = None,
     lengths: Tensor | None = None,
+    starts: Tensor | None = None,
+    spans: Tensor | None = None,
 ) -> Tensor:
     r"""Normalize each position by the mean and the variance of its group over all positions of its sequence.
 
@@ -36,7 +40,7 @@ def sequence_norm(
         num_groups: G, divides D; group g holds the D / G neighbouring channels from g * D / G on. With G = D each
             channel has its own mean and variance.
         eps: added to the variance.
-        cu_seqlens, lengths: sequences as in :func:`cema`. Padding does not enter the statistics.
+        cu_seqlens, lengths, starts, spans: sequences as in :func:`cema`. Padding does not enter the statistics.
 
     Returns:
         y (B, L, D) in x's dtype, zero at tokens in no sequence.
@@ -62,11 +66,12 @@ def sequence_norm(
     """
     if not isinstance(x, Tensor):
         return call_with_arrays(sequence_norm, **locals())
-    sequences = {"cu_seqlens": cu_seqlens, "lengths": lengths}
+    check_rank("sequence_norm", "x", x, "(B, L, D)", 3)
+    spans = as_spans("sequence_norm", x, cu_seqlens, lengths, starts, spans)
     try:
-        state = timestep_norm_end_state(x, num_groups=num_groups, **sequences)
+        state = timestep_norm_end_state(x, num_groups=num_groups, spans=spans)
         count = torch.full_like(state.count, _COUNT)
         state = TimestepNormState(count, state.mean, state.var, state.residual)
-        return timestep_norm(x, weight, bias, num_groups=num_groups, eps=eps, state=state, **sequences)
+        return timestep_norm(x, weight, bias, num_groups=num_groups, eps=eps, state=state, spans=spans)
     except (TypeError, ValueError) as error:
         raise type(error)(_OP_PREFIX.sub("sequence_norm: ", str(error))) from error

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from megalodon_ops.ops.common.reference_helpers import accumulation_dtype, sequences
+from megalodon_ops.ops.common.spans import as_spans
 
 
 def sequence_norm(
@@ -28,6 +29,8 @@ def sequence_norm(
     eps: float = 1e-5,
     cu_seqlens: Tensor | None = None,  # (S + 1,)
     lengths: Tensor | None = None,  # (B,)
+    starts: Tensor | None = None,  # (B,)
+    spans: Tensor | None = None,  # (S, 2)
 ) -> Tensor:
     """Normalize by the statistics of all positions: y_t = (x_t - mean) / sqrt(var + eps) (1 + weight) + bias.
 
@@ -35,9 +38,10 @@ def sequence_norm(
     >>> sequence_norm(x, torch.zeros(2), torch.zeros(2), num_groups=2, eps=0.0).tolist()
     [[[-1.0, 1.0], [1.0, -1.0]]]
     """
+    spans = as_spans("sequence_norm", x, cu_seqlens, lengths, starts, spans)
     real = accumulation_dtype(x.dtype)
     y = torch.zeros_like(x)
-    for row, tokens in sequences(x, cu_seqlens, lengths):
+    for row, tokens in sequences(x, spans):
         normalized, _ = _normalized(x[row, tokens], num_groups, eps)
         y[row, tokens] = (normalized.flatten(1).to(real) * (1 + weight.to(real)) + bias.to(real)).to(x.dtype)
     return y
@@ -51,8 +55,7 @@ def sequence_norm_bwd(
     *,
     num_groups: int,
     eps: float = 1e-5,
-    cu_seqlens: Tensor | None = None,
-    lengths: Tensor | None = None,
+    spans: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Differentiate through the statistics. Returns dx, dweight, dbias.
 
@@ -62,7 +65,7 @@ def sequence_norm_bwd(
         dx = rstd (g - mean(g) - xn_t mean(g xn_t))      dweight = sum_t dy xn_t      dbias = sum_t dy
     """
     dx, dweight, dbias = torch.zeros_like(x), torch.zeros_like(weight), torch.zeros_like(bias)
-    for row, tokens in sequences(x, cu_seqlens, lengths):
+    for row, tokens in sequences(x, spans):
         normalized, rstd = _normalized(x[row, tokens], num_groups, eps)
         dy_s = dy[row, tokens].double()
         g = (dy_s * (1 + weight.double())).unflatten(-1, (num_groups, -1))

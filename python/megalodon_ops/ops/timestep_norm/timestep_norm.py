@@ -10,8 +10,9 @@ from torch import Tensor
 
 from ..common.arrays import call_with_arrays
 from ..common.definition import accumulation_dtype, call, contiguous_or_none, define_op, empty_gradients
-from ..common.definition import empty_like, int64_or_none, launch, num_sequences
+from ..common.definition import empty_like, int64_or_none, launch
 from ..common.flops import num_tokens
+from ..common.spans import as_spans, num_sequences
 from ..common.states import TimestepNormState, state_fields
 from ..common.checks import check_flag, check_number, check_rank, check_size, check_width
 
@@ -27,6 +28,8 @@ def timestep_norm(
     return_state: bool = False,
     cu_seqlens: Tensor | None = None,
     lengths: Tensor | None = None,
+    starts: Tensor | None = None,
+    spans: Tensor | None = None,
 ) -> Tensor | tuple[Tensor, TimestepNormState]:
     r"""Normalize each position by the mean and the variance of its group over all positions up to and including it.
 
@@ -39,8 +42,7 @@ def timestep_norm(
         eps: added to the variance.
         state: statistics of the S sequences before their first position; None: a count of zero.
         return_state: also return the statistics after each sequence's last position.
-        cu_seqlens: (S + 1,) int64 or int32 offsets of sequences packed into one row (B = 1).
-        lengths: (B,) int64 or int32, number of positions in each right-padded row.
+        cu_seqlens, lengths, starts, spans: sequences as in :func:`cema`.
 
     Returns:
         y (B, L, D) in x's dtype, zero at tokens in no sequence; with `return_state` also the
@@ -72,9 +74,9 @@ def timestep_norm(
     eps = check_number("timestep_norm", "eps", eps, "a finite number of at least 0", 0.0)
     check_flag("timestep_norm", "return_state", return_state)
     initial_state = (int64_or_none(count), mean, var, residual)
-    sequences = (int64_or_none(cu_seqlens), int64_or_none(lengths))
+    spans = as_spans("timestep_norm", x, cu_seqlens, lengths, starts, spans)
     flags = (torch.is_grad_enabled(), return_state)
-    y, _, *state_out = call(timestep_norm_fwd, x, weight, bias, num_groups, eps, *initial_state, *sequences, *flags)
+    y, _, *state_out = call(timestep_norm_fwd, x, weight, bias, num_groups, eps, *initial_state, spans, *flags)
     return (y, TimestepNormState(*state_out)) if return_state else y
 
 
@@ -84,6 +86,8 @@ def timestep_norm_end_state(
     num_groups: int,
     cu_seqlens: Tensor | None = None,
     lengths: Tensor | None = None,
+    starts: Tensor | None = None,
+    spans: Tensor | None = None,
 ) -> TimestepNormState:
     r"""The statistics of :func:`timestep_norm` after each sequence without an initial state; y is not computed.
 
@@ -95,8 +99,7 @@ def timestep_norm_end_state(
     Args:
         x: (B, L, D) float32, float64, bfloat16 or float16, arbitrary strides (copied once if not contiguous).
         num_groups: G, divides D; group g holds the D / G neighbouring channels from g * D / G on.
-        cu_seqlens: (S + 1,) int64 or int32 offsets of sequences packed into one row (B = 1).
-        lengths: (B,) int64 or int32, number of positions in each right-padded row.
+        cu_seqlens, lengths, starts, spans: sequences as in :func:`cema`.
 
     Returns:
         The :class:`TimestepNormState` that ``timestep_norm(..., return_state=True)`` returns: count (S,), mean and var
@@ -123,27 +126,25 @@ def timestep_norm_end_state(
         return call_with_arrays(timestep_norm_end_state, **locals())
     check_rank("timestep_norm_end_state", "x", x, "(B, L, D)", 3)
     num_groups = check_size("timestep_norm_end_state", "num_groups", num_groups)
-    sequences = (int64_or_none(cu_seqlens), int64_or_none(lengths))
-    mean, var, residual, count = call(timestep_norm_end_state_fwd, x, num_groups, *sequences)
+    spans = as_spans("timestep_norm_end_state", x, cu_seqlens, lengths, starts, spans)
+    mean, var, residual, count = call(timestep_norm_end_state_fwd, x, num_groups, spans)
     return TimestepNormState(count, mean, var, residual)
 
 
-def _fwd(x, weight, bias, num_groups, eps, count, mean, var, residual, cu_seqlens, lengths, return_stats, return_state):
+def _fwd(x, weight, bias, num_groups, eps, count, mean, var, residual, spans, return_stats, return_state):
     x, weight, bias = x.contiguous(), weight.contiguous(), bias.contiguous()
     y, stats, *state_out = outputs = _fwd_fake(
-        x, weight, bias, num_groups, eps, count, mean, var, residual, cu_seqlens, lengths, return_stats, return_state
+        x, weight, bias, num_groups, eps, count, mean, var, residual, spans, return_stats, return_state
     )
     state = count, contiguous_or_none(mean), contiguous_or_none(var), contiguous_or_none(residual)
     results = y, stats if return_stats else None, *(state_out if return_state else (None,) * 4)
-    launch("timestep_norm_fwd", x, weight, bias, num_groups, eps, *state, cu_seqlens, lengths, *results)
+    launch("timestep_norm_fwd", x, weight, bias, num_groups, eps, *state, spans, *results)
     return outputs
 
 
-def _fwd_fake(
-    x, weight, bias, num_groups, eps, count, mean, var, residual, cu_seqlens, lengths, return_stats, return_state
-):
+def _fwd_fake(x, weight, bias, num_groups, eps, count, mean, var, residual, spans, return_stats, return_state):
     """A result that is not requested has no elements, as torch's schemas have no optional results."""
-    sequences, dtype = num_sequences(x.shape[0], cu_seqlens), accumulation_dtype(x.dtype)
+    sequences, dtype = num_sequences(x.shape[0], spans), accumulation_dtype(x.dtype)
 
     def new_state(*shape, dtype=dtype):
         return x.new_empty((sequences, *shape) if return_state else (0,), dtype=dtype)
@@ -158,41 +159,39 @@ def _fwd_fake(
     )
 
 
-def _bwd(
-    dy, dmean_out, dvar_out, x, weight, bias, num_groups, eps, count, mean, var, residual, cu_seqlens, lengths, stats
-):
+def _bwd(dy, dmean_out, dvar_out, x, weight, bias, num_groups, eps, count, mean, var, residual, spans, stats):
     if stats.dim() == 1:
         raise ValueError("timestep_norm: `return_stats` must be True where gradients are wanted, got False.")
     x, weight, bias = x.contiguous(), weight.contiguous(), bias.contiguous()
     mean, var = contiguous_or_none(mean), contiguous_or_none(var)
     *grads, dmean, dvar = empty_gradients(x, weight, bias, mean, var)
-    inputs = x, weight, bias, num_groups, eps, count, mean, var, contiguous_or_none(residual), cu_seqlens, lengths
+    inputs = x, weight, bias, num_groups, eps, count, mean, var, contiguous_or_none(residual), spans
     incoming = dy.contiguous(), contiguous_or_none(dmean_out), contiguous_or_none(dvar_out)
     state_grads = (None, None) if count is None else (dmean, dvar)
     launch("timestep_norm_bwd", *inputs, stats.contiguous(), *incoming, *grads, *state_grads)
     return *grads, dmean, dvar
 
 
-def _flops(x, cu_seqlens, lengths):
+def _flops(x, spans):
     statistics, normalized = 4, 4
-    return num_tokens(x, cu_seqlens, lengths) * x.shape[2] * (statistics + normalized)
+    return num_tokens(x, spans) * x.shape[2] * (statistics + normalized)
 
 
-def _bwd_flops(x, cu_seqlens, lengths):
+def _bwd_flops(x, spans):
     sums, dx, dweight, dbias = 5, 4, 3, 1
-    return num_tokens(x, cu_seqlens, lengths) * x.shape[2] * (sums + dx + dweight + dbias)
+    return num_tokens(x, spans) * x.shape[2] * (sums + dx + dweight + dbias)
 
 
 timestep_norm_bwd = define_op(
     "timestep_norm_bwd(Tensor dy, Tensor? dmean_out, Tensor? dvar_out, Tensor x, Tensor weight, Tensor bias, "
-    "int num_groups, float eps, Tensor? count, Tensor? mean, Tensor? var, Tensor? residual, Tensor? cu_seqlens, "
-    "Tensor? lengths, Tensor stats) -> (Tensor dx, Tensor dweight, Tensor dbias, Tensor dmean, Tensor dvar)",
+    "int num_groups, float eps, Tensor? count, Tensor? mean, Tensor? var, Tensor? residual, "
+    "Tensor? spans, Tensor stats) -> (Tensor dx, Tensor dweight, Tensor dbias, Tensor dmean, Tensor dvar)",
     kernel=_bwd,
     flops=_bwd_flops,
 )
 timestep_norm_fwd = define_op(
     "timestep_norm_fwd(Tensor x, Tensor weight, Tensor bias, int num_groups, float eps, Tensor? count, Tensor? mean, "
-    "Tensor? var, Tensor? residual, Tensor? cu_seqlens, Tensor? lengths, bool return_stats, bool return_state) "
+    "Tensor? var, Tensor? residual, Tensor? spans, bool return_stats, bool return_state) "
     "-> (Tensor y, Tensor stats, Tensor count_out, Tensor mean_out, Tensor var_out, Tensor residual_out)",
     kernel=_fwd,
     fake=_fwd_fake,
@@ -201,39 +200,39 @@ timestep_norm_fwd = define_op(
 )
 
 
-def _end_state_fwd(x, num_groups, cu_seqlens, lengths):
-    state_out = _end_state_fwd_fake(x, num_groups, cu_seqlens, lengths)
-    launch("timestep_norm_end_state_fwd", x.contiguous(), num_groups, cu_seqlens, lengths, *state_out)
+def _end_state_fwd(x, num_groups, spans):
+    state_out = _end_state_fwd_fake(x, num_groups, spans)
+    launch("timestep_norm_end_state_fwd", x.contiguous(), num_groups, spans, *state_out)
     return state_out
 
 
-def _end_state_fwd_fake(x, num_groups, cu_seqlens, lengths):
+def _end_state_fwd_fake(x, num_groups, spans):
     """The count is the last result, because torch's opcheck adds up all results in the dtype of the first."""
-    sequences, dtype = num_sequences(x.shape[0], cu_seqlens), accumulation_dtype(x.dtype)
+    sequences, dtype = num_sequences(x.shape[0], spans), accumulation_dtype(x.dtype)
     parts = (x.new_empty((sequences, *shape, num_groups), dtype=dtype) for shape in ((), (), (2,)))
     return *parts, x.new_empty(sequences, dtype=torch.int64)
 
 
-def _end_state_bwd(dmean_out, dvar_out, x, mean_out, residual_out, num_groups, cu_seqlens, lengths):
+def _end_state_bwd(dmean_out, dvar_out, x, mean_out, residual_out, num_groups, spans):
     x = x.contiguous()
     dx = empty_like(x)
     outputs = mean_out.contiguous(), residual_out.contiguous()
     incoming = contiguous_or_none(dmean_out), contiguous_or_none(dvar_out)
-    launch("timestep_norm_end_state_bwd", x, num_groups, cu_seqlens, lengths, *outputs, *incoming, dx)
+    launch("timestep_norm_end_state_bwd", x, num_groups, spans, *outputs, *incoming, dx)
     return dx
 
 
 timestep_norm_end_state_bwd = define_op(
     "timestep_norm_end_state_bwd(Tensor? dmean_out, Tensor? dvar_out, Tensor x, Tensor mean_out, Tensor residual_out, "
-    "int num_groups, Tensor? cu_seqlens, Tensor? lengths) -> Tensor dx",
+    "int num_groups, Tensor? spans) -> Tensor dx",
     kernel=_end_state_bwd,
-    flops=lambda x, cu_seqlens, lengths: 3 * num_tokens(x, cu_seqlens, lengths) * x.shape[2],
+    flops=lambda x, spans: 3 * num_tokens(x, spans) * x.shape[2],
 )
 timestep_norm_end_state_fwd = define_op(
-    "timestep_norm_end_state_fwd(Tensor x, int num_groups, Tensor? cu_seqlens, Tensor? lengths) "
+    "timestep_norm_end_state_fwd(Tensor x, int num_groups, Tensor? spans) "
     "-> (Tensor mean_out, Tensor var_out, Tensor residual_out, Tensor count_out)",
     kernel=_end_state_fwd,
     fake=_end_state_fwd_fake,
     backward=timestep_norm_end_state_bwd,
-    flops=lambda x, cu_seqlens, lengths: 4 * num_tokens(x, cu_seqlens, lengths) * x.shape[2],
+    flops=lambda x, spans: 4 * num_tokens(x, spans) * x.shape[2],
 )

@@ -28,6 +28,7 @@ import torch
 from torch import Tensor
 
 from megalodon_ops.ops.common.reference_helpers import accumulation_dtype, sequences
+from megalodon_ops.ops.common.spans import as_spans
 from megalodon_ops.ops.common.states import TimestepNormState
 
 
@@ -42,6 +43,8 @@ def timestep_norm(
     return_state: bool = False,
     cu_seqlens: Tensor | None = None,  # (S + 1,)
     lengths: Tensor | None = None,  # (B,)
+    starts: Tensor | None = None,  # (B,)
+    spans: Tensor | None = None,  # (S, 2)
 ) -> Tensor | tuple[Tensor, TimestepNormState]:
     """Normalize by the statistics of positions 1 .. t: y_t = (x_t - mean_t) / sqrt(var_t + eps) (1 + weight) + bias.
 
@@ -54,9 +57,9 @@ def timestep_norm(
     """
     real = accumulation_dtype(x.dtype)
     gain, bias = 1 + weight.to(real), bias.to(real)
-    spans = sequences(x, cu_seqlens, lengths)
+    slices = sequences(x, as_spans("timestep_norm", x, cu_seqlens, lengths, starts, spans))
     y, counts, means, variances = torch.zeros_like(x), [], [], []
-    for (row, tokens), (n, mean, var) in zip(spans, _initial(state, len(spans), num_groups, x.device), strict=True):
+    for (row, tokens), (n, mean, var) in zip(slices, _initial(state, len(slices), num_groups, x.device), strict=True):
         x_s = x[row, tokens].double().unflatten(-1, (num_groups, -1))  # (l, G, F)
         count, mean, var, _ = _statistics(x_s, n, mean, var)
         normalized = (x_s - mean[1:, :, None]) * _rstd(var[1:, :, None], eps, real)
@@ -84,8 +87,7 @@ def timestep_norm_bwd(
     num_groups: int,
     eps: float = 1e-5,
     state: TimestepNormState | None = None,
-    cu_seqlens: Tensor | None = None,
-    lengths: Tensor | None = None,
+    spans: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Walk back through time with the gradients of mean and var. Returns dx, dweight, dbias, dmean, dvar.
 
@@ -118,13 +120,13 @@ def timestep_norm_bwd(
     real = accumulation_dtype(x.dtype)
     w = (1 + weight.double()).unflatten(0, (num_groups, -1))  # (G, F)
     dx, dw, db = torch.zeros_like(x), torch.zeros_like(w), torch.zeros_like(w)
-    spans = sequences(x, cu_seqlens, lengths)
-    zero = torch.zeros(len(spans), num_groups, dtype=torch.float64, device=x.device)
+    slices = sequences(x, spans)
+    zero = torch.zeros(len(slices), num_groups, dtype=torch.float64, device=x.device)
     U = zero.clone() if dmean is None else dmean.double()
     V = zero.clone() if dvar is None else dvar.double()
     dmeans, dvars = torch.zeros_like(U), torch.zeros_like(V)
-    for s, (n, mean, var) in enumerate(_initial(state, len(spans), num_groups, x.device)):
-        row, tokens = spans[s]
+    for s, (n, mean, var) in enumerate(_initial(state, len(slices), num_groups, x.device)):
+        row, tokens = slices[s]
         x_s = x[row, tokens].double().unflatten(-1, (num_groups, -1))  # (l, G, F)
         dy_s = dy[row, tokens].double().unflatten(-1, (num_groups, -1))
         _, mean, var, gm = _statistics(x_s, n, mean, var)
@@ -154,6 +156,8 @@ def timestep_norm_end_state(
     num_groups: int,
     cu_seqlens: Tensor | None = None,  # (S + 1,)
     lengths: Tensor | None = None,  # (B,)
+    starts: Tensor | None = None,  # (B,)
+    spans: Tensor | None = None,  # (S, 2)
 ) -> TimestepNormState:
     """Return the statistics after the last position of each sequence without an initial state.
 
@@ -162,8 +166,8 @@ def timestep_norm_end_state(
     (2, 2.0, 0.5)
     """
     zeros = torch.zeros(x.shape[-1], dtype=accumulation_dtype(x.dtype), device=x.device)
-    options = {"num_groups": num_groups, "return_state": True, "cu_seqlens": cu_seqlens, "lengths": lengths}
-    return timestep_norm(x, zeros, zeros, **options)[1]
+    spans = as_spans("timestep_norm_end_state", x, cu_seqlens, lengths, starts, spans)
+    return timestep_norm(x, zeros, zeros, num_groups=num_groups, return_state=True, spans=spans)[1]
 
 
 def timestep_norm_end_state_bwd(
@@ -172,8 +176,7 @@ def timestep_norm_end_state_bwd(
     x: Tensor,
     *,
     num_groups: int,
-    cu_seqlens: Tensor | None = None,
-    lengths: Tensor | None = None,
+    spans: Tensor | None = None,
 ) -> Tensor:
     """Return dx. Over the l positions of a sequence and the F channels of a group,
 
@@ -183,7 +186,7 @@ def timestep_norm_end_state_bwd(
     var has no gradient through the mean, because the sum of x - mean is 0.
     """
     dx = torch.zeros_like(x)
-    for s, (row, tokens) in enumerate(sequences(x, cu_seqlens, lengths)):
+    for s, (row, tokens) in enumerate(sequences(x, spans)):
         x_s = x[row, tokens].double().unflatten(-1, (num_groups, -1))  # (l, G, F)
         centred, total = x_s - x_s.mean((0, 2), keepdim=True), len(x_s) * x_s.shape[-1]
         dmean_s, dvar_s = (0.0 if d is None else d[s].double()[:, None] / max(total, 1) for d in (dmean, dvar))
