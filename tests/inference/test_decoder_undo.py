@@ -232,6 +232,16 @@ def test_tokens_of_several_chunks_are_taken_back():
         assert_close(decoder.state[[1]], other.state[[1]], 1e-11)
 
 
+def test_calls_without_tokens():
+    model, state = model_and_state(rows=1)
+    (decoder, other), tokens = (mo.Decoder(model, state, undo=UNDO) for _ in range(2)), tokens_of(1, 3)
+    assert decoder(tokens[:, :0]).shape[:2] == (1, 0)
+    decoder(tokens), other(tokens[:, :1])
+    decoder.undo(2)
+    assert decoder(tokens[:, :0]).shape[:2] == (1, 0)  # reads the kept token
+    assert torch.equal(decoder(tokens[:, 1:]), other(tokens[:, 1:]))
+
+
 def test_kept_tokens_are_read_in_the_next_call():
     """Up to 2 undo + 1 tokens at once; also by modules that were hooked."""
     model, state = model_and_state(chunk_size=64)

@@ -114,7 +114,9 @@ class History:
         self._pending, self._num_pending = None, torch.zeros_like(position)
         self._calls.append(call)
         later = sum(call.lengths for call in self._calls)
-        while bool(((later - self._calls[0].lengths >= self.size) | (self._calls[0].lengths == 0)).all()):
+        while self._calls and bool(
+            ((later - self._calls[0].lengths >= self.size) | (self._calls[0].lengths == 0)).all()
+        ):
             later = later - self._calls.pop(0).lengths
 
     def forget(self, state: MegalodonState, rows: Tensor | slice = slice(None)) -> None:
