@@ -27,7 +27,7 @@ from .ops.linear_cross_entropy.linear_cross_entropy import linear_cross_entropy
 from .ops.common.memory import keep_freed_memory, use_huge_pages
 from .ops.normalized_attention.normalized_attention import normalized_attention
 from .ops.normalized_qk.normalized_qk import normalized_qk
-from .ops.common.recording import record
+from .ops.common.exported_step import record
 from .ops.quantized_linear.quantized_linear import quantize_weight, quantized_linear
 from .ops.sequence_norm.sequence_norm import sequence_norm
 from .ops.common.states import AttentionState, TimestepNormState, WorkingMemoryState

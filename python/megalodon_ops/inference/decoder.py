@@ -312,7 +312,7 @@ class Decoder:
             return self._run_captured(tokens)
         if length in self._steps:
             return self._steps[length](tokens)
-        # `host_reads` are allowed: `_has_room` and `__call__` check the values that the model reads in Python.
+        # `left_out` is not read: `_has_room` and `__call__` check the values that the model reads in Python.
         step = self._steps[length] = Step("Decoder", self._run_model, (tokens,), self._state)
         return step.results()
 

@@ -13,7 +13,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode, is_traceable_wrapper_subclass
 from torch.utils._pytree import tree_leaves, tree_map_only
 
@@ -24,7 +23,6 @@ aten = torch.ops.aten
 _CPU = torch._C.DispatchKeySet(torch._C.DispatchKey.CPU)
 _EMPTY = {aten.empty.memory_format, aten.empty_like.default, aten.new_empty.default}
 _EMPTY |= {aten.empty_strided.default, aten.new_empty_strided.default}
-_HOST_READS = (Tensor.tolist, Tensor.numpy, Tensor.__array__, Tensor.__dlpack__, Tensor.data_ptr)
 PRODUCTS = {aten.mm.default, aten.addmm.default, aten.bmm.default, aten.baddbmm.default}
 """Matrix products; called in Python without a warning, as the call takes much less time than the product"""
 _OPERATIONS = {
@@ -63,12 +61,19 @@ def _written_arguments(function: Any) -> list[tuple[int, str]]:
 
 
 def address_of(tensor: Tensor) -> int:
-    """Return the address of the tensor's storage; 0 if it has none, as an empty tensor or one that wraps others."""
-    return 0 if is_traceable_wrapper_subclass(tensor) else tensor.untyped_storage().data_ptr()
+    """Return the address of the tensor's storage; 0 if it has none, as an empty, sparse or wrapping tensor."""
+    has_storage = tensor.layout is torch.strided and not is_traceable_wrapper_subclass(tensor)
+    return tensor.untyped_storage().data_ptr() if has_storage else 0
+
+
+def without_compiler() -> contextlib.AbstractContextManager:
+    """Return a context in which modules that torch.compile has wrapped run as they are."""
+    has_compiled = "torch._dynamo" in sys.modules and hasattr(torch.compiler, "set_stance")  # new in torch 2.6
+    return torch.compiler.set_stance("force_eager") if has_compiled else contextlib.nullcontext()
 
 
 def _has_no_memory(value: Any) -> bool:
-    """Return True for a value in Python, and for a tensor that wraps others."""
+    """Return True for a value in Python, and for a tensor without a storage."""
     return (address_of(value) == 0 and value.numel() > 0) if isinstance(value, Tensor) else value is not None
 
 
@@ -106,9 +111,7 @@ class Recorder(TorchDispatchMode):
 
     @contextlib.contextmanager
     def recording(self) -> Iterator[None]:
-        has_compiled = "torch._dynamo" in sys.modules and hasattr(torch.compiler, "set_stance")  # new in torch 2.6
-        eager = torch.compiler.set_stance("force_eager") if has_compiled else contextlib.nullcontext()
-        with eager, _HostReads(), self:  # without `eager`, compiled programs would not be noted
+        with without_compiler(), self:  # compiled programs would not be noted
             # On the threads of replays, so that no other threads start.
             observer.recorder, own_threads = self, _C.use_own_threads(True)
             try:
@@ -148,7 +151,7 @@ class Recorder(TorchDispatchMode):
         results = func(*args, **kwargs)
         if func in _EMPTY:
             self.new |= self.keep([results])
-        elif not func.is_view:
+        else:
             written = [args[i] if i < len(args) else kwargs.get(name) for i, name in _written_arguments(func)]
             self.note(func._schema.name, func, args, kwargs, results, self.keep(tensors_in(*written)))
         return results
@@ -166,7 +169,7 @@ class Recorder(TorchDispatchMode):
         call.leaves_tensors = any(map(_has_no_memory, tree_leaves(results)))
         if kernel := as_kernel(call):
             call.function, *call.args = kernel
-        if call.written or call.leaves_tensors:  # otherwise, the results are views
+        if call.written or call.leaves_tensors:  # otherwise, the results are views or none
             self.calls.append(call)
 
     def keep(self, tensors: list[Tensor]) -> set[int]:
@@ -205,6 +208,8 @@ class Recorder(TorchDispatchMode):
             if call.function != "copy_memory" or not all(map(_is_whole, call.args)):
                 continue
             source, target = map(address_of, call.args)
+            if source not in varying:  # a constant, written in the recorded call alone
+                continue
             writer, last = uses[source][0], uses[source][-1]
             target_uses = [j for j in uses[target] if writer <= j < i]
             in_place = not target_uses or (target_uses == [writer] and calls[writer].function in _IN_PLACE)
@@ -228,15 +233,6 @@ def _is_whole(tensor: Tensor) -> bool:
     return tensor.is_contiguous() and tensor.nbytes == tensor.untyped_storage().nbytes()
 
 
-class _HostReads(TorchFunctionMode):
-    """Notes the functions by which Python reads values without a dispatch to :class:`Recorder`."""
-
-    def __torch_function__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
-        if func in _HOST_READS and observer.recorder is not None:
-            observer.recorder.note(func.__name__, func, args[:1], {}, 0)
-        return func(*args, **(kwargs or {}))
-
-
 def as_kernel(call: Call) -> tuple | None:
     """Return name and arguments of a kernel that computes the same as a call of torch; None if there is none."""
     function, args = call.function, call.args
@@ -258,7 +254,9 @@ def as_kernel(call: Call) -> tuple | None:
         if not isinstance(b, Tensor):
             if type(b) not in (int, float) or operation == "/":
                 return None
-            scale, shift = (b, _MINUS_ZERO) if operation == "*" else (1.0, b if operation == "+" else -b)
+            scale, shift = (b, _MINUS_ZERO) if operation == "*" else (1.0, float(b) if operation == "+" else -float(b))
+            if operation != "*":  # torch rounds a summand, but no factor
+                shift = torch.tensor(shift, dtype=y.dtype).item()
             b, operation = None, "="
     elif x.dtype == y.dtype:
         return ("copy_memory", x, y) if x.dtype in _COPIED and x.shape == y.shape else None
