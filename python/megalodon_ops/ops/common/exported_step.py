@@ -178,8 +178,10 @@ def _program(module: Callable, example: tuple[Tensor, ...], state: Any) -> Calla
             program = _export(wrapper, example, None if state is None else {"state": state}, strict=False).module()
     except Exception as error:
         raise _refusal_of(error) from error
-    for graph_module in program.modules():
-        for node in graph_module.graph.nodes if isinstance(graph_module, torch.fx.GraphModule) else ():
+    for part in program.modules():
+        if not isinstance(part, torch.fx.GraphModule):
+            continue
+        for node in part.graph.nodes:
             if isinstance(node.target, torch._ops.HigherOrderOperator):
                 if node.target.name() not in _REGIONS:
                     raise _refusal(f"`{node.target.name()}`")
@@ -188,8 +190,7 @@ def _program(module: Callable, example: tuple[Tensor, ...], state: Any) -> Calla
                 sizes = value.shape if isinstance(value, Tensor) else (value,)
                 if any(isinstance(size, (torch.SymInt, torch.SymFloat, torch.SymBool)) for size in sizes):
                     raise _refusal(f"`{node.target}`, which reads values in Python")
-        if isinstance(graph_module, torch.fx.GraphModule):
-            graph_module.recompile()
+        part.recompile()
     return program
 
 
@@ -223,16 +224,13 @@ def _refusal_of(error: Exception) -> NotImplementedError:
 def _new_state(results: Any, old: Any) -> Any:
     """Return the module's new state in the structure of the old one, which it must have."""
     leaves, structure = tree_flatten(old)
-    problem = None
-    if not (isinstance(results, tuple) and len(results) == 2):
-        problem = describe(results)
-    else:
-        try:
-            found = structure.flatten_up_to(results[1])  # dicts may have another order
-        except ValueError as error:
-            problem = f"another structure ({error})"
-    for before, after in () if problem else zip(leaves, found):
-        before, after = ((x.dtype, x.shape) if isinstance(x, Tensor) else x for x in (before, after))
+    problem, found = None if isinstance(results, tuple) and len(results) == 2 else describe(results), []
+    try:
+        found = [] if problem else structure.flatten_up_to(results[1])  # dicts may have another order
+    except ValueError as error:
+        problem = f"another structure ({error})"
+    for before, after in zip(leaves, found):
+        before, after = ((str(x.dtype), *x.shape) if isinstance(x, Tensor) else x for x in (before, after))
         if type(before) is not type(after) or before != after:
             problem = f"{after} for {before}"
     if problem:
