@@ -58,7 +58,8 @@ def record(module: Callable, *example: Tensor, state: Any = None) -> Step:
     parameters alone, such as CEMA's coefficients, are computed once, in the recording. Hooks, too, run only then.
     Record another step after parameters move to other memory, or after modules or hooks change. Nothing can see Python
     that behaves in another way only after two calls and keeps its count where `record` does not search: in attributes
-    of a class, in globals that a method or another function reads, in an iterator, in the clock or in files.
+    of a class, in globals that a method or another function reads, in an iterator, in the clock or in files. The step
+    copies inputs to contiguous memory, so strides and version counters of inputs, too, are those of the recording.
 
     Example:
         >>> import torch, megalodon_ops as mo
