@@ -113,6 +113,7 @@ def split_batches() -> tuple[list, list[str]]:
             errors.append(f"no error: {call()}")
         except (TypeError, ValueError) as error:
             errors.append(str(error))
+    dist.barrier()  # no other collective runs here, and a rank that ends closes connections that others may still open
     return [part.tolist() for part in (*parts, packed, shifted)], errors
 
 

@@ -15,7 +15,6 @@ import pytest
 import safetensors.torch
 import torch
 from assertions import every_case
-from hf_models import seed  # noqa: F401, a fixture
 from hf_models import QUIET, LENGTHS, SIZES, VARIANTS, close, hf, build_model, padded, prompts, transformers
 
 import megalodon_ops as mo

@@ -6,7 +6,6 @@ import copy
 
 import pytest
 import torch
-from hf_models import seed  # noqa: F401, a fixture
 from hf_models import SIZES, build_model, close, padded, prompts
 
 peft = pytest.importorskip("peft")

@@ -8,7 +8,6 @@ import functools
 import pytest
 import torch
 from assertions import every_case
-from hf_models import seed  # noqa: F401, a fixture
 from hf_models import VARIANTS, build_model, close, hf, padded
 
 from megalodon_ops.hf.cache import CACHE

@@ -7,7 +7,6 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
-from hf_models import seed  # noqa: F401, a fixture
 from hf_models import QUIET, LENGTHS, SIZES, close, hf, padded, prompts, randomized, transformers
 from torch import Tensor, nn
 

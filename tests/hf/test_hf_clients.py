@@ -10,7 +10,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from hf_models import seed  # noqa: F401, a fixture
 from hf_models import QUIET, SIZES, build_model, close, hf, transformers
 from programs import run_python
 

@@ -9,7 +9,6 @@ import pytest
 import torch
 import torch.nn.functional as F
 from assertions import every_case
-from hf_models import seed  # noqa: F401, a fixture
 from hf_models import QUIET, LENGTHS, SIZES, close, hf, padded, prompts, randomized, transformers
 from torch import Tensor
 

@@ -8,7 +8,6 @@ import pickle
 import pytest
 import torch
 from assertions import every_case
-from hf_models import seed  # noqa: F401, a fixture
 from hf_models import VARIANTS, close, hf, build_model, padded, prompts, transformers
 from hypothesis import given
 from hypothesis import strategies as st

@@ -7,7 +7,6 @@ import itertools
 import pytest
 import torch
 from assertions import every_case
-from hf_models import seed  # noqa: F401, a fixture
 from hf_models import QUIET, VARIANTS, close, hf, build_model, padded, prompts
 from hypothesis import given
 from hypothesis import strategies as st

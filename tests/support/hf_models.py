@@ -24,11 +24,6 @@ VARIANTS = {
 LENGTHS = (21, 3, 13)
 
 
-@pytest.fixture(autouse=True)
-def seed() -> None:
-    torch.manual_seed(5)
-
-
 def build_model(dtype: torch.dtype = torch.float32, **fields) -> hf.MegalodonForCausalLM:
     """Build a model with no zero parameter, as after some training, so that each matters."""
     core = mo.Megalodon(mo.MegalodonConfig(**{**SIZES, **fields})).to(dtype).eval()
