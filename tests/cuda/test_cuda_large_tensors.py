@@ -71,7 +71,7 @@ GROUPS = 2**10
 
 def test_timestep_norm_at_offsets_beyond_31_bits(emulator, large):
     x, y, stats = large(1, T, D, dtype=BF16), large(1, T, D, dtype=BF16), large(3, 1, T, GROUPS)
-    nothing = [None] * 6
+    nothing = [None] * 5
     emulator.launch("timestep_norm_fwd", x, large(D), large(D), GROUPS, 1e-5, *nothing, y, stats, *[None] * 4)
 
 
@@ -215,13 +215,13 @@ def test_statistics_and_states_of_timestep_norm_at_offsets_beyond_31_bits(emulat
     if rows == 1:  # (T, 2, G) sums are beyond 2^32: blocks in the middle are between 2^31 and 2^32
         emulator.module.set_bounds(True, 2**33, 1, T // 64 * D // 32 * 3 // 4)
     emulator.launch("timestep_norm_fwd", x, weight, bias, *options, y, stats, new_count, *new)
-    empty = *options[:-1], large(rows, dtype=torch.int64)  # lengths of 0
+    empty = *options[:-1], large(rows, 1, 2, dtype=torch.int64)  # spans of no token
     emulator.launch("timestep_norm_fwd", x, weight, bias, *empty, y, stats, new_count, *new)
     gradients = dx, dweight, dbias, moments[0], moments[1]
     emulator.launch("timestep_norm_bwd", x, weight, bias, *empty, stats, y, *new[:2], *gradients)
     emulator.launch("timestep_norm_bwd", x, weight, bias, *options, stats, y, *new[:2], *gradients)
-    emulator.launch("timestep_norm_end_state_fwd", x, D, None, None, *new, new_count)
-    emulator.launch("timestep_norm_end_state_bwd", x, D, None, None, new[0], new[2], *moments[:2], dx)
+    emulator.launch("timestep_norm_end_state_fwd", x, D, None, *new, new_count)
+    emulator.launch("timestep_norm_end_state_bwd", x, D, None, new[0], new[2], *moments[:2], dx)
 
 
 @pytest.mark.parametrize(
@@ -267,7 +267,7 @@ def test_attention_refuses_more_blocks_than_a_grid_has(emulator, large):
     def state():
         k, v = tensors(2**15, 1, 8)
         old, new = ((*tensors(2**15, 1, 8, rows=2**16), large(2**15, dtype=torch.int64)) for _ in range(2))
-        emulator.launch("chunked_attention_state", k, v, *old, 2**16, None, None, *new)
+        emulator.launch("chunked_attention_state", k, v, *old, 2**16, None, *new)
 
     calls = [
         partial(forward, 2**16, 8, with_state=False),
@@ -287,19 +287,19 @@ def test_elements_of_normalized_qk_at_offsets_beyond_31_bits(emulator, large, K)
     z, dz = (large(1, tokens, heads * K, dtype=BF16) for _ in range(2))
     q, k = (large(1, tokens, heads, K, dtype=BF16) for _ in range(2))
     gamma, beta, dgamma, dbeta = (large(2, heads * K) for _ in range(4))
-    options = heads, 16, 1e-5, large(16, K // 2, 2), None, None, None
+    options = heads, 16, 1e-5, large(16, K // 2, 2), None, None
     emulator.launch("normalized_qk_fwd", z, gamma, beta, *options, q, k)
     emulator.launch("normalized_qk_bwd", z, gamma, beta, *options, q, k, dz, dgamma, dbeta)
 
 
 def test_padding_of_normalized_qk_at_offsets_beyond_31_bits(emulator, large):
-    lengths = large(1, dtype=torch.int64)  # 0
+    spans = large(1, 1, 2, dtype=torch.int64)  # [0, 0)
     for heads, K in ((64, 256), (64, 520)):
         tokens = 2**25 // K + 40
         z, dz = (large(1, tokens, heads * K, dtype=BF16) for _ in range(2))
         q, k = (large(1, tokens, heads, K, dtype=BF16) for _ in range(2))
         gamma, beta, dgamma, dbeta = (large(2, heads * K) for _ in range(4))
-        options = heads, 16, 1e-5, large(16, K // 2, 2), None, None, lengths
+        options = heads, 16, 1e-5, large(16, K // 2, 2), None, spans
         emulator.launch("normalized_qk_fwd", z, gamma, beta, *options, q, k)
         emulator.launch("normalized_qk_bwd", z, gamma, beta, *options, q, k, dz, dgamma, dbeta)
 
@@ -307,9 +307,9 @@ def test_padding_of_normalized_qk_at_offsets_beyond_31_bits(emulator, large):
 @pytest.mark.parametrize("dtype", [BF16, F32], ids=str)
 def test_padding_of_attention_at_offsets_beyond_31_bits(emulator, large, dtype):
     """All rows are padding: zeros of o, lse and the gradients."""
-    tokens, heads, lengths = 2**24 + 200, 130, large(1, dtype=torch.int64)
+    tokens, heads, spans = 2**24 + 200, 130, large(1, 1, 2, dtype=torch.int64)
     q, k, v, o, do, dq, dk, dv = (large(1, tokens, heads, 8, dtype=dtype) for _ in range(8))
-    inputs, lse = (q, k, v, None, None, None, 256, True, 1.0, 0.0, None, None, lengths), large(1, tokens, heads)
+    inputs, lse = (q, k, v, None, None, None, 256, True, 1.0, 0.0, None, spans), large(1, tokens, heads)
     emulator.launch("chunked_attention_fwd", *inputs, o, lse)
     with emulator.launch_sizes(attention_panels=1 << 20), emulator.only_bounds(apart=2**33, ends=1):
         emulator.launch("chunked_attention_bwd", *inputs, o, lse, do, dq, dk, dv)

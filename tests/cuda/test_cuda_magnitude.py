@@ -22,7 +22,7 @@ READ = Access("kernel", "a.cuh", "y = x[i];")
         ("x", 2**31 - 1, "", 1),
         ("x weight", 5, "", 1),
         ("x", 5, "a reason", 0),
-        ("weight cu_seqlens", 5, "", 0),
+        ("weight spans", 5, "", 0),
     ],
 )
 def test_an_access_below_2_31_needs_a_reason(buffers, most, why, problems):

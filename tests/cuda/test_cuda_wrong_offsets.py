@@ -47,18 +47,27 @@ def wrong_cases(draw: st.DrawFn, op: str) -> Case:
     """Cases whose numbers are right, slightly wrong or far out of range."""
     L = draw(st.sampled_from([1, 3, 8, 40] if op in WITH_POSITIONS else [1, 3, 8, 70, 140]))
     numbers = st.integers(0, L) | st.integers(-3, L + 3) | WRONG
-    kind = draw(st.sampled_from(["packed", "padded", "dense"] if op in WITH_POSITIONS else ["packed", "padded"]))
+    kind = draw(
+        st.sampled_from(
+            ["packed", "padded", "spans", "dense"] if op in WITH_POSITIONS else ["packed", "padded", "spans"]
+        )
+    )
     B = 1 if kind == "packed" else 3
     dtype = draw(st.sampled_from([BF16, F32, F64]))
-    packed = {"cu_seqlens": [0] * draw(st.integers(1, 8))} if kind == "packed" else {}
-    case = build(op, B=B, L=L, dtype=dtype, **packed)
+    where = {"cu_seqlens": [0] * draw(st.integers(1, 8))} if kind == "packed" else {}
+    where = {"spans": [(0, 0)] * draw(st.integers(0, 6))} if kind == "spans" else where
+    case = build(op, B=B, L=L, dtype=dtype, **where)
     if kind == "packed":
         count = len(case.options["cu_seqlens"])
         case = case.with_options(cu_seqlens=torch.tensor(draw(st.lists(numbers, min_size=count, max_size=count))))
     elif kind == "padded":
         case = case.with_options(lengths=torch.tensor(draw(st.lists(numbers, min_size=B, max_size=B))))
+    elif kind == "spans":
+        count = len(case.options["spans"])
+        bounds = draw(st.lists(st.tuples(numbers, numbers), min_size=count, max_size=count))
+        case = case.with_options(spans=torch.tensor(bounds, dtype=torch.int64).view(-1, 2))
     if op in WITH_POSITIONS:
-        S = B if kind != "packed" else len(case.options["cu_seqlens"]) - 1
+        S = count if kind == "spans" else B if kind != "packed" else len(case.options["cu_seqlens"]) - 1
         positions = st.integers(0, 5) | st.sampled_from([-1, 6]) | WRONG
         case = at_positions(case, torch.tensor(draw(st.lists(positions, min_size=S, max_size=S)), dtype=torch.int64))
     return case

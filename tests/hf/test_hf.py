@@ -209,11 +209,39 @@ def test_packed_documents_equal_single_runs(packing) -> None:
     assert output.get(CACHE) is None
 
 
+@pytest.mark.parametrize("name", ["cu_seq_lens_q", "position_ids", "seq_idx"])
+def test_documents_packed_into_several_rows_equal_single_runs(name) -> None:
+    """The second row ends with padding, except with offsets."""
+    model, width = build_model(), 9
+    cuts = [[0, 4, 9], [0, 2, 5, 9 if name == "cu_seq_lens_q" else 7]]
+    spans = [(row, a, b) for row, bounds in enumerate(cuts) for a, b in zip(bounds, bounds[1:])]
+    ids, mask = torch.randint(50, (2, width)), torch.zeros(2, width, dtype=torch.long)
+    packing = {
+        "position_ids": torch.zeros(2, width, dtype=torch.long),
+        "seq_idx": torch.zeros(2, width, dtype=torch.long),
+    }
+    for number, (row, a, b) in enumerate(spans):
+        mask[row, a:b], packing["position_ids"][row, a:b] = 1, torch.arange(b - a)
+        packing["seq_idx"][row, a:b] = number
+    packing["cu_seq_lens_q"] = torch.tensor([0, *(row * width + b for row, _, b in spans)])
+    masks = {} if name == "cu_seq_lens_q" else {"attention_mask": mask}
+    with torch.no_grad():
+        output = model(ids, labels=ids, **masks, **{name: packing[name]})
+        singles = [model(ids[row : row + 1, a:b], labels=ids[row : row + 1, a:b]) for row, a, b in spans]
+    for (row, a, b), single in zip(spans, singles, strict=True):
+        close(output.logits[row, a:b], single.logits[0])
+    counts = [b - a - 1 for _, a, b in spans]
+    close(output.loss, sum(single.loss * n for single, n in zip(singles, counts, strict=True)) / sum(counts))
+
+
 def test_wrong_packing() -> None:
     model, ids = build_model(), torch.randint(50, (2, 6))
     restart = torch.tensor([[0, 1, 2, 0, 1, 2]])
-    with pytest.raises(ValueError, match="packed into one row"):
-        model(ids, position_ids=restart)
+    with pytest.raises(ValueError, match=r"`spans` must be .* within one row of 6 .* got \[3, 9\) at 1"):
+        model(ids, cu_seq_lens_q=torch.tensor([0, 3, 9, 12]))
+    with pytest.raises(ValueError, match="`attention_mask` must have no padding where `cu_seq_lens_q` is given"):
+        mask = torch.tensor([[0, 1, 1, 1, 1, 1]])
+        model(ids[:1], attention_mask=mask, cu_seq_lens_q=torch.tensor([0, 6]))
     with pytest.raises(ValueError, match="must not be given with packed documents"):
         model(ids[:1], position_ids=restart, use_cache=True)
 

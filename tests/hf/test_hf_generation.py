@@ -202,16 +202,23 @@ def test_unsupported_generation() -> None:
         assert torch.equal(model.generate(prompt, **plain, cache_implementation=kind), model.generate(prompt, **plain))
 
 
-def test_long_prompts_are_read_in_pieces() -> None:
-    model, ids = build_model(), torch.randint(50, (2, 50))
-    lengths = []
-    model.model.layers[0].register_forward_pre_hook(lambda _, inputs: lengths.append(inputs[0].shape[1]))
+def test_long_prompts_are_read_in_pieces(monkeypatch) -> None:
+    """With gradients or hooks, they are read whole."""
+    model, ids, lengths = build_model(), torch.randint(50, (2, 50)), []
+    hidden = mo.Megalodon._hidden
+    monkeypatch.setattr(
+        mo.Megalodon, "_hidden", lambda m, x, *a, **k: lengths.append(x.shape[1]) or hidden(m, x, *a, **k)
+    )
     with torch.no_grad():
         pieces = model(ids)
         kept = model(**padded([ids[0], ids[1, :7]], "left"), logits_to_keep=9)
-    assert max(lengths) == 8
-    close(pieces.logits, model(ids).logits)  # with gradients: in one piece
-    assert max(lengths) == 50
+        assert max(lengths) == 8
+        seen = []
+        with model.model.layers[1].register_forward_hook(lambda _, inputs, output: seen.append(inputs[0].shape[1])):
+            close(model(ids).logits, pieces.logits)
+    assert seen == [50] and lengths.count(50) == 1
+    close(pieces.logits, model(ids).logits)
+    assert lengths.count(50) == 2
     close(kept.logits[0], pieces.logits[0, -9:])
     close(kept.logits[1, -7:], pieces.logits[1, :7])
 

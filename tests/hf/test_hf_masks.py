@@ -178,5 +178,49 @@ def test_wrong_masks() -> None:
         dict(position_ids=torch.tensor([[0, 1, 2, 3, 0, 1]])),
         dict(seq_idx=torch.tensor([[0] * 3 + [1] * 3])),
     ):
-        with pytest.raises(ValueError, match="packed into one row .* without padding"):
+        with pytest.raises(ValueError, match="padding only at the ends of rows that hold several documents"):
             model(ids[:1], attention_mask=hole[:1], **positions)
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_hooks_see_the_columns_of_the_call(side) -> None:
+    """A hook that adds a vector at each row's last token changes what it changes in the row alone."""
+    model, rows, width = build_model(), [torch.randint(50, (n,)) for n in (20, 7, 13)], 20
+    batch, change = padded(rows, side), torch.randn(model.config.model_dim)
+    lasts = [width - 1] * 3 if side == "left" else [len(row) - 1 for row in rows]
+    seen = []
+
+    def add(_, inputs, output):
+        x = output[0] if isinstance(output, tuple) else output
+        seen.append(x.shape[1])
+        x = x.clone()
+        x[range(len(x)), lasts[: len(x)]] += change
+        return (x, *output[1:]) if isinstance(output, tuple) else x
+
+    with torch.no_grad():
+        model.model.layers[0].register_forward_hook(add)
+        together = model(**batch).logits
+        assert seen == [width]
+        for row, (tokens, last) in enumerate(zip(rows, lasts[:], strict=True)):
+            lasts[0] = len(tokens) - 1
+            close(together[row, last], model(tokens[None]).logits[0, -1])
+            lasts[0] = width - 1
+
+
+@pytest.mark.parametrize("padding", [torch.nan, torch.inf, 1e20])
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_values_at_padding_do_not_reach_results_or_gradients(side, padding) -> None:
+    model, rows = build_model(), [torch.randint(50, (n,)) for n in (9, 4)]
+    batch = padded(rows, side)
+    found = []
+    for value in (0.0, padding):
+        outside = batch["attention_mask"][..., None] == 0
+        embeddings = (
+            model.get_input_embeddings()(batch["input_ids"]).detach().masked_fill(outside, value).requires_grad_()
+        )
+        labels = batch["input_ids"].masked_fill(outside[..., 0], -100)
+        loss = model(inputs_embeds=embeddings, attention_mask=batch["attention_mask"], labels=labels).loss
+        grads = torch.autograd.grad(loss, [embeddings, *model.model.layers.parameters()])
+        assert (grads[0].masked_select(outside) == 0).all()
+        found.append((loss, *grads))
+    assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))

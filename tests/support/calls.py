@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from cases import OPS, Case, Tensors, generator, randn
 from torch import Tensor
+from torch.utils._pytree import tree_map, tree_map_only
 
 from megalodon_ops import TimestepNormState
 
@@ -99,6 +100,41 @@ def merge_states(op: str, parameters: Sequence[Tensor], before: Any, after: Any,
     d = after.mean - before.mean
     var = before.var + share * ((after.var - before.var) + (1 - share) * d * d)
     return TimestepNormState(count, before.mean + share * d, var)
+
+
+def separate(function: Function, op: str) -> Function:
+    """A function like `function` that runs each span in a call of its own, as a dense batch of one row."""
+    count = len(OPS[op].tokens)
+
+    def run(*inputs: Tensor, spans: Tensor, **options: Any) -> Any:
+        tokens, parameters = inputs[:count], inputs[count:]
+        results: list[Any] = []
+        flat = [token.flatten(0, 1) for token in tokens]
+        for s, (begin, end) in enumerate(spans.reshape(-1, 2).tolist()):
+            own = {
+                name: tree_map_only(Tensor, lambda t, s=s: t[s : s + 1], value)
+                if name in ("state", "position")
+                else value
+                for name, value in options.items()
+            }
+            results.append(function(*(token[None, begin:end] for token in flat), *parameters, **own))
+        if not OPS[op].outputs:
+            return tree_map(lambda *parts: torch.cat(parts), *results)
+        has_state = isinstance(results[0], tuple) and op != "normalized_qk"
+        outputs = [result[0] if has_state else result for result in results]
+        B, L = tokens[0].shape[:2]
+
+        def spread(*parts: Tensor) -> Tensor:
+            rows, at = [], 0
+            for (begin, end), part in zip(spans.reshape(-1, 2).tolist(), parts, strict=True):
+                rows += [part.new_zeros(begin - at, *part.shape[2:]), part[0]]
+                at = end
+            return torch.cat([*rows, parts[0].new_zeros(B * L - at, *parts[0].shape[2:])]).unflatten(0, (B, L))
+
+        whole = tree_map(spread, *outputs)
+        return (whole, tree_map(lambda *parts: torch.cat(parts), *(r[1] for r in results))) if has_state else whole
+
+    return run
 
 
 def packed(function: Function, op: str, before: int = 0, after: int = 0) -> Function:

@@ -69,15 +69,19 @@ class Case:
         spans = self.spans()
         if spans is None:
             return tokens
-        inside = torch.zeros(tokens.shape[:2], dtype=torch.bool, device=tokens.device)
-        for begin, end in spans.reshape(-1, 2).tolist():
-            inside.view(-1)[begin:end] = True
+        (begins, ends), token = spans.reshape(-1, 2).T[..., None], torch.arange(tokens.shape[0] * tokens.shape[1])
+        inside = ((begins <= token) & (token < ends)).any(0).view(tokens.shape[:2])
         return tokens.where(inside.view(*inside.shape, *[1] * (tokens.dim() - 2)), self.poison)
 
     def spans(self) -> Tensor | None:
         """The spans of the case's sequences."""
         where = [self.options.get(name) for name in SEQUENCES]
         return as_spans(self.op, next(iter(self.tensors.values())), *where)
+
+    def below_the_public_function(self) -> Case:
+        """The case with spans in place of the other arguments that say where sequences lie."""
+        options = {name: value for name, value in self.options.items() if name not in SEQUENCES}
+        return replace(self, options=options | {"spans": self.spans()})
 
     def with_tensors(self, **tensors: Tensor) -> Case:
         return replace(self, tensors=self.tensors | tensors)
@@ -94,7 +98,7 @@ class Case:
 def sequence_options(**rows: Sequence | None) -> dict[str, Tensor]:
     """Tensors of cu_seqlens, lengths, starts or spans."""
     assert rows.keys() <= {*SEQUENCES}, rows
-    options = {name: torch.tensor(values) for name, values in rows.items() if values is not None}
+    options = {name: torch.tensor(v, dtype=torch.int64) for name, v in rows.items() if v is not None}
     return options | ({"spans": options["spans"].view(-1, 2)} if "spans" in options else {})
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -11,31 +11,13 @@ from transformers import PreTrainedModel
 
 from ..model.config import MegalodonConfig
 from ..model.layers import NO_STATE
+from ..model.sequences import Sequences
 from ..ops.linear_cross_entropy.linear_cross_entropy import has_integers
 from ..ops.common.checks import check_rank, check_tensor, describe
 from .cache import MegalodonCache
 
 IGNORED = -100
 """Label that the loss ignores"""
-
-
-class Padding(NamedTuple):
-    """Padding in arbitrary columns of rows (B, L). The ops read rows without padding, which begin in column 0."""
-
-    present: Tensor
-    """(B, L) bool, True for columns with a token"""
-    columns: Tensor
-    """(B, W) columns of each row's tokens; shorter rows repeat the last one. W: the most tokens of a row, at least 1"""
-    lengths: Tensor | None
-    """(B,) number of tokens in each row, which may be 0. None: all rows have W"""
-
-    def remove(self, rows: Tensor) -> Tensor:
-        """Remove the padding from rows (B, L) or (B, L, D); repeat the last token up to W."""
-        return select(rows, self.columns)
-
-    def positions(self) -> Tensor:
-        """(B, L) index of each column's token among its row's tokens; at padding, that of the token before, or 0."""
-        return (self.present.cumsum(1) - 1).clamp(min=0)
 
 
 def select(rows: Tensor, columns: Tensor) -> Tensor:
@@ -45,8 +27,8 @@ def select(rows: Tensor, columns: Tensor) -> Tensor:
     return rows.gather(1, columns if rows.dim() == 2 else columns[..., None].expand(-1, -1, rows.shape[2]))
 
 
-def _read_padding(op: str, attention_mask: Tensor | None, shape: tuple[int, int], past: int) -> Padding | None:
-    """Return a call's padding, from the last columns of the mask; None if the call has no padding."""
+def _read_mask(op: str, attention_mask: Tensor | None, shape: tuple[int, int], past: int) -> Tensor | None:
+    """Return (B, L) bool, True for tokens, from the last columns of the mask; None if the call has no padding."""
     if attention_mask is None:
         return None
     batch, length = shape
@@ -55,50 +37,50 @@ def _read_padding(op: str, attention_mask: Tensor | None, shape: tuple[int, int]
         got = tuple(attention_mask.shape)
         raise ValueError(f"{op}: `attention_mask` must be ({batch}, {length}){past_too}, got {got}.")
     mask = attention_mask[:, attention_mask.shape[1] - length :]
-    present, is_compiling = mask != 0, torch.compiler.is_compiling()  # compiled programs do not read the mask's values
-    if not is_compiling:
+    present = mask != 0
+    if not torch.compiler.is_compiling():  # compiled programs do not read the mask's values
         if bool((mask == 1).all()):
             return None
         if bool((present & (mask != 1)).any()):
             raise ValueError(f"{op}: `attention_mask` must hold 1 for a token and 0 for padding, got other values.")
-    lengths = present.sum(1)
-    tokens = torch.arange(1, length + 1, device=mask.device).minimum(lengths[:, None])
-    columns = torch.searchsorted(present.cumsum(1), tokens)
-    if is_compiling:
-        return Padding(present, columns, lengths)
-    shortest, longest = torch.stack(lengths.aminmax()).tolist()
-    width = max(longest, 1)
-    return Padding(present, columns[:, :width], None if shortest == width else lengths)
+    return present
 
 
-def _read_packing(
-    op: str, shape: tuple[int, int], offsets: Tensor | None, padding: Padding | None, **indices: Tensor | None
-) -> Tensor | None:
-    """Return offsets (S + 1,) of the documents in one row (1, L), or None if each row is one document.
+def _read_documents(
+    op: str, shape: tuple[int, int], offsets: Tensor | None, present: Tensor | None, **indices: Tensor | None
+) -> dict[str, Tensor] | None:
+    """Return the documents that share rows, as keywords of a model; None if each row is one document.
 
-    Given offsets take precedence over `indices` (B, L): a document begins where `position_ids` do not increase by one
-    from a column to the next, or where `seq_idx` changes.
+    Given offsets (S + 1,) in the flattened rows take precedence over `indices` (B, L): a document begins where
+    `position_ids` do not increase by one from a column to the next, or where `seq_idx` changes.
     """
-    if offsets is None:
-        begins = []
-        for name, values in indices.items():
-            if values is None or shape[1] == 1:
-                continue
-            if values.dim() != 2 or values.shape[0] not in (1, shape[0]) or values.shape[1] < shape[1]:
-                raise ValueError(f"{op}: `{name}` must be {shape} as the tokens, got {tuple(values.shape)}.")
-            values = values[:, -shape[1] :].expand(shape)
-            changes = (values if padding is None else padding.remove(values)).diff()
-            starts = changes != (1 if name == "position_ids" else 0)
-            if name == "position_ids" and padding is not None:
-                starts &= padding.columns.diff() == 1  # `generate` restarts its positions after padding
-            begins.append(starts)
-        if not begins or not bool((begins := torch.stack(begins).any(0)).any()):
-            return None
-        offsets = nn.functional.pad(begins[0].nonzero().squeeze(1) + 1, (1, 0))
-        offsets = nn.functional.pad(offsets, (0, 1), value=shape[1])
-    if shape[0] != 1 or padding is not None:
-        raise ValueError(f"{op}: documents must be packed into one row (1, L) without padding, got {shape}.")
-    return offsets
+    if offsets is not None:
+        if present is not None:
+            raise ValueError(f"{op}: `attention_mask` must have no padding where `cu_seq_lens_q` is given.")
+        return {"cu_seqlens": offsets} if shape[0] == 1 else {"spans": torch.stack((offsets[:-1], offsets[1:]), 1)}
+    cuts, tokens = [], present
+    for name, values in indices.items():
+        if values is None or shape[1] == 1:
+            continue
+        if values.dim() != 2 or values.shape[0] not in (1, shape[0]) or values.shape[1] < shape[1]:
+            raise ValueError(f"{op}: `{name}` must be {shape} as the tokens, got {tuple(values.shape)}.")
+        values = values[:, -shape[1] :].expand(shape)
+        tokens = torch.ones(shape, dtype=torch.bool, device=values.device) if tokens is None else tokens
+        if name == "position_ids":  # `generate` restarts them after padding
+            cuts.append((values.diff() != 1) & tokens[:, 1:] & tokens[:, :-1])
+        else:
+            last = torch.where(tokens, torch.arange(shape[1], device=values.device), -1).cummax(1).values[:, :-1]
+            cuts.append((values[:, 1:] != values.gather(1, last.clamp(min=0))) & tokens[:, 1:] & (last >= 0))
+    if not cuts or not bool((cuts := torch.stack(cuts).any(0)).any()):
+        return None
+    if bool((tokens.diff() & tokens[:, 1:]).sum(1).add(tokens[:, 0]).gt(1).any()):
+        raise ValueError(
+            f"{op}: `attention_mask` must have padding only at the ends of rows that hold several documents."
+        )
+    cuts, padded = nn.functional.pad(cuts, (1, 1)), nn.functional.pad(tokens, (1, 1))
+    first, last = tokens & (cuts[:, :-1] | ~padded[:, :-2]), tokens & (cuts[:, 1:] | ~padded[:, 2:])
+    begins, lasts = (at.flatten().nonzero().squeeze(1) for at in (first, last))
+    return {"spans": torch.stack((begins, lasts + 1), 1)}
 
 
 def check_labels(op: str, labels: Tensor, shape: tuple[int, int], name: str = "labels") -> None:
@@ -113,16 +95,15 @@ def check_labels(op: str, labels: Tensor, shape: tuple[int, int], name: str = "l
 def targets_of(op: str, labels: Tensor, are_shifted: bool, config: MegalodonConfig, batch: Batch) -> Tensor:
     """Return the target of each token (B, W): its own label if labels `are_shifted`, else that of the token after it.
 
-    The target is IGNORED at the ends of rows and documents, and where it is a token that the model reads but never
-    predicts (such as a start token without a logit). In a padded row of n tokens, only the first n - 1
-    targets are defined, or the first n if labels `are_shifted`.
+    The target is IGNORED at each sequence's last token, unless labels `are_shifted`, and where it is a token that the
+    model reads but never predicts (such as a start token without a logit). At padding it is arbitrary.
     """
     check_labels(op, labels, batch.shape, "shift_labels" if are_shifted else "labels")
-    targets = (labels if batch.padding is None else batch.padding.remove(labels)).long()
+    targets = (labels if batch.columns is None else select(labels, batch.columns)).long()
     if not are_shifted:
         targets = nn.functional.pad(targets[:, 1:], (0, 1), value=IGNORED)
-        if batch.cu_seqlens is not None:
-            targets[:, batch.cu_seqlens.long() - 1] = IGNORED  # offset 0 gives -1, the row's end
+        if batch.spans is not None:
+            targets.view(-1)[batch.spans[..., 1].flatten() - 1] = IGNORED  # end 0 gives -1, the last row's end
     return targets.masked_fill((targets >= config.num_outputs) & (targets < config.vocab_size), IGNORED)
 
 
@@ -149,8 +130,16 @@ class Batch:
     """Tokens (B, L), numbers (B, L, F) for some encoders, or embeddings (B, L, D)"""
     cache: MegalodonCache | None
     returns_cache: bool
-    padding: Padding | None = None
-    cu_seqlens: Tensor | None = None
+    present: Tensor | None = None
+    """(B, L) bool, True for columns with a token; None: no padding"""
+    columns: Tensor | None = None
+    """(B, W) columns that the model reads: each row's tokens, then its last one up to W. None: all, W = L"""
+    positions: Tensor | None = None
+    """(B, L) index among the columns read of the one whose result a column gets; None: its own"""
+    spans: Tensor | None = None
+    """Sequences in the columns read, as the model takes them"""
+    is_packed: bool = False
+    """True if documents share rows"""
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -159,22 +148,54 @@ class Batch:
 
     @property
     def width(self) -> int:
-        """W, the most tokens of a row."""
-        return self.shape[1] if self.padding is None else self.padding.columns.shape[1]
+        """W, the number of columns that the model reads."""
+        return self.shape[1] if self.columns is None else self.columns.shape[1]
 
     @property
     def holds_embeddings(self) -> bool:
         """True if the inputs are embeddings."""
         return self.name == "inputs_embeds"
 
-    @property
-    def lengths(self) -> Tensor | None:
-        """(B,) number of tokens in each row of :meth:`without_padding`; None: all rows have W."""
-        return None if self.padding is None else self.padding.lengths
+    def read_padding(self, compact: bool) -> dict[str, Tensor]:
+        """Set `columns` and `positions`; return the rows' sequences, as keywords of a model.
+
+        Padding before and after a row's tokens stays where it is. Padding between tokens is left out, as is all padding
+        in compiled programs, which do not read the mask, and in calls that `compact`.
+        """
+        present, length = self.present, self.shape[1]
+        lengths, column = present.sum(1), torch.arange(length, device=present.device)
+        if not (compact or torch.compiler.is_compiling()):
+            last = torch.where(present, column, 0).cummax(1).values
+            starts = present.int().argmax(1)  # 0 in a row without a token
+            if bool(((last[:, -1] - starts + 1 == lengths) | (lengths == 0)).all()):
+                self.positions = None if bool(present[:, -1].all()) else last
+                return {"lengths": lengths} if not bool(starts.any()) else {"starts": starts, "lengths": lengths}
+        self.positions = (present.cumsum(1) - 1).clamp(min=0)
+        self.columns = torch.searchsorted(present.cumsum(1), (column + 1).minimum(lengths[:, None]))
+        if torch.compiler.is_compiling():
+            return {"lengths": lengths}
+        shortest, longest = torch.stack(lengths.aminmax()).tolist()
+        self.columns = self.columns[:, : max(longest, 1)]
+        return {} if shortest == self.width else {"lengths": lengths}
 
     def without_padding(self) -> Tensor:
-        """Return `inputs` (B, W, ...) without padding before and between tokens."""
-        return self.inputs if self.padding is None else self.padding.remove(self.inputs)
+        """Return the columns of `inputs` that the model reads, (B, W, ...), zero at padding.
+
+        Padding may hold invalid ids, and NaN at padding would reach the gradients of weights.
+        """
+        inputs = self.inputs if self.columns is None else select(self.inputs, self.columns)
+        if self.spans is None:
+            return inputs
+        outside = ~Sequences(self.spans).mask(inputs)
+        return inputs.masked_fill(outside.view(*outside.shape, *[1] * (inputs.dim() - 2)), 0)
+
+    def spans_of(self, begin: int, end: int) -> Tensor | None:
+        """Return the spans of the columns [begin, end) of rows that hold one sequence each."""
+        if self.spans is None or end - begin == self.width:
+            return self.spans
+        row = torch.arange(self.shape[0], device=self.spans.device)[:, None]
+        columns = self.spans.view(-1, 2) - row * self.width
+        return (columns.clamp(begin, end) - begin + row * (end - begin)).view(self.spans.shape)
 
     @property
     def is_for_decoder(self) -> bool:
@@ -182,8 +203,8 @@ class Batch:
         if self.cache is None or self.holds_embeddings or torch.is_grad_enabled() or torch.compiler.is_compiling():
             return False
         if self.cache.undo:
-            return self.lengths is None and self.cu_seqlens is None
-        return self.cache.is_initialized and self.shape[1] == 1 and self.padding is None
+            return self.spans is None
+        return self.cache.is_initialized and self.shape[1] == 1 and self.present is None
 
 
 def read_batch(
@@ -234,21 +255,26 @@ def read_batch(
     if batch.shape[1] == 0:
         raise ValueError(f"{op}: `{name}` must have at least one token, got shape {batch.shape}.")
     past = 0 if cache is None else cache.get_seq_length()
-    batch.padding = _read_padding(op, attention_mask, batch.shape, past)
+    batch.present = _read_mask(op, attention_mask, batch.shape, past)
     if not (
         model._core_class.config_type.causal
-        or batch.lengths is None
+        or batch.present is None
         or torch.compiler.is_compiling()
-        or bool(batch.lengths.all())
+        or bool(batch.present.any(1).all())
     ):
         raise ValueError(f"{op}: `attention_mask` must have a token in every row, got a row without one.")
     indices = dict(position_ids=position_ids, seq_idx=seq_idx)
-    batch.cu_seqlens = _read_packing(op, batch.shape, cu_seq_lens_q, batch.padding, **indices)
-    if batch.cu_seqlens is not None and batch.returns_cache:
+    where = _read_documents(op, batch.shape, cu_seq_lens_q, batch.present, **indices)
+    batch.is_packed = where is not None
+    if batch.is_packed and batch.returns_cache:
         raise ValueError(
             f"{op}: `cache` and `use_cache` must not be given with packed documents, which end in the call."
         )
-    if use_cache is None and batch.cu_seqlens is None and not model.training:
+    if where is None:
+        can_undo = cache is not None and cache.undo > 0  # its decoder reads rows without padding
+        where = {} if batch.present is None else batch.read_padding(compact=can_undo)
+    batch.spans = Sequences.of(op, inputs[:, : batch.width], **where).spans
+    if use_cache is None and not batch.is_packed and not model.training:
         batch.returns_cache |= config.use_cache
     return batch
 
@@ -263,7 +289,6 @@ def kept_positions(op: str, logits_to_keep: int | Tensor | None, batch: Batch) -
         kept = torch.arange(length, device=logits_to_keep.device)[logits_to_keep]  # checks bounds, counts from the end
     elif logits_to_keep:
         kept = torch.arange(max(length - logits_to_keep, 0), length, device=batch.inputs.device)
-    if batch.padding is None:
+    if batch.positions is None:
         return kept
-    positions = batch.padding.positions()
-    return positions if kept is None else positions[:, kept]
+    return batch.positions if kept is None else batch.positions[:, kept]

@@ -36,30 +36,26 @@ class MegalodonCausalModel(MegalodonPreTrainedModel):
     def _hidden(self, batch: Batch, positions: Tensor | None, whole: bool) -> Tensor:
         """Return the final norm's output (B, K, D) at `positions` (K,) or (B, K); None: at all positions.
 
-        If the call returns a cache, update it or create one. Padding is removed, so position i is token i of a row.
-        Without gradients, and unless `whole`, the layers read one chunk of tokens at a time, so that only the result
-        grows with the number of tokens.
+        If the call returns a cache, update it or create one. Without gradients and hooks, and unless `whole`, the layers
+        read one chunk of columns at a time, so that only the result grows with the number of tokens.
         """
-        model, inputs, lengths = self.megalodon, batch.without_padding(), batch.lengths
+        model, inputs = self.megalodon, batch.without_padding()
         length, state = inputs.shape[1], None if batch.cache is None else batch.cache.state
         if not batch.holds_embeddings:
-            if lengths is not None:
-                inputs = inputs.masked_fill(lengths[:, None] == 0, 0)  # padding may be an invalid id
-            sequences = Sequences.of(type(self).__name__, inputs, cu_seqlens=batch.cu_seqlens, lengths=lengths)
-            model._check(type(self).__name__, "input_ids", inputs, state, sequences)
-        whole = whole or torch.is_grad_enabled() or batch.cu_seqlens is not None
-        size = length if whole else min(model.config.chunk_size, length)
+            model._check(type(self).__name__, "input_ids", inputs, state, Sequences(batch.spans))
+        size = model.config.chunk_size
+        if whole or length <= size or torch.is_grad_enabled() or batch.is_packed or _has_hooks(self):
+            size = length
         pieces, selected = [], None
         for begin in range(0, length, size):
             end = min(begin + size, length)
             part = inputs[:, begin:end]
-            part_lengths = None if lengths is None else (lengths - begin).clamp(0, end - begin)
             piece, state = model._hidden(
                 part * model.config.embedding_scale if batch.holds_embeddings else model._embed(part),
                 state,
                 return_state=batch.returns_cache or end < length,
                 inplace_state=begin > 0,  # the first state is the caller's
-                sequences=Sequences.of(type(self).__name__, part, cu_seqlens=batch.cu_seqlens, lengths=part_lengths),
+                sequences=Sequences(batch.spans_of(begin, end)),
             )
             if positions is None:
                 pieces.append(piece)
@@ -72,6 +68,11 @@ class MegalodonCausalModel(MegalodonPreTrainedModel):
         if positions is not None:
             return selected
         return pieces[0] if len(pieces) == 1 else torch.cat(pieces, dim=1)
+
+
+def _has_hooks(model: nn.Module) -> bool:
+    """Return True if a module has forward hooks, which would see a text that is read in pieces several times."""
+    return any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
 
 
 class MegalodonModel(MegalodonCausalModel):
@@ -174,10 +175,11 @@ class MegalodonForCausalLM(MegalodonCausalModel, GenerationMixin):
         Args:
             input_ids: (B, L) integers.
             attention_mask: (B, L), or (B, past + L) with a cache: 1 for a token, 0 for padding, in arbitrary columns.
-                The result is that of the row without its padding. At padding, the logits are those of the token before
-                it; before a row's first token in the call, they are arbitrary.
-            position_ids: (B, L); a document begins where they do not increase by one from a column to the next (B must
-                be 1 then). Their values are otherwise ignored.
+                The result is that of the row without its padding. Padding before and after the tokens stays in place:
+                hooks see the call's columns. At padding, the logits are those of the token before it; before a row's
+                first token in the call, they are arbitrary.
+            position_ids: (B, L); a document begins where they do not increase by one from a column to the next. Their
+                values are otherwise ignored.
             cache, past_key_values: two names of one argument, the past, which is updated in place.
             inputs_embeds: (B, L, D), from `get_input_embeddings()`, instead of `input_ids`.
             labels: (B, L), the tokens, which the call shifts. The loss ignores the label -100, padding, a document's
@@ -188,7 +190,8 @@ class MegalodonForCausalLM(MegalodonCausalModel, GenerationMixin):
                 and the final norm's output (:meth:`megalodon_ops.Megalodon.features`).
             logits_to_keep: return logits of the last n columns, or of the columns in a 1-D tensor; 0 or None: of all.
                 The loss does not depend on this argument.
-            cu_seq_lens_q: (S + 1,) offsets of documents packed into one row; takes precedence over `position_ids`.
+            cu_seq_lens_q: (S + 1,) offsets of documents in the flattened rows (B * L), each within one row; takes
+                precedence over `position_ids`.
             num_items_in_batch: divides the summed loss, instead of the number of labels; Trainer passes it. If it is
                 given without labels, Trainer computes a loss from the logits, so tokens that are never predicted share
                 the probability e^-20 instead of 0.
@@ -200,8 +203,8 @@ class MegalodonForCausalLM(MegalodonCausalModel, GenerationMixin):
                 `max_length_q`, `max_length_k`, `tokenizer`.
 
         Raises:
-            ValueError: a mask that is not 2-D or holds other numbers than 0 and 1; packed documents in more than one
-                row; `output_attentions`.
+            ValueError: a mask that is not 2-D or holds other numbers than 0 and 1; a document in two rows;
+                `output_attentions`.
             TypeError: the cache is not a MegalodonCache; an unknown argument.
         """
         # Not a named parameter: Trainer expects each parameter with "label" in its name in every batch.
@@ -241,7 +244,7 @@ class MegalodonForCausalLM(MegalodonCausalModel, GenerationMixin):
         if batch.cache.undo and positions is not None:
             before = max(min(tokens.shape[1] - batch.cache.undo - 1, int(positions.min())), 0)
         if before:
-            first = dataclasses.replace(batch, inputs=tokens[:, :before], padding=None)
+            first = dataclasses.replace(batch, inputs=tokens[:, :before], present=None, columns=None, positions=None)
             self._hidden(first, positions.new_tensor([before - 1]), whole=False)
         logits = batch.cache.decode(self.megalodon, tokens[:, before:], columns)
         return logits if positions is None else select(logits, positions - before)
@@ -250,15 +253,12 @@ class MegalodonForCausalLM(MegalodonCausalModel, GenerationMixin):
         self, hidden: Tensor, labels: Tensor, are_shifted: bool, batch: Batch, num_items: int | Tensor | None
     ) -> Tensor:
         targets = targets_of(type(self).__name__, labels, are_shifted, self.megalodon.config, batch)
-        lengths = batch.lengths
-        if not (lengths is None or are_shifted):
-            lengths = lengths - 1  # the last token has no target
         loss = self.megalodon._cross_entropy(
             hidden,
             targets.to(hidden.device),
             reduction="mean" if num_items is None else "sum",
             ignore_index=IGNORED,
-            sequences=Sequences.of(type(self).__name__, hidden, cu_seqlens=batch.cu_seqlens, lengths=lengths),
+            sequences=Sequences(batch.spans),
         )
         return loss if num_items is None else loss / num_items
 

@@ -66,15 +66,15 @@ class MegalodonForSequenceClassification(MegalodonCausalModel):
         """
         op = type(self).__name__
         batch = read_batch(self, input_ids, attention_mask, use_cache=use_cache, **arguments)
-        offsets, lengths = batch.cu_seqlens, batch.lengths
-        counts = lengths if offsets is None else offsets.diff()
-        if not (counts is None or torch.compiler.is_compiling() or bool(counts.all())):
-            raise ValueError(f"{op}: there must be a token in every row, got a row without one.")
-        last = torch.tensor([batch.width - 1], device=batch.inputs.device)
-        if counts is not None:
-            last = lengths[:, None] - 1 if offsets is None else offsets[1:].long() - 1
+        spans, last = batch.spans, torch.tensor([batch.width - 1], device=batch.inputs.device)
+        if spans is not None:
+            begins, ends = spans.reshape(-1, 2).unbind(1)
+            if not (torch.compiler.is_compiling() or bool((begins < ends).all())):
+                raise ValueError(f"{op}: there must be a token in every row, got a row without one.")
+            last = None if batch.is_packed else (ends - 1 - begins // batch.width * batch.width)[:, None]
         output = self.model(batch=batch, positions=last, output_hidden_states=output_hidden_states, return_dict=True)
-        logits = at_least_float32(self.score(output.last_hidden_state)).flatten(0, 1)
+        hidden = output.last_hidden_state.flatten(0, 1)
+        logits = at_least_float32(self.score(hidden if last is not None else hidden[ends - 1]))
         loss = None if labels is None else self._class_loss(logits, labels)
         return SequenceClassifierOutputWithPast(
             loss=loss, logits=logits, hidden_states=output.hidden_states, **{CACHE: batch.cache}

@@ -77,13 +77,13 @@ class MegalodonEncoderModel(MegalodonEncoderPreTrainedModel):
     ) -> BaseModelOutput:
         """Return features (B, L, D); arguments as in :meth:`MegalodonEncoderForSequenceClassification.forward`.
 
-        A model with a head passes `batch`, the arguments that it has read. The features then have no padding.
+        A model with a head passes `batch`, the arguments that it has read. The features are then those of the columns
+        read, (B, W, D).
         """
         has_head, encoder = batch is not None, self.megalodon
         if batch is None:
             batch = self._read(input_ids, attention_mask, input_values, **arguments)
-        op, x = type(self).__name__, batch.without_padding()
-        sequences = Sequences.of(op, x, cu_seqlens=batch.cu_seqlens, lengths=batch.lengths)
+        op, x, sequences = type(self).__name__, batch.without_padding(), Sequences(batch.spans)
         if not batch.holds_embeddings:
             check_inputs(op, batch.name, x, encoder, sequences)
             x = encoder._embed(x, sequences)
@@ -92,8 +92,8 @@ class MegalodonEncoderModel(MegalodonEncoderPreTrainedModel):
         with self._record_layers(output_hidden_states, batch) as layers:
             features = encoder._hidden(x, sequences)
         check_not_empty(op, batch.name, x, sequences)
-        if not has_head and batch.padding is not None:
-            features = select(features, batch.padding.positions())
+        if not has_head and batch.positions is not None:
+            features = select(features, batch.positions)
         return BaseModelOutput(last_hidden_state=features, hidden_states=layers and tuple(layers))
 
 
@@ -163,8 +163,7 @@ class MegalodonEncoderForSequenceClassification(MegalodonEncoderPreTrainedModel)
         """
         batch = self._read(input_ids, attention_mask, input_values, **arguments)
         output = self.model(batch=batch, output_hidden_states=output_hidden_states, return_dict=True)
-        offsets = dict(cu_seqlens=batch.cu_seqlens, lengths=batch.lengths)
-        logits = at_least_float32(self.classifier(output.last_hidden_state, **offsets))
+        logits = at_least_float32(self.classifier(output.last_hidden_state, spans=batch.spans))
         loss = None if labels is None else self._class_loss(logits, labels)
         return SequenceClassifierOutput(loss=loss, logits=logits, hidden_states=output.hidden_states)
 
@@ -230,12 +229,11 @@ class MegalodonEncoderForMaskedLM(MegalodonEncoderPreTrainedModel):
         """
         batch = self._read(input_ids, attention_mask, **arguments)
         output = self.model(batch=batch, output_hidden_states=output_hidden_states, return_dict=True)
-        positions = None if batch.padding is None else batch.padding.positions()
-        logits, loss = at_least_float32(map_columns(self.output, output.last_hidden_state, positions)), None
+        logits, loss = at_least_float32(map_columns(self.output, output.last_hidden_state, batch.positions)), None
         if labels is not None:
             check_labels(type(self).__name__, labels, batch.shape)
-            if batch.padding is not None:
-                labels = labels.masked_fill(~batch.padding.present.to(labels.device), IGNORED)
+            if batch.present is not None:
+                labels = labels.masked_fill(~batch.present.to(labels.device), IGNORED)
             loss = self.loss_function(
                 logits, labels, vocab_size=self.config.vocab_size, num_items_in_batch=num_items_in_batch
             )

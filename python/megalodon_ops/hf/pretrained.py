@@ -210,7 +210,7 @@ class MegalodonPreTrainedModel(PreTrainedModel):
             yield None
             return
         recorded: list[Tensor] = []
-        positions = None if batch.padding is None else batch.padding.positions()
+        positions = batch.positions
 
         def keep(x: Tensor | tuple[Tensor, MegalodonState]) -> None:
             x = x[0] if isinstance(x, tuple) else x

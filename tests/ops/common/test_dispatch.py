@@ -84,7 +84,7 @@ def test_results_that_the_flags_leave_out_are_empty():
     _, stats, count, mean, var, residual = ops.timestep_norm_fwd(x, zeros, zeros, 2, 1e-5, *[None] * 5, True, True)
     assert stats.shape == (3, 2, 5, 2) and count.tolist() == [5, 5] and residual.shape == (2, 2, 2)
     p, q = torch.rand(8, 3), torch.rand(8, 3).to(torch.complex64)
-    _, state = ops.cema_fwd(x, p, q, q, zeros, None, None, None, False)
+    _, state = ops.cema_fwd(x, p, q, q, zeros, None, None, False)
     assert state.numel() == 0
 
 

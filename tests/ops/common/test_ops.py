@@ -9,7 +9,7 @@ import pytest
 import torch
 from assertions import TOLERANCE, assert_all_close, assert_bit_equal, assert_matches_reference, every_case
 from backends import DEVICES, EMULATED_AMX, EMULATES_AMX, EVERY_BACKEND, FAST, WIDE_DEVICES
-from calls import OPS, invariant_results, evaluate, forward, packed, streamed
+from calls import OPS, invariant_results, evaluate, forward, packed, separate, streamed
 from cases import BUILDERS, SMALL, WITH_STATE, chunked_attention_case
 from hypothesis import given
 from hypothesis import strategies as st
@@ -66,6 +66,34 @@ def test_pieces_give_the_whole(op, data):
     length = case.tensors[OPS[op].tokens[0]].shape[1]
     cut = evaluate(streamed(function(op), op, data.draw(pieces(length))), case)
     assert_all_close(invariant_results(op, cut), invariant_results(op, whole), tolerance=TOLERANCE, terms=case.terms)
+
+
+@each_op_on(WIDE_DEVICES)
+@given(data=st.data())
+def test_every_form_equals_its_spans(op, data):
+    case = data.draw(CASES[op](kinds=("padded", "packed", "left-padded")))
+    assert_bit_equal(evaluate(function(op), case), evaluate(function(op), case.below_the_public_function()))
+
+
+@each_op_on(WIDE_DEVICES)
+@given(data=st.data())
+def test_each_span_gives_what_its_sequence_gives_alone(op, data):
+    """Outputs, states, and gradients of tokens and states, to the bit; parameters' gradients are sums over sequences.
+
+    CEMA and the memory divide their work by the call's sizes, which changes the rounding.
+    """
+    by_size = "cema" in op or "memory" in op
+    case = data.draw(CASES[op](*([st.just(torch.float64)] if by_size else []), kinds=("spans",)))
+    if "attention" in op:  # DropKey's mask depends on the sequence's number
+        case = case.with_options(dropkey=0.0)
+    if len(case.options["spans"]):
+        alone, together = (evaluate(f, case) for f in (separate(function(op), op), function(op)))
+        sums = [] if by_size else [f"d{name}" for name in OPS[op].parameters]
+        alone, together = ({n: t for n, t in found.items() if n not in sums} for found in (alone, together))
+        if by_size:
+            assert_all_close(together, alone, tolerance=TOLERANCE, terms=case.terms)
+        else:
+            assert_bit_equal(together, alone)
 
 
 @each_op_on(WIDE_DEVICES)

@@ -10,6 +10,7 @@ import random
 import threading
 import warnings
 import weakref
+from contextlib import nullcontext
 from functools import partial
 from types import SimpleNamespace
 
@@ -254,7 +255,10 @@ def test_lengths_that_a_module_computes():
 
 
 def test_values_of_every_call_are_checked():
-    """Lengths, offsets and positions that a kernel would follow outside of its memory."""
+    """Lengths, offsets, spans and positions that a kernel would follow outside of its memory.
+
+    Lengths become spans in Python; offsets are read in place.
+    """
     x, weights = torch.randn(1, 4, D), (torch.ones(D), torch.zeros(D))
     norm = partial(mo.timestep_norm, weight=weights[0], bias=weights[1], num_groups=2)
     caches = torch.randn(2, 1, 8, 1, D)
@@ -263,12 +267,15 @@ def test_values_of_every_call_are_checked():
         state = mo.AttentionState(*caches, position)
         return mo.chunked_attention(*[x[:, :, None]] * 3, chunk_size=8, state=state)
 
+    outside = r"`spans` .* in order, disjoint and within one row of 4 .* \[0, 5\) at 0"
     for function, good, wrong, message in (
         (lambda x, lengths: norm(x, lengths=lengths), [3], [5], r"timestep_norm: `lengths` .* \[0, 4\], got 5 at 0"),
+        (lambda x, spans: norm(x, spans=spans), [[1, 3]], [[0, 5]], outside),
         (lambda x, ends: norm(x, cu_seqlens=ends), [0, 2, 4], [0, 3, 2], "`cu_seqlens` .* non-decreasing .* 2 at 2"),
         (attend, [3], [8], r"chunked_attention: `state.position` .* \[0, 8\), got 8 at 0"),
     ):
-        step = mo.record(function, x, torch.tensor(good))
+        with pytest.warns(UserWarning, match="`add`, `stack`") if "lengths" in message else nullcontext():
+            step = mo.record(function, x, torch.tensor(good))
         assert torch.equal(step(x, torch.tensor(good)), function(x, torch.tensor(good)))
         with pytest.raises(ValueError, match=message):
             step(x, torch.tensor(wrong))

@@ -22,7 +22,7 @@ FLOAT64 = st.just(torch.float64)
 
 def explicit_gradients(case, incoming):
     """Gradients of `<op>_bwd`, with the names that `evaluate` gives."""
-    op = OPS[case.op]
+    op, case = OPS[case.op], case.below_the_public_function()
     backward = getattr(reference, f"{case.op}_bwd")
     inputs = [case.tensors[name] for name in op.tokens + op.parameters]
     if op.gradients:
