@@ -99,13 +99,13 @@ class Megalodon(MegalodonBase):
 
     def _reference(self) -> Megalodon:
         """Return an unmodified model of this configuration on `meta`; :class:`Decoder` compares this model with it."""
-        return _shared_empty_model(Megalodon, self.config, torch.float32, self.quantization)
+        return shared_empty_model(Megalodon, self.config, torch.float32, self.quantization)
 
     stream = stream
     generate = generate
 
 
-_shared_empty_model = functools.lru_cache(maxsize=8)(empty_model)
+shared_empty_model = functools.lru_cache(maxsize=8)(empty_model)
 
 
 class MegalodonEncoder(MegalodonEncoderBase):

@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 import torch
 from megalodon_ops.model.model_state import named_tensors
-from megalodon_ops.model.state_layout import layout
+from megalodon_ops.model.model_state import layout
 from models import TINY, tiny_model, tokens_of
 from torch.utils._pytree import tree_leaves, tree_map_only
 

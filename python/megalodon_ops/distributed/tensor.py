@@ -28,7 +28,7 @@ from torch.distributed.tensor import DTensor, Replicate, Shard
 from torch.utils._pytree import tree_map
 
 from ..model.config import MegalodonConfig
-from ..model.gecko_block import GeckoAttention
+from ..model.gecko_block import has_gecko_parts
 from ..model.layers import take_methods
 from ..public_models import Megalodon
 from ..model.model_state import MegalodonState, as_real, from_named, named_tensors
@@ -111,7 +111,7 @@ def check_can_split(caller: str, config: MegalodonConfig, ranks: int) -> None:
     """Raise a ValueError if a model cannot be split over this number of ranks."""
     if ranks == 1:
         return
-    if GeckoAttention.serves(config):
+    if has_gecko_parts(config):
         unsplit = "a working memory or attention to two chunks"
         raise ValueError(f"{caller}: `mesh` must have tensor = 1 for a model with {unsplit}, got {ranks}.")
     for field in ("norm_num_groups", "value_dim", "ffn_hidden_dim"):

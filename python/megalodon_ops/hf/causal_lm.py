@@ -15,11 +15,13 @@ from transformers.utils import can_return_tuple
 
 from ..model.blocks import at_least_float32
 from ..public_models import Megalodon
+from ..model.megalodon import Wanted
+from ..model.model_state import CallOptions
 from ..model.sequences import Sequences
 from .arguments import IGNORED, Batch, kept_positions, map_columns, read_batch, select, targets_of
 from .cache import CACHE, MegalodonCache
 from .configuration import MegalodonHFConfig
-from .pretrained import MegalodonPreTrainedModel
+from .pretrained import CausalCore, MegalodonPreTrainedModel
 
 
 class MegalodonCausalModel(MegalodonPreTrainedModel):
@@ -42,11 +44,12 @@ class MegalodonCausalModel(MegalodonPreTrainedModel):
         """
         model, inputs, lengths = self.megalodon, batch.without_padding(), batch.lengths
         length, state = inputs.shape[1], None if batch.cache is None else batch.cache.state
+        op = type(self).__name__
         if not batch.holds_embeddings:
             if lengths is not None:
                 inputs = inputs.masked_fill(lengths[:, None] == 0, 0)  # padding may be an invalid id
-            sequences = Sequences.of(type(self).__name__, inputs, cu_seqlens=batch.cu_seqlens, lengths=lengths)
-            model._check(type(self).__name__, "input_ids", inputs, state, sequences)
+            sequences = Sequences.of(op, inputs, cu_seqlens=batch.cu_seqlens, lengths=lengths)
+            model._check(op, "input_ids", inputs, state, sequences)
         whole = whole or torch.is_grad_enabled() or batch.cu_seqlens is not None
         size = length if whole else min(model.config.chunk_size, length)
         pieces, selected = [], None
@@ -56,10 +59,12 @@ class MegalodonCausalModel(MegalodonPreTrainedModel):
             part_lengths = None if lengths is None else (lengths - begin).clamp(0, end - begin)
             piece, state = model._hidden(
                 part * model.config.embedding_scale if batch.holds_embeddings else model._embed(part),
-                state,
-                return_state=batch.returns_cache or end < length,
-                inplace_state=begin > 0,  # the first state is the caller's
-                sequences=Sequences.of(type(self).__name__, part, cu_seqlens=batch.cu_seqlens, lengths=part_lengths),
+                CallOptions(
+                    state,
+                    return_state=batch.returns_cache or end < length,
+                    inplace_state=begin > 0,  # the first state is the caller's
+                    sequences=Sequences.of(op, part, cu_seqlens=batch.cu_seqlens, lengths=part_lengths),
+                ),
             )
             if positions is None:
                 pieces.append(piece)
@@ -89,7 +94,7 @@ class MegalodonModel(MegalodonCausalModel):
     def __init__(self, config: MegalodonHFConfig, core: Megalodon | None = None) -> None:
         super().__init__(config)
         if core is None:
-            core = Megalodon(config.to_megalodon())
+            core = CausalCore(config.to_megalodon())
             del core.output.output
         self.embed, self.layers = core.embed, core.layers
         self.output = nn.ModuleDict({"final_norm": core.output.final_norm})
@@ -144,7 +149,7 @@ class MegalodonForCausalLM(MegalodonCausalModel, GenerationMixin):
 
     def __init__(self, config: MegalodonHFConfig) -> None:
         super().__init__(config)
-        core = Megalodon(config.to_megalodon())
+        core = CausalCore(config.to_megalodon())
         self.model, self.lm_head = MegalodonModel(config, core), core.output.output
         self.post_init()
 
@@ -253,13 +258,10 @@ class MegalodonForCausalLM(MegalodonCausalModel, GenerationMixin):
         lengths = batch.lengths
         if not (lengths is None or are_shifted):
             lengths = lengths - 1  # the last token has no target
-        loss = self.megalodon._cross_entropy(
-            hidden,
-            targets.to(hidden.device),
-            reduction="mean" if num_items is None else "sum",
-            ignore_index=IGNORED,
-            sequences=Sequences.of(type(self).__name__, hidden, cu_seqlens=batch.cu_seqlens, lengths=lengths),
-        )
+        reduction = "mean" if num_items is None else "sum"
+        wanted = Wanted(targets=targets.to(hidden.device), reduction=reduction, ignore_index=IGNORED)
+        sequences = Sequences.of(type(self).__name__, hidden, cu_seqlens=batch.cu_seqlens, lengths=lengths)
+        loss = self.megalodon._cross_entropy(hidden, wanted, sequences)
         return loss if num_items is None else loss / num_items
 
     def prepare_inputs_for_generation(

@@ -23,7 +23,7 @@ from ..model.inputs import check_inputs
 from ..model.model_state import MegalodonState, as_real, check_state, complete, named_tensors
 from .quantized_layers import computing_dtype
 from ..model.sequences import Sequences
-from ..model.state_layout import layout
+from ..model.model_state import layout
 from .undo import check_history, make_history
 
 _NEVER = -(2**62)

@@ -15,10 +15,9 @@ from .decoder import Decoder
 from .drafts import Choose, ModelDraft, PromptDraft, check_draft
 from ..model.inputs import check_reads_tokens
 from .sampling import Sampling, check_seeds, numbers_of_seeds
-from ..model.model_state import MegalodonState
+from ..model.model_state import CallOptions, MegalodonState, check_cache_dtype
 from .quantized_layers import computing_dtype
 from ..model.sequences import Sequences
-from ..model.state_layout import check_cache_dtype
 from .stops import StopDetector, check_stops
 from ..ops.common.definition import check_runs_now
 from ..ops.linear_cross_entropy.linear_cross_entropy import has_integers
@@ -201,7 +200,8 @@ def _prompt_state(model: nn.Module, prompts: _Prompts, state: MegalodonState | N
         left = (lengths - start).clamp(0, size)
         piece = tokens[:, start : start + min(size, int(left.max()))]
         sequences = Sequences.of("generate", piece, lengths=left)
-        _, state = model._hidden(model._embed(piece), state, True, start > 0, sequences)
+        options = CallOptions(state, True, inplace_state=start > 0, sequences=sequences)
+        _, state = model._hidden(model._embed(piece), options)
     return state[prompts.samples] if len(prompts.samples) > len(tokens) else state
 
 

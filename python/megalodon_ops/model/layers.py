@@ -30,6 +30,13 @@ def check_no_state(op: str, state: object, return_state: object) -> None:
             raise ValueError(f"{op}: `{name}` must be {expected}, got {describe(value)}; {NO_STATE}.")
 
 
+class StateSlot:
+    """Place for the new state of a layer, which then returns a tensor alone: hooks on a model's layers see tensors."""
+
+    def __init__(self) -> None:
+        self.state: Any = None
+
+
 _HALF_DTYPES = (torch.bfloat16, torch.float16)
 
 
@@ -94,6 +101,12 @@ def _with_state_options(op: Callable[..., Tensor]) -> Callable[..., Any]:
 _sequence_norm, _bidirectional_cema = _with_state_options(sequence_norm), _with_state_options(bidirectional_cema)
 
 
+def _with_slot(op: Callable[..., Any], new_state: StateSlot, *tensors: Tensor, **options: Any) -> Tensor:
+    """Return the op's result without its new state, which is put into the slot."""
+    y, new_state.state = op(*tensors, return_state=True, **options)
+    return y
+
+
 class TimestepNorm(WideParameters):
     """:func:`timestep_norm` with its parameters: weight and bias (D,), initially zero; the gain is 1 + weight.
 
@@ -121,10 +134,16 @@ class TimestepNorm(WideParameters):
         nn.init.zeros_(self.weight)
         nn.init.zeros_(self.bias)
 
-    def forward(self, x: Tensor, **options) -> Tensor | tuple[Tensor, TimestepNormState]:
-        """Normalize x (B, L, D); options as in the layer's op."""
+    def forward(
+        self, x: Tensor, *, new_state: StateSlot | None = None, **options
+    ) -> Tensor | tuple[Tensor, TimestepNormState]:
+        """Normalize x (B, L, D); options as in the layer's op.
+
+        new_state: passed by a model: where to put the new state, so that the result is a tensor alone.
+        """
         check_channels(type(self).__name__, x, self.weight.shape[0], self.weight)
-        return self._op(x, self.weight, self.bias, num_groups=self.num_groups, eps=self.eps, **options)
+        op = self._op if new_state is None else partial(_with_slot, self._op, new_state)
+        return op(x, self.weight, self.bias, num_groups=self.num_groups, eps=self.eps, **options)
 
     def extra_repr(self) -> str:
         return f"{self.weight.numel()}, num_groups={self.num_groups}, eps={self.eps}"
@@ -187,10 +206,14 @@ class ComplexEMA(WideParameters):
         """
         return *cema_coefficients(self.alpha, self.delta, self.theta, self.gamma), self.omega.squeeze(-1)
 
-    def forward(self, x: Tensor, **options) -> Tensor | tuple[Tensor, Tensor]:
-        """Apply the op to x (B, L, D); options as in :func:`cema` or :func:`bidirectional_cema`."""
+    def forward(self, x: Tensor, *, new_state: StateSlot | None = None, **options) -> Tensor | tuple[Tensor, Tensor]:
+        """Apply the op to x (B, L, D); options as in :func:`cema` or :func:`bidirectional_cema`.
+
+        new_state: as in :meth:`TimestepNorm.forward`.
+        """
         check_channels("ComplexEMA", x, self.omega.shape[0], self.alpha)
         op = _bidirectional_cema if self.bidirectional else cema
+        op = op if new_state is None else partial(_with_slot, op, new_state)
         return op(x, *self.coefficients(), **options)
 
     def extra_repr(self) -> str:

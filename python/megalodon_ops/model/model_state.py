@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
+import math
 import os
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -14,23 +15,163 @@ from torch import Tensor
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 from .. import _C
-from .blocks import BlockState
 from .config import MegalodonConfig, check_config
+from .sequences import Sequences
 from ..files import file_size, reading, write_atomically, write_safetensors
-from .gecko_block import MemoryBlockState, block_state_type
-from .state_layout import ACTIVATIONS, batch_of, check_cache_dtype, check_layout, check_values, layout, scales_inputs
 from ..ops.common.definition import accumulation_dtype
-from ..ops.common.memory import check_fits
-from ..ops.common.quantized_rows import pack_rows
-from ..ops.common.states import AttentionState, TimestepNormState, named_in_programs
+from ..ops.common.memory import check_fits, is_finite
+from ..ops.common.quantized_rows import SCALE_BYTES, pack_rows, scales_of_rows
+from ..ops.common.states import AttentionState, TimestepNormState, WorkingMemoryState, named_in_programs
 from ..ops.common.checks import as_device, check_size, describe, is_integer_between, short_text
+
+ACTIVATIONS = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+"""Dtypes that a model's activations can have"""
+Layout = Iterator[tuple[str, torch.dtype, tuple[int, ...]]]
+"""Name, dtype and shape of each tensor; complex tensors as pairs of reals"""
+
+
+def check_cache_dtype(function: str, cache_dtype: object, activations: torch.dtype, has_memory: bool) -> None:
+    """Raise a ValueError unless `cache_dtype` is int8 and the activations' dtype and the model allow it."""
+    if cache_dtype != torch.int8:
+        raise ValueError(f"{function}: `cache_dtype` must be torch.int8 or None, got {short_text(cache_dtype)}.")
+    if activations == torch.float64 or has_memory:
+        what = "a working memory, which reads exact values" if has_memory else "float64 activations"
+        raise ValueError(f"{function}: keys and values must not have 8 bits beside {what}, got torch.int8.")
+
+
+def layout(config: MegalodonConfig, rows: int, cache_dtype: torch.dtype) -> Layout:
+    """Yield name, dtype and shape of the tensors of a state of `rows` sequences."""
+    real, heads = accumulation_dtype(cache_dtype), config.num_heads
+    scale_bytes = SCALE_BYTES if cache_dtype == torch.int8 else 0
+
+    def norm(prefix: str, groups: int, real: torch.dtype) -> Layout:
+        has_group_counts = prefix == "inputs." and config.missing_values
+        yield f"{prefix}count", torch.int64, (rows, groups) if has_group_counts else (rows,)
+        yield f"{prefix}mean", real, (rows, groups)
+        yield f"{prefix}var", real, (rows, groups)
+        yield f"{prefix}residual", real, (rows, 2, groups)
+
+    for layer in range(config.num_layers):
+        prefix = f"layers.{layer}."
+        yield from norm(f"{prefix}norm.", config.norm_num_groups, real)
+        yield f"{prefix}cema", real, (rows, config.model_dim, config.cema_ndim, 2)
+        for name, dim in (("k", config.z_dim), ("v", config.value_dim)):
+            shape = (rows, config.num_cached_positions, heads, dim // heads + scale_bytes)
+            yield f"{prefix}attention.{name}", cache_dtype, shape
+        yield f"{prefix}attention.position", torch.int64, (rows,)
+        if block_state_type(config) is MemoryBlockState:
+            K, V = config.z_dim // heads, config.value_dim // heads
+            yield f"{prefix}memory", real, (rows, heads, K, V)
+            yield f"{prefix}memory_mass", real, (rows, heads, K)
+            yield f"{prefix}memory_k", cache_dtype, (rows, config.num_cached_positions, heads, K)
+    yield from norm("norm.", config.norm_num_groups, real)
+    if scales_inputs(config):
+        yield from norm("inputs.", config.num_features, torch.float64)
+
+
+def scales_inputs(config: MegalodonConfig) -> bool:
+    """Return True if a state has the running statistics of the inputs."""
+    return config.num_features is not None and config.scale_inputs
+
+
+def check_layout(tensors: dict[str, Tensor], wanted: Layout) -> None:
+    """Raise a ValueError for the first tensor that is missing, unexpected, or of another dtype or shape."""
+    expected = {name: (dtype, shape) for name, dtype, shape in wanted}
+    found = {name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in tensors.items()}
+    for name in [*expected, *found]:
+        if (got := found.get(name)) != (want := expected.get(name)):
+            raise ValueError(f"its tensors are not those of its config: {short_text(name)} must be {want}, got {got}")
+
+
+def check_values(tensors: dict[str, Tensor], config: MegalodonConfig) -> None:
+    """Raise a ValueError if a tensor of :func:`layout` has values that no model returns."""
+    for name, tensor in tensors.items():
+        numbers = scales_of_rows(tensor) if tensor.dtype == torch.int8 else tensor
+        if numbers.is_floating_point() and not is_finite(numbers):
+            raise ValueError(f"`{name}` must be finite, got NaN or infinity")
+        if tensor.numel() and name.endswith((".count", ".position", ".var")):
+            smallest, largest = (bound.item() for bound in torch.aminmax(tensor))
+            limit = config.num_cached_positions if name.endswith(".position") else math.inf
+            if smallest < 0 or largest >= limit:
+                raise ValueError(f"`{name}` must be in [0, {limit}), got values from {smallest} to {largest}")
+
+
+def batch_of(tensors: dict[str, Tensor]) -> tuple[int, torch.dtype]:
+    """Return the number of sequences and the dtype of keys and values of a file's tensors."""
+    count, keys = tensors.get("norm.count"), tensors.get("layers.0.attention.k")
+    if count is None or count.dim() != 1 or keys is None or keys.dtype not in (*ACTIVATIONS, torch.int8):
+        raise ValueError("its tensors are not those of a state")
+    return len(count), keys.dtype
+
 
 FILE_FORMAT = "megalodon_ops.state"
 FILE_VERSION = "1"
 """Version of a state's file; files of another version are not read"""
 _ROWS = "a slice, a list of integers or a 1-D tensor of integers or bools"
 
+
+class CallOptions(NamedTuple):
+    """Options of a call of a model, as one value below the public methods; a block gets them with its own state."""
+
+    state: Any = None
+    """a :class:`MegalodonState` or, in a block, a :class:`BlockState`; None: the tokens begin their sequences"""
+    return_state: bool = False
+    inplace_state: bool = False
+    """overwrite parts of `state`"""
+    sequences: Sequences = Sequences()
+
+
 Rows = slice | Sequence[int] | Tensor
+
+
+@named_in_programs
+class BlockState(NamedTuple):
+    """State of one block, passed from one call to the next.
+
+    Example:
+        >>> import torch, megalodon_ops as mo
+        >>> config = mo.MegalodonConfig(model_dim=64, z_dim=32, value_dim=64, ffn_hidden_dim=96, cema_ndim=4)
+        >>> _, state = mo.MegalodonBlock(config)(torch.randn(1, 10, 64), return_state=True)
+        >>> state.cema.shape
+        torch.Size([1, 64, 4])
+    """
+
+    norm: TimestepNormState
+    cema: Tensor
+    """(S, D, N) complex"""
+    attention: AttentionState
+
+
+@named_in_programs
+class MemoryBlockState(NamedTuple):
+    """State of a block with a working memory: the fields of a :class:`BlockState` and those of the memory.
+
+    Example:
+        >>> import torch, megalodon_ops as mo
+        >>> config = mo.MegalodonConfig(model_dim=64, z_dim=32, value_dim=64, ffn_hidden_dim=96, working_memory=True)
+        >>> _, state = mo.MegalodonBlock(config)(torch.randn(1, 10, 64), return_state=True)
+        >>> state.memory.shape
+        torch.Size([1, 1, 32, 64])
+    """
+
+    norm: TimestepNormState
+    cema: Tensor
+    attention: AttentionState
+    memory: Tensor
+    """(S, H, K, V)"""
+    memory_mass: Tensor
+    """(S, H, K)"""
+    memory_k: Tensor
+    """(S, C, H, K)"""
+
+    def working_memory(self) -> WorkingMemoryState:
+        """State of :func:`adaptive_working_memory`: the memory, the attention's values, the norm's position count."""
+        return WorkingMemoryState(self.memory, self.memory_mass, self.memory_k, self.norm.count, self.attention.v)
+
+
+def block_state_type(config: MegalodonConfig) -> type[BlockState] | type[MemoryBlockState]:
+    """Return the type of the state of a block with this configuration."""
+    return MemoryBlockState if config.working_memory else BlockState
 
 
 @named_in_programs

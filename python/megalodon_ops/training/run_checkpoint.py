@@ -33,7 +33,7 @@ from ..model.encoder import MegalodonEncoderConfig
 from ..public_models import Megalodon, MegalodonEncoder
 from ..storage.official import is_official, read_official
 from ..model.model_state import MegalodonState, as_real, complete, from_named, named_tensors
-from ..model.state_layout import batch_of, check_layout, layout
+from ..model.model_state import batch_of, check_layout, layout
 from ..tokenizers import Tokenizer, load_tokenizer
 from ..ops.common.checks import as_device, check_integer, describe
 
