@@ -45,7 +45,7 @@ class Megalodon(MegalodonBase):
     def load(
         cls, directory: str | os.PathLike, *, dtype: torch.dtype | None = None, device: torch.device | str = "cpu"
     ) -> Megalodon:
-        """Load a model from a folder that :meth:`save`, `python -m megalodon_ops train` or transformers wrote.
+        """Load a model from a folder that :meth:`save`, `megalodon-ops train` or transformers wrote.
 
         On the CPU the weights are memory-mapped: a tensor is read from the disk at its first use and is not copied.
         Changes to the weights are not written to the files. Do not truncate or overwrite the files of a loaded model.

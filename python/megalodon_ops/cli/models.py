@@ -67,7 +67,7 @@ def usable_device(name: str) -> torch.device:
         raise CommandError(f"--device {name}: {str(error).splitlines()[0]}; --device cpu needs no GPU") from error
     if device.type == "cuda" and not has_cuda_kernels():
         raise CommandError(
-            f"--device {name}: this build of megalodon_ops has no kernels for it; python -m megalodon_ops info says why"
+            f"--device {name}: this build of megalodon_ops has no kernels for it; megalodon-ops info says why"
         )
     return device
 

@@ -236,8 +236,7 @@ def run(options: Train) -> int:
             if processes.is_rank0:
                 draw_metrics(out / CURVE, read_metrics(out / METRICS))
             print(
-                f"stopped after step {step}; continue with: "
-                f"python -m megalodon_ops train --out {shlex.quote(str(out))} --resume"
+                f"stopped after step {step}; continue with: megalodon-ops train --out {shlex.quote(str(out))} --resume"
             )
             return 128 + stopped
         unsharded, size = model.alone(), sum(map(len, corpus.held_out))

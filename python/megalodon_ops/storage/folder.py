@@ -261,7 +261,7 @@ def check_folder(folder: Path) -> None:
         raise FileError(f"{folder}: must be a folder, got a file")
     if not os.path.lexists(folder / CONFIG):
         run = any(os.path.lexists(folder / name) for name in _RUN_FILES)
-        hint = "; it is a run of `python -m megalodon_ops train`: name a folder in its checkpoints/" if run else ""
+        hint = "; it is a run of `megalodon-ops train`: name a folder in its checkpoints/" if run else ""
         raise FileNotFoundError(f"{folder}: no {CONFIG} in this folder{hint}")
 
 
