@@ -20,8 +20,8 @@ from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from ..inference.generation import TokenStream
 from ..model.megalodon import Wanted, masked_targets
-from ..public_models import Megalodon, MegalodonEncoder
-from ..model.model_state import CallOptions, MegalodonState
+from ..public_models import Megalodon, MegalodonEncoder, MegalodonState
+from ..model.model_state import CallOptions
 from ..model.sequences import Sequences
 from ..ops.linear_cross_entropy.linear_cross_entropy import check_reduction
 from ..ops.common.spans import argument_of

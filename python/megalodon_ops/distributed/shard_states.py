@@ -11,7 +11,8 @@ from torch.distributed import ProcessGroup
 from torch.utils._pytree import tree_map, tree_map_only
 
 from ..model.config import MegalodonConfig
-from ..model.model_state import BlockState, MegalodonState, MemoryBlockState, complete
+from ..public_models import MegalodonState
+from ..model.model_state import BlockState, MemoryBlockState, complete
 from ..ops.adaptive_working_memory.adaptive_working_memory import num_cached_rows
 from ..ops.common.states import AttentionState, TimestepNormState
 from .exchange import gather_rows

@@ -30,8 +30,8 @@ from torch.utils._pytree import tree_map
 from ..model.config import MegalodonConfig
 from ..model.gecko_block import has_gecko_parts
 from ..model.layers import take_methods
-from ..public_models import Megalodon
-from ..model.model_state import MegalodonState, as_real, from_named, named_tensors
+from ..public_models import Megalodon, MegalodonState
+from ..model.model_state import as_real, from_named, named_tensors
 from .tensor_layers import SplitComplexEMA, SplitInputMap, SplitLayer, SplitOutput, redistribute
 
 
@@ -165,4 +165,4 @@ def _map_state(
             return map_tensor(tensor.flatten(2), 2).unflatten(2, (heads, -1))
         return map_tensor(as_real(tensor), 2 if field == "residual" else 1)
 
-    return from_named({name: convert(name, tensor) for name, tensor in named_tensors(state).items()})
+    return from_named(type(state), {name: convert(name, tensor) for name, tensor in named_tensors(state).items()})

@@ -15,7 +15,7 @@ from .decoder import Decoder
 from .drafts import Choose, ModelDraft, PromptDraft, check_draft
 from ..model.inputs import check_reads_tokens
 from .sampling import Sampling, check_seeds, numbers_of_seeds
-from ..model.model_state import CallOptions, MegalodonState, check_cache_dtype
+from ..model.model_state import CallOptions, MegalodonStateBase, check_cache_dtype
 from .quantized_layers import computing_dtype
 from ..model.sequences import Sequences
 from .stops import StopDetector, check_stops
@@ -45,7 +45,7 @@ class TokenStream:
     """
 
     def __init__(
-        self, model: nn.Module, prompts: _Prompts, state: MegalodonState | None, sampling: Sampling,
+        self, model: nn.Module, prompts: _Prompts, state: MegalodonStateBase | None, sampling: Sampling,
         stops: list[list[int]], seeds: list[int], max_new_tokens: int | None, draft: nn.Module | str | None,
         draft_tokens: int,
     ) -> None:  # fmt: skip
@@ -62,7 +62,7 @@ class TokenStream:
         self._stop_detector = StopDetector(stops, self._last) if stops else None
         self.stopped = self._will_stop = torch.zeros_like(self._last, dtype=torch.bool)
         self._all_stopped, self._remaining = False, math.inf if max_new_tokens is None else max_new_tokens
-        self._states_of_stopped: list[tuple[Tensor, MegalodonState]] = []
+        self._states_of_stopped: list[tuple[Tensor, MegalodonStateBase]] = []
         self._ready: deque[tuple[Tensor, Tensor]] = deque()
         """tokens (rows,) to yield, each with the value of `stopped` after it"""
         self._drawn: list[Tensor] = []
@@ -134,7 +134,7 @@ class TokenStream:
         return choose
 
     @property
-    def state(self) -> MegalodonState:
+    def state(self) -> MegalodonStateBase:
         """Copy of the state after each row's prompt and new tokens except the last.
 
         To continue, begin the prompt of a later call with the last token.
@@ -148,7 +148,7 @@ class TokenStream:
         last = len(index) + torch.arange(len(stopped), device=index.device)
         # A row that stops at a token in `_ready` has not stopped yet.
         index[stopped] = last.where(self.stopped[stopped], stopped)
-        return MegalodonState.cat([state, *states])[index]
+        return type(state).cat([state, *states])[index]
 
 
 def _add_seen(seen_mask: Tensor | None, token: Tensor) -> Tensor | None:
@@ -193,7 +193,7 @@ class _Prompts:
 
 
 @torch.no_grad()
-def _prompt_state(model: nn.Module, prompts: _Prompts, state: MegalodonState | None) -> MegalodonState:
+def _prompt_state(model: nn.Module, prompts: _Prompts, state: MegalodonStateBase | None) -> MegalodonStateBase:
     """Return the state of all samples after their prompts except the last token, which are read chunk by chunk."""
     size, tokens, lengths = model.config.chunk_size, prompts.tokens, prompts.lengths - 1
     for start in range(0, max(int(lengths.max()), 1), size):
@@ -220,7 +220,7 @@ def stream(
     stop_tokens: int | Sequence[int] | None = None,
     stop_sequences: Sequence[Sequence[int]] | None = None,
     num_samples: int = 1,
-    state: MegalodonState | None = None,
+    state: MegalodonStateBase | None = None,
     seed: int | Sequence[int] | None = None,
     draft: nn.Module | str | None = None,
     draft_tokens: int = 4,
@@ -274,7 +274,7 @@ def stream(
         dtype = computing_dtype(self)
         check_cache_dtype("generate", cache_dtype, dtype, self.config.working_memory)
         new = dict(dtype=dtype, device=prompt.device, cache_dtype=cache_dtype)
-        state = MegalodonState.fresh(self.config, len(prompt), **new) if state is None else state.quantize_cache()
+        state = self.state_type.fresh(self.config, len(prompt), **new) if state is None else state.quantize_cache()
     rows = len(prompt) * check_size("generate", "num_samples", num_samples)
     if prompt.is_cpu:
         try:
@@ -309,7 +309,7 @@ def generate(
     return_lengths: bool = False,
     return_state: bool = False,
     **options: Any,
-) -> Tensor | tuple[Tensor | MegalodonState, ...]:
+) -> Tensor | tuple[Tensor | MegalodonStateBase, ...]:
     """Continue prompts by up to `max_new_tokens`; all other options are those of :meth:`stream`.
 
     Args:
@@ -369,12 +369,12 @@ _EQUIVALENTS = {
 def check_samples(model: nn.Module, rows: int, cache_dtype: torch.dtype | None = None) -> None:
     """Raise a ValueError, before a prompt is read, if the states and logits of all rows do not fit in memory."""
     options = dict(dtype=computing_dtype(model), device="meta", cache_dtype=cache_dtype)
-    state = MegalodonState.fresh(model.config, 1, **options).nbytes
+    state = MegalodonStateBase.fresh(model.config, 1, **options).nbytes
     logits = 2 * model.config.num_outputs * torch.float32.itemsize  # the decoder's, and the sampler's sorted ones
     check_fits(rows * (state + logits), f"the state of {rows:,} samples")
 
 
-def _check_prompt(model: nn.Module, prompt: Tensor, state: MegalodonState | None) -> None:
+def _check_prompt(model: nn.Module, prompt: Tensor, state: MegalodonStateBase | None) -> None:
     check_runs_now("generate", "call the model there for each token, and sample outside")
     model._check("generate", "prompt", prompt, state)
     if not prompt.numel():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any, ClassVar, NamedTuple
 
 import torch
@@ -12,7 +13,7 @@ from .blocks import MegalodonBlock, Output, at_least_float32
 from .config import MegalodonConfig, check_config
 from .inputs import check_inputs, check_reads_tokens, embed_numbers, embed_tokens, input_layer, own_weight
 from .layers import StateSlot, is_plain_linear, reset_all_parameters
-from .model_state import BlockState, CallOptions, MegalodonState, MemoryBlockState, check_state, scales_inputs
+from .model_state import BlockState, CallOptions, MegalodonStateBase, MemoryBlockState, check_state, scales_inputs
 from .scale import running_scale
 from .sequences import Sequences
 from ..ops.linear_cross_entropy.linear_cross_entropy import blockwise_cross_entropy, has_integers, linear_cross_entropy
@@ -37,6 +38,7 @@ class MegalodonBase(nn.Module):
     """
 
     config_type: ClassVar[type[MegalodonConfig]] = MegalodonConfig
+    state_type: ClassVar[type[MegalodonStateBase]] = MegalodonStateBase
     block_type: ClassVar[type[MegalodonBlock]] = MegalodonBlock
 
     def __init__(self, config: MegalodonConfig) -> None:
@@ -106,14 +108,14 @@ class MegalodonBase(nn.Module):
         features: bool = False,
         reduction: str = "mean",
         ignore_index: int = -100,
-        state: MegalodonState | None = None,
+        state: MegalodonStateBase | None = None,
         return_state: bool = False,
         inplace_state: bool = False,
         cu_seqlens: Tensor | None = None,
         lengths: Tensor | None = None,
         starts: Tensor | None = None,
         spans: Tensor | None = None,
-    ) -> Tensor | tuple[Tensor, MegalodonState]:
+    ) -> Tensor | tuple[Tensor, MegalodonStateBase]:
         """Compute the logits of the next token at every position; with `targets`, the loss, as :meth:`loss` does.
 
         Args:
@@ -155,7 +157,9 @@ class MegalodonBase(nn.Module):
         result, state = self._compute(tokens, wanted, CallOptions(state, return_state, inplace_state, sequences))
         return (result, state) if return_state else result
 
-    def _compute(self, tokens: Tensor, wanted: Wanted, options: CallOptions) -> tuple[Tensor, MegalodonState | None]:
+    def _compute(
+        self, tokens: Tensor, wanted: Wanted, options: CallOptions
+    ) -> tuple[Tensor, MegalodonStateBase | None]:
         """Compute features, logits or the loss, and the state, from checked arguments."""
         if self.config.num_features is None:
             x, scale_state = self._embed(tokens), ()
@@ -164,14 +168,14 @@ class MegalodonBase(nn.Module):
             x, scale_state = embed_numbers("Megalodon", "tokens", tokens, self, options._replace(state=past))
         hidden, state = self._hidden(x, options)
         if options.return_state:
-            state = state._replace(inputs=scale_state)
+            state = replace(state, inputs=scale_state)
         if wanted.features:
             return hidden, state
         if wanted.targets is None:
             return at_least_float32(self.output.output(hidden)), state
         return self._cross_entropy(hidden, wanted, options.sequences), state
 
-    def features(self, tokens: Tensor, **options: Any) -> Tensor | tuple[Tensor, MegalodonState]:
+    def features(self, tokens: Tensor, **options: Any) -> Tensor | tuple[Tensor, MegalodonStateBase]:
         """Features of every token: the final norm's output, from which logits are computed.
 
         This is `self(tokens, features=True, ...)`, for a head of your own: a probe, a classifier, a search.
@@ -199,7 +203,7 @@ class MegalodonBase(nn.Module):
         """
         return self(tokens, features=True, **options)
 
-    def loss(self, tokens: Tensor, targets: Tensor, **options: Any) -> Tensor | tuple[Tensor, MegalodonState]:
+    def loss(self, tokens: Tensor, targets: Tensor, **options: Any) -> Tensor | tuple[Tensor, MegalodonStateBase]:
         """Cross-entropy of the logits with `targets`, computed for one block of tokens at a time.
 
         This is `self(tokens, targets, ...)`, so hooks on a call of the model, such as those of FSDP2, run for the loss,
@@ -225,7 +229,7 @@ class MegalodonBase(nn.Module):
         return self(tokens, targets, **options)
 
     @torch.no_grad()
-    def input_scale(self, inputs: Tensor, *, state: MegalodonState | None = None) -> tuple[Tensor, Tensor]:
+    def input_scale(self, inputs: Tensor, *, state: MegalodonStateBase | None = None) -> tuple[Tensor, Tensor]:
         """Mean and deviation by which a model with `num_features` and `scale_inputs` standardises each position.
 
         If outputs are standardised in the same way, `mean + deviation * output` converts them to the data's units.
@@ -262,7 +266,12 @@ class MegalodonBase(nn.Module):
         return blockwise_cross_entropy(hidden, output, targets, width=self.config.num_outputs, **options)
 
     def _check(
-        self, op: str, argument: str, tokens: Tensor, state: MegalodonState | None, sequences: Sequences = Sequences()
+        self,
+        op: str,
+        argument: str,
+        tokens: Tensor,
+        state: MegalodonStateBase | None,
+        sequences: Sequences = Sequences(),
     ) -> None:
         """Raise an error, naming `op` and `argument`, unless `tokens` and the initial state fit the model."""
         check_inputs(op, argument, tokens, self, sequences)
@@ -276,7 +285,7 @@ class MegalodonBase(nn.Module):
         """Embed tokens as (B, L, D)."""
         return embed_tokens("Megalodon", "tokens", tokens, self)
 
-    def _hidden(self, x: Tensor, options: CallOptions) -> tuple[Tensor, MegalodonState | None]:
+    def _hidden(self, x: Tensor, options: CallOptions) -> tuple[Tensor, MegalodonStateBase | None]:
         """Return the final norm's output (B, L, D) and the new state."""
         state, return_state, inplace_state, sequences = options
         layer_states = []
@@ -289,7 +298,7 @@ class MegalodonBase(nn.Module):
         norm, new_state = self.output.final_norm, StateSlot()
         norm_state = sequences.norm_state(norm, x, None if state is None else state.norm)
         x = norm(x, state=norm_state, new_state=new_state, spans=sequences.spans)
-        return x, MegalodonState(tuple(layer_states), new_state.state) if return_state else None
+        return x, self.state_type(tuple(layer_states), new_state.state) if return_state else None
 
     def _tied(self, x: Tensor, state: BlockState | MemoryBlockState) -> tuple[Tensor, BlockState | MemoryBlockState]:
         """Return a block's output and new state. A parallel model makes gradients of the state reach x, too."""
