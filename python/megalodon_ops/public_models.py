@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from .files import FileError, as_path
+from .storage.files import FileError, as_path
 from .model.config import MegalodonConfig, check_config
 from .model.encoder import MegalodonEncoderBase
 from .storage.folder import check_dtype, load_model, save_model

@@ -20,7 +20,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor
 
 from megalodon_ops import Megalodon, MegalodonConfig
-from megalodon_ops.files import FileError, file_sha256, remove_drafts
+from megalodon_ops.storage.files import FileError, file_sha256, remove_drafts
 from megalodon_ops.training import Saver, adamw, load_any, load_checkpoint, save_checkpoint
 from megalodon_ops.training.record import write_record
 

@@ -12,7 +12,7 @@ from decoding import assert_bits_of_layers, assert_equal, by_decoder, by_layers
 from models import tiny_model, tokens_of
 
 import megalodon_ops as mo
-from megalodon_ops.files import FileError
+from megalodon_ops.storage.files import FileError
 from megalodon_ops.model.model_state import named_tensors
 from megalodon_ops.ops.common.quantized_rows import unpack_rows
 

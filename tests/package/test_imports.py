@@ -27,7 +27,7 @@ ROOMS = [
         megalodon_ops.storage
         megalodon_ops.inference
         megalodon_ops.model
-        megalodon_ops.files megalodon_ops.reference
+        megalodon_ops.reference
         megalodon_ops.ops
         megalodon_ops.ops.common
         megalodon_ops.extras megalodon_ops.torchrun megalodon_ops._C megalodon_ops_startup

@@ -16,7 +16,7 @@ from mutations import edit, make_folder
 from torch import nn
 
 from megalodon_ops import Megalodon, MegalodonConfig, MegalodonState
-from megalodon_ops.files import FileError
+from megalodon_ops.storage.files import FileError
 from megalodon_ops import files
 from megalodon_ops.training.run_checkpoint import checkpoints_of, load_any, load_checkpoint, save_checkpoint
 

@@ -32,7 +32,7 @@ from megalodon_ops.cli.models import precision, usable_device
 from megalodon_ops.cli.options import Train
 from megalodon_ops.cli.processes import Processes, process_group
 from megalodon_ops.cli.settings import new_run, resumed_run, run_folder, with_config
-from megalodon_ops.files import FileError, write_whole
+from megalodon_ops.storage.files import FileError, write_whole
 from megalodon_ops.model.model_state import layout
 from megalodon_ops.storage.weights import set_whole
 from megalodon_ops.ops.common.memory import check_fits

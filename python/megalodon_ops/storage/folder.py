@@ -22,7 +22,7 @@ from torch import nn
 
 from .. import _C
 from ..model.config import CLIENT_NAMES, MegalodonConfig
-from ..files import FileError, as_path, drafting, read_json, reading, write_atomically
+from .files import FileError, as_path, drafting, read_json, reading, write_atomically
 from ..inference.parameters import WEIGHT_DTYPES, Model, empty_model, plain_tensors, with_values
 from ..inference.quantized_layers import METHOD, computing_dtype, stored_shapes
 from .weights import StoredTensors, is_weight_file, write_weights

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from .folder import CONFIG, check_tokenizer, kept_files, model_of
 from ..model.config import MegalodonConfig
-from ..files import FileError, as_path, drafting, file_size, read_json, reading, write_atomically
+from .files import FileError, as_path, drafting, file_size, read_json, reading, write_atomically
 from ..model.gecko_block import has_gecko_parts
 from ..model.inputs import check_reads_tokens
 from ..model.megalodon import MegalodonBase

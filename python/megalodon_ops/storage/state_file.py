@@ -11,7 +11,7 @@ from safetensors import safe_open
 from torch import Tensor
 
 from .. import _C
-from ..files import file_size, reading, write_atomically, write_safetensors
+from .files import file_size, reading, write_atomically, write_safetensors
 from ..model.config import MegalodonConfig
 from ..model.model_state import ACTIVATIONS, Layout, MegalodonStateBase, State
 from ..model.model_state import as_real, complete, from_named, layout, named_tensors

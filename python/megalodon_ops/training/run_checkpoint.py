@@ -25,7 +25,7 @@ import torch
 from torch import Tensor, nn
 
 from .record import RECORD, new_record, read_record, write_record
-from ..files import FileError, as_path, drafting, reading, remove_drafts, write_atomically, write_safetensors
+from ..storage.files import FileError, as_path, drafting, reading, remove_drafts, write_atomically, write_safetensors
 from ..storage.folder import CONFIG, check_dtype, check_tokenizer, holds_model
 from ..storage.folder import read_model, read_model_files, stored_tensors, write_model
 from ..model.config import MegalodonConfig

@@ -19,7 +19,7 @@ import msgspec
 import numpy
 
 from .corpus import Corpus, key_of, split
-from ..files import FileError, as_path, opened, reading, write_atomically, write_whole
+from ..storage.files import FileError, as_path, opened, reading, write_atomically, write_whole
 from ..tokenizers import Tokenizer, load_tokenizer
 
 INDEX = "dataset.json"
