@@ -1,6 +1,8 @@
 """Layers: initialisation, coefficients."""
 
+import copy
 import math
+import pickle
 import sys
 
 import pytest
@@ -187,3 +189,23 @@ def test_layers_of_a_model_return_tensors_with_and_without_states():
         first, state = model(tokens[:, :7], return_state=True)
         close = dict(atol=1e-5, rtol=1e-4)
         torch.testing.assert_close(torch.cat([first, model(tokens[:, 7:], state=state)], 1), expected, **close)
+
+
+def test_tools_can_wrap_the_forward_of_a_linear_layer():
+    """compressed-tensors, on which llm-compressor stands, takes the stored forward apart and binds another one."""
+    model, x = tiny_model().eval(), tokens_of(2, 9)
+    expected, layer = model(x), model.layers[0].mega.wv
+    assert type(layer) is torch.nn.Linear and layer.forward.__self__ is layer
+    for copied in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        own = copied.layers[0].mega.wv
+        assert own.forward.__self__ is own and own.reset_parameters.__self__ is own
+        assert torch.equal(copied(x), expected)
+    original = layer.forward.__func__
+
+    def wrapped(self, x):
+        return 2 * original(self, x)
+
+    layer.forward = wrapped.__get__(layer, type(layer))
+    doubled = model(x)
+    layer.forward = original.__get__(layer, type(layer))
+    assert torch.equal(model(x), expected) and not torch.equal(doubled, expected)

@@ -6,7 +6,7 @@ import inspect
 import math
 from collections import deque
 from collections.abc import Iterator, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -27,6 +27,17 @@ from ..ops.common.checks import check_flag, check_integer, check_size, check_ten
 _STOPPED_TOKEN = -1
 
 
+class _Settings(NamedTuple):
+    """Checked options of a stream, except the prompts and their state; see :func:`stream`."""
+
+    sampling: Sampling
+    stops: list[list[int]]
+    seeds: list[int]
+    max_new_tokens: int | None
+    draft: nn.Module | str | None
+    draft_tokens: int
+
+
 class TokenStream:
     """Iterator over the new tokens of prompts, from :meth:`Megalodon.stream`.
 
@@ -45,23 +56,24 @@ class TokenStream:
     """
 
     def __init__(
-        self, model: nn.Module, prompts: _Prompts, state: MegalodonStateBase | None, sampling: Sampling,
-        stops: list[list[int]], seeds: list[int], max_new_tokens: int | None, draft: nn.Module | str | None,
-        draft_tokens: int,
-    ) -> None:  # fmt: skip
-        self._num_guesses = 0 if draft is None else draft_tokens
+        self, model: nn.Module, prompts: _Prompts, state: MegalodonStateBase | None, settings: _Settings
+    ) -> None:
+        sampling, draft = settings.sampling, settings.draft
+        self._num_guesses = 0 if draft is None else settings.draft_tokens
         state = _prompt_state(model, prompts, state)
         self._prompts, self._decoder = prompts, Decoder(model, state, undo=self._num_guesses)
         self._last = prompts.last[prompts.samples]
         if isinstance(draft, str):
             self._draft = PromptDraft(prompts.texts())
         elif draft is not None:
-            self._draft = ModelDraft(draft, _prompt_state(draft, prompts, None), self._last, draft_tokens)
-        self._sampling, self._numbers = sampling, numbers_of_seeds(seeds, state.norm.count + 1, self._last.device)
+            self._draft = ModelDraft(draft, _prompt_state(draft, prompts, None), self._last, settings.draft_tokens)
+        self._sampling = sampling
+        self._numbers = numbers_of_seeds(settings.seeds, state.norm.count + 1, self._last.device)
         self._seen_mask = prompts.seen_mask(model.config.num_outputs)[prompts.samples] if sampling.has_penalty else None
-        self._stop_detector = StopDetector(stops, self._last) if stops else None
+        self._stop_detector = StopDetector(settings.stops, self._last) if settings.stops else None
         self.stopped = self._will_stop = torch.zeros_like(self._last, dtype=torch.bool)
-        self._all_stopped, self._remaining = False, math.inf if max_new_tokens is None else max_new_tokens
+        self._all_stopped, limit = False, settings.max_new_tokens
+        self._remaining = math.inf if limit is None else limit
         self._states_of_stopped: list[tuple[Tensor, MegalodonStateBase]] = []
         self._ready: deque[tuple[Tensor, Tensor]] = deque()
         """tokens (rows,) to yield, each with the value of `stopped` after it"""
@@ -295,7 +307,8 @@ def stream(
     stops = check_stops(stop_tokens, stop_sequences, self.config.vocab_size)
     check_draft(self, draft)
     draft_tokens = check_size("generate", "draft_tokens", draft_tokens)
-    return TokenStream(self, prompts, state, sampling, stops, seeds, max_new_tokens, draft, draft_tokens)
+    settings = _Settings(sampling, stops, seeds, max_new_tokens, draft, draft_tokens)
+    return TokenStream(self, prompts, state, settings)
 
 
 def generate(

@@ -258,14 +258,26 @@ class LayerNorm(_Norm):
         return layer_norm(x, self.weight, self.bias, eps=self.eps)
 
 
+class _StoredMethod(partial):
+    """A method of a class that is an attribute of another class's object. Unlike a bound method, it can be pickled."""
+
+    @property
+    def __func__(self) -> Callable:
+        return self.func
+
+    @property
+    def __self__(self) -> nn.Module:
+        return self.args[0]
+
+
 class Linear(nn.Linear):
     """A linear layer initialised "he": weights normal with std 1 / sqrt(3 fan_in), bias zero.
 
     With `token_rows`, each row of the weight belongs to a token and is initialised as in an :class:`Embedding`. The
     layer calls :func:`megalodon_ops.linear`, which chooses the fastest kernel on the CPU.
 
-    `Linear(...)` returns a `torch.nn.Linear` that has this class's methods as attributes: tools that quantise or adapt
-    layers skip or refuse subclasses of `torch.nn.Linear`.
+    `Linear(...)` returns a `torch.nn.Linear` that has this class's methods as attributes: bitsandbytes in transformers and
+    GLoRA in PEFT ask for `type(module) is torch.nn.Linear`, and skip or refuse subclasses.
     """
 
     def __init__(self, in_features: int, out_features: int, bias: bool = True, *, token_rows: bool = False) -> None:
@@ -279,7 +291,7 @@ class Linear(nn.Linear):
         if not has_own_forward(layer):
             layer.__class__, layer.token_rows = nn.Linear, token_rows
             for name in _METHODS:
-                setattr(layer, name, partial(getattr(Linear, name), layer))
+                setattr(layer, name, _StoredMethod(getattr(Linear, name), layer))
 
     def forward(self, x: Tensor) -> Tensor:
         return linear(x, self.weight, self.bias)
@@ -308,7 +320,7 @@ def take_methods(layer: nn.Module) -> None:
 def has_own_forward(module: nn.Module) -> bool:
     """Return True if the module's attribute `forward` is the one that :class:`Linear` gives."""
     forward = vars(module).get("forward")
-    return isinstance(forward, partial) and forward.func is _LINEAR_FORWARD and forward.args == (module,)
+    return isinstance(forward, _StoredMethod) and forward.func is _LINEAR_FORWARD and forward.args == (module,)
 
 
 class Embedding(nn.Embedding):
