@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from torch.distributed.device_mesh import DeviceMesh
@@ -32,7 +32,7 @@ from .fsdp import gather_model, whole_model
 from .pieces import pieces_of
 from .shard_states import whole_state
 from .tensor import gather_state, split_state
-from .tensor_layers import CHANNELS, redistribute
+from .tensor_layers import CHANNELS, redistribute, take_over
 
 
 @dataclass(frozen=True)
@@ -49,9 +49,12 @@ class _ParallelModel:
     """Mixin that runs a model on several ranks; the next base class is the model for one process."""
 
     def __init__(self, model: Megalodon | MegalodonEncoder, ranks: Ranks) -> None:
-        """Take the modules, the mode and the hooks of a model, which is left without modules."""
-        self.__dict__.update(vars(model), _ranks=ranks)
-        model._modules = {}
+        """Take over the modules, the mode and the hooks of a model, which is left without modules."""
+        nn.Module.__init__(self)
+        take_over(self, model)
+        self.config, self._ranks = model.config, ranks
+        for name in [*model._modules]:
+            delattr(model, name)
 
     @contextmanager
     def _reset_after_exception(self) -> Iterator[None]:

@@ -309,14 +309,6 @@ _LINEAR_FORWARD = Linear.forward
 _METHODS = ("forward", "reset_parameters")
 
 
-def take_methods(layer: nn.Module) -> None:
-    """Undo :meth:`Linear.give_methods`: make the layer a :class:`Linear`, from which a class can be derived."""
-    if has_own_forward(layer):
-        layer.__class__ = Linear
-        for name in _METHODS:
-            delattr(layer, name)
-
-
 def has_own_forward(module: nn.Module) -> bool:
     """Return True if the module's attribute `forward` is the one that :class:`Linear` gives."""
     forward = vars(module).get("forward")
