@@ -135,7 +135,7 @@ class Tied(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, *tensors):
-        return tuple(tensor.view_as(tensor) for tensor in tensors)
+        return tuple(tensor.detach() for tensor in tensors)  # no views, of which FSDP2 warns
 
     @staticmethod
     def backward(ctx, *gradients):
