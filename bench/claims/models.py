@@ -51,13 +51,14 @@ class PositionNorm(mo.TimestepNorm):
     """Layer norm in place of timestep norm: each position by its own mean and variance over all channels."""
 
     def forward(
-        self, x: Tensor, *, state: Any = None, new_state: StateSlot, cu_seqlens: Tensor | None = None, **_: Any
+        self, x: Tensor, *, new_state: StateSlot | None = None, cu_seqlens: Tensor | None = None, **_: Any
     ) -> Tensor:
         sequences = x.shape[0] if cu_seqlens is None else len(cu_seqlens) - 1
         zeros = torch.zeros(sequences, self.num_groups, device=x.device)
         count = torch.zeros(sequences, dtype=torch.int64, device=x.device)
         residual = zeros.new_zeros(sequences, 2, self.num_groups)
-        new_state.state = TimestepNormState(count, zeros, zeros.clone(), residual)
+        if new_state is not None:
+            new_state.state = TimestepNormState(count, zeros, zeros.clone(), residual)
         return mo.layer_norm(x, self.weight, self.bias, eps=self.eps)
 
 
@@ -69,10 +70,11 @@ class NoEMA(nn.Module):
         self.shape = (dim, ndim)
 
     def forward(
-        self, x: Tensor, *, state: Any = None, new_state: StateSlot, cu_seqlens: Tensor | None = None, **_: Any
+        self, x: Tensor, *, new_state: StateSlot | None = None, cu_seqlens: Tensor | None = None, **_: Any
     ) -> Tensor:
         sequences = x.shape[0] if cu_seqlens is None else len(cu_seqlens) - 1
-        new_state.state = torch.zeros(sequences, *self.shape, dtype=torch.complex64, device=x.device)
+        if new_state is not None:
+            new_state.state = torch.zeros(sequences, *self.shape, dtype=torch.complex64, device=x.device)
         return x
 
 

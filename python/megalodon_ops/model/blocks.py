@@ -155,7 +155,7 @@ class NormalizedAttention(WideParameters):
         """Return the input of `wh2`, and the new state's fields after the first two; `past`: the initial state."""
         config, rotary = self.config, self.rotary if self._rotary_made_for == self._rotary_for(z) else None
         if has_gecko_parts(config):
-            a, read, fields = attend_with_gecko_parts(self, rotary, z, v, norm_state.count, past, options)
+            a, read, fields = attend_with_gecko_parts(self, rotary, z, v, norm_state, past, options)
             gated = gated_silu(self.wr(m), a)
             return gated if read is None else gated + read, fields
         a = attend(

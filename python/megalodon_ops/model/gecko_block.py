@@ -19,6 +19,7 @@ from ..ops.adaptive_working_memory.adaptive_working_memory import read_write_and
 from ..ops.chunked_attention.chunked_attention import chunked_attention
 from ..ops.common.definition import accumulation_dtype, autocast, call
 from ..ops.common.spans import num_positions, token_sequences
+from ..ops.common.states import TimestepNormState
 from ..ops.normalized_qk.normalized_qk import normalized_qk, rotary_frequencies, rotary_rows
 from ..ops.normalized_qk.normalized_qk import rotary_table_of, rotated_queries_and_keys
 
@@ -36,7 +37,7 @@ def initial_memory_gamma(config: MegalodonConfig) -> float:
 
 
 def attend_with_gecko_parts(
-    block: nn.Module, rotary: Tensor | None, z: Tensor, v: Tensor, end: Tensor,
+    block: nn.Module, rotary: Tensor | None, z: Tensor, v: Tensor, norm_state: TimestepNormState,
     past: BlockState | MemoryBlockState, options: CallOptions,
 ) -> tuple[Tensor, Tensor | None, tuple]:  # fmt: skip
     """Return what attention and memory (None: there is none) read, each (B, L, H * V), and the new state's fields.
@@ -45,7 +46,7 @@ def attend_with_gecko_parts(
         block: a :class:`NormalizedAttention`, for its configuration, gamma and beta.
         rotary: the block's rotary table, or None.
         z, v: (B, L, H * K) and (B, L, H * V), before their heads are split.
-        end: (S,) position after the last token of each sequence.
+        norm_state: the new state of the block's timestep norm, with the position after each sequence's last token.
         past: the block's initial state. The fields returned are those after `norm` and `cema`.
     """
     config, sequences = block.config, options.sequences
@@ -59,7 +60,7 @@ def attend_with_gecko_parts(
         "position": None if past.attention is None else past.attention[2],
     }
     if config.visible_chunks > 1:
-        rotary, row_options = _rotary_over_chunks(config, z, end, sequences)
+        rotary, row_options = _rotary_over_chunks(config, z, norm_state.count, sequences)
     qk_options = dict(num_heads=config.num_heads, rope_base=config.rotary_base, eps=config.norm_eps)
     gamma, beta = block.gamma[:2], block.beta[:2]
     q, k = rotated_queries_and_keys(z, gamma, beta, rotary, **qk_options, **row_options, spans=sequences.spans)
@@ -87,7 +88,10 @@ def _read_and_write(
 
 
 def _rotary_over_chunks(config: MegalodonConfig, z: Tensor, end: Tensor, sequences: Sequences) -> tuple[Tensor, dict]:
-    """Return a rotary table with a row for each token of z (B, L, ...), and the op's options that select the rows."""
+    """Return a rotary table with a row for each token of z (B, L, ...), and the op's options that select the rows.
+
+    end: (S,) position after the last token of each sequence.
+    """
     (B, L), device, dtype = z.shape[:2], z.device, accumulation_dtype(z.dtype)
     key_dim, rotary_base = config.z_dim // config.num_heads, config.rotary_base
     rows, spans = max(B * L, 1), sequences.spans  # at least one row
