@@ -17,10 +17,10 @@ from .layers import ComplexEMA, LayerNorm, Linear, RMSNorm, SequenceNorm, StateS
 from .layers import TimestepNorm, WideParameters, check_no_state, reset_all_parameters
 from .model_state import BlockState, CallOptions, MemoryBlockState, block_state_type
 from .sequences import Sequences
-from ..ops.common.definition import accumulation_dtype, is_exporting
+from ..ops.common.definition import is_exporting
 from ..ops.normalized_attention.normalized_attention import attend
 from ..ops.normalized_qk.normalized_qk import rotary_table
-from ..ops.common.states import TimestepNormState, state_fields
+from ..ops.common.states import TimestepNormState, accumulation_dtype, state_fields
 
 
 _MAX_ROTARY_SIZE = 1 << 24  # elements, 64 MiB in float32; the released models' tables have 2^19 and 2^20

@@ -17,9 +17,9 @@ from .model_state import BlockState, CallOptions, MemoryBlockState
 from .sequences import Sequences
 from ..ops.adaptive_working_memory.adaptive_working_memory import read_write_and_keep
 from ..ops.chunked_attention.chunked_attention import chunked_attention
-from ..ops.common.definition import accumulation_dtype, autocast, call
+from ..ops.common.definition import autocast, call
 from ..ops.common.spans import num_positions, token_sequences
-from ..ops.common.states import TimestepNormState
+from ..ops.common.states import TimestepNormState, accumulation_dtype
 from ..ops.normalized_qk.normalized_qk import normalized_qk, rotary_frequencies, rotary_rows
 from ..ops.normalized_qk.normalized_qk import rotary_table_of, rotated_queries_and_keys
 

@@ -14,9 +14,14 @@ from typing_extensions import Self
 
 from .config import MegalodonConfig, check_config
 from .sequences import Sequences
-from ..ops.common.definition import accumulation_dtype
 from ..ops.common.quantized_rows import SCALE_BYTES, pack_rows
-from ..ops.common.states import AttentionState, TimestepNormState, WorkingMemoryState, named_in_programs
+from ..ops.common.states import (
+    AttentionState,
+    TimestepNormState,
+    WorkingMemoryState,
+    accumulation_dtype,
+    named_in_programs,
+)
 from ..ops.common.checks import as_device, check_size, describe, is_integer_between, short_text
 
 ACTIVATIONS = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
