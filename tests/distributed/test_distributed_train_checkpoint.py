@@ -18,6 +18,7 @@ from mutations import edit, make_pipe
 from torch.distributed.checkpoint import metadata
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor
+from torch.utils._pytree import tree_leaves
 
 from megalodon_ops import Megalodon, MegalodonConfig
 from megalodon_ops.storage.files import FileError, file_sha256, remove_drafts
