@@ -195,11 +195,11 @@ class DecayNorm(mo.TimestepNorm):
 
     betas = BETAS
 
-    def forward(self, x: Tensor, *, return_state: bool = False, **_: Any) -> Any:
+    def forward(self, x: Tensor, **_: Any) -> Tensor:
         y, _ = timestep_decay_norm(
             x, self.weight, self.bias, num_groups=self.num_groups, betas=self.betas, eps=self.eps
         )
-        return (y, None) if return_state else y
+        return y
 
 
 class Attention(mo.NormalizedAttention):
@@ -215,7 +215,7 @@ class Attention(mo.NormalizedAttention):
                     self.gamma[2:] = parts.memory_logits * math.sqrt(config.z_dim // config.num_heads) - 1
         self.wg = Linear(config.model_dim, config.num_heads) if parts.memory_gate else None
 
-    def forward(self, x: Tensor, *, return_state: bool = False, **_: Any) -> Any:
+    def forward(self, x: Tensor, **_: Any) -> Tensor:
         config, parts, heads = self.config, self.parts, self.config.num_heads
         t = self.timenorm(x)
         m = self.rmsnorm(self.cema(t))
@@ -238,8 +238,7 @@ class Attention(mo.NormalizedAttention):
                 empty = torch.arange(x.shape[1]) < parts.unwritten_chunks * config.chunk_size  # no memory yet
                 gate = self.wg(m).sigmoid().transpose(1, 2)[..., None] * ~empty[:, None]  # (B, H, L, 1)
                 out = (a + gate * (read - a)) * r
-        y = x + self.wh1(m) + self.wh2(out.transpose(1, 2).flatten(-2))
-        return (y, None) if return_state else y
+        return x + self.wh1(m) + self.wh2(out.transpose(1, 2).flatten(-2))
 
 
 class Gecko(mo.Megalodon):

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 import megalodon_ops as mo
+from megalodon_ops.model.layers import StateSlot
 from megalodon_ops.ops.common.states import TimestepNormState
 
 from bench.plots import BLUE, ORANGE
@@ -50,15 +51,15 @@ class PositionNorm(mo.TimestepNorm):
     """Layer norm in place of timestep norm: each position by its own mean and variance over all channels."""
 
     def forward(
-        self, x: Tensor, *, state: Any = None, return_state: bool = False, cu_seqlens: Tensor | None = None, **_: Any
-    ) -> Any:
-        y = mo.layer_norm(x, self.weight, self.bias, eps=self.eps)
-        if not return_state:
-            return y
+        self, x: Tensor, *, new_state: StateSlot | None = None, cu_seqlens: Tensor | None = None, **_: Any
+    ) -> Tensor:
         sequences = x.shape[0] if cu_seqlens is None else len(cu_seqlens) - 1
         zeros = torch.zeros(sequences, self.num_groups, device=x.device)
         count = torch.zeros(sequences, dtype=torch.int64, device=x.device)
-        return y, TimestepNormState(count, zeros, zeros.clone(), zeros.new_zeros(sequences, 2, self.num_groups))
+        residual = zeros.new_zeros(sequences, 2, self.num_groups)
+        if new_state is not None:
+            new_state.state = TimestepNormState(count, zeros, zeros.clone(), residual)
+        return mo.layer_norm(x, self.weight, self.bias, eps=self.eps)
 
 
 class NoEMA(nn.Module):
@@ -69,20 +70,20 @@ class NoEMA(nn.Module):
         self.shape = (dim, ndim)
 
     def forward(
-        self, x: Tensor, *, state: Any = None, return_state: bool = False, cu_seqlens: Tensor | None = None, **_: Any
-    ) -> Any:
-        if not return_state:
-            return x
+        self, x: Tensor, *, new_state: StateSlot | None = None, cu_seqlens: Tensor | None = None, **_: Any
+    ) -> Tensor:
         sequences = x.shape[0] if cu_seqlens is None else len(cu_seqlens) - 1
-        return x, torch.zeros(sequences, *self.shape, dtype=torch.complex64, device=x.device)
+        if new_state is not None:
+            new_state.state = torch.zeros(sequences, *self.shape, dtype=torch.complex64, device=x.device)
+        return x
 
 
 class OneHopBlock(mo.MegalodonBlock):
     """Block whose feed-forward half adds to its own input, not to the block's."""
 
-    def forward(self, x: Tensor, *, state: Any = None, return_state: bool = False, **options: Any) -> Any:
-        y, state = self.mega(x, state=state, return_state=True, **options)
-        return (y + self.nffn(y), state) if return_state else y + self.nffn(y)
+    def forward(self, x: Tensor, **options: Any) -> Tensor:
+        y = self.mega(x, **options)
+        return y + self.nffn(y)
 
 
 class PlainGain(nn.Module):

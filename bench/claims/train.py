@@ -151,7 +151,7 @@ def train_on_text(
     def seek(found: dict[str, Any]) -> None:
         batches.seek(json.loads(found["batches"]))
         if found["state"] is not None:
-            reader.seek(from_named(found["state"]))
+            reader.seek(from_named(mo.MegalodonState, found["state"]))
 
     source = dict(position=position, seek=seek)
     return train(model, recipe, lambda: reader.loss(batches.next()), scratch, **source, evaluation=evaluation)

@@ -4,9 +4,5 @@ B batch, L length, D model dim, N CEMA states a channel, G norm groups, H heads,
 dim of values, C chunk size, S sequences in a batch. Activations are (B, L, D).
 """
 
-import sys as _sys
-
-# `python -m megalodon_ops` imports the package before `__main__`, which must set variables before torch is loaded.
-if _sys.argv[:1] != ["-m"] or _sys.orig_argv[-len(_sys.argv)] != __name__:
-    from .public import *
-    from .public import __all__, __version__
+from .public import *
+from .public import __all__, __version__

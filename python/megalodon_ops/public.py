@@ -3,17 +3,16 @@
 import torch  # loads the OpenMP runtime that the kernels share
 
 from . import _C, reference
-from .model.blocks import BlockState, MegalodonBlock, NormalizedAttention, NormalizedFFN
+from .model.blocks import MegalodonBlock, NormalizedAttention, NormalizedFFN
 from .model.config import MegalodonConfig
 from .inference.decoder import Decoder
 from .model.encoder import MegalodonEncoderConfig
-from .model.gecko_block import MemoryBlockState
 from .inference.generation import TokenStream
 from .model.layers import ComplexEMA, SequenceNorm, TimestepNorm, wide_parameters
 from .inference.quantization import quantize
 from .inference.quantized_layers import QuantizedLinear
 from .storage.official import save_official
-from .model.model_state import MegalodonState
+from .model.model_state import BlockState, MemoryBlockState
 from .inference.stops import StopStrings
 from .ops.adaptive_working_memory.adaptive_working_memory import adaptive_working_memory
 from .ops.cema.bidirectional_cema import bidirectional_cema
@@ -32,7 +31,7 @@ from .ops.quantized_linear.quantized_linear import quantize_weight, quantized_li
 from .ops.sequence_norm.sequence_norm import sequence_norm
 from .ops.common.states import AttentionState, TimestepNormState, WorkingMemoryState
 from .ops.timestep_norm.timestep_norm import timestep_norm, timestep_norm_end_state
-from .public_models import Megalodon, MegalodonEncoder, load_official
+from .public_models import Megalodon, MegalodonEncoder, MegalodonState, load_official
 
 torch.serialization.add_safe_globals(
     [AttentionState, BlockState, MegalodonState, MemoryBlockState, TimestepNormState, WorkingMemoryState]

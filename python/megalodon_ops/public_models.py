@@ -1,4 +1,4 @@
-"""The public models: the networks of `model`, with files and generation."""
+"""The public models and their state: the networks of `model`, with files and generation."""
 
 from __future__ import annotations
 
@@ -9,14 +9,75 @@ from typing import Any
 
 import torch
 
-from .files import FileError, as_path
+from .storage.files import FileError, as_path
+from .model.config import MegalodonConfig, check_config
 from .model.encoder import MegalodonEncoderBase
 from .storage.folder import check_dtype, load_model, save_model
 from .inference.generation import generate, stream
 from .model.megalodon import MegalodonBase
+from .model.model_state import MegalodonStateBase, as_pytree
 from .storage.official import read_official
+from .storage.state_file import load_state, save_state
 from .inference.parameters import empty_model
 from .ops.common.checks import as_device
+
+
+@as_pytree
+class MegalodonState(MegalodonStateBase):
+    """State that a call of the model passes on to the next call; its size does not depend on the length of the past.
+
+    A state is a frozen dataclass and a pytree of tensors whose first dimension is S, the number of sequences in a
+    batch. `state[rows]` selects sequences by an integer, a slice, a list or a 1-D tensor of integers or bools; integers
+    may be in arbitrary order and repeat. No method changes the state it is called on, and results of `clone`, `reset`,
+    `cat` and `state[rows]` share no memory with it.
+
+    Example:
+        >>> import torch, megalodon_ops as mo
+        >>> config = mo.MegalodonConfig(num_layers=2, model_dim=32, z_dim=16, value_dim=32, ffn_hidden_dim=32, vocab_size=9)
+        >>> _, state = mo.Megalodon(config)(torch.tensor([[1, 2, 3], [4, 5, 6]]), return_state=True)
+        >>> state
+        MegalodonState(2 sequences, 2 layers, torch.float32 keys and values on cpu, 1,591,944 bytes)
+        >>> len(state.layers), state.norm.count
+        (2, tensor([3, 3]))
+        >>> state[1].num_sequences, state[[1, 1, 0]].num_sequences, state.reset([0]).norm.count
+        (1, 3, tensor([0, 3]))
+    """
+
+    def save(self, path: str | os.PathLike, config: MegalodonConfig) -> None:
+        """Write the state to one safetensors file, atomically.
+
+        Args:
+            path: the file; an existing file is replaced.
+            config: the configuration of the state's model; :meth:`load` requires the same one.
+
+        Raises:
+            ValueError: the state is of another configuration or has invalid values, such as NaN. OSError: the file
+            cannot be written. After an error, an existing file is unchanged.
+
+        Example:
+            >>> import tempfile, torch, megalodon_ops as mo
+            >>> config = mo.MegalodonConfig(num_layers=1, model_dim=32, z_dim=16, value_dim=32, ffn_hidden_dim=32, vocab_size=9)
+            >>> _, state = mo.Megalodon(config)(torch.tensor([[1, 2, 3]]), return_state=True)
+            >>> with tempfile.TemporaryDirectory() as folder:
+            ...     state.save(f"{folder}/state.safetensors", config)
+            ...     mo.MegalodonState.load(f"{folder}/state.safetensors", config).norm.count
+            tensor([3])
+        """
+        check_config("MegalodonState.save", config)
+        save_state(self, Path(path), config)
+
+    @classmethod
+    def load(
+        cls, path: str | os.PathLike, config: MegalodonConfig, *, device: torch.device | str = "cpu"
+    ) -> MegalodonState:
+        """Load a state that :meth:`save` wrote for a model of this configuration.
+
+        Raises:
+            FileNotFoundError: there is no such file. ValueError: :meth:`save` did not write the file, or wrote it for
+            another configuration; or the file is damaged or has invalid values, such as NaN.
+        """
+        check_config("MegalodonState.load", config)
+        return load_state(cls, Path(path), config).to(device)
 
 
 class Megalodon(MegalodonBase):
@@ -41,11 +102,13 @@ class Megalodon(MegalodonBase):
         True
     """
 
+    state_type = MegalodonState
+
     @classmethod
     def load(
         cls, directory: str | os.PathLike, *, dtype: torch.dtype | None = None, device: torch.device | str = "cpu"
     ) -> Megalodon:
-        """Load a model from a folder that :meth:`save`, `python -m megalodon_ops train` or transformers wrote.
+        """Load a model from a folder that :meth:`save`, `megalodon-ops train` or transformers wrote.
 
         On the CPU the weights are memory-mapped: a tensor is read from the disk at its first use and is not copied.
         Changes to the weights are not written to the files. Do not truncate or overwrite the files of a loaded model.
@@ -99,13 +162,13 @@ class Megalodon(MegalodonBase):
 
     def _reference(self) -> Megalodon:
         """Return an unmodified model of this configuration on `meta`; :class:`Decoder` compares this model with it."""
-        return _shared_empty_model(Megalodon, self.config, torch.float32, self.quantization)
+        return shared_empty_model(Megalodon, self.config, torch.float32, self.quantization)
 
     stream = stream
     generate = generate
 
 
-_shared_empty_model = functools.lru_cache(maxsize=8)(empty_model)
+shared_empty_model = functools.lru_cache(maxsize=8)(empty_model)
 
 
 class MegalodonEncoder(MegalodonEncoderBase):

@@ -14,12 +14,12 @@ SPIN_COUNT = 3_000
 
 
 def run() -> None:
-    """Run `python -m megalodon_ops`, as the script `megalodon-ops` does."""
+    """Run the script `megalodon-ops`: as `python -m megalodon_ops`, with the settings made before."""
     prepare()
     runpy.run_module("megalodon_ops", run_name="__main__", alter_sys=True)
 
 
-def prepare() -> None:
+def prepare() -> bool:
     """Set how long OpenMP's threads spin, before torch loads OpenMP, which reads it once; let Ctrl-C end the process.
 
     By default, waiting threads spin for milliseconds and take the processor from other programs. A user's
@@ -27,13 +27,18 @@ def prepare() -> None:
 
     Under a launcher, torch would print the stack of each failed connection beside the one line in which a command shows
     the error. It prints none, unless the user has set TORCH_CPP_LOG_LEVEL.
+
+    Returns:
+        True if an environment variable has changed.
     """
+    before = dict(os.environ)
     if "RANK" in os.environ:
         os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "FATAL")
     if "OMP_WAIT_POLICY" not in os.environ:
         os.environ.setdefault("GOMP_SPINCOUNT", str(SPIN_COUNT))
     if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # SIGINT may be ignored, under `nohup` or `&`
         signal.signal(signal.SIGINT, _end)
+    return before != dict(os.environ)
 
 
 @contextmanager

@@ -15,7 +15,7 @@ from megalodon_ops.cli import main
 from megalodon_ops.cli.data import load_corpus, load_documents
 from megalodon_ops.cli.documents import split_files, documents_of
 from megalodon_ops.cli.errors import CommandError
-from megalodon_ops.files import FileError
+from megalodon_ops.storage.files import FileError
 
 TEXT = st.text(max_size=30)
 FAULTY = (

@@ -16,6 +16,7 @@ from megalodon_ops.cli.options import COMMANDS
 from megalodon_ops.cli.processes import Processes
 from megalodon_ops.cli.settings import new_run
 from megalodon_ops.model.model_state import from_named, named_tensors
+from megalodon_ops.public_models import MegalodonState
 from megalodon_ops.tokenizers import ByteTokenizer
 from megalodon_ops.training import START, Batches, Metrics, Reader, Schedule, draw_metrics, read_metrics
 from megalodon_ops.training.reader import select
@@ -53,7 +54,7 @@ def test_state_survives_as_tensors():
     with torch.no_grad():
         reader.loss(batches.next())
         rows = reader.rows()
-        back = from_named(named_tensors(rows))
+        back = from_named(MegalodonState, named_tensors(rows))
         torch.testing.assert_close(back, rows, rtol=0, atol=0)
         other = Reader(reader.model)
         other.seek(back)

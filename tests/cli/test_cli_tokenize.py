@@ -82,7 +82,7 @@ def test_files_and_output(mixed, bpe, tmp_path, monkeypatch, capsys):
         f"{tmp_path}/tokens: 753 documents, {shards.num_bytes:,} bytes, {shards.num_tokens:,} tokens in 4 shards: "
         f"{shards.num_bytes / shards.num_tokens:.3f} bytes a token",
         "skipped: empty documents (1), lines without a text 'text' (2)",
-        f"train with it: python -m megalodon_ops train --data {tmp_path}/tokens",
+        f"train with it: megalodon-ops train --data {tmp_path}/tokens",
     ]
     assert "tokenizing" in err
     tokenizer = shards.tokenizer

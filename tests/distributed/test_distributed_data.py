@@ -50,6 +50,24 @@ def test_ranks_train_as_one_process_does(ranks, world_size, data, overrides):
     assert_same_training(results[0], wanted)
 
 
+def gradients_through_the_state(is_parallel):
+    """Of a loss that reads the last block's new state alone, not its output."""
+    model = tiny_model(torch.float64)
+    model = parallelize(model, mesh_of_all(), data="shard") if is_parallel else model
+    _, state = model(batch_of(1)[0], return_state=True)
+    state.layers[-1].cema.abs().square().sum().backward()
+    return {name: gather(p.grad) for name, p in model.named_parameters() if p.grad is not None and gather(p.grad).any()}
+
+
+def test_a_loss_may_read_a_state_alone(ranks):
+    """FSDP2 gathers a block's parameters for the gradient of the block's output, beside which the state is returned."""
+    wanted = gradients_through_the_state(False)
+    found, _ = ranks.run(gradients_through_the_state, 2, True)
+    assert wanted.keys() == found.keys() and "layers.1.mega.cema.alpha" in wanted
+    for name, gradient in wanted.items():
+        torch.testing.assert_close(found[name], gradient)
+
+
 def gradients(data):
     model = parallelize(tiny_model(torch.float64), mesh_of_all(), data=data)
     tokens, targets = batch_of(1)

@@ -262,7 +262,7 @@ def test_a_signal_stops_all_at_one_step_and_the_run_resumes_on_another_mesh(rank
     whole, _ = run_on_mesh("data=2")
     results = ranks.run(command_with_a_signal, 2, flags(text, tmp_path / "run", *STEPS))
     assert [result.code for result in results] == [128 + signal.SIGTERM] * 2, results
-    words = f"stopped after step 3; continue with: python -m megalodon_ops train --out {tmp_path}/run --resume"
+    words = f"stopped after step 3; continue with: megalodon-ops train --out {tmp_path}/run --resume"
     assert words in results[0].out
     assert load_checkpoint(tmp_path / "run").step == 3 == rows(tmp_path / "run")[-1]["step"]
     assert (tmp_path / "run" / "loss_curve.png").exists()

@@ -1,4 +1,4 @@
-"""Errors of `plan`, and `python -m megalodon_ops plan`."""
+"""Errors of `plan`, and `megalodon-ops plan`."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def test_wrong_calls(message):
 
 def test_the_page_shows_the_output_of_its_command(capsys, tmp_path):
     page, file, figures = (DOCS / "plan.md").read_text(), tmp_path / "plan.json", vars(plan(**PAPER_RUN))
-    command = re.search(r"^    python -m megalodon_ops (plan .*?[^\\])$", page, re.M | re.S)[1]
+    command = re.search(r"^    megalodon-ops (plan .*?[^\\])$", page, re.M | re.S)[1]
     words = shlex.split(command.replace("\\\n", ""))
     assert main([*words, "--json", str(file)]) == 0
     assert (table := capsys.readouterr().out.strip()) in re.sub(r"^    ", "", page, flags=re.M)

@@ -7,6 +7,7 @@ import importlib
 import json
 import math
 import pickle
+import subprocess
 import sys
 from functools import partial
 from pathlib import Path
@@ -98,7 +99,7 @@ def test_shares_the_modules_of_a_megalodon() -> None:
     core = mo.Megalodon(mo.MegalodonConfig(**SIZES))
     model = hf.MegalodonForCausalLM.from_megalodon(core)
     assert [id(p) for p in model.parameters()] == [id(p) for p in core.parameters()]
-    assert model.model.layers is core.layers is model.megalodon.layers
+    assert model.model.layers is model.megalodon.layers and model.model.layers[1].mega is core.layers[1].mega
     assert list(model.megalodon.state_dict()) == list(core.state_dict())
     assert model.training and model.megalodon.training and not model.eval().megalodon.training
 
@@ -411,6 +412,21 @@ def test_gradient_checkpointing_gives_the_same_gradients() -> None:
                 calls.clear()
                 model(ids, labels=ids).loss.backward()
                 assert calls.count("layer") == (2 if "configured" in kind else 1)
+
+
+def test_importing_the_models_leaves_the_public_block_alone() -> None:
+    """A class with both bases of a recomputed layer is made before the import, in a fresh interpreter."""
+    code = """
+import megalodon_ops as mo
+from transformers.modeling_layers import GradientCheckpointingLayer
+bases = mo.MegalodonBlock.__bases__
+class Block(GradientCheckpointingLayer, mo.MegalodonBlock): pass
+import megalodon_ops.hf as hf
+assert mo.MegalodonBlock.__bases__ == bases
+sizes = dict(num_layers=1, model_dim=32, z_dim=16, value_dim=32, ffn_hidden_dim=32, vocab_size=9)
+assert isinstance(hf.MegalodonModel(hf.MegalodonHFConfig(**sizes)).layers[0], GradientCheckpointingLayer)
+"""
+    subprocess.run([sys.executable, "-c", code], check=True)
 
 
 # The extra

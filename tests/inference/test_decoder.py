@@ -6,6 +6,7 @@ import copy
 import gc
 import threading
 import weakref
+from dataclasses import replace
 
 import pytest
 import torch
@@ -225,8 +226,8 @@ def test_errors():
     expected = by_layers(model, state, [token])
     assert all(torch.equal(a, b) for a, b in zip(by_decoder(decoder, [token]), expected, strict=True))
     assert_refuses(ValueError, "Decoder", "state", lambda: mo.Decoder(model, None))
-    assert_refuses(ValueError, "Decoder", "state", lambda: mo.Decoder(model, tuple(state)))
-    assert_refuses(ValueError, "Decoder", "state", lambda: mo.Decoder(model, state._replace(layers=state.layers[:1])))
+    assert_refuses(ValueError, "Decoder", "state", lambda: mo.Decoder(model, (*vars(state).values(),)))
+    assert_refuses(ValueError, "Decoder", "state", lambda: mo.Decoder(model, replace(state, layers=state.layers[:1])))
 
     for name in ("layers.1.mega.cema.alpha", "layers.0.mega.wv.weight", "layers.0.nffn.norm.bias", "embed.weight"):
         for change in (torch.Tensor.double, lambda t: t[None]):
@@ -236,7 +237,7 @@ def test_errors():
     assert_refuses(ValueError, "Decoder", "state", lambda: mo.Decoder(model, state.to("meta")))
 
     def with_layer(**fields):
-        return state._replace(layers=(state.layers[0]._replace(**fields), *state.layers[1:]))
+        return replace(state, layers=(state.layers[0]._replace(**fields), *state.layers[1:]))
 
     norm, attention = state.layers[0].norm, state.layers[0].attention
     other = model_and_state(rows=2, chunk_size=TINY["chunk_size"] + 1)[1]

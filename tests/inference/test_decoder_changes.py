@@ -80,14 +80,14 @@ def change_rotary_base(block):
 
 
 def add_one(module, args, result):
-    """A hook of a block or model, which also return a state."""
+    """A hook of a model, which also returns a state."""
     return result[0] + 1, result[1]
 
 
 BLOCK_CHANGES = {
     "hook": (lambda block: block.mega.wv.register_forward_hook(lambda module, args, y: y + 1), ".mega.wv"),
     "pre-hook": (lambda block: block.nffn.register_forward_pre_hook(lambda module, args: (args[0] + 1,)), ".nffn"),
-    "hook of the block": (lambda block: block.register_forward_hook(add_one), ""),
+    "hook of the block": (lambda block: block.register_forward_hook(lambda module, args, y: y + 1), ""),
     "replaced": (replace_linear, ".mega.wz"),
     "torch's": (lambda block: replace_linear(block, torch.nn.Linear), ".mega.wz"),
     "subclass": (use_subclass, ".mega.wv"),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+from dataclasses import replace
 
 import hypothesis.strategies as st
 import pytest
@@ -52,7 +53,7 @@ def valid_part(state):
         k, v, position = layer.attention
         is_valid = (torch.arange(k.shape[1]) < position[:, None])[..., None, None]
         layers.append(layer._replace(attention=layer.attention._replace(k=k * is_valid, v=v * is_valid)))
-    return state._replace(layers=tuple(layers))
+    return replace(state, layers=tuple(layers))
 
 
 def test_greedy_generation_equals_repeated_forwards(model):

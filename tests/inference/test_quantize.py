@@ -12,7 +12,7 @@ from models import tiny_model, tokens_of
 
 import megalodon_ops as mo
 from backends import each_isa, isa
-from megalodon_ops.files import FileError
+from megalodon_ops.storage.files import FileError
 from megalodon_ops.inference.quantized_layers import QuantizedEmbedding
 from megalodon_ops.ops.quantized_linear.quantized_linear import dequantize
 

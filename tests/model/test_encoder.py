@@ -18,7 +18,7 @@ from torch import Tensor
 import megalodon_ops as mo
 from megalodon_ops import reference, training
 from megalodon_ops.distributed.plan import plan
-from megalodon_ops.files import FileError
+from megalodon_ops.storage.files import FileError
 from megalodon_ops.evaluation import evaluate
 
 CONTINUOUS = dict(num_features=2, num_classes=3)

@@ -1,6 +1,8 @@
 """Layers: initialisation, coefficients."""
 
+import copy
 import math
+import pickle
 import sys
 
 import pytest
@@ -157,3 +159,53 @@ def test_halves_of_a_block_take_sizes():
             half(24, zdim=8)
         with pytest.raises(ValueError, match="MegalodonConfig: `model_dim` must be a positive integer"):
             half(0)
+
+
+@pytest.mark.parametrize("parts", [{"working_memory": True}, {"visible_chunks": 2}])
+def test_a_subclass_of_the_attention_has_the_parts_of_its_configuration(parts):
+    class Mine(mo.NormalizedAttention):
+        pass
+
+    x, sizes = torch.randn(2, 9, 24), dict(z_dim=8, value_dim=16, chunk_size=4)
+    results = []
+    for kind, fields in ((Mine, parts), (mo.NormalizedAttention, parts), (mo.NormalizedAttention, {})):
+        torch.manual_seed(0)
+        results.append(kind(24, **sizes, **fields)(x))
+    own, expected, plain = results
+    assert torch.equal(own, expected) and (expected - plain).abs().max() > 0.01
+
+
+def test_layers_of_a_model_return_tensors_with_and_without_states():
+    """A hook that adds to a layer's output, as for activation steering, works in a call that returns a state, too."""
+    for fields in ({}, {"working_memory": True}, {"layerwise_ckpt": True}):
+        model, tokens = tiny_model(**fields).train(), tokens_of(2, 12)
+        for layer in (*model.layers, *(part for block in model.layers for part in (block.mega, block.nffn))):
+            layer.register_forward_hook(lambda _, inputs, output: output + 0.25)
+        for norm in (*(block.mega.timenorm for block in model.layers), model.output.final_norm):
+            norm.register_forward_hook(lambda _, inputs, output: output * 1.5)
+        expected = model(tokens)
+        logits, state = model(tokens, return_state=True)
+        assert torch.equal(logits, expected)
+        first, state = model(tokens[:, :7], return_state=True)
+        close = dict(atol=1e-5, rtol=1e-4)
+        torch.testing.assert_close(torch.cat([first, model(tokens[:, 7:], state=state)], 1), expected, **close)
+
+
+def test_tools_can_wrap_the_forward_of_a_linear_layer():
+    """compressed-tensors, on which llm-compressor stands, takes the stored forward apart and binds another one."""
+    model, x = tiny_model().eval(), tokens_of(2, 9)
+    expected, layer = model(x), model.layers[0].mega.wv
+    assert type(layer) is torch.nn.Linear and layer.forward.__self__ is layer
+    for copied in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        own = copied.layers[0].mega.wv
+        assert own.forward.__self__ is own and own.reset_parameters.__self__ is own
+        assert torch.equal(copied(x), expected)
+    original = layer.forward.__func__
+
+    def wrapped(self, x):
+        return 2 * original(self, x)
+
+    layer.forward = wrapped.__get__(layer, type(layer))
+    doubled = model(x)
+    layer.forward = original.__get__(layer, type(layer))
+    assert torch.equal(model(x), expected) and not torch.equal(doubled, expected)

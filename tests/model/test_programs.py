@@ -114,7 +114,8 @@ def test_an_exported_model_decodes_other_batches_from_a_file(strict):
     """Tokens pass the end of a chunk; the program is saved and loaded."""
     model = small_model(**ALL)
     state, rows = state_of(model), dims("rows")
-    shapes = dict(tokens=rows, state=tree_map(lambda _: rows, state), return_state=None)
+    by_field = [*vars(tree_map(lambda _: rows, state)).values()]  # torch takes a list for a dataclass
+    shapes = dict(tokens=rows, state=by_field, return_state=None)
     options = dict(state=state, return_state=True)
     with torch.no_grad():
         program = torch.export.export(model, (tokens_of(2, 1),), options, dynamic_shapes=shapes, strict=strict)

@@ -8,14 +8,13 @@ import json
 import os
 import pickle
 import re
-from dataclasses import replace
+from dataclasses import FrozenInstanceError, replace
 
 import megalodon_ops as mo
 import numpy as np
 import pytest
 import torch
-from megalodon_ops.model.model_state import named_tensors
-from megalodon_ops.model.state_layout import layout
+from megalodon_ops.model.model_state import layout, named_tensors
 from models import TINY, tiny_model, tokens_of
 from torch.utils._pytree import tree_leaves, tree_map_only
 
@@ -47,6 +46,8 @@ def assert_equal(a, b):
 
 
 ROWS = {
+    "an integer": (1, [1]),
+    "an integer from the end": (-1, [2]),
     "slice": (slice(1, None), [1, 2]),
     "backwards": ([2, 1, 0], [2, 1, 0]),
     "repeated": ([1, 1, 1, 0], [1, 1, 1, 0]),
@@ -80,6 +81,7 @@ def test_rows_of_a_state_continue_as_those_rows(model, state, rows, wanted):
         (torch.tensor([[0]]), ValueError, "1-D"),
         (torch.tensor([True]), ValueError, r"\(3,\)"),
         ([3], IndexError, r"\[-3, 3\)"),
+        (3, IndexError, r"\[-3, 3\)"),
         (torch.tensor([200], dtype=torch.uint8), IndexError, r"\[-3, 3\)"),
         ([-4], IndexError, r"\[-3, 3\)"),
     ],
@@ -90,10 +92,16 @@ def test_wrong_rows_are_refused(state, rows, error, match):
             function(rows)
 
 
-def test_an_integer_is_the_index_of_a_field_as_in_every_tuple(state):
-    assert state[0] is state.layers and state[1] is state.norm and state[-1] == ()
-    with pytest.raises(TypeError, match=r"got 0; \[0\] names one sequence"):
-        state.reset(0)
+def test_a_state_is_no_sequence_and_prints_one_line(state):
+    """Its fields were once the items of a tuple: `layers, norm, inputs = state` must not select three sequences."""
+    for function in (len, iter, tuple):
+        with pytest.raises(TypeError):
+            function(state)
+    with pytest.raises(FrozenInstanceError):
+        state.norm = None
+    shown = repr(state)
+    assert shown.startswith("MegalodonState(3 sequences, 2 layers, torch.float64") and len(shown) < 120, shown
+    assert "\n" not in shown
 
 
 def test_reset_rows_begin_a_new_document_and_the_others_continue(model, state):
@@ -112,7 +120,7 @@ def test_fresh_is_the_state_before_the_first_token(model):
 
 def test_cat_joins_selected_rows(model, state):
     assert_equal(mo.MegalodonState.cat([state[[0]], state[1:]]), state)
-    without_residual = state._replace(norm=state.norm._replace(residual=None))
+    without_residual = replace(state, norm=state.norm._replace(residual=None))
     assert mo.MegalodonState.cat([without_residual, state]).num_sequences == 6
 
 
@@ -268,7 +276,7 @@ def test_a_state_with_nan_is_not_written_over_a_good_one(tmp_path, model, state)
     path = tmp_path / "state"
     state.save(path, model.config)
     before = path.read_bytes()
-    spoiled = state._replace(norm=state.norm._replace(mean=state.norm.mean * float("nan")))
+    spoiled = replace(state, norm=state.norm._replace(mean=state.norm.mean * float("nan")))
     with pytest.raises(ValueError, match=r"MegalodonState.save: .*`norm.mean` must be finite"):
         spoiled.save(path, model.config)
     assert path.read_bytes() == before and [file.name for file in tmp_path.iterdir()] == ["state"]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from assertions import every_case
@@ -10,7 +12,7 @@ from decoding import assert_bits_of_layers, assert_equal, by_decoder, by_layers
 from models import tiny_model, tokens_of
 
 import megalodon_ops as mo
-from megalodon_ops.files import FileError
+from megalodon_ops.storage.files import FileError
 from megalodon_ops.model.model_state import named_tensors
 from megalodon_ops.ops.common.quantized_rows import unpack_rows
 
@@ -128,13 +130,14 @@ def test_rows_files_and_casts_keep_8_bits(tmp_path):
 def test_gradients_flow_through_the_call_and_not_into_the_cache():
     model, state = model_and_small_state()
     model.train()
-    exact = state._replace(
+    exact = replace(
+        state,
         layers=tuple(
             layer._replace(
                 attention=layer.attention._replace(k=unpack_rows(layer.attention.k), v=unpack_rows(layer.attention.v))
             )
             for layer in state.layers
-        )
+        ),
     )
     grads = []
     for past in (state, exact):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import re
 import sys
 from collections import Counter
 from collections.abc import Iterator
@@ -27,7 +28,7 @@ ROOMS = [
         megalodon_ops.storage
         megalodon_ops.inference
         megalodon_ops.model
-        megalodon_ops.files megalodon_ops.reference
+        megalodon_ops.reference
         megalodon_ops.ops
         megalodon_ops.ops.common
         megalodon_ops.extras megalodon_ops.torchrun megalodon_ops._C megalodon_ops_startup
@@ -145,6 +146,24 @@ def test_a_fault_is_found(tmp_path, module, line, fault):
             (path.parent / "__init__.py").touch()
     (found,) = faults(tmp_path)
     assert found.startswith(f"{fault}: ")
+
+
+def test_the_model_is_the_paper_on_few_floors():
+    """Files, decoders, samplers, ranks and clients stand above model/; whoever reads it finds the paper alone."""
+    folder = Path(megalodon_ops.__file__).parent
+    inside, outside = read_imports(folder.parent)
+    known = {"collections", "dataclasses", "difflib", "functools", "math", "torch", "typing", "typing_extensions"}
+    own = {module: others for module, others in inside.items() if room(module) == "megalodon_ops.model"}
+    for module in own:
+        assert outside[module] <= {"__future__", *known}, module
+        file = folder / "model" / f"{module.rpartition('.')[2]}.py"
+        words = r"torch\.(distributed|save|load|multinomial|cuda\.graph)|\bopen\("
+        assert module.endswith(".model") or not re.search(words, file.read_text()), module
+
+    def floor(module: str) -> int:
+        return 1 + max((floor(other) for other in own[module] if other in own), default=0)
+
+    assert max(map(floor, own)) <= 5
 
 
 @pytest.mark.parametrize("folder", ["bench", "docs", "tools"])

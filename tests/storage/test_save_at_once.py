@@ -15,7 +15,7 @@ from models import SMALLEST
 from torch import nn
 
 import megalodon_ops as mo
-from megalodon_ops import files
+from megalodon_ops.storage import files
 from megalodon_ops.storage import folder as checkpoint
 from megalodon_ops.storage import weights
 from megalodon_ops.tokenizers import Tokenizer, load_tokenizer

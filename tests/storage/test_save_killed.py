@@ -12,7 +12,7 @@ from killed import COUNTS, killed_at
 from models import TINY, tiny_model
 
 import megalodon_ops as mo
-from megalodon_ops import files
+from megalodon_ops.storage import files
 
 
 def test_a_full_disk_leaves_the_folder_as_it_was(tmp_path, file_size_limit):

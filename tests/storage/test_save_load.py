@@ -13,7 +13,7 @@ from models import SAVED, TINY, tiny_model, tokens_of
 from safetensors.torch import load_file, save_file
 
 import megalodon_ops as mo
-from megalodon_ops.files import FileError
+from megalodon_ops.storage.files import FileError
 
 DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
 

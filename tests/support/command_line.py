@@ -89,7 +89,7 @@ def assert_refused(capsys: pytest.CaptureFixture[str], command: str, words: str,
 
 
 class Forked(multiprocessing.get_context("fork").Process):
-    """`python -m megalodon_ops` with these arguments, forked from this process, so it need not import torch."""
+    """`megalodon-ops` with these arguments, forked from this process, so it need not import torch."""
 
     def __init__(
         self, *arguments: object, stdin: bytes = b"", encoding: str = "utf-8", folder: Path | None = None

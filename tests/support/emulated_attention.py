@@ -13,7 +13,8 @@ from cases import chunked_attention_case
 import megalodon_ops as mo
 from megalodon_ops import _C
 from megalodon_ops.ops.common.philox import dropkey_mask
-from megalodon_ops.ops.common.reference_helpers import accumulation_dtype, sequences
+from megalodon_ops.ops.common.reference_helpers import sequences
+from megalodon_ops.ops.common.states import accumulation_dtype
 
 F32, F64 = torch.float32, torch.float64
 GRADIENTS = ("dq", "dk", "dv")

@@ -8,7 +8,7 @@ from contextlib import contextmanager, suppress
 
 import pytest
 
-from megalodon_ops import files
+from megalodon_ops.storage import files
 
 # Number of calls of a function of `os` before the kill; the writer makes fewer than ten.
 COUNTS = [pytest.param((0, 4), id=""), pytest.param((1, 2, 3, 5, 6, 7), id="others", marks=pytest.mark.slow)]

@@ -110,8 +110,8 @@ def _run(commands: str, folder: Path) -> str:
     path = os.pathsep.join((str(Path(sys.executable).parent), os.environ["PATH"]))
     for command in commands.replace("\\\n", " ").splitlines():
         words = shlex.split(command, comments=True)
-        if words[:3] == ["python", "-m", "megalodon_ops"] and not _SHELL.search(command):
-            started = Forked(*words[3:], folder=folder)
+        if words[:1] == ["megalodon-ops"] and not _SHELL.search(command):
+            started = Forked(*words[1:], folder=folder)
             out = started.stdout.readall()
             code, error = started.wait()
         else:

@@ -11,7 +11,7 @@ from tokenizer_kinds import KINDS, SOURCE, from_json, other, package, sentencepi
 from hypothesis import given
 from hypothesis import strategies as st
 
-from megalodon_ops.files import FileError
+from megalodon_ops.storage.files import FileError
 from megalodon_ops.tokenizers import START_TOKEN, WINDOW, ByteTokenizer, Tokenizer, load_tokenizer, text
 
 NOT_UTF8 = b"caf\xc3\xa9 \xff\xfe then \xe2\x98 more \xc3"

@@ -9,7 +9,7 @@ from mutations import mutants
 from tokenizer_kinds import tokenizer  # noqa: F401, a fixture
 from tokenizer_kinds import KINDS, SOURCE, word_level_model, package
 
-from megalodon_ops.files import FileError
+from megalodon_ops.storage.files import FileError
 from megalodon_ops.tokenizers import ByteTokenizer, Tokenizer, load_tokenizer
 
 

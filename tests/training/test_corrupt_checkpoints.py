@@ -17,7 +17,7 @@ from released import save_released
 
 import megalodon_ops as mo
 from megalodon_ops.cli import main
-from megalodon_ops.files import FileError
+from megalodon_ops.storage.files import FileError
 from megalodon_ops.tokenizers import ByteTokenizer, Tokenizer
 from megalodon_ops.training import run_checkpoint as checkpoint
 

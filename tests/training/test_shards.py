@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from mutations import edit, make_folder, make_pipe
 
-from megalodon_ops.files import FileError
+from megalodon_ops.storage.files import FileError
 from megalodon_ops.tokenizers import ByteTokenizer, Tokenizer
 from megalodon_ops.training import Batches, Shards, hold_out
 from megalodon_ops.training.corpus import split

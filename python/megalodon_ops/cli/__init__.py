@@ -14,7 +14,7 @@ from typing import Any, NoReturn
 
 from megalodon_ops import extras, torchrun
 from megalodon_ops.cli.errors import CommandError
-from megalodon_ops.files import FileError
+from megalodon_ops.storage.files import FileError
 from megalodon_ops.ops.common.memory import keep_freed_memory
 from megalodon_ops_startup import interruptible
 

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
 from megalodon_ops import extras
-from megalodon_ops.files import opened
+from megalodon_ops.storage.files import opened
 from megalodon_ops.ops.common.checks import short_text
 
 LINE_SUFFIXES = (".jsonl", ".ndjson")

@@ -18,7 +18,7 @@ from megalodon_ops.cli.errors import CommandError
 from megalodon_ops.cli.models import TrainRecord, precision, trained_model, usable_device
 from megalodon_ops.cli.options import Eval, Quantize
 from megalodon_ops.evaluation import Evaluation, evaluate
-from megalodon_ops.files import write_whole
+from megalodon_ops.storage.files import write_whole
 from megalodon_ops.tokenizers import Tokenizer
 from megalodon_ops.training.batches import Document
 

@@ -77,7 +77,7 @@ def parse(words: Sequence[str] | None, commands: Mapping[str, type[Options]]) ->
     style = dict(allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter)
     first = "\n".join(_examples(kind)[0] for kind in commands.values())
     texts = dict(description="MEGALODON: train, evaluate, sample.", epilog=f"examples:\n{first}")
-    parser = _Parser(prog="python -m megalodon_ops", **texts, **style)
+    parser = _Parser(prog="megalodon-ops", **texts, **style)
     parser.add_argument("--version", action="version", version=f"megalodon_ops {__version__}")
     subparsers = parser.add_subparsers(dest="command", required=True, metavar=f"{{{','.join(commands)}}}")
     parsers = {}
@@ -173,7 +173,7 @@ class _Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         is_rank0 = os.environ.get("RANK", "0") == "0"  # all ranks have the same arguments
-        name = self.prog.removeprefix("python -m ")
+        name = self.prog.replace("megalodon-ops", "megalodon_ops")  # as in every error
         torchrun.report_failure(message)
         self.exit(2, f"{name}: error: {message}\n" if is_rank0 else None)
 

@@ -16,7 +16,7 @@ from megalodon_ops.cli.evaluate import as_documents
 from megalodon_ops.cli.models import TrainRecord
 from megalodon_ops.cli.processes import Processes
 from megalodon_ops.evaluation import evaluate
-from megalodon_ops.files import FileError
+from megalodon_ops.storage.files import FileError
 from megalodon_ops.tokenizers import Tokenizer
 from megalodon_ops.training import load_checkpoint
 from megalodon_ops.training.record import RECORD

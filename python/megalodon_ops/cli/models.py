@@ -14,7 +14,7 @@ from megalodon_ops import Megalodon, MegalodonConfig
 from megalodon_ops.cli.errors import CommandError
 from megalodon_ops.cli.flags import convert, flag_of
 from megalodon_ops.cli.options import ModelOptions, NotNegative, Train, config_field
-from megalodon_ops.files import FileError
+from megalodon_ops.storage.files import FileError
 from megalodon_ops.ops.common.definition import has_cuda_kernels
 from megalodon_ops.tokenizers import ByteTokenizer, Tokenizer, load_tokenizer
 from megalodon_ops.training.batches import BatchesPosition
@@ -67,7 +67,7 @@ def usable_device(name: str) -> torch.device:
         raise CommandError(f"--device {name}: {str(error).splitlines()[0]}; --device cpu needs no GPU") from error
     if device.type == "cuda" and not has_cuda_kernels():
         raise CommandError(
-            f"--device {name}: this build of megalodon_ops has no kernels for it; python -m megalodon_ops info says why"
+            f"--device {name}: this build of megalodon_ops has no kernels for it; megalodon-ops info says why"
         )
     return device
 

@@ -52,7 +52,7 @@ VOCABULARY = "a JSON file of the `tokenizers` package or a sentencepiece model, 
 class Info(Options):
     """show the build, the machine and the versions in use
 
-    python -m megalodon_ops info
+    megalodon-ops info
     """
 
 
@@ -116,13 +116,13 @@ class BatchOptions(ModelOptions):
 class Train(BatchOptions):
     """train a model of bytes or tokens on text; without --data, on Python's standard library
 
-    python -m megalodon_ops train
-    python -m megalodon_ops train --data book.txt notes --glob '*.txt' --glob '*.md' --minutes 30 --out runs/prose
-    python -m megalodon_ops train --out runs/prose --resume --minutes 60
-    python -m megalodon_ops train --config runs/prose/options.json --seed 1 --out runs/again
-    python -m megalodon_ops train --tokenizer bpe.json --data book.txt
-    python -m megalodon_ops train --init-from runs/prose/best --data letters --validation recent.txt --lr 1e-3
-    python -m megalodon_ops train --steps 2000 --dim 256 --layers 6 --chunk 512 --lr 3e-3 --seed 1
+    megalodon-ops train
+    megalodon-ops train --data book.txt notes --glob '*.txt' --glob '*.md' --minutes 30 --out runs/prose
+    megalodon-ops train --out runs/prose --resume --minutes 60
+    megalodon-ops train --config runs/prose/options.json --seed 1 --out runs/again
+    megalodon-ops train --tokenizer bpe.json --data book.txt
+    megalodon-ops train --init-from runs/prose/best --data letters --validation recent.txt --lr 1e-3
+    megalodon-ops train --steps 2000 --dim 256 --layers 6 --chunk 512 --lr 3e-3 --seed 1
     torchrun --nproc-per-node 4 --max-restarts 3 -m megalodon_ops train --mesh data=2,chunk=2 --batch 4 --length 8192 --out runs/four
     """
 
@@ -193,8 +193,8 @@ class TextToRead(Options):
 class Eval(TextToRead, ModelToRead):
     """perplexity and bits per byte by context length, on held-out or given text
 
-    python -m megalodon_ops eval --checkpoint runs/prose
-    python -m megalodon_ops eval --checkpoint runs/prose --data other.txt --context 2048 8192 32768 all
+    megalodon-ops eval --checkpoint runs/prose
+    megalodon-ops eval --checkpoint runs/prose --data other.txt --context 2048 8192 32768 all
     """
 
     context: tuple[Context, ...] = flag(
@@ -209,9 +209,9 @@ class Eval(TextToRead, ModelToRead):
 class Generate(ModelToRead):
     """print sampled text that continues a prompt
 
-    python -m megalodon_ops generate --checkpoint runs/prose --prompt 'Call me ' --tokens 500
-    python -m megalodon_ops generate --checkpoint runs/prose --prompt-file - --temperature 0.7 --top-p 0.9 < chapter.txt
-    python -m megalodon_ops generate --checkpoint runs/prose --prompt 'Q: ' --stop 'Q:' --samples 3 --tokens 100 --min-p 0.05
+    megalodon-ops generate --checkpoint runs/prose --prompt 'Call me ' --tokens 500
+    megalodon-ops generate --checkpoint runs/prose --prompt-file - --temperature 0.7 --top-p 0.9 < chapter.txt
+    megalodon-ops generate --checkpoint runs/prose --prompt 'Q: ' --stop 'Q:' --samples 3 --tokens 100 --min-p 0.05
     """
 
     prompt: tuple[str, ...] = flag(
@@ -234,8 +234,8 @@ class Generate(ModelToRead):
 class Quantize(TextToRead):
     """write a model with weights of 8 or 4 bits, and compare size, bits per byte and tokens a second
 
-    python -m megalodon_ops quantize runs/prose --to int8 --out prose-int8
-    python -m megalodon_ops quantize model --to int4 --out model-int4 --dtype bfloat16 --data other.txt
+    megalodon-ops quantize runs/prose --to int8 --out prose-int8
+    megalodon-ops quantize model --to int4 --out model-int4 --dtype bfloat16 --data other.txt
     """
 
     checkpoint: Path = flag(
@@ -251,8 +251,8 @@ class Quantize(TextToRead):
 class TrainTokenizer(Options):
     """train a byte-level BPE tokenizer, or print the bytes per token of a tokenizer (`tokenize` writes tokens)
 
-    python -m megalodon_ops tokenizer --train --vocab-size 4096 --out bpe.json book.txt notes --glob '*.txt'
-    python -m megalodon_ops tokenizer --tokenizer bpe.json other.txt
+    megalodon-ops tokenizer --train --vocab-size 4096 --out bpe.json book.txt notes --glob '*.txt'
+    megalodon-ops tokenizer --tokenizer bpe.json other.txt
     """
 
     files: tuple[Path, ...] = flag((), FILES, positional=True, nargs="*", metavar="FILE")
@@ -270,8 +270,8 @@ class TrainTokenizer(Options):
 class Tokenize(Options):
     """encode text into a folder of tokens, for `train --data` (`tokenizer` makes the tokenizer)
 
-    python -m megalodon_ops tokenize --tokenizer bpe.json --out tokens crawl.jsonl books
-    python -m megalodon_ops tokenize --out tokens pages --glob '*.html'
+    megalodon-ops tokenize --tokenizer bpe.json --out tokens crawl.jsonl books
+    megalodon-ops tokenize --out tokens pages --glob '*.html'
     """
 
     files: tuple[Path, ...] = flag(
@@ -295,8 +295,8 @@ class Tokenize(Options):
 class Plan(ModelOptions):
     """memory, operations and exchanged bytes of a training step on given devices
 
-    python -m megalodon_ops plan --preset paper7B --mesh data=128,chunk=2 --context 32768 --device cuda --layerwise-ckpt
-    python -m megalodon_ops plan --mesh data=2 --batch 64 --dtype float32
+    megalodon-ops plan --preset paper7B --mesh data=128,chunk=2 --context 32768 --device cuda --layerwise-ckpt
+    megalodon-ops plan --mesh data=2 --batch 64 --dtype float32
     """
 
     mesh: Mesh | None = flag(

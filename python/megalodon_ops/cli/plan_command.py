@@ -13,7 +13,7 @@ from megalodon_ops.cli.flags import flag_of
 from megalodon_ops.cli.models import model_config
 from megalodon_ops.cli.options import Plan as Options
 from megalodon_ops.distributed.plan import plan
-from megalodon_ops.files import write_whole
+from megalodon_ops.storage.files import write_whole
 
 
 def run(options: Options) -> int:

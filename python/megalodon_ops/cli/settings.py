@@ -19,7 +19,7 @@ from megalodon_ops.cli.flags import convert, fault, flag_of
 from megalodon_ops.cli.models import TrainRecord, model_config, read_tokenizer
 from megalodon_ops.cli.options import CONTEXT_ROWS, LAUNCH_OPTIONS, MINUTES, RATE_TIMES_WIDTH
 from megalodon_ops.cli.options import ModelOptions, Train, config_field
-from megalodon_ops.files import FileError, read_json
+from megalodon_ops.storage.files import FileError, read_json
 from megalodon_ops.ops.common.checks import short_text
 from megalodon_ops.tokenizers import ByteTokenizer, Tokenizer
 from megalodon_ops.training.run_checkpoint import Checkpoint, load_any

@@ -46,7 +46,7 @@ def run(options: Tokenize) -> int:
     )
     if skipped:
         print(f"skipped: {reasons(skipped)}")
-    print(f"train with it: python -m megalodon_ops train --data {shlex.quote(str(out))}")
+    print(f"train with it: megalodon-ops train --data {shlex.quote(str(out))}")
     return 0
 
 

@@ -9,7 +9,7 @@ from megalodon_ops.cli.data import load_corpus, load_documents
 from megalodon_ops.cli.errors import CommandError
 from megalodon_ops.cli.models import read_tokenizer
 from megalodon_ops.cli.options import TrainTokenizer
-from megalodon_ops.files import write_whole
+from megalodon_ops.storage.files import write_whole
 from megalodon_ops.tokenizers import Tokenizer
 
 

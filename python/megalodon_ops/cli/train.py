@@ -32,8 +32,8 @@ from megalodon_ops.cli.models import precision, usable_device
 from megalodon_ops.cli.options import Train
 from megalodon_ops.cli.processes import Processes, process_group
 from megalodon_ops.cli.settings import new_run, resumed_run, run_folder, with_config
-from megalodon_ops.files import FileError, write_whole
-from megalodon_ops.model.state_layout import layout
+from megalodon_ops.storage.files import FileError, write_whole
+from megalodon_ops.model.model_state import layout
 from megalodon_ops.storage.weights import set_whole
 from megalodon_ops.ops.common.memory import check_fits
 from megalodon_ops.tokenizers import Tokenizer
@@ -236,8 +236,7 @@ def run(options: Train) -> int:
             if processes.is_rank0:
                 draw_metrics(out / CURVE, read_metrics(out / METRICS))
             print(
-                f"stopped after step {step}; continue with: "
-                f"python -m megalodon_ops train --out {shlex.quote(str(out))} --resume"
+                f"stopped after step {step}; continue with: megalodon-ops train --out {shlex.quote(str(out))} --resume"
             )
             return 128 + stopped
         unsharded, size = model.alone(), sum(map(len, corpus.held_out))

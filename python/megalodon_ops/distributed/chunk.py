@@ -22,9 +22,8 @@ from ..model.layers import ComplexEMA
 from ..model.sequences import Sequences
 from ..ops.adaptive_working_memory.adaptive_working_memory import num_cached_rows, read_write_and_keep
 from ..ops.cema.cema import cema_end_state
-from ..ops.common.definition import accumulation_dtype
 from ..ops.common.spans import num_positions
-from ..ops.common.states import AttentionState, TimestepNormState, WorkingMemoryState
+from ..ops.common.states import AttentionState, TimestepNormState, WorkingMemoryState, accumulation_dtype
 from ..ops.timestep_norm.timestep_norm import timestep_norm_end_state
 from .exchange import send_to_all, send_to_next
 from .merge import merged_cema, merged_norm, norm_in_float64

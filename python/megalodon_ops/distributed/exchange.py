@@ -128,3 +128,15 @@ class TotalLoss(torch.autograd.Function):
     def backward(ctx, dloss):
         (scale,) = ctx.saved_tensors
         return (dloss.double() * scale).to(dloss.dtype), None, None, None
+
+
+class Tied(torch.autograd.Function):
+    """Identity of several tensors. If one result gets a gradient, every argument does, zeros where there is none."""
+
+    @staticmethod
+    def forward(ctx, *tensors):
+        return tuple(tensor.detach() for tensor in tensors)  # no views, of which FSDP2 warns
+
+    @staticmethod
+    def backward(ctx, *gradients):
+        return gradients

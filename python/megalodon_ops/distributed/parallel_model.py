@@ -11,27 +11,28 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import Replicate
+from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from ..inference.generation import TokenStream
-from ..model.megalodon import masked_targets
-from ..public_models import Megalodon, MegalodonEncoder
-from ..model.model_state import MegalodonState
+from ..model.megalodon import Wanted, masked_targets
+from ..public_models import Megalodon, MegalodonEncoder, MegalodonState
+from ..model.model_state import CallOptions
 from ..model.sequences import Sequences
 from ..ops.linear_cross_entropy.linear_cross_entropy import check_reduction
 from ..ops.common.spans import argument_of
 from .rank_checks import check_same_on_ranks
 from .chunk import ShardedSequences
-from .exchange import TotalLoss
+from .exchange import Tied, TotalLoss
 from .fsdp import gather_model, whole_model
 from .pieces import pieces_of
 from .shard_states import whole_state
 from .tensor import gather_state, split_state
-from .tensor_layers import CHANNELS, redistribute
+from .tensor_layers import CHANNELS, redistribute, take_over
 
 
 @dataclass(frozen=True)
@@ -48,9 +49,12 @@ class _ParallelModel:
     """Mixin that runs a model on several ranks; the next base class is the model for one process."""
 
     def __init__(self, model: Megalodon | MegalodonEncoder, ranks: Ranks) -> None:
-        """Take the modules, the mode and the hooks of a model, which is left without modules."""
-        self.__dict__.update(vars(model), _ranks=ranks)
-        model._modules = {}
+        """Take over the modules, the mode and the hooks of a model, which is left without modules."""
+        nn.Module.__init__(self)
+        take_over(self, model)
+        self.config, self._ranks = model.config, ranks
+        for name in [*model._modules]:
+            delattr(model, name)
 
     @contextmanager
     def _reset_after_exception(self) -> Iterator[None]:
@@ -107,28 +111,25 @@ class ParallelMegalodon(_ParallelModel, Megalodon):
             )
         return super().forward(tokens, *others, starts=starts, **options)
 
-    def _compute(
-        self, tokens: Tensor, targets: Tensor | None, features: bool, reduction: str, ignore_index: int,
-        state: MegalodonState | None, return_state: bool, inplace_state: bool, sequences: Sequences,
-    ) -> tuple[Tensor, MegalodonState | None]:  # fmt: skip
+    def _compute(self, tokens: Tensor, wanted: Wanted, options: CallOptions) -> tuple[Tensor, MegalodonState | None]:
         """Compute the piece's features or logits, or the loss, and the state of the whole sequences; see the class."""
-        check_reduction(reduction)
-        ranks, own_state = self._ranks, state
-        result_kind = f"loss, {reduction} without {ignore_index}"
-        result_kind = "features" if features else "logits" if targets is None else result_kind
+        check_reduction(wanted.reduction)
+        ranks, state, sequences = self._ranks, options.state, options.sequences
+        own_state, return_state = state, options.return_state
+        result_kind = f"loss, {wanted.reduction} without {wanted.ignore_index}"
+        result_kind = "features" if wanted.features else "logits" if wanted.targets is None else result_kind
         arguments = {"call": result_kind, "return_state": return_state, **_arguments(state, len(tokens), sequences)}
         with self._reset_after_exception():
             if ranks.chunk is not None:
                 widths = check_same_on_ranks("Megalodon", arguments, ranks.chunk, number=tokens.shape[1])
                 sequences = self._shard_sequences(widths, state, tokens, sequences)
             if ranks.tensor is not None:
-                content = {"tokens": tokens, "targets": targets}
+                content = {"tokens": tokens, "targets": wanted.targets}
                 check_same_on_ranks("Megalodon", arguments | content, ranks.tensor.get_group())
                 own_state = None if own_state is None else split_state(own_state, ranks.tensor, self.config.num_heads)
-            result, after = super()._compute(
-                tokens, targets, features, reduction, ignore_index, own_state, return_state, inplace_state, sequences
-            )
-            if features and ranks.tensor is not None:
+            own_options = CallOptions(own_state, return_state, options.inplace_state, sequences)
+            result, after = super()._compute(tokens, wanted, own_options)
+            if wanted.features and ranks.tensor is not None:
                 result = redistribute(result, ranks.tensor, CHANNELS, Replicate())
             if return_state and ranks.tensor is not None:
                 after = gather_state(after, ranks.tensor, self.config.num_heads)
@@ -136,16 +137,26 @@ class ParallelMegalodon(_ParallelModel, Megalodon):
                 after = whole_state(after, state, sequences.pieces, self.config, ranks.chunk)
             return result, after
 
-    def _cross_entropy(
-        self, hidden: Tensor, targets: Tensor, reduction: str, ignore_index: int, sequences: Sequences
-    ) -> Tensor:
+    def _tied(self, x: Tensor, state: Any) -> tuple[Tensor, Any]:
+        """Let FSDP2, whose hook is on x, gather the block's parameters for gradients of the new state alone, too."""
+        if not (torch.is_grad_enabled() and x.requires_grad):
+            return x, state
+        leaves, structure = tree_flatten(state)
+        is_real = [isinstance(leaf, Tensor) and leaf.requires_grad for leaf in leaves]
+        x, *tied = Tied.apply(x, *(leaf for leaf, is_in in zip(leaves, is_real) if is_in))
+        rest = iter(tied)
+        return x, tree_unflatten([next(rest) if is_in else leaf for leaf, is_in in zip(leaves, is_real)], structure)
+
+    def _cross_entropy(self, hidden: Tensor, wanted: Wanted, sequences: Sequences) -> Tensor:
         """Return the loss of all ranks or, with "none", this rank's losses."""
-        targets = masked_targets(targets, ignore_index, sequences)
+        reduction, ignore_index = wanted.reduction, wanted.ignore_index
+        targets = masked_targets(wanted.targets, ignore_index, sequences)
         own_reduction = "none" if reduction == "none" else "sum"
         if self._ranks.tensor is not None:
             loss = self.output.output.cross_entropy(hidden, targets, own_reduction, ignore_index)
         else:
-            loss = super()._cross_entropy(hidden, targets, own_reduction, ignore_index, Sequences())
+            own = Wanted(targets=targets, reduction=own_reduction, ignore_index=ignore_index)
+            loss = super()._cross_entropy(hidden, own, Sequences())
         if reduction == "none":
             return loss
         return TotalLoss.apply(loss, (targets != ignore_index).sum(), self._ranks.batch, reduction == "mean")

@@ -19,8 +19,7 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 
 from ..ops.adaptive_working_memory.adaptive_working_memory import num_cached_rows, read_and_write, read_write_and_keep
-from ..ops.common.definition import accumulation_dtype
-from ..ops.common.states import WorkingMemoryState
+from ..ops.common.states import WorkingMemoryState, accumulation_dtype
 from .exchange import send_to_all
 from .pieces import Pieces
 

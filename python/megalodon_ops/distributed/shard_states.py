@@ -10,10 +10,9 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 from torch.utils._pytree import tree_map, tree_map_only
 
-from ..model.blocks import BlockState
 from ..model.config import MegalodonConfig
-from ..model.gecko_block import MemoryBlockState
-from ..model.model_state import MegalodonState, complete
+from ..public_models import MegalodonState
+from ..model.model_state import BlockState, MemoryBlockState, complete
 from ..ops.adaptive_working_memory.adaptive_working_memory import num_cached_rows
 from ..ops.common.states import AttentionState, TimestepNormState
 from .exchange import gather_rows

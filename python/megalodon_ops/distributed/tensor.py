@@ -4,8 +4,8 @@ The residual stream is split by channels; docs/tensor-parallel.md has the part o
 The inputs of a norm over all channels are gathered, so its kernel needs no change.
 
 Parameters are DTensors on the mesh's dimension `tensor`, for FSDP2, the optimizer and checkpoints. Each module with
-parameters gets the base `SplitLayer` (tensor_layers.py). Its forward replaces the parameters by plain tensors, the
-rank's own parts. Depending on the fields that `split_over` sets, it also gathers the module's input or sums its output.
+parameters is replaced by a `SplitLayer` (tensor_layers.py). Its forward replaces the parameters by plain tensors, the
+rank's own parts. Depending on the arguments of its constructor, it also gathers the module's input or sums its output.
 So the forward of a block is the same as in one process. All exchanges are redistributions of DTensor.
 
 The embedding and the output matrix are split by channels, so they can be tied. In a model with `num_features`, every
@@ -19,20 +19,19 @@ import logging
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
-from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.tensor import DTensor, Replicate, Shard
+from torch.distributed.tensor import Replicate, Shard
 from torch.utils._pytree import tree_map
 
 from ..model.config import MegalodonConfig
-from ..model.gecko_block import GeckoAttention
-from ..model.layers import take_methods
-from ..public_models import Megalodon
-from ..model.model_state import MegalodonState, as_real, from_named, named_tensors
-from .tensor_layers import SplitComplexEMA, SplitInputMap, SplitLayer, SplitOutput, redistribute
+from ..model.gecko_block import has_gecko_parts
+from ..public_models import Megalodon, MegalodonState
+from ..model.model_state import as_real, from_named, named_tensors
+from .tensor_layers import SplitAttention, SplitComplexEMA, SplitEmbedding, SplitFFN, SplitInputMap, SplitLayerNorm
+from .tensor_layers import SplitLinear, SplitOutput, SplitRMSNorm, SplitTimestepNorm, redistribute
 
 
 def _is_logged(record: logging.LogRecord) -> bool:
@@ -55,63 +54,35 @@ def split_over(model: Megalodon, mesh: DeviceMesh) -> None:
     # A head that several ranks share: each of them has all of the head's channels of z.
     key_range = None if whole_heads else (first_head * key_dim, key_dim)  # (first channel, number of channels)
     own_config = replace(config, num_heads=heads, z_dim=heads * key_dim, value_dim=config.value_dim // ranks)
-    split = partial(_split, mesh=mesh)
     for layer in model.layers:
-        mega, nffn = layer.mega, layer.nffn
-        split(mega, 1 if whole_heads else None, part=key_range and (1, *key_range))
-        split(mega.timenorm, 0)
-        split(mega.cema, 0, SplitComplexEMA)
-        split(mega.rmsnorm, None, gather_input=True)
-        split(mega.wv, 0, gather_input=True)
-        split(mega.wz, 0 if whole_heads else None, part=key_range and (0, *key_range))
-        split(mega.wr, 0)
-        split(mega.wh1, 0)
-        split(mega.wh2, 1, sum_output=True)
-        split(nffn, 0)
-        split(nffn.norm, None, gather_input=True)
-        split(nffn.fc1, 0)
-        split(nffn.fc2, 1, sum_output=True)
+        key_part = dict(part=key_range and (1, *key_range), config=own_config)
+        layer.mega = mega = SplitAttention(layer.mega, mesh, 1 if whole_heads else None, **key_part)
+        layer.nffn = nffn = SplitFFN(layer.nffn, mesh, 0)
+        mega.timenorm = SplitTimestepNorm(mega.timenorm, mesh, 0)
+        mega.cema = SplitComplexEMA(mega.cema, mesh, 0)
+        mega.rmsnorm = SplitRMSNorm(mega.rmsnorm, mesh, None, gather_input=True)
+        mega.wv = SplitLinear(mega.wv, mesh, 0, gather_input=True)
+        mega.wz = SplitLinear(mega.wz, mesh, 0 if whole_heads else None, part=key_range and (0, *key_range))
+        mega.wr = SplitLinear(mega.wr, mesh, 0)
+        mega.wh1 = SplitLinear(mega.wh1, mesh, 0)
+        mega.wh2 = SplitLinear(mega.wh2, mesh, 1, sum_output=True)
+        nffn.norm = SplitLayerNorm(nffn.norm, mesh, None, gather_input=True)
+        nffn.fc1 = SplitLinear(nffn.fc1, mesh, 0)
+        nffn.fc2 = SplitLinear(nffn.fc2, mesh, 1, sum_output=True)
         if config.swiglu:
-            split(nffn.fc3, 0)
-        mega.config = own_config
-        mega.timenorm.num_groups //= ranks
-    if config.num_features is None:
-        split(model.embed, 1)
-    else:
-        split(model.embed, 0, SplitInputMap)
-    split(model.output.output, 1, SplitOutput)
-    split(model.output.final_norm, 0)
-    model.output.final_norm.num_groups //= ranks
+            nffn.fc3 = SplitLinear(nffn.fc3, mesh, 0)
+    embed, output = model.embed, model.output
+    model.embed = SplitEmbedding(embed, mesh, 1) if config.num_features is None else SplitInputMap(embed, mesh, 0)
+    output.output = SplitOutput(output.output, mesh, 1)
+    output.final_norm = SplitTimestepNorm(output.final_norm, mesh, 0)
     model.tie_weights()
-
-
-def _split(
-    module: nn.Module, dim: int | None, new_class: type[SplitLayer] | None = None, *, mesh: DeviceMesh, **fields: Any
-) -> None:
-    """Make a module a :class:`SplitLayer`, and its parameters DTensors, split along `dim` or replicated.
-
-    Args:
-        new_class: new class of the module; None: its own class with the base :class:`SplitLayer` in front.
-        fields: values of :class:`SplitLayer`'s fields.
-    """
-    take_methods(module)  # a `Linear` has methods in its attributes, which would hide those of the new class
-    old_class = type(module)
-    # A new module would lose the given module's hooks and mode, and references to it.
-    module.__class__ = new_class or type(f"Split{old_class.__name__}", (SplitLayer, old_class), {})
-    vars(module).update(fields, mesh=mesh)
-    for name, parameter in [*module.named_parameters(recurse=False)]:
-        own = parameter.detach()
-        if dim is not None:
-            own = own.chunk(mesh.size(), dim)[mesh.get_local_rank()].clone(memory_format=torch.contiguous_format)
-        placed = DTensor.from_local(own, mesh, [Replicate() if dim is None else Shard(dim)], run_check=False)
-        module._parameters[name] = nn.Parameter(placed, requires_grad=parameter.requires_grad)
 
 
 def check_can_split(caller: str, config: MegalodonConfig, ranks: int) -> None:
     """Raise a ValueError if a model cannot be split over this number of ranks."""
     if ranks == 1:
         return
-    if GeckoAttention.serves(config):
+    if has_gecko_parts(config):
         unsplit = "a working memory or attention to two chunks"
         raise ValueError(f"{caller}: `mesh` must have tensor = 1 for a model with {unsplit}, got {ranks}.")
     for field in ("norm_num_groups", "value_dim", "ffn_hidden_dim"):
@@ -165,4 +136,4 @@ def _map_state(
             return map_tensor(tensor.flatten(2), 2).unflatten(2, (heads, -1))
         return map_tensor(as_real(tensor), 2 if field == "residual" else 1)
 
-    return from_named({name: convert(name, tensor) for name, tensor in named_tensors(state).items()})
+    return from_named(type(state), {name: convert(name, tensor) for name, tensor in named_tensors(state).items()})

@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Partial, Replicate, Shard
 
-from ..model.layers import ComplexEMA, Linear
+from ..model.blocks import NormalizedAttention, NormalizedFFN
+from ..model.config import MegalodonConfig
+from ..model.layers import ComplexEMA, Embedding, LayerNorm, Linear, RMSNorm, TimestepNorm
 from ..ops.linear.linear import linear
 from ..ops.linear_cross_entropy.linear_cross_entropy import linear_cross_entropy
 
@@ -35,13 +37,50 @@ def redistribute(
     return placed.to_local(grad_placements=None if gradient is None else [gradient])
 
 
-class SplitLayer:
-    """Base in front of a layer's class, so that the layer computes with its rank's part of the parameters."""
+def take_over(module: nn.Module, old: nn.Module) -> None:
+    """Give a new module the submodules of `old`, its mode and its hooks, whose handles then remove them here."""
+    module.training = old.training
+    for name in vars(nn.Module()):
+        if "_hooks" in name:
+            setattr(module, name, getattr(old, name))
+    for name, part in old._modules.items():
+        module.add_module(name, part)
 
-    mesh: DeviceMesh  # the ranks that share the layer
-    gather_input: bool = False  # the channels of the input are gathered
-    sum_output: bool = False  # outputs are summed over ranks; each rank keeps its own channels of the sum
-    part: tuple[int, int, int] | None = None  # dimension, begin and length of the rank's part; None: all of it
+
+class SplitLayer:
+    """Base in front of a layer's class: a layer that computes with its rank's part of the parameters."""
+
+    settings: ClassVar[tuple[str, ...]] = ()
+    """attributes that the layer's class reads"""
+
+    def __init__(
+        self, layer: nn.Module, mesh: DeviceMesh, dim: int | None, *, gather_input: bool = False,
+        sum_output: bool = False, part: tuple[int, int, int] | None = None,
+    ) -> None:  # fmt: skip
+        """Take over a whole layer, with its modules, mode and hooks.
+
+        Args:
+            mesh: the ranks that share the layer.
+            dim: dimension along which parameters are split into DTensors; None: they are replicated.
+            gather_input: gather the channels of the input.
+            sum_output: sum outputs over ranks; each rank keeps its own channels of the sum.
+            part: dimension, begin and length of the rank's part of replicated parameters; None: all of it.
+        """
+        nn.Module.__init__(self)
+        take_over(self, layer)
+        for name in self.settings:
+            setattr(self, name, getattr(layer, name))
+        self.mesh, self.gather_input, self.sum_output, self.part = mesh, gather_input, sum_output, part
+        placement = Replicate() if dim is None else Shard(dim)
+        for name, parameter in layer._parameters.items():
+            if parameter is None:
+                self.register_parameter(name, None)
+                continue
+            own = parameter.detach()
+            if dim is not None:
+                own = own.chunk(mesh.size(), dim)[mesh.get_local_rank()].clone(memory_format=torch.contiguous_format)
+            placed = DTensor.from_local(own, mesh, [placement], run_check=False)
+            self.register_parameter(name, nn.Parameter(placed, requires_grad=parameter.requires_grad))
 
     def forward(self, x: Tensor, **options: Any) -> Any:
         x = redistribute(x, self.mesh, CHANNELS, Replicate(), Partial()) if self.gather_input else x
@@ -64,22 +103,67 @@ class SplitLayer:
             self._parameters.update(parameters)
 
 
+class SplitAttention(SplitLayer, NormalizedAttention):
+    """First half of a block, with a rank's own heads, or its part of a head that ranks share."""
+
+    def __init__(self, layer: NormalizedAttention, *args: Any, config: MegalodonConfig, **fields: Any) -> None:
+        """config: the configuration with the sizes of the rank's part."""
+        super().__init__(layer, *args, **fields)
+        self.config, self._rotary_made_for = config, None
+        self.register_buffer("rotary", None, persistent=False)
+
+
+class SplitFFN(SplitLayer, NormalizedFFN):
+    settings = ("config", "layer")
+
+    def __init__(self, layer: NormalizedFFN, *args: Any, **fields: Any) -> None:
+        super().__init__(layer, *args, **fields)
+        if layer.fc3 is None:
+            self.fc3 = None
+
+
+class SplitTimestepNorm(SplitLayer, TimestepNorm):
+    settings = ("eps",)
+
+    def __init__(self, layer: TimestepNorm, mesh: DeviceMesh, *args: Any, **fields: Any) -> None:
+        super().__init__(layer, mesh, *args, **fields)
+        self.num_groups = layer.num_groups // mesh.size()
+
+
+class SplitRMSNorm(SplitLayer, RMSNorm):
+    settings = ("dim", "eps")
+
+
+class SplitLayerNorm(SplitLayer, LayerNorm):
+    settings = ("dim", "eps")
+
+
+class SplitLinear(SplitLayer, Linear):
+    settings = ("in_features", "out_features", "token_rows")
+
+
+class SplitEmbedding(SplitLayer, Embedding):
+    settings = tuple(Embedding.__constants__)
+
+
 class SplitComplexEMA(SplitLayer, ComplexEMA):
     """CEMA of a rank's own channels; its coefficients are also used outside its forward."""
+
+    settings = ("bidirectional",)
 
     def coefficients(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         with self._own_parameters():
             return super().coefficients()
 
 
-class SplitInputMap(SplitLayer, Linear):
+class SplitInputMap(SplitLinear):
     """Map of numbers to a rank's own channels. The numbers are whole on every rank; their gradients are summed."""
 
     def forward(self, x: Tensor) -> Tensor:
         return super().forward(redistribute(x, self.mesh, Replicate(), Replicate(), Partial()))
 
 
-class SplitOutput(SplitLayer, Linear):
+class SplitOutput(SplitLinear):
     """The output matrix, split by columns; each rank computes the product for its share of the tokens."""
 
     def forward(self, hidden: Tensor) -> Tensor:

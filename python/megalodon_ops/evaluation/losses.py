@@ -11,8 +11,7 @@ from torch import Tensor, nn
 
 from .results import Context, Evaluation, Tally
 from .windows import Segment, open_documents, segments_of
-from ..public_models import Megalodon
-from ..model.model_state import MegalodonState
+from ..public_models import Megalodon, MegalodonState
 from ..ops.common.checks import check_size, describe, is_integer_between, short_text
 
 _UNLIMITED = 2**62  # more tokens than any window holds

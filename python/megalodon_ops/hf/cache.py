@@ -12,8 +12,7 @@ from transformers.cache_utils import Cache
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from ..inference.decoder import Decoder
-from ..public_models import Megalodon
-from ..model.model_state import MegalodonState
+from ..public_models import Megalodon, MegalodonState
 from ..inference.quantized_layers import computing_dtype
 from ..ops.common.checks import describe
 

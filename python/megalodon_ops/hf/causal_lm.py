@@ -15,11 +15,13 @@ from transformers.utils import can_return_tuple
 
 from ..model.blocks import at_least_float32
 from ..public_models import Megalodon
+from ..model.megalodon import Wanted
+from ..model.model_state import CallOptions
 from ..model.sequences import Sequences
 from .arguments import IGNORED, Batch, kept_positions, map_columns, read_batch, select, targets_of
 from .cache import CACHE, MegalodonCache
 from .configuration import MegalodonHFConfig
-from .pretrained import MegalodonPreTrainedModel
+from .pretrained import CausalCore, MegalodonPreTrainedModel
 
 
 class MegalodonCausalModel(MegalodonPreTrainedModel):
@@ -41,8 +43,9 @@ class MegalodonCausalModel(MegalodonPreTrainedModel):
         """
         model, inputs = self.megalodon, batch.without_padding()
         length, state = inputs.shape[1], None if batch.cache is None else batch.cache.state
+        op = type(self).__name__
         if not batch.holds_embeddings:
-            model._check(type(self).__name__, "input_ids", inputs, state, Sequences(batch.spans))
+            model._check(op, "input_ids", inputs, state, Sequences(batch.spans))
         size = model.config.chunk_size
         if whole or length <= size or torch.is_grad_enabled() or batch.is_packed or _has_hooks(self):
             size = length
@@ -52,10 +55,12 @@ class MegalodonCausalModel(MegalodonPreTrainedModel):
             part = inputs[:, begin:end]
             piece, state = model._hidden(
                 part * model.config.embedding_scale if batch.holds_embeddings else model._embed(part),
-                state,
-                return_state=batch.returns_cache or end < length,
-                inplace_state=begin > 0,  # the first state is the caller's
-                sequences=Sequences(batch.spans_of(begin, end)),
+                CallOptions(
+                    state,
+                    return_state=batch.returns_cache or end < length,
+                    inplace_state=begin > 0,  # the first state is the caller's
+                    sequences=Sequences(batch.spans_of(begin, end)),
+                ),
             )
             if positions is None:
                 pieces.append(piece)
@@ -90,7 +95,7 @@ class MegalodonModel(MegalodonCausalModel):
     def __init__(self, config: MegalodonHFConfig, core: Megalodon | None = None) -> None:
         super().__init__(config)
         if core is None:
-            core = Megalodon(config.to_megalodon())
+            core = CausalCore(config.to_megalodon())
             del core.output.output
         self.embed, self.layers = core.embed, core.layers
         self.output = nn.ModuleDict({"final_norm": core.output.final_norm})
@@ -145,7 +150,7 @@ class MegalodonForCausalLM(MegalodonCausalModel, GenerationMixin):
 
     def __init__(self, config: MegalodonHFConfig) -> None:
         super().__init__(config)
-        core = Megalodon(config.to_megalodon())
+        core = CausalCore(config.to_megalodon())
         self.model, self.lm_head = MegalodonModel(config, core), core.output.output
         self.post_init()
 
@@ -253,13 +258,9 @@ class MegalodonForCausalLM(MegalodonCausalModel, GenerationMixin):
         self, hidden: Tensor, labels: Tensor, are_shifted: bool, batch: Batch, num_items: int | Tensor | None
     ) -> Tensor:
         targets = targets_of(type(self).__name__, labels, are_shifted, self.megalodon.config, batch)
-        loss = self.megalodon._cross_entropy(
-            hidden,
-            targets.to(hidden.device),
-            reduction="mean" if num_items is None else "sum",
-            ignore_index=IGNORED,
-            sequences=Sequences(batch.spans),
-        )
+        reduction = "mean" if num_items is None else "sum"
+        wanted = Wanted(targets=targets.to(hidden.device), reduction=reduction, ignore_index=IGNORED)
+        loss = self.megalodon._cross_entropy(hidden, wanted, Sequences(batch.spans))
         return loss if num_items is None else loss / num_items
 
     def prepare_inputs_for_generation(

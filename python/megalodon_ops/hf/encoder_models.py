@@ -17,7 +17,7 @@ from ..model.layers import Linear
 from ..model.sequences import Sequences
 from .arguments import IGNORED, Batch, check_labels, map_columns, read_batch, select
 from .configuration import MegalodonEncoderHFConfig
-from .pretrained import MegalodonPreTrainedModel
+from .pretrained import EncoderCore, MegalodonPreTrainedModel
 
 
 class MegalodonEncoderPreTrainedModel(MegalodonPreTrainedModel):
@@ -60,7 +60,7 @@ class MegalodonEncoderModel(MegalodonEncoderPreTrainedModel):
 
     def __init__(self, config: MegalodonEncoderHFConfig, core: MegalodonEncoder | None = None) -> None:
         super().__init__(config, None if core is None else core.config.num_classes)
-        core = MegalodonEncoder(config.to_megalodon()) if core is None else core
+        core = EncoderCore(config.to_megalodon()) if core is None else core
         self.embed, self.layers, self.final_norm = core.embed, core.layers, core.final_norm
         self.__dict__["_core"] = core
         self.post_init()
@@ -117,7 +117,7 @@ class MegalodonEncoderForSequenceClassification(MegalodonEncoderPreTrainedModel)
 
     def __init__(self, config: MegalodonEncoderHFConfig) -> None:
         super().__init__(config, num_classes=config.num_labels)
-        core = MegalodonEncoder(config.to_megalodon())
+        core = EncoderCore(config.to_megalodon())
         self.model, self.classifier = MegalodonEncoderModel(config, core), core.classifier
         self.post_init()
 

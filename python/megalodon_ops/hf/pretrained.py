@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import re
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
@@ -17,18 +16,40 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from ..model.blocks import MegalodonBlock, NormalizedAttention
 from ..model.layers import Embedding, Linear
-from ..public_models import Megalodon, MegalodonEncoder
-from ..model.model_state import MegalodonState
+from ..public_models import Megalodon, MegalodonEncoder, shared_empty_model
 from ..inference.quantized_layers import computing_dtype
 from ..ops.common.checks import check_tensor, describe
 from .arguments import Batch, select
 from .configuration import MegalodonHFConfig
 from .quantizer import MegalodonQuantizationConfig, MegalodonQuantizer
 
-# peft (for aLoRA) finds recomputed layers by this base class. A block recomputes itself, so it must not inherit the
-# methods of the base class.
-MegalodonBlock.__bases__ = (GradientCheckpointingLayer,)
-MegalodonBlock.__call__, MegalodonBlock.__init_subclass__ = nn.Module.__call__, nn.Module.__init_subclass__
+
+class _RecomputesItself:
+    """Base that hides the methods by which transformers' layers, of different versions, recompute themselves."""
+
+    __call__ = nn.Module.__call__
+
+    def __init_subclass__(cls, **options: Any) -> None:
+        pass
+
+
+class MegalodonHFBlock(MegalodonBlock, _RecomputesItself, GradientCheckpointingLayer):
+    """A block of the models in transformers; peft (for aLoRA) finds recomputed layers by their base class."""
+
+
+class CausalCore(Megalodon):
+    """The :class:`Megalodon` of a model in transformers."""
+
+    block_type = MegalodonHFBlock
+
+    def _reference(self) -> Megalodon:
+        return shared_empty_model(CausalCore, self.config, torch.float32, self.quantization)
+
+
+class EncoderCore(MegalodonEncoder):
+    """The :class:`MegalodonEncoder` of a model in transformers."""
+
+    block_type = MegalodonHFBlock
 
 
 def _module_at(root: nn.Module, path: str) -> nn.Module:
@@ -54,7 +75,7 @@ class MegalodonPreTrainedModel(PreTrainedModel):
     _input_embed_layer = "embed"
     supports_gradient_checkpointing = True
     accepts_loss_kwargs = False
-    _no_split_modules = ["MegalodonBlock"]
+    _no_split_modules = ["MegalodonBlock", "MegalodonHFBlock"]
     _keep_in_fp32_modules_strict = ["timenorm", "cema", "rmsnorm", "norm", "final_norm", "gamma", "beta", "alpha"]
 
     def __init__(self, config: MegalodonHFConfig) -> None:
@@ -101,7 +122,7 @@ class MegalodonPreTrainedModel(PreTrainedModel):
 
     @classmethod
     def from_megalodon(cls, model: Megalodon | MegalodonEncoder) -> MegalodonPreTrainedModel:
-        """Create a model for transformers that shares the modules of `model`."""
+        """Create a model for transformers that shares the modules of `model`: those inside of its blocks, and others."""
         if not isinstance(model, cls._core_class):
             raise TypeError(f"{cls.__name__}: `model` must be a {cls._core_class.__name__}, got {describe(model)}.")
         quantization = getattr(model, "quantization", None)
@@ -113,7 +134,18 @@ class MegalodonPreTrainedModel(PreTrainedModel):
                 quantizer.postprocess_model(result)
                 result.hf_quantizer = quantizer
         for name, own_name in cls._names().items():
-            result.set_submodule(own_name, model.get_submodule(name))
+            if name != "layers":
+                result.set_submodule(own_name, model.get_submodule(name))
+        for i, (block, own) in enumerate(zip(model.layers, layers := result.base_model.layers, strict=True)):
+            if type(block) is MegalodonBlock and not (block._forward_hooks or block._forward_pre_hooks):
+                own.mega, own.nffn, own.training, own.recompute = (
+                    block.mega,
+                    block.nffn,
+                    block.training,
+                    block.recompute,
+                )
+            else:  # a block with hooks or of another class stays itself
+                layers[i] = block
         result.tie_weights()
         result.config.dtype = computing_dtype(model)
         for module in (result, result.base_model, result.megalodon):
@@ -167,7 +199,8 @@ class MegalodonPreTrainedModel(PreTrainedModel):
         super()._set_gradient_checkpointing(enable, gradient_checkpointing_func)
         for i, layer in enumerate(self.megalodon.layers):
             layer.gradient_checkpointing = enable and i % every_n_layers == 0
-        self._configure()
+            replaced = gradient_checkpointing_func if layer.gradient_checkpointing else False
+            layer.recompute = replaced if enable else self.config.layerwise_ckpt
 
     def _check_and_adjust_attn_implementation(self, attn_implementation: str | None, *_: Any, **options: Any) -> str:
         """Accept "eager" and "sdpa"; with both, the package's kernels compute attention."""
@@ -179,10 +212,8 @@ class MegalodonPreTrainedModel(PreTrainedModel):
         return "eager"
 
     def _configure(self) -> None:
-        """Update the core's configuration; gradient checkpointing, if enabled, replaces `layerwise_ckpt`."""
-        config = self.config.to_megalodon()
-        recomputes = config.layerwise_ckpt and not self.gradient_checkpointing
-        self.megalodon.config = dataclasses.replace(config, layerwise_ckpt=recomputes)
+        """Update the core's configuration."""
+        self.megalodon.config = self.config.to_megalodon()
 
     def resize_token_embeddings(self, *args, **options) -> nn.Embedding:
         """Resize as transformers does; the model then has as many logits as tokens."""
@@ -212,8 +243,7 @@ class MegalodonPreTrainedModel(PreTrainedModel):
         recorded: list[Tensor] = []
         positions = batch.positions
 
-        def keep(x: Tensor | tuple[Tensor, MegalodonState]) -> None:
-            x = x[0] if isinstance(x, tuple) else x
+        def keep(x: Tensor) -> None:
             recorded.append(x if positions is None else select(x, positions))
 
         with ExitStack() as hooks:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from ..ops.common.recorder import tensors_in
-from ..model.model_state import MegalodonState
+from ..model.model_state import MegalodonStateBase
 
 _CAPTURING = threading.Lock()  # torch allows one capture at a time in a process
 aten = torch.ops.aten
@@ -87,7 +87,7 @@ class CapturedStep:
             self.problem = f"`{name}` cannot be captured by a CUDA graph ({type(error).__name__}: {message})"
 
 
-def may_capture(model: nn.Module, state: MegalodonState) -> bool:
+def may_capture(model: nn.Module, state: MegalodonStateBase) -> bool:
     """Return True if model and state lie on one GPU, and the host reads no values of the state."""
     tensors = (*tensors_in(state), *model.parameters(), *model.buffers())
     devices = {tensor.device for tensor in tensors}

@@ -20,10 +20,9 @@ from ..model.blocks import at_least_float32
 from .captured_step import CapturedStep, hooked_module, may_capture
 from .decoding_model import decoding_model
 from ..model.inputs import check_inputs
-from ..model.model_state import MegalodonState, as_real, check_state, complete, named_tensors
+from ..model.model_state import MegalodonStateBase, as_real, check_state, complete, layout, named_tensors
 from .quantized_layers import computing_dtype
 from ..model.sequences import Sequences
-from ..model.state_layout import layout
 from .undo import check_history, make_history
 
 _NEVER = -(2**62)
@@ -81,14 +80,14 @@ class Decoder:
         (True, True)
     """
 
-    def __init__(self, model: nn.Module, state: MegalodonState, *, undo: int = 0) -> None:
+    def __init__(self, model: nn.Module, state: MegalodonStateBase, *, undo: int = 0) -> None:
         check_runs_now("Decoder", _ALTERNATIVE)
         if not hasattr(model, "_reference"):
             raise TypeError(f"Decoder: `model` must be a Megalodon, got {describe(model)}.")
-        if not isinstance(state, MegalodonState) or len(state.layers) != model.config.num_layers:
+        if not isinstance(state, MegalodonStateBase) or len(state.layers) != model.config.num_layers:
             raise ValueError(
                 f"Decoder: `state` must be a MegalodonState of {model.config.num_layers} layers, as the model returns it, "
-                f"got {f'one of {len(state.layers)}' if isinstance(state, MegalodonState) else describe(state)}."
+                f"got {f'one of {len(state.layers)}' if isinstance(state, MegalodonStateBase) else describe(state)}."
             )
         self._model, self._state = model, contiguous_copy(complete(state))
         self._like = self._state.layers[0].attention.v
@@ -121,11 +120,11 @@ class Decoder:
         self._history = make_history(model.config, self._state, undo, self._max_tokens // max(self.num_sequences, 1))
 
     @property
-    def state(self) -> MegalodonState:
+    def state(self) -> MegalodonStateBase:
         """Copy of the state after all tokens so far."""
         return self._copied_state(0)
 
-    def state_of(self, rows: Tensor) -> MegalodonState:
+    def state_of(self, rows: Tensor) -> MegalodonStateBase:
         """Return a copy of the state of the sequences `rows` (n,) after all tokens so far."""
         with self._lock:
             self._check_state()
@@ -169,7 +168,7 @@ class Decoder:
                 self._history.forget(self._state)
 
     @torch.no_grad()
-    def replace(self, rows: Tensor, state: MegalodonState) -> None:
+    def replace(self, rows: Tensor, state: MegalodonStateBase) -> None:
         """Replace the sequences `rows`, in place, for instance where they have ended: continuous batching.
 
         Args:
@@ -234,7 +233,7 @@ class Decoder:
             self._history.take_back(self._state, counts, self._read)
             self._state_is_whole = True
 
-    def state_before(self, counts: int | Tensor) -> MegalodonState:
+    def state_before(self, counts: int | Tensor) -> MegalodonStateBase:
         """Return a copy of the state before the last `counts` tokens, which :meth:`undo` would take back."""
         check_history(self._history)
         return self._copied_state(counts)
@@ -281,7 +280,7 @@ class Decoder:
                 raise IndexError(f"Decoder: `tokens` must be in [0, {self._model.config.vocab_size}), got {token}.")
 
     @torch.no_grad()
-    def _copied_state(self, counts: Tensor | int) -> MegalodonState:
+    def _copied_state(self, counts: Tensor | int) -> MegalodonStateBase:
         """Return a copy of the state before the last `counts` tokens, after all others, including the pending ones."""
         with self._lock:
             self._check_state()
@@ -296,7 +295,7 @@ class Decoder:
         if self._history is not None:
             self._history.read_pending(self._state, self._read)
 
-    def _read(self, tokens: Tensor, state: MegalodonState, **lengths: Tensor) -> MegalodonState:
+    def _read(self, tokens: Tensor, state: MegalodonStateBase, **lengths: Tensor) -> MegalodonStateBase:
         """Return the state after tokens (B, L), by the layers."""
         with self._autocast:
             return self._call_model(tokens, state, **lengths)[1]
@@ -332,7 +331,9 @@ class Decoder:
             warnings.warn(f"Decoder: {problem}, so modules run one by one, which takes longer.", stacklevel=5)
         return logits
 
-    def _call_model(self, tokens: Tensor, state: MegalodonState, **lengths: Tensor) -> tuple[Tensor, MegalodonState]:
+    def _call_model(
+        self, tokens: Tensor, state: MegalodonStateBase, **lengths: Tensor
+    ) -> tuple[Tensor, MegalodonStateBase]:
         return self._runner(tokens, state=state, return_state=True, inplace_state=True, **lengths)
 
     def _has_room(self, length: int) -> bool:
@@ -379,7 +380,7 @@ class Decoder:
             warnings.warn(f"Decoder: {problem}, which takes longer; merge or remove what was added.", stacklevel=3)
         return problem is not None
 
-    def _check_state_tensors(self, state: MegalodonState, rows: int) -> None:
+    def _check_state_tensors(self, state: MegalodonStateBase, rows: int) -> None:
         config, tensors = self._model.config, named_tensors(state)
         for name, dtype, shape in layout(config, rows, self._like.dtype):
             tensor, name = tensors.get(name), f"state.{name}"

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from ..ops.common.definition import OWN_TYPES, observer
 from ..model.blocks import Output
-from ..model.layers import ComplexEMA, has_own_forward
+from ..model.layers import ComplexEMA, StateSlot, has_own_forward
 
 
 def decoding_model(module: nn.Module, reference: nn.Module, changed: list[str], name: str = "") -> nn.Module:
@@ -79,14 +79,18 @@ class ChangedModule(nn.Module):
     def __getattr__(self, name: str) -> Any:
         return getattr(self.__dict__["_module"], name)
 
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
+    def forward(self, *args: Any, new_state: StateSlot | None = None, **kwargs: Any) -> Any:
+        slot = {} if new_state is None else {"new_state": new_state}
         if observer.recorder is None:
-            return self._module(*args, **kwargs)
-        return observer.recorder.call(self._name, self._call, *args, **kwargs)
-
-    def _call(self, x: Tensor, *args: Any, **kwargs: Any) -> Any:
-        """Call the module with a copy of its input x, as a hook may keep the copy."""
-        given = x.clone()
-        result = self._module(given, *args, **kwargs)
-        x.copy_(given)  # a hook may have changed the input, which other modules read
+            return self._module(*args, **slot, **kwargs)
+        result, state = observer.recorder.call(self._name, self._call, bool(slot), *args, **kwargs)
+        if slot:
+            new_state.state = state
         return result
+
+    def _call(self, returns_state: bool, x: Tensor, *args: Any, **kwargs: Any) -> tuple[Any, Any]:
+        """Call the module with a copy of its input x, as a hook may keep the copy; also return the new state."""
+        given, new_state = x.clone(), StateSlot()
+        result = self._module(given, *args, **({"new_state": new_state} if returns_state else {}), **kwargs)
+        x.copy_(given)  # a hook may have changed the input, which other modules read
+        return result, new_state.state

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from .decoder import Decoder
-from ..model.model_state import MegalodonState
+from ..model.model_state import MegalodonStateBase
 from ..ops.common.checks import describe
 
 _LONGEST_MATCH, _SHORTEST_MATCH = 5, 2
@@ -19,7 +19,7 @@ Choose = Callable[[int, Tensor], Tensor]
 class ModelDraft:
     """Guesses by a smaller model."""
 
-    def __init__(self, model: nn.Module, state: MegalodonState, last: Tensor, size: int) -> None:
+    def __init__(self, model: nn.Module, state: MegalodonStateBase, last: Tensor, size: int) -> None:
         """Args:
         state: state after the prompts without their last tokens.
         last: (rows,) these last tokens.

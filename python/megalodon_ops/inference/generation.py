@@ -6,7 +6,7 @@ import inspect
 import math
 from collections import deque
 from collections.abc import Iterator, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -15,10 +15,9 @@ from .decoder import Decoder
 from .drafts import Choose, ModelDraft, PromptDraft, check_draft
 from ..model.inputs import check_reads_tokens
 from .sampling import Sampling, check_seeds, numbers_of_seeds
-from ..model.model_state import MegalodonState
+from ..model.model_state import CallOptions, MegalodonStateBase, check_cache_dtype
 from .quantized_layers import computing_dtype
 from ..model.sequences import Sequences
-from ..model.state_layout import check_cache_dtype
 from .stops import StopDetector, check_stops
 from ..ops.common.definition import check_runs_now
 from ..ops.linear_cross_entropy.linear_cross_entropy import has_integers
@@ -26,6 +25,17 @@ from ..ops.common.memory import check_fits
 from ..ops.common.checks import check_flag, check_integer, check_size, check_tensor, short_text
 
 _STOPPED_TOKEN = -1
+
+
+class _Settings(NamedTuple):
+    """Checked options of a stream, except the prompts and their state; see :func:`stream`."""
+
+    sampling: Sampling
+    stops: list[list[int]]
+    seeds: list[int]
+    max_new_tokens: int | None
+    draft: nn.Module | str | None
+    draft_tokens: int
 
 
 class TokenStream:
@@ -46,24 +56,25 @@ class TokenStream:
     """
 
     def __init__(
-        self, model: nn.Module, prompts: _Prompts, state: MegalodonState | None, sampling: Sampling,
-        stops: list[list[int]], seeds: list[int], max_new_tokens: int | None, draft: nn.Module | str | None,
-        draft_tokens: int,
-    ) -> None:  # fmt: skip
-        self._num_guesses = 0 if draft is None else draft_tokens
+        self, model: nn.Module, prompts: _Prompts, state: MegalodonStateBase | None, settings: _Settings
+    ) -> None:
+        sampling, draft = settings.sampling, settings.draft
+        self._num_guesses = 0 if draft is None else settings.draft_tokens
         state = _prompt_state(model, prompts, state)
         self._prompts, self._decoder = prompts, Decoder(model, state, undo=self._num_guesses)
         self._last = prompts.last[prompts.samples]
         if isinstance(draft, str):
             self._draft = PromptDraft(prompts.texts())
         elif draft is not None:
-            self._draft = ModelDraft(draft, _prompt_state(draft, prompts, None), self._last, draft_tokens)
-        self._sampling, self._numbers = sampling, numbers_of_seeds(seeds, state.norm.count + 1, self._last.device)
+            self._draft = ModelDraft(draft, _prompt_state(draft, prompts, None), self._last, settings.draft_tokens)
+        self._sampling = sampling
+        self._numbers = numbers_of_seeds(settings.seeds, state.norm.count + 1, self._last.device)
         self._seen_mask = prompts.seen_mask(model.config.num_outputs)[prompts.samples] if sampling.has_penalty else None
-        self._stop_detector = StopDetector(stops, self._last) if stops else None
+        self._stop_detector = StopDetector(settings.stops, self._last) if settings.stops else None
         self.stopped = self._will_stop = torch.zeros_like(self._last, dtype=torch.bool)
-        self._all_stopped, self._remaining = False, math.inf if max_new_tokens is None else max_new_tokens
-        self._states_of_stopped: list[tuple[Tensor, MegalodonState]] = []
+        self._all_stopped, limit = False, settings.max_new_tokens
+        self._remaining = math.inf if limit is None else limit
+        self._states_of_stopped: list[tuple[Tensor, MegalodonStateBase]] = []
         self._ready: deque[tuple[Tensor, Tensor]] = deque()
         """tokens (rows,) to yield, each with the value of `stopped` after it"""
         self._drawn: list[Tensor] = []
@@ -135,7 +146,7 @@ class TokenStream:
         return choose
 
     @property
-    def state(self) -> MegalodonState:
+    def state(self) -> MegalodonStateBase:
         """Copy of the state after each row's prompt and new tokens except the last.
 
         To continue, begin the prompt of a later call with the last token.
@@ -149,7 +160,7 @@ class TokenStream:
         last = len(index) + torch.arange(len(stopped), device=index.device)
         # A row that stops at a token in `_ready` has not stopped yet.
         index[stopped] = last.where(self.stopped[stopped], stopped)
-        return MegalodonState.cat([state, *states])[index]
+        return type(state).cat([state, *states])[index]
 
 
 def _add_seen(seen_mask: Tensor | None, token: Tensor) -> Tensor | None:
@@ -194,14 +205,15 @@ class _Prompts:
 
 
 @torch.no_grad()
-def _prompt_state(model: nn.Module, prompts: _Prompts, state: MegalodonState | None) -> MegalodonState:
+def _prompt_state(model: nn.Module, prompts: _Prompts, state: MegalodonStateBase | None) -> MegalodonStateBase:
     """Return the state of all samples after their prompts except the last token, which are read chunk by chunk."""
     size, tokens, lengths = model.config.chunk_size, prompts.tokens, prompts.lengths - 1
     for start in range(0, max(int(lengths.max()), 1), size):
         left = (lengths - start).clamp(0, size)
         piece = tokens[:, start : start + min(size, int(left.max()))]
         sequences = Sequences.of("generate", piece, lengths=left)
-        _, state = model._hidden(model._embed(piece), state, True, start > 0, sequences)
+        options = CallOptions(state, True, inplace_state=start > 0, sequences=sequences)
+        _, state = model._hidden(model._embed(piece), options)
     return state[prompts.samples] if len(prompts.samples) > len(tokens) else state
 
 
@@ -220,7 +232,7 @@ def stream(
     stop_tokens: int | Sequence[int] | None = None,
     stop_sequences: Sequence[Sequence[int]] | None = None,
     num_samples: int = 1,
-    state: MegalodonState | None = None,
+    state: MegalodonStateBase | None = None,
     seed: int | Sequence[int] | None = None,
     draft: nn.Module | str | None = None,
     draft_tokens: int = 4,
@@ -274,7 +286,7 @@ def stream(
         dtype = computing_dtype(self)
         check_cache_dtype("generate", cache_dtype, dtype, self.config.working_memory)
         new = dict(dtype=dtype, device=prompt.device, cache_dtype=cache_dtype)
-        state = MegalodonState.fresh(self.config, len(prompt), **new) if state is None else state.quantize_cache()
+        state = self.state_type.fresh(self.config, len(prompt), **new) if state is None else state.quantize_cache()
     rows = len(prompt) * check_size("generate", "num_samples", num_samples)
     if prompt.is_cpu:
         try:
@@ -295,7 +307,8 @@ def stream(
     stops = check_stops(stop_tokens, stop_sequences, self.config.vocab_size)
     check_draft(self, draft)
     draft_tokens = check_size("generate", "draft_tokens", draft_tokens)
-    return TokenStream(self, prompts, state, sampling, stops, seeds, max_new_tokens, draft, draft_tokens)
+    settings = _Settings(sampling, stops, seeds, max_new_tokens, draft, draft_tokens)
+    return TokenStream(self, prompts, state, settings)
 
 
 def generate(
@@ -309,7 +322,7 @@ def generate(
     return_lengths: bool = False,
     return_state: bool = False,
     **options: Any,
-) -> Tensor | tuple[Tensor | MegalodonState, ...]:
+) -> Tensor | tuple[Tensor | MegalodonStateBase, ...]:
     """Continue prompts by up to `max_new_tokens`; all other options are those of :meth:`stream`.
 
     Args:
@@ -369,12 +382,12 @@ _EQUIVALENTS = {
 def check_samples(model: nn.Module, rows: int, cache_dtype: torch.dtype | None = None) -> None:
     """Raise a ValueError, before a prompt is read, if the states and logits of all rows do not fit in memory."""
     options = dict(dtype=computing_dtype(model), device="meta", cache_dtype=cache_dtype)
-    state = MegalodonState.fresh(model.config, 1, **options).nbytes
+    state = MegalodonStateBase.fresh(model.config, 1, **options).nbytes
     logits = 2 * model.config.num_outputs * torch.float32.itemsize  # the decoder's, and the sampler's sorted ones
     check_fits(rows * (state + logits), f"the state of {rows:,} samples")
 
 
-def _check_prompt(model: nn.Module, prompt: Tensor, state: MegalodonState | None) -> None:
+def _check_prompt(model: nn.Module, prompt: Tensor, state: MegalodonStateBase | None) -> None:
     check_runs_now("generate", "call the model there for each token, and sample outside")
     model._check("generate", "prompt", prompt, state)
     if not prompt.numel():

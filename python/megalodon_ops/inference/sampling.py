@@ -17,7 +17,7 @@ _BLOCK = 64  # random numbers computed at a time for a row
 _SEED = "an integer from 0 to 2^63 - 1, one for each row, or None"
 
 
-@dataclass
+@dataclass(frozen=True, eq=False)
 class Sampling:
     """Choice of the next token from logits; options have the names and meanings of transformers.
 
@@ -42,14 +42,14 @@ class Sampling:
     def __post_init__(self) -> None:
         def check(field: str, expected: str, low: float, high: float = MAX_FLOAT) -> None:
             if (value := getattr(self, field)) is not None or field == "temperature":
-                setattr(self, field, check_number("generate", field, value, expected, low, high))
+                object.__setattr__(self, field, check_number("generate", field, value, expected, low, high))
 
         self._check_rows("temperature", "a finite number of at least 0", 0.0)
         self._check_rows("top_p", "a probability in (0, 1]", MIN_POSITIVE, 1.0)
         check("min_p", "a probability in [0, 1]", 0.0, 1.0)
         check("repetition_penalty", "a positive finite number", MIN_POSITIVE)
         if self.top_k is not None:
-            self.top_k = check_size("generate", "top_k", self.top_k)
+            object.__setattr__(self, "top_k", check_size("generate", "top_k", self.top_k))
 
     def _check_rows(self, field: str, expected: str, low: float, high: float = MAX_FLOAT) -> None:
         """Check a number for all rows, or a sequence of one for each; store a sequence as a tensor on the CPU."""
@@ -57,9 +57,9 @@ class Sampling:
         if value is None and field != "temperature":
             return
         if not isinstance(value, Sequence) or isinstance(value, str):
-            return setattr(self, field, check_number("generate", field, value, expected, low, high))
+            return object.__setattr__(self, field, check_number("generate", field, value, expected, low, high))
         numbers = [check_number("generate", field, one, f"{expected}, one for each row", low, high) for one in value]
-        setattr(self, field, torch.tensor(numbers, dtype=torch.float64)[:, None])
+        object.__setattr__(self, field, torch.tensor(numbers, dtype=torch.float64)[:, None])
 
     def check_rows(self, rows: int) -> None:
         """Raise if an option with a number for each row is not given for `rows` rows."""

@@ -12,11 +12,11 @@ from torch.nn.utils.rnn import pad_sequence
 from torch.utils._pytree import tree_leaves
 
 from ..model.config import MegalodonConfig
-from ..model.model_state import MegalodonState
+from ..model.model_state import MegalodonStateBase
 from ..ops.common.checks import check_integer
 from ..ops.linear_cross_entropy.linear_cross_entropy import has_integers
 
-ReadTokens = Callable[..., MegalodonState]
+ReadTokens = Callable[..., MegalodonStateBase]
 """Function of tokens (B, L) or numbers (B, L, F), of a state, which it may overwrite, and, if rows have different
 numbers of tokens, of their `lengths` (B,). It returns the state after the tokens."""
 
@@ -37,7 +37,7 @@ class _Call:
     """tensors of :func:`_cache` of each layer before the call; None: no chunk ends in the call"""
 
 
-def make_history(config: MegalodonConfig, state: MegalodonState, size: int, most_tokens: int) -> History | None:
+def make_history(config: MegalodonConfig, state: MegalodonStateBase, size: int, most_tokens: int) -> History | None:
     """Return the history of a decoder with undo=`size`, None for 0. most_tokens: most tokens per row in a step."""
     if check_integer("Decoder", "undo", size, "an integer in [0, 2^31)", 0, 2**31 - 1) == 0:
         return None
@@ -58,7 +58,7 @@ class History:
     state before their call. The call's other tokens are then pending: the next call reads them before its own.
     """
 
-    def __init__(self, config: MegalodonConfig, state: MegalodonState, size: int, most_tokens: int) -> None:
+    def __init__(self, config: MegalodonConfig, state: MegalodonStateBase, size: int, most_tokens: int) -> None:
         self.size, self._config = size, config
         self._longest = min(2 * size + 1, most_tokens) if most_tokens > size else 2 * size + 1
         """largest number of tokens per row in a call, pending ones included"""
@@ -68,7 +68,7 @@ class History:
         self.forget(state)
         self._num_pending = torch.zeros_like(self._position)
 
-    def run(self, tokens: Tensor, state: MegalodonState, run: Callable[[Tensor], Tensor]) -> Tensor:
+    def run(self, tokens: Tensor, state: MegalodonStateBase, run: Callable[[Tensor], Tensor]) -> Tensor:
         """Return the logits after `tokens`. run: returns the logits after its argument and updates `state`."""
         num_pending = 0 if self._pending is None else self._pending.shape[1]
         # `cat` copies: the caller may change `tokens` later.
@@ -82,7 +82,7 @@ class History:
         self._end(call)
         return (torch.cat(logits, 1) if len(logits) > 1 else logits[0])[:, num_pending:]
 
-    def read_pending(self, state: MegalodonState, read: ReadTokens) -> None:
+    def read_pending(self, state: MegalodonStateBase, read: ReadTokens) -> None:
         """Read the pending tokens by a separate call, which updates `state`."""
         if self._pending is None:
             return
@@ -94,7 +94,7 @@ class History:
             old[index] = new
         self._end(call)
 
-    def _begin(self, state: MegalodonState, tokens: Tensor, lengths: Tensor) -> _Call:
+    def _begin(self, state: MegalodonStateBase, tokens: Tensor, lengths: Tensor) -> _Call:
         """Return a call with `tokens`, which starts from `state`."""
         ends_chunk = bool((self._position + lengths >= self._config.num_cached_positions).any())
         return _Call(
@@ -119,7 +119,7 @@ class History:
         ):
             later = later - self._calls.pop(0).lengths
 
-    def forget(self, state: MegalodonState, rows: Tensor | slice = slice(None)) -> None:
+    def forget(self, state: MegalodonStateBase, rows: Tensor | slice = slice(None)) -> None:
         """Forget the tokens of rows whose sequences were replaced; `state` is the state after the replacement."""
         for call in self._calls:
             call.lengths = call.lengths.clone()
@@ -132,7 +132,7 @@ class History:
         other._calls = [replace(call) for call in self._calls]
         return other
 
-    def take_back(self, state: MegalodonState, counts: Tensor, read: ReadTokens) -> None:
+    def take_back(self, state: MegalodonStateBase, counts: Tensor, read: ReadTokens) -> None:
         """Restore, in place, the state before the calls with the last `counts` (B,) tokens of each row.
 
         The other tokens of these calls are then pending or, if their number differs between rows, read at once.
@@ -170,7 +170,7 @@ class History:
             )
         return counts
 
-    def _restore(self, state: MegalodonState, call: _Call, changes: Tensor) -> list[int]:
+    def _restore(self, state: MegalodonStateBase, call: _Call, changes: Tensor) -> list[int]:
         """Restore the state before a call in the rows where `changes` (B,) is True, and return these rows."""
         ended = changes & (call.position + call.lengths >= self._config.num_cached_positions)
         index = _row_index(changes, state)
@@ -186,12 +186,12 @@ class History:
         return changes.nonzero()[:, 0].tolist()
 
 
-def _row_index(is_selected: Tensor, state: MegalodonState) -> Tensor | slice:
+def _row_index(is_selected: Tensor, state: MegalodonStateBase) -> Tensor | slice:
     """Return the index of the rows where `is_selected` (B,) is True; for all rows a slice, which copies faster."""
     return slice(None) if bool(is_selected.all()) else is_selected.nonzero()[:, 0].to(state.norm.count.device)
 
 
-def _small_tensors(state: MegalodonState) -> list[list[Tensor]]:
+def _small_tensors(state: MegalodonStateBase) -> list[list[Tensor]]:
     """Return the state's tensors except those of :func:`_cache`, in lists of tensors of one shape."""
     norms = [*(layer.norm for layer in state.layers), state.norm]
     layers = [[layer.cema for layer in state.layers], [layer.attention.position for layer in state.layers]]

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import partial
-from typing import Any, ClassVar, NamedTuple
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -13,31 +12,15 @@ from torch.utils.checkpoint import checkpoint
 
 from .config import MegalodonConfig, check_config, config_of_sizes
 from ..ops.gated_silu.gated_silu import gated_silu
-from .layers import ComplexEMA, LayerNorm, Linear, RMSNorm, SequenceNorm
+from .gecko_block import attend_with_gecko_parts, has_gecko_parts, initial_memory_gamma
+from .layers import ComplexEMA, LayerNorm, Linear, RMSNorm, SequenceNorm, StateSlot
 from .layers import TimestepNorm, WideParameters, check_no_state, reset_all_parameters
+from .model_state import BlockState, CallOptions, MemoryBlockState, block_state_type
 from .sequences import Sequences
-from ..ops.common.definition import accumulation_dtype, is_exporting
+from ..ops.common.definition import is_exporting
 from ..ops.normalized_attention.normalized_attention import attend
 from ..ops.normalized_qk.normalized_qk import rotary_table
-from ..ops.common.states import AttentionState, TimestepNormState, state_fields, named_in_programs
-
-
-@named_in_programs
-class BlockState(NamedTuple):
-    """State of one block, passed from one call to the next.
-
-    Example:
-        >>> import torch, megalodon_ops as mo
-        >>> config = mo.MegalodonConfig(model_dim=64, z_dim=32, value_dim=64, ffn_hidden_dim=96, cema_ndim=4)
-        >>> _, state = mo.MegalodonBlock(config)(torch.randn(1, 10, 64), return_state=True)
-        >>> state.cema.shape
-        torch.Size([1, 64, 4])
-    """
-
-    norm: TimestepNormState
-    cema: Tensor
-    """(S, D, N) complex"""
-    attention: AttentionState
+from ..ops.common.states import TimestepNormState, accumulation_dtype, state_fields
 
 
 _MAX_ROTARY_SIZE = 1 << 24  # elements, 64 MiB in float32; the released models' tables have 2^19 and 2^20
@@ -50,8 +33,8 @@ class NormalizedAttention(WideParameters):
     z = wz m;  v = silu(wv t);  r = silu(wr m);  a = normalized_attention(z, v)
     y = x + wh1 m + wh2 (a * r)
 
-    An encoder has a sequence norm, bidirectional CEMA, attention to the whole chunk, and no state. With parts of
-    MEGALODON's successor, this class creates an instance of its subclass in gecko_block.py.
+    An encoder has a sequence norm, bidirectional CEMA, attention to the whole chunk, and no state. Parts of MEGALODON's
+    successor, `working_memory` and `visible_chunks`, are in gecko_block.py.
 
     Args:
         config: a configuration, or the width D of x; then fields of a :class:`MegalodonConfig` follow by name.
@@ -62,17 +45,6 @@ class NormalizedAttention(WideParameters):
         >>> mo.NormalizedAttention(64, z_dim=32, value_dim=64, chunk_size=16)(torch.randn(2, 10, 64)).shape
         torch.Size([2, 10, 64])
     """
-
-    other_forms: ClassVar[list[type[NormalizedAttention]]] = []
-    """Subclasses that `NormalizedAttention(config)` creates instead, each for the configurations that it `serves`.
-    They register themselves, because gecko_block.py imports this file, which thus cannot import gecko_block.py."""
-    state_type: ClassVar[type[tuple]] = BlockState
-
-    def __new__(cls, config: MegalodonConfig | int | None = None, *_: Any, **sizes: Any) -> NormalizedAttention:
-        # Unpickling passes no configuration.
-        config = config_of_sizes(cls.__name__, config, sizes)
-        forms = cls.other_forms if cls is NormalizedAttention and isinstance(config, MegalodonConfig) else ()
-        return super().__new__(next((form for form in forms if form.serves(config)), cls))
 
     def __init__(self, config: MegalodonConfig | int, **sizes: Any) -> None:
         config = config_of_sizes("NormalizedAttention", config, sizes)
@@ -89,7 +61,8 @@ class NormalizedAttention(WideParameters):
         self.wr = Linear(dim, value_dim)
         self.wh1 = Linear(dim, dim)
         self.wh2 = Linear(value_dim, dim, bias=False)
-        self.gamma, self.beta = (nn.Parameter(torch.empty(2, z_dim)) for _ in range(2))
+        rows = 4 if config.working_memory else 2  # queries and keys of attention, then those of the memory
+        self.gamma, self.beta = (nn.Parameter(torch.empty(rows, z_dim)) for _ in range(2))
         self.register_buffer("rotary", None, persistent=False)
         self._rotary_made_for = None
         self._update_rotary()
@@ -99,6 +72,8 @@ class NormalizedAttention(WideParameters):
         """Initialise `gamma` and `beta`; submodules have their own `reset_parameters`."""
         nn.init.zeros_(self.gamma)
         nn.init.zeros_(self.beta)
+        if self.config.working_memory:
+            nn.init.constant_(self.gamma[2:], initial_memory_gamma(self.config))
 
     def _rotary_for(self, like: Tensor) -> tuple:
         """Arguments of :func:`rotary_table` for tensors of the dtype and device of `like`."""
@@ -133,51 +108,64 @@ class NormalizedAttention(WideParameters):
         self,
         x: Tensor,
         *,
-        state: BlockState | None = None,
+        state: BlockState | MemoryBlockState | None = None,
         return_state: bool = False,
         inplace_state: bool = False,
         cu_seqlens: Tensor | None = None,
         lengths: Tensor | None = None,
         starts: Tensor | None = None,
         spans: Tensor | None = None,
-        sequences: Sequences | None = None,
-    ) -> Tensor | tuple[Tensor, BlockState]:
+        options: CallOptions | None = None,
+        new_state: StateSlot | None = None,
+    ) -> Tensor | tuple[Tensor, BlockState | MemoryBlockState]:
         """Map x (B, L, D) to y (B, L, D); options as in :func:`normalized_attention`, `state` is the whole block's.
 
-        sequences: passed by a model instead of cu_seqlens, lengths, starts and spans.
+        options, new_state: passed by a model. All options as one value; and where to put the new state, so that the
+        result is y alone.
         """
-        config, training = self.config, self.training
-        if not config.causal:
-            check_no_state("MegalodonBlock", state, return_state)
-        if sequences is None:
+        if options is None:
             where = dict(cu_seqlens=cu_seqlens, lengths=lengths, starts=starts, spans=spans)
             sequences = Sequences.of("MegalodonBlock", x, **where)
-        past = self.state_type(*state_fields("MegalodonBlock", state, self.state_type))
+            options = CallOptions(state, return_state, inplace_state, sequences)
+        if not self.config.causal:
+            check_no_state("MegalodonBlock", options.state, options.return_state)
+        return result_of(*self._compute(x, options), new_state)
+
+    def _compute(self, x: Tensor, options: CallOptions) -> tuple[Tensor, BlockState | MemoryBlockState | None]:
+        """Return y and, if wanted, the new state."""
+        config, training, sequences = self.config, self.training, options.sequences
+        kind, new_norm, new_cema = block_state_type(config), StateSlot(), StateSlot()
+        past = kind(*state_fields("MegalodonBlock", options.state, kind))
         norm_state = sequences.norm_state(self.timenorm, x, past.norm)
-        t, norm_state = self.timenorm(x, state=norm_state, return_state=True, spans=sequences.spans)
+        t = self.timenorm(x, state=norm_state, new_state=new_norm, spans=sequences.spans)
         sent = sequences.send_end(self.cema, t, past)
         v = gated_silu(self.wv(t))  # overlaps with the exchange
         past = sequences.receive(sent)
-        c, cema_state = self.cema(t, state=past.cema, return_state=True, spans=sequences.spans)
+        c = self.cema(t, state=past.cema, new_state=new_cema, spans=sequences.spans)
         m = F.dropout(self.rmsnorm(c), config.hidden_dropout, training)
-        gated, other_fields = self._attend(m, self.wz(m), v, norm_state, past, return_state, inplace_state, sequences)
+        gated, other_fields = self._attend(m, self.wz(m), v, new_norm.state, past, options)
         gated = F.dropout(gated, config.hidden_dropout, training)
         y = x + F.dropout(self.wh1(m) + self.wh2(gated), config.dropout, training)
-        return (y, self.state_type(norm_state, cema_state, *other_fields)) if return_state else y
+        return y, kind(new_norm.state, new_cema.state, *other_fields) if options.return_state else None
 
     def _attend(
-        self, m: Tensor, z: Tensor, v: Tensor, norm_state: TimestepNormState, past: BlockState, return_state: bool,
-        inplace_state: bool, sequences: Sequences,
+        self, m: Tensor, z: Tensor, v: Tensor, norm_state: TimestepNormState, past: BlockState | MemoryBlockState,
+        options: CallOptions,
     ) -> tuple[Tensor, tuple]:  # fmt: skip
         """Return the input of `wh2`, and the new state's fields after the first two; `past`: the initial state."""
         config, rotary = self.config, self.rotary if self._rotary_made_for == self._rotary_for(z) else None
+        if has_gecko_parts(config):
+            a, read, fields = attend_with_gecko_parts(self, rotary, z, v, norm_state, past, options)
+            gated = gated_silu(self.wr(m), a)
+            return gated if read is None else gated + read, fields
         a = attend(
             z, v, self.gamma, self.beta, rotary,
             num_heads=config.num_heads, chunk_size=config.chunk_size, causal=config.causal, rope_base=config.rotary_base,
-            eps=config.norm_eps, state=past.attention, return_state=return_state, inplace_state=inplace_state,
-            dropkey=config.attention_dropout if self.training else 0.0, spans=sequences.spans,
+            eps=config.norm_eps, state=past.attention, return_state=options.return_state,
+            inplace_state=options.inplace_state, dropkey=config.attention_dropout if self.training else 0.0,
+            spans=options.sequences.spans,
         )  # fmt: skip
-        a, state = a if return_state else (a, None)
+        a, state = a if options.return_state else (a, None)
         return gated_silu(self.wr(m), a), (state,)
 
 
@@ -233,43 +221,51 @@ class MegalodonBlock(nn.Module):
         tensor([1, 1])
     """
 
-    gradient_checkpointing = False
-    """If True, training computes the block by `_gradient_checkpointing_func`, which recomputes it in the backward;
-    transformers sets both attributes"""
-    _gradient_checkpointing_func: Callable
-
     def __init__(self, config: MegalodonConfig, layer: int = 0) -> None:
         check_config("MegalodonBlock", config, accept_encoder=True)
         super().__init__()
         self.mega = NormalizedAttention(config)
         self.nffn = NormalizedFFN(config, layer)
+        self.recompute: bool | Callable = config.layerwise_ckpt
+        """True: in training, the backward recomputes the block, whose activations are not kept. A function like
+        :func:`torch.utils.checkpoint.checkpoint`, called as `recompute(function, x)`, does it in another way"""
 
     def reset_parameters(self) -> None:
         """Initialise every parameter of the block."""
         reset_all_parameters(self)
 
     def forward(
-        self, x: Tensor, *, state: BlockState | None = None, return_state: bool = False, **options
-    ) -> Tensor | tuple[Tensor, BlockState]:
-        """Map x (B, L, D) to (B, L, D); options as in :meth:`NormalizedAttention.forward`."""
-        options |= dict(state=state, return_state=return_state)
-        if not (self.gradient_checkpointing and self.training and torch.is_grad_enabled()) or is_exporting():
-            return self._compute(x, **options)
-        options.pop("inplace_state", None)
-        if state is None and not return_state:
-            return self._gradient_checkpointing_func(partial(self._compute, **options), x)
-        return checkpoint(
-            self._compute, x, use_reentrant=False, **options
-        )  # other functions may lose the state's gradient
+        self,
+        x: Tensor,
+        *,
+        state: BlockState | MemoryBlockState | None = None,
+        return_state: bool = False,
+        inplace_state: bool = False,
+        cu_seqlens: Tensor | None = None,
+        lengths: Tensor | None = None,
+        starts: Tensor | None = None,
+        spans: Tensor | None = None,
+        options: CallOptions | None = None,
+        new_state: StateSlot | None = None,
+    ) -> Tensor | tuple[Tensor, BlockState | MemoryBlockState]:
+        """Map x (B, L, D) to (B, L, D); arguments as in :meth:`NormalizedAttention.forward`."""
+        if options is None:
+            where = dict(cu_seqlens=cu_seqlens, lengths=lengths, starts=starts, spans=spans)
+            sequences = Sequences.of("MegalodonBlock", x, **where)
+            options = CallOptions(state, return_state, inplace_state, sequences)
+        if not (self.recompute and self.training and torch.is_grad_enabled()) or is_exporting():
+            return result_of(*self._compute(x, options), new_state)
+        options = options._replace(inplace_state=False)
+        if callable(self.recompute) and options.state is None and not options.return_state:
+            return self.recompute(lambda x: self._compute(x, options)[0], x)
+        # A given function may lose the state's gradient.
+        return result_of(*checkpoint(self._compute, x, options, use_reentrant=False), new_state)
 
-    def _compute(
-        self, x: Tensor, *, state: BlockState | None, return_state: bool, **options
-    ) -> Tensor | tuple[Tensor, BlockState]:
-        y = self.mega(x, state=state, return_state=return_state, **options)
-        if return_state:
-            y, state = y
-            return x + self.nffn(y), state
-        return x + self.nffn(y)
+    def _compute(self, x: Tensor, options: CallOptions) -> tuple[Tensor, BlockState | MemoryBlockState | None]:
+        """Return the block's output and, if wanted, the new state."""
+        new_state = StateSlot() if options.return_state else None
+        y = self.mega(x, options=options, new_state=new_state)
+        return x + self.nffn(y), new_state and new_state.state
 
 
 class Output(nn.Module):
@@ -290,6 +286,9 @@ def at_least_float32(logits: Tensor) -> Tensor:
     return logits if logits.dtype in (torch.float32, torch.float64) else logits.float()
 
 
-def recomputes_layers(model: nn.Module) -> bool:
-    """Return True if the backward of a call that begins now recomputes each layer."""
-    return model.config.layerwise_ckpt and model.training and torch.is_grad_enabled() and not is_exporting()
+def result_of(y: Tensor, state: Any, new_state: StateSlot | None) -> Tensor | tuple[Tensor, Any]:
+    """Return y, or (y, state) for a wanted state that has no slot `new_state`."""
+    if new_state is None:
+        return y if state is None else (y, state)
+    new_state.state = state
+    return y

@@ -7,12 +7,12 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
-from .blocks import MegalodonBlock, at_least_float32, recomputes_layers
+from .blocks import MegalodonBlock, at_least_float32
 from .config import MegalodonConfig, check_config
 from .inputs import check_inputs, check_not_empty, embed_numbers, embed_tokens, input_layer
 from .layers import Linear, SequenceNorm, check_no_state, reset_all_parameters
+from .model_state import CallOptions
 from .sequences import Sequences
 from ..ops.gated_silu.gated_silu import gated_silu
 from ..ops.timestep_norm.timestep_norm import timestep_norm_end_state
@@ -85,6 +85,7 @@ class MegalodonEncoderBase(nn.Module):
     """The network: parameters and calls. :class:`megalodon_ops.MegalodonEncoder` adds files."""
 
     config_type: ClassVar[type[MegalodonConfig]] = MegalodonEncoderConfig
+    block_type: ClassVar[type[MegalodonBlock]] = MegalodonBlock
 
     def __init__(self, config: MegalodonEncoderConfig) -> None:
         check_config("MegalodonEncoder", config, MegalodonEncoderConfig)
@@ -92,7 +93,7 @@ class MegalodonEncoderBase(nn.Module):
         self.config = config
         D, classes = config.model_dim, config.num_classes
         self.embed = input_layer(config)
-        self.layers = nn.ModuleList(MegalodonBlock(config, layer) for layer in range(config.num_layers))
+        self.layers = nn.ModuleList(self.block_type(config, layer) for layer in range(config.num_layers))
         self.final_norm = SequenceNorm(D, config.norm_num_groups, config.norm_eps)
         self.classifier = None if classes is None else _Head(D, classes)  # peft trains and saves a head of this name
 
@@ -162,9 +163,9 @@ class MegalodonEncoderBase(nn.Module):
 
     def _hidden(self, x: Tensor, sequences: Sequences) -> Tensor:
         """Return the features of embeddings (B, L, D)."""
-        recompute, options = recomputes_layers(self), dict(sequences=sequences)
+        options = CallOptions(sequences=sequences)
         for layer in self.layers:
-            x = checkpoint(layer, x, use_reentrant=False, **options) if recompute else layer(x, **options)
+            x = layer(x, options=options)
         return self.final_norm(x, spans=sequences.spans)
 
     def features(self, inputs: Tensor, **options: Any) -> Tensor:
@@ -200,4 +201,4 @@ class MegalodonEncoderBase(nn.Module):
         """Embed the inputs as (B, L, D), in the dtype that the encoder computes in."""
         if self.config.num_features is None:
             return embed_tokens("MegalodonEncoder", "inputs", inputs, self)
-        return embed_numbers("MegalodonEncoder", "inputs", inputs, self, (), False, sequences)[0]
+        return embed_numbers("MegalodonEncoder", "inputs", inputs, self, CallOptions((), sequences=sequences))[0]

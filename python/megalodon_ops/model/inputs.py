@@ -7,6 +7,7 @@ from torch import Tensor, nn
 
 from .config import MegalodonConfig
 from .layers import Embedding, Linear
+from .model_state import CallOptions
 from .scale import ScaleState, standardize
 from .sequences import Sequences
 from ..ops.common.checks import check_device, check_tensor
@@ -21,19 +22,13 @@ def input_layer(config: MegalodonConfig) -> Embedding | Linear:
 
 
 def embed_numbers(
-    op: str,
-    argument: str,
-    numbers: Tensor,
-    model: nn.Module,
-    state: ScaleState,
-    return_state: bool,
-    sequences: Sequences,
+    op: str, argument: str, numbers: Tensor, model: nn.Module, options: CallOptions
 ) -> tuple[Tensor, ScaleState]:
-    """Scale and embed numbers (B, L, F) as (B, L, D); also return the scale's new state."""
-    config, weight = model.config, model.embed.weight
+    """Scale and embed numbers (B, L, F) as (B, L, D); also return the scale's new state. options.state: its state."""
+    config, weight, state = model.config, model.embed.weight, options.state
     check_device(op, argument, numbers, weight)
     if config.scale_inputs:
-        numbers, state = standardize(numbers, config, state, return_state, sequences)
+        numbers, state = standardize(numbers, config, state, options.return_state, options.sequences)
     return model.embed(numbers.to(weight.dtype)), state
 
 

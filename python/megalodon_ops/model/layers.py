@@ -30,6 +30,13 @@ def check_no_state(op: str, state: object, return_state: object) -> None:
             raise ValueError(f"{op}: `{name}` must be {expected}, got {describe(value)}; {NO_STATE}.")
 
 
+class StateSlot:
+    """Place for the new state of a layer, which then returns a tensor alone: hooks on a model's layers see tensors."""
+
+    def __init__(self) -> None:
+        self.state: Any = None
+
+
 _HALF_DTYPES = (torch.bfloat16, torch.float16)
 
 
@@ -94,6 +101,12 @@ def _with_state_options(op: Callable[..., Tensor]) -> Callable[..., Any]:
 _sequence_norm, _bidirectional_cema = _with_state_options(sequence_norm), _with_state_options(bidirectional_cema)
 
 
+def _with_slot(op: Callable[..., Any], new_state: StateSlot, *tensors: Tensor, **options: Any) -> Tensor:
+    """Return the op's result without its new state, which is put into the slot."""
+    y, new_state.state = op(*tensors, return_state=True, **options)
+    return y
+
+
 class TimestepNorm(WideParameters):
     """:func:`timestep_norm` with its parameters: weight and bias (D,), initially zero; the gain is 1 + weight.
 
@@ -121,10 +134,16 @@ class TimestepNorm(WideParameters):
         nn.init.zeros_(self.weight)
         nn.init.zeros_(self.bias)
 
-    def forward(self, x: Tensor, **options) -> Tensor | tuple[Tensor, TimestepNormState]:
-        """Normalize x (B, L, D); options as in the layer's op."""
+    def forward(
+        self, x: Tensor, *, new_state: StateSlot | None = None, **options
+    ) -> Tensor | tuple[Tensor, TimestepNormState]:
+        """Normalize x (B, L, D); options as in the layer's op.
+
+        new_state: passed by a model: where to put the new state, so that the result is a tensor alone.
+        """
         check_channels(type(self).__name__, x, self.weight.shape[0], self.weight)
-        return self._op(x, self.weight, self.bias, num_groups=self.num_groups, eps=self.eps, **options)
+        op = self._op if new_state is None else partial(_with_slot, self._op, new_state)
+        return op(x, self.weight, self.bias, num_groups=self.num_groups, eps=self.eps, **options)
 
     def extra_repr(self) -> str:
         return f"{self.weight.numel()}, num_groups={self.num_groups}, eps={self.eps}"
@@ -187,10 +206,14 @@ class ComplexEMA(WideParameters):
         """
         return *cema_coefficients(self.alpha, self.delta, self.theta, self.gamma), self.omega.squeeze(-1)
 
-    def forward(self, x: Tensor, **options) -> Tensor | tuple[Tensor, Tensor]:
-        """Apply the op to x (B, L, D); options as in :func:`cema` or :func:`bidirectional_cema`."""
+    def forward(self, x: Tensor, *, new_state: StateSlot | None = None, **options) -> Tensor | tuple[Tensor, Tensor]:
+        """Apply the op to x (B, L, D); options as in :func:`cema` or :func:`bidirectional_cema`.
+
+        new_state: as in :meth:`TimestepNorm.forward`.
+        """
         check_channels("ComplexEMA", x, self.omega.shape[0], self.alpha)
         op = _bidirectional_cema if self.bidirectional else cema
+        op = op if new_state is None else partial(_with_slot, op, new_state)
         return op(x, *self.coefficients(), **options)
 
     def extra_repr(self) -> str:
@@ -235,14 +258,26 @@ class LayerNorm(_Norm):
         return layer_norm(x, self.weight, self.bias, eps=self.eps)
 
 
+class _StoredMethod(partial):
+    """A method of a class that is an attribute of another class's object. Unlike a bound method, it can be pickled."""
+
+    @property
+    def __func__(self) -> Callable:
+        return self.func
+
+    @property
+    def __self__(self) -> nn.Module:
+        return self.args[0]
+
+
 class Linear(nn.Linear):
     """A linear layer initialised "he": weights normal with std 1 / sqrt(3 fan_in), bias zero.
 
     With `token_rows`, each row of the weight belongs to a token and is initialised as in an :class:`Embedding`. The
     layer calls :func:`megalodon_ops.linear`, which chooses the fastest kernel on the CPU.
 
-    `Linear(...)` returns a `torch.nn.Linear` that has this class's methods as attributes: tools that quantise or adapt
-    layers skip or refuse subclasses of `torch.nn.Linear`.
+    `Linear(...)` returns a `torch.nn.Linear` that has this class's methods as attributes: bitsandbytes in transformers and
+    GLoRA in PEFT ask for `type(module) is torch.nn.Linear`, and skip or refuse subclasses.
     """
 
     def __init__(self, in_features: int, out_features: int, bias: bool = True, *, token_rows: bool = False) -> None:
@@ -256,7 +291,7 @@ class Linear(nn.Linear):
         if not has_own_forward(layer):
             layer.__class__, layer.token_rows = nn.Linear, token_rows
             for name in _METHODS:
-                setattr(layer, name, partial(getattr(Linear, name), layer))
+                setattr(layer, name, _StoredMethod(getattr(Linear, name), layer))
 
     def forward(self, x: Tensor) -> Tensor:
         return linear(x, self.weight, self.bias)
@@ -274,18 +309,10 @@ _LINEAR_FORWARD = Linear.forward
 _METHODS = ("forward", "reset_parameters")
 
 
-def take_methods(layer: nn.Module) -> None:
-    """Undo :meth:`Linear.give_methods`: make the layer a :class:`Linear`, from which a class can be derived."""
-    if has_own_forward(layer):
-        layer.__class__ = Linear
-        for name in _METHODS:
-            delattr(layer, name)
-
-
 def has_own_forward(module: nn.Module) -> bool:
     """Return True if the module's attribute `forward` is the one that :class:`Linear` gives."""
     forward = vars(module).get("forward")
-    return isinstance(forward, partial) and forward.func is _LINEAR_FORWARD and forward.args == (module,)
+    return isinstance(forward, _StoredMethod) and forward.func is _LINEAR_FORWARD and forward.args == (module,)
 
 
 class Embedding(nn.Embedding):

@@ -3,23 +3,31 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, ClassVar
+from dataclasses import replace
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
-from .blocks import MegalodonBlock, Output, at_least_float32, recomputes_layers
+from .blocks import MegalodonBlock, Output, at_least_float32
 from .config import MegalodonConfig, check_config
 from .inputs import check_inputs, check_reads_tokens, embed_numbers, embed_tokens, input_layer, own_weight
-from .layers import is_plain_linear, reset_all_parameters
-from .model_state import MegalodonState, check_state
+from .layers import StateSlot, is_plain_linear, reset_all_parameters
+from .model_state import BlockState, CallOptions, MegalodonStateBase, MemoryBlockState, check_state, scales_inputs
 from .scale import running_scale
 from .sequences import Sequences
-from .state_layout import scales_inputs
 from ..ops.linear_cross_entropy.linear_cross_entropy import blockwise_cross_entropy, has_integers, linear_cross_entropy
 from ..ops.common.checks import check_flag, check_integer, check_tensor
 from ..ops.common.spans import argument_of, num_sequences
+
+
+class Wanted(NamedTuple):
+    """Result that a call of a model returns: features; without `targets` logits; with them the loss."""
+
+    features: bool = False
+    targets: Tensor | None = None
+    reduction: str = "mean"
+    ignore_index: int = -100
 
 
 class MegalodonBase(nn.Module):
@@ -30,13 +38,15 @@ class MegalodonBase(nn.Module):
     """
 
     config_type: ClassVar[type[MegalodonConfig]] = MegalodonConfig
+    state_type: ClassVar[type[MegalodonStateBase]] = MegalodonStateBase
+    block_type: ClassVar[type[MegalodonBlock]] = MegalodonBlock
 
     def __init__(self, config: MegalodonConfig) -> None:
         check_config("Megalodon", config)
         super().__init__()
         self.config = config
         self.embed = input_layer(config)
-        self.layers = nn.ModuleList(MegalodonBlock(config, layer) for layer in range(config.num_layers))
+        self.layers = nn.ModuleList(self.block_type(config, layer) for layer in range(config.num_layers))
         self.output = Output(config)
         self.tie_weights()
 
@@ -98,14 +108,14 @@ class MegalodonBase(nn.Module):
         features: bool = False,
         reduction: str = "mean",
         ignore_index: int = -100,
-        state: MegalodonState | None = None,
+        state: MegalodonStateBase | None = None,
         return_state: bool = False,
         inplace_state: bool = False,
         cu_seqlens: Tensor | None = None,
         lengths: Tensor | None = None,
         starts: Tensor | None = None,
         spans: Tensor | None = None,
-    ) -> Tensor | tuple[Tensor, MegalodonState]:
+    ) -> Tensor | tuple[Tensor, MegalodonStateBase]:
         """Compute the logits of the next token at every position; with `targets`, the loss, as :meth:`loss` does.
 
         Args:
@@ -143,31 +153,29 @@ class MegalodonBase(nn.Module):
             ignore_index = check_targets(tokens, targets, ignore_index)
             if features:
                 raise ValueError("Megalodon: `targets` must be None where features are wanted, got a tensor.")
-        result, state = self._compute(
-            tokens, targets, features, reduction, ignore_index, state, return_state, inplace_state, sequences
-        )
+        wanted = Wanted(features, targets, reduction, ignore_index)
+        result, state = self._compute(tokens, wanted, CallOptions(state, return_state, inplace_state, sequences))
         return (result, state) if return_state else result
 
     def _compute(
-        self, tokens: Tensor, targets: Tensor | None, features: bool, reduction: str, ignore_index: int,
-        state: MegalodonState | None, return_state: bool, inplace_state: bool, sequences: Sequences,
-    ) -> tuple[Tensor, MegalodonState | None]:  # fmt: skip
+        self, tokens: Tensor, wanted: Wanted, options: CallOptions
+    ) -> tuple[Tensor, MegalodonStateBase | None]:
         """Compute features, logits or the loss, and the state, from checked arguments."""
         if self.config.num_features is None:
             x, scale_state = self._embed(tokens), ()
         else:
-            past = () if state is None else state.inputs
-            x, scale_state = embed_numbers("Megalodon", "tokens", tokens, self, past, return_state, sequences)
-        hidden, state = self._hidden(x, state, return_state, inplace_state, sequences)
-        if return_state:
-            state = state._replace(inputs=scale_state)
-        if features:
+            past = () if options.state is None else options.state.inputs
+            x, scale_state = embed_numbers("Megalodon", "tokens", tokens, self, options._replace(state=past))
+        hidden, state = self._hidden(x, options)
+        if options.return_state:
+            state = replace(state, inputs=scale_state)
+        if wanted.features:
             return hidden, state
-        if targets is None:
+        if wanted.targets is None:
             return at_least_float32(self.output.output(hidden)), state
-        return self._cross_entropy(hidden, targets, reduction, ignore_index, sequences), state
+        return self._cross_entropy(hidden, wanted, options.sequences), state
 
-    def features(self, tokens: Tensor, **options: Any) -> Tensor | tuple[Tensor, MegalodonState]:
+    def features(self, tokens: Tensor, **options: Any) -> Tensor | tuple[Tensor, MegalodonStateBase]:
         """Features of every token: the final norm's output, from which logits are computed.
 
         This is `self(tokens, features=True, ...)`, for a head of your own: a probe, a classifier, a search.
@@ -195,7 +203,7 @@ class MegalodonBase(nn.Module):
         """
         return self(tokens, features=True, **options)
 
-    def loss(self, tokens: Tensor, targets: Tensor, **options: Any) -> Tensor | tuple[Tensor, MegalodonState]:
+    def loss(self, tokens: Tensor, targets: Tensor, **options: Any) -> Tensor | tuple[Tensor, MegalodonStateBase]:
         """Cross-entropy of the logits with `targets`, computed for one block of tokens at a time.
 
         This is `self(tokens, targets, ...)`, so hooks on a call of the model, such as those of FSDP2, run for the loss,
@@ -221,7 +229,7 @@ class MegalodonBase(nn.Module):
         return self(tokens, targets, **options)
 
     @torch.no_grad()
-    def input_scale(self, inputs: Tensor, *, state: MegalodonState | None = None) -> tuple[Tensor, Tensor]:
+    def input_scale(self, inputs: Tensor, *, state: MegalodonStateBase | None = None) -> tuple[Tensor, Tensor]:
         """Mean and deviation by which a model with `num_features` and `scale_inputs` standardises each position.
 
         If outputs are standardised in the same way, `mean + deviation * output` converts them to the data's units.
@@ -249,18 +257,21 @@ class MegalodonBase(nn.Module):
         self._check("Megalodon.input_scale", "inputs", inputs, state)
         return running_scale(inputs, self.config, () if state is None else state.inputs)
 
-    def _cross_entropy(
-        self, hidden: Tensor, targets: Tensor, reduction: str, ignore_index: int, sequences: Sequences
-    ) -> Tensor:
+    def _cross_entropy(self, hidden: Tensor, wanted: Wanted, sequences: Sequences) -> Tensor:
         """Compute the loss of the final norm's output (B, L, D)."""
-        targets = masked_targets(targets, ignore_index, sequences)
-        output, options = self.output.output, dict(reduction=reduction, ignore_index=ignore_index)
+        targets = masked_targets(wanted.targets, wanted.ignore_index, sequences)
+        output, options = self.output.output, dict(reduction=wanted.reduction, ignore_index=wanted.ignore_index)
         if is_plain_linear(output) and output.bias is None:
             return linear_cross_entropy(hidden, output.weight, targets, **options)
         return blockwise_cross_entropy(hidden, output, targets, width=self.config.num_outputs, **options)
 
     def _check(
-        self, op: str, argument: str, tokens: Tensor, state: MegalodonState | None, sequences: Sequences = Sequences()
+        self,
+        op: str,
+        argument: str,
+        tokens: Tensor,
+        state: MegalodonStateBase | None,
+        sequences: Sequences = Sequences(),
     ) -> None:
         """Raise an error, naming `op` and `argument`, unless `tokens` and the initial state fit the model."""
         check_inputs(op, argument, tokens, self, sequences)
@@ -274,26 +285,24 @@ class MegalodonBase(nn.Module):
         """Embed tokens as (B, L, D)."""
         return embed_tokens("Megalodon", "tokens", tokens, self)
 
-    def _hidden(
-        self, x: Tensor, state: MegalodonState | None, return_state: bool, inplace_state: bool, sequences: Sequences
-    ) -> tuple[Tensor, MegalodonState | None]:
+    def _hidden(self, x: Tensor, options: CallOptions) -> tuple[Tensor, MegalodonStateBase | None]:
         """Return the final norm's output (B, L, D) and the new state."""
-        recompute = recomputes_layers(self)
-        states = (None,) * len(self.layers) if state is None else state.layers
+        state, return_state, inplace_state, sequences = options
         layer_states = []
-        for layer, layer_state in zip(self.layers, states, strict=True):
-            options = dict(state=layer_state, return_state=return_state, sequences=sequences)
-            if recompute:
-                x = checkpoint(layer, x, use_reentrant=False, **options)
-            else:
-                x = layer(x, inplace_state=inplace_state, **options)
+        for layer, past in zip(self.layers, (None,) * len(self.layers) if state is None else state.layers, strict=True):
+            new_state = StateSlot() if return_state else None
+            x = layer(x, options=CallOptions(past, return_state, inplace_state, sequences), new_state=new_state)
             if return_state:
-                x, layer_state = x
+                x, layer_state = self._tied(x, new_state.state)
                 layer_states.append(layer_state)
-        norm = self.output.final_norm
+        norm, new_state = self.output.final_norm, StateSlot()
         norm_state = sequences.norm_state(norm, x, None if state is None else state.norm)
-        x, norm_state = norm(x, state=norm_state, return_state=True, spans=sequences.spans)
-        return x, MegalodonState(tuple(layer_states), norm_state) if return_state else None
+        x = norm(x, state=norm_state, new_state=new_state, spans=sequences.spans)
+        return x, self.state_type(tuple(layer_states), new_state.state) if return_state else None
+
+    def _tied(self, x: Tensor, state: BlockState | MemoryBlockState) -> tuple[Tensor, BlockState | MemoryBlockState]:
+        """Return a block's output and new state. A parallel model makes gradients of the state reach x, too."""
+        return x, state
 
 
 def masked_targets(targets: Tensor, ignore_index: int, sequences: Sequences) -> Tensor:

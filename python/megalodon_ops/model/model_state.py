@@ -1,56 +1,168 @@
-"""`MegalodonState`: the state that a call of a model passes to the next, and its file."""
+"""States that a call of a model passes to the next: of a block and of a model; their tensors by name."""
 
 from __future__ import annotations
 
-import json
-import os
-from collections.abc import Callable, Iterable, Sequence
-from pathlib import Path
-from typing import Any, NamedTuple
+import dataclasses
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple, TypeVar
 
 import torch
-from safetensors import safe_open
 from torch import Tensor
-from torch.utils._pytree import tree_leaves, tree_map_only
+from torch.utils._pytree import GetAttrKey, register_pytree_node, tree_leaves, tree_map_only
+from typing_extensions import Self
 
-from .. import _C
-from .blocks import BlockState
 from .config import MegalodonConfig, check_config
-from ..files import file_size, reading, write_atomically, write_safetensors
-from .gecko_block import MemoryBlockState, block_state_type
-from .state_layout import ACTIVATIONS, batch_of, check_cache_dtype, check_layout, check_values, layout, scales_inputs
-from ..ops.common.definition import accumulation_dtype
-from ..ops.common.memory import check_fits
-from ..ops.common.quantized_rows import pack_rows
-from ..ops.common.states import AttentionState, TimestepNormState, named_in_programs
+from .sequences import Sequences
+from ..ops.common.quantized_rows import SCALE_BYTES, pack_rows
+from ..ops.common.states import (
+    AttentionState,
+    TimestepNormState,
+    WorkingMemoryState,
+    accumulation_dtype,
+    named_in_programs,
+)
 from ..ops.common.checks import as_device, check_size, describe, is_integer_between, short_text
 
-FILE_FORMAT = "megalodon_ops.state"
-FILE_VERSION = "1"
-"""Version of a state's file; files of another version are not read"""
-_ROWS = "a slice, a list of integers or a 1-D tensor of integers or bools"
+ACTIVATIONS = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+"""Dtypes that a model's activations can have"""
+Layout = Iterator[tuple[str, torch.dtype, tuple[int, ...]]]
+"""Name, dtype and shape of each tensor; complex tensors as pairs of reals"""
 
-Rows = slice | Sequence[int] | Tensor
+
+def check_cache_dtype(function: str, cache_dtype: object, activations: torch.dtype, has_memory: bool) -> None:
+    """Raise a ValueError unless `cache_dtype` is int8 and the activations' dtype and the model allow it."""
+    if cache_dtype != torch.int8:
+        raise ValueError(f"{function}: `cache_dtype` must be torch.int8 or None, got {short_text(cache_dtype)}.")
+    if activations == torch.float64 or has_memory:
+        what = "a working memory, which reads exact values" if has_memory else "float64 activations"
+        raise ValueError(f"{function}: keys and values must not have 8 bits beside {what}, got torch.int8.")
+
+
+def layout(config: MegalodonConfig, rows: int, cache_dtype: torch.dtype) -> Layout:
+    """Yield name, dtype and shape of the tensors of a state of `rows` sequences."""
+    real, heads = accumulation_dtype(cache_dtype), config.num_heads
+    scale_bytes = SCALE_BYTES if cache_dtype == torch.int8 else 0
+
+    def norm(prefix: str, groups: int, real: torch.dtype) -> Layout:
+        has_group_counts = prefix == "inputs." and config.missing_values
+        yield f"{prefix}count", torch.int64, (rows, groups) if has_group_counts else (rows,)
+        yield f"{prefix}mean", real, (rows, groups)
+        yield f"{prefix}var", real, (rows, groups)
+        yield f"{prefix}residual", real, (rows, 2, groups)
+
+    for layer in range(config.num_layers):
+        prefix = f"layers.{layer}."
+        yield from norm(f"{prefix}norm.", config.norm_num_groups, real)
+        yield f"{prefix}cema", real, (rows, config.model_dim, config.cema_ndim, 2)
+        for name, dim in (("k", config.z_dim), ("v", config.value_dim)):
+            shape = (rows, config.num_cached_positions, heads, dim // heads + scale_bytes)
+            yield f"{prefix}attention.{name}", cache_dtype, shape
+        yield f"{prefix}attention.position", torch.int64, (rows,)
+        if block_state_type(config) is MemoryBlockState:
+            K, V = config.z_dim // heads, config.value_dim // heads
+            yield f"{prefix}memory", real, (rows, heads, K, V)
+            yield f"{prefix}memory_mass", real, (rows, heads, K)
+            yield f"{prefix}memory_k", cache_dtype, (rows, config.num_cached_positions, heads, K)
+    yield from norm("norm.", config.norm_num_groups, real)
+    if scales_inputs(config):
+        yield from norm("inputs.", config.num_features, torch.float64)
+
+
+def scales_inputs(config: MegalodonConfig) -> bool:
+    """Return True if a state has the running statistics of the inputs."""
+    return config.num_features is not None and config.scale_inputs
+
+
+_ROWS = "an integer, a slice, a list of integers or a 1-D tensor of integers or bools"
+
+
+class CallOptions(NamedTuple):
+    """Options of a call of a model, as one value below the public methods; a block gets them with its own state."""
+
+    state: Any = None
+    """a :class:`MegalodonState` or, in a block, a :class:`BlockState`; None: the tokens begin their sequences"""
+    return_state: bool = False
+    inplace_state: bool = False
+    """overwrite parts of `state`"""
+    sequences: Sequences = Sequences()
+
+
+Rows = int | slice | Sequence[int] | Tensor
+State = TypeVar("State", bound="MegalodonStateBase")
+
+
+def as_pytree(kind: type[State]) -> type[State]:
+    """Register a class of states as a pytree, by name, so that torch.export.save can write programs with them."""
+    names = [field.name for field in dataclasses.fields(kind)]
+
+    def flatten(state: State) -> tuple[list[Any], None]:
+        return [getattr(state, name) for name in names], None
+
+    register_pytree_node(
+        kind,
+        flatten,
+        lambda values, _: kind(*values),
+        serialized_type_name=f"megalodon_ops.{kind.__name__}",
+        flatten_with_keys_fn=lambda state: ([(GetAttrKey(name), getattr(state, name)) for name in names], None),
+    )
+    return kind
 
 
 @named_in_programs
-class MegalodonState(NamedTuple):
-    """State that a call of the model passes on to the next call; its size does not depend on the length of the past.
-
-    A state is a pytree of tensors whose first dimension is S, the number of sequences in a batch. `state[rows]` selects
-    sequences by a slice, a list or a 1-D tensor of integers or bools; integers may be in arbitrary order and repeat. No
-    method changes the state it is called on, and results of `clone`, `reset`, `cat` and `state[rows]` share no memory
-    with it.
+class BlockState(NamedTuple):
+    """State of one block, passed from one call to the next.
 
     Example:
         >>> import torch, megalodon_ops as mo
-        >>> config = mo.MegalodonConfig(num_layers=2, model_dim=32, z_dim=16, value_dim=32, ffn_hidden_dim=32, vocab_size=9)
-        >>> _, state = mo.Megalodon(config)(torch.tensor([[1, 2, 3], [4, 5, 6]]), return_state=True)
-        >>> len(state.layers), state.norm.count
-        (2, tensor([3, 3]))
-        >>> state[[1, 1, 0]].num_sequences, state.reset([0]).norm.count
-        (3, tensor([0, 3]))
+        >>> config = mo.MegalodonConfig(model_dim=64, z_dim=32, value_dim=64, ffn_hidden_dim=96, cema_ndim=4)
+        >>> _, state = mo.MegalodonBlock(config)(torch.randn(1, 10, 64), return_state=True)
+        >>> state.cema.shape
+        torch.Size([1, 64, 4])
     """
+
+    norm: TimestepNormState
+    cema: Tensor
+    """(S, D, N) complex"""
+    attention: AttentionState
+
+
+@named_in_programs
+class MemoryBlockState(NamedTuple):
+    """State of a block with a working memory: the fields of a :class:`BlockState` and those of the memory.
+
+    Example:
+        >>> import torch, megalodon_ops as mo
+        >>> config = mo.MegalodonConfig(model_dim=64, z_dim=32, value_dim=64, ffn_hidden_dim=96, working_memory=True)
+        >>> _, state = mo.MegalodonBlock(config)(torch.randn(1, 10, 64), return_state=True)
+        >>> state.memory.shape
+        torch.Size([1, 1, 32, 64])
+    """
+
+    norm: TimestepNormState
+    cema: Tensor
+    attention: AttentionState
+    memory: Tensor
+    """(S, H, K, V)"""
+    memory_mass: Tensor
+    """(S, H, K)"""
+    memory_k: Tensor
+    """(S, C, H, K)"""
+
+    def working_memory(self) -> WorkingMemoryState:
+        """State of :func:`adaptive_working_memory`: the memory, the attention's values, the norm's position count."""
+        return WorkingMemoryState(self.memory, self.memory_mass, self.memory_k, self.norm.count, self.attention.v)
+
+
+def block_state_type(config: MegalodonConfig) -> type[BlockState] | type[MemoryBlockState]:
+    """Return the type of the state of a block with this configuration."""
+    return MemoryBlockState if config.working_memory else BlockState
+
+
+@as_pytree
+@dataclass(frozen=True, eq=False, repr=False)
+class MegalodonStateBase:
+    """State that a call of a model passes on to the next. :class:`megalodon_ops.MegalodonState` adds files."""
 
     layers: tuple[BlockState, ...] | tuple[MemoryBlockState, ...]
     norm: TimestepNormState
@@ -59,15 +171,16 @@ class MegalodonState(NamedTuple):
     """running statistics of the inputs, float64, one group for each of F features; with `missing_values`, count is
     (S, F). Empty if the model does not scale its inputs"""
 
-    @staticmethod
+    @classmethod
     def fresh(
+        cls,
         config: MegalodonConfig,
         num_sequences: int,
         *,
         dtype: torch.dtype = torch.float32,
         device: torch.device | str = "cpu",
         cache_dtype: torch.dtype | None = None,
-    ) -> MegalodonState:
+    ) -> Self:
         """Return the state of sequences that have not begun, equivalent to state=None.
 
         Args:
@@ -81,7 +194,7 @@ class MegalodonState(NamedTuple):
         if cache_dtype is not None:
             check_cache_dtype("MegalodonState.fresh", cache_dtype, dtype, config.working_memory)
         wanted, device = layout(config, rows, cache_dtype or dtype), as_device("MegalodonState.fresh", device)
-        return from_named({name: torch.zeros(shape, dtype=kind, device=device) for name, kind, shape in wanted})
+        return from_named(cls, {name: torch.zeros(shape, dtype=kind, device=device) for name, kind, shape in wanted})
 
     @property
     def num_sequences(self) -> int:
@@ -98,27 +211,28 @@ class MegalodonState(NamedTuple):
         """Bytes of all tensors."""
         return sum(tensor.nbytes for tensor in tree_leaves(self) if tensor is not None)
 
-    def __getitem__(self, rows: Rows) -> MegalodonState:
-        """Return the state of the sequences `rows`; gradients flow through.
+    def __repr__(self) -> str:
+        attention, name = self.layers[0].attention, type(self).__name__
+        kind = f"{attention.k.dtype} keys and values on {attention.k.device}"
+        return f"{name}({self.num_sequences} sequences, {len(self.layers)} layers, {kind}, {self.nbytes:,} bytes)"
 
-        An integer is the index of a field, as in every tuple: state[0] is state.layers, but state[[0]] is the state of
-        one sequence.
-        """
-        if isinstance(rows, int) and not isinstance(rows, bool):
-            return tuple(self)[rows]
+    __iter__ = None  # the fields are not a sequence, and neither are the sequences, of which there is no len
+
+    def __getitem__(self, rows: Rows) -> Self:
+        """Return the state of the sequences `rows`, of one sequence for an integer; gradients flow through."""
         index = self._index(rows)
         return _map(lambda tensor: tensor.index_select(0, index), self)
 
-    def reset(self, rows: Rows) -> MegalodonState:
+    def reset(self, rows: Rows) -> Self:
         """Return the state with the sequences `rows` reset to their beginning, for new documents in a batch."""
         index = self._index(rows)
         return _map(lambda tensor: tensor.index_fill(0, index, 0), self)
 
-    @staticmethod
-    def cat(states: Iterable[MegalodonState]) -> MegalodonState:
+    @classmethod
+    def cat(cls, states: Iterable[Self]) -> Self:
         """Concatenate the sequences of states of one model, in order."""
         states = list(states)
-        if not states or not all(isinstance(state, MegalodonState) for state in states):
+        if not states or not all(isinstance(state, MegalodonStateBase) for state in states):
             raise TypeError("MegalodonState.cat: `states` must be MegalodonStates, one or more.")
         parts = [named_tensors(complete(state)) for state in states]
         kinds = [{name: (tensor.dtype, *tensor.shape[1:]) for name, tensor in part.items()} for part in parts]
@@ -126,11 +240,9 @@ class MegalodonState(NamedTuple):
             if different := sorted(name for name, _ in kinds[0].items() ^ kind.items()):
                 got = f"{kinds[0].get(different[0])} and {kind.get(different[0])} as {different[0]}"
                 raise ValueError(f"MegalodonState.cat: `states` must be of one model, got {got}.")
-        return from_named({name: torch.cat([part[name] for part in parts]) for name in parts[0]})
+        return from_named(cls, {name: torch.cat([part[name] for part in parts]) for name in parts[0]})
 
-    def to(
-        self, device: torch.device | str | torch.dtype | None = None, dtype: torch.dtype | None = None
-    ) -> MegalodonState:
+    def to(self, device: torch.device | str | torch.dtype | None = None, dtype: torch.dtype | None = None) -> Self:
         """Move the state to another device, or convert it for activations of another dtype: `state.to(torch.bfloat16)`.
 
         Keys and values get the dtype, except that those of 8 bits are unchanged. The recurrent parts become float32, or
@@ -151,9 +263,9 @@ class MegalodonState(NamedTuple):
                 return tensor.to(device, dtype)
             return tensor.to(device, real.to_complex() if tensor.is_complex() else real)
 
-        return from_named({name: convert(name, tensor) for name, tensor in named_tensors(self).items()})
+        return from_named(type(self), {name: convert(name, tensor) for name, tensor in named_tensors(self).items()})
 
-    def quantize_cache(self) -> MegalodonState:
+    def quantize_cache(self) -> Self:
         """Return the state with keys and values rounded to 8 bits; the other tensors share memory. For the CPU.
 
         Each key and value of a head has a scale, its largest absolute value / 127. Later calls keep 8 bits: a call
@@ -182,82 +294,27 @@ class MegalodonState(NamedTuple):
             layer._replace(attention=AttentionState(*map(pack_rows, layer.attention[:2]), layer.attention.position))
             for layer in self.layers
         )
-        return self._replace(layers=tuple(layers))
+        return dataclasses.replace(self, layers=tuple(layers))
 
-    def clone(self) -> MegalodonState:
+    def clone(self) -> Self:
         """Copy the state; gradients flow through."""
         return _map(Tensor.clone, self)
 
-    def detach(self) -> MegalodonState:
+    def detach(self) -> Self:
         """Detach the state from the autograd graph, for truncated backpropagation through time. Memory is shared."""
         return _map(Tensor.detach, self)
-
-    def save(self, path: str | os.PathLike, config: MegalodonConfig) -> None:
-        """Write the state to one safetensors file, atomically.
-
-        Args:
-            path: the file; an existing file is replaced.
-            config: the configuration of the state's model; :meth:`load` requires the same one.
-
-        Raises:
-            ValueError: the state is of another configuration or has invalid values, such as NaN. OSError: the file
-            cannot be written. After an error, an existing file is unchanged.
-
-        Example:
-            >>> import tempfile, torch, megalodon_ops as mo
-            >>> config = mo.MegalodonConfig(num_layers=1, model_dim=32, z_dim=16, value_dim=32, ffn_hidden_dim=32, vocab_size=9)
-            >>> _, state = mo.Megalodon(config)(torch.tensor([[1, 2, 3]]), return_state=True)
-            >>> with tempfile.TemporaryDirectory() as folder:
-            ...     state.save(f"{folder}/state.safetensors", config)
-            ...     mo.MegalodonState.load(f"{folder}/state.safetensors", config).norm.count
-            tensor([3])
-        """
-        check_config("MegalodonState.save", config)
-        path = Path(path)
-        tensors = {name: as_real(tensor.detach()) for name, tensor in named_tensors(complete(self)).items()}
-        try:
-            check_layout(tensors, layout(config, self.num_sequences, self.cache_dtype))
-            check_values(tensors, config)
-        except ValueError as error:
-            raise ValueError(f"MegalodonState.save: the state is not one of `config`: {error}.") from error
-        metadata = {
-            "format": FILE_FORMAT,
-            "version": FILE_VERSION,
-            "config": json.dumps(config.meaning()),
-            "megalodon_ops": _C.build_info()["version"],
-        }
-        with write_atomically(path) as draft:
-            write_safetensors(draft, tensors, metadata)
-
-    @staticmethod
-    def load(path: str | os.PathLike, config: MegalodonConfig, *, device: torch.device | str = "cpu") -> MegalodonState:
-        """Load a state that :meth:`save` wrote for a model of this configuration.
-
-        Raises:
-            FileNotFoundError: there is no such file. ValueError: :meth:`save` did not write the file, or wrote it for
-            another configuration; or the file is damaged or has invalid values, such as NaN.
-        """
-        check_config("MegalodonState.load", config)
-        path = Path(path)
-        with reading(path):
-            check_fits(file_size(path), "the state")
-            with safe_open(path, "pt") as file:
-                _check_metadata(file.metadata() or {}, config)
-                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-            check_layout(tensors, layout(config, *batch_of(tensors)))
-            check_values(tensors, config)
-        return from_named(tensors).to(device)
 
     def _index(self, rows: Rows) -> Tensor:
         """Return the sequences `rows` as (n,) int64 on the state's device."""
         count, device = self.num_sequences, self.norm.count.device
         if isinstance(rows, slice):
             rows = range(count)[rows]
+        elif is_integer_between(rows, -(2**63)):
+            rows = [rows]
         if isinstance(rows, (list, tuple, range)) and all(is_integer_between(row, -(2**63)) for row in rows):
             rows = torch.tensor([int(row) for row in rows], dtype=torch.int64)
         if not isinstance(rows, Tensor) or rows.is_floating_point() or rows.is_complex():
-            hint = f"; [{rows}] names one sequence" if isinstance(rows, int) else ""
-            raise TypeError(f"MegalodonState: `rows` must be {_ROWS}, got {describe(rows)}{hint}.")
+            raise TypeError(f"MegalodonState: `rows` must be {_ROWS}, got {describe(rows)}.")
         if rows.dim() != 1 or (rows.dtype == torch.bool and len(rows) != count):
             raise ValueError(
                 f"MegalodonState: `rows` must be {_ROWS} (of bools: ({count},)), got {rows.dtype} {tuple(rows.shape)}."
@@ -272,7 +329,7 @@ class MegalodonState(NamedTuple):
 
 def check_state(op: str, state: object, config: MegalodonConfig, rows: int, argument: str) -> None:
     """Raise an error unless the state fits the configuration and has `rows` sequences, the number in `argument`."""
-    if not isinstance(state, MegalodonState):
+    if not isinstance(state, MegalodonStateBase):
         raise TypeError(f"{op}: `state` must be a MegalodonState or None, got {describe(state)}.")
     if state.num_sequences != rows:
         raise ValueError(
@@ -297,7 +354,7 @@ def _map(function: Callable[[Tensor], Tensor], state: Any) -> Any:
     return tree_map_only(Tensor, function, state)
 
 
-def complete(state: MegalodonState) -> MegalodonState:
+def complete(state: State) -> State:
     """Return the state with zeros for missing residuals."""
 
     def norm(norm_state: TimestepNormState) -> TimestepNormState:
@@ -306,13 +363,15 @@ def complete(state: MegalodonState) -> MegalodonState:
         return norm_state._replace(residual=torch.stack([torch.zeros_like(norm_state.mean)] * 2, dim=1))
 
     layers = tuple(layer._replace(norm=norm(layer.norm)) for layer in state.layers)
-    return MegalodonState(layers, norm(state.norm), norm(state.inputs) if state.inputs else ())
+    inputs = norm(state.inputs) if state.inputs else ()
+    return dataclasses.replace(state, layers=layers, norm=norm(state.norm), inputs=inputs)
 
 
-def named_tensors(state: tuple, prefix: str = "") -> dict[str, Tensor]:
+def named_tensors(state: MegalodonStateBase | tuple, prefix: str = "") -> dict[str, Tensor]:
     """Return the state's tensors, not copied, under names such as `layers.0.norm.mean`."""
     tensors = {}
-    for field, part in zip(getattr(state, "_fields", range(len(state))), state):
+    fields = enumerate(state) if isinstance(state, tuple) else vars(state).items()
+    for field, part in zip(state._fields, state) if hasattr(state, "_fields") else fields:
         if isinstance(part, Tensor):
             tensors[f"{prefix}{field}"] = part
         elif part is not None:
@@ -320,7 +379,7 @@ def named_tensors(state: tuple, prefix: str = "") -> dict[str, Tensor]:
     return tensors
 
 
-def from_named(tensors: dict[str, Tensor]) -> MegalodonState:
+def from_named(kind: type[State], tensors: dict[str, Tensor]) -> State:
     """Build a state from tensors by the names of :func:`named_tensors`; a `cema` may be complex or pairs of reals."""
 
     def norm(prefix: str) -> TimestepNormState:
@@ -338,28 +397,12 @@ def from_named(tensors: dict[str, Tensor]) -> MegalodonState:
 
     num_layers = sum(name.endswith(".cema") for name in tensors)
     inputs = norm("inputs.") if "inputs.mean" in tensors else ()
-    return MegalodonState(tuple(block(f"layers.{i}.") for i in range(num_layers)), norm("norm."), inputs)
+    return kind(tuple(block(f"layers.{i}.") for i in range(num_layers)), norm("norm."), inputs)
 
 
 def as_real(tensor: Tensor) -> Tensor:
     """View a complex tensor as pairs of reals, as in files."""
     return torch.view_as_real(tensor) if tensor.is_complex() else tensor
-
-
-def _check_metadata(metadata: dict[str, str], config: MegalodonConfig) -> None:
-    if metadata.get("format") != FILE_FORMAT:
-        raise ValueError("must be a file of MegalodonState.save")
-    if (version := metadata.get("version")) != FILE_VERSION:
-        raise ValueError(
-            f"its version is {short_text(version)}, and this version of megalodon_ops reads {FILE_VERSION}"
-        )
-    saved = json.loads(metadata.get("config", "{}"))
-    for name, value in config.meaning().items():
-        if saved.get(name) != value:
-            raise ValueError(
-                f"is the state of another configuration: its `{name}` is {short_text(saved.get(name))}, "
-                f"the model's {short_text(value)}"
-            )
 
 
 def _check_activations(function: str, dtype: object) -> None:

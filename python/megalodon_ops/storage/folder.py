@@ -22,7 +22,7 @@ from torch import nn
 
 from .. import _C
 from ..model.config import CLIENT_NAMES, MegalodonConfig
-from ..files import FileError, as_path, drafting, read_json, reading, write_atomically
+from .files import FileError, as_path, drafting, read_json, reading, write_atomically
 from ..inference.parameters import WEIGHT_DTYPES, Model, empty_model, plain_tensors, with_values
 from ..inference.quantized_layers import METHOD, computing_dtype, stored_shapes
 from .weights import StoredTensors, is_weight_file, write_weights
@@ -261,7 +261,7 @@ def check_folder(folder: Path) -> None:
         raise FileError(f"{folder}: must be a folder, got a file")
     if not os.path.lexists(folder / CONFIG):
         run = any(os.path.lexists(folder / name) for name in _RUN_FILES)
-        hint = "; it is a run of `python -m megalodon_ops train`: name a folder in its checkpoints/" if run else ""
+        hint = "; it is a run of `megalodon-ops train`: name a folder in its checkpoints/" if run else ""
         raise FileNotFoundError(f"{folder}: no {CONFIG} in this folder{hint}")
 
 

@@ -16,8 +16,8 @@ from torch import Tensor
 
 from .folder import CONFIG, check_tokenizer, kept_files, model_of
 from ..model.config import MegalodonConfig
-from ..files import FileError, as_path, drafting, file_size, read_json, reading, write_atomically
-from ..model.gecko_block import GeckoAttention
+from .files import FileError, as_path, drafting, file_size, read_json, reading, write_atomically
+from ..model.gecko_block import has_gecko_parts
 from ..model.inputs import check_reads_tokens
 from ..model.megalodon import MegalodonBase
 from ..inference.parameters import Model, plain_tensors
@@ -72,7 +72,7 @@ def save_official(model: MegalodonBase, directory: str | os.PathLike, *, tokeniz
         raise TypeError(f"save_official: `model` must be a Megalodon, got {describe(model)}.")
     folder, config = as_path("save_official", "directory", directory), model.config
     check_tokenizer("save_official", tokenizer)
-    if GeckoAttention.serves(config):
+    if has_gecko_parts(config):
         raise ValueError(
             "save_official: `model` must have no working memory and see one chunk: the released code knows neither."
         )

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 from torch.distributed.checkpoint import DefaultLoadPlanner, FileSystemReader, FileSystemWriter, Metadata
 
-from ..files import file_size, opened, reading
+from .files import file_size, opened, reading
 from .weights import StoredTensors
 from ..ops.common.checks import short_text
 

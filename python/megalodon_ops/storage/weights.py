@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from ..inference.parameters import Shapes, allowed_dtypes
-from ..files import FileError, file_size, read_json, reading, write_safetensors
+from .files import FileError, file_size, read_json, reading, write_safetensors
 from ..ops.common.definition import OWN_TYPES
 from ..ops.common.memory import is_finite
 from ..ops.common.checks import short_text

@@ -11,7 +11,7 @@ those of the whole text. A text without such spaces is cut after a line or chara
 
 from .text import WINDOW
 from .tokenizer import END_TOKENS, START_TOKEN, START_TOKENS, ByteTokenizer, Tokenizer, load_tokenizer
-from ..files import FileError
+from ..storage.files import FileError
 
 __all__ = [
     "END_TOKENS", "START_TOKEN", "START_TOKENS", "WINDOW", "ByteTokenizer", "FileError", "Tokenizer", "load_tokenizer",

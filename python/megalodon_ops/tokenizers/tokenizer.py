@@ -13,7 +13,7 @@ from typing import Any
 import numpy
 
 from .text import Window, as_texts, windows_of
-from ..files import FileError, as_path, drafting, opened, read_json, reading, write_atomically
+from ..storage.files import FileError, as_path, drafting, opened, read_json, reading, write_atomically
 from ..extras import load
 from ..ops.common.checks import check_integer, describe, short_text
 

@@ -4,7 +4,7 @@
     optimizer   parameter_groups, adamw, Muon, Schedule     metrics   Metrics, read_metrics, draw_metrics
     checkpoint  save_checkpoint, load_checkpoint, Saver
 
-`python -m megalodon_ops train` is built from them; docs/training.md shows how to write your own program.
+`megalodon-ops train` is built from them; docs/training.md shows how to write your own program.
 """
 
 from .batches import START, Batch, Batches

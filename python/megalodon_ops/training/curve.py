@@ -8,7 +8,7 @@ from typing import Any
 import numpy
 
 from .. import extras
-from ..files import as_path, write_atomically
+from ..storage.files import as_path, write_atomically
 from ..ops.common.checks import describe
 
 _BLUE, _GREY = "#2f6fb0", "#8c959f"  # this package's model, and references

@@ -8,7 +8,7 @@ import logging
 import os
 from typing import Any
 
-from ..files import as_path, opened, write_whole
+from ..storage.files import as_path, opened, write_whole
 from ..ops.common.checks import is_integer_between
 
 _log = logging.getLogger("megalodon_ops")

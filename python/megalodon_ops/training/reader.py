@@ -8,8 +8,7 @@ import torch
 from torch import Tensor
 
 from .batches import Batch
-from ..public_models import Megalodon
-from ..model.model_state import MegalodonState
+from ..public_models import Megalodon, MegalodonState
 from ..ops.common.checks import check_integer, check_size, describe
 
 

@@ -11,7 +11,7 @@ import msgspec
 import torch
 
 from .. import _C
-from ..files import FileError, file_sha256, file_size, read_json, reading
+from ..storage.files import FileError, file_sha256, file_size, read_json, reading
 from ..ops.common.checks import check_integer
 
 if TYPE_CHECKING:

@@ -25,15 +25,15 @@ import torch
 from torch import Tensor, nn
 
 from .record import RECORD, new_record, read_record, write_record
-from ..files import FileError, as_path, drafting, reading, remove_drafts, write_atomically, write_safetensors
+from ..storage.files import FileError, as_path, drafting, reading, remove_drafts, write_atomically, write_safetensors
 from ..storage.folder import CONFIG, check_dtype, check_tokenizer, holds_model
 from ..storage.folder import read_model, read_model_files, stored_tensors, write_model
 from ..model.config import MegalodonConfig
 from ..model.encoder import MegalodonEncoderConfig
-from ..public_models import Megalodon, MegalodonEncoder
+from ..public_models import Megalodon, MegalodonEncoder, MegalodonState
 from ..storage.official import is_official, read_official
-from ..model.model_state import MegalodonState, as_real, complete, from_named, named_tensors
-from ..model.state_layout import batch_of, check_layout, layout
+from ..storage.state_file import batch_of, check_layout
+from ..model.model_state import as_real, complete, from_named, layout, named_tensors
 from ..tokenizers import Tokenizer, load_tokenizer
 from ..ops.common.checks import as_device, check_integer, describe
 
@@ -74,7 +74,7 @@ class Checkpoint:
         own = {name: torch.empty((rows, *like.shape[1:]), dtype=like.dtype) for name, like in stored.tensors.items()}
         state = _as_rows(own, mesh)
         stored.fill(state)
-        return from_named({name: local_tensor(tensor) for name, tensor in state.items()})
+        return from_named(MegalodonState, {name: local_tensor(tensor) for name, tensor in state.items()})
 
     def tokenizer(self) -> Tokenizer | None:
         """Return the checkpoint's tokenizer, or None."""

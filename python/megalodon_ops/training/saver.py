@@ -16,9 +16,8 @@ from .run_checkpoint import checkpoint_folder, keep_newest, local_tensor, remove
 from .run_checkpoint import save_checkpoint, training_tensors
 from .record import new_record, write_record
 from ..storage.folder import DISTRIBUTED, write_config
-from ..files import as_path, draft_path, one_line, write_atomically
-from ..public_models import Megalodon
-from ..model.model_state import MegalodonState
+from ..storage.files import as_path, draft_path, one_line, write_atomically
+from ..public_models import Megalodon, MegalodonState
 from ..ops.common.memory import is_finite
 from ..ops.common.checks import check_integer
 

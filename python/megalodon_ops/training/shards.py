@@ -1,4 +1,4 @@
-"""Tokenized documents in memory-mapped files: the folder that `python -m megalodon_ops tokenize` writes.
+"""Tokenized documents in memory-mapped files: the folder that `megalodon-ops tokenize` writes.
 
 `dataset.json` lists a shard once its files are on the disk; a folder that lists all shards is complete. docs/data.md
 describes the files.
@@ -19,7 +19,7 @@ import msgspec
 import numpy
 
 from .corpus import Corpus, key_of, split
-from ..files import FileError, as_path, opened, reading, write_atomically, write_whole
+from ..storage.files import FileError, as_path, opened, reading, write_atomically, write_whole
 from ..tokenizers import Tokenizer, load_tokenizer
 
 INDEX = "dataset.json"
@@ -64,7 +64,7 @@ class Index(msgspec.Struct, forbid_unknown_fields=True):
 
 
 class Shards:
-    """A folder of tokens, written by `python -m megalodon_ops tokenize`.
+    """A folder of tokens, written by `megalodon-ops tokenize`.
 
     The constructor compares dtypes and sizes of all files with the index. It raises a FileError of one line, or a
     FileNotFoundError.
@@ -83,7 +83,7 @@ class Shards:
         ...     batches = Batches(corpus.train, rows=2, length=16, start=shards.tokenizer.start)
         ...     batch = batches.next()
         /...: 1 document, 2,050 bytes, 2,050 tokens in 1 shard: 1.000 bytes a token
-        train with it: python -m megalodon_ops train --data /...
+        train with it: megalodon-ops train --data /...
         >>> shards.num_tokens, corpus.num_bytes, len(corpus.held_out[0]), batch.tokens.shape
         (2050, 1948, 102, torch.Size([1, 32]))
     """

@@ -16,8 +16,7 @@ from paths import DATA
 from safetensors.torch import load_file
 
 import megalodon_ops as mo
-from megalodon_ops.model.model_state import named_tensors
-from megalodon_ops.model.sequences import Sequences
+from megalodon_ops.model.model_state import CallOptions, named_tensors
 
 GOLDEN = DATA / "gecko" / "awm.safetensors"
 
@@ -152,7 +151,7 @@ def test_it_reaches_beyond_the_chunk(working_memory):
     """Without CEMA and the norm, the last output depends on earlier chunks only through the memory."""
     half = tiny_model(working_memory=working_memory).layers[0].mega
     x = torch.randn(1, 37, 32, dtype=torch.float64, requires_grad=True)
-    identity = lambda x, **_: (x, None)  # noqa: E731
+    identity = lambda x, **_: x  # noqa: E731
     half.timenorm.forward = half.cema.forward = identity
     (gradient,) = torch.autograd.grad(half(x)[0, -1].sum(), x)  # position 36, in the fifth chunk of 8
     seen = gradient[0].abs().amax(-1) > 0
@@ -227,6 +226,6 @@ def test_attention_to_two_chunks_depends_on_distances_only():
 
     def found(chunks):
         norm = mo.TimestepNormState(21 + 4 * torch.tensor(chunks), None, None)
-        return half._attend(m, half.wz(m), v, norm, mo.BlockState(None, None, None), False, False, Sequences())[0]
+        return half._attend(m, half.wz(m), v, norm, mo.BlockState(None, None, None), CallOptions())[0]
 
     assert_close(found([10**7, 3]), found([0, 0]), tolerance=1e-9)

@@ -10,7 +10,7 @@ import inspect
 import math
 import re
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
@@ -72,9 +72,9 @@ TOKENS = {**WHOLE, "negative": lambda t: t - 50, "beyond": lambda t: t + 50}
 NO_MODEL_STATE = {
     **NO_TENSOR,
     "empty": (),
-    "as tuple": lambda s: tuple(s),
-    "of another model": lambda s: s._replace(layers=s.layers[:1]),
-    "endless": lambda s: s._replace(norm=s.norm._replace(count=torch.full_like(s.norm.count, 2**63 - 3))),
+    "as tuple": lambda s: (*vars(s).values(),),
+    "of another model": lambda s: replace(s, layers=s.layers[:1]),
+    "endless": lambda s: replace(s, norm=s.norm._replace(count=torch.full_like(s.norm.count, 2**63 - 3))),
 }
 
 NO_TOKENS = {"bool": True, "string": "12", "float": 2.0, "negative": -1, "beyond": 31, "dictionary": {1: 2}}

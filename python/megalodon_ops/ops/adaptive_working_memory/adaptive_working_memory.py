@@ -7,12 +7,12 @@ from torch import Tensor
 
 from ..common.arrays import call_with_arrays
 from ..chunked_attention.chunked_attention import chunked_attention_state, chunked_attention_state_
-from ..common.definition import accumulation_dtype, autocast, call, define_op, empty_like
+from ..common.definition import autocast, call, define_op, empty_like
 from ..common.definition import launch
 from ..common.flops import lengths_of, readable_values
 from ..common.spans import as_spans, num_positions, num_sequences
 from ..linear.linear import put_products_
-from ..common.states import WorkingMemoryState, state_fields
+from ..common.states import WorkingMemoryState, accumulation_dtype, state_fields
 from ..chunked_attention.two_chunk_attention import two_chunk_attention_state, two_chunk_attention_state_
 from ..common.checks import check_device, check_flag, check_rank, check_size, check_tensor
 from .working_memory_plan import OP as _NAME, Index, Plan, matrices

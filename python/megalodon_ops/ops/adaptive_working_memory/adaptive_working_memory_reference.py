@@ -23,9 +23,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from megalodon_ops.ops.common.states import WorkingMemoryState
+from megalodon_ops.ops.common.states import WorkingMemoryState, accumulation_dtype
 from megalodon_ops.ops.common.spans import as_spans
-from megalodon_ops.ops.common.reference_helpers import accumulation_dtype, sequences
+from megalodon_ops.ops.common.reference_helpers import sequences
 
 
 def adaptive_working_memory(

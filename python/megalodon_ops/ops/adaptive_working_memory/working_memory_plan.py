@@ -8,7 +8,8 @@ from itertools import accumulate
 import torch
 from torch import Tensor
 
-from ..common.definition import accumulation_dtype, empty_like
+from ..common.definition import empty_like
+from ..common.states import accumulation_dtype
 from ..common.spans import read_spans
 
 OP = "adaptive_working_memory"

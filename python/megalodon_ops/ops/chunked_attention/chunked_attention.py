@@ -7,10 +7,10 @@ from torch import Tensor
 
 from . import dense_attention
 from ..common.arrays import call_with_arrays
-from ..common.definition import accumulation_dtype, autocast, call, contiguous_or_none, define_op
+from ..common.definition import autocast, call, contiguous_or_none, define_op
 from ..common.definition import empty_gradients, empty_like, launch
 from ..common.spans import as_spans, num_sequences
-from ..common.states import AttentionState, state_fields
+from ..common.states import AttentionState, accumulation_dtype, state_fields
 from .attention_flops import attention_bwd_flops, attention_flops, pairs_in_chunk
 from .two_chunk_attention import empty_state, two_chunk_attention_fwd
 from .two_chunk_attention import two_chunk_attention_state, two_chunk_attention_state_

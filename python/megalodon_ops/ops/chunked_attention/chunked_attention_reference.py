@@ -35,9 +35,9 @@ from torch import Tensor
 
 from megalodon_ops.ops.common.philox import draw_seed, dropkey_mask
 from megalodon_ops.ops.common.quantized_rows import pack_rows, unpack_rows
-from megalodon_ops.ops.common.reference_helpers import accumulation_dtype, sequences
+from megalodon_ops.ops.common.reference_helpers import sequences
 from megalodon_ops.ops.common.spans import as_spans
-from megalodon_ops.ops.common.states import AttentionState
+from megalodon_ops.ops.common.states import AttentionState, accumulation_dtype
 
 
 def chunked_attention(

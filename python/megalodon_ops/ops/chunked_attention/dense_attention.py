@@ -30,7 +30,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..common.definition import accumulation_dtype, empty_like, launch
+from ..common.definition import empty_like, launch
+from ..common.states import accumulation_dtype
 
 
 DIRECTIONS = "forward", "backward"

@@ -22,7 +22,8 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from ..common.definition import accumulation_dtype, define_op, empty_like
+from ..common.definition import define_op, empty_like
+from ..common.states import accumulation_dtype
 from ..common.spans import num_sequences, read_spans
 from .attention_flops import attention_bwd_flops, attention_flops, pairs_in_two_chunks
 

@@ -346,11 +346,6 @@ def contiguous_or_none(tensor: Tensor | None) -> Tensor | None:
     return None if tensor is None else tensor.contiguous()
 
 
-def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
-    """Return float64 for float64, float32 for other dtypes."""
-    return torch.float64 if dtype == torch.float64 else torch.float32
-
-
 def is_autocast_enabled(device: str) -> bool:
     """Return True if torch.autocast is on for the device type; the meta device has no autocast."""
     return device != "meta" and torch.is_autocast_enabled(device)

@@ -45,7 +45,7 @@ def use_huge_pages(model: nn.Module) -> bool:
     A decoded token reads every weight once, and small pages cost time for address translation: on 2 cores of an Intel
     Xeon a token of 200M parameters takes 26 ms with huge pages and 32 to 35 ms with small ones. Call this function
     after the weights are loaded and before a :class:`Decoder` is created. The parameters remain the same objects. Their
-    new memory cannot be resized, which FSDP needs. `python -m megalodon_ops generate` calls this function;
+    new memory cannot be resized, which FSDP needs. `megalodon-ops generate` calls this function;
     importing the package does not.
 
     Returns:
@@ -86,7 +86,7 @@ def keep_freed_memory() -> bool:
     By default glibc returns freed blocks of 32 MiB and more, and free memory at the end of its heap, to the system,
     which then clears every page for the next tensor. With this function, a training step of 25M parameters and 8,192
     tokens takes a tenth less time. The process's peak memory stays about the same, but the process keeps that memory.
-    Existing tensors do not move, so call this function before you load a model. Commands of `python -m megalodon_ops`
+    Existing tensors do not move, so call this function before you load a model. Commands of `megalodon-ops`
     call this function; importing the package does not.
 
     Returns:

@@ -2,15 +2,9 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 MAX_ROWS = 2**20
-
-
-def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
-    """Return float64 for float64, float32 for other dtypes."""
-    return torch.float64 if dtype == torch.float64 else torch.float32
 
 
 def sequences(x: Tensor, spans: Tensor | None) -> list[tuple[int, slice]]:

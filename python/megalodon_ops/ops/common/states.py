@@ -4,12 +4,18 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 from torch.utils._pytree import _register_namedtuple
 
 from .checks import check_tensor, describe
 
 _NESTED_STATES = ("norm", "attention")  # fields of a block's state that are states themselves
+
+
+def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
+    """Return the dtype of sums and states: float64 for float64, float32 for other dtypes."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
 
 
 def state_fields(op: str, state: tuple | None, kind: type[tuple]) -> tuple:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from megalodon_ops.ops.common.reference_helpers import accumulation_dtype
+from megalodon_ops.ops.common.states import accumulation_dtype
 
 
 def gated_silu(x: Tensor, value: Tensor | None = None) -> Tensor:

@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..common.definition import accumulation_dtype, call, contiguous_or_none, define_op
+from ..common.definition import call, contiguous_or_none, define_op
+from ..common.states import accumulation_dtype
 from ..common.definition import empty_gradients, empty_like, has_cpu_kernel, launch
 from ..common.checks import check_device, check_number, check_optional_tensor, check_tensor
 

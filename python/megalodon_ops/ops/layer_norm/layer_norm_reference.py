@@ -14,7 +14,8 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from megalodon_ops.ops.common.reference_helpers import accumulation_dtype, inverse_rms
+from megalodon_ops.ops.common.reference_helpers import inverse_rms
+from megalodon_ops.ops.common.states import accumulation_dtype
 
 
 def layer_norm(x: Tensor, weight: Tensor | None = None, bias: Tensor | None = None, *, eps: float = 1e-5) -> Tensor:

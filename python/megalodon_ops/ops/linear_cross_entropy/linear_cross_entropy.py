@@ -9,7 +9,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from ..common.definition import accumulation_dtype, autocast, call, contiguous_or_none, define_op, has_cpu_kernel
+from ..common.definition import autocast, call, contiguous_or_none, define_op, has_cpu_kernel
+from ..common.states import accumulation_dtype
 from ..common.definition import is_autocast_enabled, is_exporting, launch
 from ..linear.linear import linear, put_product_
 from ..common.checks import check_device, check_integer, check_tensor, describe

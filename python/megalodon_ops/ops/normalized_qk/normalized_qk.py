@@ -9,7 +9,8 @@ from torch import Tensor
 from torch.utils._python_dispatch import _get_current_dispatch_mode
 
 from ..common.arrays import call_with_arrays
-from ..common.definition import accumulation_dtype, autocast, call, contiguous_or_none
+from ..common.definition import autocast, call, contiguous_or_none
+from ..common.states import accumulation_dtype
 from ..common.definition import define_op, empty_gradients, int64_or_none, launch
 from ..common.flops import num_tokens
 from ..common.spans import as_spans

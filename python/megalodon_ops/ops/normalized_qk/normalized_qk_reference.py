@@ -25,7 +25,8 @@ import math
 import torch
 from torch import Tensor
 
-from megalodon_ops.ops.common.reference_helpers import accumulation_dtype, inverse_rms, sequences
+from megalodon_ops.ops.common.reference_helpers import inverse_rms, sequences
+from megalodon_ops.ops.common.states import accumulation_dtype
 from megalodon_ops.ops.common.spans import as_spans
 
 

@@ -16,7 +16,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from megalodon_ops.ops.common.reference_helpers import accumulation_dtype, sequences
+from megalodon_ops.ops.common.reference_helpers import sequences
+from megalodon_ops.ops.common.states import accumulation_dtype
 from megalodon_ops.ops.common.spans import as_spans
 
 

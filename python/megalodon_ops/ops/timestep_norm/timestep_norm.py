@@ -9,11 +9,11 @@ import torch
 from torch import Tensor
 
 from ..common.arrays import call_with_arrays
-from ..common.definition import accumulation_dtype, call, contiguous_or_none, define_op, empty_gradients
+from ..common.definition import call, contiguous_or_none, define_op, empty_gradients
 from ..common.definition import empty_like, int64_or_none, launch
 from ..common.flops import num_tokens
 from ..common.spans import as_spans, num_sequences
-from ..common.states import TimestepNormState, state_fields
+from ..common.states import TimestepNormState, accumulation_dtype, state_fields
 from ..common.checks import check_flag, check_number, check_rank, check_size, check_width
 
 

@@ -27,9 +27,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from megalodon_ops.ops.common.reference_helpers import accumulation_dtype, sequences
+from megalodon_ops.ops.common.reference_helpers import sequences
 from megalodon_ops.ops.common.spans import as_spans
-from megalodon_ops.ops.common.states import TimestepNormState
+from megalodon_ops.ops.common.states import TimestepNormState, accumulation_dtype
 
 
 def timestep_norm(

@@ -25,7 +25,7 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
-from .ops.common.checks import describe, short_text
+from ..ops.common.checks import describe, short_text
 
 MAX_JSON_BYTES = 16 << 20
 """Largest JSON file that is read; a configuration takes less than a thousandth of it"""
