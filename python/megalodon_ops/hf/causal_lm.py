@@ -16,6 +16,7 @@ from transformers.utils import can_return_tuple
 from ..model.blocks import at_least_float32
 from ..public_models import Megalodon
 from ..model.sequences import Sequences
+from ..ops.common.definition import is_exporting
 from .arguments import IGNORED, Batch, kept_positions, map_columns, read_batch, select, targets_of
 from .cache import CACHE, MegalodonCache
 from .configuration import MegalodonHFConfig
@@ -47,17 +48,17 @@ class MegalodonCausalModel(MegalodonPreTrainedModel):
                 inputs = inputs.masked_fill(lengths[:, None] == 0, 0)  # padding may be an invalid id
             sequences = Sequences.of(type(self).__name__, inputs, cu_seqlens=batch.cu_seqlens, lengths=lengths)
             model._check(type(self).__name__, "input_ids", inputs, state, sequences)
-        whole = whole or torch.is_grad_enabled() or batch.cu_seqlens is not None
-        size = length if whole else min(model.config.chunk_size, length)
-        pieces, selected = [], None
-        for begin in range(0, length, size):
-            end = min(begin + size, length)
+        # An exported program has one piece, as its length may be unknown.
+        whole = whole or torch.is_grad_enabled() or batch.cu_seqlens is not None or is_exporting()
+        size, pieces, selected = model.config.chunk_size, [], None
+        for begin in (0,) if whole else range(0, length, size):
+            end = length if whole else min(begin + size, length)
             part = inputs[:, begin:end]
             part_lengths = None if lengths is None else (lengths - begin).clamp(0, end - begin)
             piece, state = model._hidden(
                 part * model.config.embedding_scale if batch.holds_embeddings else model._embed(part),
                 state,
-                return_state=batch.returns_cache or end < length,
+                return_state=batch.returns_cache or not (whole or end == length),
                 inplace_state=begin > 0,  # the first state is the caller's
                 sequences=Sequences.of(type(self).__name__, part, cu_seqlens=batch.cu_seqlens, lengths=part_lengths),
             )
@@ -213,7 +214,11 @@ class MegalodonForCausalLM(MegalodonCausalModel, GenerationMixin):
         if output_hidden_states is None:
             output_hidden_states = self.config.output_hidden_states
         loss = layers = None
-        if use_decoder and labels is None and not output_hidden_states and batch.is_for_decoder:
+        decodes = use_decoder and labels is None and batch.is_for_decoder
+        if decodes and (batch.cache.undo or not output_hidden_states):  # `crop` needs a decoder
+            if output_hidden_states:  # which the layers compute from a copy of the past
+                past = dataclasses.replace(batch, cache=MegalodonCache(batch.cache.state), returns_cache=False)
+                layers = self.model(output_hidden_states=True, batch=past, return_dict=True).hidden_states
             logits = self._decode(batch, positions)
         else:
             selects = labels is None and positions is not None and positions.shape[-1] <= batch.width
