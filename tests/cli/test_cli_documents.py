@@ -131,18 +131,19 @@ def test_columns_of_other_types(tmp_path):
 
 def test_damaged_and_wrong_files_are_named(tmp_path):
     write_parquet(tmp_path / "a.parquet")
-    with pytest.raises(
-        FileError, match=r"a.parquet: must have a column 'text', got id, body; name another with --field"
-    ):
-        load_documents([tmp_path / "a.parquet"])
+    column = r"a.parquet: must have a column 'text', got id, body; name another with --field"
+    for load in (load_documents, load_corpus):
+        with pytest.raises(FileError, match=column):
+            load([tmp_path / "a.parquet"])
     write_lines(tmp_path / "a.jsonl.gz")
     write_lines(tmp_path / "a.jsonl.zst")
     for path in tmp_path.iterdir():
         whole = path.read_bytes()
         for damaged in (whole[:-9], b"x" * 50, whole[: len(whole) // 3]):
             path.write_bytes(damaged)
-            with pytest.raises(FileError, match=path.name):
-                load_documents([path], field="body")
+            for load in (load_documents, load_corpus):  # as `eval` and `train` read
+                with pytest.raises(FileError, match=path.name):
+                    load([path], field="body")
 
 
 BINARY = {

@@ -190,6 +190,7 @@ from megalodon_ops.ops.common import definition as library
 torch.cuda.device = lambda device: contextlib.nullcontext()
 torch.cuda.current_stream = lambda device: types.SimpleNamespace(cuda_stream=0)
 torch.cuda.get_device_capability = lambda device: (9, 0)
+torch.cuda.device_count = lambda: 0  # the runtime of a torch with CUDA would initialise the driver, too
 arguments = [torch.zeros(1, 4, 6), torch.zeros(2, 6), torch.zeros(2, 6), 1, 4, 1e-5, torch.zeros(4, 3, 2)]
 arguments += [None, None, torch.zeros(1, 4, 1, 6), torch.zeros(1, 4, 1, 6)]
 arguments = [DeviceTensor(a) if isinstance(a, torch.Tensor) else a for a in arguments]

@@ -5,12 +5,14 @@ from __future__ import annotations
 import json
 import re
 import shlex
+from dataclasses import replace
 
 import pytest
 from paths import DOCS
 
 import megalodon_ops as mo
 from megalodon_ops.cli import main
+from megalodon_ops.cli.sizes import configurations
 from megalodon_ops.distributed.plan import plan
 
 PAPER = mo.MegalodonConfig.preset("paper7B", layerwise_ckpt=True)
@@ -51,3 +53,28 @@ def test_model_flags_are_those_of_train(capsys):
     assert (config.num_layers, config.model_dim, config.swiglu, config.vocab_size) == (3, 256, True, 257)
     expected = plan(config, {"data": 2}, context=8 * config.chunk_size, autocast=True, data="replicate")
     assert (found["memory"], found["operations"]) == (expected.memory, expected.operations)
+
+
+def test_a_table_names_what_makes_each_configuration_fit(capsys):
+    """The flags that it names are the first that suffice: fewest parts of a batch, recomputed layers only if needed."""
+    flags = "plan --params 1M --memory 0.2GB --batch 16 --context 512 --chunk 256 --dtype autocast"
+    assert main(flags.split()) == 0
+    _, *lines = capsys.readouterr().out.splitlines()
+
+    def size(config, batch, recomputes):
+        return plan(replace(config, layerwise_ckpt=recomputes), {}, context=512, batch=batch, autocast=True).bytes
+
+    fits = ["--layerwise-ckpt", "--layerwise-ckpt", "--layerwise-ckpt --batch 8 --accumulate 2"]
+    for line, config, text in zip(lines, configurations({"chunk_size": 256}, None), fits):
+        shown = line.split(maxsplit=7)
+        assert shown[:2] == [f"{config.num_parameters():,}", f"{config.model_dim}"] and shown[7] == text
+        assert shown[5:7] == [f"{size(config, 16, on) / 1e9:.2f}" for on in (False, True)]
+        assert (size(config, 16, True) <= 2e8) == (text == "--layerwise-ckpt") and size(config, 16, False) > 2e8
+    assert size(config, 8, True) <= 2e8 < size(config, 8, False)
+
+
+@pytest.mark.parametrize("text", ["50 M", "8GiB", "-1", "0.1", "nan"])
+def test_amounts_are_numbers_with_a_unit(text, capsys):
+    with pytest.raises(SystemExit):
+        main(["plan", f"--params={text}"])
+    assert f"--params: must be a number such as 50M or 8GB, got '{text}'" in capsys.readouterr().err

@@ -1,6 +1,7 @@
 """The Python examples of the README and of all pages run unchanged, and links have targets."""
 
 import re
+import sys
 
 import pages
 import pytest
@@ -62,6 +63,13 @@ def test_tutorials_link_to_the_next():
         assert "](" in last, name_of(page)
     for page, after in zip(SERIES, SERIES[1:]):
         assert "Next: [" in page.read_text() and f"({after.name})" in page.read_text()
+
+
+@pytest.mark.parametrize(("python", "within"), [(sys.version_info[:2], 0.1), ((3, 0), 0.6)])
+def test_figures_of_texts_of_another_python_have_another_tolerance(python, within, monkeypatch):
+    monkeypatch.setattr(pages, "_PYTHON", python)
+    found = pages.blocks_of("```text within 10 %, 60 % for another Python\n12 documents\n```\n")
+    assert found == [pages.Block("text", "12 documents\n", within)]
 
 
 def test_a_page_that_is_wrong_fails(tmp_path, monkeypatch):

@@ -116,3 +116,17 @@ def test_crop() -> None:
     plain.crop(0)
     with pytest.raises(NotImplementedError, match="`crop` must be called in assisted generation"):
         plain.crop(-1)
+
+
+def test_hidden_states_are_those_without_help() -> None:
+    """The assistant computes hidden states, too."""
+    model, prompt = build_model(torch.float64), torch.randint(48, (1, 21))
+    wanted = dict(max_new_tokens=12, output_hidden_states=True, return_dict_in_generate=True, **GREEDY)
+    expected = model.generate(prompt, **wanted)
+    for options in (dict(assistant_model=near(model)), dict(prompt_lookup_num_tokens=3)):
+        found = model.generate(prompt, **wanted, **options)
+        assert torch.equal(found.sequences, expected.sequences)
+        for step, (states, others) in enumerate(zip(found.hidden_states, expected.hidden_states, strict=True)):
+            if step != 1:  # with an assistant, transformers gives the second token the first one's, also for Llama
+                for state, other in zip(states, others, strict=True):
+                    close(state, other)

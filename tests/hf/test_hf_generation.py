@@ -11,7 +11,7 @@ from assertions import every_case
 from hf_models import VARIANTS, close, hf, build_model, padded, prompts, transformers
 from hypothesis import given
 from hypothesis import strategies as st
-from torch import Tensor
+from torch import Tensor, nn
 
 import megalodon_ops as mo
 from megalodon_ops.hf.cache import CACHE
@@ -340,3 +340,27 @@ def test_generate_batch_is_refused_by_name():
             NotImplementedError, match="MegalodonForCausalLM: `generate_batch` must have a paged cache of keys"
         ):
             call()
+
+
+def test_layers_that_are_cut_or_stacked() -> None:
+    """With the configuration's number of layers set before, after or not at all, as for other models."""
+    model, prompt = build_model(), torch.randint(48, (2, 11))
+    whole = copy.deepcopy(model.model.layers)
+    for count in (1, 4):
+        layers = nn.ModuleList(copy.deepcopy(whole[i % len(whole)]) for i in range(count))
+        model.model.layers = layers
+        tokens = model.generate(prompt, max_new_tokens=5, do_sample=False)
+        assert torch.equal(tokens[:, -1], model(tokens[:, :-1]).logits[:, -1].argmax(-1))
+        model.config.num_hidden_layers = count
+        assert torch.equal(model.generate(prompt, max_new_tokens=5, do_sample=False), tokens)
+
+
+def test_an_exported_program_takes_any_length() -> None:
+    model = build_model()
+    shapes = {"input_ids": {1: torch.export.Dim("length", max=1024)}, "use_cache": None}
+    with torch.no_grad():
+        example = dict(input_ids=torch.randint(48, (1, 21)), use_cache=False)
+        program = torch.export.export(model, (), example, dynamic_shapes=shapes, strict=False).module()
+        for length in (2, 8, 37):
+            ids = torch.randint(48, (1, length))
+            close(program(input_ids=ids, use_cache=False)["logits"], model(ids, use_cache=False).logits)

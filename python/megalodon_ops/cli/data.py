@@ -40,8 +40,9 @@ def load_corpus(
     quiet: bool = False,
 ) -> Corpus:
     """Read the documents that :func:`find_files` finds; hold out `validation` or, if it is None, some of them."""
+    documents = load_documents(paths, globs, field=field, quiet=quiet)
     try:
-        return hold_out(load_documents(paths, globs, field=field, quiet=quiet), validation)
+        return hold_out(documents, validation)
     except ValueError as error:
         least = "at least 2 bytes, one to learn and one to hold out"
         if validation is not None:

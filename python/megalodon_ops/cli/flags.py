@@ -10,6 +10,7 @@ import argparse
 import dataclasses
 import difflib
 import os
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import MISSING, dataclass
 from pathlib import Path
@@ -54,6 +55,16 @@ class Mesh(dict):
 
     def __str__(self) -> str:
         return ",".join(f"{name}={size}" for name, size in self.items())
+
+
+class Amount(int):
+    """A number such as 50M or 8GB."""
+
+    def __new__(cls, text: str) -> Amount:
+        found = re.fullmatch(r"(\d+(?:\.\d+)?)([KMGT]?)B?", text, re.ASCII | re.IGNORECASE)
+        if found is None or not (amount := float(found[1]) * 1000 ** " KMGT".index(found[2].upper() or " ")) >= 1:
+            raise ValueError("must be a number such as 50M or 8GB")
+        return super().__new__(cls, min(amount, 2**62))
 
 
 def convert(values: Mapping[str, Any], kind: type, *, strict: bool = True) -> Any:
@@ -134,7 +145,7 @@ def _argparse(kind: Any, default: Any) -> dict[str, Any]:
     if isinstance(kind, VarTupleType):
         return {**_argparse(kind.item_type, None), "nargs": "+"}
     return {
-        "metavar": {IntType: "N", FloatType: "X", Path: "PATH", Mesh: "data=N,chunk=M"}.get(
+        "metavar": {IntType: "N", FloatType: "X", Path: "PATH", Mesh: "data=N,chunk=M", Amount: "N"}.get(
             getattr(kind, "cls", type(kind)), "TEXT"
         )
     }

@@ -12,7 +12,7 @@ from typing import Annotated, Any, Literal
 from msgspec import Meta, to_builtins
 
 from megalodon_ops import MegalodonConfig
-from megalodon_ops.cli.flags import REQUIRED, Mesh, Options, flag
+from megalodon_ops.cli.flags import REQUIRED, Amount, Mesh, Options, flag
 
 Natural = Annotated[int, Meta(ge=1, le=(1 << 63) - 1)]
 Count = Annotated[int, Meta(ge=1, lt=1 << 31)]
@@ -297,7 +297,12 @@ class Plan(ModelOptions):
 
     megalodon-ops plan --preset paper7B --mesh data=128,chunk=2 --context 32768 --device cuda --layerwise-ckpt
     megalodon-ops plan --mesh data=2 --batch 64 --dtype float32
+    megalodon-ops plan --memory 8GB --batch 16 --context 2048
     """
+
+    params: Amount | None = flag(None, "list configurations near this number of parameters, such as 50M")
+    memory: Amount | None = flag(None, "list configurations, and what makes each fit in a device's memory, such as 8GB")
+    measure: bool = flag(False, "in such a list, time training steps of one chunk on this machine's CPU")
 
     mesh: Mesh | None = flag(
         None, "how devices share a batch: rows over data, length over chunk, matrices over tensor (one device)"

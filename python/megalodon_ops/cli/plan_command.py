@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 
 import torch
@@ -12,24 +13,37 @@ from megalodon_ops.cli.errors import CommandError
 from megalodon_ops.cli.flags import flag_of
 from megalodon_ops.cli.models import model_config
 from megalodon_ops.cli.options import Plan as Options
-from megalodon_ops.distributed.plan import plan
+from megalodon_ops.cli.sizes import configurations, show
+from megalodon_ops.distributed.plan import Plan, plan
 from megalodon_ops.storage.files import write_whole
 
 
 def run(options: Options) -> int:
-    config = model_config(options.preset, options.config_fields(), ends=False)
-    try:
-        costs = plan(
-            dataclasses.replace(config, vocab_size=options.vocab or MegalodonConfig.preset(options.preset).vocab_size),
-            options.mesh or {},
+    mesh = options.mesh or {}
+
+    @functools.cache
+    def costs_of(config: MegalodonConfig, batch: int | None) -> Plan:
+        return plan(
+            config,
+            mesh,
             context=options.context or 8 * config.chunk_size,
-            batch=options.batch,
+            batch=batch,
             device=options.device,
             dtype=torch.float32 if options.dtype == "float32" else torch.bfloat16,
             autocast=options.dtype == "autocast",
             param_dtype=getattr(torch, options.param_dtype),
             data="replicate" if options.replicate else "shard",
         )
+
+    try:
+        if options.params is not None or options.memory is not None:
+            configs = configurations(options.config_fields(), options.vocab)
+            batch = options.batch or mesh.get("data", 1)
+            show(configs, costs_of, batch, options.params, options.memory, options.measure)
+            return 0
+        config = model_config(options.preset, options.config_fields(), ends=False)
+        vocab = options.vocab or MegalodonConfig.preset(options.preset).vocab_size
+        costs = costs_of(dataclasses.replace(config, vocab_size=vocab), options.batch)
     except ValueError as error:
         name, _, fault = str(error).removeprefix("plan: `").partition("` ")
         raise CommandError(f"{flag_of(name)}: {fault.removesuffix('.')}") from error

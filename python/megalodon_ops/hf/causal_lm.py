@@ -18,6 +18,7 @@ from ..public_models import Megalodon
 from ..model.megalodon import Wanted
 from ..model.model_state import CallOptions
 from ..model.sequences import Sequences
+from ..ops.common.definition import is_exporting
 from .arguments import IGNORED, Batch, kept_positions, map_columns, read_batch, select, targets_of
 from .cache import CACHE, MegalodonCache
 from .configuration import MegalodonHFConfig
@@ -46,18 +47,18 @@ class MegalodonCausalModel(MegalodonPreTrainedModel):
         op = type(self).__name__
         if not batch.holds_embeddings:
             model._check(op, "input_ids", inputs, state, Sequences(batch.spans))
-        size = model.config.chunk_size
-        if whole or length <= size or torch.is_grad_enabled() or batch.is_packed or _has_hooks(self):
-            size = length
-        pieces, selected = [], None
-        for begin in range(0, length, size):
-            end = min(begin + size, length)
+        # An exported program has one piece, as its length may be unknown.
+        whole = whole or torch.is_grad_enabled() or batch.is_packed or is_exporting()
+        size, pieces, selected = model.config.chunk_size, [], None
+        whole = whole or length <= size or _has_hooks(self)
+        for begin in (0,) if whole else range(0, length, size):
+            end = length if whole else min(begin + size, length)
             part = inputs[:, begin:end]
             piece, state = model._hidden(
                 part * model.config.embedding_scale if batch.holds_embeddings else model._embed(part),
                 CallOptions(
                     state,
-                    return_state=batch.returns_cache or end < length,
+                    return_state=batch.returns_cache or not (whole or end == length),
                     inplace_state=begin > 0,  # the first state is the caller's
                     sequences=Sequences(batch.spans_of(begin, end)),
                 ),
@@ -221,7 +222,11 @@ class MegalodonForCausalLM(MegalodonCausalModel, GenerationMixin):
         if output_hidden_states is None:
             output_hidden_states = self.config.output_hidden_states
         loss = layers = None
-        if use_decoder and labels is None and not output_hidden_states and batch.is_for_decoder:
+        decodes = use_decoder and labels is None and batch.is_for_decoder
+        if decodes and (batch.cache.undo or not output_hidden_states):  # `crop` needs a decoder
+            if output_hidden_states:  # which the layers compute from a copy of the past
+                past = dataclasses.replace(batch, cache=MegalodonCache(batch.cache.state), returns_cache=False)
+                layers = self.model(output_hidden_states=True, batch=past, return_dict=True).hidden_states
             logits = self._decode(batch, positions)
         else:
             selects = labels is None and positions is not None and positions.shape[-1] <= batch.width

@@ -118,6 +118,8 @@ class MegalodonPreTrainedModel(PreTrainedModel):
         for name, own_name in self._names().items():
             if _module_at(core, name) is not (module := _module_at(self, own_name)):  # replaced since the last call
                 core.set_submodule(name, module)
+        if core.config.num_layers != len(core.layers):  # layers were cut or stacked
+            core.config = dataclasses.replace(core.config, num_layers=len(core.layers))
         return core
 
     @classmethod

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import threading
-import warnings
 from typing import NoReturn
 
 import torch
@@ -14,7 +13,7 @@ from torch.utils._pytree import tree_leaves
 from ..ops.chunked_attention.two_chunk_attention import positions_fit
 from ..ops.linear import linear
 from ..ops.common.definition import check_runs_now, is_autocast_enabled
-from ..ops.common.checks import check_device, check_tensor, describe
+from ..ops.common.checks import check_device, check_tensor, describe, warn_caller
 from ..ops.common.recording import Step, contiguous_copy
 from ..model.blocks import at_least_float32
 from .captured_step import CapturedStep, hooked_module, may_capture
@@ -328,7 +327,7 @@ class Decoder:
         logits = self._steps[length](positions_fit()(self._run_model), tokens)
         if problem := self._steps[length].problem:
             self._max_tokens, self.fused = 0, False
-            warnings.warn(f"Decoder: {problem}, so modules run one by one, which takes longer.", stacklevel=5)
+            warn_caller(f"Decoder: {problem}, so modules run one by one, which takes longer.")
         return logits
 
     def _call_model(
@@ -377,7 +376,7 @@ class Decoder:
                 "replaced), so modules run there instead of kernels in one call"
             )
         if problem:
-            warnings.warn(f"Decoder: {problem}, which takes longer; merge or remove what was added.", stacklevel=3)
+            warn_caller(f"Decoder: {problem}, which takes longer; merge or remove what was added.")
         return problem is not None
 
     def _check_state_tensors(self, state: MegalodonStateBase, rows: int) -> None:

@@ -288,11 +288,15 @@ def stream(
         new = dict(dtype=dtype, device=prompt.device, cache_dtype=cache_dtype)
         state = self.state_type.fresh(self.config, len(prompt), **new) if state is None else state.quantize_cache()
     rows = len(prompt) * check_size("generate", "num_samples", num_samples)
+    draft_tokens = check_size("generate", "draft_tokens", draft_tokens)
     if prompt.is_cpu:
+        fewer = f"`num_samples` must be less, got {num_samples:,}"
+        if num_samples == 1:
+            fewer = f"`prompt` must have fewer rows, got {len(prompt):,}"
         try:
-            check_samples(self, rows, cache_dtype)
+            check_samples(self, rows, cache_dtype, 0 if draft is None else draft_tokens)
         except ValueError as error:
-            raise ValueError(f"generate: `num_samples` must be less, got {num_samples:,}: {error}.") from None
+            raise ValueError(f"generate: {fewer}: {error}.") from None
     prompts = _Prompts(prompt, _check_lengths(prompt, lengths, padding), padding, num_samples)
     sampling = Sampling(temperature, top_k, top_p, min_p, repetition_penalty)
     sampling.check_rows(rows)
@@ -306,7 +310,6 @@ def stream(
     stop_tokens = self.config.eos_token_id if stop_tokens is None else stop_tokens
     stops = check_stops(stop_tokens, stop_sequences, self.config.vocab_size)
     check_draft(self, draft)
-    draft_tokens = check_size("generate", "draft_tokens", draft_tokens)
     settings = _Settings(sampling, stops, seeds, max_new_tokens, draft, draft_tokens)
     return TokenStream(self, prompts, state, settings)
 
@@ -379,12 +382,15 @@ _EQUIVALENTS = {
 """Equivalents of options of transformers' `generate`"""
 
 
-def check_samples(model: nn.Module, rows: int, cache_dtype: torch.dtype | None = None) -> None:
+def check_samples(
+    model: nn.Module, rows: int, cache_dtype: torch.dtype | None = None, draft_tokens: int = 0
+) -> None:
     """Raise a ValueError, before a prompt is read, if the states and logits of all rows do not fit in memory."""
     options = dict(dtype=computing_dtype(model), device="meta", cache_dtype=cache_dtype)
-    state = MegalodonStateBase.fresh(model.config, 1, **options).nbytes
-    logits = 2 * model.config.num_outputs * torch.float32.itemsize  # the decoder's, and the sampler's sorted ones
-    check_fits(rows * (state + logits), f"the state of {rows:,} samples")
+    states = 2 * MegalodonStateBase.fresh(model.config, 1, **options).nbytes  # of all samples, and the decoder's copy
+    numbers = draft_tokens + 12  # for each output: logits, probabilities sorted and not, and float64 sums of both
+    logits = numbers * model.config.num_outputs * torch.float32.itemsize
+    check_fits(rows * (states + logits), f"the state of {rows:,} samples")
 
 
 def _check_prompt(model: nn.Module, prompt: Tensor, state: MegalodonStateBase | None) -> None:

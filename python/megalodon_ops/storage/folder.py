@@ -26,7 +26,7 @@ from .files import FileError, as_path, drafting, read_json, reading, write_atomi
 from ..inference.parameters import WEIGHT_DTYPES, Model, empty_model, plain_tensors, with_values
 from ..inference.quantized_layers import METHOD, computing_dtype, stored_shapes
 from .weights import StoredTensors, is_weight_file, write_weights
-from ..ops.common.memory import check_fits
+from ..ops.common.memory import check_fits, machine_memory
 from ..ops.quantized_linear.quantized_linear import KINDS
 from ..ops.common.checks import as_device, check_integer, describe, is_integer_between, short_text
 
@@ -220,7 +220,7 @@ def read_model_files(
     dtype = dtype or stored or (torch.float32 if quantization else None)
     with reading(folder / CONFIG):
         bits = 8 * (dtype or torch.bfloat16).itemsize if quantization is None else {"int8": 8, "int4": 4}[quantization]
-        check_fits(config.num_parameters() * bits // 8, "a model of this configuration")
+        check_fits(config.num_parameters() * bits // 8, "a model of this configuration", machine_memory())
     shapes, quantised_dtypes = stored_shapes(config, quantization)
     weights = stored_tensors(folder)
     if not kind.causal:

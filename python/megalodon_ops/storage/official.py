@@ -23,7 +23,7 @@ from ..model.megalodon import MegalodonBase
 from ..inference.parameters import Model, plain_tensors
 from .weights import StoredTensors
 from ..ops.common.definition import OWN_TYPES
-from ..ops.common.memory import check_fits
+from ..ops.common.memory import check_fits, machine_memory
 from ..ops.common.checks import describe, is_integer_between, short_text
 
 # How a model-parallel checkpoint splits its parameters: along dim 1, along dim 0, or not at all.
@@ -126,7 +126,7 @@ def read_official(kind: type[Model], directory: Path, dtype: torch.dtype, device
     weights = _Shards(directory)
     config = _read_config(directory / CONFIG, weights.tensors.get(_EMBEDDING))
     with reading(directory):
-        check_fits(config.num_parameters() * dtype.itemsize, "a model of its configuration")
+        check_fits(config.num_parameters() * dtype.itemsize, "a model of its configuration", machine_memory())
     if config.share_emb and weights.tensors.keys() >= {_OUTPUT, _EMBEDDING}:
         if not torch.equal(weights.get(_OUTPUT), weights.get(_EMBEDDING)):
             raise FileError(

@@ -19,6 +19,7 @@ from cases import (
     timestep_norm_end_state_case,
 )
 from profiling import counted
+from programs import run_python
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode, flop_registry
@@ -37,6 +38,21 @@ from megalodon_ops.ops.linear_cross_entropy.linear_cross_entropy import (
 from megalodon_ops.ops.quantized_linear.quantized_linear import quantize_weight, quantized_linear_fwd
 
 ops = torch.ops.megalodon_ops
+
+
+def test_importing_the_package_does_not_import_the_counter():
+    """It imports Triton, if that is installed. The formulas are registered when somebody imports it, before or after."""
+    program = """
+import sys
+import {}
+print("torch.utils.flop_counter" in sys.modules)
+import megalodon_ops as mo, torch.utils.flop_counter as counter
+print("triton" in sys.modules, len([op for op in counter.flop_registry if "megalodon_ops" in str(op)]))
+"""
+    later, before = (run_python(program.format(name)) for name in ("megalodon_ops", "torch.utils.flop_counter"))
+    assert later.stdout.startswith("False\n") and before.stdout.startswith("True\n"), later.stderr + before.stderr
+    assert later.stdout.splitlines()[1] == before.stdout.splitlines()[1]
+    assert int(later.stdout.split()[-1]) == sum("megalodon_ops" in str(op) for op in flop_registry)
 
 
 def test_every_op_has_a_formula():

@@ -10,6 +10,7 @@ import torch
 from ranks import forkserver
 
 import megalodon_ops as mo
+from megalodon_ops.ops.common import memory
 
 
 def test_outputs_of_ops_may_be_written_and_differentiated():
@@ -100,3 +101,48 @@ def test_freed_memory_is_kept():
     if not kept:
         pytest.skip("no glibc")
     assert max(map(max, faults.values())) < 16, faults  # else at least 32 and 128, with pages of 2 MiB
+
+
+def send_generated(connection):
+    """Limit the address space to 600 MiB more, and generate with 90 MiB and with 360 MiB of states, copied once."""
+    config = mo.MegalodonConfig(
+        num_layers=1, model_dim=32, z_dim=256, value_dim=768, ffn_hidden_dim=32, chunk_size=256, vocab_size=9
+    )
+    model, prompt = mo.Megalodon(config).eval(), torch.tensor([[1, 2, 3]])
+    model.generate(prompt, max_new_tokens=2, num_samples=2)
+    with open("/proc/self/statm") as file:
+        limit = int(file.read().split()[0]) * mmap.PAGESIZE + (600 << 20)
+    resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
+    assert len(model.generate(prompt, max_new_tokens=2, num_samples=90)) == 90
+    for rows, samples in ((1, 360), (360, 1)):
+        try:
+            model.generate(prompt.repeat(rows, 1), max_new_tokens=2, num_samples=samples)
+        except Exception as error:
+            connection.send(f"{type(error).__name__}: {error}")
+
+
+def test_samples_that_do_not_fit_beside_what_is_used_are_refused():
+    """The limit is larger than the states and than twice the states minus the memory in use."""
+    here, there = forkserver().Pipe()
+    process = forkserver().Process(target=send_generated, args=(there,))
+    process.start()
+    there.close()
+    words = "the state of 360 samples takes 0.7 GiB of memory, and there are 0."
+    try:
+        for fewer in ("`num_samples` must be less, got 360", "`prompt` must have fewer rows, got 360"):
+            assert here.poll(60), "the process is stuck for lack of memory"
+            assert here.recv().startswith(f"ValueError: generate: {fewer}: {words}")
+    finally:
+        process.kill()
+
+
+def test_control_groups_limit_memory(tmp_path, monkeypatch):
+    """Cached files do not count as used; "max" is no limit."""
+    monkeypatch.setattr(memory, "_GROUP_FILES", dict.fromkeys(["", "memory"], (tmp_path, "max", "now", "cached")))
+    for limit, now, cached, available in ((5000, 3000, 200, 2200), (5000, 7000, 0, 0), ("max", 3000, 0, None)):
+        for name, text in {"max": limit, "now": now, "memory.stat": f"active 4\ncached {cached}\nother 1"}.items():
+            (tmp_path / name).write_text(f"{text}\n")
+        if available is None:
+            assert memory.available_memory() > 5000
+        else:
+            assert (memory.machine_memory(), memory.available_memory()) == (limit, available)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import reprlib
 import sys
+import warnings
 from numbers import Integral, Real
 from typing import Any
 
@@ -162,3 +163,11 @@ def short_text(value: object) -> str:
         return f"an integer of {value.bit_length()} bits"
     text = reprlib.repr(value)
     return text if text.isprintable() else ascii(text)
+
+
+def warn_caller(message: str) -> None:
+    """Warn at the line that called this package, outside of torch's decorators, whose number of frames varies."""
+    frame, level = sys._getframe(), 1
+    while frame.f_back and frame.f_globals.get("__name__", "").partition(".")[0] in ("megalodon_ops", "torch"):
+        frame, level = frame.f_back, level + 1
+    warnings.warn(message, stacklevel=level)

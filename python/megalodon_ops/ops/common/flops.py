@@ -18,13 +18,18 @@ Example:
 
 from __future__ import annotations
 
+import importlib.util
 import inspect
+import sys
 from collections.abc import Callable
+from importlib.machinery import ModuleSpec
+from types import ModuleType
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.flop_counter import register_flop_formula
+
+_COUNTER = "torch.utils.flop_counter"
 
 from .spans import num_positions
 
@@ -43,7 +48,36 @@ def register_formula(op: Callable, formula: Callable[..., int]) -> None:
         given = dict(zip(arguments, args)) | kwargs
         return formula(*(given[argument] for argument in needed))
 
-    register_flop_formula(op._overloadpacket, get_raw=True)(count)
+    _formulas[op._overloadpacket] = count
+    if _COUNTER in sys.modules:
+        sys.modules[_COUNTER].register_flop_formula(op._overloadpacket, get_raw=True)(count)
+
+
+_formulas: dict[Any, Callable] = {}
+
+
+class _Registration:
+    """Import hook that registers the formulas when torch's counter is imported, which would import Triton here."""
+
+    @classmethod
+    def find_spec(cls, name: str, *_: Any) -> ModuleSpec | None:
+        if name != _COUNTER:
+            return None
+        sys.meta_path.remove(cls)
+        spec = importlib.util.find_spec(name)
+        load = spec.loader.exec_module
+
+        def load_and_register(module: ModuleType) -> None:
+            load(module)
+            for op, count in _formulas.items():
+                module.register_flop_formula(op, get_raw=True)(count)
+
+        spec.loader.exec_module = load_and_register
+        return spec
+
+
+if _COUNTER not in sys.modules:
+    sys.meta_path.insert(0, _Registration)
 
 
 def readable_values(tensor: Tensor | None, otherwise: list[int]) -> list[int]:

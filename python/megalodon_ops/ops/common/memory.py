@@ -6,31 +6,62 @@ import ctypes
 import mmap
 import os
 import resource
+from collections.abc import Iterator
+from contextlib import suppress
+from pathlib import Path, PurePath
 
 import torch
 from torch import Tensor, nn
 
 from .checks import describe
 
+_GROUP_FILES = {  # by version: folder; files with the limit and the use; field of memory.stat for files in the cache
+    "": ("/sys/fs/cgroup", "memory.max", "memory.current", "inactive_file"),
+    "memory": ("/sys/fs/cgroup/memory", "memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"),
+}
+_ALWAYS_FITS = 16 << 20  # bytes; to read the limits takes a millisecond
 _HUGE_PAGE = 2 << 20
 _M_TRIM_THRESHOLD, _M_MMAP_MAX, _M_ARENA_MAX = -1, -4, -8  # mallopt(3)
 
 
 def machine_memory() -> int:
-    """Return the bytes of memory that this process can have: the least of RAM, control group and resource limit."""
-    limits = [os.sysconf("SC_PHYS_PAGES") * mmap.PAGESIZE, resource.getrlimit(resource.RLIMIT_AS)[0]]
-    for name in ("memory.max", "memory/memory.limit_in_bytes"):  # control groups of version 2, of version 1
-        try:
-            with open(f"/sys/fs/cgroup/{name}") as file:
-                limits.append(int(file.read()))
-        except (OSError, ValueError):  # no control groups of this version, or "max"
-            pass
-    return min(limit for limit in limits if limit != resource.RLIM_INFINITY)
+    """Return the bytes of memory that this process can have: the least of RAM, control groups and resource limit."""
+    return min(limit for limit, _ in _memory_limits())
 
 
-def check_fits(size: int, subject: str) -> None:
-    """Raise a ValueError if `size` bytes, not allocated yet, are more than :func:`machine_memory`."""
-    if size > (limit := machine_memory()):
+def available_memory() -> int:
+    """Return the bytes of memory that this process can still allocate."""
+    return max(0, min(limit - used for limit, used in _memory_limits()))
+
+
+def _memory_limits() -> Iterator[tuple[int, int]]:
+    """Yield each limit and the bytes of it in use, without cached files, which the system drops."""
+    total, pages = os.sysconf("SC_PHYS_PAGES") * mmap.PAGESIZE, Path("/proc/self/statm")
+    yield total, total - _number_after("MemAvailable:", Path("/proc/meminfo"), total >> 10) * 1024
+    if (limit := resource.getrlimit(resource.RLIMIT_AS)[0]) != resource.RLIM_INFINITY:
+        yield limit, int(pages.read_text().split()[0]) * mmap.PAGESIZE
+    groups = Path("/proc/self/cgroup")
+    for line in groups.read_text().splitlines() if groups.exists() else ():
+        _, controllers, path = line.split(":", 2)
+        if controllers not in _GROUP_FILES:
+            continue
+        root, limit_name, used_name, cached_field = _GROUP_FILES[controllers]
+        group = PurePath(path.strip("/"))
+        for folder in (Path(root, part) for part in (group, *group.parents)):
+            with suppress(OSError, ValueError):  # not in this container's name space, or no limit: "max"
+                used = int((folder / used_name).read_text()) - _number_after(cached_field, folder / "memory.stat", 0)
+                yield int((folder / limit_name).read_text()), used
+
+
+def _number_after(word: str, path: Path, default: int) -> int:
+    """Return the number after `word` at the beginning of a line of the file, or `default`."""
+    lines = map(str.split, path.read_text().splitlines() if path.exists() else ())
+    return next((int(line[1]) for line in lines if line and line[0] == word), default)
+
+
+def check_fits(size: int, subject: str, limit: int | None = None) -> None:
+    """Raise a ValueError if `size` bytes, not allocated yet, are more than `limit`; None: :func:`available_memory`."""
+    if size > _ALWAYS_FITS and size > (limit := available_memory() if limit is None else limit):
         raise ValueError(f"{subject} takes {size / 2**30:,.1f} GiB of memory, and there are {limit / 2**30:,.1f} here")
 
 
