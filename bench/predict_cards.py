@@ -43,7 +43,7 @@ CARDS = {
 
 
 def card_of(name: str) -> str | None:
-    """Key in CARDS of the card that torch calls `name`, the most specific one, or None."""
+    """Key in CARDS of the card that torch calls `name`, the most specific one, or None; a slice (MIG) is no whole card."""
     words = name.replace("-", " ").split()
-    found = [key for key in CARDS if set(key.split()) <= set(words)]
+    found = [] if "MIG" in words else [key for key in CARDS if set(key.split()) <= set(words)]
     return max(found, key=lambda key: len(key.split()), default=None)

@@ -37,6 +37,7 @@ int64_t make_plan(const ChunkedAttentionBwdParams& p, BwdPlan& plan) {
   };
   const int64_t sums = plan.rounds > 1 ? plan.blocks * edge * p.key_dim * static_cast<int64_t>(sizeof(R)) : 0;
   plan.tiles = take(plan.panels * panel_bytes);
+  plan.factors = take(TileFactors<Product>::kNeeded ? plan.panels * plan.blocks * static_cast<int64_t>(sizeof(float)) : 0);
   for (void*& buffer : plan.dq_sums) buffer = take(sums);
   plan.delta = plan.blocks > 1 ? take(sequences.tokens * p.heads * static_cast<int64_t>(sizeof(R))) : nullptr;
   return bytes;

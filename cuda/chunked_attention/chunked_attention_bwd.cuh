@@ -9,7 +9,8 @@
 //
 // P and dS are cut into tiles of kEdge rows by kEdge keys of one head of a chunk. Each tile (above the diagonal only if
 // attention is not causal) is computed once and stored in the workspace, in the call's dtype. So no product is computed
-// twice: 3 K + 2 V multiplications per score.
+// twice: 3 K + 2 V multiplications per score. dS may be larger than the largest fp16: a tile of fp16 is stored times a
+// power of two, its factor, and sums over tiles always have the factor of the tile that is added (TileFactors).
 //
 // Phases: 1. prepare, a warp for each token and head: delta, and zeros in the gradients of padding;
 //         2. scores, a block for each tile: S = q k^T, dP = do v^T; P from S, dS from P and dP;
@@ -26,8 +27,8 @@
 //   bf16, fp16    kEdge 128, slabs 64 deep, 96 KiB, 97 in scores; an SM has 1 block of scores or, if its memory
 //                 allows, 2 of products
 //   float         kEdge 128, slabs 16 deep, 49 KiB; double: kEdge 64, 49 KiB; by multiply-adds
-// Registers: scores 223, products 128, or 162 if rows cannot be read as vectors; float 254, 194. No spills, except up
-// to two registers in products on sm_80 and sm_90, once per thread, outside the loop.
+// Registers: scores 223, products 128, or up to 174 if rows cannot be read as vectors; float 254, 194. No spills, except
+// up to two registers (fp16: eight) in products on sm_80 and sm_90, once per thread, outside the loop.
 //
 // NaN and infinity: tiles on the diagonal hold zeros for pairs that do not see each other, and 0 times a NaN of q, k or
 // do is NaN. If a block of phase 3 finds a NaN, it computes its sums twice more, such that 0 times NaN adds nothing
@@ -40,7 +41,7 @@
 // takes two panels, it finishes rows 0-3 of dq, dk and dv, and passes row 4 of dq to the second round.
 #pragma once
 
-#include "block_product.cuh"
+#include "chunked_attention_bwd_factors.cuh"
 #include "chunked_attention_bwd_prepare.cuh"
 
 namespace megalodon {
@@ -196,18 +197,10 @@ __global__ void __launch_bounds__(Product::kThreads, 1)
     for (int c = 0; c < kMicro; ++c)
       ds.at(r, c) = prob.at(r, c) == 0 ? R{0} : prob.at(r, c) * (ds.at(r, c) - mean);
   }
+  TileFactors<Product>{typed<float>(plan.factors) + panel * plan.blocks, 1}.apply(ds, query);
   T* const tile = typed<T>(plan.tiles) + (2 * panel * plan.blocks * kEdge + query) * kEdge;
   Product::template store<true>(prob, kEdge, TileRows<T>{tile, kEdge});
   Product::template store<true>(ds, kEdge, TileRows<T>{tile + plan.blocks * kEdge * kEdge, kEdge});
-}
-
-template <class Product>
-GPU_INLINE void scale_by(typename Product::Sum& sum, typename Product::R factor) {
-  GPU_UNROLL
-  for (int r = 0; r < Product::kMicro; ++r) {
-    GPU_UNROLL
-    for (int c = 0; c < Product::kMicro; ++c) sum.at(r, c) *= factor;
-  }
 }
 
 // Adds the product of weights (P or dS) and rows to `sum`, in `count` slabs: load(slab, a, b) loads weights into a and
@@ -266,6 +259,7 @@ GPU_INLINE bool differentiate_keys(const ChunkedAttentionBwdParams& p, const Bwd
   const int key = block.first;
   if (key + kEdge <= block.cached) return true;
   const T* tile = typed<T>(plan.tiles) + (2 * panel + !values) * plan.blocks * kEdge * kEdge;
+  const TileFactors<Product> factors{typed<float>(plan.factors) + panel * plan.blocks, 1};
   const auto right = chunk_rows(p, block, typed<T>(values ? p.d_o : p.q), width);
   const int first = p.causal && key > block.cached ? key : block.cached / kDepth * kDepth;  // the first query row
   const bool complete = add_products<Product>(
@@ -276,10 +270,12 @@ GPU_INLINE bool differentiate_keys(const ChunkedAttentionBwdParams& p, const Bwd
         Product::template load<true>(b, width - column, right.from(at, column));
       },
       [&](int slab, const T* a, const T* b) {
+        if (!values && slab > 0 && (first + slab * kDepth) % kEdge == 0) factors.enter(sum, first + slab * kDepth);
         Product::template multiply<true, true>(sum, a, b, block.rows - first - slab * kDepth, block.rows - key,
                                                width - column);
       });
   if (!complete) return false;
+  if (!values) factors.leave(sum, block.rows - 1);
   if (!values) scale_by<Product>(sum, static_cast<R>(p.scale));
   const auto out = chunk_rows(p, block, typed<T>(values ? p.dv : p.dk), width);
   Product::store(sum, width - column, out.from(key, column));
@@ -305,6 +301,8 @@ GPU_INLINE bool differentiate_queries(const ChunkedAttentionBwdParams& p, const 
   const int stop = end < seen ? static_cast<int>(end) : seen;
   if (stop <= key || query + kEdge <= block.cached) return true;
   const auto k = chunk_rows<true>(p, block, typed<T>(p.k), p.key_dim, typed<T>(p.cache_k));
+  const TileFactors<Product> factors{
+      typed<float>(plan.factors) + first_panel * plan.blocks + query / kEdge, plan.blocks};
   const bool complete = add_products<Product>(
       sum, pass, slabs, (stop - key + kDepth - 1) / kDepth,
       [&](int slab, T* a, T* b) {
@@ -315,10 +313,12 @@ GPU_INLINE bool differentiate_queries(const ChunkedAttentionBwdParams& p, const 
         Product::template load<true>(b, p.key_dim - column, k.from(at, column));
       },
       [&](int slab, const T* a, const T* b) {
+        if (slab > 0 && slab * kDepth % kEdge == 0) factors.enter(sum, key + slab * kDepth);
         Product::template multiply<false, true>(sum, a, b, stop - key - slab * kDepth, block.rows - query,
                                                 p.key_dim - column);
       });
   if (!complete) return false;
+  factors.leave(sum, stop - 1);
 
   const R* before = key > 0 ? typed<R>(round % 2 ? plan.dq_sums[1] : plan.dq_sums[0]) : nullptr;
   R* after = stop < seen ? typed<R>(round % 2 ? plan.dq_sums[0] : plan.dq_sums[1]) : nullptr;

@@ -25,6 +25,7 @@ struct BwdPlan {
   void* delta;        // (T, H), R; null if every chunk is one block
   void* dq_sums[2];   // (blocks * kEdge, K), R; of the chunk that two rounds share
   void* tiles;        // (panels, 2, blocks * kEdge, kEdge), the call's dtype; P and dS
+  void* factors;      // (panels, blocks), float; of the tiles of dS; empty unless the dtype is fp16
 };
 
 // A block of kEdge rows of one head of a chunk. Rows are counted from the chunk's start.

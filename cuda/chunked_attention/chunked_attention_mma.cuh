@@ -40,9 +40,9 @@ constexpr int kMmaRows = 128, kMmaThreads = 256, kMmaMaxDepth = 256;
 constexpr int kWarpRows = 16;
 static_assert(kMmaThreads / gpu::kWarp * kWarpRows == kMmaRows);
 
-inline size_t mma_shared_bytes(int64_t key_dim, int columns, int keys) {
-  const int depth = gpu::Tile<gpu::bf16>::pitch(static_cast<int>(key_dim));
-  return size_t{2} * (kMmaRows * (depth > columns ? depth : columns) + keys * depth + keys * columns);
+inline size_t mma_shared_bytes(int64_t key_dim, size_t columns, size_t keys) {
+  const size_t depth = gpu::Tile<gpu::bf16>::pitch(static_cast<int>(key_dim));
+  return 2 * (kMmaRows * (depth > columns ? depth : columns) + keys * depth + keys * columns);
 }
 
 // A lane's sums for its two rows, rows g and g + 8 of the warp's, where g = lane / 4.

@@ -37,4 +37,17 @@ GPU_INLINE R block_sum(R value) {
   return value;
 }
 
+// Every thread gets the maximum over the block, of numbers that are not negative.
+template <class R>
+GPU_INLINE R block_max(R value) {
+  SMEM_ARRAY(R, partial, kWarp);
+  const int warps = static_cast<int>(blockDim.x) / kWarp, lane = threadIdx.x % kWarp;
+  value = warp_max(value);
+  if (lane == 0) partial[threadIdx.x / kWarp] = value;
+  __syncthreads();
+  value = warp_max(lane < warps ? partial[lane] : R{0});
+  __syncthreads();
+  return value;
+}
+
 }  // namespace gpu

@@ -112,8 +112,10 @@ def test_the_table_has_measured_times(code, monkeypatch):
     assert rows - measured.keys() == {("cema of 8 x 2048", f"cema {way} by scans") for way in ("forward", "backward")}
     text = predict.table({"kernel": code}, CARD, shapes, measured)
     libraries = [path for _, path in measured if path in predict.ATTENTION]
-    assert text.count("| 50 | memory |") == len(rows) and text.count("| 50.0 | 30.0 |") == len(measured)
-    assert text.count("| 50.0 | 30.0 | 30.0 |") == len(libraries) == 6
+    assert text.count("| 50 | memory |") == len(rows) and text.count("| 50.0 | 1.5 |") == len(measured)
+    assert text.count("| 50.0 | 1.5 | 1.5 |") == len(libraries) == 6
+    unknown = predict.times_without_floors(measured)
+    assert len(unknown) == len(measured) and {row[2:4] for row in unknown} == {("", "1.5")}
 
 
 def test_a_card_is_found_by_torchs_name():
@@ -124,7 +126,7 @@ def test_a_card_is_found_by_torchs_name():
         "H100 80GB HBM3": "H100",
         "GeForce RTX 4090": "4090",
     }
-    cards = {name: name for name in same} | names | {"T4": None}
+    cards = {name: name for name in same} | names | {"T4": None, "H100 80GB HBM3 MIG 1g.10gb": None}
     assert {name: predict.card_of(f"NVIDIA {name}") for name in cards} == cards
 
 

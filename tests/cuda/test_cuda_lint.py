@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+import re
+from pathlib import Path
+
 import pytest
-from emulator.lint import lint
+from emulator.known_bugs import BUGS
+from emulator.lint import CUDA, lint
+from emulator.widened import EXCEPTIONS, widened_products
 
 
 def test_kernels_obey_the_rules():
@@ -59,3 +64,17 @@ def test_lint_lets_kernels_pass(tmp_path):
     )
     (tmp_path / "cema_scan.cuh").write_text('#include "philox.h"\n')
     assert lint(tmp_path) == []
+
+
+def test_no_product_of_32_bits_becomes_64(emulated_module):
+    """But those of the known bugs, which the rule finds: each casts a 64-bit product, or multiplies in 32 bits."""
+    texts = {name: (CUDA / bug.file).read_text() for name, bug in BUGS.items()}
+    planted = {
+        (Path(bug.file).name, texts[name][: texts[name].index(bug.right)].count("\n") + 1): name
+        for name, bug in BUGS.items()
+        if re.search(r"static_cast<(?:int|unsigned)>\([^?]* \* ", bug.wrong)
+    }
+    found = widened_products(Path(emulated_module.__file__).parent, CUDA)
+    assert {place: line for place, line in found.items() if line not in EXCEPTIONS and place not in planted} == {}
+    assert planted and planted.keys() <= found.keys(), {planted[place] for place in planted.keys() - found.keys()}
+    assert set(EXCEPTIONS) <= set(found.values())

@@ -124,6 +124,23 @@ def test_backward(gradients, shape):  # noqa: F811
     assert_right(gradients(case), case)
 
 
+@pytest.mark.parametrize(("dtype", "edge"), [(BF16, 128), (F64, 64)], ids=str)
+def test_backward_at_edges_of_tiles(emulator, gradients, dtype, edge):  # noqa: F811
+    """Chunks, lengths and caches of a tile's rows, of one less and one more; one panel a round, too."""
+    sizes = {"H": 1, "K": 8, "V": 8, "dtype": dtype}
+    for off in (-1, 0, 1):
+        n = edge + off
+        for case in (
+            one_sequence(L=2 * n - 3, C=n, **sizes),
+            one_sequence(L=n, C=2 * edge, **sizes),
+            one_sequence(L=2, C=2 * edge, position=n, **sizes),
+        ):
+            assert_right(gradients(case), case)
+    with emulator.launch_sizes(attention_panels=1):
+        case = one_sequence(L=edge + 1, C=2 * edge, **sizes)
+        assert_right(gradients(case), case)
+
+
 @pytest.mark.parametrize(("dtype", "K", "edge"), [(BF16, 136, 128), (F64, 66, 64)], ids=["vectors", "double"])
 def test_three_rounds_hand_on_wide_sums(emulator, gradients, dtype, K, edge):  # noqa: F811
     """A chunk of three blocks, whose sums of dq pass through three rounds."""
@@ -248,6 +265,12 @@ def test_timestep_norm(emulator, shape):
         assert_matches_reference(run_emulated(emulator, case), case)
 
 
+def test_lengths_around_tiles_of_timestep_norm(emulator):
+    for L in (63, 64, 65, 127, 128, 129):
+        case = timestep_norm_case(B=1, L=L, G=1, width=1, dtype=F64, count=3)
+        assert_matches_reference(run_emulated(emulator, case), case)
+
+
 def test_groups_of_many_empty_sequences(emulator):
     """A block takes 256 of them."""
     case = timestep_norm_case(B=180, L=1, G=3, width=1, dtype=F64, count=2, lengths=[0] * 179 + [1])
@@ -280,6 +303,12 @@ def test_three_rounds_of_the_carry(emulator):
     case = cema_case(**sizes, radius=(1.0, 1.0), angle=(-0.01, 0.01), state=True, dtype=F64)
     with emulator.launch_sizes(cema_tile=8):
         assert_matches_reference(run_emulated(emulator, case), case)
+
+
+def test_steps_of_more_sequences_than_a_grid_has(emulator):
+    """Two blocks take a second sequence, which begins from zeros."""
+    case = cema_case(B=1026, L=1, D=2, N=1)
+    assert_all_close(run_emulated(emulator, case, forward), forward(mo.reference.cema, case), tolerance=1e-5)
 
 
 def test_steps_of_cema_over_nine_blocks_of_channels(emulator):

@@ -5,7 +5,9 @@ from __future__ import annotations
 import shutil
 import signal
 import subprocess
+import sys
 
+import pybind11
 import pytest
 from emulator import mutate
 from emulator.device import FOLDER
@@ -168,6 +170,20 @@ def test_a_mutant_that_hangs_or_crashes_is_dead():
     assert mutate._cause(-11, "") == "crash (SIGSEGV)"
     with pytest.raises(RuntimeError, match="ended with 4 and no failed test"):
         mutate._cause(4, "usage")
+
+
+def test_a_session_starts_in_a_workshop(tmp_path):
+    """The copy has all that tests import and that the emulator's build includes. Nothing is compiled."""
+    folder = mutate.Workshop(tmp_path / "copy", {}).folder
+    session = mutate.Session(folder, tmp_path / "session.txt", {"test_cuda_normalized_qk.py", "test_ops.py"})
+    assert {test.partition("::")[0] for test in session.tests} == {
+        "tests/cuda/normalized_qk/test_cuda_normalized_qk.py",
+        "tests/ops/common/test_ops.py",
+    }
+    session.close()
+    options = [f"-Dpybind11_DIR={pybind11.get_cmake_dir()}", f"-DPython_EXECUTABLE={sys.executable}"]
+    configure = ["cmake", "-S", folder / "tests/cuda/emulator", "-B", tmp_path / "build", *options]
+    subprocess.run(configure, check=True, capture_output=True)
 
 
 def test_the_table_keeps_explanations(tmp_path, monkeypatch):

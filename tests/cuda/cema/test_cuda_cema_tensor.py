@@ -55,7 +55,7 @@ SIZES = {
     "starts-in-a-group": {"B": 3, "L": 256, "N": 6},
     "three-blocks-of-channels": {"B": 1, "L": 256, "D": 40, "N": 11},
     "groups-of-tiles": {"B": 1, "L": 1280, "N": 3},
-    "starts-in-the-second-group": {"B": 4, "L": 384, "N": 2},
+    "starts-in-the-second-group": {"B": 4, "L": 384, "N": 2, "radius": (0.999, 1.0), "angle": (-0.01, 0.01)},
     "all-modes-of-a-launch": {"B": 2, "L": 128, "N": 20},
     "two-launches": {"B": 1, "L": 256, "N": 37},
 }

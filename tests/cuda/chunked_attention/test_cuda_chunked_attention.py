@@ -117,7 +117,9 @@ def test_blocks_of_rows_cover_every_token_once(emulated_module, dtype, longest):
 
 
 def test_rows_begin_anywhere_in_a_tile(emulator):
-    """Every alignment of a warp's rows with a tile of keys."""
+    """Every alignment of a warp's rows with a tile of keys; a chunk that begins at a tile's second key."""
+    second = scaled_case(B=1, L=98, H=1, K=8, V=8, C=49, dtype=BF16)
+    assert_accurate(run(emulator, second), second)
     case = scaled_case(B=48, L=17, H=1, K=8, V=8, C=100, dtype=BF16, state=True)
     k, v, _ = (t.nan_to_num() for t in case.options["state"])
     case = case.with_options(state=AttentionState(k, v, torch.arange(48)))

@@ -212,6 +212,20 @@ def test_an_overflow_costs_three_products(emulator, gradients, path):
     assert 2 * clean < infinite < 3.5 * clean
 
 
+def test_ds_beyond_the_range_of_fp16(emulator, gradients):
+    """do . v around 1e6 in some tiles, in others around 1 and 1e-3; the tiles of a chunk are in several rounds."""
+    case = chunked_attention_case(B=1, L=300, H=1, K=8, V=64, C=290, dtype=torch.float16, scale=0.01)
+    size = torch.tensor([1e3, 1.0, 0.03, 1e3])[torch.tensor([0] * 60 + [1] * 100 + [2] * 100 + [3] * 40)]
+    wide = case.with_tensors(v=(case.tensors["v"] * size[:, None, None]).half())
+    for offset, panels in ((0, 1), (1, 3)):
+        for reverse in (False, True):
+            big = wide.with_tensors(v=wide.tensors["v"].flip(1)) if reverse else wide
+            incoming = lambda _, grad: grad * 200  # noqa: E731
+            with emulator.launch_sizes(attention_panels=panels):
+                found = gradients(big, offset, incoming)
+            assert_right(found, big, incoming)
+
+
 @pytest.mark.parametrize("shape", [{"H": 0}, {"K": 0, "V": 0}], ids=["no-heads", "no-channels"])
 def test_nothing_is_launched_for_no_elements(emulator, gradients, shape):
     found = gradients(chunked_attention_case(**shape))

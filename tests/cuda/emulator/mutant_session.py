@@ -34,12 +34,15 @@ class Session:
 
     def pytest_sessionstart(self) -> None:
         """Run after conftest.py, before the tests are collected. Failing examples are not shrunk."""
-        from emulator import fixtures
-        from emulator.device import build, load
         from hypothesis import Phase, settings
 
         settings.register_profile("mutants", parent=settings.default, phases=[Phase.explicit, Phase.generate])
         settings.load_profile("mutants")
+
+    def _build(self) -> None:
+        from emulator import fixtures
+        from emulator.device import build, load
+
         library = build()
         self.module = load(library)
         fixtures.build, fixtures.load = lambda: library, lambda _: self.module
@@ -48,11 +51,13 @@ class Session:
     def pytest_runtestloop(self, session: pytest.Session) -> bool | None:
         """Return True after the last request; None in a fork, where pytest continues."""
         tests = {item.nodeid: item for item in session.items}
-        gc.collect()
-        gc.freeze()  # so that garbage collection in a fork copies no objects
         self._answer(list(tests))
         for line in self.requests:
             request = json.loads(line)
+            if self.module is None:
+                self._build()
+                gc.collect()
+                gc.freeze()  # so that garbage collection in a fork copies no objects
             read, self.record = os.pipe()
             sys.stdout.flush()
             with warnings.catch_warnings():

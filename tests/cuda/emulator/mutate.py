@@ -5,7 +5,7 @@
     python tests/cuda/emulator/mutate.py --barriers      barriers, waits and commits; rows of other mutations stay
     python tests/cuda/emulator/mutate.py --list          print the mutants
 
-All mutants are compiled at once, in a copy of cuda/, cpp/ and tests/; a number chooses one at run time. Workers collect
+All mutants are compiled at once, in a copy of the sources; a number chooses one at run time. Workers collect
 the tests and fork for each mutant (mutant_session.py). A fork runs only tests that, without a mutant, reach its place
 with values that it would change. Outcomes are saved in the scratch folder, so that a run can be resumed; after a change
 of a kernel, of cuda/common or of the tests, a mutant runs again. The last column of survivors.tsv, why a mutant is
@@ -132,8 +132,9 @@ class Workshop:
 
     @staticmethod
     def _files(root: Path) -> set[Path]:
-        files = (file for name in ("cuda", "cpp", "tests") for file in (root / name).rglob("*") if file.is_file())
-        return {file.relative_to(root) for file in files if "__pycache__" not in file.parts}
+        names = ("cuda", "cpp", "cmake", "tests", "bench/__init__.py", "bench/sass.py")
+        found = (path for name in names for path in [root / name, *(root / name).rglob("*")])
+        return {path.relative_to(root) for path in found if path.is_file() and "__pycache__" not in path.parts}
 
 
 class Trace(NamedTuple):

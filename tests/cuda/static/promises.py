@@ -44,6 +44,7 @@ _LAST_COLUMN = "four registers spill with 64 columns and 48 keys, because of the
 _FLOAT_SPILLS = "2 to 4 registers spill with float, on 120 also with fp16; read outside of loops over groups of tokens"
 _UNUSED_ON_120 = "four registers spill; sm_120 has too little shared memory to use this kernel"
 _ONE_SPILL = "one value for the end spills, once per thread: two blocks per multiprocessor leave 128 registers"
+_SPILLS_OF_FACTORS = "seven or eight registers spill between the loops, once per thread, for the factors of tiles"
 
 PROMISES = (
     Promise(
@@ -144,9 +145,9 @@ PROMISES = (
     ),
     Promise(
         r"chunked_attention_bwd_products_kernel<TensorProduct<fp16, .*>>",
-        168,
+        176,
         uses=(MMA_FP16, LDMATRIX, COPY_128),
-        stack={80: _ONE_SPILL, 90: _ONE_SPILL},
+        stack={80: _SPILLS_OF_FACTORS, 90: _SPILLS_OF_FACTORS},
     ),
     Promise(r"chunked_attention_bwd_products_kernel<PlainProduct<.*>>", 200, nvcc_12={"registers": 216}),
     Promise(r"chunked_attention_bwd_prepare_kernel<.*>", 64),

@@ -82,8 +82,8 @@ def test_counts_beyond_32_bits(emulator, before, L):
 
 
 def test_a_large_mean_beside_a_small_deviation(emulator):
-    """Means near 3e5 with deviation 1, over two tiles: a float's spacing there is 1/32. Gradients use the same means."""
-    case = timestep_norm_case(B=1, L=TILE + 20, G=2, width=8, mean=3e5, std=1.0)
+    """Means near 3e5 with deviation 1, over six tiles: a float's spacing there is 1/32. Gradients use the same means."""
+    case = timestep_norm_case(B=1, L=5 * TILE + 20, G=2, width=8, mean=3e5, std=1.0)
     actual = run(emulator, case)
     exact = evaluate(mo.reference.timestep_norm, case.double())
     for name in ("y", "dx", "dweight", "dbias"):

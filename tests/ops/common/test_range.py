@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from dataclasses import replace
 
 import pytest
 import torch
@@ -11,13 +12,14 @@ from assertions import (
     assert_all_close,
     assert_as_accurate_as,
     assert_close,
+    assert_matches_reference,
     every_case,
     references,
     with_references,
 )
 from backends import DEVICES, each_isa, each_isa_with_amx, every_backend, isa
-from calls import evaluate, forward
-from cases import cema_case, chunked_attention_case, generator, normalized_qk_case, randn, timestep_norm_case
+from calls import OPS, evaluate, forward
+from cases import BUILDERS, cema_case, chunked_attention_case, generator, normalized_qk_case, randn, timestep_norm_case
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
@@ -285,6 +287,21 @@ def test_normalized_qk_of_every_scale(backend):
                 with each(scale, K, eps):
                     case = normalized_qk_case(B=2, L=5, H=2, K=K, size=scale, eps=eps)
                     assert_all_as_accurate_as(evaluate(mo.normalized_qk, case), *references(case), factor=4, floor=8)
+
+
+@every_backend
+def test_norms_of_rows_of_zeros_and_constants(backend):
+    """All rows, or one, are zeros or constant: there eps alone is under the root."""
+    with every_case() as each:
+        for op, value, rows in itertools.product(BUILDERS, (0.0, 0.7), (slice(None), slice(4, 5))):
+            if op in ("timestep_norm", "sequence_norm", "normalized_qk"):
+                with each(op, value, rows):
+                    case = BUILDERS[op]()
+                    (name,) = OPS[op].tokens
+                    x = case.tensors[name].clone()
+                    x[:, rows] = value
+                    case = replace(case.with_tensors(**{name: x}), terms=300.0)
+                    assert_matches_reference(evaluate(getattr(mo, op), case), case)
 
 
 @every_backend
