@@ -12,12 +12,12 @@ import megalodon_ops as mo
 from megalodon_ops.hf.cache import CACHE
 
 
-@pytest.mark.parametrize("kind", ["int8", "int4"])
+@pytest.mark.parametrize("kind, activations", [("int8", "int8"), ("int4", None)])
 @pytest.mark.parametrize("variant", ["plain", "released"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_loads_generates_and_saves(kind, variant, dtype, tmp_path):
+def test_loads_generates_and_saves(kind, activations, variant, dtype, tmp_path):
     config = mo.MegalodonConfig(**SIZES, **VARIANTS[variant])
-    small, tokens = mo.quantize(mo.Megalodon(config).to(dtype), kind), torch.randint(50, (2, 12))
+    small, tokens = mo.quantize(mo.Megalodon(config).to(dtype), kind, activations), torch.randint(50, (6, 12))
     logits, mask = small(tokens), torch.ones_like(tokens)
     small.save(tmp_path / "ours")
     loaded = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "ours")
@@ -29,7 +29,7 @@ def test_loads_generates_and_saves(kind, variant, dtype, tmp_path):
         assert torch.equal(found, small.generate(tokens, max_new_tokens=4, temperature=0))
         model.save_pretrained(tmp_path / name)
         again = mo.Megalodon.load(tmp_path / name)
-        assert torch.equal(again(tokens), logits) and again.quantization == kind
+        assert torch.equal(again(tokens), logits) and again.quantization == kind and again.activations == activations
         assert torch.equal(transformers.AutoModelForCausalLM.from_pretrained(tmp_path / name)(tokens).logits, logits)
     features = transformers.AutoModel.from_pretrained(tmp_path / "ours")(tokens).last_hidden_state
     assert torch.equal(features, small.features(tokens))

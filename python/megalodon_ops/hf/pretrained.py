@@ -108,7 +108,9 @@ class MegalodonPreTrainedModel(PreTrainedModel):
         with torch.device("meta"):
             result = cls(cls.config_class.from_megalodon(model.config))
             if quantization:
-                quantizer = MegalodonQuantizer(MegalodonQuantizationConfig(quantization), pre_quantized=True)
+                quantizer = MegalodonQuantizer(
+                    MegalodonQuantizationConfig(quantization, model.activations), pre_quantized=True
+                )
                 quantizer.preprocess_model(result)
                 quantizer.postprocess_model(result)
                 result.hf_quantizer = quantizer
