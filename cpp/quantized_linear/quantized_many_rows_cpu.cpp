@@ -18,8 +18,8 @@
 //   v4, v3, v2           2 of 16 bits    VPMADDWD and VPADDD             12 x 2, 6 x 2
 //   others               2 of 16 bits    two multiply-adds               12 x 2
 //
-// VPDPBUSD and TDPBSUD here multiply unsigned by signed integers. The weights are stored as q + 128, and each sum starts
-// from -128 sum_i p_ti.
+// VPDPBUSD and TDPBSUD here multiply unsigned by signed integers. The weights are stored as q + 128, and each sum
+// starts from -128 sum_i p_ti.
 
 #include "quantized_linear.h"
 
@@ -77,7 +77,7 @@ constexpr int kRows = kRegisters == 32 ? 12 : 6;
 constexpr int64_t kDepthPadding = kFloats * kWordInputs;
 #endif
 
-// Sizes of the depth: `inputs` padded to `depth`, in `groups` groups of `group` inputs, of which the last may be shorter.
+// Sizes of the depth: `inputs` padded to `depth`, in `groups` groups of `group` inputs; the last may be shorter.
 struct Depth {
   int64_t inputs, depth, group, groups;
 
@@ -114,7 +114,9 @@ uint32_t largest_lane(Bits bits) {
 // Rounds a row of x; groups of the row have one scale unless the weights are int4.
 template <class T>
 void round_row(const T* x, const Depth& size, bool is_int4, int64_t row, const RoundedRows& to) {
-  const auto inputs_at = [&](int64_t i) { return i < size.inputs ? load_first(x + i, size.inputs - i) : zeros<float>(); };
+  const auto inputs_at = [&](int64_t i) {
+    return i < size.inputs ? load_first(x + i, size.inputs - i) : zeros<float>();
+  };
   const auto scale_of = [&](int64_t first, int64_t count) {
     Bits largest{};
     for (int64_t i = first; i < first + count; i += kFloats) {
@@ -130,7 +132,7 @@ void round_row(const T* x, const Depth& size, bool is_int4, int64_t row, const R
     if (is_int4) scale = scale_of(first, end - first);
     Ints sum{};
     for (int64_t i = first; i < end; i += kFloats) {
-      constexpr float kToInteger = 0x1.8p23f;  // added to a float, rounds it to an integer, which its low bits then hold
+      constexpr float kToInteger = 0x1.8p23f;  // x + this rounds x to an integer, in the sum's low bits
       const Bits rounded = bit_cast<Bits>(inputs_at(i) / splat(scale) + kToInteger);
       sum += bit_cast<Ints>(rounded << 16) >> 16;
       using Narrow = typename VecOf<std::make_unsigned_t<Integer>, kFloats>::type;

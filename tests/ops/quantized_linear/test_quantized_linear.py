@@ -142,7 +142,7 @@ def test_numbers_that_are_not_finite_stay_in_their_row(name, kind):
 
 @each_kind
 def test_error_of_rounded_x(kind):
-    """x of 8 bits changes y by 1 %; a channel 1,000 times as large costs int8 the others' bits, int4 those of its group."""
+    """x of 8 bits changes y by 1 %; a channel 1,000 times as large costs int8 all others, int4 those of its group."""
     x, weight, scale, _ = inputs(70, I=1024, kind=kind)
     large = x.clone()
     large[:, 7] = 1000  # of a standard deviation of 1
