@@ -34,15 +34,22 @@ bool f16c_lzcnt_movbe_supported() {
   return __get_cpuid(1, &a, &b, &c, &d) && __get_cpuid(0x80000001, &a, &b, &extended, &d) && (c & bit_F16C) && (c & bit_MOVBE) &&
          (extended & bit_LZCNT);
 }
+
+// clang before version 15 and g++ before version 11 do not know this name, either.
+bool avx_vnni_supported() {
+  unsigned a, b, c, d;
+  return __get_cpuid_count(7, 1, &a, &b, &c, &d) && (a & 1u << 4);
+}
 #endif
 
-// Requests Linux's permission to use AMX. Returns true if it is granted and the processor has AMX with bfloat16.
+// Requests Linux's permission to use AMX. Returns true if it is granted and the processor has AMX with bfloat16 and
+// 8-bit integers.
 [[maybe_unused]] bool amx_supported() {
 #if defined(__x86_64__) && defined(__linux__)
-  constexpr unsigned kBf16 = 1u << 22, kTile = 1u << 24;
+  constexpr unsigned kAmx = 1u << 22 | 1u << 24 | 1u << 25;  // bfloat16, tiles, 8-bit integers
   constexpr int kRequestPermission = 0x1023, kTileData = 18;  // ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA
   unsigned a, b, c, d;
-  return __get_cpuid_count(7, 0, &a, &b, &c, &d) && (d & kBf16) && (d & kTile) &&
+  return __get_cpuid_count(7, 0, &a, &b, &c, &d) && (d & kAmx) == kAmx &&
          syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0;
 #else
   return false;
@@ -59,8 +66,9 @@ bool supported(int i) {
   const bool v4 = v3 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                   __builtin_cpu_supports("avx512cd") && __builtin_cpu_supports("avx512dq") &&
                   __builtin_cpu_supports("avx512vl");
-  const bool v4_bf16 = v4 && __builtin_cpu_supports("avx512bf16");
-  const bool supported[] = {v2, v3, v4, v4_bf16, v4_bf16 && amx_supported()};
+  const bool v4_vnni = v4 && __builtin_cpu_supports("avx512vnni");
+  const bool v4_bf16 = v4_vnni && __builtin_cpu_supports("avx512bf16");
+  const bool supported[] = {v2, v3, v3 && avx_vnni_supported(), v4, v4_vnni, v4_bf16, v4_bf16 && amx_supported()};
   return supported[i];
 #elif defined(__aarch64__) && defined(__linux__)
   return static_cast<Isa>(i) == Isa::generic || (getauxval(AT_HWCAP2) & HWCAP2_BF16);

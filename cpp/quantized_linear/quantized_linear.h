@@ -26,6 +26,16 @@ struct QuantizedLinearParams : QuantizedWeight {
   void* y;           // (T, O)
 };
 
+// The same product of x rounded to 8 bits: quantized_many_rows_cpu.cpp. Every instruction set computes all dtypes.
+struct QuantizedManyRowsParams : QuantizedLinearParams {};
+
+inline bool computes([[maybe_unused]] Isa isa, [[maybe_unused]] const QuantizedManyRowsParams& params) {
+#if defined(__x86_64__)
+  if (isa == Isa::v4_amx) return !params.is_int4;
+#endif
+  return true;
+}
+
 // y = w, or some rows of w, rounded to `dtype`.
 struct DequantizeParams : QuantizedWeight {
   DType dtype;          // f32, bf16 or f16
@@ -35,6 +45,7 @@ struct DequantizeParams : QuantizedWeight {
 };
 
 MEGALODON_CPU_KERNEL(quantized_linear_cpu, QuantizedLinearParams)
+MEGALODON_CPU_KERNEL(quantized_many_rows_cpu, QuantizedManyRowsParams)
 MEGALODON_CPU_KERNEL(dequantize_cpu, DequantizeParams)
 
 }  // namespace megalodon

@@ -12,12 +12,13 @@ DType real_dtype(const TensorView& tensor) {
   return dtype;
 }
 
-MEGALODON_BINDING(quantized_linear, (py::handle x_, py::handle weight_, py::handle scale_, py::handle bias_),
-                  (py::handle y_)) {
+// Reads the arguments of both kernels.
+template <class Params>
+Params read_product(py::handle x_, py::handle weight_, py::handle scale_, py::handle bias_, py::handle y_) {
   const TensorView x("quantized_linear", "x", x_), weight("quantized_linear", "weight", weight_);
   const TensorView scale("quantized_linear", "scale", scale_), bias("quantized_linear", "bias", bias_);
   const TensorView y("quantized_linear", "y", y_);
-  QuantizedLinearParams params{};
+  Params params{};
   params.dtype = real_dtype(x.rank("(T, I)", 2));
   params.rows = x.size(0);
   read_quantized_weight(weight, scale, x.size(1), params);
@@ -25,7 +26,19 @@ MEGALODON_BINDING(quantized_linear, (py::handle x_, py::handle weight_, py::hand
   params.x = x.data();
   params.bias = bias.shape("(O,)", {params.outputs}).dtype(scalar, "as `x`").data();
   params.y = y.present().shape("(T, O)", {params.rows, params.outputs}).dtype(scalar, "as `x`").data();
+  return params;
+}
+
+MEGALODON_BINDING(quantized_linear, (py::handle x, py::handle weight, py::handle scale, py::handle bias),
+                  (py::handle y)) {
+  const auto params = read_product<QuantizedLinearParams>(x, weight, scale, bias, y);
   MEGALODON_LAUNCH(target, quantized_linear, params);
+}
+
+MEGALODON_BINDING(quantized_many_rows, (py::handle x, py::handle weight, py::handle scale, py::handle bias),
+                  (py::handle y)) {
+  const auto params = read_product<QuantizedManyRowsParams>(x, weight, scale, bias, y);
+  MEGALODON_LAUNCH(target, quantized_many_rows, params);
 }
 
 void check_rows_and_dequantize(const DequantizeParams& p) {

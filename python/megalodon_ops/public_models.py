@@ -162,7 +162,7 @@ class Megalodon(MegalodonBase):
 
     def _reference(self) -> Megalodon:
         """Return an unmodified model of this configuration on `meta`; :class:`Decoder` compares this model with it."""
-        return shared_empty_model(Megalodon, self.config, torch.float32, self.quantization)
+        return shared_empty_model(Megalodon, self.config, torch.float32, self.quantization, self.activations)
 
     stream = stream
     generate = generate

@@ -15,12 +15,15 @@ pytestmark = pytest.mark.usefixtures("quick")
 
 def test_a_run(finished, tmp_path, capsys):
     out = tmp_path / "small"
-    shown = output(capsys, "quantize", finished, "--to", "int8", "--out", out, "--dtype", "bfloat16")
+    shown = output(
+        capsys, "quantize", finished, "--to", "int8", "--out", out, "--dtype", "bfloat16", "--activations", "int8"
+    )
     figures = dict(re.findall(r"^ *(.+?)  +([\d.,]+ +[\d.,]+)", shown, re.M))
     (wide, small), bits, speeds = ([float(n.replace(",", "")) for n in figures[k].split()] for k in figures)
     assert [*figures] == ["megabytes", "bits per byte", "tokens a second"]
     assert 0.5 < small / wide < 0.8 and 0 < abs(bits[1] / bits[0] - 1) < 0.01 and min(speeds) > 0
     assert Megalodon.load(out).quantization == "int8" and Megalodon.load(out).embed.dtype == torch.bfloat16
+    assert Megalodon.load(out).activations == "int8"
     output(capsys, "eval", "--checkpoint", out, "--data", __file__)
     output(capsys, "generate", "--checkpoint", out, "--tokens", 3)
 

@@ -15,7 +15,7 @@ from megalodon_ops.hf.cache import CACHE
 def assert_greedy(model: mo.Megalodon, prompt: torch.Tensor, found: torch.Tensor, *, exact: bool) -> None:
     """Assert that 4 generated tokens are the model's greedy choice: each logit is the largest up to bfloat16's rounding,
     and if `exact`, `model.generate` gives the same tokens. In bfloat16 it rounds in another order."""
-    assert found.shape == (2, prompt.shape[1] + 4) and torch.equal(found[:, : prompt.shape[1]], prompt)
+    assert found.shape == (len(prompt), prompt.shape[1] + 4) and torch.equal(found[:, : prompt.shape[1]], prompt)
     logits = model(found[:, :-1])[:, prompt.shape[1] - 1 :]
     chosen = logits.gather(-1, found[:, prompt.shape[1] :, None])[..., 0]
     if exact:
@@ -23,12 +23,12 @@ def assert_greedy(model: mo.Megalodon, prompt: torch.Tensor, found: torch.Tensor
     assert (logits.amax(-1) - chosen).max() <= 2 * torch.finfo(torch.bfloat16).eps * logits.abs().max()
 
 
-@pytest.mark.parametrize("kind", ["int8", "int4"])
+@pytest.mark.parametrize("kind, activations", [("int8", "int8"), ("int4", None)])
 @pytest.mark.parametrize("variant", ["plain", "released"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_loads_generates_and_saves(kind, variant, dtype, tmp_path):
+def test_loads_generates_and_saves(kind, activations, variant, dtype, tmp_path):
     config = mo.MegalodonConfig(**SIZES, **VARIANTS[variant])
-    small, tokens = mo.quantize(mo.Megalodon(config).to(dtype), kind), torch.randint(50, (2, 12))
+    small, tokens = mo.quantize(mo.Megalodon(config).to(dtype), kind, activations), torch.randint(50, (6, 12))
     logits, mask = small(tokens), torch.ones_like(tokens)
     small.save(tmp_path / "ours")
     loaded = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "ours")
@@ -40,7 +40,7 @@ def test_loads_generates_and_saves(kind, variant, dtype, tmp_path):
         assert_greedy(small, tokens, found, exact=dtype == torch.float32)
         model.save_pretrained(tmp_path / name)
         again = mo.Megalodon.load(tmp_path / name)
-        assert torch.equal(again(tokens), logits) and again.quantization == kind
+        assert torch.equal(again(tokens), logits) and again.quantization == kind and again.activations == activations
         assert torch.equal(transformers.AutoModelForCausalLM.from_pretrained(tmp_path / name)(tokens).logits, logits)
     features = transformers.AutoModel.from_pretrained(tmp_path / "ours")(tokens).last_hidden_state
     assert torch.equal(features, small.features(tokens))

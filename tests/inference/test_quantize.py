@@ -11,10 +11,11 @@ from decoding import assert_bits_of_layers, by_decoder, by_layers, model_and_sta
 from models import tiny_model, tokens_of
 
 import megalodon_ops as mo
+from megalodon_ops import _C
 from backends import each_isa, isa
 from megalodon_ops.storage.files import FileError
 from megalodon_ops.inference.quantized_layers import QuantizedEmbedding
-from megalodon_ops.ops.quantized_linear.quantized_linear import dequantize
+from megalodon_ops.ops.quantized_linear.quantized_linear import dequantize, gains_from_rounding
 
 VARIANTS = {
     "plain": {},
@@ -55,6 +56,31 @@ def test_computes_with_the_rounded_weights(kind, variant):
         assert small(tokens[:, :0]).shape == (2, 0, small.config.num_outputs)
         losses = small.loss(tokens, tokens), torch.nn.functional.cross_entropy(small(tokens).mT, tokens)
         torch.testing.assert_close(*losses, rtol=1e-5, atol=0)
+
+
+@each_kind
+def test_activations_of_8_bits(kind, tmp_path):
+    """Prompts are rounded, short calls are not; folders and the decoder's model keep the choice."""
+    model = tiny_model(torch.float32).eval()
+    kept, small, tokens = mo.quantize(model, kind), mo.quantize(model, kind, "int8"), tokens_of(2, 40)
+    assert small.activations == "int8" and kept.activations is model.activations is None
+    small.save(tmp_path)
+    loaded = mo.Megalodon.load(tmp_path)
+    assert loaded.activations == "int8"
+    gains = gains_from_rounding(_C.active_isa(), small.layers[0].mega.wz.weight.dtype, torch.float32)
+    with torch.no_grad():
+        assert torch.equal(small(tokens[:, :20]), kept(tokens[:, :20]))
+        expected, (found, state) = kept(tokens), small(tokens, return_state=True)
+        assert torch.equal(loaded(tokens), found) and torch.equal(found, expected) != gains
+        assert (found - expected).std() < 0.05 * expected.std()
+        assert mo.Decoder(small, state)(tokens[:, :1]).shape == (2, 1, small.config.num_outputs)
+    fields = json.loads((tmp_path / "config.json").read_text())
+    fields["quantization_config"]["activations"] = "int4"
+    (tmp_path / "config.json").write_text(json.dumps(fields))
+    with pytest.raises(FileError, match="`activations` must be None or \"int8\", got 'int4'"):
+        mo.Megalodon.load(tmp_path)
+    with pytest.raises(ValueError, match='quantize: `activations` must be None or "int8", got 8'):
+        mo.quantize(model, kind, 8)
 
 
 @each_isa

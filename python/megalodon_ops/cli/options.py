@@ -242,6 +242,7 @@ class Quantize(TextToRead):
         REQUIRED, "folder of a run, a checkpoint or any saved model", positional=True, metavar="RUN"
     )
     to: Literal["int8", "int4"] = flag(REQUIRED, "kind of the weights")
+    activations: Literal["int8"] | None = flag(None, "let prompts round activations to 8 bits, which is faster (no)")
     out: Path = flag(REQUIRED, "folder to write", metavar="DIR")
     tokenizer: Path | None = flag(None, "tokenizer of a checkpoint whose folder has none")
     dtype: Literal["float32", "bfloat16"] | None = flag(None, "dtype of activations (the checkpoint's)")

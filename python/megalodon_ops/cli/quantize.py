@@ -24,7 +24,7 @@ def run(options: Quantize) -> int:
     trained = _trained(options)
     model = trained.model if options.dtype is None else trained.model.to(getattr(torch, options.dtype))
     try:
-        quantized = quantize(model, options.to)
+        quantized = quantize(model, options.to, options.activations)
         quantized.save(options.out, tokenizer=trained.tokenizer)
     except ValueError as error:
         raise CommandError(f"{options.checkpoint}: {error}") from error

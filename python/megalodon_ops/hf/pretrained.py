@@ -43,7 +43,7 @@ class CausalCore(Megalodon):
     block_type = MegalodonHFBlock
 
     def _reference(self) -> Megalodon:
-        return shared_empty_model(CausalCore, self.config, torch.float32, self.quantization)
+        return shared_empty_model(CausalCore, self.config, torch.float32, self.quantization, self.activations)
 
 
 class EncoderCore(MegalodonEncoder):
@@ -131,7 +131,9 @@ class MegalodonPreTrainedModel(PreTrainedModel):
         with torch.device("meta"):
             result = cls(cls.config_class.from_megalodon(model.config))
             if quantization:
-                quantizer = MegalodonQuantizer(MegalodonQuantizationConfig(quantization), pre_quantized=True)
+                quantizer = MegalodonQuantizer(
+                    MegalodonQuantizationConfig(quantization, model.activations), pre_quantized=True
+                )
                 quantizer.preprocess_model(result)
                 quantizer.postprocess_model(result)
                 result.hf_quantizer = quantizer

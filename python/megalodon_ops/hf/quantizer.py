@@ -9,16 +9,17 @@ from transformers.quantizers import HfQuantizer, register_quantization_config, r
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from ..inference.quantized_layers import METHOD, replace_layers
-from ..ops.quantized_linear.quantized_linear import check_kind
+from ..ops.quantized_linear.quantized_linear import check_activations, check_kind
 
 
 @register_quantization_config(METHOD)
 class MegalodonQuantizationConfig(QuantizationConfigMixin):
-    """The `quantization_config` of a folder; kind: "int8" or "int4"."""
+    """The `quantization_config` of a folder; kind: "int8" or "int4"; activations: None or "int8"."""
 
-    def __init__(self, kind: str, **_: Any) -> None:
+    def __init__(self, kind: str, activations: str | None = None, **_: Any) -> None:
         check_kind("quantization_config", kind)
-        self.quant_method, self.kind = METHOD, kind
+        check_activations("quantization_config", activations)
+        self.quant_method, self.kind, self.activations = METHOD, kind, activations
 
 
 @register_quantizer(METHOD)
@@ -33,7 +34,7 @@ class MegalodonQuantizer(HfQuantizer):
 
     def _process_model_before_weight_loading(self, model: PreTrainedModel, **_: Any) -> PreTrainedModel:
         core = model.megalodon
-        replace_layers(core, self.quantization_config.kind)
+        replace_layers(core, self.quantization_config.kind, self.quantization_config.activations)
         for name, own_name in model._names().items():
             model.set_submodule(own_name, core.get_submodule(name))
         if model._tied_weights_keys and model.config.tie_word_embeddings:

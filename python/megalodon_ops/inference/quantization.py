@@ -5,13 +5,13 @@ from __future__ import annotations
 import torch
 
 from ..ops.common.checks import describe
-from ..ops.quantized_linear.quantized_linear import check_kind, quantize_weight
+from ..ops.quantized_linear.quantized_linear import check_activations, check_kind, quantize_weight
 from ..model.megalodon import MegalodonBase
 from .parameters import Model, empty_model, plain_tensors, with_values
 from .quantized_layers import computing_dtype, kind_of, stored_shapes
 
 
-def quantize(model: Model, kind: str) -> Model:
+def quantize(model: Model, kind: str, activations: str | None = None) -> Model:
     """Return a model whose embedding and linear layers have weights of 8 or 4 bits, for inference.
 
     Decoding a token reads every weight once, so smaller weights make it faster. The model also takes less memory.
@@ -22,6 +22,9 @@ def quantize(model: Model, kind: str) -> Model:
     Args:
         model: a Megalodon in float32, bfloat16 or float16, unchanged by the call.
         kind: "int8" or "int4".
+        activations: "int8" lets prompts, calls of more than 64 rows in float32 or 32 in other dtypes, be computed by
+            products of integers on the CPU: layers round their inputs to 8 bits (:func:`quantized_linear`). None, the
+            default, keeps them.
 
     Returns:
         a new model in evaluation mode, in the dtype of `model`, with :class:`QuantizedLinear` layers. `generate`,
@@ -42,13 +45,14 @@ def quantize(model: Model, kind: str) -> Model:
     if type(model) is not plain_type:
         raise TypeError(f"quantize: `model` must be a Megalodon that is not parallel, got {describe(model)}.")
     check_kind("quantize", kind)
+    check_activations("quantize", activations)
     if model.quantization:
         raise ValueError(f"quantize: `model` must have floating-point weights, got {model.quantization} weights.")
     dtype = computing_dtype(model)
     values = plain_tensors(model, model.config.parameter_shapes(), caller="quantize")
     if dtype == torch.float64:
         raise ValueError("quantize: `model` must be float32, bfloat16 or float16, got float64; call .float() on it.")
-    result = empty_model(plain_type, model.config, dtype, kind)
+    result = empty_model(plain_type, model.config, dtype, kind, activations)
     _, quantised_dtypes = stored_shapes(model.config, kind)
     copies = {}
     for name, value in values.items():

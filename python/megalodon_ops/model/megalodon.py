@@ -78,6 +78,11 @@ class MegalodonBase(nn.Module):
         """Kind of a quantised model's weights, "int8" or "int4"; None: floating point. See :func:`quantize`."""
         return getattr(self.layers[0].mega.wz, "kind", None)
 
+    @property
+    def activations(self) -> str | None:
+        """ "int8" if a quantised model may round activations to 8 bits, else None. See :func:`quantize`."""
+        return getattr(self.layers[0].mega.wz, "activations", None)
+
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> nn.Module:
         """Move or cast all parameters; a shared embedding stays shared, also after a move from the device `meta`."""
         shared = own_weight(self.embed) is not None and own_weight(self.embed) is own_weight(self.output.output)

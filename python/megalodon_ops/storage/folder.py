@@ -27,7 +27,7 @@ from ..inference.parameters import WEIGHT_DTYPES, Model, empty_model, plain_tens
 from ..inference.quantized_layers import METHOD, computing_dtype, stored_shapes
 from .weights import StoredTensors, is_weight_file, write_weights
 from ..ops.common.memory import check_fits, machine_memory
-from ..ops.quantized_linear.quantized_linear import KINDS
+from ..ops.quantized_linear.quantized_linear import KINDS, check_activations
 from ..ops.common.checks import as_device, check_integer, describe, is_integer_between, short_text
 
 FORMAT = 1
@@ -98,12 +98,18 @@ def write_model(
     """Write the files of a model and its tokenizer into an existing folder."""
     quantization = getattr(model, "quantization", None)
     tensors = plain_tensors(model, *stored_shapes(model.config, quantization), caller=caller)
-    write_config(model.config, computing_dtype(model), folder, tokenizer, quantization)
+    activations = getattr(model, "activations", None)
+    write_config(model.config, computing_dtype(model), folder, tokenizer, quantization, activations)
     write_weights(folder, tensors, max_shard_bytes)
 
 
 def write_config(
-    config: MegalodonConfig, dtype: torch.dtype, folder: Path, tokenizer: Any, quantization: str | None = None
+    config: MegalodonConfig,
+    dtype: torch.dtype,
+    folder: Path,
+    tokenizer: Any,
+    quantization: str | None = None,
+    activations: str | None = None,
 ) -> None:
     """Write `config.json` of a model that computes in this dtype, and the tokenizer's files."""
     fields = {
@@ -117,7 +123,8 @@ def write_config(
         **{name: getattr(config, field) for name, field in CLIENT_NAMES.items()},
     }
     if quantization:
-        fields["quantization_config"] = {"quant_method": METHOD, "kind": quantization}
+        own = {"activations": activations} if activations else {}
+        fields["quantization_config"] = {"quant_method": METHOD, "kind": quantization, **own}
     (folder / CONFIG).write_text(json.dumps(fields, indent=1) + "\n")
     write_module(folder)
     if tokenizer is not None:
@@ -180,18 +187,19 @@ def read_config(
         return kind(**{name: fields[name] for name in names}), _DTYPES.get(dtype)
 
 
-def read_quantization(path: Path) -> str | None:
-    """Read the kind of a quantised model's weights in a folder's `config.json`; None: floating point."""
+def read_quantization(path: Path) -> tuple[str | None, str | None]:
+    """Read the kind of a quantised model's weights, None: floating point, and that of its activations."""
     fields = read_json(path).get("quantization_config")
     with reading(path):
         if fields is None:
-            return None
+            return None, None
         if not isinstance(fields, dict) or fields.get("quant_method") != METHOD or fields.get("kind") not in KINDS:
             raise ValueError(
                 f'`quantization_config` must have quant_method "{METHOD}" and a kind of {", ".join(KINDS)}, got '
                 f"{short_text(fields)}: another tool has quantised the weights"
             )
-        return fields["kind"]
+        check_activations("quantization_config", fields.get("activations"))
+        return fields["kind"], fields.get("activations")
 
 
 def stored_tensors(folder: Path, kind: str = "model") -> StoredTensors | None:
@@ -209,14 +217,14 @@ def stored_tensors(folder: Path, kind: str = "model") -> StoredTensors | None:
 
 def read_model_files(
     folder: Path, dtype: torch.dtype | None = None, kind: type[MegalodonConfig] = MegalodonConfig
-) -> tuple[MegalodonConfig, torch.dtype, StoredTensors, str | None]:
+) -> tuple[MegalodonConfig, torch.dtype, StoredTensors, str | None, str | None]:
     """Read configuration, dtype, weights and quantisation; raise unless they agree and the model fits in memory.
 
     dtype: dtype of the linear layers and the embedding; None: that of `config.json`, or else that of the weights.
     """
     before = folder.stat()
     config, stored = read_config(folder / CONFIG, kind)
-    quantization = read_quantization(folder / CONFIG)
+    quantization, activations = read_quantization(folder / CONFIG)
     dtype = dtype or stored or (torch.float32 if quantization else None)
     with reading(folder / CONFIG):
         bits = 8 * (dtype or torch.bfloat16).itemsize if quantization is None else {"int8": 8, "int4": 4}[quantization]
@@ -229,7 +237,7 @@ def read_model_files(
     weights.check(shapes, quantised_dtypes)
     if not os.path.samestat(before, folder.stat()):  # replaced during the reads: the files may be of two models
         return read_model_files(folder, dtype, kind)
-    return config, dtype or weights.tensors["embed.weight"].dtype, weights, quantization
+    return config, dtype or weights.tensors["embed.weight"].dtype, weights, quantization, activations
 
 
 def read_model(kind: type[Model], folder: Path, dtype: torch.dtype | None, device: torch.device) -> Model:
@@ -244,11 +252,12 @@ def model_of(
     dtype: torch.dtype,
     weights: StoredTensors,
     quantization: str | None = None,
+    activations: str | None = None,
     *,
     device: torch.device,
 ) -> Model:
     """Build a model from checked weights, in evaluation mode."""
-    model = empty_model(kind, config, dtype, quantization)
+    model = empty_model(kind, config, dtype, quantization, activations)
     values = {name: weights.get(name, parameter.dtype, device) for name, parameter in model.named_parameters()}
     return with_values(model, values)
 

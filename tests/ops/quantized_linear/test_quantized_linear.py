@@ -10,14 +10,17 @@ import torch.nn.functional as F
 from assertions import every_case
 
 import megalodon_ops as mo
-from backends import each_isa, isa
+from backends import EMULATED_AMX, ISA_PARAMS, ISAS, VNNI_ISAS, each_isa, isa
+from megalodon_ops.ops.common.definition import launch
 from megalodon_ops.ops.quantized_linear import quantized_linear as module
 from megalodon_ops.ops.quantized_linear.quantized_linear import dequantize, dequantize_fwd, quantized_linear_fwd
 from megalodon_ops.ops.quantized_linear.quantized_linear_reference import dequantize as exact_weight
+from megalodon_ops.ops.quantized_linear.quantized_linear_reference import round_activations
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 SIZES = [(1, 1), (7, 0), (7, 3), (64, 100), (128, 17), (300, 61), (1031, 5)]
 each_kind = pytest.mark.parametrize("kind", ["int8", "int4"])
+each_isa_of_integers = pytest.mark.parametrize("name", [*ISA_PARAMS, *VNNI_ISAS, *EMULATED_AMX])
 
 
 def inputs(rows, I=300, O=61, kind="int8", dtype=torch.float32):  # noqa: E741
@@ -76,6 +79,117 @@ def test_many_rows(kind, dtype, monkeypatch):
     error, usual = ((y.double() - expected).abs().max() for y in (found, copied))
     assert error <= 2 * usual + torch.finfo(torch.float32).eps * size.max()
     assert mo.quantized_linear(*tensors[:3]).shape == (70, 61)
+
+
+def many_rows(x, weight, scale, bias=None):
+    """The product by the kernel for rounded x, for any number of rows."""
+    y = torch.full((len(x), len(weight)), torch.nan, dtype=x.dtype)
+    launch("quantized_many_rows", x, weight, scale, bias, y)
+    return y
+
+
+@each_isa_of_integers
+@each_kind
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_rounded_x(name, kind, dtype, poisoned_memory):
+    """Products are those of x rounded to 8 bits, whose sums of integers are exact."""
+    with every_case() as each, isa(name):
+        for rows, (I, O) in itertools.product([1, 13, 70], SIZES):  # noqa: E741
+            with each(rows, I, O):
+                x, weight, scale, bias = tensors = inputs(rows, I, O, kind, dtype)
+                factor = round_activations(x, max(I, 1) if kind == "int8" else 32)
+                expected, size = exact(factor, weight, scale, bias)
+                found = many_rows(*tensors)
+                # One sum of integers with int8: only the scales and the bias round. Sums of groups are float32.
+                sums = torch.finfo(torch.float32).eps * (
+                    4 * size if kind == "int4" else 4 * (expected - bias).abs() + expected.abs()
+                )
+                assert found.dtype == dtype
+                assert ((found.double() - expected).abs() <= sums + torch.finfo(dtype).eps * expected.abs()).all()
+                assert torch.equal(many_rows(*tensors[:3]), many_rows(*tensors[:3], torch.zeros_like(bias)))
+
+
+@each_isa_of_integers
+def test_sums_of_integers_are_exact(name):
+    """The largest products and sums, and more inputs than one sum of 32 bits holds."""
+    with every_case() as each, isa(name):
+        for I in (4, 1030, 66_000, 140_000):  # noqa: E741
+            with each(I):
+                gen = torch.Generator().manual_seed(0)
+                x = torch.randint(-127, 128, (3, I), generator=gen).float()
+                x[0], x[:, 0] = 127, 127  # so that the scales are 1
+                weight = torch.randint(-127, 128, (3, I), generator=gen).to(torch.int8)
+                weight[0] = -127
+                expected = x.double() @ weight.double().T
+                found = many_rows(x, weight, torch.ones(3))
+                assert ((found - expected).abs() <= 2**-22 * expected.abs()).all()
+
+
+@each_isa_of_integers
+@each_kind
+def test_numbers_that_are_not_finite_stay_in_their_row(name, kind):
+    x, *others = inputs(40, kind=kind)
+    with isa(name):
+        expected = many_rows(x, *others)
+        for value in (torch.nan, torch.inf, -torch.inf):
+            wrong = x.clone()
+            wrong[17, 290] = value
+            found = many_rows(wrong, *others)
+            assert found[17].isnan().all()
+            assert torch.equal(found[:17], expected[:17]) and torch.equal(found[18:], expected[18:])
+        assert torch.equal(many_rows(torch.zeros(5, 300), *others), others[2].expand(5, -1))
+
+
+@each_kind
+def test_error_of_rounded_x(kind):
+    """x of 8 bits changes y by 1 %; a channel 1,000 times as large costs int8 all others, int4 those of its group."""
+    x, weight, scale, _ = inputs(70, I=1024, kind=kind)
+    large = x.clone()
+    large[:, 7] = 1000  # of a standard deviation of 1
+    matrix = exact_weight(weight, scale, 1024)
+    others = torch.arange(1024) != 7
+
+    def error(x):
+        difference = round_activations(x, 1024 if kind == "int8" else 32) - x.double()
+        return (difference[:, others] @ matrix[:, others].T).std() / (x[:, others].double() @ matrix[:, others].T).std()
+
+    assert 0.002 < error(x) < 0.012
+    assert (0.99 < error(large) < 1.01) if kind == "int8" else (0.1 < error(large) < 0.25)
+
+
+@each_kind
+@pytest.mark.parametrize("name, rounds", [("v4_vnni", True), ("v4", False), ("generic", False), ("v4_amx", None)])
+def test_choice_of_the_product_of_integers(kind, name, rounds):
+    """More rows than the kernel for few takes are rounded, where that is faster."""
+    dtype = torch.int8 if kind == "int8" else torch.uint8
+    expected = kind == "int8" if rounds is None else rounds
+    assert module.gains_from_rounding(name, dtype, torch.bfloat16) == expected
+
+
+@each_kind
+@pytest.mark.skipif("v2" not in ISAS, reason="integers gain nothing on this processor")
+def test_activations(kind):
+    """x is rounded if it has more rows than the kernel for few rows takes, and if the caller allows it."""
+    x, *others = inputs(65, kind=kind)
+    with isa(VNNI_ISAS[-1] if VNNI_ISAS else "v2"):
+        rounded, kept = mo.quantized_linear(x, *others, activations="int8"), mo.quantized_linear(x, *others)
+        assert torch.equal(rounded, many_rows(x, *others)) and not torch.equal(rounded, kept)
+        reference = mo.reference.quantized_linear(x, *others, activations="int8")
+        torch.testing.assert_close(rounded, reference, rtol=1e-5, atol=1e-4)
+        few = mo.quantized_linear(x[:64], *others, activations="int8")
+        assert torch.equal(few, mo.quantized_linear(x[:64], *others))
+    with pytest.raises(ValueError, match="quantized_linear: `activations` must be None or \"int8\", got 'int4'"):
+        mo.quantized_linear(x, *others, activations="int4")
+
+
+@each_kind
+def test_float16_of_many_rows_takes_weights_that_float16_does_not_hold(kind):
+    x, weight, _, bias = inputs(70, kind=kind, dtype=torch.float16)
+    weight, scale = mo.quantize_weight(1e5 * torch.randn(61, 300, generator=torch.Generator().manual_seed(1)), kind)
+    x = x * 1e-3
+    found = mo.quantized_linear(x, weight, scale, bias)
+    assert found.isfinite().all()
+    torch.testing.assert_close(found[:9], mo.quantized_linear(x[:9], weight, scale, bias), rtol=2e-3, atol=2e-3)
 
 
 @each_kind
@@ -168,6 +282,6 @@ def test_autocast():
 @each_kind
 def test_opcheck(kind):
     x, weight, scale, bias = inputs(3, kind=kind)
-    torch.library.opcheck(quantized_linear_fwd, (x, weight, scale, bias))
-    torch.library.opcheck(quantized_linear_fwd, (x, weight, scale, None))
+    torch.library.opcheck(quantized_linear_fwd, (x, weight, scale, bias, None))
+    torch.library.opcheck(quantized_linear_fwd, (x, weight, scale, None, "int8"))
     torch.library.opcheck(dequantize_fwd, (weight, scale, None, 300, torch.bfloat16))

@@ -46,7 +46,7 @@ def choices(isa: str, mkl_is_slow: bool) -> dict[torch.dtype, KernelChoice]:
         float32, bfloat16, float16 = KernelChoice(15, 16, 1 << 26), KernelChoice(8), torch_choice
     else:
         float32 = KernelChoice(32, 129, 1 << 26, batches=True) if mkl_is_slow else torch_choice
-        float16 = slow_torch if isa in ("v2", "v3", "v4", "v4_bf16") else torch_choice
+        float16 = slow_torch if isa.startswith("v") else torch_choice
         bfloat16 = KernelChoice(32, 129, 1 << 29) if isa == "v4_bf16" else float16
     return {torch.float32: float32, torch.bfloat16: bfloat16, torch.float16: float16, torch.float64: torch_choice}
 

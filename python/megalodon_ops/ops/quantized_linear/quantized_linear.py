@@ -8,6 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from ... import _C
 from ..common.checks import check_device, check_optional_tensor, check_rank, check_tensor, short_text
 from ..common.definition import autocast, call, contiguous_or_none, define_op, has_cpu_kernel, in_forward_mode, launch
 from ..common.quantized_rows import round_rows
@@ -18,7 +19,7 @@ _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _GROUP, _BLOCK = 32, 128
 """int4: inputs per scale, and inputs per block of 64 bytes"""
 _MAX_KERNEL_ROWS = {torch.float32: 64, torch.bfloat16: 32, torch.float16: 32}
-"""Maximum rows of x for the kernel that reads the integers; with more, a product with a dequantised copy is faster.
+"""Maximum rows of x for the kernel that reads the integers without rounding x; with more, the others are faster.
 :class:`Decoder` never has more, so that its results are bit-equal to the layers'"""
 _COPY = 1 << 22
 """Maximum elements of the dequantised copy"""
@@ -107,25 +108,51 @@ def check_kind(caller: str, kind: object) -> None:
         raise ValueError(f'{caller}: `kind` must be "int8" or "int4", got {short_text(kind)}.')
 
 
+def check_activations(caller: str, activations: object) -> None:
+    """Raise a ValueError unless `activations` is None or "int8"."""
+    if activations is not None and (activations != "int8" or not isinstance(activations, str)):
+        raise ValueError(f'{caller}: `activations` must be None or "int8", got {short_text(activations)}.')
+
+
+def gains_from_rounding(isa: str, weight_dtype: torch.dtype, dtype: torch.dtype) -> bool:
+    """Return True if products of integers are faster with this instruction set than those of x in `dtype`.
+
+    AMX multiplies bfloat16 faster than VNNI multiplies the integers of int4, whose groups AMX cannot scale. AVX-512
+    without VNNI and Arm's NEON multiply integers no faster than float32.
+    """
+    if isa == "v4_amx":
+        return weight_dtype == torch.int8 or dtype != torch.bfloat16
+    return isa in ("v2", "v3", "v3_vnni", "v4_vnni", "v4_bf16")
+
+
 def _check_dtype(op: str, argument: str, tensor: Tensor) -> None:
     if tensor.dtype not in _DTYPES:
         raise ValueError(f"{op}: `{argument}` must be float32, bfloat16 or float16, got {tensor.dtype}.")
 
 
-def quantized_linear(x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None = None) -> Tensor:
+def quantized_linear(
+    x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None = None, *, activations: str | None = None
+) -> Tensor:
     r"""Linear layer with a weight of 8 or 4 bits, for inference: there are no gradients.
 
     .. math:: y_{to} = \sum_i x_{ti} \, s_{og} q_{oi} + b_o
 
     q are the integers of `weight`, s the scales of each row (int8) or each group g of 32 inputs (int4). On the CPU, few
     rows of x use a kernel that reads the integers and converts them to floating point in registers; sums are float32.
-    More rows, and other devices, use a product with a dequantised copy of the weights in the dtype of x, at most 16 MiB
-    at a time. Under torch.autocast, x and bias are cast first.
+    More rows, and other devices, use a product with a dequantised copy of the weights in the dtype of x, or in float32
+    for float16, at most 16 MiB at a time. Under torch.autocast, x and bias are cast first.
+
+    With `activations="int8"`, more rows on the CPU are rounded to 8 bits where sums of integers are faster: a scale a
+    for each row of x, or for each row and group with int4, of the largest absolute value / 127. A row with NaN or an
+    infinity then gives NaN.
+
+    .. math:: y_{to} = \sum_g a_{tg} s_{og} \sum_{i \in g} \mathrm{round}(x_{ti} / a_{tg}) \, q_{oi} + b_o
 
     Args:
         x: (..., I), float32, bfloat16 or float16.
         weight, scale: as :func:`quantize_weight` returns them.
         bias: (O,) in x's dtype, or None.
+        activations: "int8", or None to keep x as it is.
 
     Returns:
         y (..., O) in x's dtype.
@@ -145,13 +172,14 @@ def quantized_linear(x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | No
     for argument, tensor in ("x", x), ("weight", weight), ("scale", scale):
         check_tensor("quantized_linear", argument, tensor)
     check_optional_tensor("quantized_linear", "bias", bias)
+    check_activations("quantized_linear", activations)
     if x.is_floating_point():
         x, *cast_bias = autocast(x, *(() if bias is None else (bias,)))
         bias = cast_bias[0] if cast_bias else None
     _check(x, weight, scale, bias)
     if in_forward_mode():
         raise NotImplementedError(f"quantized_linear: {_NO_GRADIENTS}")
-    return call(quantized_linear_fwd, x, weight, scale, bias)
+    return call(quantized_linear_fwd, x, weight, scale, bias, activations)
 
 
 def _check(x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None) -> None:
@@ -199,23 +227,27 @@ def _dequantize_fake(weight, scale, rows, inputs, dtype):
     return weight.new_empty(((weight if rows is None else rows).shape[0], inputs), dtype=dtype)
 
 
-def _fwd(x, weight, scale, bias):
-    y = _fwd_fake(x, weight, scale, bias)
+def _fwd(x, weight, scale, bias, activations):
+    y = _fwd_fake(x, weight, scale, bias, activations)
     count = math.prod(x.shape[:-1])
     rows, outputs = x.reshape(count, x.shape[-1]).contiguous(), y.view(count, y.shape[-1])
-    if has_cpu_kernel(x) and len(rows) <= _MAX_KERNEL_ROWS[x.dtype]:
-        launch("quantized_linear", rows, weight.contiguous(), scale.contiguous(), contiguous_or_none(bias), outputs)
+    few = len(rows) <= _MAX_KERNEL_ROWS[x.dtype]
+    if has_cpu_kernel(x) and (few or (activations and gains_from_rounding(_C.active_isa(), weight.dtype, x.dtype))):
+        kernel = "quantized_linear" if few else "quantized_many_rows"
+        launch(kernel, rows, weight.contiguous(), scale.contiguous(), contiguous_or_none(bias), outputs)
         return y
+    dtype = torch.float32 if x.dtype == torch.float16 else x.dtype  # float16 does not hold every weight
+    rows, bias = rows.to(dtype), None if bias is None else bias.to(dtype)
     step = max(1, _COPY // max(1, x.shape[-1]))
     with torch.no_grad():
         for begin in range(0, len(weight), step):
             part = slice(begin, begin + step)
-            copy = _dequantize(weight[part], scale[part], None, x.shape[-1], x.dtype)
+            copy = _dequantize(weight[part], scale[part], None, x.shape[-1], dtype)
             outputs[:, part] = linear(rows, copy, None if bias is None else bias[part])
     return y
 
 
-def _fwd_fake(x, weight, scale, bias):
+def _fwd_fake(x, weight, scale, bias, activations):
     return x.new_empty((*x.shape[:-1], weight.shape[0]))
 
 
@@ -227,7 +259,7 @@ def _backward(ctx, *grads):
 
 
 quantized_linear_fwd = define_op(
-    "quantized_linear_fwd(Tensor x, Tensor weight, Tensor scale, Tensor? bias) -> Tensor y",
+    "quantized_linear_fwd(Tensor x, Tensor weight, Tensor scale, Tensor? bias, str? activations) -> Tensor y",
     kernel=_fwd,
     fake=_fwd_fake,
     setup_context=lambda ctx, inputs, output: None,

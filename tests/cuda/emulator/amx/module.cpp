@@ -4,6 +4,7 @@
 #include "bindings.h"
 #include "chunked_attention.h"
 #include "linear.h"
+#include "quantized_linear.h"
 
 namespace megalodon {
 
@@ -15,6 +16,9 @@ namespace v2 {
   void name(const Params&) { throw std::logic_error(#name ": only kernels for AMX are emulated"); }
 NOT_EMULATED(linear_few_rows_cpu, LinearFewRowsParams)
 NOT_EMULATED(linear_many_rows_cpu, LinearManyRowsParams)
+NOT_EMULATED(quantized_linear_cpu, QuantizedLinearParams)
+NOT_EMULATED(quantized_many_rows_cpu, QuantizedManyRowsParams)
+NOT_EMULATED(dequantize_cpu, DequantizeParams)
 NOT_EMULATED(chunked_attention_fwd_cpu, ChunkedAttentionFwdParams)
 NOT_EMULATED(chunked_attention_bwd_cpu, ChunkedAttentionBwdParams)
 NOT_EMULATED(chunked_attention_state_cpu, ChunkedAttentionStateParams)

@@ -14,6 +14,7 @@
 #include <cstring>
 
 #define __AMX_BF16__ 1  // which -mamx-bf16 defines
+#define __AMX_INT8__ 1
 
 namespace amx {
 
@@ -76,11 +77,29 @@ inline void store(int index, void* to, int64_t stride) {
     std::memcpy(static_cast<char*>(to) + r * stride, from.data[r], static_cast<size_t>(from.bytes));
 }
 
+inline void require_product(const Tile& c, const Tile& a, const Tile& b) {
+  require(&c != &a && &c != &b && &a != &b, "the three tiles of a product must differ");
+  require(c.rows == a.rows && c.bytes == b.bytes && a.bytes == 4 * b.rows, "the shapes of a product do not fit");
+}
+
+// c += a b of 32-bit integers, for signed bytes a and unsigned bytes b; a row of b holds four neighbours along the depth.
+inline __attribute__((noinline)) void multiply_bytes(int c_index, int a_index, int b_index) {
+  Tile &c = tile(c_index), &a = tile(a_index), &b = tile(b_index);
+  require_product(c, a, b);
+  for (int m = 0; m < c.rows; ++m)
+    for (int n = 0; n < c.bytes / 4; ++n) {
+      uint32_t sum;
+      std::memcpy(&sum, c.data[m] + 4 * n, sizeof sum);
+      for (int k = 0; k < a.bytes; ++k)
+        sum += static_cast<uint32_t>(static_cast<int8_t>(a.data[m][k]) * b.data[k / 4][4 * n + k % 4]);
+      std::memcpy(c.data[m] + 4 * n, &sum, sizeof sum);
+    }
+}
+
 // c += a b; a row of b holds pairs of neighbours along the depth.
 inline __attribute__((noinline)) void multiply(int c_index, int a_index, int b_index) {
   Tile &c = tile(c_index), &a = tile(a_index), &b = tile(b_index);
-  require(&c != &a && &c != &b && &a != &b, "the three tiles of a product must differ");
-  require(c.rows == a.rows && c.bytes == b.bytes && a.bytes == 4 * b.rows, "the shapes of a product do not fit");
+  require_product(c, a, b);
   const unsigned saved = _mm_getcsr();
   _mm_setcsr(0x9fc0);  // denormals are zero, round to nearest, no exceptions
   asm volatile("" ::: "memory");
@@ -108,9 +127,11 @@ inline __attribute__((noinline)) void multiply(int c_index, int a_index, int b_i
 #undef _tile_stored
 #undef _tile_zero
 #undef _tile_dpbf16ps
+#undef _tile_dpbsud
 #define _tile_loadconfig(config) ::amx::load_config(config)
 #define _tile_release() ::amx::release()
 #define _tile_loadd(tile, base, stride) ::amx::load(tile, base, stride)
 #define _tile_stored(tile, base, stride) ::amx::store(tile, base, stride)
 #define _tile_zero(tile) ::amx::zero(tile)
 #define _tile_dpbf16ps(c, a, b) ::amx::multiply(c, a, b)
+#define _tile_dpbsud(c, a, b) ::amx::multiply_bytes(c, a, b)
