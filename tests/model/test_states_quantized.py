@@ -8,7 +8,7 @@ import pytest
 import torch
 from assertions import every_case
 from backends import each_isa, isa
-from decoding import assert_bits_of_layers, assert_equal, by_decoder, by_layers
+from decoding import assert_bits_of_layers, assert_equal, by_decoder
 from models import tiny_model, tokens_of
 
 import megalodon_ops as mo

@@ -5,10 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 from assertions import assert_close
-from cases import chunked_attention_case
 from emulated_attention import assert_accurate, run, scaled_case
 
-from megalodon_ops import _C, AttentionState
+from megalodon_ops import AttentionState
 from megalodon_ops.ops.common.philox import dropkey_mask
 
 BF16, F32, F64 = torch.bfloat16, torch.float32, torch.float64
