@@ -129,6 +129,11 @@ def _next(tokens: Tensor) -> Tensor:
     return F.pad(tokens[:, 1:], (0, 1), value=-100)
 
 
+def _plain(ours: mo.Megalodon) -> Callable[[Tensor], Tensor]:
+    reference = plain_models.megalodon(ours)
+    return lambda tokens: reference(tokens)[0]
+
+
 def _cross_entropy(logits: Callable[[Tensor], Tensor]) -> Callable[[Tensor, Tensor], Tensor]:
     return lambda tokens, targets: F.cross_entropy(logits(tokens)[0], targets[0])
 
@@ -142,11 +147,11 @@ def _training(model: _Model, length: int, *, plain: bool = False, linears_alone:
     tokens = model.tokens(length)
 
     def plain_step(ours: mo.Megalodon) -> Callable[[], Outputs]:
-        return partial(_step, _cross_entropy(partial(plain_models.megalodon, ours)), ours, tokens, with_grads=True)
+        return partial(_step, _cross_entropy(_plain(ours)), ours, tokens, with_grads=True)
 
     def plain_loss() -> Outputs:
         with torch.no_grad():
-            return (_cross_entropy(partial(plain_models.megalodon, model.ours))(tokens, _next(tokens)),)
+            return (_cross_entropy(_plain(model.ours))(tokens, _next(tokens)),)
 
     paths = [
         Path(OURS, partial(_step, model.ours.loss, model.ours, tokens, with_grads=plain)),
@@ -184,9 +189,11 @@ def _packed(model: _Model, length: int, documents: int) -> Case:
     tokens = model.tokens(length)
     offsets = torch.arange(0, length + 1, length // documents)
 
+    plain = _plain(model.ours)
+
     def unpacked(tokens: Tensor) -> Tensor:
         parts = tokens.split(length // documents, 1)
-        return torch.cat([plain_models.megalodon(model.ours, part) for part in parts], 1)
+        return torch.cat([plain(part) for part in parts], 1)
 
     step = partial(_step, model=model.ours, tokens=tokens, with_grads=True)
     paths = [
@@ -201,7 +208,7 @@ def _packed(model: _Model, length: int, documents: int) -> Case:
 
 def _forward(model: _Model, length: int, llama: bool = True) -> Case:
     tokens = model.tokens(length)
-    plain = forward(partial(plain_models.megalodon, model.ours), tokens)
+    plain = forward(_plain(model.ours), tokens)
     paths = [Path(OURS, forward(model.ours, tokens)), Path("plain torch", plain)]
     if llama:
         paths.append(_other("Llama", forward(model.llama, tokens)))

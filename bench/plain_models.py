@@ -1,9 +1,6 @@
-"""Models in plain torch for comparison: MEGALODON from the same parameters, a Llama and a Transformer encoder of its size."""
+"""Models in plain torch for comparison: MEGALODON from the same parameters, its encoder, a Llama and a Transformer encoder of its size."""
 
 from __future__ import annotations
-
-from collections.abc import Callable
-from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -14,49 +11,40 @@ import megalodon_ops as mo
 from . import baselines
 
 
-def megalodon(model: mo.Megalodon, tokens: Tensor) -> Tensor:
-    """Logits of `model` by the ops of baselines.py; no dropout, L at most the chunk size or a multiple of it."""
-    x = F.embedding(tokens, model.embed.weight)
-    x = _blocks(model, x, _timestep_norm, baselines.cema_blocks, baselines.attention_row_blocks)
-    return F.linear(_timestep_norm(model.output.final_norm, x), model.output.output.weight).float()
+def megalodon(model: mo.Megalodon) -> mo.reference.Megalodon:
+    """Return the reference with the model's own parameters, so that their gradients are the model's."""
+    with torch.device("meta"):
+        reference = mo.reference.Megalodon(model.config)
+    reference.load_state_dict(dict(model.named_parameters(remove_duplicate=False)), assign=True)
+    return reference
 
 
 def megalodon_encoder(model: mo.MegalodonEncoder, numbers: Tensor) -> Tensor:
-    """Features of one row of continuous input (1, L, F), by the same ops; the same conditions hold."""
-    x, attend = _linear(model.embed, numbers), partial(baselines.attention_sdpa, causal=False)
-    x = _blocks(model, x, _sequence_norm, baselines.bidirectional_cema, attend)
-    return _sequence_norm(model.final_norm, x)
+    """Features of one row of continuous input (1, L, F), by the ops of baselines.py.
 
-
-def _blocks(
-    model: nn.Module, x: Tensor, norm: Callable[..., Tensor], cema: Callable[..., Tensor], attend: Callable[..., Tensor]
-) -> Tensor:
-    """The blocks of `model` with these ops for norm, CEMA and attention."""
-    config = model.config
+    No dropout; L is at most the chunk size or a multiple of it.
+    """
+    x, config = _linear(model.embed, numbers), model.config
     chunk_size = min(config.chunk_size, x.shape[1])
     rotary = baselines.rotary(x.shape[1], chunk_size, config.z_dim // config.num_heads, x.device)
     for layer in model.layers:
         mega, nffn = layer.mega, layer.nffn
-        t = norm(mega.timenorm, x)
-        c = cema(t, *mega.cema.coefficients())
+        t = _sequence_norm(mega.timenorm, x)
+        c = baselines.bidirectional_cema(t, *mega.cema.coefficients())
         m = F.rms_norm(c.float(), (config.model_dim,), 1 + mega.rmsnorm.weight, config.norm_eps).to(x.dtype)
         q, k = baselines.normalized_qk(
             _linear(mega.wz, m), mega.gamma, mega.beta, num_heads=config.num_heads, rotary=rotary, eps=config.norm_eps
         )
         v = F.silu(_linear(mega.wv, t)).unflatten(-1, (config.num_heads, -1))
-        a = attend(q, k, v, chunk_size=chunk_size).flatten(-2)
+        a = baselines.attention_sdpa(q, k, v, chunk_size=chunk_size, causal=False).flatten(-2)
         y = x + _linear(mega.wh1, m) + _linear(mega.wh2, a * F.silu(_linear(mega.wr, m)))
         n = F.layer_norm(y.float(), (config.model_dim,), 1 + nffn.norm.weight, nffn.norm.bias, config.norm_eps)
         x = x + _linear(nffn.fc2, F.silu(_linear(nffn.fc1, n.to(x.dtype))))
-    return x
+    return _sequence_norm(model.final_norm, x)
 
 
 def _linear(layer: nn.Linear, x: Tensor) -> Tensor:
     return F.linear(x, layer.weight, layer.bias)
-
-
-def _timestep_norm(norm: mo.TimestepNorm, x: Tensor) -> Tensor:
-    return baselines.timestep_norm(x, norm.weight, norm.bias, num_groups=norm.num_groups, eps=norm.eps)
 
 
 def _sequence_norm(norm: mo.SequenceNorm, x: Tensor) -> Tensor:

@@ -137,7 +137,8 @@ def api_of_references() -> str:
         functions = [f".. autofunction:: megalodon_ops.reference.{name}" for name in names]
         title = module.rpartition(".")[2].removesuffix("_reference")
         sections[title] = [f".. automodule:: {module}", "   :no-members:", *functions]
-    return _sections(sections)
+    model = ".. autoclass:: megalodon_ops.reference.Megalodon", "   :members: forward, fresh"
+    return _sections({"megalodon": [*model], **sections})
 
 
 def _sections(directives: dict[str, list[str]]) -> str:

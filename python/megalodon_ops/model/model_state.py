@@ -327,6 +327,36 @@ class MegalodonStateBase:
         return torch.where(rows < 0, rows + count, rows).to(device)
 
 
+def to_reference(state: MegalodonState) -> tuple[Tensor, ...]:
+    """Return the state as :class:`megalodon_ops.reference.Megalodon` takes it: a flat tuple of real tensors."""
+
+    def norm(norm_state: TimestepNormState) -> tuple[Tensor, ...]:
+        high, low = torch.stack(norm_state[1:3], 1).double(), norm_state.residual
+        return (high if low is None else high + low).unbind(1)
+
+    layers = (
+        (*norm(s.norm), s.cema.real, s.cema.imag, *(x.transpose(1, 2) for x in s.attention[:2])) for s in state.layers
+    )
+    return (state.norm.count, *(tensor for layer in layers for tensor in layer), *norm(state.norm))
+
+
+def from_reference(tensors: tuple[Tensor, ...]) -> MegalodonState:
+    """Return the state of a :class:`megalodon_ops.reference.Megalodon` as one of a model; see :func:`to_reference`."""
+    count, *parts, mean, var = tensors
+    real = parts[2].dtype
+
+    def norm(mean: Tensor, var: Tensor) -> TimestepNormState:
+        residual = torch.stack([wide - wide.to(real) for wide in (mean, var)], 1).to(real)
+        return TimestepNormState(count, mean.to(real), var.to(real), residual)
+
+    def block(mean: Tensor, var: Tensor, re: Tensor, im: Tensor, k: Tensor, v: Tensor) -> BlockState:
+        cache = AttentionState(k.transpose(1, 2).contiguous(), v.transpose(1, 2).contiguous(), count % k.shape[2])
+        return BlockState(norm(mean, var), torch.complex(re, im), cache)
+
+    layers = tuple(block(*parts[first : first + 6]) for first in range(0, len(parts), 6))
+    return MegalodonState(layers, norm(mean, var))
+
+
 def check_state(op: str, state: object, config: MegalodonConfig, rows: int, argument: str) -> None:
     """Raise an error unless the state fits the configuration and has `rows` sequences, the number in `argument`."""
     if not isinstance(state, MegalodonStateBase):

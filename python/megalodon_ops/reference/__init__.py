@@ -1,7 +1,7 @@
-"""The ops in plain torch: definitions that the kernels are tested against, and documentation of the mathematics.
+"""The ops and the model in plain torch: definitions that the kernels are tested against, and the mathematics.
 
 Each op has a forward of the public signature, which autograd can differentiate, and a hand-derived backward `<op>_bwd`.
-Loops run over sequences and time; these functions are slow.
+Loops run over sequences and time; these functions are slow. :class:`Megalodon` is not: it computes with matrices.
 """
 
 from megalodon_ops.ops.adaptive_working_memory.adaptive_working_memory_reference import (
@@ -23,8 +23,10 @@ from megalodon_ops.ops.quantized_linear.quantized_linear_reference import quanti
 from megalodon_ops.ops.sequence_norm.sequence_norm_reference import sequence_norm, sequence_norm_bwd
 from megalodon_ops.ops.timestep_norm.timestep_norm_reference import timestep_norm, timestep_norm_bwd
 from megalodon_ops.ops.timestep_norm.timestep_norm_reference import timestep_norm_end_state, timestep_norm_end_state_bwd
+from megalodon_ops.reference.megalodon_reference import Megalodon
 
 __all__ = [
+    "Megalodon",
     "adaptive_working_memory",
     "adaptive_working_memory_bwd",
     "bidirectional_cema",

@@ -1,0 +1,250 @@
+"""MEGALODON (arXiv 2404.08801), the whole model in plain PyTorch: real arithmetic, no kernels, no custom ops.
+
+Letters: B batch, L length, D model dim, N CEMA modes of a channel, G norm groups, H heads, K and V head dims of keys and
+values, C chunk size. A complex number is a pair of tensors, its real and imaginary part. Every gain is 1 + its parameter.
+"""
+
+import math
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+Complex = tuple[Tensor, Tensor]
+
+
+class TimestepNorm(nn.Module):
+    """Group norm with cumulative statistics (section 3.2): position t uses mean and variance of positions 1 .. t."""
+
+    def __init__(self, dim: int, num_groups: int, eps: float) -> None:
+        super().__init__()
+        self.num_groups, self.eps = num_groups, eps
+        self.weight, self.bias = nn.Parameter(torch.zeros(dim)), nn.Parameter(torch.zeros(dim))
+
+    def forward(self, x: Tensor, n: Tensor, mean0: Tensor, var0: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Normalize x (B, L, D); n (B, L, 1): positions so far; mean0 and var0 (B, G): statistics before x, float64."""
+        groups = x.to(_wide(x)).unflatten(-1, (self.num_groups, -1))  # (B, L, G, D / G)
+        gv, gm = torch.var_mean(groups, -1, correction=0)
+        mean = mean0[:, None] + (gm - mean0[:, None]).cumsum(1) / n
+        # n var_n = (n - 1) var_(n-1) + gv + (gm - mean_n)(gm - mean_(n-1)), and gm - mean_n = 0 for n = 1
+        added = gv + (gm - mean).square() * (n / (n - 1).clamp(min=1))
+        var = ((n[:, :1] - 1) * var0[:, None] + added.cumsum(1)) / n
+        y = ((groups - mean[..., None]) * (var + self.eps).rsqrt()[..., None]).flatten(-2).to(_real(x))
+        return (y * (1 + self.weight) + self.bias).to(x.dtype), mean[:, -1], var[:, -1]
+
+
+class CEMA(nn.Module):
+    """Complex exponential moving average (section 3.1): N modes a channel, which decay and rotate.
+
+    h_t = q h_(t-1) + p x_t,    y_t = Re(sum_n gamma_n h_t[n]) + omega x_t,    q = r exp(i phi)
+    """
+
+    def __init__(self, dim: int, ndim: int, longest: int) -> None:
+        super().__init__()
+        self.longest = longest  # positions of a call
+        self.alpha, self.delta = (nn.Parameter(torch.randn(dim, ndim, 1)) for _ in range(2))
+        self.theta, self.gamma = nn.Parameter(torch.randn(dim, 1, 1)), nn.Parameter(torch.randn(dim, ndim, 2))
+        self.omega = nn.Parameter(torch.randn(dim, 1))
+
+    def forward(self, x: Tensor, h: Complex) -> tuple[Tensor, Complex]:
+        """Map x (B, L, D) to y, and h (B, D, N) before x to h after it."""
+        N, p = self.alpha.shape[1], self.alpha.sigmoid().squeeze(-1)  # p (D, N)
+        phi = self.theta.sigmoid().squeeze(-1) * torch.arange(1, N + 1, device=x.device) * (2 * math.pi / N)
+        q = torch.log1p(-p * self.delta.sigmoid().squeeze(-1)), phi  # log r and phi
+        gamma, wide = (self.gamma / math.sqrt(N)).unbind(-1), x.to(p.dtype)
+        if x.shape[1] > 1:
+            y, h = self._blocks(wide, h, p, q, gamma)
+        else:
+            decayed = _product(_power(q, torch.ones((), device=x.device)), h)
+            h = decayed[0] + p * wide.mT, decayed[1]
+            y = _product(gamma, h)[0].sum(-1)[:, None]
+        return (y + self.omega.squeeze(-1) * wide).to(x.dtype), h
+
+    def _blocks(self, x: Tensor, h: Complex, p: Tensor, q: Complex, gamma: Complex) -> tuple[Tensor, Complex]:
+        """The sum over modes, and h, by matrices for blocks of T = 64 positions.
+
+        With h before a block, y_i = Re(gamma q^(i+1) h) + sum_(j <= i) Re(gamma p q^(i-j)) x_j, and the next block has
+        q^T h + sum_j q^(T-1-j) p x_j: a sum over blocks, in log2(M) steps of twice the reach.
+        """
+        (B, L, D), N, T = x.shape, p.shape[1], 64
+        M, t = L // T + 2, torch.arange(T + 1, device=x.device)  # one block more, as torch.export wants M > 1
+        powers = _power([s[..., None] for s in q], t)  # (D, N, T + 1), q^0 .. q^T
+        out = _product([g[..., None] for g in gamma], powers)
+        lags = F.pad((p[..., None] * out[0]).sum(1)[:, :T], (T - 1, 0))  # (D, 2 T - 1)
+        within = lags[:, t[:T] - t[:T, None] + T - 1]  # (D, from, to), zero where to < from
+        rows = F.pad(x, (0, 0, 0, M * T - L)).reshape(B, M, T, D).permute(3, 0, 1, 2)  # (D, B, M, T)
+        flat = rows.reshape(D, B * M, T)
+        added = [flat @ (p[..., None] * power[..., :T].flip(-1)).mT for power in powers]  # (D, B M, N)
+        added = [a.reshape(D, B, M, N).movedim(3, 1)[..., :-1] for a in added]  # (D, N, B, M - 1)
+        h = [torch.cat((s.permute(1, 2, 0)[..., None], a), -1) for s, a in zip(h, added, strict=True)]
+        for reach in (2**i for i in range((self.longest // T + 1).bit_length())):
+            earlier = [F.pad(s, (reach, 0))[..., :M] for s in h]
+            earlier = _product(_power([s[..., None, None] for s in q], t.new_tensor(T * reach)), earlier)
+            h = [s + e for s, e in zip(h, earlier, strict=True)]
+        before = torch.cat([s.movedim(1, 3).reshape(D, B * M, N) for s in h], -1)
+        y = flat @ within + before @ torch.cat((out[0], -out[1]), 1)[..., 1:]
+        # The call ends after L % T positions of the last but one block.
+        (r0, r), (i0, i) = ((e[..., 0], e[..., 1:]) for e in (power[..., (L % T - t).clamp(min=0)] for power in powers))
+        last, h = p[..., None] * rows[:, :, -2].movedim(1, 0)[:, :, None], [s[..., -2].movedim(2, 0) for s in h]
+        hr, hi = _product((r0, i0), h)  # (B, D, N)
+        return y.reshape(D, B, M * T).permute(1, 2, 0)[:, :L], (hr + (r * last).sum(-1), hi + (i * last).sum(-1))
+
+
+def _product(a: Complex, b: Complex) -> Complex:
+    return a[0] * b[0] - a[1] * b[1], a[0] * b[1] + a[1] * b[0]
+
+
+def _power(q: Complex, exponent: Tensor) -> Complex:
+    """q^exponent of q = (log r, phi); angles are reduced in float64, so that phases do not drift."""
+    angle = (q[1].to(_wide(q[1])) * exponent).remainder(2 * math.pi).to(q[1].dtype)
+    return (q[0] * exponent).exp() * angle.cos(), (q[0] * exponent).exp() * angle.sin()
+
+
+class Norm(nn.Module):
+    """RMS norm or, centered, layer norm."""
+
+    def __init__(self, config: Any, *, centered: bool) -> None:
+        super().__init__()
+        self.eps, self.centered, D, affine = config.norm_eps, centered, config.model_dim, config.norm_affine
+        self.weight, self.bias = (nn.Parameter(torch.zeros(D)) if b else None for b in (affine, affine and centered))
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = x.to(_real(x)) - (x.mean(-1, keepdim=True, dtype=_real(x)) if self.centered else 0)
+        y = y * (y.square().mean(-1, keepdim=True) + self.eps).rsqrt()
+        y = y if self.weight is None else y * (1 + self.weight)
+        return (y if self.bias is None else y + self.bias).to(x.dtype)
+
+
+class Attention(nn.Module):
+    """First half of a block: normalized gated attention to the output of CEMA (sections 3.3 and 3.4)."""
+
+    def __init__(self, config: Any) -> None:
+        super().__init__()
+        self.config, D, Z, V = config, config.model_dim, config.z_dim, config.value_dim
+        self.timenorm = TimestepNorm(D, config.norm_num_groups, config.norm_eps)
+        self.cema, self.rmsnorm = CEMA(D, config.cema_ndim, config.chunk_size), Norm(config, centered=False)
+        self.wv, self.wz, self.wr, self.wh1 = (nn.Linear(D, width) for width in (V, Z, V, D))
+        self.wh2 = nn.Linear(V, D, bias=False)
+        self.gamma, self.beta = (nn.Parameter(torch.zeros(2, Z)) for _ in range(2))
+
+    def forward(self, x: Tensor, n: Tensor, angle: Tensor, state: tuple, fresh: bool) -> tuple[Tensor, tuple]:
+        """Map x (B, L, D) to y; state: mean, var, h's two parts, keys (B, H, C, K), values (B, H, C, V)."""
+        config, (mean, var, *h, keys, values) = self.config, state
+        t, mean, var = self.timenorm(x, n, mean, var)
+        c, h = self.cema(t, h)
+        m, H = self.rmsnorm(c), config.num_heads
+        z, v = (s.unflatten(-1, (H, -1)).transpose(1, 2) for s in (self.wz(m), F.silu(self.wv(t))))
+        z = z.to(_real(z))  # (B, H, L, K); v (B, H, L, V)
+        z = z * (z.square().mean(-1, keepdim=True) + config.norm_eps).rsqrt()
+        gain, shift = (s.unflatten(-1, (H, 1, -1)) for s in ((1 + self.gamma) / math.sqrt(z.shape[-1]), self.beta))
+        q, k = (_rotated(z * gain[i] + shift[i], angle).to(x.dtype) for i in range(2))
+        a = self._attend(q, k, v, n, None if fresh else (keys, values)).transpose(1, 2).flatten(-2)
+        y = x + self.wh1(m) + self.wh2(a * F.silu(self.wr(m)))
+        row = ((n - 1).long() % config.chunk_size)[:, None]  # of each position in the cache
+        cache = (old.scatter(2, row.expand_as(s), s) for old, s in ((keys, k), (values, v)))
+        return y, (mean, var, *h, *cache)
+
+    def _attend(self, q: Tensor, k: Tensor, v: Tensor, n: Tensor, cache: tuple[Tensor, Tensor] | None) -> Tensor:
+        """Softmax attention of L <= C positions to those of their chunk in the call and the cache, (B, H, L, V)."""
+        C = self.config.chunk_size
+        row = ((n[:, :1] - 1).long() % C + torch.arange(n.shape[1], device=q.device)[:, None])[:, None]  # (B, 1, L, 1)
+        start, column = row[:, :, :1], row.mT
+        scores, seen = q @ k.mT, (column <= row) & (column // C == row // C)
+        if cache is not None:
+            scores = torch.cat((q @ cache[0].mT, scores), -1)
+            seen = torch.cat(((torch.arange(C, device=q.device) < start) & (row < C), seen), -1)
+        P = scores.to(_real(scores)).masked_fill(~seen, -1e30).softmax(-1).to(v.dtype)
+        return P @ v if cache is None else P[..., :C] @ cache[1] + P[..., C:] @ v
+
+
+class NFFN(nn.Module):
+    """Second half of a block, without its residual (section 3.4): fc2(silu(fc1 n) [* fc3 n]), n = layer_norm(y)."""
+
+    def __init__(self, config: Any) -> None:
+        super().__init__()
+        D, hidden = config.model_dim, config.ffn_hidden_dim
+        self.norm = Norm(config, centered=True)
+        self.fc1, self.fc2 = nn.Linear(D, hidden, bias=False), nn.Linear(hidden, D, bias=False)
+        self.fc3 = nn.Linear(D, hidden, bias=False) if config.swiglu else None
+        self.register_parameter("alpha", nn.Parameter(torch.ones(D)) if config.rescale_nffn else None)
+
+    def forward(self, y: Tensor) -> Tensor:
+        n = self.norm(y)
+        f = self.fc2(F.silu(self.fc1(n)) if self.fc3 is None else F.silu(self.fc1(n)) * self.fc3(n))
+        return f if self.alpha is None else (self.alpha * f).to(f.dtype)
+
+
+class Megalodon(nn.Module):
+    """The language model of a :class:`MegalodonConfig` without `num_features`, `working_memory` and `visible_chunks`.
+
+    It loads the parameters of :class:`megalodon_ops.Megalodon`, has no dropout, and runs wherever PyTorch runs.
+
+    Example:
+        >>> import torch, megalodon_ops as mo
+        >>> config = mo.MegalodonConfig(num_layers=1, model_dim=32, z_dim=16, value_dim=32, ffn_hidden_dim=32, vocab_size=9)
+        >>> model, reference, tokens = mo.Megalodon(config), mo.reference.Megalodon(config), torch.randint(9, (2, 20))
+        >>> _, (_, state) = reference.load_state_dict(model.state_dict()), reference(tokens[:, :13])
+        >>> torch.allclose(reference(tokens[:, 13:], state)[0], model(tokens)[:, 13:], atol=1e-4)
+        True
+    """
+
+    def __init__(self, config: Any) -> None:
+        super().__init__()
+        for field, value in dict(causal=True, working_memory=False, visible_chunks=1, num_features=None).items():
+            if (got := getattr(config, field)) != value:
+                raise ValueError(f"reference.Megalodon: `{field}` must be {value}, got {got}; use mo.Megalodon.")
+        self.config, D = config, config.model_dim
+        self.embed, layers = nn.Embedding(config.vocab_size, D), range(config.num_layers)
+        self.layers = nn.ModuleList(nn.ModuleDict(dict(mega=Attention(config), nffn=NFFN(config))) for _ in layers)
+        norm, output = TimestepNorm(D, config.norm_num_groups, config.norm_eps), nn.Linear(D, config.num_outputs, False)
+        self.output = nn.ModuleDict(dict(final_norm=norm, output=output))
+        output.weight = self.embed.weight if config.share_emb else output.weight
+
+    def fresh(self, num_sequences: int) -> tuple[Tensor, ...]:
+        """Return the state of B new sequences, batch first.
+
+        count (B,); of each layer mean, var (B, G), h's parts (B, D, N), keys, values (B, H, C, K or V); mean and var.
+        """
+        config, B, like = self.config, num_sequences, self.layers[0]["mega"].gamma
+        norm = [like.new_zeros(B, config.norm_num_groups, dtype=_wide(like))] * 2
+        h = [like.new_zeros(B, config.model_dim, config.cema_ndim, dtype=_real(like))] * 2
+        cache = like.new_zeros(B, (H := config.num_heads), config.chunk_size, 1, dtype=self.embed.weight.dtype)
+        layer = [*norm, *h, *(cache.repeat(1, 1, 1, dim // H) for dim in (config.z_dim, config.value_dim))]
+        return (torch.zeros(B, dtype=torch.int64, device=like.device), *layer * config.num_layers, *norm)
+
+    def forward(self, tokens: Tensor, state: tuple[Tensor, ...] | None = None) -> tuple[Tensor, tuple[Tensor, ...]]:
+        """Return the logits (B, L, outputs) of tokens (B, L), L >= 1, and the state after them."""
+        x, C, fresh = self.embed(tokens), self.config.chunk_size, state is None
+        x = x * math.sqrt(x.shape[-1]) if self.config.scale_emb else x
+        state, logits = self.fresh(x.shape[0]) if state is None else state, []
+        for piece in x.split(C, 1) if x.shape[1] > C else (x,):
+            y, state = self._piece(piece, state, fresh)
+            logits.append(y)
+        state = tuple(s.detach() if s.dim() == 4 else s for s in state)  # keys and values are constants
+        return torch.cat(logits, 1) if len(logits) > 1 else logits[0], state
+
+    def _piece(self, x: Tensor, state: tuple[Tensor, ...], fresh: bool) -> tuple[Tensor, tuple[Tensor, ...]]:
+        config, K, real, (count, *parts) = self.config, self.config.z_dim // self.config.num_heads, _real(x), state
+        n = (count[:, None] + torch.arange(1, x.shape[1] + 1, device=x.device))[..., None]  # (B, L, 1)
+        base = (config.rope_base or 10000.0) ** (torch.arange(0, K, 2, dtype=real, device=x.device) / -K)
+        angle = (((n - 1) % config.chunk_size) * base)[:, None]  # (B, 1, L, K / 2)
+        n, new = n.to(_wide(x)), []
+        for index, layer in enumerate(self.layers):
+            y, layer_state = layer["mega"](x, n, angle, parts[6 * index : 6 * index + 6], fresh)
+            x, new = x + layer["nffn"](y), [*new, *layer_state]
+        x, *norm = self.output["final_norm"](x, n, *parts[-2:])
+        return self.output["output"](x).to(real), (count + x.shape[1], *new, *norm)
+
+
+def _rotated(x: Tensor, angle: Tensor) -> Tensor:
+    (a, b), cos, sin = x.unflatten(-1, (-1, 2)).unbind(-1), angle.cos(), angle.sin()
+    return torch.stack((a * cos - b * sin, a * sin + b * cos), -1).flatten(-2)
+
+
+def _real(x: Tensor) -> torch.dtype:
+    return torch.promote_types(x.dtype, torch.float32)
+
+
+def _wide(x: Tensor) -> torch.dtype:
+    return torch.float32 if x.is_mps else torch.float64  # Apple's GPUs have no float64
