@@ -15,7 +15,7 @@ from torch.export import Dim
 from torch.func import functional_call, grad, hessian, jvp, vmap
 
 import megalodon_ops as mo
-from megalodon_ops.model.model_state import from_reference, named_tensors, to_reference
+from megalodon_ops.model.model_state import named_tensors
 
 FLAGS = "swiglu rescale_nffn scale_emb share_emb norm_affine".split()
 CONFIGS = st.fixed_dictionaries(
@@ -64,7 +64,7 @@ def test_model_equals_its_reference(data, config, length):
     expected = F.cross_entropy(logits.flatten(0, 1), tokens[:, 1:].flatten(), reduction="sum")
     whole, model_end = model(tokens[:, :-1], return_state=True)
     close(whole, logits)
-    compare_states(model_end, from_reference(end))
+    compare_states(model_end, mo.MegalodonState.from_reference(end))
     loss = model.loss(tokens[:, :-1], tokens[:, 1:], reduction="sum")
     close(loss, expected)
     grads = (
@@ -75,14 +75,14 @@ def test_model_equals_its_reference(data, config, length):
     outputs, state = [], None
     for index, part in enumerate(tokens[:, :-1].split(parts, 1)):
         if index % 2:  # the two take turns, each with the other's state
-            state = None if state is None else from_reference(state)
+            state = None if state is None else mo.MegalodonState.from_reference(state)
             piece, state = model(part, state=state, return_state=True)
-            state = to_reference(state)
+            state = state.to_reference()
         else:
             piece, state = reference(part, state)
         outputs.append(piece)
     close(torch.cat(outputs, 1), logits)
-    compare_states(from_reference(state), model_end)
+    compare_states(mo.MegalodonState.from_reference(state), model_end)
 
 
 @pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated:DeprecationWarning")  # torch's own, of forward mode

@@ -304,6 +304,35 @@ class MegalodonStateBase:
         """Detach the state from the autograd graph, for truncated backpropagation through time. Memory is shared."""
         return _map(Tensor.detach, self)
 
+    def to_reference(self) -> tuple[Tensor, ...]:
+        """Return the state as :class:`megalodon_ops.reference.Megalodon` takes it: a flat tuple of real tensors."""
+
+        def norm(state: TimestepNormState) -> tuple[Tensor, ...]:
+            high, low = torch.stack(state[1:3], 1).double(), state.residual
+            return (high if low is None else high + low).unbind(1)
+
+        layers = (
+            (*norm(s.norm), s.cema.real, s.cema.imag, *(x.transpose(1, 2) for x in s.attention[:2])) for s in self.layers
+        )
+        return (self.norm.count, *(tensor for layer in layers for tensor in layer), *norm(self.norm))
+
+    @classmethod
+    def from_reference(cls, tensors: tuple[Tensor, ...]) -> Self:
+        """Return the state of a :class:`megalodon_ops.reference.Megalodon` as one of a model."""
+        count, *parts, mean, var = tensors
+        real = parts[2].dtype
+
+        def norm(mean: Tensor, var: Tensor) -> TimestepNormState:
+            residual = torch.stack([wide - wide.to(real) for wide in (mean, var)], 1).to(real)
+            return TimestepNormState(count, mean.to(real), var.to(real), residual)
+
+        def block(mean: Tensor, var: Tensor, re: Tensor, im: Tensor, k: Tensor, v: Tensor) -> BlockState:
+            cache = AttentionState(k.transpose(1, 2).contiguous(), v.transpose(1, 2).contiguous(), count % k.shape[2])
+            return BlockState(norm(mean, var), torch.complex(re, im), cache)
+
+        layers = tuple(block(*parts[first : first + 6]) for first in range(0, len(parts), 6))
+        return cls(layers, norm(mean, var))
+
     def _index(self, rows: Rows) -> Tensor:
         """Return the sequences `rows` as (n,) int64 on the state's device."""
         count, device = self.num_sequences, self.norm.count.device
@@ -325,36 +354,6 @@ class MegalodonStateBase:
         if rows.is_cpu and bool(((rows < -count) | (rows >= count)).any()):
             raise IndexError(f"MegalodonState: `rows` must be in [-{count}, {count}), got {rows.tolist()}.")
         return torch.where(rows < 0, rows + count, rows).to(device)
-
-
-def to_reference(state: MegalodonState) -> tuple[Tensor, ...]:
-    """Return the state as :class:`megalodon_ops.reference.Megalodon` takes it: a flat tuple of real tensors."""
-
-    def norm(norm_state: TimestepNormState) -> tuple[Tensor, ...]:
-        high, low = torch.stack(norm_state[1:3], 1).double(), norm_state.residual
-        return (high if low is None else high + low).unbind(1)
-
-    layers = (
-        (*norm(s.norm), s.cema.real, s.cema.imag, *(x.transpose(1, 2) for x in s.attention[:2])) for s in state.layers
-    )
-    return (state.norm.count, *(tensor for layer in layers for tensor in layer), *norm(state.norm))
-
-
-def from_reference(tensors: tuple[Tensor, ...]) -> MegalodonState:
-    """Return the state of a :class:`megalodon_ops.reference.Megalodon` as one of a model; see :func:`to_reference`."""
-    count, *parts, mean, var = tensors
-    real = parts[2].dtype
-
-    def norm(mean: Tensor, var: Tensor) -> TimestepNormState:
-        residual = torch.stack([wide - wide.to(real) for wide in (mean, var)], 1).to(real)
-        return TimestepNormState(count, mean.to(real), var.to(real), residual)
-
-    def block(mean: Tensor, var: Tensor, re: Tensor, im: Tensor, k: Tensor, v: Tensor) -> BlockState:
-        cache = AttentionState(k.transpose(1, 2).contiguous(), v.transpose(1, 2).contiguous(), count % k.shape[2])
-        return BlockState(norm(mean, var), torch.complex(re, im), cache)
-
-    layers = tuple(block(*parts[first : first + 6]) for first in range(0, len(parts), 6))
-    return MegalodonState(layers, norm(mean, var))
 
 
 def check_state(op: str, state: object, config: MegalodonConfig, rows: int, argument: str) -> None:

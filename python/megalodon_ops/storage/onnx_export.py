@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from .. import extras
-from ..files import as_path, write_atomically
+from .files import as_path, write_atomically
 from ..inference.parameters import plain_tensors
 from ..model.layers import wide_parameters
 from ..model.megalodon import MegalodonBase
