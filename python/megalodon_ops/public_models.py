@@ -36,7 +36,7 @@ class MegalodonState(MegalodonStateBase):
         >>> config = mo.MegalodonConfig(num_layers=2, model_dim=32, z_dim=16, value_dim=32, ffn_hidden_dim=32, vocab_size=9)
         >>> _, state = mo.Megalodon(config)(torch.tensor([[1, 2, 3], [4, 5, 6]]), return_state=True)
         >>> state
-        MegalodonState(2 sequences, 2 layers, torch.float32 keys and values on cpu, 1,591,944 bytes)
+        MegalodonState(2 sequences, 2 layers, torch.float32 keys and values on cpu, 1,592,400 bytes)
         >>> len(state.layers), state.norm.count
         (2, tensor([3, 3]))
         >>> state[1].num_sequences, state[[1, 1, 0]].num_sequences, state.reset([0]).norm.count

@@ -84,7 +84,7 @@ def test_the_walk_names_existing_files_and_functions():
 def test_commands_on_pages_are_valid(capsys):
     refused, commands = [], 0
     for page in PAGES:
-        for command in re.findall(r"-m megalodon_ops ([a-z]+ -[^`\n|>]*)", page.read_text().replace("\\\n", "")):
+        for command in re.findall(r"megalodon[-_]ops ([a-z]+ -[^`\n|>]*)", page.read_text().replace("\\\n", "")):
             commands += 1
             try:
                 parse(shlex.split(command, comments=True), COMMANDS)

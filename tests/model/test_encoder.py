@@ -244,7 +244,7 @@ def test_recomputed_layers_meta_construction_and_pickling():
     expected = torch.autograd.grad(encoder(inputs).sum(), [*encoder.parameters()])
     recomputing = tiny_encoder(**CONTINUOUS, layerwise_ckpt=True)
     calls = []
-    recomputing.layers[0].register_forward_pre_hook(lambda *_: calls.append(1))
+    recomputing.layers[0].mega.register_forward_pre_hook(lambda *_: calls.append(1))
     found = torch.autograd.grad(recomputing(inputs).sum(), [*recomputing.parameters()])
     assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
     assert len(calls) == 2

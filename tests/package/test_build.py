@@ -177,7 +177,7 @@ DEFINE(v2, some) DEFINE(v4, some) DEFINE(v4_bf16, some)
 int main() {
   using namespace megalodon;
   const DType dtypes[] = {DType::f32, DType::bf16};
-  for (int i = 0; i < 5; ++i) {
+  for (int i = 0; i < 7; ++i) {
     active_isa = static_cast<Isa>(i);
     for (const DType dtype : dtypes) {
       launch_everywhere({dtype});
@@ -207,6 +207,8 @@ def test_a_kernel_runs_in_its_best_instruction_set_up_to_the_active_one(tmp_path
     assert lines == [
         " v2 v2 v2 v2",
         " v3 v2 v3 v2",
+        " v3 v2 v3 v2",
+        " v4 v4 v4 v4",
         " v4 v4 v4 v4",
         " v4 v4 v4_bf16 v4_bf16",
         " v4 v4 v4_amx v4_bf16",

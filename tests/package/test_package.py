@@ -59,7 +59,7 @@ def test_sources_include_no_torch_header():
 def test_nothing_is_unpickled_unchecked():
     for source in PACKAGE.rglob("*.py"):
         text = source.read_text()
-        if source == PACKAGE / "model" / "sharded_tensors.py":  # an unpickler of a few classes
+        if source == PACKAGE / "storage" / "sharded_tensors.py":  # an unpickler of a few classes
             assert re.findall(r"pickle\.\w+", text).count("pickle.Unpickler") == 1 and "def find_class" in text
             assert "pickle.load" not in text
             continue
@@ -121,11 +121,11 @@ def test_threads_follow_torch():
 
 def test_bindings_refuse_unsafe_tensors():
     x, p, q, omega = torch.zeros(1, 4, 6), torch.zeros(6, 2), torch.zeros(6, 2, dtype=torch.complex64), torch.zeros(6)
-    absent = dict(state=None, cu=None, lengths=None)
+    absent = dict(state=None, spans=None)
     arguments = dict(x=x, p=p, q=q, gamma=q, omega=omega, **absent, y=x.clone(), state_out=None)
     _C.cema_fwd(*arguments.values())
     wrong = dict(x=x.transpose(1, 2), p=p[:5], omega=omega.double(), y=torch.zeros(1, 4, 5), state_out=q[None, :5])
-    wrong |= dict(cu=torch.tensor([0, 5]), lengths=torch.tensor([5]))
+    wrong |= dict(spans=torch.tensor([[0, 5]]))
     for name, bad in wrong.items():
         with pytest.raises((ValueError, TypeError), match=f"cema: `{name}"):
             _C.cema_fwd(*{**arguments, name: bad}.values())

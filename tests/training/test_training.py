@@ -289,7 +289,7 @@ WRONG = [
     (lambda: save(MODEL, state_of(chunk_size=9)), f"{NOT_ITS} 'layers.0.attention.k'"),
     (
         lambda: save(mo.MegalodonEncoder(mo.MegalodonEncoderConfig(vocab_size=9, **SIZE)), state_of()),
-        "save_checkpoint: `state` must be None for an encoder, got megalodon_ops.model.model_state.MegalodonState.",
+        "save_checkpoint: `state` must be None for an encoder, got megalodon_ops.public_models.MegalodonState.",
     ),
     (lambda: training.Saver("run", "data=2"), "Saver: `mesh` must be a torch.distributed DeviceMesh, got 'data=2'."),
     (lambda: training.optimizer_threads(None), "optimizer_threads: `model` must be a module, got None"),

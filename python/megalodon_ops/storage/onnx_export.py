@@ -80,10 +80,10 @@ def export_onnx(
         (name for name, part in model.named_modules() if part._forward_hooks or part._forward_pre_hooks), None
     ):
         raise ValueError(f"export_onnx: `model` must have no hooks, got one on `{hooked}`; remove it.")
-    for package in ("onnx", "onnxscript"):
-        extras.load(package, "onnx")
     check_tokenizer("export_onnx", tokenizer)
     reference = _reference(model, dtype)
+    for package in ("onnx", "onnxscript"):
+        extras.load(package, "onnx")
     path = as_path("export_onnx", "folder", folder)
     kept_files("export_onnx", path, (path / STEP).exists(), ())
     with write_atomically(path, folder=True) as draft:

@@ -185,7 +185,7 @@ def test_layers_around_the_ops():
     assert sum(counted(both(lambda: [linear_fwd(x, matrix, None)])).values()) == 2 * product
     assert counted(lambda: linear_few_rows(x.detach(), matrix, None)) == {"linear_few_rows": product}
     small = quantize_weight(matrix, "int8")
-    assert counted(lambda: quantized_linear_fwd(x.detach(), *small, None)) == {"quantized_linear_fwd": product}
+    assert counted(lambda: quantized_linear_fwd(x.detach(), *small, None, None)) == {"quantized_linear_fwd": product}
     losses = counted(both(lambda: [linear_cross_entropy_fwd(x, matrix, index, -100)]))
     assert losses == {"linear_cross_entropy_fwd": product, "linear_cross_entropy_sum": 2 * product}
     total = counted(lambda: linear_cross_entropy_sum(x, matrix, index, torch.ones(3), True, True))
