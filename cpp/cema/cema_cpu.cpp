@@ -91,9 +91,10 @@ void forward_steps(const CemaFwdParams& params) {
 }
 
 // Returns true if every span of the job ends in a finite state.
-template <class R>
-bool forward_job(Strip<R>& strip, const CemaFwdParams& params, const CemaPlan& plan, bool folded, int64_t job) {
+template <class T>
+bool forward_job(Strip<T>& strip, const CemaFwdParams& params, const CemaPlan& plan, bool folded, int64_t job) {
   bool finite = true;
+  using R = Compute<T>;
   strip.select(job % plan.strips, folded, false);
   const R* p = strip.modal(params.p);
   const int64_t group = job / plan.strips, stride = params.channels;
@@ -107,8 +108,8 @@ bool forward_job(Strip<R>& strip, const CemaFwdParams& params, const CemaPlan& p
         im = folded ? state[2 * i + 1] / p[i] : state[2 * i + 1];
       });
     }
-    const char* x = strip.row(params.x, span.begin);
-    char* y = strip.row(params.y, span.begin);
+    const T* x = strip.row(params.x, span.begin);
+    T* y = strip.row(params.y, span.begin);
     const int64_t steps = span.end - span.begin, ahead = params.sequences.tokens - span.begin;
     if (y && folded) strip.template sweep<Form::folded>(x, y, x, stride, steps, ahead, nullptr);
     else if (y) strip.template sweep<Form::direct>(x, y, x, stride, steps, ahead, nullptr);
@@ -127,62 +128,64 @@ bool forward_job(Strip<R>& strip, const CemaFwdParams& params, const CemaPlan& p
 }
 
 // Returns true if every last state is finite.
-template <class R>
+template <class T>
 bool run_form(const CemaFwdParams& params, const CemaPlan& plan, bool folded) {
   bool finite = true;
   parallel_jobs<FlushDenormals>(plan.strips * plan.groups, scan_work(params), [&] {
-    return [&, strip = Strip<R>(params, plan)](int64_t job) mutable {
+    return [&, strip = Strip<T>(params, plan)](int64_t job) mutable {
       if (!forward_job(strip, params, plan, folded, job)) __atomic_store_n(&finite, false, __ATOMIC_RELAXED);
     };
   });
   return finite;
 }
 
-template <class R>
+template <class T>
 void run_forward(const CemaFwdParams& params, const CemaPlan& plan) {
+  using R = Compute<T>;
   const auto *p = static_cast<const R*>(params.p), *state = static_cast<const R*>(params.state);
   const bool folded = !params.state || std::all_of(p, p + params.channels * params.modes,
                                                    [](auto value) { return std::abs(value) >= kFoldable; });
-  if (!folded) return static_cast<void>(run_form<R>(params, plan, false));
+  if (!folded) return static_cast<void>(run_form<T>(params, plan, false));
   // If state_out is state, the first run overwrites the states that a second run would start from.
   const int64_t saved = state && state == params.state_out ? plan.count * params.channels * params.modes * 2 : 0;
   const Scratch<R> saved_states(saved);
   std::copy_n(state, saved, saved_states.get());
-  if (run_form<R>(params, plan, true)) return;
+  if (run_form<T>(params, plan, true)) return;
   CemaFwdParams rerun = params;
   if (saved) rerun.state = saved_states.get();
-  run_form<R>(rerun, plan, false);
+  run_form<T>(rerun, plan, false);
 }
 
-template <class R>
+template <class T>
 void forward(const CemaFwdParams& params) {
+  using R = Compute<T>;
   if (!params.ends_only) {
-    zero_padding(params.sequences, params.y, params.channels * element_bytes<R>(params.dtype));
-    if (params.sequences.tokens <= kShort * params.sequences.count)
-      return dispatch_element<R>(params.dtype, [&](auto element) { forward_steps<decltype(element)>(params); });
+    zero_padding(params.sequences, params.y, params.channels * static_cast<int64_t>(sizeof(T)));
+    if (params.sequences.tokens <= kShort * params.sequences.count) return forward_steps<T>(params);
   }
   const CemaPlan plan(params, kLanes<R>, num_threads());
-  if (!plan.split) return run_forward<R>(params, plan);
+  if (!plan.split) return run_forward<T>(params, plan);
   const Scratch<R> starts(plan.count * params.channels * params.modes * 2);
   CemaFwdParams local = params;
   local.y = nullptr;
   local.state = nullptr;
   local.state_out = starts.get();
-  run_forward<R>(local, plan);
+  run_forward<T>(local, plan);
   merge(params, plan, false, params.state, starts.get(), params.state_out);
   if (params.ends_only) return;
   local = params;
   local.state = starts.get();
   local.state_out = nullptr;
-  run_forward<R>(local, plan);
+  run_forward<T>(local, plan);
 }
 
 // Number of a strip's sums: (vectors, N, kSums, lanes), then (vectors, lanes) for domega.
 int64_t sums_per_strip(const CemaPlan& plan, int64_t modes) { return plan.channels * (modes * kSums + 1); }
 
 // Phase 1 of the backward, with or without dy.
-template <bool kFolded, bool kInput, class R>
-void scan_sensitivities(Strip<R>& strip, const CemaBwdParams& params, const Span& span, int64_t s, double* sums) {
+template <bool kFolded, bool kInput, class T>
+void scan_sensitivities(Strip<T>& strip, const CemaBwdParams& params, const Span& span, int64_t s, double* sums) {
+  using R = Compute<T>;
   constexpr int lanes = kLanes<R>;
   strip.clear_state();
   if (params.state) {
@@ -192,17 +195,17 @@ void scan_sensitivities(Strip<R>& strip, const CemaBwdParams& params, const Span
       im = -state[2 * i + 1];
     });
   }
-  const char *x = strip.row(params.x, span.begin), *dy = kInput ? strip.row(params.dy, span.begin) : x;
+  const T *x = strip.row(params.x, span.begin), *dy = kInput ? strip.row(params.dy, span.begin) : x;
   const int64_t stride = params.channels, steps = span.end - span.begin, modes = strip.modes;
   double* sum_omega = sums + strip.width * modes * kSums;
   const int64_t ahead = params.sequences.tokens - span.begin;
   const auto tile = [&](int64_t t, int count, int vector, int size) {
-    const int64_t at = (t * stride + vector * lanes) * strip.element;
-    const Tile<R> rows = strip.tile_of(dy + at, x + at, stride);
-    const bool direct = strip.in_place && size == lanes;
-    if (!direct) {
-      load_rows(params.dtype, x + at, stride, count, size, rows.x);
-      if (kInput) load_rows(params.dtype, dy + at, stride, count, size, rows.in);
+    const int64_t at = t * stride + vector * lanes;
+    const Tile<R> rows = strip.tile_of(dy + at, x + at, nullptr, stride);
+    const bool in_place = strip.kInPlace && size == lanes;
+    if (!in_place) {
+      load_rows(x + at, stride, count, size, rows.x);
+      if (kInput) load_rows(dy + at, stride, count, size, rows.in);
     }
     for_each_pass<kSensitivityModes>(modes, [&](int64_t n, auto pass_modes) {
       const int64_t mode = vector * modes + n;
@@ -211,9 +214,9 @@ void scan_sensitivities(Strip<R>& strip, const CemaBwdParams& params, const Span
                                                             strip.state.get() + mode * 4 * lanes,
                                                             sums + mode * kSums * lanes, strip.fetch);
       };
-      if constexpr (Strip<R>::kMayBeInPlace)
-        if (direct && n == 0) return pass(std::integral_constant<Part, Part::first>{});
-      pass(std::integral_constant<Part, Part::later>{});
+      if constexpr (Strip<T>::kInPlace)
+        if (in_place && n == 0) return pass(std::integral_constant<Part, Part::first>{});
+      pass(std::integral_constant<Part, Part::inner>{});
     });
     if (kInput) add_lanes<R>(sum_omega + vector * lanes, dot_steps(rows.x, rows.in, count));
   };
@@ -230,9 +233,10 @@ void scan_sensitivities(Strip<R>& strip, const CemaBwdParams& params, const Span
 }
 
 // Phase 2 of the backward. Returns true if the last state is finite.
-template <class R>
-bool scan_adjoints(Strip<R>& strip, const CemaBwdParams& params, const Span& span, int64_t s, bool folded,
+template <class T>
+bool scan_adjoints(Strip<T>& strip, const CemaBwdParams& params, const Span& span, int64_t s, bool folded,
                    double* sums) {
+  using R = Compute<T>;
   strip.clear_state();
   const R* g = params.dstate_out ? strip.modal_row(params.dstate_out, s) : nullptr;
   if (g) {
@@ -243,8 +247,8 @@ bool scan_adjoints(Strip<R>& strip, const CemaBwdParams& params, const Span& spa
   }
   const int64_t stride = params.channels, steps = span.end - span.begin;
   if (steps > 0) {
-    const char *x = strip.row(params.x, span.end - 1), *dy = strip.row(params.dy, span.end - 1);
-    char* dx = strip.row(params.dx, span.end - 1);
+    const T *x = strip.row(params.x, span.end - 1), *dy = strip.row(params.dy, span.end - 1);
+    T* dx = strip.row(params.dx, span.end - 1);
     if (!dy) strip.template sweep<Form::adjoint, true, false>(x, dx, x, -stride, steps, span.end, sums);
     else if (!dx) strip.template sweep<Form::folded, false>(dy, dx, x, -stride, steps, span.end, sums);
     else if (folded) strip.template sweep<Form::folded>(dy, dx, x, -stride, steps, span.end, sums);
@@ -264,19 +268,19 @@ bool scan_adjoints(Strip<R>& strip, const CemaBwdParams& params, const Span& spa
 
 // Phases 1 and 2. Fills sums (groups, strips, sums_per_strip), or skips phase 1 if `sums` is null: dstate needs none.
 // Returns true if every sum and last state is finite.
-template <class R>
+template <class T>
 bool run_backward(const CemaBwdParams& params, const CemaPlan& plan, bool folded, double* sums) {
   const int64_t size = sums_per_strip(plan, params.modes);
   bool finite = true;
   parallel_jobs<FlushDenormals>(plan.strips * plan.groups, 3 * scan_work(params), [&] {
-    return [&, strip = Strip<R>(params, plan)](int64_t job) mutable {
+    return [&, strip = Strip<T>(params, plan)](int64_t job) mutable {
       const int64_t group = job / plan.strips, begin = plan.group_begin[group], end = plan.group_begin[group + 1];
       strip.select(job % plan.strips, folded, true);
       double *sum = sums ? sums + job * size : nullptr, total = 0;
       if (sums) {
         std::fill_n(sum, size, 0.0);
-        const auto with_dy = folded ? scan_sensitivities<true, true, R> : scan_sensitivities<false, true, R>;
-        const auto scan = params.dy ? with_dy : scan_sensitivities<false, false, R>;
+        const auto with_dy = folded ? scan_sensitivities<true, true, T> : scan_sensitivities<false, true, T>;
+        const auto scan = params.dy ? with_dy : scan_sensitivities<false, false, T>;
         for (int64_t s = begin; s < end; ++s) scan(strip, params, plan.spans[s], s, sum);
       }
       for (int64_t s = end - 1; s >= begin; --s)
@@ -291,11 +295,11 @@ bool run_backward(const CemaBwdParams& params, const CemaPlan& plan, bool folded
 // Phases 1 and 2, in the folded form if `state` and `dstate_out` are null and nothing overflows, else in the direct
 // form. The folded form writes `sums` and `params.dx`, either of which may be null. The direct form needs `direct_sums`
 // and `dx`, neither of which may be null. Returns true if the folded form computed the result.
-template <class R>
+template <class T>
 bool run_folded_or_direct(CemaBwdParams params, const CemaPlan& plan, double* sums, double* direct_sums, void* dx) {
-  if (!params.state && !params.dstate_out && run_backward<R>(params, plan, true, sums)) return true;
+  if (!params.state && !params.dstate_out && run_backward<T>(params, plan, true, sums)) return true;
   params.dx = dx;
-  run_backward<R>(params, plan, false, direct_sums);
+  run_backward<T>(params, plan, false, direct_sums);
   return false;
 }
 
@@ -343,43 +347,35 @@ void clear_parameter_gradients(const CemaBwdParams& params) {
   if (params.domega) std::fill_n(static_cast<R*>(params.domega), params.channels, R{0});
 }
 
-template <class R>
+template <class T>
 void backward(const CemaBwdParams& params) {
-  zero_padding(params.sequences, params.dx, params.channels * element_bytes<R>(params.dtype));
+  using R = Compute<T>;
+  zero_padding(params.sequences, params.dx, params.channels * static_cast<int64_t>(sizeof(T)));
   const CemaPlan plan(params, kLanes<R>, num_threads());
   const Scratch<double> sums(plan.groups * plan.strips * sums_per_strip(plan, params.modes));
   if (!plan.split) {
-    const bool folded = run_folded_or_direct<R>(params, plan, sums.get(), sums.get(), params.dx);
+    const bool folded = run_folded_or_direct<T>(params, plan, sums.get(), sums.get(), params.dx);
     return finish<R>(params, plan, folded, sums.get());
   }
   const int64_t states = plan.count * params.channels * params.modes * 2;
   const Scratch<R> starts(states), ends(states);
   CemaFwdParams local_fwd{params, nullptr, starts.get(), true};
   local_fwd.state = nullptr;
-  run_forward<R>(local_fwd, plan);
+  run_forward<T>(local_fwd, plan);
   merge(params, plan, false, params.state, starts.get(), nullptr);
   CemaBwdParams local = params;
   local.state = local.dstate_out = nullptr;
   local.dx = nullptr;
   local.dstate = ends.get();
-  if (params.dy) run_folded_or_direct<R>(local, plan, nullptr, sums.get(), params.dx);
+  if (params.dy) run_folded_or_direct<T>(local, plan, nullptr, sums.get(), params.dx);
   else std::fill_n(ends.get(), states, R(0));
   merge(params, plan, true, params.dstate_out, ends.get(), params.dstate);
   local = params;
   local.state = starts.get();
   local.dstate_out = ends.get();
   local.dstate = nullptr;
-  run_folded_or_direct<R>(local, plan, sums.get(), sums.get(), params.dx);
+  run_folded_or_direct<T>(local, plan, sums.get(), sums.get(), params.dx);
   finish<R>(params, plan, false, sums.get());
-}
-
-// Calls f(R{}) with the compute type of `dtype`.
-template <class F>
-void dispatch_compute([[maybe_unused]] DType dtype, F&& f) {
-#if !defined(MEGALODON_BF16_PAIRS)
-  if (dtype == DType::f64) return f(double{});
-#endif
-  f(float{});
 }
 
 }  // namespace
@@ -388,16 +384,16 @@ void dispatch_compute([[maybe_unused]] DType dtype, F&& f) {
 // be 2^60.
 void cema_fwd_cpu(const CemaFwdParams& params) {
   if (params.channels == 0 || (params.sequences.tokens == 0 && !params.state_out)) return;
-  dispatch_compute(params.dtype, [&](auto real) { forward<decltype(real)>(params); });
+  dispatch_dtype(params.dtype, [&](auto element) { forward<decltype(element)>(params); });
 }
 
 void cema_bwd_cpu(const CemaBwdParams& params) {
   if (params.channels == 0) return;
   if (params.sequences.tokens == 0 && !params.dstate) {
-    dispatch_compute(params.dtype, [&](auto real) { clear_parameter_gradients<decltype(real)>(params); });
+    dispatch_dtype(params.dtype, [&](auto element) { clear_parameter_gradients<Compute<decltype(element)>>(params); });
     return;
   }
-  dispatch_compute(params.dtype, [&](auto real) { backward<decltype(real)>(params); });
+  dispatch_dtype(params.dtype, [&](auto element) { backward<decltype(element)>(params); });
 }
 
 }  // namespace megalodon::MEGALODON_ISA

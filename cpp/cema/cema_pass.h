@@ -36,16 +36,17 @@ enum Sum { kSumWRe, kSumWIm, kSumHRe, kSumHIm, kSumP, kSumEndRe, kSumEndIm, kSum
 // Without kInput, `in` counts as zero and is not read; without kOutput there is no `out`.
 enum class Form { folded, direct, adjoint };
 
-// The first pass over a tile reads its input from the rows and copies it to the tile; in a scan it applies omega. Later
-// passes stay in the tile, but the last one of a scan may write its output to the rows. 16-bit rows are copied to the
-// tile before the first pass and from it after the last: no pass is compiled for 16 bits.
-enum class Part { first, later };
+// The first pass over a tile reads its input from the rows and copies it to the tile; in a scan it applies omega. The
+// last pass of a scan writes its output to the rows. All other input and output stays in the tile. 16-bit rows are
+// copied to the tile before the first pass and from it after the last: no pass is compiled for 16 bits.
+enum class Part { first, inner, last };
 
 template <class R>
 struct Tile {
-  const R *from, *x_from;                 // rows of the input and of x
-  int64_t stride;                         // elements from row to row
-  R *__restrict in, *out, *__restrict x;  // (kTileSteps, lanes) copies of the rows
+  const R *from, *x_from;                            // rows of the input and of x
+  R* to;                                             // rows of the output
+  int64_t stride;                                    // elements from row to row
+  R *__restrict in, *__restrict out, *__restrict x;  // (kTileSteps, lanes) copies of the rows
 };
 
 // Splits the modes from `n` on into passes of `size` modes, a power of two, and the rest into smaller passes. Calls
@@ -134,13 +135,14 @@ MEGALODON_INLINE void add_lanes(double* sum, Vec<R> v) {
   for (int i = 0; i < kLanes<R>; ++i) sum[i] += lanes[i];
 }
 
-// Output goes to `to`, in rows that are to_stride elements apart: the tile's `out`, or rows of the tensor.
 template <Form form, bool kOutput, bool kInput, Part part, int modes, class R>
-void scan_pass(const Tile<R>& tile, int steps, Vec<R> omega, const R* coefs, R* state, double* sums, R* to,
-               int64_t to_stride, FetchAhead& ahead) {
+void scan_pass(const Tile<R>& tile, int steps, Vec<R> omega, const R* coefs, R* state, double* sums,
+               FetchAhead& ahead) {
   constexpr int lanes = kLanes<R>;
-  const R *__restrict from = tile.from, *__restrict x = tile.x, *out = tile.out;
-  R* __restrict in = tile.in;
+  const R* __restrict from = tile.from;
+  R* __restrict to = tile.to;
+  const R* __restrict x = tile.x;
+  R *__restrict in = tile.in, *__restrict out = tile.out;
   const int64_t stride = tile.stride;
   using V = Vec<R>;
   Factor<R> q_re[modes];
@@ -181,7 +183,8 @@ void scan_pass(const Tile<R>& tile, int steps, Vec<R> omega, const R* coefs, R* 
     }
     if (!kOutput) return;
     if (kInput || part != Part::first) sum += part == Part::first ? omega * input : load(out + t * lanes);
-    store(to + t * to_stride, sum);
+    if (part == Part::last) store(to + t * stride, sum);
+    else store(out + t * lanes, sum);
   };
   ahead.each_step(steps, coefs + modes * kCoefs * lanes, state + modes * 2 * lanes, step);
 #pragma GCC unroll 8
@@ -268,48 +271,22 @@ MEGALODON_INLINE Vec<R> dot_steps(const R* a, const R* b, int steps) {
   return (sum[0] + sum[1]) + (sum[2] + sum[3]);
 }
 
-// Calls f(T{}) with the type of `dtype`, whose compute type is R.
-template <class R, class F>
-MEGALODON_INLINE void dispatch_element([[maybe_unused]] DType dtype, F&& f) {
-#if defined(MEGALODON_BF16_PAIRS)
-  f(bf16{});
-#else
-  if constexpr (sizeof(R) == 8) return f(double{});
-  else if (dtype == DType::f32) f(float{});
-  else if (dtype == DType::bf16) f(bf16{});
-  else f(fp16{});
-#endif
-}
-
-template <class R>
-int64_t element_bytes(DType dtype) {
-  int64_t bytes = 0;
-  dispatch_element<R>(dtype, [&](auto element) { bytes = sizeof(element); });
-  return bytes;
-}
-
 // Copy the first `size` elements of each of `steps` rows to a tile (steps, lanes), and back. Rows are `stride` apart.
-template <class R>
-__attribute__((noinline)) void load_rows(DType dtype, const void* rows, int64_t stride, int steps, int size, R* tile) {
-  constexpr int lanes = kLanes<R>;
-  dispatch_element<R>(dtype, [&](auto element) __attribute__((always_inline)) {
-    const auto* from = static_cast<const decltype(element)*>(rows);
-    if (size == lanes)
-      for (int t = 0; t < steps; ++t) store(tile + t * lanes, load(from + t * stride));
-    else
-      for (int t = 0; t < steps; ++t) store(tile + t * lanes, load_first(from + t * stride, size));
-  });
+template <class T>
+MEGALODON_INLINE void load_rows(const T* rows, int64_t stride, int steps, int size, Compute<T>* tile) {
+  constexpr int lanes = kLanes<Compute<T>>;
+  if (size == lanes)
+    for (int t = 0; t < steps; ++t) store(tile + t * lanes, load(rows + t * stride));
+  else
+    for (int t = 0; t < steps; ++t) store(tile + t * lanes, load_first(rows + t * stride, size));
 }
-template <class R>
-__attribute__((noinline)) void store_rows(DType dtype, const R* tile, int steps, int size, void* rows, int64_t stride) {
-  constexpr int lanes = kLanes<R>;
-  dispatch_element<R>(dtype, [&](auto element) __attribute__((always_inline)) {
-    auto* to = static_cast<decltype(element)*>(rows);
-    if (size == lanes)
-      for (int t = 0; t < steps; ++t) store(to + t * stride, load(tile + t * lanes));
-    else
-      for (int t = 0; t < steps; ++t) store_first(to + t * stride, load(tile + t * lanes), size);
-  });
+template <class T>
+MEGALODON_INLINE void store_rows(const Compute<T>* tile, int steps, int size, T* rows, int64_t stride) {
+  constexpr int lanes = kLanes<Compute<T>>;
+  if (size == lanes)
+    for (int t = 0; t < steps; ++t) store(rows + t * stride, load(tile + t * lanes));
+  else
+    for (int t = 0; t < steps; ++t) store_first(rows + t * stride, load(tile + t * lanes), size);
 }
 
 }  // namespace megalodon::MEGALODON_ISA

@@ -13,22 +13,16 @@
 
 namespace megalodon::MEGALODON_ISA {
 
-// Coefficients and states of a strip's channels, one channel per lane, and one tile. Rows of tensors are addressed in
-// bytes: only load_rows and store_rows depend on their dtype.
-template <class R>
+// Coefficients and states of a strip's channels, one channel per lane, and one tile.
+template <class T>
 struct Strip {
+  using R = Compute<T>;
   static constexpr int lanes = kLanes<R>;
   static constexpr int64_t kTileSize = kTileSteps * lanes;
-#if defined(MEGALODON_BF16_PAIRS)
-  static constexpr bool kMayBeInPlace = false;
-#else
-  static constexpr bool kMayBeInPlace = true;
-#endif
+  static constexpr bool kInPlace = std::is_same_v<T, R>;  // passes read and write whole vectors of rows
 
   Strip(const CemaParams& params, const CemaPlan& plan)
-      : params(params), element(element_bytes<R>(params.dtype)),
-        in_place(kMayBeInPlace && element == static_cast<int64_t>(sizeof(R))), width(plan.channels),
-        modes(params.modes), coefs(width * modes * kCoefs), omega(width),
+      : params(params), width(plan.channels), modes(params.modes), coefs(width * modes * kCoefs), omega(width),
         state(width * modes * 4), in(kTileSize), out(kTileSize), x(kTileSize) {}
 
   // Loads the coefficients of strip `index`: c = gamma p if folded, else gamma. The backward conjugates q and gamma.
@@ -67,10 +61,10 @@ struct Strip {
     return static_cast<R*>(tensor) + (index * params.channels + first) * modes * 2;
   }
   // The strip's first element of row `token` of x, y, dy or dx; null if the tensor is null.
-  const char* row(const void* tensor, int64_t token) const {
-    return tensor ? static_cast<const char*>(tensor) + (token * params.channels + first) * element : nullptr;
+  template <class Void, class E = std::conditional_t<std::is_const_v<Void>, const T, T>>
+  E* row(Void* tensor, int64_t token) const {
+    return tensor ? static_cast<E*>(tensor) + token * params.channels + first : nullptr;
   }
-  char* row(void* tensor, int64_t token) const { return const_cast<char*>(row(static_cast<const void*>(tensor), token)); }
 
   // Calls f(i, vector, lane) for each mode: element i of (channels, N) is in lane `lane` of element `vector` of
   // (vectors, N).
@@ -99,40 +93,41 @@ struct Strip {
   // `stride` elements apart; the tensor has `ahead` rows from `from` on, which may be prefetched. Without kInput, the
   // input counts as zero and is not read.
   template <Form form, bool kOutput = true, bool kInput = true>
-  void sweep(const char* from, char* to, const char* x_from, int64_t stride, int64_t steps, int64_t ahead,
-             double* sums) {
-    const char* const fetched = kOutput ? to : from;
+  void sweep(const T* from, T* to, const T* x_from, int64_t stride, int64_t steps, int64_t ahead, double* sums) {
+    const T* const fetched = kOutput ? to : from;
     each_tile<kScanModes>(from, fetched, stride, steps, ahead, [&](int64_t t, int count, int vector, int size) {
-      const int64_t at = (t * stride + vector * lanes) * element;
-      const Tile<R> tile = tile_of(from + at, x_from + at, stride);
+      const int64_t at = t * stride + vector * lanes;
+      const Tile<R> tile = tile_of(from + at, x_from + at, kOutput ? to + at : nullptr, stride);
       const Vec<R> scale = load(omega.get() + vector * lanes);
-      const bool direct = in_place && size == lanes;  // passes read and write the tensors' rows
-      if (!direct) {
-        if (kInput) load_rows(params.dtype, from + at, stride, count, size, tile.in);
+      const bool in_place = kInPlace && size == lanes;
+      if (!in_place) {
+        if (kInput) load_rows(from + at, stride, count, size, tile.in);
         for (int i = 0; kOutput && i < count; ++i)
           store(tile.out + i * lanes, kInput ? scale * load(tile.in + i * lanes) : zeros<R>());
       }
-      if (form == Form::adjoint) load_rows(params.dtype, x_from + at, stride, count, size, tile.x);
+      if (form == Form::adjoint) load_rows(x_from + at, stride, count, size, tile.x);
       bool in_rows = false;  // the last pass wrote its output to the rows
       for_each_pass<kScanModes>(modes, [&](int64_t n, auto pass_modes) {
         const int64_t mode = vector * modes + n;
-        in_rows = kOutput && direct && n > 0 && n + pass_modes == modes;
         const auto pass = [&](auto part) {
           scan_pass<form, kOutput, kInput, part, pass_modes>(
               tile, count, scale, coefs.get() + mode * kCoefs * lanes, state.get() + mode * 2 * lanes,
-              form == Form::adjoint ? sums + mode * kSums * lanes : nullptr,
-              in_rows ? reinterpret_cast<R*>(to + at) : tile.out, in_rows ? stride : lanes, fetch);
+              form == Form::adjoint ? sums + mode * kSums * lanes : nullptr, fetch);
         };
-        if constexpr (kMayBeInPlace)
-          if (direct && n == 0) return pass(std::integral_constant<Part, Part::first>{});
-        pass(std::integral_constant<Part, Part::later>{});
+        if constexpr (kInPlace) {
+          if (in_place && n == 0) return pass(std::integral_constant<Part, Part::first>{});
+          in_rows = kOutput && in_place && n + pass_modes == modes;
+          if (in_rows) return pass(std::integral_constant<Part, Part::last>{});
+        }
+        pass(std::integral_constant<Part, Part::inner>{});
       });
-      if (kOutput && !in_rows) store_rows(params.dtype, tile.out, count, size, to + at, stride);
+      if (kOutput && !in_rows) store_rows(tile.out, count, size, to + at, stride);
     });
   }
 
-  Tile<R> tile_of(const char* from, const char* x_from, int64_t stride) const {
-    return {reinterpret_cast<const R*>(from), reinterpret_cast<const R*>(x_from), stride, in.get(), out.get(), x.get()};
+  Tile<R> tile_of(const T* from, const T* x_from, T* to, int64_t stride) const {
+    if constexpr (kInPlace) return {from, x_from, to, stride, in.get(), out.get(), x.get()};
+    else return {nullptr, nullptr, nullptr, stride, in.get(), out.get(), x.get()};
   }
 
   // Calls f(first position, positions, vector, channels) for every tile of `steps` positions. The passes in f have at
@@ -141,16 +136,17 @@ struct Strip {
   // thread about to write them. So strips of more than two lines and less than half a page are prefetched column by
   // column.
   template <int max_modes, class F>
-  void each_tile(const char* a, const char* b, int64_t stride, int64_t steps, int64_t ahead, F&& f) {
-    const int64_t row = stride * element, lines = ceil_div(channels * element, kLineBytes);
+  void each_tile(const T* a, const T* b, int64_t stride, int64_t steps, int64_t ahead, F&& f) {
+    constexpr int64_t size = sizeof(T);
+    const int64_t row = stride * size, lines = ceil_div(channels * size, kLineBytes);
     const bool by_rows = channels == params.channels || lines <= 2 || lines >= kPageBytes / kLineBytes / 2;
     fetch.set_pace(vectors * ceil_div(modes, max_modes) / lines);
     fetch.line_step = by_rows ? kLineBytes : row;
     for (int64_t t = 0; t < steps; t += kTileSteps) {
       const int count = static_cast<int>(std::min<int64_t>(kTileSteps, steps - t));
       const int64_t rows = std::clamp<int64_t>(ahead - t - count, 0, kTileSteps);
-      fetch.a = a + (t + count) * row;
-      fetch.b = b + (t + count) * row;
+      fetch.a = reinterpret_cast<const char*>(a + (t + count) * stride);
+      fetch.b = reinterpret_cast<const char*>(b + (t + count) * stride);
       fetch.count = fetch.left = by_rows ? lines : rows;
       fetch.runs = by_rows ? rows : rows > 0 ? lines : 0;
       fetch.run_step = by_rows ? row - lines * kLineBytes : kLineBytes - rows * row;
@@ -159,8 +155,6 @@ struct Strip {
   }
 
   const CemaParams& params;
-  const int64_t element;  // bytes
-  const bool in_place;    // elements are R
   const int64_t width, modes;
   int64_t first = 0;              // the strip's first channel
   int channels = 0, vectors = 0;  // may be fewer in the last strip
