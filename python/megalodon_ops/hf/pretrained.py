@@ -37,6 +37,10 @@ class _RecomputesItself:
 class MegalodonHFBlock(MegalodonBlock, _RecomputesItself, GradientCheckpointingLayer):
     """A block of the models in transformers; peft (for aLoRA) finds recomputed layers by their base class."""
 
+    def checkpoint(self, function: Callable, x: Tensor) -> Tensor:
+        """Recompute by the function that transformers, or a client after it, has set."""
+        return self._gradient_checkpointing_func(function, x)
+
 
 class CausalCore(Megalodon):
     """The :class:`Megalodon` of a model in transformers."""
@@ -204,7 +208,8 @@ class MegalodonPreTrainedModel(PreTrainedModel):
         super()._set_gradient_checkpointing(enable, gradient_checkpointing_func)
         for i, layer in enumerate(self.megalodon.layers):
             layer.gradient_checkpointing = enable and i % every_n_layers == 0
-            replaced = gradient_checkpointing_func if layer.gradient_checkpointing else False
+            own = getattr(layer, "checkpoint", gradient_checkpointing_func)
+            replaced = own if layer.gradient_checkpointing else False
             layer.recompute = replaced if enable else self.config.layerwise_ckpt
 
     def _check_and_adjust_attn_implementation(self, attn_implementation: str | None, *_: Any, **options: Any) -> str:
