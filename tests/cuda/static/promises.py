@@ -153,7 +153,7 @@ PROMISES = (
     Promise(r"chunked_attention_bwd_prepare_kernel<.*>", 64),
     Promise(r"chunked_attention_step_kernel<.*>", 128, doubles=_DROPKEY),
     Promise(r"chunked_attention_(merge|state)_kernel<.*>", 80),
-    Promise(r"chunked_attention_position_kernel", 24),
+    Promise(r"chunked_attention_position_kernel", 26),
 )
 
 

@@ -58,7 +58,7 @@ def as_spans(
         elif name == "spans":
             expected, is_right = "(S, 2), or (B, 1, 2)", len(shape) > 1 and shape in ((shape[0], 2), (B, 1, 2))
         else:
-            expected, is_right = f"({B},)", shape == (B,)
+            expected, is_right = f"({B},)", len(shape) == 1 and shape[0] == B
         if not is_right:
             raise ValueError(f"{op}: `{name}` must have shape {expected}, got {shape} for B = {B}.")
     tensor, is_traced = given[first], torch.compiler.is_compiling()
