@@ -51,9 +51,9 @@ class PositionNorm(mo.TimestepNorm):
     """Layer norm in place of timestep norm: each position by its own mean and variance over all channels."""
 
     def forward(
-        self, x: Tensor, *, new_state: StateSlot | None = None, cu_seqlens: Tensor | None = None, **_: Any
+        self, x: Tensor, *, new_state: StateSlot | None = None, spans: Tensor | None = None, **_: Any
     ) -> Tensor:
-        sequences = x.shape[0] if cu_seqlens is None else len(cu_seqlens) - 1
+        sequences = x.shape[0] if spans is None else len(spans)
         zeros = torch.zeros(sequences, self.num_groups, device=x.device)
         count = torch.zeros(sequences, dtype=torch.int64, device=x.device)
         residual = zeros.new_zeros(sequences, 2, self.num_groups)
@@ -70,9 +70,9 @@ class NoEMA(nn.Module):
         self.shape = (dim, ndim)
 
     def forward(
-        self, x: Tensor, *, new_state: StateSlot | None = None, cu_seqlens: Tensor | None = None, **_: Any
+        self, x: Tensor, *, new_state: StateSlot | None = None, spans: Tensor | None = None, **_: Any
     ) -> Tensor:
-        sequences = x.shape[0] if cu_seqlens is None else len(cu_seqlens) - 1
+        sequences = x.shape[0] if spans is None else len(spans)
         if new_state is not None:
             new_state.state = torch.zeros(sequences, *self.shape, dtype=torch.complex64, device=x.device)
         return x

@@ -104,6 +104,10 @@ def test_an_exported_forward_takes_padded_and_packed_batches(strict, kind):
         example, inputs = (tokens_of(1, 9), [0, 4, 9]), (tokens_of(1, 20), [0, 1, 13, 20])
         shapes = dict(tokens={1: dims("length")[0]}, cu_seqlens={0: torch.export.Dim("ends", min=3)})
     options = {kind: torch.tensor(example[1])}
+    if strict and kind == "lengths":  # a limit of today: strict tracing takes the number of rows for a constant
+        with pytest.raises(torch._dynamo.exc.UserError, match="specialized it to be a constant"):
+            torch.export.export(model, example[:1], options, dynamic_shapes=shapes, strict=strict)
+        return
     program = torch.export.export(model, example[:1], options, dynamic_shapes=shapes, strict=strict).module()
     tokens, options = inputs[0], {kind: torch.tensor(inputs[1])}
     assert_near(program(tokens, **options), model(tokens, **options))
