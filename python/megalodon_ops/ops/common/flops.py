@@ -29,9 +29,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-_COUNTER = "torch.utils.flop_counter"
-
 from .spans import num_positions
+
+_COUNTER = "torch.utils.flop_counter"
 
 
 def register_formula(op: Callable, formula: Callable[..., int]) -> None:
