@@ -89,13 +89,14 @@ class Page:
     def performance_table(self, works: tuple[Work, ...]) -> list[str]:
         llama = any(work.tokens for work in works)
         lines = [
-            f"| {self.cores} cores of an {self.processor}, {self.date} | type | this package | best in plain torch |"
+            f"| {self.cores} cores of an {self.processor}, {self.date}; {'tokens/s' if llama else 'ms'} | type |"
+            + " this package | best in plain torch |"
             + " Llama |" * llama,
             "|---|---|---|---|" + "---|" * llama,
         ]
         for work in works:
-            for row in self.rows(work):
-                cells = [work.label, row.type, *(_shown(value, work) for value in row[1 : 3 + llama])]
+            for i, row in enumerate(self.rows(work)):
+                cells = ["" if i else work.label, row.type, *(_number(value, work) for value in row[1 : 3 + llama])]
                 lines.append(f"| {' | '.join(cells)} |")
         return lines
 
@@ -105,11 +106,11 @@ class Page:
         for line in self.lines:
             if line["work"] == ENCODER and "path" in line:
                 length = line["shape"].split()[-1]
-                speed = _shown(line["warm ms"], Work("", "", "", int(length)))
-                found.setdefault(length, {})[line["path"]] = f"{speed}, {line['peak MiB']} MiB".removesuffix(",  MiB")
+                speed = _number(line["warm ms"], Work("", "", "", int(length)))
+                found.setdefault(length, {})[line["path"]] = f"{speed}; {line['peak MiB']}".removesuffix("; ")
         names = [*dict.fromkeys(name for paths in found.values() for name in paths)]
         lines = [
-            f"| {self.cores} cores of an {self.processor}, {self.date} | {' | '.join(names)} |",
+            f"| {self.cores} cores of an {self.processor}, {self.date}; tokens/s; MiB | {' | '.join(names)} |",
             "|---" * (1 + len(names)) + "|",
         ]
         for length, paths in found.items():
@@ -132,14 +133,16 @@ class Page:
         """Milliseconds of a token, and tokens a second of reading a prompt, by weights."""
         found = self.decoding()
         labels = [*next(iter(found.values()))]
+        units = ["ms" if label.startswith("after") else "tokens/s" for label in labels]
+        columns = [f"{label}, {unit}" for label, unit in zip(labels, units)]
         lines = [
-            f"| {self.cores} cores of an {self.processor}, {self.date} | {' | '.join(labels)} |",
+            f"| {self.cores} cores of an {self.processor}, {self.date} | {' | '.join(columns)} |",
             "|---" * (1 + len(labels)) + "|",
         ]
         for name, rates in found.items():
             cells = [
-                f"{1000 / rates[label]:.1f} ms" if label.startswith("after") else f"{rates[label]:,.0f} tokens/s"
-                for label in labels
+                f"{1000 / rates[label]:.1f}" if unit == "ms" else f"{rates[label]:,.0f}"
+                for label, unit in zip(labels, units)
             ]
             lines.append(f"| {name} | {' | '.join(cells)} |")
         return lines
@@ -187,10 +190,12 @@ def tokens_a_second(milliseconds: str, work: Work) -> float:
     return 1000 * work.tokens / float(milliseconds.replace(",", ""))
 
 
+def _number(milliseconds: str, work: Work) -> str:
+    return f"{tokens_a_second(milliseconds, work):,.0f}" if milliseconds and work.tokens else milliseconds
+
+
 def _shown(milliseconds: str, work: Work) -> str:
-    if not milliseconds:
-        return ""
-    return f"{tokens_a_second(milliseconds, work):,.0f} tokens/s" if work.tokens else f"{milliseconds} ms"
+    return f"{_number(milliseconds, work)} {'tokens/s' if work.tokens else 'ms'}"
 
 
 if __name__ == "__main__":

@@ -206,8 +206,10 @@ def test_the_encoders_paths_agree_and_are_summarized(tmp_path, monkeypatch):
     page = tmp_path / "2026-01-02-cpu-encoder.md"
     page.write_text(f"- processor: a\n- cores: 1\n\n{report.paths_table([short, long])}\n")
     head, _, *rows = summary.Page(page).encoder_table()
-    assert head.startswith(f"| 1 cores of an a, 2026-01-02 | {OURS} | plain torch | Transformer encoder |")
+    assert head.startswith(
+        f"| 1 cores of an a, 2026-01-02; tokens/s; MiB | {OURS} | plain torch | Transformer encoder |"
+    )
     milliseconds = 1e3 * short.ours.median
-    shown = float(rows[0].split(" | ")[1].removesuffix(" tokens/s").replace(",", ""))
+    shown = float(rows[0].split(" | ")[1].replace(",", ""))
     assert rows[0].startswith("| 256 positions | ") and abs(shown * milliseconds / 256_000 - 1) < 0.01
     assert rows[1].startswith("| 2,048 positions | ") and rows[1].split(" | ")[2].strip(" |") == ""
