@@ -56,7 +56,7 @@ def compare(work: Work) -> dict[str, float]:
             dist.all_reduce(value)
             value /= ranks
     assert whole.keys() == piece.keys(), whole.keys() ^ piece.keys()
-    return {name: _error(piece[name], value) for name, value in whole.items()}
+    return {name: relative_error(piece[name], value) for name, value in whole.items()}
 
 
 def cut_over_all_ranks(model: mo.Megalodon) -> ParallelMegalodon:
@@ -153,8 +153,10 @@ def _inside(work: Work, columns: slice) -> Tensor:
     return inside[:, columns, None]
 
 
-def _error(got: Tensor, expected: Tensor) -> float:
-    assert got.shape == expected.shape and got.dtype == expected.dtype, (got.shape, expected.shape, got.dtype)
+def relative_error(got: Tensor, expected: Tensor) -> float:
+    """The largest difference, relative to the largest expected value; infinity for NaN."""
+    is_same_kind = got.shape == expected.shape and got.dtype in (expected.dtype, torch.bfloat16)  # by `param_dtype`
+    assert is_same_kind, (got.shape, expected.shape, got.dtype, expected.dtype)
     if not got.numel():
         return 0.0
     wide = torch.complex128 if expected.is_complex() else torch.float64
@@ -195,4 +197,5 @@ def compare_numbers(work: Work) -> dict[str, float]:
     for name, value in piece.items():
         if name.startswith("d "):
             dist.all_reduce(value)
-    return {name: _error(piece[name], value) for name, value in whole.items() if not name.endswith("residual")}
+    found = {name: value for name, value in whole.items() if not name.endswith("residual")}
+    return {name: relative_error(piece[name], value) for name, value in found.items()}
