@@ -9,7 +9,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from chunk_parallel import cut_over_all_ranks
-from data_parallel import gradients_of, parameters_of
+from data_parallel import gather, gradients_of, parameters_of
 from models import TINY, tiny_model, tokens_of
 from torch.nn.parallel import DistributedDataParallel
 
@@ -27,14 +27,14 @@ def batch() -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def train(sizes: str | None, data: str, config: dict[str, Any]) -> tuple[list[float], dict[str, torch.Tensor]]:
-    """Losses of two optimizer steps in float64, with the state carried, and the parameters after them."""
+    """Losses and norms of two optimizer steps in float64, with the state carried, and the parameters after them."""
     model = tiny_model(torch.float64, **config)
     (tokens, targets), state = batch(), None
     if sizes is not None:
         mesh = make_mesh(sizes, device_type="cpu")
         model = parallelize(model, mesh, data=data)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
-    losses = []
+    figures = []
     for start, end in ((0, 2 * C), (2 * C, LENGTH)):
         part, wanted = tokens[:, start:end], targets[:, start:end]
         if sizes is not None:
@@ -42,11 +42,11 @@ def train(sizes: str | None, data: str, config: dict[str, Any]) -> tuple[list[fl
         loss, state = model.loss(part, wanted, state=state, return_state=True)
         optimizer.zero_grad()
         loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 0.5)
+        norm = gather(torch.nn.utils.clip_grad_norm_(model.parameters(), 0.5))
         optimizer.step()
         state = state.detach()
-        losses.append(loss.item())
-    return losses, parameters_of(model)
+        figures += [loss.item(), norm.item()]
+    return figures, parameters_of(model)
 
 
 @pytest.mark.parametrize(
@@ -59,9 +59,9 @@ def train(sizes: str | None, data: str, config: dict[str, Any]) -> tuple[list[fl
     ids=["shard", "replicate", "chunk alone"],
 )
 def test_trains_as_one_process(ranks, sizes, data, config):
-    losses, parameters = train(None, data, config)
+    figures, parameters = train(None, data, config)
     for found, values in ranks.run(train, 4, sizes, data, config):
-        assert found == pytest.approx(losses, rel=1e-10)
+        assert found == pytest.approx(figures, rel=1e-10)
         torch.testing.assert_close(values, parameters, rtol=1e-7, atol=1e-8)
 
 

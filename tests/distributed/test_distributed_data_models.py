@@ -9,6 +9,7 @@ import time
 import pytest
 import torch
 import torch.distributed as dist
+from assertions import message_of
 from data_parallel import WITH_ALL, batch_of, gather, mesh_of_all, own_rows, parameters_of
 from models import TINY, tiny_model, tokens_of
 from torch.distributed import fsdp
@@ -107,34 +108,29 @@ def test_after_an_error_in_all_ranks_training_goes_on(ranks):
 
 def refusals():
     """Errors on this rank of arguments that are wrong or differ between ranks."""
-    rank, mesh = dist.get_rank(), mesh_of_all()
-    texts = []
-
-    def expect(call, error=ValueError):
-        with pytest.raises(error) as caught:
-            call()
-        texts.append(str(caught.value))
-
-    expect(lambda: parallelize(tiny_model(**({"num_layers": 3} if rank else {})), mesh))
+    rank, mesh, model = dist.get_rank(), mesh_of_all(), tiny_model()
     torch.manual_seed(rank)
-    expect(lambda: parallelize(mo.Megalodon(mo.MegalodonConfig(**TINY)), mesh))
-    model = tiny_model()
-    expect(lambda: parallelize(model, mesh, data="both"))
-    expect(lambda: parallelize(model, mesh, data="replicate" if rank else "shard"))
-    expect(lambda: parallelize(model, mesh, param_dtype=torch.bfloat16 if rank else None))
+    other = mo.Megalodon(mo.MegalodonConfig(**TINY))
+    calls = [
+        lambda: parallelize(tiny_model(**({"num_layers": 3} if rank else {})), mesh),
+        lambda: parallelize(other, mesh),
+        lambda: parallelize(model, mesh, data="both"),
+        lambda: parallelize(model, mesh, data="replicate" if rank else "shard"),
+        lambda: parallelize(model, mesh, param_dtype=torch.bfloat16 if rank else None),
+        lambda: make_mesh("data=2" if rank else "chunk=2", device_type="cpu"),
+        lambda: make_mesh("data=2,chunk=3", device_type="cpu"),
+    ]
+    texts = [message_of(call) for call in calls]
     assert type(model) is mo.Megalodon, "a refused model stays unchanged"
     model = parallelize(model, mesh)
     assert isinstance(model, ParallelMegalodon)
-    expect(lambda: parallelize(model, mesh), TypeError)
-    expect(lambda: make_mesh("data=2" if rank else "chunk=2", device_type="cpu"))
-    expect(lambda: make_mesh("data=2,chunk=3", device_type="cpu"))
-    return texts
+    return [*texts, message_of(lambda: parallelize(model, mesh), TypeError)]
 
 
 def test_arguments_that_differ_between_ranks_are_an_error_on_all(ranks):
     first, second = ranks.run(refusals, 2)
     assert first == second
-    config, weights, unknown, data, dtype, twice, names, product = first
+    config, weights, unknown, data, dtype, names, product, twice = first
     assert config == (
         "parallelize: `model.config.num_layers` must be the same on the ranks 0, 1, got 2 on rank 0 and 3 on rank 1."
     )
