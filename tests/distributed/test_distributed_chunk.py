@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 import torch
 from assertions import every_case
-from chunk_parallel import Work, compare, compare_numbers, worst_error
+from chunk_parallel import Work, compare, worst_error
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -70,15 +70,16 @@ def test_equals_one_process(ranks, case):
 
 
 def test_a_model_of_numbers_equals_one_process(ranks):
+    config = dict(num_features=2, output_size=3)
     works = {
-        "dense": Work((16, 8, 11), rows=2),
-        "padded with a state": Work((13, 8, 5), rows=3, lengths=(26, 14, 0), past=(3, C + 3, 2)),
-        "packed with a state": Work((12, 8, 10), cu_seqlens=(1, 6, 6, 29), past=(3, 5, 2)),
+        "dense": Work((16, 8, 11), rows=2, config=config),
+        "padded with a state": Work((13, 8, 5), rows=3, lengths=(26, 14, 0), past=(3, C + 3, 2), config=config),
+        "packed with a state": Work((12, 8, 10), cu_seqlens=(1, 6, 6, 29), past=(3, 5, 2), config=config),
     }
     with every_case() as case:
         for name, work in works.items():
             with case(name):
-                error, where = worst_error(ranks.run(compare_numbers, 3, work))
+                error, where = worst_error(ranks.run(compare, 3, work))
                 assert error < EXACT, where
 
 

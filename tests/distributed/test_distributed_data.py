@@ -7,16 +7,12 @@ import data_parallel
 import pytest
 import torch
 import torch.distributed as dist
-from data_parallel import WITH_ALL, batch_of, gather, mesh_of_all, own_rows, train, train_parallel
+from data_parallel import WITH_ALL, batch_of, gather, gradients_of, mesh_of_all, own_rows, parameters_of, train
+from data_parallel import train_parallel
 from models import TINY, tiny_model, tokens_of
 
 import megalodon_ops as mo
-
-fsdp = pytest.importorskip("torch.distributed.fsdp")
-if not hasattr(getattr(fsdp, "FSDPModule", None), "set_force_sum_reduction_for_comms"):
-    pytest.skip("parallelize asks for a newer torch", allow_module_level=True)
-
-from megalodon_ops.distributed import make_mesh, parallelize, split  # noqa: E402
+from megalodon_ops.distributed import parallelize
 
 STEPS = 3
 SLOW = pytest.mark.slow
@@ -27,8 +23,7 @@ def assert_same_training(found, wanted, tolerance=1e-5):
     assert losses == pytest.approx(wanted_losses, rel=tolerance)
     assert norms == pytest.approx(wanted_norms, rel=tolerance)
     assert min(wanted_norms) > 0.5, "every step clips"
-    for name, parameter in wanted_parameters.items():
-        torch.testing.assert_close(parameters[name], parameter, rtol=tolerance, atol=tolerance)
+    torch.testing.assert_close(parameters, wanted_parameters, rtol=tolerance, atol=tolerance)
 
 
 @pytest.mark.parametrize(
@@ -64,8 +59,7 @@ def test_a_loss_may_read_a_state_alone(ranks):
     wanted = gradients_through_the_state(False)
     found, _ = ranks.run(gradients_through_the_state, 2, True)
     assert wanted.keys() == found.keys() and "layers.1.mega.cema.alpha" in wanted
-    for name, gradient in wanted.items():
-        torch.testing.assert_close(found[name], gradient)
+    torch.testing.assert_close(found, wanted)
 
 
 def gradients(data):
@@ -78,14 +72,13 @@ def gradients(data):
         loss = model.loss(tokens[rows], targets[rows], reduction=reduction)
         ranks = dist.get_world_size()  # gradients are averaged over them
         (loss if reduction != "none" else ranks * (loss * weights_of(loss, rows)).sum()).backward()
-        found.append((loss.detach(), {name: gather(p.grad) for name, p in model.named_parameters()}))
+        found.append((loss.detach(), gradients_of(model)))
     return found
 
 
 def weights_of(losses, rows):
-    return torch.linspace(0, 1, data_parallel.ROWS * losses.shape[1], dtype=losses.dtype).view(-1, losses.shape[1])[
-        rows
-    ]
+    weights = torch.linspace(0, 1, data_parallel.ROWS * losses.shape[1], dtype=losses.dtype)
+    return weights.view(-1, losses.shape[1])[rows]
 
 
 @pytest.mark.parametrize("data", ["shard", pytest.param("replicate", marks=SLOW)])
@@ -100,8 +93,7 @@ def test_gradients_of_every_reduction_are_those_of_the_whole_batch(ranks, data):
         losses = [result[i][0] for result in results]
         found = torch.cat(losses) if reduction == "none" else losses[0]
         torch.testing.assert_close(found, wanted.detach(), rtol=1e-12, atol=1e-12)
-        for name, parameter in model.named_parameters():
-            torch.testing.assert_close(results[0][i][1][name], parameter.grad, rtol=1e-10, atol=1e-12)
+        torch.testing.assert_close(results[0][i][1], gradients_of(model), rtol=1e-10, atol=1e-12)
 
 
 def loss_without_targets():
@@ -153,8 +145,8 @@ def test_matrices_compute_in_bfloat16_and_wide_parameters_do_not(ranks, data, ov
         assert found[0][0] == pytest.approx(short, rel=1e-5) and found[0][0] != pytest.approx(losses[0], rel=1e-7)
         assert found[0] == pytest.approx(losses, rel=1e-2) and found[1] == pytest.approx(norms, rel=5e-2)
         assert (dtypes, cema, keys) == ({torch.float32}, torch.complex64, torch.bfloat16)
-        for name, parameter in parameters.items():  # Adam's updates are as large as the rate, whatever the gradient
-            torch.testing.assert_close(found[2][name], parameter, rtol=1e-2, atol=STEPS * 1e-3)
+        # Adam's updates are as large as the rate, whatever the gradient.
+        torch.testing.assert_close(found[2], parameters, rtol=1e-2, atol=STEPS * 1e-3)
 
 
 def initialise_on_meta(overrides):
@@ -163,7 +155,7 @@ def initialise_on_meta(overrides):
     with torch.device("meta"):
         model = mo.Megalodon(mo.MegalodonConfig(**{**TINY, **overrides}))
     model = parallelize(model, mesh_of_all(), param_dtype=torch.bfloat16)
-    initial = {name: gather(parameter) for name, parameter in model.named_parameters()}
+    initial = parameters_of(model)
     assert torch.equal(torch.get_rng_state(), before)
     local, total = (sum(f(p) for p in model.parameters()) for f in (lambda p: p.to_local().numel(), torch.numel))
     assert local == pytest.approx(total / 2, rel=0.02)
@@ -176,63 +168,34 @@ def test_a_model_on_meta_has_the_initial_values_of_one_process(ranks, overrides)
     torch.manual_seed(7)
     wanted = mo.Megalodon(mo.MegalodonConfig(**{**TINY, **overrides}))
     for initial in ranks.run(initialise_on_meta, 2, overrides):
-        assert initial.keys() == dict(wanted.named_parameters()).keys()
-        for name, parameter in wanted.named_parameters():
-            assert torch.equal(initial[name], parameter), name
+        torch.testing.assert_close(initial, parameters_of(wanted), rtol=0, atol=0)
 
 
-def shard_every_linear_layer():
+def shard_every_linear_layer(model):
     from torch.distributed.fsdp import fully_shard
 
     mesh = torch.distributed.device_mesh.init_device_mesh("cpu", (dist.get_world_size(),))
-    model = tiny_model(torch.float64)
     for module in [*model.modules()]:
         if isinstance(module, torch.nn.Linear):
             fully_shard(module, mesh=mesh)
-    fully_shard(model, mesh=mesh)
-    tokens, targets = tokens_of(4, 9)[own_rows()], tokens_of(4, 10)[:, 1:][own_rows()]
-    loss = model.loss(tokens, targets)
+    return fully_shard(model, mesh=mesh)
+
+
+def train_with_wrapper(wrap):
+    model = tiny_model(torch.float64)
+    wrapped = wrap(model)
+    loss_of = getattr(wrapped, "loss", wrapped)  # DDP has only a forward
+    loss = loss_of(tokens_of(4, 9)[own_rows()], tokens_of(4, 10)[:, 1:][own_rows()])
     loss.backward()
     dist.all_reduce(loss.detach())
-    return loss.item() / 2, {name: gather(parameter.grad) for name, parameter in model.named_parameters()}
+    return loss.item() / 2, gradients_of(model)
 
 
-def train_with_ddp():
-    model = torch.nn.parallel.DistributedDataParallel(tiny_model(torch.float64))
-    loss = model(tokens_of(4, 9)[own_rows()], targets=tokens_of(4, 10)[:, 1:][own_rows()])
-    loss.backward()
-    dist.all_reduce(loss.detach())
-    return loss.item() / 2, {name: parameter.grad for name, parameter in model.module.named_parameters()}
-
-
-@pytest.mark.parametrize("function", [shard_every_linear_layer, train_with_ddp])
-def test_torchs_own_wrappers_train_the_loss(ranks, function):
+@pytest.mark.parametrize("wrap", [shard_every_linear_layer, torch.nn.parallel.DistributedDataParallel])
+def test_torchs_own_wrappers_train_the_loss(ranks, wrap):
     model = tiny_model(torch.float64)
     wanted = model.loss(tokens_of(4, 9), tokens_of(4, 10)[:, 1:])
     wanted.backward()
-    for loss, gradients in ranks.run(function, 2):
+    for loss, gradients in ranks.run(train_with_wrapper, 2, wrap):
         assert loss == pytest.approx(wanted.item(), rel=1e-12)
-        for name, parameter in model.named_parameters():
-            torch.testing.assert_close(gradients[name], parameter.grad, rtol=1e-10, atol=1e-12)
-
-
-def train_on_mesh(sizes, overrides):
-    mesh = make_mesh(sizes, device_type="cpu")
-    model = parallelize(tiny_model(torch.float64, **overrides), mesh)
-    pieces = [split(tensor, mesh, chunk_size=TINY["chunk_size"]) for tensor in batch_of(1)]
-    loss = model.loss(*pieces)
-    loss.backward()
-    with torch.no_grad():
-        unsharded_loss = model.alone().loss(*batch_of(1)).item()
-    return loss.item(), {name: gather(parameter.grad) for name, parameter in model.named_parameters()}, unsharded_loss
-
-
-@pytest.mark.parametrize("sizes", ["chunk=2", pytest.param("data=2,chunk=2", marks=SLOW)])
-def test_split_sequences_have_the_gradients_of_one_process(ranks, sizes):
-    model = tiny_model(torch.float64, **WITH_ALL)
-    wanted = model.loss(*batch_of(1))
-    wanted.backward()
-    for loss, gradients, unsharded_loss in ranks.run(train_on_mesh, 2 if sizes == "chunk=2" else 4, sizes, WITH_ALL):
-        assert [loss, unsharded_loss] == pytest.approx([wanted.item()] * 2, rel=1e-12)
-        for name, parameter in model.named_parameters():
-            torch.testing.assert_close(gradients[name], parameter.grad, rtol=1e-9, atol=1e-11)
+        torch.testing.assert_close(gradients, gradients_of(model), rtol=1e-10, atol=1e-12)

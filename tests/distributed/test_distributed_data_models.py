@@ -9,23 +9,19 @@ import time
 import pytest
 import torch
 import torch.distributed as dist
-from data_parallel import WITH_ALL, batch_of, gather, mesh_of_all, own_rows
+from assertions import message_of
+from data_parallel import WITH_ALL, batch_of, gather, mesh_of_all, own_rows, parameters_of
 from models import TINY, tiny_model, tokens_of
+from torch.distributed import fsdp
 
 import megalodon_ops as mo
 
-fsdp = pytest.importorskip("torch.distributed.fsdp")
-if not hasattr(getattr(fsdp, "FSDPModule", None), "set_force_sum_reduction_for_comms"):
-    pytest.skip("parallelize asks for a newer torch", allow_module_level=True)
-
-from megalodon_ops.distributed import ParallelMegalodon, make_mesh, parallelize  # noqa: E402
-from megalodon_ops.distributed.start import await_workers  # noqa: E402
+from megalodon_ops.distributed import ParallelMegalodon, make_mesh, parallelize
+from megalodon_ops.distributed.start import await_workers
 
 PROMPT = tokens_of(4, 13)
-SLOW = pytest.mark.slow
-
-
 NEW_TOKENS = 5, 40  # by rank
+SLOW = pytest.mark.slow
 
 
 def generate(data, param_dtype):
@@ -38,11 +34,7 @@ def generate(data, param_dtype):
     return tokens, stream.state, [next(stream) for _ in range(1 + dist.get_rank())]
 
 
-@pytest.mark.parametrize(
-    "data, param_dtype",
-    [("shard", torch.bfloat16), pytest.param("replicate", None, marks=SLOW)],
-    ids=str,
-)
+@pytest.mark.parametrize("data, param_dtype", [("shard", torch.bfloat16), pytest.param("replicate", None, marks=SLOW)])
 def test_ranks_generate_alone(ranks, data, param_dtype):
     model = tiny_model(torch.float32, **WITH_ALL).eval().to(param_dtype or torch.float32)
     results = ranks.run(generate, 2, data, param_dtype)
@@ -58,16 +50,15 @@ def save_and_load(folder, overrides):
     model.save(folder)
     is_written = os.path.exists(f"{folder}/config.json")
     loaded = parallelize(mo.Megalodon.load(folder), mesh_of_all())
-    equal = all(torch.equal(gather(a), gather(b)) for a, b in zip(model.parameters(), loaded.parameters(), strict=True))
-    return is_written and equal
+    torch.testing.assert_close(parameters_of(model), parameters_of(loaded), rtol=0, atol=0)
+    return is_written
 
 
 @pytest.mark.parametrize("overrides", [WITH_ALL, pytest.param({}, marks=SLOW)], ids=["all", "plain"])
 def test_a_saved_model_loads_in_one_process_and_in_ranks(ranks, tmp_path, overrides):
     assert ranks.run(save_and_load, 2, f"{tmp_path}/model", overrides) == [True, True]
     loaded, wanted = mo.Megalodon.load(tmp_path / "model"), tiny_model(torch.float32, **overrides)
-    for (name, parameter), other in zip(loaded.named_parameters(), wanted.parameters(), strict=True):
-        assert parameter.dtype == torch.float32 and torch.equal(parameter, other), name
+    torch.testing.assert_close(parameters_of(loaded), parameters_of(wanted), rtol=0, atol=0)
 
 
 def evaluate():
@@ -101,7 +92,9 @@ def train_after_errors():
     return losses
 
 
-@pytest.mark.skipif(not hasattr(fsdp.FSDPModule, "reset_iter_state"), reason="this torch cannot go on after an error")
+@pytest.mark.skipif(
+    not hasattr(getattr(fsdp, "FSDPModule", None), "reset_iter_state"), reason="this torch cannot go on after an error"
+)
 def test_after_an_error_in_all_ranks_training_goes_on(ranks):
     model = tiny_model(torch.float64)
     wanted = model.loss(*batch_of(1))
@@ -115,34 +108,29 @@ def test_after_an_error_in_all_ranks_training_goes_on(ranks):
 
 def refusals():
     """Errors on this rank of arguments that are wrong or differ between ranks."""
-    rank, mesh = dist.get_rank(), mesh_of_all()
-    texts = []
-
-    def expect(call, error=ValueError):
-        with pytest.raises(error) as caught:
-            call()
-        texts.append(str(caught.value))
-
-    expect(lambda: parallelize(tiny_model(**({"num_layers": 3} if rank else {})), mesh))
+    rank, mesh, model = dist.get_rank(), mesh_of_all(), tiny_model()
     torch.manual_seed(rank)
-    expect(lambda: parallelize(mo.Megalodon(mo.MegalodonConfig(**TINY)), mesh))
-    model = tiny_model()
-    expect(lambda: parallelize(model, mesh, data="both"))
-    expect(lambda: parallelize(model, mesh, data="replicate" if rank else "shard"))
-    expect(lambda: parallelize(model, mesh, param_dtype=torch.bfloat16 if rank else None))
+    other = mo.Megalodon(mo.MegalodonConfig(**TINY))
+    calls = [
+        lambda: parallelize(tiny_model(**({"num_layers": 3} if rank else {})), mesh),
+        lambda: parallelize(other, mesh),
+        lambda: parallelize(model, mesh, data="both"),
+        lambda: parallelize(model, mesh, data="replicate" if rank else "shard"),
+        lambda: parallelize(model, mesh, param_dtype=torch.bfloat16 if rank else None),
+        lambda: make_mesh("data=2" if rank else "chunk=2", device_type="cpu"),
+        lambda: make_mesh("data=2,chunk=3", device_type="cpu"),
+    ]
+    texts = [message_of(call) for call in calls]
     assert type(model) is mo.Megalodon, "a refused model stays unchanged"
     model = parallelize(model, mesh)
     assert isinstance(model, ParallelMegalodon)
-    expect(lambda: parallelize(model, mesh), TypeError)
-    expect(lambda: make_mesh("data=2" if rank else "chunk=2", device_type="cpu"))
-    expect(lambda: make_mesh("data=2,chunk=3", device_type="cpu"))
-    return texts
+    return [*texts, message_of(lambda: parallelize(model, mesh), TypeError)]
 
 
 def test_arguments_that_differ_between_ranks_are_an_error_on_all(ranks):
     first, second = ranks.run(refusals, 2)
     assert first == second
-    config, weights, unknown, data, dtype, twice, names, product = first
+    config, weights, unknown, data, dtype, names, product, twice = first
     assert config == (
         "parallelize: `model.config.num_layers` must be the same on the ranks 0, 1, got 2 on rank 0 and 3 on rank 1."
     )
@@ -159,7 +147,7 @@ def test_arguments_that_differ_between_ranks_are_an_error_on_all(ranks):
 
 
 @pytest.fixture
-def ended_process_group():
+def ended_process_group(parallelize_runs):
     yield
     if dist.is_initialized():
         dist.destroy_process_group()
@@ -208,6 +196,10 @@ def test_a_parallel_model_takes_over_all_of_a_model(ended_process_group):
     assert not any(parameter.requires_grad for parameter in parallel.layers[0].parameters())
 
 
+class Subclass(mo.Megalodon):
+    """A class whose forward could differ."""
+
+
 def test_wrong_arguments_are_refused(ended_process_group):
     mesh = make_mesh("data=1", device_type="cpu")
     other = dist.device_mesh.init_device_mesh("cpu", (1,), mesh_dim_names=("dp",))
@@ -216,6 +208,7 @@ def test_wrong_arguments_are_refused(ended_process_group):
     for model, given, error, words in (
         ("model", mesh, TypeError, f"{kinds} 'model'."),
         (torch.nn.Linear(1, 1), mesh, TypeError, f"{kinds} torch.nn.modules.linear.Linear."),
+        (Subclass(tiny_model().config), mesh, TypeError, f"{kinds} test_distributed_data_models.Subclass."),
         (quantized, mesh, ValueError, "`model` must have floating-point weights, got int8 weights."),
         (tiny_model(), None, TypeError, "`mesh` must be a torch.distributed DeviceMesh, got None."),
         (tiny_model(), other, ValueError, "`mesh` must have dimensions named any of data, chunk, tensor, .* got dp."),

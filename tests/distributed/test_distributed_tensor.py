@@ -9,16 +9,16 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.distributed.tensor
-from assertions import every_case
+from assertions import every_case, message_of
+from chunk_parallel import worst_error
+from data_parallel import gradients_of, parameters_of, train
 from models import TINY, tiny_model, tokens_of
-from tensor_parallel import Work, compare, worst_error
+from tensor_parallel import Work, compare
 
 import megalodon_ops as mo
+from megalodon_ops.distributed import make_mesh, parallelize
 from megalodon_ops.evaluation import evaluate
 from megalodon_ops.model.model_state import named_tensors
-
-pytest.importorskip("torch.distributed.fsdp")
-from megalodon_ops.distributed import make_mesh, parallelize, split  # noqa: E402
 
 EXACT, FLOAT32 = 1e-10, 1e-5
 ONE_HEAD = Work(config=dict(num_heads=1), past=11)
@@ -49,17 +49,13 @@ def gradients(parallel: bool) -> dict[str, torch.Tensor]:
     total = logits.square().sum() + (losses * weights).sum() + model.features(tokens).sum(-1).pow(3).sum()
     total = total + state.layers[0].cema.abs().sum() + state.norm.mean.square().sum()
     total.backward()
-    return {
-        name: parameter.grad.full_tensor() if parallel else parameter.grad
-        for name, parameter in model.named_parameters()
-    }
+    return gradients_of(model)
 
 
 def test_gradients_of_logits_features_losses_and_states_are_those_of_one_process(ranks):
     wanted = gradients(False)
     for found in ranks.run(gradients, 2, True):
-        for name, grad in wanted.items():
-            torch.testing.assert_close(found[name], grad, rtol=1e-9, atol=1e-9, msg=name)
+        torch.testing.assert_close(found, wanted, rtol=1e-9, atol=1e-9)
 
 
 def results_of_numbers(parallel: bool, config: dict[str, bool]) -> dict[str, torch.Tensor]:
@@ -76,10 +72,8 @@ def results_of_numbers(parallel: bool, config: dict[str, bool]) -> dict[str, tor
     outputs = torch.cat([first, second], 1)[:, :17]
     (outputs.square().sum() + model.features(x).sum(-1).pow(3).sum()).backward()
     results = {f"state {name}": tensor.detach() for name, tensor in named_tensors(after).items()}
-    for name, parameter in model.named_parameters():
-        results[f"d {name}"] = parameter.grad.full_tensor() if parallel else parameter.grad
     grad = x.grad[:, 2:]  # those of the first values are divided by a deviation of 0
-    return results | {"outputs": outputs.detach(), "d x": grad}
+    return results | gradients_of(model) | {"outputs": outputs.detach(), "d x": grad}
 
 
 def test_a_model_of_numbers_equals_one_process(ranks):
@@ -87,9 +81,8 @@ def test_a_model_of_numbers_equals_one_process(ranks):
         for config in ({}, dict(missing_values=True, swiglu=True), dict(scale_inputs=False)):
             wanted = results_of_numbers(False, config)
             for rank, found in enumerate(ranks.run(results_of_numbers, 2, True, config)):
-                for name, value in wanted.items():
-                    with case(config, rank, name):
-                        torch.testing.assert_close(found[name], value, rtol=1e-9, atol=1e-9)
+                with case(config, rank):
+                    torch.testing.assert_close(found, wanted, rtol=1e-9, atol=1e-9)
 
 
 def test_16_bit_matrices_differ_by_their_rounding_alone(ranks):
@@ -134,30 +127,19 @@ def refusals() -> list[str]:
         dict(visible_chunks=2),
     ):
         model = tiny_model(**config)
-        with pytest.raises(ValueError) as caught:
-            parallelize(model, mesh)
-        texts.append(str(caught.value))
+        texts.append(message_of(lambda: parallelize(model, mesh)))  # noqa: B023
         assert type(model) is mo.Megalodon
     model = tiny_model()
     model.layers[0].mega.wv.extra = torch.nn.Parameter(torch.zeros(1))
-    with pytest.raises(ValueError) as caught:
-        parallelize(model, mesh)
-    texts.append(str(caught.value))
-    model = parallelize(tiny_model(), mesh)
-    tokens = tokens_of(1, 9)
-    with pytest.raises(ValueError) as caught:
-        model((tokens + dist.get_rank()) % TINY["vocab_size"])
-    texts.append(str(caught.value))
-    return texts
+    parallel, tokens = parallelize(tiny_model(), mesh), (tokens_of(1, 9) + dist.get_rank()) % TINY["vocab_size"]
+    return [*texts, message_of(lambda: parallelize(model, mesh)), message_of(lambda: parallel(tokens))]
 
 
 def mesh_of_two_ranks_error() -> str:
     mesh = dist.device_mesh.DeviceMesh("cpu", [0, 1], mesh_dim_names=("tensor",))
     if dist.get_rank() == 2:
         return ""
-    with pytest.raises(ValueError) as caught:
-        parallelize(tiny_model(), mesh)
-    return str(caught.value)
+    return message_of(lambda: parallelize(tiny_model(), mesh))
 
 
 @pytest.mark.slow
@@ -173,10 +155,8 @@ def test_a_model_that_cannot_be_split_is_refused_on_every_rank(ranks):
     assert "`mesh` must have a dimension `tensor` whose size divides norm_num_groups = 1, got 2" in groups
     assert "divides value_dim = 25" in values and "divides ffn_hidden_dim = 41" in hidden
     assert "divides num_heads = 3 or is a multiple of num_heads, got 2" in heads
-    assert (
-        two
-        == "parallelize: `mesh` must have tensor = 1 for a model with a working memory or attention to two chunks, got 2."
-    )
+    unsplit = "a working memory or attention to two chunks"
+    assert two == f"parallelize: `mesh` must have tensor = 1 for a model with {unsplit}, got 2."
     assert "such as layers.0.mega.wv.extra; merge adapters first" in others
     assert "`tokens` must be the same on the ranks 0, 1, got int64 (1, 9) of checksum " in tokens
 
@@ -192,12 +172,11 @@ def generate_save_and_initialise(folder: str):
     nats = evaluate(model, [PROMPT[0]])[0].nats
     model.save(folder)
     loaded = parallelize(mo.Megalodon.load(folder), mesh, data="replicate")
-    same = all(torch.equal(a.full_tensor(), b.full_tensor()) for a, b in zip(model.parameters(), loaded.parameters()))
+    same = parameters_of(model), parameters_of(loaded)
     torch.manual_seed(7 + dist.get_rank())
     with torch.device("meta"):
         fresh = mo.Megalodon(mo.MegalodonConfig(**TINY))
-    fresh = parallelize(fresh, mesh)
-    return tokens, nats, same, {name: p.full_tensor().detach() for name, p in fresh.named_parameters()}
+    return tokens, nats, same, parameters_of(parallelize(fresh, mesh))
 
 
 def test_generates_evaluates_is_saved_and_initialised_on_meta(ranks, tmp_path):
@@ -207,47 +186,35 @@ def test_generates_evaluates_is_saved_and_initialised_on_meta(ranks, tmp_path):
     torch.manual_seed(7)
     fresh = mo.Megalodon(mo.MegalodonConfig(**TINY))
     for tokens, found_nats, same, values in ranks.run(generate_save_and_initialise, 2, f"{tmp_path}/model"):
-        assert torch.equal(tokens, wanted) and found_nats == pytest.approx(nats, rel=1e-5) and same
-        for name, parameter in fresh.named_parameters():
-            assert torch.equal(values[name], parameter), name
-    for name, parameter in mo.Megalodon.load(tmp_path / "model").named_parameters():
-        assert torch.equal(parameter, model.get_parameter(name)), name
+        assert torch.equal(tokens, wanted) and found_nats == pytest.approx(nats, rel=1e-5)
+        torch.testing.assert_close(*same, rtol=0, atol=0)
+        torch.testing.assert_close(values, parameters_of(fresh), rtol=0, atol=0)
+    loaded = mo.Megalodon.load(tmp_path / "model")
+    torch.testing.assert_close(parameters_of(loaded), parameters_of(model), rtol=0, atol=0)
 
 
-def train(sizes: str | None, steps: int, frozen: str = "") -> tuple[list[float], dict[str, torch.Tensor]]:
-    """Losses and parameters of some steps of AdamW with clipping, of two micro-batches each, in float64."""
-    model = tiny_model(torch.float64, ffn_hidden_dim=42)
+def train_on_mesh(sizes: str | None, frozen: str) -> tuple[list[float], list[float], dict[str, torch.Tensor]]:
+    """Train for some steps of two micro-batches each, without the parameters whose name has `frozen`."""
+    model, rows = tiny_model(torch.float64, ffn_hidden_dim=42), slice(None)
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(not frozen or frozen not in name)
     if sizes is not None:
         mesh = make_mesh(sizes, device_type="cpu")
         model = parallelize(model, mesh)
-    optimizer, losses = torch.optim.AdamW(model.parameters(), lr=1e-2), []
-    for step in range(steps):
-        batch = torch.randint(TINY["vocab_size"], (4, 22), generator=torch.Generator().manual_seed(step))
-        batch = batch if sizes is None else split(batch, mesh, chunk_size=64)
-        for last, part in enumerate((batch, batch[:, 3:])):
-            if sizes is not None:
-                model.set_requires_gradient_sync(bool(last))
-            loss = model.loss(part[:, :-1], part[:, 1:])
-            loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 0.3)
-        optimizer.step()
-        optimizer.zero_grad()
-        losses.append(loss.item())
-    values = {name: p.full_tensor() if hasattr(p, "full_tensor") else p for name, p in model.named_parameters()}
-    return losses, {name: value.detach() for name, value in values.items()}
+        if "data" in sizes:
+            rows = slice(2 * mesh.get_local_rank("data"), 2 * mesh.get_local_rank("data") + 2)
+    return train(model, 2, accumulate=2, rows=rows, lr=1e-2)
 
 
 def train_with_log(*arguments):
-    """Results of `train`; whether torch found exchanges of its own to merge (None: it does not check); its messages."""
+    """Results of `train_on_mesh`; whether torch found exchanges of its own to merge (None: it does not check); its messages."""
     module, messages, handler = torch.distributed.tensor._redistribute, [], logging.Handler()
     handler.emit = lambda record: messages.append(record.getMessage())
     issues = getattr(module, "_warned_flatten_issues", None)  # since torch 2.10; each is logged once
     if issues is not None:
         issues.clear()
     module.logger.addHandler(handler)
-    result = train(*arguments)
+    result = train_on_mesh(*arguments)
     module.logger.removeHandler(handler)
     return *result, None if issues is None else bool(issues), messages
 
@@ -256,13 +223,12 @@ def train_with_log(*arguments):
 def test_trains_as_one_process(ranks, sizes):
     """Torch's advice on its own exchanges is not logged."""
     frozen = "rmsnorm" if "data" in sizes else ""
-    losses, parameters = train(None, 2, frozen)
+    losses, norms, parameters = train_on_mesh(None, frozen)
     count = 4 if "data" in sizes else 2
-    for found, values, has_issues, messages in ranks.run(train_with_log, count, sizes, 2, frozen):
+    for *found, values, has_issues, messages in ranks.run(train_with_log, count, sizes, frozen):
         assert has_issues is not False and not messages
-        assert found == pytest.approx(losses, rel=1e-10)
-        for name, value in parameters.items():
-            torch.testing.assert_close(values[name], value, rtol=1e-7, atol=1e-8, msg=name)
+        assert found == [pytest.approx(losses, rel=1e-10), pytest.approx(norms, rel=1e-10)]
+        torch.testing.assert_close(values, parameters, rtol=1e-7, atol=1e-8)
 
 
 def compare_on_two_process_groups(store: str) -> list[dict[str, float]]:

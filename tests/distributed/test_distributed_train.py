@@ -9,22 +9,21 @@ import signal
 from functools import partial
 
 import pytest
+import torch
 import torch.distributed as dist
 from command_line import lines_of, rows, train
-from launched import TINY, Launch, command, copy_without_the_last, flags
+from data_parallel import parameters_of
+from launched import TINY, Launch, command, copy_without_the_last, flags, run_on_ranks
 
-from megalodon_ops import torchrun
+from megalodon_ops import Megalodon, torchrun
+from megalodon_ops.cli import main
 from megalodon_ops.cli.console import Progress
 from megalodon_ops.cli.errors import CommandError
 from megalodon_ops.cli.held_out import best_of_run
 from megalodon_ops.training import Reader, read_metrics
 from megalodon_ops.training.run_checkpoint import load_checkpoint
 
-fsdp = pytest.importorskip("torch.distributed.fsdp")
-if not hasattr(fsdp, "fully_shard"):
-    pytest.skip("this torch has no torch.distributed.fsdp.fully_shard", allow_module_level=True)
-
-pytestmark = pytest.mark.usefixtures("quick")
+pytestmark = pytest.mark.usefixtures("quick", "parallelize_runs")
 
 slow = pytest.mark.slow
 STEPS = ("--steps", 6, "--eval-every", 5, "--checkpoint-every", 4, "--optimizer", "muon")
@@ -60,7 +59,7 @@ def run_on_mesh(ranks, text, tmp_path_factory):
     def run(mesh):
         if mesh not in runs:
             out = tmp_path_factory.mktemp("split")
-            runs[mesh] = out, ranks.run(command, MESHES[mesh], flags(text, out, *STEPS, "--mesh", mesh))
+            runs[mesh] = out, run_on_ranks(ranks, MESHES[mesh], flags(text, out, *STEPS, "--mesh", mesh))
         return runs[mesh]
 
     return run
@@ -68,8 +67,7 @@ def run_on_mesh(ranks, text, tmp_path_factory):
 
 @pytest.mark.parametrize("mesh", ["data=2", *(pytest.param(mesh, marks=slow) for mesh in MESHES if mesh != "data=2")])
 def test_the_losses_are_those_of_one_process(single_run, run_on_mesh, mesh):
-    out, results = run_on_mesh(mesh)
-    assert [result.code for result in results] == [0] * MESHES[mesh], results
+    out, _ = run_on_mesh(mesh)
     assert_losses(out, single_run, 1e-5)
     assert_values_close(load_checkpoint(out), load_checkpoint(single_run))
     best, wanted = best_of_run(out), best_of_run(single_run)
@@ -80,29 +78,24 @@ def test_the_losses_are_those_of_one_process(single_run, run_on_mesh, mesh):
 @pytest.mark.parametrize("mesh", ["data=2", pytest.param("chunk=2", marks=slow)])
 def test_processes_accumulate_the_batch_of_one(ranks, single_run, text, tmp_path, mesh):
     options = (*STEPS, "--batch", 2, "--accumulate", 2, "--mesh", mesh)
-    results = ranks.run(command, 2, flags(text, tmp_path / "run", *options))
-    assert [result.code for result in results] == [0, 0], results
+    run_on_ranks(ranks, 2, flags(text, tmp_path / "run", *options))
     assert_losses(tmp_path / "run", single_run, 1e-5)
 
 
 def test_processes_start_from_the_weights_of_a_model(ranks, single_run, text, tmp_path):
     options = ("--init-from", single_run / "best", *STEPS)
     assert train(text, tmp_path / "one", *TINY, *options) == 0
-    results = ranks.run(command, 2, flags(text, tmp_path / "two", *options, "--mesh", "data=2"))
-    assert [result.code for result in results] == [0, 0], results
+    run_on_ranks(ranks, 2, flags(text, tmp_path / "two", *options, "--mesh", "data=2"))
     assert_losses(tmp_path / "two", tmp_path / "one", 1e-5)
     losses = [[row["loss"] for row in rows(run) if "loss" in row] for run in (tmp_path / "one", single_run)]
     assert losses[0][0] < losses[1][0] - 0.2, "it starts where the other has learned"
 
 
 def assert_values_close(found, wanted):
-    from megalodon_ops import Megalodon
-
     models = [Megalodon(wanted.config) for _ in range(2)]
     for model, checkpoint in zip(models, (found, wanted), strict=True):
         checkpoint.load_weights(model)
-    for one, other in zip(*(model.parameters() for model in models), strict=True):
-        assert (one - other).abs().max() < 1e-3
+    torch.testing.assert_close(*map(parameters_of, models), rtol=0, atol=1e-3)
 
 
 @pytest.mark.parametrize("mesh, count, batch", [("chunk=2", 2, 1), pytest.param("data=2,chunk=2", 4, 2, marks=slow)])
@@ -110,8 +103,7 @@ def test_rows_that_are_cut_between_two_chunks(ranks, text, tmp_path, mesh, count
     """Rows of 500-byte documents, split over processes and carried to the next batch at arbitrary positions of a chunk."""
     options = (*STEPS, "--batch", batch, "--length", 193 // batch, "--optimizer", "adamw")
     assert train(text, tmp_path / "single", *TINY, *options) == 0
-    results = ranks.run(command, count, flags(text, tmp_path / "split", *options, "--mesh", mesh))
-    assert [result.code for result in results] == [0] * count, results
+    run_on_ranks(ranks, count, flags(text, tmp_path / "split", *options, "--mesh", mesh))
     assert_losses(tmp_path / "split", tmp_path / "single", 1e-4)
 
 
@@ -139,12 +131,9 @@ def test_a_run_resumes_in_another_number_of_processes(ranks, single_run, run_on_
     out = copy_without_the_last(single_run if before is None else run_on_mesh(before)[0], tmp_path / "run")
     arguments = ["train", "--out", str(out), "--resume"]
     if after is None:
-        from megalodon_ops.cli import main
-
         assert main(arguments) == 0
     else:
-        results = ranks.run(command, MESHES[after], [*arguments, "--mesh", after])
-        assert [result.code for result in results] == [0] * MESHES[after], results
+        run_on_ranks(ranks, MESHES[after], [*arguments, "--mesh", after])
     assert_losses(out, single_run, 1e-5)
     names = {path.name for folder in (out / "checkpoints").glob("*6") for path in folder.iterdir()}
     assert ("distributed" in names) == (after is not None) and ("model.safetensors" in names) == (after is None)
@@ -266,16 +255,14 @@ def test_a_signal_stops_all_at_one_step_and_the_run_resumes_on_another_mesh(rank
     assert words in results[0].out
     assert load_checkpoint(tmp_path / "run").step == 3 == rows(tmp_path / "run")[-1]["step"]
     assert (tmp_path / "run" / "loss_curve.png").exists()
-    results = ranks.run(command, 2, ["train", "--out", str(tmp_path / "run"), "--resume", "--mesh", "chunk=2"])
-    assert [result.code for result in results] == [0, 0], results
+    run_on_ranks(ranks, 2, ["train", "--out", tmp_path / "run", "--resume", "--mesh", "chunk=2"])
     assert_losses(tmp_path / "run", whole, 1e-5)
 
 
 @slow
 def test_minutes_end_all_at_one_step(ranks, text, tmp_path):
     options = ("--minutes", 0.05, "--eval-every", 1000, "--checkpoint-every", 50)
-    results = ranks.run(command, 2, flags(text, tmp_path, *options))
-    assert [result.code for result in results] == [0, 0], results
+    run_on_ranks(ranks, 2, flags(text, tmp_path, *options))
     curve = [row for row in read_metrics(tmp_path / "metrics.jsonl") if "loss" in row]
     assert load_checkpoint(tmp_path).step == curve[-1]["step"] >= 8
     assert curve[-1]["learning_rate"] < curve[4]["learning_rate"]
@@ -312,11 +299,9 @@ def test_a_restarted_launch_resumes(ranks, run_on_mesh, text, tmp_path):
     arguments = flags(text, out, *STEPS)
     assert ranks.run(command_that_is_killed, 2, arguments, 5) == [None, None]
     assert [row["step"] for row in rows(out) if "loss" in row][-1] == 5
-    results = ranks.run(command, 2, arguments)
-    assert [result.code for result in results] == [0, 0], results
+    run_on_ranks(ranks, 2, arguments)
     assert_losses(out, whole, 1e-6)
-    results = ranks.run(command, 2, [*arguments, "--seed", "1"])
-    assert [result.code for result in results] == [2, 2]
+    results = run_on_ranks(ranks, 2, [*arguments, "--seed", 1], code=2)
     assert "--seed: the run in " in results[0].err + results[1].err
 
 
@@ -334,16 +319,12 @@ def test_processes_resume_only_a_run_with_the_same_options(ranks, single_run, te
         (no_rate, "--lr", "has 0.01, got 0.04; go on with --resume"),
         ([*named, "--steps", "7"], "--steps", "has 6, got 7; go on with --resume, or start another run"),
     ):
-        results = ranks.run(command, 2, arguments)
-        assert [result.code for result in results] == [2, 2], arguments
+        results = run_on_ranks(ranks, 2, arguments, code=2)
         assert f"{option}: the run in {out} {message}" in results[0].err + results[1].err
         assert {path: path.stat().st_mtime_ns for path in out.rglob("*") if path.name != ".lock"} == before
-    results = ranks.run(command, 2, named)
-    assert [result.code for result in results] == [0, 0], results
-    assert f"{out}: finished after step 6" in results[0].out
+    assert f"{out}: finished after step 6" in run_on_ranks(ranks, 2, named)[0].out
 
 
 def test_the_folder_of_several_processes_has_a_name(ranks, text):
-    results = ranks.run(command, 2, ["train", "--data", str(text), *TINY])
-    assert [result.code for result in results] == [2, 2]
+    results = run_on_ranks(ranks, 2, ["train", "--data", text, *TINY], code=2)
     assert "name the folder of the run with --out DIR" in results[0].err + results[1].err

@@ -1,5 +1,6 @@
 """Checkpoints that several processes write together: complete or absent, and readable by any number of processes."""
 
+import functools
 import io
 import json
 import logging
@@ -13,65 +14,51 @@ from functools import partial
 import pytest
 import torch
 import torch.distributed as dist
+from data_parallel import gather
 from models import SMALLEST
 from mutations import edit, make_pipe
 from torch.distributed.checkpoint import metadata
-from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.tensor import DTensor
 from torch.utils._pytree import tree_leaves
 
 from megalodon_ops import Megalodon, MegalodonConfig
+from megalodon_ops.distributed import make_mesh, parallelize, split
+from megalodon_ops.storage import sharded_tensors
 from megalodon_ops.storage.files import FileError, file_sha256, remove_drafts
 from megalodon_ops.training import Saver, adamw, load_any, load_checkpoint, save_checkpoint
 from megalodon_ops.training.record import write_record
 
-fsdp = pytest.importorskip("torch.distributed.fsdp")
-if not hasattr(fsdp, "fully_shard"):
-    pytest.skip("this torch has no torch.distributed.fsdp.fully_shard", allow_module_level=True)
-
-from megalodon_ops.storage import sharded_tensors  # noqa: E402
-
 SIZES = SMALLEST | dict(model_dim=12, z_dim=4, value_dim=6, ffn_hidden_dim=10, cema_ndim=2, chunk_size=4)
-CONFIG = MegalodonConfig(**SIZES | {"norm_num_groups": 3})
+CONFIG = MegalodonConfig(**SIZES | {"norm_num_groups": 2})  # two ranks of `tensor` share a head; shards of 5, 3 and 2
 ROWS = 4
 
 
-def new_run(seed=0):
+def new_run(sizes=None, seed=0):
+    """A model and its optimizer, split over the processes of a mesh, and the mesh; in one process without `sizes`."""
     torch.manual_seed(seed)
-    model = Megalodon(CONFIG)
-    return model, adamw(model, lr=0.01)
+    model, mesh = Megalodon(CONFIG), None
+    if sizes is not None:
+        mesh = make_mesh(sizes, device_type="cpu")
+        model = parallelize(model, mesh)
+    return model, adamw(model, lr=0.01), mesh
 
 
-def new_split_run(mesh, seed=0):
-    """A model whose parameters are split over all processes."""
-    torch.manual_seed(seed)
-    model = Megalodon(CONFIG)
-    over = mesh if mesh.ndim == 1 else mesh["data", "chunk"]._flatten()
-    for block in model.layers:
-        fsdp.fully_shard(block, mesh=over)
-    fsdp.fully_shard(model, mesh=over)
-    return model, adamw(model, lr=0.01)
-
-
-def run_steps(model, optimizer, steps, first=0):
-    """Optimizer steps on a batch that is the same in all processes, so their mean gradient is that of one."""
-    for step in range(first, first + steps):
+def run_steps(model, optimizer, mesh, steps):
+    for step in range(steps):
         tokens = torch.randint(9, (ROWS, 7), generator=torch.Generator().manual_seed(step))
+        batch = tokens[:, :-1], tokens[:, 1:]
+        if mesh is not None:
+            batch = (split(tensor, mesh, chunk_size=CONFIG.chunk_size) for tensor in batch)
         optimizer.zero_grad()
-        model(tokens[:, :-1], tokens[:, 1:]).backward()
+        model.loss(*batch).backward()
         optimizer.step()
 
 
 def whole_values(model, optimizer):
-    """Every tensor of a model and of its optimizer, whole."""
-    values = {name: parameter.detach() for name, parameter in model.named_parameters()}
+    """Every tensor of a model and of its optimizer, whole, as arrays."""
+    values = dict(model.named_parameters())
     for name, parameter in model.named_parameters():
-        for key, tensor in optimizer.state[parameter].items():
-            values[f"{name}/{key}"] = tensor
-    return {
-        name: (tensor.full_tensor() if isinstance(tensor, DTensor) else tensor).clone()
-        for name, tensor in values.items()
-    }
+        values |= {f"{name}/{key}": tensor for key, tensor in optimizer.state[parameter].items()}
+    return {name: gather(tensor).clone().numpy() for name, tensor in values.items()}
 
 
 def state_of_rows(rows):
@@ -82,10 +69,6 @@ def state_of_rows(rows):
         return Megalodon(CONFIG)(tokens, return_state=True)[1][list(rows)]
 
 
-def mesh_of(sizes):
-    return init_device_mesh("cpu", tuple(sizes.values()), mesh_dim_names=tuple(sizes))
-
-
 def rows_of(mesh):
     """The rows of this process."""
     if "data" not in mesh.mesh_dim_names:
@@ -94,34 +77,32 @@ def rows_of(mesh):
     return range(mesh.get_local_rank("data") * share, (mesh.get_local_rank("data") + 1) * share)
 
 
-def save_on_mesh(run, sizes, steps=3, step=3):
-    mesh = mesh_of(sizes)
-    model, optimizer = new_split_run(mesh)
-    run_steps(model, optimizer, steps)
+def save_on_mesh(run, sizes):
+    model, optimizer, mesh = new_run(sizes)
+    run_steps(model, optimizer, mesh, 3)
     values = whole_values(model, optimizer)
     torch.manual_seed(100)
     saver = Saver(run, mesh)
-    saver.save(step, model, optimizer=optimizer, state=state_of_rows(rows_of(mesh)), record={"position": 5})
+    saver.save(3, model, optimizer=optimizer, state=state_of_rows(rows_of(mesh)), record={"position": 5})
     drawn = torch.rand(3).tolist()
-    run_steps(model, optimizer, 1)  # changes every parameter before the folder exists
+    run_steps(model, optimizer, mesh, 1)  # changes every parameter before the folder exists
     saver.wait()
-    return {name: tensor.numpy() for name, tensor in values.items()}, drawn
+    return values, drawn
 
 
-def resume_on_mesh(run, sizes):
-    mesh = mesh_of(sizes)
-    model, optimizer = new_split_run(mesh, seed=7)
+def resume(run, sizes=None):
+    """Resume a run, and return its values and the next random numbers; compare the state of this process's rows."""
+    model, optimizer, mesh = new_run(sizes, seed=7)
     found = load_checkpoint(run)
     found.load_weights(model)
     found.load_optimizer(optimizer, model)
-    values = {name: tensor.numpy() for name, tensor in whole_values(model, optimizer).items()}
-    states = found.state_of(mesh), state_of_rows(rows_of(mesh))
-    torch.testing.assert_close(*map(tree_leaves, states), rtol=0, atol=0)
+    state, rows = (found.state, range(ROWS)) if mesh is None else (found.state_of(mesh), rows_of(mesh))
+    torch.testing.assert_close(*map(tree_leaves, (state, state_of_rows(rows))), rtol=0, atol=0)
     found.restore_random()
     drawn = torch.rand(3)
     found.restore_random()
     assert torch.equal(torch.rand(3), drawn)
-    return values, drawn.tolist()
+    return whole_values(model, optimizer), drawn.tolist()
 
 
 def assert_equal(found, wanted):
@@ -134,11 +115,20 @@ slow = pytest.mark.slow
 
 
 @pytest.fixture(scope="module")
-def saved_run(ranks, tmp_path_factory):
-    """A run of four processes, their values, and the random numbers that rank 0 drew next."""
-    run = tmp_path_factory.mktemp("saved")
-    results = ranks.run(save_on_mesh, 4, run, dict(data=2, chunk=2))
-    return run, *results[0]
+def run_on_mesh(ranks, tmp_path_factory):
+    """`run_on_mesh(mesh)`: a run of four processes, their values, and the random numbers that rank 0 drew next."""
+
+    @functools.cache
+    def run(sizes):
+        folder = tmp_path_factory.mktemp("saved")
+        return folder, *ranks.run(save_on_mesh, 4, folder, sizes)[0]
+
+    return run
+
+
+@pytest.fixture
+def saved_run(run_on_mesh):
+    return run_on_mesh("data=2,chunk=2")
 
 
 def test_contents_of_a_checkpoint(saved_run):
@@ -156,80 +146,75 @@ def test_contents_of_a_checkpoint(saved_run):
         assert facts == {"bytes": (folder / name).stat().st_size, "sha256": file_sha256(folder / name)}
 
 
-SLOW_SIZES = [pytest.param(sizes, marks=slow) for sizes in (dict(data=1), dict(chunk=2))]
+RESUMES = [
+    ("data=2,chunk=2", "data=2,chunk=2", 4),
+    ("data=2,chunk=2", "data=2", 2),
+    pytest.param("data=2,chunk=2", "data=1", 1, marks=slow),
+    pytest.param("data=2,chunk=2", "chunk=2", 2, marks=slow),
+    pytest.param("data=2,tensor=2", "data=2", 2, marks=slow),
+    pytest.param("data=2,tensor=2", "tensor=2", 2, marks=slow),
+    pytest.param("data=2,tensor=2", "chunk=2,tensor=2", 4, marks=slow),
+]
 
 
-@pytest.mark.parametrize("sizes", [dict(data=2, chunk=2), dict(data=2), *SLOW_SIZES], ids=str)
-def test_any_mesh_resumes(ranks, saved_run, sizes):
+@pytest.mark.parametrize("saved, sizes, world", RESUMES)
+def test_any_mesh_resumes(ranks, run_on_mesh, saved, sizes, world):
     """Weights, the optimizer's state, rows and the random state are bit-equal."""
-    run, values, drawn = saved_run
-    world = max(1, torch.tensor(list(sizes.values())).prod().item())
-    results = ranks.run(resume_on_mesh, world, run, sizes)
-    for found, numbers in results:
+    run, values, drawn = run_on_mesh(saved)
+    for found, numbers in ranks.run(resume, world, run, sizes):
         assert_equal(found, values)
         assert numbers == drawn
 
 
-def test_one_process_reads_it_without_a_process_group(saved_run, tmp_path, recwarn):
-    run, values, _ = saved_run
+@pytest.mark.parametrize("saved", ["data=2,chunk=2", pytest.param("data=2,tensor=2", marks=slow)])
+def test_one_process_reads_it_without_a_process_group(run_on_mesh, tmp_path, recwarn, saved):
+    run, values, _ = run_on_mesh(saved)
+    assert_equal(resume(run)[0], values)
     found = load_checkpoint(run)
-    model, optimizer = new_run(seed=7)
-    found.load_weights(model)
-    found.load_optimizer(optimizer, model)
-    assert_equal({name: tensor.numpy() for name, tensor in whole_values(model, optimizer).items()}, values)
-    torch.testing.assert_close(*map(tree_leaves, (found.state, state_of_rows(range(ROWS)))), rtol=0, atol=0)
     assert found.step == 3 and found.config == CONFIG
-    found.restore_random()
-    drawn = torch.rand(3)
-    found.restore_random()
-    assert torch.equal(torch.rand(3), drawn)
+    weights = {name: value for name, value in values.items() if "/" not in name}
     for loaded in (Megalodon.load(found.folder), load_any(run)[0], load_any(found.folder)[0]):
-        assert_equal(
-            {name: p.detach().numpy() for name, p in loaded.named_parameters()},
-            dict(list(values.items())[: len(list(model.parameters()))]),
-        )
+        assert_equal({name: parameter.detach().numpy() for name, parameter in loaded.named_parameters()}, weights)
     half = Megalodon.load(found.folder, dtype=torch.bfloat16)
     assert half.embed.weight.dtype == torch.bfloat16 and half.layers[0].mega.cema.alpha.dtype == torch.float32
     load_any(run)[0].save(tmp_path / "plain")
     names = ["config.json", "model.safetensors", "modeling_megalodon.py"]
     assert sorted(path.name for path in (tmp_path / "plain").iterdir()) == names
-    torch.testing.assert_close(
-        dict(Megalodon.load(tmp_path / "plain").named_parameters()), dict(load_any(run)[0].named_parameters())
-    )
+    plain = Megalodon.load(tmp_path / "plain")
+    assert_equal({name: parameter.detach().numpy() for name, parameter in plain.named_parameters()}, weights)
     assert not recwarn.list
 
 
-def test_several_processes_resume_from_the_folder_of_one(ranks, tmp_path):
-    model, optimizer = new_run()
-    run_steps(model, optimizer, 3)
+@pytest.mark.parametrize("sizes", ["data=2", "tensor=2"])
+def test_several_processes_resume_from_the_folder_of_one(ranks, tmp_path, sizes):
+    model, optimizer, _ = new_run()
+    run_steps(model, optimizer, None, 3)
     save_checkpoint(tmp_path, 3, model, optimizer=optimizer, state=state_of_rows(range(ROWS)))
-    wanted = {name: tensor.numpy() for name, tensor in whole_values(model, optimizer).items()}
-    for found, _ in ranks.run(resume_on_mesh, 2, tmp_path, dict(data=2)):
-        assert_equal(found, wanted)
+    for found, _ in ranks.run(resume, 2, tmp_path, sizes):
+        assert_equal(found, whole_values(model, optimizer))
 
 
 def save_slowly(run):
     """Save while the writer is delayed, and return the folders meanwhile and afterwards."""
-    mesh, resume = mesh_of(dict(data=2)), threading.Event()
+    (model, optimizer, mesh), go_on = new_run("data=2"), threading.Event()
     write = sharded_tensors.ArchiveWriter.write_data
 
     def delayed_write(writer, plan, planner):
-        assert resume.wait(60)
+        assert go_on.wait(60)
         return write(writer, plan, planner)
 
     sharded_tensors.ArchiveWriter.write_data = delayed_write
     try:
-        model, optimizer = new_split_run(mesh)
         saver = Saver(run, mesh, keep=2)
         folders = []
         for step in (1, 2, 3):
             saver.save(step, model, optimizer=optimizer)
-            run_steps(model, optimizer, 1)
+            run_steps(model, optimizer, mesh, 1)
             dist.barrier()
             remove_drafts(run / "checkpoints", "step-*")  # as each saving process does
             folders.append(sorted(path.name for path in (run / "checkpoints").glob("step-*")))
             dist.barrier()
-            resume.set()
+            go_on.set()
         saver.wait()
     finally:
         sharded_tensors.ArchiveWriter.write_data = write
@@ -242,8 +227,7 @@ def test_training_continues_while_a_checkpoint_is_written(ranks, tmp_path):
 
 
 def save_on_a_full_disk(run, rank):
-    mesh = mesh_of(dict(data=2))
-    model, optimizer = new_split_run(mesh)
+    model, optimizer, mesh = new_run("data=2")
     saver = Saver(run, mesh)
     saver.save(1, model, optimizer=optimizer)
     saver.wait()

@@ -15,14 +15,9 @@ from launched import TORCHRUN, Launch, ended_afterwards, flags, free_port, worke
 
 from megalodon_ops.cli import processes
 from megalodon_ops.training.run_checkpoint import load_checkpoint
+from test_distributed_train import assert_losses
 
-
-fsdp = pytest.importorskip("torch.distributed.fsdp")
-if not hasattr(fsdp, "fully_shard"):
-    pytest.skip("this torch has no torch.distributed.fsdp.fully_shard", allow_module_level=True)
-
-from test_distributed_train import assert_losses  # noqa: E402
-
+pytestmark = pytest.mark.usefixtures("parallelize_runs")
 slow = pytest.mark.slow
 LIMIT = 240
 """Seconds that a launch may take on a busy machine"""

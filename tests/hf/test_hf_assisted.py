@@ -8,13 +8,13 @@ import functools
 import pytest
 import torch
 from assertions import every_case
-from hf_models import VARIANTS, build_model, close, hf, padded
+from hf_models import QUIET, VARIANTS, build_model, close, hf, padded
 
 from megalodon_ops.hf.cache import CACHE
 
 GREEDY = dict(do_sample=False, eos_token_id=49, pad_token_id=0)  # transformers 5.0 needs an end for prompt lookup
 KINDS = {"bytes": VARIANTS["bytes"], "memory, two chunks": dict(working_memory=True, visible_chunks=2)}
-pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
+pytestmark = QUIET
 
 
 def near(model: hf.MegalodonForCausalLM) -> hf.MegalodonForCausalLM:

@@ -3,11 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-import gc
-import threading
 import types
 import warnings
-import weakref
 from collections import Counter
 
 import pytest
@@ -66,14 +63,6 @@ def test_a_warm_up_runs_on_a_side_stream(fake_graphs):
     assert any(event[0] == "launch" for event in fake_graphs[first:last])
 
 
-def test_calls_of_several_lengths_share_the_state():
-    """A length is captured when it comes a second time; more than 8 tokens of a row run through the layers."""
-    model, state = model_and_state(rows=2)
-    pieces = tokens_of(2, 30).split([1, 3, 1, 9, 3, 3, 1, 9], 1)
-    assert_equal(by_decoder(mo.Decoder(model, state), pieces), by_layers(model, state, pieces))
-    assert (count("capture"), count("replay")) == (2, 4)
-
-
 def is_capturing():
     return torch.cuda.is_current_stream_capturing()
 
@@ -130,13 +119,6 @@ def test_hooks_are_called_for_every_token():
     assert len(seen) == 4 and not decoder.fused
 
 
-def test_dropout_in_training_runs_the_layers():
-    model, state = model_and_state(dropout=0.5)
-    decoder = mo.Decoder(model.train(), state)
-    by_decoder(decoder, tokens_of(1, 3).split(1, 1))
-    assert count("capture") == 0 and not decoder.fused
-
-
 def test_cast_weights_live_in_the_graph():
     """torch caches cast weights as long as the caller's autocast lasts; a graph casts them again."""
     model, pieces = tiny_model(torch.float32).eval(), tokens_of(1, 10).split([5, 1, 1, 1, 1, 1], 1)
@@ -151,41 +133,6 @@ def test_cast_weights_live_in_the_graph():
     with torch.autocast("cpu", torch.bfloat16):
         assert_equal(found, by_layers(model, state, pieces[4:]))
     assert decoder.fused and count("replay") == 4
-
-
-def test_parameters_written_later_are_seen():
-    model, state = model_and_state()
-    decoder, pieces = mo.Decoder(model, state), tokens_of(1, 5).split(1, 1)
-    found = [decoder(piece) for piece in pieces[:3]]
-    state = decoder.state
-    with torch.no_grad():
-        model.layers[0].mega.wv.weight.mul_(1.5)
-    found = by_decoder(decoder, pieces[3:])
-    assert_equal(found, by_layers(model, state, pieces[3:]))
-
-
-def test_threads_share_a_decoder():
-    model, state = model_and_state()
-    decoder, token = mo.Decoder(model, state), tokens_of(1, 1)
-    threads = [threading.Thread(target=lambda: [decoder(token) for _ in range(4)]) for _ in range(3)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert_equal(decoder.state, by_layers(model, state, [token] * 12)[12:])
-    assert count("capture") == 1
-
-
-def test_memory_is_freed_with_the_last_reference():
-    gc.disable()
-    try:
-        decoder = mo.Decoder(*model_and_state())
-        by_decoder(decoder, tokens_of(1, 3).split(1, 1))
-        held = weakref.ref(decoder._like), weakref.ref(decoder._steps[1])
-        del decoder
-        assert [reference() for reference in held] == [None, None]
-    finally:
-        gc.enable()
 
 
 def test_a_caller_captures_the_layers_itself():

@@ -11,9 +11,11 @@ from dataclasses import replace
 import pytest
 import torch
 from assertions import assert_refuses
-from decoding import DTYPES, assert_bits_of_layers, assert_error_of_the_layers, by_decoder, by_layers, model_and_state
+from decoding import DTYPES, assert_bits_of_layers, assert_equal, assert_error_of_the_layers, assert_same_bits
+from decoding import by_decoder, by_layers, model_and_state
+from fake_graphs import count, fake_graphs  # noqa: F401
 from models import TINY, tiny_model, tokens_of
-from torch.utils._pytree import tree_leaves, tree_map_only
+from torch.utils._pytree import tree_map_only
 
 import megalodon_ops as mo
 from backends import DEFAULT_ISA, each_isa, isa
@@ -36,6 +38,14 @@ VARIANTS = {
 pytestmark = pytest.mark.usefixtures("poisoned_memory")
 
 
+@pytest.fixture(params=["recorded", "captured"])
+def is_captured(request):
+    """Run the test with steps that are recorded on the CPU, and with CUDA graphs, on emulated kernels."""
+    if request.param == "captured":
+        request.getfixturevalue("fake_graphs")
+    return request.param == "captured"
+
+
 @each_isa
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_bits_are_those_of_the_layers(name, variant):
@@ -56,10 +66,8 @@ def test_bits_are_those_of_the_layers_for_few_tokens(dtype, rows, length, workin
 @pytest.mark.parametrize(("length", "variant"), [(0, {}), (40, {}), (40, dict(visible_chunks=2, chunk_size=24))])
 def test_more_tokens_than_the_kernels_for_few_take_run_through_the_layers(length, variant):
     """Also up to the end of the second chunk."""
-    model, state = model_and_state(rows=2, **variant)
-    decoder, pieces = mo.Decoder(model, state), tokens_of(2, length + 6).split([1, length, 1, 1, 3], 1)
-    expected = by_layers(model, state, pieces)
-    assert all(torch.equal(a, b) for a, b in zip(by_decoder(decoder, pieces), expected, strict=True))
+    pieces = tokens_of(2, length + 6).split([1, length, 1, 1, 3], 1)
+    assert_bits_of_layers(*model_and_state(rows=2, **variant), pieces=pieces)
 
 
 def test_more_rows_than_the_kernels_for_few_take_run_through_the_layers():
@@ -76,18 +84,14 @@ def test_given_and_returned_states_do_not_change():
     returned = decoder.state
     copied = tree_map_only(torch.Tensor, torch.clone, returned)
     decoder(tokens_of(1, 1))
-    for old, new in ((before, state), (copied, returned)):
-        assert all(torch.equal(a, b) for a, b in zip(tree_leaves(old), tree_leaves(new), strict=True))
+    assert_same_bits((before, copied), (state, returned))
 
 
 def test_a_state_without_residuals_counts_them_as_zero():
     model, state = model_and_state()
     drop_residual = lambda norm: norm._replace(residual=None)  # noqa: E731
     layers = tuple(layer._replace(norm=drop_residual(layer.norm)) for layer in state.layers)
-    incomplete = mo.MegalodonState(layers, drop_residual(state.norm))
-    token = tokens_of(1, 1)
-    found, expected = by_decoder(mo.Decoder(model, incomplete), [token]), by_layers(model, incomplete, [token])
-    assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+    assert_bits_of_layers(model, mo.MegalodonState(layers, drop_residual(state.norm)), pieces=[tokens_of(1, 1)])
 
 
 def test_parameters_need_not_be_contiguous():
@@ -99,14 +103,15 @@ def test_parameters_need_not_be_contiguous():
     assert_bits_of_layers(model, state)
 
 
-def test_matrices_changed_in_place_are_seen():
+def test_parameters_changed_in_place_are_seen(is_captured):
     model, state = model_and_state()
-    decoder = mo.Decoder(model, state)
+    decoder, pieces = mo.Decoder(model, state), tokens_of(1, 5).split(1, 1)
+    by_decoder(decoder, pieces[:3])
+    state = decoder.state
     with torch.no_grad():
         model.layers[1].mega.wv.weight.mul_(1.5)
         model.output.output.weight.mul_(0.5)
-    token = tokens_of(1, 1)
-    assert torch.equal(decoder(token), by_layers(model, state, [token])[0])
+    assert_equal(by_decoder(decoder, pieces[3:]), by_layers(model, state, pieces[3:]))
 
 
 def test_a_decoder_made_in_inference_mode_works_outside():
@@ -116,15 +121,15 @@ def test_a_decoder_made_in_inference_mode_works_outside():
         decoder = mo.Decoder(model, state)
         first = decoder(tokens[:, 5:6])
     second = decoder(tokens[:, 6:7])
-    expected = by_layers(model, state, tokens[:, 5:7].split(1, 1))
-    assert torch.equal(first, expected[0]) and torch.equal(second, expected[1])
+    assert_same_bits([first, second], by_layers(model, state, tokens[:, 5:7].split(1, 1))[:2])
 
 
-def test_calls_of_several_lengths_share_the_state():
+def test_calls_of_several_lengths_share_the_state(is_captured):
+    """A length is captured when it comes a second time; more than 8 tokens of a row run through the layers."""
     model, state = model_and_state(rows=2)
-    pieces = tokens_of(2, 16).split([1, 3, 1, 2, 3, 1, 3, 2], 1)
-    found, expected = by_decoder(mo.Decoder(model, state), pieces), by_layers(model, state, pieces)
-    assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+    pieces = tokens_of(2, 30).split([1, 3, 1, 9, 3, 3, 1, 9], 1)
+    assert_equal(by_decoder(mo.Decoder(model, state), pieces), by_layers(model, state, pieces))
+    assert not is_captured or (count("capture"), count("replay")) == (2, 4)
 
 
 def test_autocast_is_that_of_the_constructor():
@@ -157,34 +162,33 @@ def test_threads_do_not_change_its_bits(two_threads):
     pieces = tokens_of(2, 3).split(1, 1)
     first = by_decoder(mo.Decoder(model, state), pieces)
     torch.set_num_threads(1)
-    second = by_decoder(mo.Decoder(model, state), pieces)
-    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+    assert_same_bits(by_decoder(mo.Decoder(model, state), pieces), first)
 
 
 @pytest.mark.parametrize("hooked", [False, True])
 @pytest.mark.filterwarnings("ignore:Decoder")
-def test_threads_that_call_one_decoder_wait_for_each_other(hooked):
+def test_threads_that_call_one_decoder_wait_for_each_other(hooked, is_captured):
     model, state = model_and_state()
     if hooked:
         model.layers[0].mega.wv.register_forward_hook(lambda module, args, y: y)
     decoder, token = mo.Decoder(model, state), tokens_of(1, 1)
-    threads = [threading.Thread(target=lambda: [decoder(token) for _ in range(20)]) for _ in range(3)]
+    threads = [threading.Thread(target=lambda: [decoder(token) for _ in range(4)]) for _ in range(3)]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join()
-    expected = by_layers(model, state, [token] * 60)[60:]
-    assert all(torch.equal(a, b) for a, b in zip(tree_leaves(decoder.state), expected, strict=True))
+    assert_equal(decoder.state, by_layers(model, state, [token] * 12)[12:])
+    assert not is_captured or count("capture") == (not hooked)
 
 
-def test_memory_is_freed_with_the_last_reference():
+def test_memory_is_freed_with_the_last_reference(is_captured):
     gc.disable()
     try:
         decoder = mo.Decoder(*model_and_state())
-        decoder(tokens_of(1, 1))
-        state = weakref.ref(decoder._like)
+        by_decoder(decoder, tokens_of(1, 3).split(1, 1))
+        held = weakref.ref(decoder._like), weakref.ref(decoder._steps[1])
         del decoder
-        assert state() is None
+        assert [reference() for reference in held] == [None, None]
     finally:
         gc.enable()
 
@@ -202,10 +206,12 @@ def test_biases_may_be_added_and_removed():
     assert_bits_of_layers(model, state)
 
 
-def test_dropout_in_training_runs_the_layers():
+def test_dropout_in_training_runs_the_layers(is_captured):
     model, state = model_and_state(dropout=0.5)
     assert mo.Decoder(model, state).fused
-    assert not mo.Decoder(model.train(), state).fused
+    decoder = mo.Decoder(model.train(), state)
+    by_decoder(decoder, tokens_of(1, 3).split(1, 1))
+    assert not decoder.fused and not decoder._steps
 
 
 def test_errors():
@@ -223,32 +229,26 @@ def test_errors():
     for wrong in ([0, 2], [-1, 0]):
         with pytest.raises(IndexError, match=r"Decoder: `rows` must be in \[0, 2\)"):
             decoder.reorder(torch.tensor(wrong))
-    expected = by_layers(model, state, [token])
-    assert all(torch.equal(a, b) for a, b in zip(by_decoder(decoder, [token]), expected, strict=True))
-    assert_refuses(ValueError, "Decoder", "state", lambda: mo.Decoder(model, None))
-    assert_refuses(ValueError, "Decoder", "state", lambda: mo.Decoder(model, (*vars(state).values(),)))
-    assert_refuses(ValueError, "Decoder", "state", lambda: mo.Decoder(model, replace(state, layers=state.layers[:1])))
-
+    assert_same_bits(by_decoder(decoder, [token]), by_layers(model, state, [token]))
+    one_layer = replace(state, layers=state.layers[:1])
+    for wrong in (None, (*vars(state).values(),), one_layer, state.to("meta")):
+        assert_refuses(ValueError, "Decoder", "state", lambda: mo.Decoder(model, wrong))  # noqa: B023
     for name in ("layers.1.mega.cema.alpha", "layers.0.mega.wv.weight", "layers.0.nffn.norm.bias", "embed.weight"):
         for change in (torch.Tensor.double, lambda t: t[None]):
             broken = copy.deepcopy(model)
             broken.get_parameter(name).data = change(broken.get_parameter(name).data)
             assert_error_of_the_layers(broken, state, token)
-    assert_refuses(ValueError, "Decoder", "state", lambda: mo.Decoder(model, state.to("meta")))
 
     def with_layer(**fields):
         return replace(state, layers=(state.layers[0]._replace(**fields), *state.layers[1:]))
 
     norm, attention = state.layers[0].norm, state.layers[0].attention
-    other = model_and_state(rows=2, chunk_size=TINY["chunk_size"] + 1)[1]
-    other = model_and_state(rows=2, chunk_size=TINY["chunk_size"] + 1)[1]
+    far, other = attention.position + 100, model_and_state(rows=2, chunk_size=TINY["chunk_size"] + 1)[1]
     for name, wrong in {
         "state.layers.0.norm.count": with_layer(norm=norm._replace(count=norm.count - 100)),
         "state.layers.0.norm.mean": with_layer(norm=norm._replace(mean=norm.mean[:1])),
         "state.layers.0.cema": with_layer(cema=state.layers[0].cema[:1]),
-        "state.layers.0.attention.position": with_layer(
-            attention=attention._replace(position=attention.position + 100)
-        ),
+        "state.layers.0.attention.position": with_layer(attention=attention._replace(position=far)),
         "state.layers.0.attention.k": other,
     }.items():
         assert_refuses(ValueError, "Decoder", name, lambda: mo.Decoder(model, wrong))  # noqa: B023
@@ -261,7 +261,7 @@ def test_tokens_of_other_types_and_strides(dtype):
     tokens = tokens_of(2, 8).to(dtype)
     pieces = [tokens[:, i : i + 2] for i in range(0, 8, 2)]
     expected = by_layers(model, state, [piece.long().contiguous() for piece in pieces])
-    assert all(torch.equal(a, b) for a, b in zip(by_decoder(mo.Decoder(model, state), pieces), expected, strict=True))
+    assert_same_bits(by_decoder(mo.Decoder(model, state), pieces), expected)
 
 
 def test_replaced_rows_go_on_as_in_a_decoder_of_their_own():

@@ -26,12 +26,12 @@ def model():
     return tiny_model().eval()
 
 
-def padded(padding, value=0):
+def padded(padding, value=0, prompts=PROMPT, lengths=LENGTHS):
     """Return the prompts in rows of one length, with `value` as padding."""
-    rows = torch.full_like(PROMPT, value)
-    for row, length in enumerate(LENGTHS.tolist()):
-        columns = slice(0, length) if padding == "right" else slice(PROMPT.shape[1] - length, None)
-        rows[row, columns] = PROMPT[row, :length]
+    rows = torch.full_like(prompts, value)
+    for row, length in enumerate(lengths):
+        columns = slice(0, length) if padding == "right" else slice(rows.shape[1] - length, None)
+        rows[row, columns] = prompts[row, :length]
     return rows
 
 
@@ -64,44 +64,34 @@ def test_greedy_generation_equals_repeated_forwards(model):
     assert torch.equal(model.generate(tokens_of(2, 19), max_new_tokens=15, temperature=0), expected)
 
 
-@pytest.mark.parametrize("options", [dict(temperature=0), dict(seed=3), dict(seed=3, **SAMPLED, min_p=0.01)], ids=str)
-@pytest.mark.parametrize("padding", ["right", "left"])
-@pytest.mark.parametrize("filler", [0, -100])
-def test_rows_of_a_padded_batch_are_those_of_single_runs(model, padding, filler, options):
-    rows, count = padded(padding, filler), 11
-    found, lengths = model.generate(
-        rows, max_new_tokens=count, lengths=LENGTHS, padding=padding, return_lengths=True, **options
+@given(
+    lengths=st.lists(st.integers(1, 19), min_size=1, max_size=5),
+    padding=st.sampled_from(["left", "right"]),
+    count=st.integers(0, 11),
+    filler=st.sampled_from([0, -100]),
+    options=st.sampled_from([dict(temperature=0), dict(seed=3), dict(seed=3, **SAMPLED, min_p=0.01)]),
+)
+def test_rows_of_a_padded_batch_are_those_of_single_runs(model, lengths, padding, count, filler, options):
+    rows, ends = tokens_of(len(lengths), 19), torch.tensor(lengths)
+    prompt = padded(padding, filler, rows, lengths)
+    found, after = model.generate(
+        prompt, max_new_tokens=count, lengths=ends, padding=padding, return_lengths=True, **options
     )
-    assert found.shape == (5, 30) and torch.equal(lengths, LENGTHS + count)
-    for row, length in enumerate(LENGTHS.tolist()):
-        row_options = options if "seed" not in options else {**options, "seed": options["seed"] + row}
-        expected = torch.cat([PROMPT[row, :length], single_row(model, row, count, **row_options)])
-        columns = slice(0, length + count) if padding == "right" else slice(19 - length, None)
-        assert torch.equal(found[row, columns], expected)
-        rest = found[row, length + count :] if padding == "right" else found[row, : 19 - length]
-        assert not rest.any()
-
-
-@given(lengths=st.lists(st.integers(1, 19), min_size=1, max_size=5), left=st.booleans(), count=st.integers(0, 9))
-def test_rows_of_any_lengths(lengths, left, count):
-    model, rows = tiny_model().eval(), tokens_of(len(lengths), 19)
-    prompt = rows if not left else torch.stack([row.roll(19 - n) for row, n in zip(rows, lengths, strict=True)])
-    found = model.generate(
-        prompt, max_new_tokens=count, lengths=torch.tensor(lengths), padding="left" if left else "right", seed=7
-    )
+    assert found.shape == (len(lengths), 19 + count) and torch.equal(after, ends + count)
     for row, length in enumerate(lengths):
-        expected = model.generate(rows[row : row + 1, :length], max_new_tokens=count, seed=7 + row)[0]
-        start = 19 - length if left else 0
+        own = options if "seed" not in options else {**options, "seed": options["seed"] + row}
+        expected = model.generate(rows[row : row + 1, :length], max_new_tokens=count, **own)[0]
+        start = 19 - length if padding == "left" else 0
         assert torch.equal(found[row, start : start + length + count], expected)
+        assert not found[row, :start].any() and not found[row, start + length + count :].any()
 
 
 def test_more_rows_than_the_kernels_for_few_take(model):
     prompt = tokens_of(40, 10)
     found = model.generate(prompt, max_new_tokens=5, seed=list(range(100, 140)))
     for row in (0, 17, 39):
-        assert torch.equal(
-            found[row : row + 1], model.generate(prompt[row : row + 1], max_new_tokens=5, seed=100 + row)
-        )
+        single = model.generate(prompt[row : row + 1], max_new_tokens=5, seed=100 + row)
+        assert torch.equal(found[row : row + 1], single)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
@@ -179,15 +169,8 @@ class TestContinuation:
 
     def test_states_of_stopped_rows_end_at_their_stops(self, model):
         stops = [t for t in range(TINY["vocab_size"]) if t % 3 == 0]
-        found, lengths, state = model.generate(
-            PROMPT,
-            lengths=LENGTHS,
-            max_new_tokens=12,
-            seed=1,
-            stop_tokens=stops,
-            return_lengths=True,
-            return_state=True,
-        )
+        options = dict(lengths=LENGTHS, max_new_tokens=12, seed=1, return_lengths=True, return_state=True)
+        found, lengths, state = model.generate(PROMPT, stop_tokens=stops, **options)
         assert len(set((lengths - LENGTHS).tolist())) > 2
         for row, length in enumerate(lengths.tolist()):
             with torch.no_grad():
@@ -300,55 +283,42 @@ REFUSED = {
     "padding": [dict(padding="both"), dict(padding=None)],
     "stop_tokens": [dict(stop_tokens=31), dict(stop_tokens=[1, -1]), dict(stop_tokens="end"), dict(stop_tokens=[[1]])],
     "stop_sequences": [dict(stop_sequences=[[]]), dict(stop_sequences=[[1, 31]]), dict(stop_sequences=[1])],
+    "temperature": [dict(temperature=-1.0), dict(temperature=math.nan)],
+    "top_k": [dict(top_k=0)],
+    "top_p": [dict(top_p=0.0)],
+    "min_p": [dict(min_p=1.5)],
+    "repetition_penalty": [dict(repetition_penalty=0.0)],
+    "prompt": [dict(prompt=PROMPT[:, :0]), dict(prompt=PROMPT[:0]), dict(prompt=PROMPT[0])],
+    "max_new_tokens": [dict(max_new_tokens=-1)],
 }
 
 
-@pytest.mark.parametrize(
-    ("argument", "options"),
-    [(argument, wrong) for argument, all_wrong in REFUSED.items() for wrong in all_wrong],
-    ids=lambda value: value if isinstance(value, str) else "+".join(value),
-)
-def test_invalid_arguments_and_combinations_are_refused(model, argument, options):
-    for call in (model.stream, lambda *a, **k: model.generate(*a, max_new_tokens=1, **k)):
-        assert_refuses(ValueError, "generate", argument, lambda call=call: call(PROMPT, **options))
+@pytest.mark.parametrize("argument", REFUSED)
+def test_invalid_arguments_and_combinations_are_refused(model, argument):
+    for wrong in REFUSED[argument]:
+        options = dict(prompt=PROMPT, max_new_tokens=1) | wrong
+        for call in (model.stream, model.generate):
+            assert_refuses(ValueError, "generate", argument, lambda: call(**options))  # noqa: B023
+
+
+def test_tokens_and_targets_of_wrong_shapes_are_refused(model):
+    for tokens in (torch.zeros(3, dtype=torch.long), torch.zeros(1, 3)):
+        with pytest.raises(ValueError, match="`tokens` must be integers"):
+            model(tokens)
+    with pytest.raises(ValueError, match="`targets` must have shape"):
+        model.loss(tokens_of(2, 3), tokens_of(1, 3))
 
 
 def test_a_state_of_other_rows_is_refused(model):
     state = mo.MegalodonState.fresh(model.config, 3, dtype=torch.float64)
-    with pytest.raises(
-        ValueError, match=r"generate: `state` must have 5 sequences, as many as `prompt`, got 3; .* state\[rows\]"
-    ):
+    message = r"generate: `state` must have 5 sequences, as many as `prompt`, got 3; .* state\[rows\]"
+    with pytest.raises(ValueError, match=message):
         model.generate(PROMPT, max_new_tokens=1, state=state)
 
 
 def test_temperature_0_takes_the_likeliest_with_all_other_options(model):
-    plain = model.generate(PROMPT, max_new_tokens=5, temperature=0)
-    assert torch.equal(
-        model.generate(PROMPT, max_new_tokens=5, temperature=0, seed=1, top_k=3, top_p=0.1, min_p=1), plain
-    )
-
-
-@pytest.mark.parametrize(
-    ("call", "message"),
-    [
-        (lambda m: m(torch.zeros(3, dtype=torch.long)), "`tokens` must be integers"),
-        (lambda m: m(torch.zeros(1, 3)), "`tokens` must be integers"),
-        (lambda m: m.loss(tokens_of(2, 3), tokens_of(1, 3)), "`targets` must have shape"),
-        (lambda m: m.generate(torch.zeros(1, 0, dtype=torch.long), max_new_tokens=1), "L >= 1"),
-        (lambda m: m.generate(torch.zeros(0, 3, dtype=torch.long), max_new_tokens=1), "L >= 1"),
-        (lambda m: m.generate(tokens_of(1, 3)[0], max_new_tokens=1), "`prompt` must be integers"),
-        (lambda m: m.generate(tokens_of(1, 3), max_new_tokens=-1), "`max_new_tokens`"),
-        (lambda m: m.stream(tokens_of(1, 3), temperature=-1.0), "`temperature`"),
-        (lambda m: m.stream(tokens_of(1, 3), temperature=math.nan), "`temperature`"),
-        (lambda m: m.generate(tokens_of(1, 3), max_new_tokens=1, top_k=0), "`top_k`"),
-        (lambda m: m.generate(tokens_of(1, 3), max_new_tokens=1, top_p=0.0), "`top_p`"),
-        (lambda m: m.generate(tokens_of(1, 3), max_new_tokens=1, min_p=1.5), "`min_p`"),
-        (lambda m: m.generate(tokens_of(1, 3), max_new_tokens=1, repetition_penalty=0.0), "`repetition_penalty`"),
-    ],
-)
-def test_wrong_arguments_raise(model, call, message):
-    with pytest.raises(ValueError, match=message):
-        call(model)
+    found = model.generate(PROMPT, max_new_tokens=5, temperature=0, seed=1, top_k=3, top_p=0.1, min_p=1)
+    assert torch.equal(found, model.generate(PROMPT, max_new_tokens=5, temperature=0))
 
 
 @pytest.mark.parametrize(

@@ -173,6 +173,13 @@ def assert_refuses(error: type[Exception], op: str, argument: str, call: Callabl
         call()
 
 
+def message_of(call: Callable[[], object], error: type[Exception] = ValueError) -> str:
+    """Return the message of the error that a call raises."""
+    with pytest.raises(error) as caught:
+        call()
+    return str(caught.value)
+
+
 def _assert_same_kind(actual: Tensor, expected: Tensor, name: str) -> None:
     assert actual.shape == expected.shape, f"{name}: shape {tuple(actual.shape)}, not {tuple(expected.shape)}"
     assert actual.dtype == expected.dtype, f"{name}: dtype {actual.dtype}, not {expected.dtype}"

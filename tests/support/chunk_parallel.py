@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import accumulate
 from typing import Any
 
@@ -31,6 +31,7 @@ class Work:
     """number of tokens of each sequence in the initial state"""
     dtype: torch.dtype = torch.float64
     config: dict[str, Any] = field(default_factory=dict)
+    """with `num_features`, the loss is the sum of squared outputs"""
     reduction: str = "mean"
     grad: bool = True
 
@@ -49,14 +50,14 @@ def compare(work: Work) -> dict[str, float]:
     dist.broadcast_object_list(shared)
     (whole,) = shared
     piece = _results(work, model, columns)
-    for name in ("logits", "losses"):
+    for name in ("logits", "losses") if "losses" in whole else ("logits",):
         whole[name] = whole[name][:, columns]
     for name, value in piece.items():
         if name.startswith("d ") and not name.startswith("d state"):
             dist.all_reduce(value)
             value /= ranks
     assert whole.keys() == piece.keys(), whole.keys() ^ piece.keys()
-    return {name: _error(piece[name], value) for name, value in whole.items()}
+    return {name: relative_error(piece[name], value) for name, value in whole.items()}
 
 
 def cut_over_all_ranks(model: mo.Megalodon) -> ParallelMegalodon:
@@ -77,18 +78,26 @@ def _model(work: Work) -> mo.Megalodon:
 def _results(work: Work, model: mo.Megalodon, columns: slice) -> dict[str, Tensor]:
     """Logits, losses, state and gradients of a model on these columns of the batch."""
     gen = torch.Generator().manual_seed(3)
-    length = sum(work.pieces)
-    tokens, targets = torch.randint(TINY["vocab_size"], (2, work.rows, length), generator=gen)
-    targets[:, ::5] = -100
     options = sequence_options(cu_seqlens=work.cu_seqlens, lengths=work.lengths)
     state = None if work.past is None else _past(work, model.alone())
-    tokens, targets = tokens[:, columns], targets[:, columns]
+    inputs = _inputs(work, work.rows, sum(work.pieces), gen)[:, columns]
     results: dict[str, Tensor] = {}
     with torch.set_grad_enabled(work.grad):
-        results["logits"] = model(tokens, state=state, **options).detach().where(_inside(work, columns), 0)
-        loss, after = model.loss(tokens, targets, state=state, return_state=True, reduction=work.reduction, **options)
-        losses = model.loss(tokens, targets, state=state, reduction="none", **options)
-    results |= {"loss": loss.detach(), "losses": losses.detach()}
+        if model.config.num_features:
+            logits, after = model(inputs, state=state, return_state=True, **options)
+            results["logits"] = logits = logits.where(_inside(work, columns), 0)
+            ranks = dist.get_world_size() if isinstance(model, ParallelMegalodon) else 1
+            loss = ranks * logits.square().sum()  # the mean over ranks is the sum over all columns
+        else:
+            targets = torch.randint(TINY["vocab_size"], (work.rows, sum(work.pieces)), generator=gen)
+            targets[:, ::5] = -100
+            targets = targets[:, columns]
+            results["logits"] = model(inputs, state=state, **options).where(_inside(work, columns), 0)
+            loss, after = model.loss(
+                inputs, targets, state=state, return_state=True, reduction=work.reduction, **options
+            )
+            results |= {"loss": loss, "losses": model.loss(inputs, targets, state=state, reduction="none", **options)}
+    results = {name: value.detach() for name, value in results.items()}
     results |= {f"state {name}": tensor.detach().clone() for name, tensor in named_tensors(after).items()}
     position = after.layers[0].attention.position
     for name in results:
@@ -119,10 +128,9 @@ def _results(work: Work, model: mo.Megalodon, columns: slice) -> dict[str, Tenso
 
 def _past(work: Work, model: mo.Megalodon) -> mo.MegalodonState:
     """A state of sequences after `work.past` tokens; its recurrent tensors require gradients."""
-    gen = torch.Generator().manual_seed(5)
-    tokens = torch.randint(TINY["vocab_size"], (work.sequences, max(work.past)), generator=gen)
+    inputs = _inputs(work, work.sequences, max(work.past), torch.Generator().manual_seed(5))
     with torch.no_grad():
-        _, state = model(tokens, lengths=torch.tensor(work.past), return_state=True)
+        _, state = model(inputs, lengths=torch.tensor(work.past), return_state=True)
     if not work.grad:
         return state
 
@@ -135,7 +143,14 @@ def _past(work: Work, model: mo.Megalodon) -> mo.MegalodonState:
             name: leaf(getattr(layer, name)) for name in ("cema", "memory", "memory_mass") if hasattr(layer, name)
         }
         layers.append(layer._replace(norm=_leaves(layer.norm, leaf), **recurrent))
-    return mo.MegalodonState(tuple(layers), _leaves(state.norm, leaf))
+    return replace(state, layers=tuple(layers), norm=_leaves(state.norm, leaf))
+
+
+def _inputs(work: Work, rows: int, length: int, gen: torch.Generator) -> Tensor:
+    """Tokens (B, L) or, with `num_features`, numbers (B, L, F)."""
+    if features := work.config.get("num_features"):
+        return 5 + torch.randn(rows, length, features, generator=gen)
+    return torch.randint(TINY["vocab_size"], (rows, length), generator=gen)
 
 
 def _leaves(norm, leaf):
@@ -153,8 +168,10 @@ def _inside(work: Work, columns: slice) -> Tensor:
     return inside[:, columns, None]
 
 
-def _error(got: Tensor, expected: Tensor) -> float:
-    assert got.shape == expected.shape and got.dtype == expected.dtype, (got.shape, expected.shape, got.dtype)
+def relative_error(got: Tensor, expected: Tensor) -> float:
+    """The largest difference, relative to the largest expected value; infinity for NaN."""
+    is_same_kind = got.shape == expected.shape and got.dtype in (expected.dtype, torch.bfloat16)  # by `param_dtype`
+    assert is_same_kind, (got.shape, expected.shape, got.dtype, expected.dtype)
     if not got.numel():
         return 0.0
     wide = torch.complex128 if expected.is_complex() else torch.float64
@@ -164,35 +181,3 @@ def _error(got: Tensor, expected: Tensor) -> float:
     difference = (got - expected).abs().max().item()
     scale = max(expected.abs().max().item(), 1e-3)
     return difference / scale if difference == difference else float("inf")
-
-
-def compare_numbers(work: Work) -> dict[str, float]:
-    """As :func:`compare`, for a model that reads numbers: outputs, state and gradients of the sum of squared outputs."""
-    rank = dist.get_rank()
-    unsharded = tiny_model(num_features=2, output_size=3)
-    model = cut_over_all_ranks(tiny_model(num_features=2, output_size=3))
-    x = 5 + torch.randn(work.rows, sum(work.pieces), 2, generator=torch.Generator().manual_seed(3))
-    options = sequence_options(cu_seqlens=work.cu_seqlens, lengths=work.lengths)
-    end = list(accumulate(work.pieces))[rank]
-    columns = slice(end - work.pieces[rank], end)
-    state = None
-    if work.past is not None:
-        before = torch.randn(work.sequences, max(work.past), 2, generator=torch.Generator().manual_seed(5))
-        with torch.no_grad():
-            _, state = unsharded(before, lengths=torch.tensor(work.past), return_state=True)
-
-    def results(model: mo.Megalodon, columns: slice) -> dict[str, Tensor]:
-        y, after = model(x[:, columns], state=state, return_state=True, **options)
-        y = y.where(_inside(work, columns), 0)
-        model.zero_grad()
-        y.square().sum().backward()
-        grads = {f"d {name}": parameter.grad.clone() for name, parameter in model.named_parameters()}
-        kept = {name: t.detach() for name, t in named_tensors(after).items() if name.startswith(("inputs.", "norm."))}
-        return {"y": y.detach(), **grads, **kept}
-
-    whole, piece = results(unsharded, slice(None)), results(model, columns)
-    whole["y"] = whole["y"][:, columns]
-    for name, value in piece.items():
-        if name.startswith("d "):
-            dist.all_reduce(value)
-    return {name: _error(piece[name], value) for name, value in whole.items() if not name.endswith("residual")}

@@ -36,10 +36,20 @@ def gather(tensor: torch.Tensor) -> torch.Tensor:
     return (tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor).detach()
 
 
-def train(model: mo.Megalodon, steps: int, accumulate: int = 1) -> tuple[list[float], list[float], dict]:
+def parameters_of(model: torch.nn.Module) -> dict[str, torch.Tensor]:
+    return {name: gather(parameter) for name, parameter in model.named_parameters()}
+
+
+def gradients_of(model: torch.nn.Module) -> dict[str, torch.Tensor]:
+    return {name: gather(parameter.grad) for name, parameter in model.named_parameters()}
+
+
+def train(
+    model: mo.Megalodon, steps: int, accumulate: int = 1, *, rows: slice | None = None, lr: float = 1e-3
+) -> tuple[list[float], list[float], dict]:
     """Losses, norms of gradients and parameters of a short training by the paper's optimizer."""
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, betas=(0.9, 0.95), weight_decay=0.1)
-    losses, norms, rows = [], [], own_rows()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=lr, betas=(0.9, 0.95), weight_decay=0.1)
+    losses, norms, rows = [], [], rows or own_rows()
     for step in range(steps):
         total = 0.0
         for part in range(accumulate):
@@ -56,7 +66,7 @@ def train(model: mo.Megalodon, steps: int, accumulate: int = 1) -> tuple[list[fl
         optimizer.step()
         optimizer.zero_grad()
         losses.append(total)
-    return losses, norms, {name: gather(parameter) for name, parameter in model.named_parameters()}
+    return losses, norms, parameters_of(model)
 
 
 def mesh_of_all() -> torch.distributed.device_mesh.DeviceMesh:

@@ -34,13 +34,17 @@ def by_decoder(decoder, pieces):
     return tree_leaves(([decoder(piece) for piece in pieces], decoder.state))
 
 
-def assert_bits_of_layers(model, state, rows=1, length=1, fused=True):
-    """Compare bits over more tokens than fit into the current chunk, so a new chunk begins."""
-    pieces = tokens_of(rows, 5 * length).split(length, 1)
+def assert_bits_of_layers(model, state, rows=1, length=1, *, fused=True, pieces=None):
+    """Compare bits, by default over more tokens than fit into the current chunk, so a new chunk begins."""
+    pieces = tokens_of(rows, 5 * length).split(length, 1) if pieces is None else pieces
     decoder = mo.Decoder(model, state)
-    found, expected = by_decoder(decoder, pieces), by_layers(model, state, pieces)
+    assert_same_bits(by_decoder(decoder, pieces), by_layers(model, state, pieces))
     assert decoder.fused is fused
-    assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+
+
+def assert_same_bits(found, expected):
+    """Equal bits, and no NaN."""
+    assert all(torch.equal(a, b) for a, b in zip(tree_leaves(found), tree_leaves(expected), strict=True))
 
 
 def assert_error_of_the_layers(model, state, token):

@@ -51,5 +51,5 @@ def padded(rows: list[Tensor], side: str, value: int = 0) -> dict[str, Tensor]:
     return dict(input_ids=ids, attention_mask=mask)
 
 
-def close(a: Tensor, b: Tensor) -> None:
+def close(a: Tensor | list[Tensor], b: Tensor | list[Tensor]) -> None:
     torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)

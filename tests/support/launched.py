@@ -18,7 +18,7 @@ import pytest
 import torch.distributed as dist
 from command_line import TINY as TINY_SINGLE
 from command_line import hasten
-from ranks import TIMEOUT, forkserver
+from ranks import TIMEOUT, Ranks, forkserver
 
 from megalodon_ops import cli
 
@@ -54,6 +54,13 @@ def command(arguments: Sequence[str], patch: Any = None) -> Result:
         finally:
             faulthandler.cancel_dump_traceback_later()
     return Result(code, out.getvalue(), err.getvalue())
+
+
+def run_on_ranks(ranks: Ranks, count: int, arguments: Sequence[str], *, code: int = 0) -> list[Result]:
+    """Run a command in `count` processes of the pool, all of which end with this exit code."""
+    results = ranks.run(command, count, [*map(str, arguments)])
+    assert [result.code for result in results] == [code] * count, results
+    return results
 
 
 class Launch:

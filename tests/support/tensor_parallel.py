@@ -9,6 +9,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from case import sequence_options
+from chunk_parallel import relative_error
+from data_parallel import gradients_of
 from models import TINY, tiny_model
 from torch import Tensor
 
@@ -56,11 +58,7 @@ def _compare(work: Work) -> dict[str, float]:
         rows = slice(mesh.get_local_rank("data") * size, (mesh.get_local_rank("data") + 1) * size)
         whole = {name: value[rows] if name.startswith("state ") else value for name, value in whole.items()}
     assert whole.keys() == part.keys(), whole.keys() ^ part.keys()
-    return {name: _error(part[name], value) for name, value in whole.items()}
-
-
-def worst_error(results: list[dict[str, float]]) -> tuple[float, str]:
-    return max((error, f"{name} on rank {rank}") for rank, row in enumerate(results) for name, error in row.items())
+    return {name: relative_error(part[name], value) for name, value in whole.items()}
 
 
 def _model(work: Work) -> mo.Megalodon:
@@ -87,23 +85,9 @@ def _results(work: Work, model: mo.Megalodon, mesh: Any) -> dict[str, Tensor]:
     results |= {"loss": loss.detach(), "losses": losses.detach()}
     results |= {f"state {name}": tensor.detach() for name, tensor in named_tensors(after).items()}
     loss.backward()
-    for name, parameter in model.named_parameters():
-        grad = parameter.grad
-        results[f"d {name}"] = (grad.full_tensor() if hasattr(grad, "full_tensor") else grad).double()
-    return results
+    return results | {f"d {name}": grad.double() for name, grad in gradients_of(model).items()}
 
 
 def columns_before(work: Work, mesh: Any) -> int:
     """The first column of this rank's piece."""
     return int(split(torch.arange(work.length).expand(work.rows, -1), mesh, chunk_size=TINY["chunk_size"])[0, 0])
-
-
-def _error(got: Tensor, expected: Tensor) -> float:
-    same = got.dtype == expected.dtype or got.dtype == torch.bfloat16  # of `param_dtype`
-    assert got.shape == expected.shape and same, (got.shape, expected.shape, got.dtype)
-    if not got.numel():
-        return 0.0
-    wide = torch.complex128 if expected.is_complex() else torch.float64
-    difference = (got.to(wide) - expected.to(wide)).abs().max().item()
-    scale = max(expected.to(wide).abs().max().item(), 1e-3)
-    return difference / scale if difference == difference else float("inf")

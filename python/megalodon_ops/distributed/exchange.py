@@ -116,10 +116,8 @@ class TotalLoss(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, loss_sum, count, group, mean):
-        total = torch.stack([loss_sum.double(), count.double()])
-        if group is not None:
-            dist.all_reduce(total, group=group)
-        ranks = 1 if group is None else dist.get_world_size(group)
+        total, ranks = torch.stack([loss_sum.double(), count.double()]), dist.get_world_size(group)
+        dist.all_reduce(total, group=group)
         ctx.save_for_backward(ranks / total[1] if mean else torch.full_like(total[1], ranks))
         return (total[0] / total[1] if mean else total[0].clone()).to(loss_sum.dtype)  # no view
 

@@ -72,17 +72,17 @@ def _has_one_dtype(module: nn.Module, param_dtype: torch.dtype | None) -> bool:
 
 
 @torch.no_grad()
-def initialise(model: Megalodon, plain: Megalodon, device: torch.device) -> None:
+def initialise(model: Megalodon, plain: Megalodon, device: str) -> None:
     """Initialise the shards of a model that was on `meta`, with one whole module in memory at a time.
 
     The values are those of `megalodon_ops.Megalodon(config)` in one process with the random state of rank 0. The
     generators of all ranks stay unchanged. `plain` is a copy of the model from before the sharding.
     """
     model.to_empty(device=device)
-    random = torch if device.type == "cpu" else torch.cuda
+    random = torch if device == "cpu" else torch.cuda
     generators = [random.get_rng_state()]
     dist.broadcast_object_list(generators)
-    with torch.random.fork_rng([] if device.type == "cpu" else [device]):
+    with torch.random.fork_rng([] if device == "cpu" else [torch.cuda.current_device()]):
         random.set_rng_state(generators[0])
         for name, part in plain.named_modules():
             if next(part.parameters(recurse=False), None) is None:

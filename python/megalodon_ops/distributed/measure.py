@@ -38,15 +38,9 @@ class Cost(NamedTuple):
 
 
 def measure(
-    config: MegalodonConfig,
-    rows: int,
-    length: int,
-    tensor: int = 1,
-    dtype: torch.dtype = torch.float32,
-    autocast: bool = False,
-    on_cpu: bool = False,
-    recompute: bool = False,
-) -> tuple[Cost, Cost]:
+    config: MegalodonConfig, rows: int, length: int, tensor: int = 1, dtype: torch.dtype = torch.float32,
+    autocast: bool = False, on_cpu: bool = False, recompute: bool = False,
+) -> tuple[Cost, Cost]:  # fmt: skip
     """Measure a block, and the final norm with the loss, on a batch of (rows, length) tokens; see :func:`plan`.
 
     `tensor` devices share a block. Each device has a part of the operations and saved tensors, but all channels of
@@ -66,17 +60,16 @@ def measure(
             hidden, weight = output.final_norm(x)[0].to(dtype), output.output.weight.to(dtype)
             return linear_cross_entropy(hidden, weight, targets)
 
-        with torch.autocast("cpu", dtype, enabled=autocast) if on_cpu else _GpuPaths(dtype, autocast):
+        with torch.autocast("cpu", dtype, enabled=autocast) if on_cpu else _GpuPaths(dtype if autocast else None):
             saved, saved_by_loss = _saved(block, x, inputs), _saved(loss, last_hidden, inputs)
         operations, loss_operations = _operations(block, x), _operations(loss, last_hidden)
 
-        def whole_block(x: Tensor) -> Tensor:
+        def recomputed_block(x: Tensor) -> Tensor:
             # torch 2.5's checkpoint looks for the generators of its arguments' device, and `meta` has none
-            if not recompute:
-                return block(x)
             return checkpoint(lambda: block(x), use_reentrant=False, preserve_rng_state=False)
 
-        recomputed = sum(_operations(whole_block, x).values()) - sum(operations.values())
+        whole_operations = _operations(recomputed_block, x) if recompute else operations
+        recomputed = sum(whole_operations.values()) - sum(operations.values())
     own_saved = [size if numbers == x.numel() else size // tensor for numbers, size in saved]
     own_operations = {kind: count // tensor for kind, count in {**operations, RECOMPUTED: recomputed}.items()}
     return Cost(own_saved, own_operations), Cost([size for _, size in saved_by_loss], loss_operations)
@@ -105,14 +98,15 @@ def _operations(call: Callable[[Tensor], Tensor], x: Tensor) -> dict[str, int]:
 class _GpuPaths(TorchFunctionMode):
     """Make tensors on `meta` take a GPU's code path where torch does not: autocast, and the fused RMS norm."""
 
-    def __init__(self, dtype: torch.dtype, autocast: bool) -> None:
+    def __init__(self, dtype: torch.dtype | None) -> None:
+        """dtype: that of products under autocast; None: no autocast."""
         super().__init__()
-        self.dtype, self.autocast = dtype, autocast
+        self.dtype = dtype
 
     def __torch_function__(self, func: Any, types: Any, args: tuple = (), kwargs: dict[str, Any] | None = None) -> Any:
         options = kwargs or {}
         if func is F.rms_norm:  # a GPU saves one number per row less for it than for this layer norm
             return F.layer_norm(*args, weight=options["weight"], eps=options["eps"])
-        if func is F.linear and self.autocast:
+        if func is F.linear and self.dtype is not None:
             args = tuple(None if tensor is None else tensor.to(self.dtype) for tensor in args)
         return func(*args, **options)

@@ -39,7 +39,7 @@ from .tensor_layers import CHANNELS, redistribute, take_over
 class Ranks:
     """Process groups of this rank (None: nothing is split), and the dtype of matrix products."""
 
-    batch: ProcessGroup | None = None  # ranks whose losses are summed
+    batch: ProcessGroup  # ranks whose losses are summed
     chunk: ProcessGroup | None = None  # ranks with the pieces of one sequence, in order
     tensor: DeviceMesh | None = None  # ranks with the parts of every layer
     param_dtype: torch.dtype | None = None  # None: the parameters' dtype
@@ -94,11 +94,6 @@ class ParallelMegalodon(_ParallelModel, Megalodon):
     and is the same on every rank. Its gradients, averaged over the ranks, are exactly those of one process. With
     "none", a rank gets the losses of its piece.
 
-    How it works: the model's own forward runs on every rank. FSDP2 (fsdp.py) gathers a block's parameters before the
-    block and averages gradients after it. On a chunk group, blocks ask their sequences (chunk.py) for the initial
-    states of the rank's piece. On a tensor group, layers (tensor.py) hold a part of their parameters and exchange
-    activations. This class finds the piece's lengths, sums losses and gathers states.
-
     Every rank must make every call. Ranks that share a sequence or layers compare the arguments, by one small exchange,
     and raise the same ValueError if they differ.
     """
@@ -114,10 +109,11 @@ class ParallelMegalodon(_ParallelModel, Megalodon):
     def _compute(self, tokens: Tensor, wanted: Wanted, options: CallOptions) -> tuple[Tensor, MegalodonState | None]:
         """Compute the piece's features or logits, or the loss, and the state of the whole sequences; see the class."""
         check_reduction(wanted.reduction)
-        ranks, state, sequences = self._ranks, options.state, options.sequences
-        own_state, return_state = state, options.return_state
-        result_kind = f"loss, {wanted.reduction} without {wanted.ignore_index}"
-        result_kind = "features" if wanted.features else "logits" if wanted.targets is None else result_kind
+        ranks, config = self._ranks, self.config
+        state, return_state, _, sequences = options
+        own_state = state
+        loss_kind = f"loss, {wanted.reduction} without {wanted.ignore_index}"
+        result_kind = "features" if wanted.features else "logits" if wanted.targets is None else loss_kind
         arguments = {"call": result_kind, "return_state": return_state, **_arguments(state, len(tokens), sequences)}
         with self._reset_after_exception():
             if ranks.chunk is not None:
@@ -126,15 +122,15 @@ class ParallelMegalodon(_ParallelModel, Megalodon):
             if ranks.tensor is not None:
                 content = {"tokens": tokens, "targets": wanted.targets}
                 check_same_on_ranks("Megalodon", arguments | content, ranks.tensor.get_group())
-                own_state = None if own_state is None else split_state(own_state, ranks.tensor, self.config.num_heads)
-            own_options = CallOptions(own_state, return_state, options.inplace_state, sequences)
+                own_state = None if state is None else split_state(state, ranks.tensor, config.num_heads)
+            own_options = options._replace(state=own_state, sequences=sequences)
             result, after = super()._compute(tokens, wanted, own_options)
             if wanted.features and ranks.tensor is not None:
                 result = redistribute(result, ranks.tensor, CHANNELS, Replicate())
             if return_state and ranks.tensor is not None:
-                after = gather_state(after, ranks.tensor, self.config.num_heads)
+                after = gather_state(after, ranks.tensor, config.num_heads)
             if return_state and ranks.chunk is not None:
-                after = whole_state(after, state, sequences.pieces, self.config, ranks.chunk)
+                after = whole_state(after, state, sequences.pieces, config, ranks.chunk)
             return result, after
 
     def _tied(self, x: Tensor, state: Any) -> tuple[Tensor, Any]:
@@ -142,10 +138,11 @@ class ParallelMegalodon(_ParallelModel, Megalodon):
         if not (torch.is_grad_enabled() and x.requires_grad):
             return x, state
         leaves, structure = tree_flatten(state)
-        is_real = [isinstance(leaf, Tensor) and leaf.requires_grad for leaf in leaves]
-        x, *tied = Tied.apply(x, *(leaf for leaf, is_in in zip(leaves, is_real) if is_in))
-        rest = iter(tied)
-        return x, tree_unflatten([next(rest) if is_in else leaf for leaf, is_in in zip(leaves, is_real)], structure)
+        with_gradients = [i for i, leaf in enumerate(leaves) if isinstance(leaf, Tensor) and leaf.requires_grad]
+        x, *tied = Tied.apply(x, *(leaves[i] for i in with_gradients))
+        for i, leaf in zip(with_gradients, tied):
+            leaves[i] = leaf
+        return x, tree_unflatten(leaves, structure)
 
     def _cross_entropy(self, hidden: Tensor, wanted: Wanted, sequences: Sequences) -> Tensor:
         """Return the loss of all ranks or, with "none", this rank's losses."""
@@ -209,12 +206,8 @@ def _sequence_argument(sequences: Sequences) -> dict[str, Tensor]:
 
 def _arguments(state: MegalodonState | None, rows: int, sequences: Sequences) -> dict[str, Any]:
     """Return a call's arguments that describe whole sequences, by name; the ranks compare them."""
-    values = {
-        "rows of tokens": rows,
-        **dict.fromkeys(("cu_seqlens", "lengths", "spans")),
-        **_sequence_argument(sequences),
-    }
-    values["state"] = "None" if state is None else "given"
+    values = {"rows of tokens": rows, **dict.fromkeys(("cu_seqlens", "lengths", "spans"))}
+    values |= {**_sequence_argument(sequences), "state": "None" if state is None else "given"}
     if state is None:
         return values
     if state.cache_dtype == torch.int8:

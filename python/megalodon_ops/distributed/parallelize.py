@@ -86,8 +86,7 @@ def parallelize(
     # A block's parameters move to the mesh's device when the block is sharded.
     shard(model, batch, param_dtype)
     if on_meta:
-        cuda = mesh.device_type == "cuda"
-        initialise(model, plain, torch.device("cuda", torch.cuda.current_device()) if cuda else torch.device("cpu"))
+        initialise(model, plain, mesh.device_type)
     for block in model.layers:
         block.mega._update_rotary()  # on the parameters' new device
     return model

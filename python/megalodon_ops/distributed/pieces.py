@@ -5,7 +5,7 @@ from __future__ import annotations
 import reprlib
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import accumulate, pairwise, product
+from itertools import accumulate, chain, pairwise, product
 
 
 @dataclass(frozen=True)
@@ -104,23 +104,18 @@ def _spans(
     spans: Sequence[tuple[int, int]] | None,
 ) -> tuple[tuple[int, int], ...]:
     """Return the columns [begin, end) of each sequence."""
-    if spans is not None:
-        bounds = [0, *(bound for span in spans for bound in span), total]
+    if lengths is None and (spans is not None or cu_seqlens is not None):
+        name, expected, given = "spans", f"in order, disjoint and in one row of {total} positions", spans
+        if cu_seqlens is not None:
+            name, expected, given = "cu_seqlens", f"ascending offsets of one row, in [0, {total}]", cu_seqlens
+            spans = [*pairwise(cu_seqlens)]
+        bounds = [0, *chain.from_iterable(spans), total]
         if rows != 1 or bounds != sorted(bounds):
             raise ValueError(
-                f"Megalodon: `spans` must be in order, disjoint and in one row of {total} positions where ranks hold pieces "
-                f"of sequences, got {reprlib.repr([*spans])} for {rows} rows."
+                f"Megalodon: `{name}` must be {expected} where ranks hold pieces of sequences, got "
+                f"{reprlib.repr([*given])} for {rows} rows."
             )
         return tuple(map(tuple, spans))
-    if cu_seqlens is not None:
-        spans = tuple(pairwise(cu_seqlens))
-        ordered = all(begin <= end for begin, end in spans)
-        if rows != 1 or not cu_seqlens or not ordered or cu_seqlens[0] < 0 or cu_seqlens[-1] > total:
-            raise ValueError(
-                f"Megalodon: `cu_seqlens` must be ascending offsets of one row, in [0, {total}] for the pieces of all "
-                f"ranks together, got {reprlib.repr(list(cu_seqlens))} for {rows} rows."
-            )
-        return spans
     lengths = [total] * rows if lengths is None else lengths
     if len(lengths) != rows or any(not 0 <= length <= total for length in lengths):
         raise ValueError(

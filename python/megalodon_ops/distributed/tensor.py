@@ -18,7 +18,6 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable
 from dataclasses import replace
-from functools import partial
 
 import torch
 from torch import Tensor
@@ -34,12 +33,10 @@ from .tensor_layers import SplitAttention, SplitComplexEMA, SplitEmbedding, Spli
 from .tensor_layers import SplitLinear, SplitOutput, SplitRMSNorm, SplitTimestepNorm, redistribute
 
 
-def _is_logged(record: logging.LogRecord) -> bool:
-    return "sequential %s operations will be performed" not in str(record.msg)
-
-
-logging.getLogger("torch.distributed.tensor._redistribute").addFilter(_is_logged)
-"""Hides torch's advice to merge an exchange of FSDP2 and one of DTensor, which every rank would print"""
+# Hides torch's advice to merge an exchange of FSDP2 and one of DTensor, which every rank would print.
+logging.getLogger("torch.distributed.tensor._redistribute").addFilter(
+    lambda record: "sequential %s operations will be performed" not in str(record.msg)
+)
 
 
 def split_over(model: Megalodon, mesh: DeviceMesh) -> None:
@@ -103,19 +100,21 @@ def check_can_split(caller: str, config: MegalodonConfig, ranks: int) -> None:
 def split_state(state: MegalodonState, mesh: DeviceMesh, heads: int) -> MegalodonState:
     """Return this rank's part of a whole state."""
     first, count = mesh.get_local_rank() * heads // mesh.size(), max(heads // mesh.size(), 1)
-    split = partial(_redistributed, mesh=mesh, to_whole=False)
+
+    def split(tensor: Tensor, dim: int) -> Tensor:
+        return redistribute(tensor, mesh, Replicate(), Shard(dim))
+
     return _map_state(state, split, lambda k: k.narrow(2, first, count), count)
 
 
 def gather_state(state: MegalodonState, mesh: DeviceMesh, heads: int) -> MegalodonState:
     """Gather the whole state from the parts of all ranks."""
-    gather, copies = partial(_redistributed, mesh=mesh, to_whole=True), max(mesh.size() // heads, 1)
+    copies = max(mesh.size() // heads, 1)
+
+    def gather(tensor: Tensor, dim: int) -> Tensor:
+        return redistribute(tensor, mesh, Shard(dim), Replicate())
+
     return tree_map(torch.clone, _map_state(state, gather, lambda k: gather(k, 2)[:, :, ::copies], heads))
-
-
-def _redistributed(tensor: Tensor, dim: int, mesh: DeviceMesh, to_whole: bool) -> Tensor:
-    source, target = (Shard(dim), Replicate()) if to_whole else (Replicate(), Shard(dim))
-    return redistribute(tensor, mesh, source, target)
 
 
 def _map_state(

@@ -114,12 +114,7 @@ class SplitAttention(SplitLayer, NormalizedAttention):
 
 
 class SplitFFN(SplitLayer, NormalizedFFN):
-    settings = ("config", "layer")
-
-    def __init__(self, layer: NormalizedFFN, *args: Any, **fields: Any) -> None:
-        super().__init__(layer, *args, **fields)
-        if layer.fc3 is None:
-            self.fc3 = None
+    settings = ("config", "layer", "fc3")  # fc3 may be None, which is no module
 
 
 class SplitTimestepNorm(SplitLayer, TimestepNorm):

@@ -60,29 +60,26 @@ def evaluate(
     """
     _check(model, documents, contexts)
     rows, piece = check_size("evaluate", "rows", rows), check_size("evaluate", "piece", piece)
-    lengths = {
-        context if context == "all" else int(context): _UNLIMITED if context == "all" else context
-        for context in contexts
-    }
+    contexts = [context if context == "all" else int(context) for context in contexts]
     model = model.alone()
     modes = [(module, module.training) for module in model.modules()]
     model.eval()
     results: dict[Context, Evaluation] = {}
     uncut: Evaluation | None = None  # result of a context that cuts no document, and so of larger contexts
     try:
-        for context in sorted(lengths, key=lengths.get):
+        for context in sorted({*contexts}, key=_length_of):
             if uncut is None:
-                results[context], has_cut = _evaluate(model, documents, context, lengths[context], rows, piece)
+                results[context], has_cut = _evaluate(model, documents, context, rows, piece)
                 uncut = None if has_cut else results[context]
             else:
                 results[context] = dataclasses.replace(uncut, context=context)
             counts = {each.context: each.tokens for each in results.values()}
             # Counts can differ: a document that is an iterator of pieces is empty the second time.
             if not min(counts.values()) or len(set(counts.values())) > 1:
+                got = ", ".join(f"{count} with context {context}" for context, count in counts.items())
                 raise ValueError(
                     "evaluate: `documents` must have a token to predict after the start tokens, and the same tokens "
-                    "for every context, got "
-                    f"{', '.join(f'{count} with context {context}' for context, count in counts.items())}."
+                    f"for every context, got {got}."
                 )
     finally:
         for module, training in modes:
@@ -90,8 +87,12 @@ def evaluate(
     return [results[context] for context in contexts]
 
 
+def _length_of(context: Context) -> int:
+    return _UNLIMITED if context == "all" else context
+
+
 def _evaluate(
-    model: Megalodon, documents: Iterable[Any], context: Context, length: int, rows: int, piece: int
+    model: Megalodon, documents: Iterable[Any], context: Context, rows: int, piece: int
 ) -> tuple[Evaluation, bool]:
     """Return the losses for one context, and True if a document was longer than a window."""
     tally, reader, has_cut = Tally(), _Reader(model), False
@@ -100,7 +101,7 @@ def _evaluate(
     while True:
         segments = [(number, segment) for number, lane in enumerate(lanes) for segment in next(lane, [])]
         while len(lanes) < rows:  # add a lane if documents are left
-            lane = segments_of(queue, length, piece)
+            lane = segments_of(queue, _length_of(context), piece)
             if not (first := next(lane, [])):
                 break
             segments += [(len(lanes), segment) for segment in first]
@@ -129,8 +130,7 @@ class _Reader:
         whole = [segment for _, segment in segments if segment.start == 0 and segment.ends_window]
         if whole:
             yield whole, self.model.loss(**self._batch(whole))[0]
-        parts = [(lane, segment) for lane, segment in segments if segment.start or not segment.ends_window]
-        if parts:
+        if parts := [(lane, segment) for lane, segment in segments if segment.start or not segment.ends_window]:
             batch = [segment for _, segment in parts]
             losses, state = self.model.loss(**self._batch(batch), state=self._state(parts), return_state=True)
             unfinished = [i for i, segment in enumerate(batch) if not segment.ends_window]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -101,12 +100,9 @@ class MegalodonCache(Cache):
 
     def batch_select_indices(self, indices: Tensor) -> None:
         """Keep the sequences `indices`."""
-        self._replace(lambda state: state[indices])
-
-    def _replace(self, change: Callable[[MegalodonState], MegalodonState]) -> None:
         self.renew()
         if self._state is not None:
-            self._state = change(self._state)
+            self._state = self._state[indices]
 
     def crop(self, tokens: int) -> None:
         """Remove the last -`tokens` tokens. A positive `tokens` (transformers 5.0) is the number of tokens to keep.

@@ -13,6 +13,7 @@ from transformers.generation.configuration_utils import GenerationMode
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 from transformers.utils import can_return_tuple
 
+from ..inference.captured_step import hooked_module
 from ..model.blocks import at_least_float32
 from ..public_models import Megalodon
 from ..model.megalodon import Wanted
@@ -50,7 +51,7 @@ class MegalodonCausalModel(MegalodonPreTrainedModel):
         # An exported program has one piece, as its length may be unknown.
         whole = whole or torch.is_grad_enabled() or batch.is_packed or is_exporting()
         size, pieces, selected = model.config.chunk_size, [], None
-        whole = whole or length <= size or _has_hooks(self)
+        whole = whole or length <= size or hooked_module(self) is not None  # a hook would see several pieces
         for begin in (0,) if whole else range(0, length, size):
             end = length if whole else min(begin + size, length)
             part = inputs[:, begin:end]
@@ -74,11 +75,6 @@ class MegalodonCausalModel(MegalodonPreTrainedModel):
         if positions is not None:
             return selected
         return pieces[0] if len(pieces) == 1 else torch.cat(pieces, dim=1)
-
-
-def _has_hooks(model: nn.Module) -> bool:
-    """Return True if a module has forward hooks, which would see a text that is read in pieces several times."""
-    return any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
 
 
 class MegalodonModel(MegalodonCausalModel):

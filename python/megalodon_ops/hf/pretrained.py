@@ -136,9 +136,8 @@ class MegalodonPreTrainedModel(PreTrainedModel):
         with torch.device("meta"):
             result = cls(cls.config_class.from_megalodon(model.config))
             if quantization:
-                quantizer = MegalodonQuantizer(
-                    MegalodonQuantizationConfig(quantization, model.activations), pre_quantized=True
-                )
+                settings = MegalodonQuantizationConfig(quantization, model.activations)
+                quantizer = MegalodonQuantizer(settings, pre_quantized=True)
                 quantizer.preprocess_model(result)
                 quantizer.postprocess_model(result)
                 result.hf_quantizer = quantizer
@@ -147,12 +146,8 @@ class MegalodonPreTrainedModel(PreTrainedModel):
                 result.set_submodule(own_name, model.get_submodule(name))
         for i, (block, own) in enumerate(zip(model.layers, layers := result.base_model.layers, strict=True)):
             if type(block) is MegalodonBlock and not (block._forward_hooks or block._forward_pre_hooks):
-                own.mega, own.nffn, own.training, own.recompute = (
-                    block.mega,
-                    block.nffn,
-                    block.training,
-                    block.recompute,
-                )
+                for name in ("mega", "nffn", "training", "recompute"):
+                    setattr(own, name, getattr(block, name))
             else:  # a block with hooks or of another class stays itself
                 layers[i] = block
         result.tie_weights()
@@ -221,10 +216,6 @@ class MegalodonPreTrainedModel(PreTrainedModel):
             )
         return "eager"
 
-    def _configure(self) -> None:
-        """Update the core's configuration."""
-        self.megalodon.config = self.config.to_megalodon()
-
     def resize_token_embeddings(self, *args, **options) -> nn.Embedding:
         """Resize as transformers does; the model then has as many logits as tokens."""
         embeddings = super().resize_token_embeddings(*args, **options)
@@ -233,7 +224,7 @@ class MegalodonPreTrainedModel(PreTrainedModel):
         for module in self.megalodon.layers.modules():
             if hasattr(module, "config"):
                 module.config = config
-        self._configure()
+        self.megalodon.config = config
         return embeddings
 
     def _class_loss(self, logits: Tensor, labels: Tensor) -> Tensor:

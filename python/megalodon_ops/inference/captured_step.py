@@ -95,7 +95,7 @@ def may_capture(model: nn.Module, state: MegalodonStateBase) -> bool:
 
 
 def hooked_module(model: nn.Module) -> str | None:
-    """Return the name of the first module with hooks, which a graph would not call, or None."""
+    """Return the name of the first module with hooks of its forward, or None."""
     hooked = (name for name, part in model.named_modules() if part._forward_hooks or part._forward_pre_hooks)
     return next((name or "model" for name in hooked), None)
 

@@ -13,7 +13,7 @@ from torch.utils._pytree import tree_leaves
 from ..ops.chunked_attention.two_chunk_attention import positions_fit
 from ..ops.linear import linear
 from ..ops.common.definition import check_runs_now, is_autocast_enabled
-from ..ops.common.checks import check_device, check_tensor, describe, warn_caller
+from ..ops.common.checks import check_device, check_integer, check_tensor, describe, warn_caller
 from ..ops.common.recording import Step, contiguous_copy
 from ..model.blocks import at_least_float32
 from .captured_step import CapturedStep, hooked_module, may_capture
@@ -22,7 +22,7 @@ from ..model.inputs import check_inputs
 from ..model.model_state import MegalodonStateBase, as_real, check_state, complete, layout, named_tensors
 from .quantized_layers import computing_dtype
 from ..model.sequences import Sequences
-from .undo import check_history, make_history
+from .undo import History, check_history
 
 _NEVER = -(2**62)
 _CAPTURED_LENGTH = 8  # most tokens of a row in a captured step: one, or a draft of several
@@ -116,7 +116,9 @@ class Decoder:
         changes: list[str] = []
         self._runner = decoding_model(model, model._reference(), changes)
         self.fused = self._max_tokens >= self.num_sequences and not self._warn_of_changes(changes)
-        self._history = make_history(model.config, self._state, undo, self._max_tokens // max(self.num_sequences, 1))
+        undo = check_integer("Decoder", "undo", undo, "an integer in [0, 2^31)", 0, 2**31 - 1)
+        most_tokens = self._max_tokens // max(self.num_sequences, 1)
+        self._history = History(model.config, self._state, undo, most_tokens) if undo else None
 
     @property
     def state(self) -> MegalodonStateBase:

@@ -152,12 +152,6 @@ def replace_layers(model: nn.Module, kind: str, activations: str | None = None) 
             parent.add_module(name, quantised.to(module.weight.dtype))
 
 
-def small_tensors(model: nn.Module) -> set[str]:
-    """Return the names of quantised weights and of their scales."""
-    modules = model.named_modules(remove_duplicate=False)
-    return {f"{name}.{own}" for name, m in modules if isinstance(m, _QuantizedModule) for own in ("weight", "scale")}
-
-
 def computing_dtype(model: nn.Module) -> torch.dtype:
     """Dtype of a model's activations: the dtype that its embedding returns."""
     return getattr(model.embed, "dtype", None) or model.embed.weight.dtype

@@ -40,26 +40,25 @@ class Sampling:
     repetition_penalty: float | None = None
 
     def __post_init__(self) -> None:
-        def check(field: str, expected: str, low: float, high: float = MAX_FLOAT) -> None:
-            if (value := getattr(self, field)) is not None or field == "temperature":
-                object.__setattr__(self, field, check_number("generate", field, value, expected, low, high))
-
-        self._check_rows("temperature", "a finite number of at least 0", 0.0)
-        self._check_rows("top_p", "a probability in (0, 1]", MIN_POSITIVE, 1.0)
-        check("min_p", "a probability in [0, 1]", 0.0, 1.0)
-        check("repetition_penalty", "a positive finite number", MIN_POSITIVE)
+        self._check("temperature", "a finite number of at least 0", 0.0, by_row=True)
+        self._check("top_p", "a probability in (0, 1]", MIN_POSITIVE, 1.0, by_row=True)
+        self._check("min_p", "a probability in [0, 1]", 0.0, 1.0)
+        self._check("repetition_penalty", "a positive finite number", MIN_POSITIVE)
         if self.top_k is not None:
             object.__setattr__(self, "top_k", check_size("generate", "top_k", self.top_k))
 
-    def _check_rows(self, field: str, expected: str, low: float, high: float = MAX_FLOAT) -> None:
-        """Check a number for all rows, or a sequence of one for each; store a sequence as a tensor on the CPU."""
+    def _check(self, field: str, expected: str, low: float, high: float = MAX_FLOAT, by_row: bool = False) -> None:
+        """Check a number or, with `by_row`, a sequence of one for each row, which is stored as a tensor on the CPU."""
         value = getattr(self, field)
         if value is None and field != "temperature":
             return
-        if not isinstance(value, Sequence) or isinstance(value, str):
-            return object.__setattr__(self, field, check_number("generate", field, value, expected, low, high))
-        numbers = [check_number("generate", field, one, f"{expected}, one for each row", low, high) for one in value]
-        object.__setattr__(self, field, torch.tensor(numbers, dtype=torch.float64)[:, None])
+        if by_row and isinstance(value, Sequence) and not isinstance(value, str):
+            expected += ", one for each row"
+            numbers = [check_number("generate", field, one, expected, low, high) for one in value]
+            value = torch.tensor(numbers, dtype=torch.float64)[:, None]
+        else:
+            value = check_number("generate", field, value, expected, low, high)
+        object.__setattr__(self, field, value)
 
     def check_rows(self, rows: int) -> None:
         """Raise if an option with a number for each row is not given for `rows` rows."""

@@ -37,13 +37,6 @@ class _Call:
     """tensors of :func:`_cache` of each layer before the call; None: no chunk ends in the call"""
 
 
-def make_history(config: MegalodonConfig, state: MegalodonStateBase, size: int, most_tokens: int) -> History | None:
-    """Return the history of a decoder with undo=`size`, None for 0. most_tokens: most tokens per row in a step."""
-    if check_integer("Decoder", "undo", size, "an integer in [0, 2^31)", 0, 2**31 - 1) == 0:
-        return None
-    return History(config, state, size, most_tokens)
-
-
 def check_history(history: History | None) -> History:
     if history is None:
         raise ValueError("Decoder: `undo` must be above 0 to take tokens back, got 0; make it by Decoder(..., undo=n).")
@@ -59,6 +52,7 @@ class History:
     """
 
     def __init__(self, config: MegalodonConfig, state: MegalodonStateBase, size: int, most_tokens: int) -> None:
+        """most_tokens: most tokens per row in a step."""
         self.size, self._config = size, config
         self._longest = min(2 * size + 1, most_tokens) if most_tokens > size else 2 * size + 1
         """largest number of tokens per row in a call, pending ones included"""

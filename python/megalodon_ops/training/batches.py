@@ -146,8 +146,7 @@ class Batches:
         self.taken, self.readers = stored.taken, stored.readers
 
     def __iter__(self) -> Iterator[Batch]:
-        while (batch := self.next()) is not None:
-            yield batch
+        return iter(self.next, None)
 
     def next(self) -> Batch | None:
         """Return the next batch; None after a single pass."""
@@ -165,13 +164,9 @@ class Batches:
                 bounds.append(bounds[-1] + len(text))
                 carry.append(row if self.streamed and offset else -1)
             last.append(len(carry) - 1 if pieces[number] else -1)
-        return Batch(
-            torch.from_numpy(numpy.concatenate(tokens, dtype=numpy.int64, casting="unsafe"))[None],
-            torch.from_numpy(numpy.concatenate(targets, dtype=numpy.int64, casting="unsafe"))[None],
-            torch.tensor(bounds),
-            torch.tensor(carry, dtype=torch.int64),
-            torch.tensor(last),
-        )
+        ids = (numpy.concatenate(parts, dtype=numpy.int64, casting="unsafe") for parts in (tokens, targets))
+        row_ids = (torch.from_numpy(array)[None] for array in ids)
+        return Batch(*row_ids, torch.tensor(bounds), torch.tensor(carry, dtype=torch.int64), torch.tensor(last))
 
     def _pieces(self, row: int) -> list[tuple[int, int, int]]:
         """Advance a row by up to `length` tokens; return its pieces as (document, first token, end)."""

@@ -50,8 +50,7 @@ def adamw(model: nn.Module, *, lr: float, weight_decay: float = 0.1) -> torch.op
         >>> adamw(mo.Megalodon(config), lr=3.5e-4).defaults["betas"]
         (0.9, 0.95)
     """
-    groups = parameter_groups(model, weight_decay=weight_decay)
-    return _adamw(groups, lr)
+    return _adamw(parameter_groups(model, weight_decay=weight_decay), lr)
 
 
 def _adamw(groups: list[dict[str, Any]], lr: float) -> torch.optim.AdamW:
