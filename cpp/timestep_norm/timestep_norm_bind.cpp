@@ -82,7 +82,7 @@ MEGALODON_BINDING(timestep_norm_fwd,
 MEGALODON_BINDING(timestep_norm_bwd,
                   (py::handle x_, py::handle weight_, py::handle bias, int64_t num_groups, double eps,
                    py::handle count, py::handle mean, py::handle var, py::handle residual, py::handle spans,
-                   py::handle stats, py::handle dy, py::handle dmean_out, py::handle dvar_out),
+                   py::handle stats_, py::handle dy, py::handle dmean_out, py::handle dvar_out),
                   (py::handle dx, py::handle dweight, py::handle dbias, py::handle dmean, py::handle dvar)) {
   TimestepNormBwdParams params{};
   const TensorView x =
@@ -93,8 +93,10 @@ MEGALODON_BINDING(timestep_norm_bwd,
   const auto per_group = [&](const char* name, py::handle object) {
     return TensorView(kNorm, name, object).shape("(S, G)", {S, G}).dtype(real, kRealDtype).data();
   };
-  params.stats =
-      TensorView(kNorm, "stats", stats).present().shape("(3, B, L, G)", {3, B, L, G}).dtype(real, kRealDtype).data();
+  const TensorView stats(kNorm, "stats", stats_);
+  if (stats.present().axes() == 1)  // empty
+    throw py::value_error("timestep_norm: `return_stats` must be True where gradients are wanted, got False.");
+  params.stats = stats.shape("(3, B, L, G)", {3, B, L, G}).dtype(real, kRealDtype).data();
   params.dy = TensorView(kNorm, "dy", dy).like(x).data();
   params.dmean_out = per_group("dmean_out", dmean_out);
   params.dvar_out = per_group("dvar_out", dvar_out);

@@ -183,15 +183,16 @@ class MegalodonPreTrainedModel(PreTrainedModel):
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
         """Initialize parameters that a checkpoint lacks, and recompute the rotary angles, which no checkpoint holds."""
-        if type(module) is nn.Embedding:  # created by resize_token_embeddings, as is the output matrix below
-            module.__class__ = Embedding
-        elif type(module) is nn.Linear:
+        if type(module) is nn.Linear:  # created by resize_token_embeddings, as is the nn.Embedding below
             Linear.give_methods(module, token_rows=True)
         parameters = dict(module.named_parameters(recurse=False))
         loaded = {name: weight for name, weight in parameters.items() if getattr(weight, "_is_hf_initialized", False)}
         if len(loaded) < len(parameters):
             saved = {name: weight.clone() for name, weight in loaded.items()}
-            module.reset_parameters()
+            if type(module) is nn.Embedding:
+                Embedding.reset_parameters(module)
+            else:
+                module.reset_parameters()
             for name, weight in saved.items():
                 parameters[name].copy_(weight)
         if isinstance(module, NormalizedAttention):

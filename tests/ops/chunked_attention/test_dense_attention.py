@@ -11,13 +11,7 @@ import math
 
 import pytest
 import torch
-from assertions import (
-    assert_as_accurate_as,
-    assert_close,
-    assert_matches_reference,
-    every_case,
-    references,
-)
+from assertions import assert_as_accurate_as, assert_close, assert_matches_reference, every_case, references
 from backends import every_backend
 from calls import evaluate, forward
 from cases import Case, chunked_attention_case, normalized_attention_case
@@ -177,9 +171,9 @@ def test_the_workspace_does_not_grow_with_the_length(force_path):
     def workspace(L: int, backward: bool) -> int:
         case = case_of("products", torch.float32, B=1, L=L, K=64, V=128)
         q, k, v = case.tensors.values()
-        o, lse = module.forward("products", q, k, v, 40, True, 1.0)
-        function, given = (module.backward, (o, q, k, v, o, lse)) if backward else (module.forward, (q, k, v))
-        kept, peak = allocated(lambda: function("products", *given, 40, True, 1.0))
+        o, lse = module.compute("forward", "products", (q, k, v), 40, True, 1.0)
+        given = ("backward", "products", (o, q, k, v, o, lse)) if backward else ("forward", "products", (q, k, v))
+        kept, peak = allocated(lambda: module.compute(*given, 40, True, 1.0))
         return peak - kept
 
     square = 2 * 40 * 40 * 4  # scores of two chunks

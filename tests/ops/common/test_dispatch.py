@@ -46,8 +46,7 @@ class Functions(TorchFunctionMode):
 def test_modes_see_the_ops(case):
     with Calls() as calls:
         evaluate(getattr(mo, case.op), case)
-    own = [name for name in calls.names if "megalodon" in name]
-    assert own == [f"megalodon_ops::{case.op}_fwd", f"megalodon_ops::{case.op}_bwd"]
+    assert [n for n in calls.names if "megalodon" in n] == [f"megalodon_ops::{case.op}_{way}" for way in ("fwd", "bwd")]
     with Functions() as functions:
         forward(getattr(mo, case.op), case)
     assert f"megalodon_ops.{case.op}_fwd.default" in functions.names
@@ -89,11 +88,24 @@ def test_results_that_the_flags_leave_out_are_empty():
 
 
 def test_a_backward_with_unknown_names_is_refused():
-    message = (
-        r"must name arguments and results of megalodon_ops.cema_fwd.default, .* got \['bias', 'dbias', 'dweight'.*\]"
-    )
+    message = r"must name arguments and results of .*cema_fwd.default, .* got \['bias', 'dbias', 'dweight'.*\]"
     with pytest.raises(TypeError, match=message):
         definition._autograd_by_names(ops.cema_fwd.default, ops.layer_norm_bwd.default)
+
+
+def test_a_binding_takes_what_it_names_in_its_order(monkeypatch):
+    launched = []
+    monkeypatch.setattr(definition, "launch", lambda *args: launched.append(args))
+    monkeypatch.setattr(definition, "binding_names", lambda name: (["spans", "q", "x"], ["y", "state_out"]))
+    kernel = definition._default_kernel(ops.cema_fwd.default, lambda *args: ("y", "state"))
+    x, q, spans = torch.ones(2, 3).T, torch.zeros(1), torch.arange(4).unfold(0, 2, 1)
+    for wanted in True, False:
+        assert kernel(x, None, q, None, None, None, spans, wanted) == ("y", "state")
+        name, given_spans, given_q, given_x, *results = launched.pop()
+        assert name == "cema_fwd" and given_spans is spans and torch.equal(given_q, q)
+        assert torch.equal(given_x, x) and given_x.is_contiguous() and results == ["y", "state" if wanted else None]
+    with pytest.raises(TypeError, match="the binding layer_norm_fwd must take arguments and results of .*layer_norm"):
+        definition._default_kernel(ops.layer_norm_fwd.default, None)
 
 
 def test_statistics_are_needed_for_gradients():

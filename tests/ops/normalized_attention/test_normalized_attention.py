@@ -4,13 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from assertions import (
-    assert_all_as_accurate_as,
-    assert_bit_equal,
-    assert_close,
-    assert_refuses,
-    with_references,
-)
+from assertions import assert_all_as_accurate_as, assert_bit_equal, assert_close, assert_refuses, with_references
 from backends import every_backend
 from calls import evaluate, forward
 from cases import normalized_attention_case

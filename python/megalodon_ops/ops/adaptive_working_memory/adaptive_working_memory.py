@@ -6,14 +6,12 @@ import torch
 from torch import Tensor
 
 from ..common.arrays import call_with_arrays
-from ..chunked_attention.chunked_attention import chunked_attention_state, chunked_attention_state_
-from ..common.definition import autocast, call, define_op, empty_like
-from ..common.definition import launch
+from ..chunked_attention.chunked_attention import append, append_in_place
+from ..common.definition import autocast, call, define_op, empty_like, launch
 from ..common.flops import lengths_of, readable_values
 from ..common.spans import as_spans, num_positions, num_sequences
 from ..linear.linear import put_products_
 from ..common.states import WorkingMemoryState, accumulation_dtype, state_fields
-from ..chunked_attention.two_chunk_attention import two_chunk_attention_state, two_chunk_attention_state_
 from ..common.checks import check_device, check_flag, check_rank, check_size, check_tensor
 from .working_memory_plan import OP as _NAME, Index, Plan, matrices
 
@@ -87,10 +85,8 @@ def adaptive_working_memory(
     check_tensor(_NAME, "k", k)
     check_tensor(_NAME, "v", v)
     q, k, v = autocast(q, k, v)
-    chunk_size, visible_chunks = (
-        check_size(_NAME, name, value)
-        for name, value in (("chunk_size", chunk_size), ("visible_chunks", visible_chunks))
-    )
+    chunk_size = check_size(_NAME, "chunk_size", chunk_size)
+    visible_chunks = check_size(_NAME, "visible_chunks", visible_chunks)
     if visible_chunks > 2:
         raise ValueError(f"{_NAME}: `visible_chunks` must be 1 or 2, got {visible_chunks}.")
     check_flag(_NAME, "return_state", return_state)
@@ -100,13 +96,10 @@ def adaptive_working_memory(
     o, memory, mass = read_and_write(q, k, v, chunk_size, visible_chunks, state, spans, return_state)
     if not return_state:
         return o
-    cached = (
-        (None,) * 3
-        if state is None
-        else (state.k, state.v, num_cached_rows(state.position, chunk_size, visible_chunks))
-    )
-    append = two_chunk_attention_state if visible_chunks == 2 else chunked_attention_state
-    k, v, _ = call(append, k.detach(), v.detach(), *cached, chunk_size, spans)
+    cached = (None,) * 3
+    if state is not None:
+        cached = state.k, state.v, num_cached_rows(state.position, chunk_size, visible_chunks)
+    k, v, _ = append(k, v, *cached, chunk_size, visible_chunks, spans)
     return o, WorkingMemoryState(memory, mass, k, end_position(q, state, spans), v)
 
 
@@ -139,13 +132,11 @@ def read_write_and_keep(
         if cached_rows is None:
             cached_rows = num_cached_rows(state.position, chunk_size, visible_chunks)
         cached = state.k, state.v[..., :0].contiguous(), cached_rows.clone()
-    new = k.detach(), v[..., :0].detach()
+    new = k, v[..., :0], *cached, chunk_size, visible_chunks, spans
     if inplace and state is not None:
-        append = two_chunk_attention_state_ if visible_chunks == 2 else chunked_attention_state_
-        append(*new, *cached, chunk_size, spans)
+        append_in_place(*new)
         return o, memory, mass, state.k
-    append = two_chunk_attention_state if visible_chunks == 2 else chunked_attention_state
-    return o, memory, mass, append(*new, *cached, chunk_size, spans)[0]
+    return o, memory, mass, append(*new)[0]
 
 
 def num_cached_rows(position: Tensor, chunk_size: int, visible_chunks: int) -> Tensor:
@@ -316,12 +307,7 @@ def _bwd_flops(q, v, position, chunk_size, visible_chunks, spans, dmemory_out, d
 
 
 def _position_counts(
-    q: Tensor,
-    position: Tensor | None,
-    chunk_size: int,
-    visible: int,
-    spans: Tensor | None,
-    to_end: bool,
+    q: Tensor, position: Tensor | None, chunk_size: int, visible: int, spans: Tensor | None, to_end: bool
 ) -> tuple[int, int]:
     """Return the numbers of positions that read M and that are written to M.
 

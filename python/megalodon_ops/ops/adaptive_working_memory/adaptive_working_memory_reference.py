@@ -187,14 +187,9 @@ def _write(M: Tensor, z: Tensor, chunk: _Span) -> tuple[Tensor, Tensor]:
 
 
 def _end_state(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    ends: list[tuple[Tensor, Tensor, _Span]],
-    chunk_size: int,
-    visible: int,
+    q: Tensor, k: Tensor, v: Tensor, ends: list[tuple[Tensor, Tensor, _Span]], chunk_size: int, visible: int,
     state: WorkingMemoryState | None,
-) -> WorkingMemoryState:
+) -> WorkingMemoryState:  # fmt: skip
     """Return the state with the positions of chunks that are not yet written; its other rows are zero."""
     S, (H, K), V, real = len(ends), q.shape[2:], v.shape[-1], accumulation_dtype(q.dtype)
     memory, mass = q.new_zeros(S, H, K, V, dtype=real), q.new_zeros(S, H, K, dtype=real)

@@ -110,13 +110,7 @@ class Plan:
     """
 
     def __init__(
-        self,
-        q: Tensor,
-        C: int,
-        visible: int,
-        position: Tensor | None,
-        spans: Tensor | None,
-        to_end: bool,
+        self, q: Tensor, C: int, visible: int, position: Tensor | None, spans: Tensor | None, to_end: bool
     ) -> None:
         H = q.shape[2]
         pairs = read_spans(OP, q, spans)

@@ -2,18 +2,14 @@
 
 from __future__ import annotations
 
-import re
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from ..common.arrays import call_with_arrays
 from .cema import cema
-from ..common.checks import check_rank, check_tensor
+from ..common.checks import check_rank, check_tensor, renamed
 from ..common.spans import as_spans, token_sequences
-
-_CEMA_PREFIX = re.compile("^cema: ")
 
 
 def bidirectional_cema(
@@ -81,7 +77,7 @@ def bidirectional_cema(
         order = mirrored_tokens(x, spans)
         z = cema(_reorder(x, order), p[D:], q[D:], gamma[D:], torch.zeros_like(omega), spans=spans)
     except (TypeError, ValueError) as error:
-        raise type(error)(_CEMA_PREFIX.sub("bidirectional_cema: ", str(error))) from error
+        raise renamed(error, "bidirectional_cema") from error
     after = _reorder(z, order)[:, 1:]  # z includes the position itself
     if spans is not None and spans.dim() == 2:
         order = order.view(x.shape[:2])

@@ -9,8 +9,7 @@ from torch import Tensor
 
 from ..common.arrays import call_with_arrays
 from ..common.checks import check_flag, check_rank, check_width
-from ..common.definition import call, contiguous_or_none, define_op, empty_gradients
-from ..common.definition import empty_like, launch
+from ..common.definition import call, define_op, empty_like
 from ..common.flops import num_tokens
 from ..common.spans import as_spans, num_sequences
 
@@ -127,84 +126,35 @@ def cema_end_state(
     return call(cema_end_state_fwd, x, p, q, as_spans("cema_end_state", x, cu_seqlens, lengths, starts, spans))
 
 
-def _fwd(x, p, q, gamma, omega, state, spans, return_state):
-    x = x.contiguous()
-    y, state_out = _fwd_fake(x, p, q, gamma, omega, state, spans, return_state)
-    coefficients = (p.contiguous(), q.contiguous(), gamma.contiguous(), omega.contiguous())
-    results = (y, state_out if return_state else None)
-    launch("cema_fwd", x, *coefficients, contiguous_or_none(state), spans, *results)
-    return y, state_out
-
-
 def _fwd_fake(x, p, q, gamma, omega, state, spans, return_state):
     """Without `return_state`, the state has no elements, as torch's schemas have no optional results."""
     shape = (num_sequences(x.shape[0], spans), *q.shape) if return_state else (0,)
     return empty_like(x), q.new_empty(shape)
 
 
-def _bwd(dy, dstate_out, x, p, q, gamma, omega, state, spans):
-    x, p, q, gamma, omega = x.contiguous(), p.contiguous(), q.contiguous(), gamma.contiguous(), omega.contiguous()
-    *grads, dstate = empty_gradients(x, p, q, gamma, omega, state)
-    incoming = dy.contiguous(), contiguous_or_none(dstate_out)
-    results = *grads, None if state is None else dstate
-    launch("cema_bwd", x, p, q, gamma, omega, contiguous_or_none(state), spans, *incoming, *results)
-    return *grads, dstate
-
-
-def _bwd_flops(x, p, spans):
-    channels, modes = p.shape
-    h, g, dx, dp, dq, dgamma = 8, 10, 2, 2, 8, 4
-    return num_tokens(x, spans) * channels * ((h + g + dx + dp + dq + dgamma) * modes + 4)
-
-
 cema_bwd = define_op(
     "cema_bwd(Tensor dy, Tensor? dstate_out, Tensor x, Tensor p, Tensor q, Tensor gamma, Tensor omega, Tensor? state, "
     "Tensor? spans) -> (Tensor dx, Tensor dp, Tensor dq, Tensor dgamma, Tensor domega, Tensor dstate)",
-    kernel=_bwd,
-    flops=_bwd_flops,
+    # of a mode: h 8, g 10, dx 2, dp 2, dq 8, dgamma 4
+    flops=lambda x, p, spans: num_tokens(x, spans) * len(p) * (34 * p.shape[1] + 4),
 )
 cema_fwd = define_op(
     "cema_fwd(Tensor x, Tensor p, Tensor q, Tensor gamma, Tensor omega, Tensor? state, "
     "Tensor? spans, bool return_state) -> (Tensor y, Tensor state_out)",
-    kernel=_fwd,
     fake=_fwd_fake,
     backward=cema_bwd,
     flops=lambda x, p, spans: num_tokens(x, spans) * len(p) * (12 * p.shape[1] + 2),
 )
 
 
-def _end_state_fwd(x, p, q, spans):
-    state_out = _end_state_fwd_fake(x, p, q, spans)
-    launch("cema_end_state_fwd", x.contiguous(), p.contiguous(), q.contiguous(), spans, state_out)
-    return state_out
-
-
-def _end_state_fwd_fake(x, p, q, spans):
-    return q.new_empty((num_sequences(x.shape[0], spans), *q.shape))
-
-
-def _end_state_bwd(dstate_out, x, p, q, spans):
-    x, p, q = x.contiguous(), p.contiguous(), q.contiguous()
-    grads = empty_gradients(x, p, q)
-    launch("cema_end_state_bwd", x, p, q, spans, dstate_out.contiguous(), *grads)
-    return grads
-
-
-def _end_state_bwd_flops(x, p, spans):
-    h, g, dx, dp, dq = 8, 6, 2, 2, 8
-    return num_tokens(x, spans) * p.numel() * (h + g + dx + dp + dq)
-
-
 cema_end_state_bwd = define_op(
     "cema_end_state_bwd(Tensor dstate_out, Tensor x, Tensor p, Tensor q, Tensor? spans) "
     "-> (Tensor dx, Tensor dp, Tensor dq)",
-    kernel=_end_state_bwd,
-    flops=_end_state_bwd_flops,
+    flops=lambda x, p, spans: num_tokens(x, spans) * p.numel() * (8 + 6 + 2 + 2 + 8),  # h, g, dx, dp, dq
 )
 cema_end_state_fwd = define_op(
     "cema_end_state_fwd(Tensor x, Tensor p, Tensor q, Tensor? spans) -> Tensor state_out",
-    kernel=_end_state_fwd,
-    fake=_end_state_fwd_fake,
+    fake=lambda x, p, q, spans: q.new_empty((num_sequences(x.shape[0], spans), *q.shape)),
     backward=cema_end_state_bwd,
     flops=lambda x, p, spans: num_tokens(x, spans) * p.numel() * 8,
 )

@@ -7,7 +7,7 @@ import math
 import torch
 from torch import Tensor
 
-from ..common.definition import call, define_op, empty_gradients, has_cpu_kernel, launch
+from ..common.definition import call, define_op, empty_like, has_cpu_kernel
 from ..common.checks import check_device, check_tensor
 
 
@@ -63,49 +63,25 @@ def _by_torch(alpha, delta, theta, gamma):
     return p, q, torch.complex(gamma[..., 0], gamma[..., 1]) / math.sqrt(N)
 
 
-def _fwd(alpha, delta, theta, gamma):
-    outputs = _fwd_fake(alpha, delta, theta, gamma)
-    parameters = (t.contiguous() for t in (alpha, delta, theta, gamma))
-    launch("cema_coefficients_fwd", *parameters, *outputs)
-    return outputs
-
-
 def _fwd_fake(alpha, delta, theta, gamma):
     shape, dtype = alpha.shape[:2], alpha.dtype.to_complex()
     return alpha.new_empty(shape), alpha.new_empty(shape, dtype=dtype), alpha.new_empty(shape, dtype=dtype)
 
 
-def _bwd(dp, dq, dscaled, alpha, delta, theta):
-    grads = _bwd_fake(dp, dq, dscaled, alpha, delta, theta)
-    launch("cema_coefficients_bwd", *(t.contiguous() for t in (dp, dq, dscaled, alpha, delta, theta)), *grads)
-    return grads
-
-
 def _bwd_fake(dp, dq, dscaled, alpha, delta, theta):
-    return *empty_gradients(alpha, delta, theta), alpha.new_empty((*alpha.shape[:2], 2))
-
-
-def _flops(alpha):
-    sigmoids, radius, angle, q, scaled = 6, 2, 1, 4, 2
-    return alpha.numel() * (sigmoids + radius + angle + q + scaled)
-
-
-def _bwd_flops(alpha):
-    sigmoids, radius, angle, a_and_b, dalpha, ddelta, dtheta, dgamma = 6, 2, 1, 8, 5, 4, 3, 2
-    return alpha.numel() * (sigmoids + radius + angle + a_and_b + dalpha + ddelta + dtheta + dgamma)
+    return *map(empty_like, (alpha, delta, theta)), alpha.new_empty((*alpha.shape[:2], 2))
 
 
 cema_coefficients_bwd = define_op(
     "cema_coefficients_bwd(Tensor dp, Tensor dq, Tensor dscaled, Tensor alpha, Tensor delta, Tensor theta) "
     "-> (Tensor dalpha, Tensor ddelta, Tensor dtheta, Tensor dgamma)",
-    kernel=_bwd,
     fake=_bwd_fake,
-    flops=_bwd_flops,
+    # sigmoids, radius, angle, a and b, dalpha, ddelta, dtheta, dgamma
+    flops=lambda alpha: alpha.numel() * (6 + 2 + 1 + 8 + 5 + 4 + 3 + 2),
 )
 cema_coefficients_fwd = define_op(
     "cema_coefficients_fwd(Tensor alpha, Tensor delta, Tensor theta, Tensor gamma) -> (Tensor p, Tensor q, Tensor scaled)",
-    kernel=_fwd,
     fake=_fwd_fake,
     backward=cema_coefficients_bwd,
-    flops=_flops,
+    flops=lambda alpha: alpha.numel() * (6 + 2 + 1 + 4 + 2),  # sigmoids, radius, angle, q, scaled
 )

@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 from torch import Tensor
 
 from . import dense_attention
 from ..common.arrays import call_with_arrays
-from ..common.definition import autocast, call, contiguous_or_none, define_op
-from ..common.definition import empty_gradients, empty_like, launch
-from ..common.spans import as_spans, num_sequences
-from ..common.states import AttentionState, accumulation_dtype, state_fields
+from ..common.definition import autocast, call, define_op, launch
+from ..common.spans import as_spans
+from ..common.states import AttentionState, state_fields
 from .attention_flops import attention_bwd_flops, attention_flops, pairs_in_chunk
-from .two_chunk_attention import empty_state, two_chunk_attention_fwd
+from .two_chunk_attention import attention_fake, state_fake, two_chunk_attention_fwd
 from .two_chunk_attention import two_chunk_attention_state, two_chunk_attention_state_
 from ..common.checks import LARGEST_BELOW_1, check_flag, check_number, check_size, check_tensor
 
@@ -111,82 +112,41 @@ def chunked_attention(
             "chunked_attention: `visible_chunks` must be 1, or 2 where attention is causal and `dropkey` is 0, got "
             f"{visible_chunks}."
         )
-    cache_k, cache_v, position = state_fields("chunked_attention", state, AttentionState)
-    constants = state[:2] if state and torch.is_grad_enabled() else ()
-    if any(cache.requires_grad for cache in constants):
+    before = (*state_fields("chunked_attention", state, AttentionState), chunk_size)
+    if torch.is_grad_enabled() and state and (state[0].requires_grad or state[1].requires_grad):
         raise ValueError(
             "chunked_attention: `state` must not require gradients, it is constant in the backward; detach it."
         )
     if visible_chunks == 2:
-        return _attend_two_chunks(q, k, v, state, chunk_size, scale, return_state, inplace_state, spans)
-    before = (cache_k, cache_v, position, chunk_size)
-    o, _ = call(chunked_attention_fwd, q, k, v, *before, causal, scale, dropkey, dropkey_seed, spans)
+        o, _ = call(two_chunk_attention_fwd, q, k, v, *before, scale, spans)
+    else:
+        o, _ = call(chunked_attention_fwd, q, k, v, *before, causal, scale, dropkey, dropkey_seed, spans)
     if inplace_state:
-        call(chunked_attention_state_, k.detach(), v.detach(), *state, chunk_size, spans)
+        append_in_place(k, v, *before, visible_chunks, spans)
         return (o, state) if return_state else o
-    if return_state:
-        return o, AttentionState(*call(chunked_attention_state, k.detach(), v.detach(), *before, spans))
-    return o
+    return (o, AttentionState(*append(k, v, *before, visible_chunks, spans))) if return_state else o
 
 
-def _attend_two_chunks(
-    q: Tensor, k: Tensor, v: Tensor, state: AttentionState | None, chunk_size: int, scale: float, return_state: bool,
-    inplace_state: bool, spans: Tensor | None,
-) -> Tensor | tuple[Tensor, AttentionState]:  # fmt: skip
-    before = (*(state or (None,) * 3), chunk_size)
-    o, _ = call(two_chunk_attention_fwd, q, k, v, *before, scale, spans)
-    new, after = (k.detach(), v.detach()), state
-    if inplace_state:
-        call(two_chunk_attention_state_, *new, *before, spans)
-    elif return_state:
-        after = AttentionState(*call(two_chunk_attention_state, *new, *before, spans))
-    return (o, after) if return_state else o
+def append(k, v, cache_k, cache_v, position, chunk_size, visible_chunks, spans):
+    """Return the keys, values and position of the state after a call. The caches are those before it, or None."""
+    op = chunked_attention_state if visible_chunks == 1 else two_chunk_attention_state
+    return call(op, k.detach(), v.detach(), cache_k, cache_v, position, chunk_size, spans)
 
 
-def _library_path(direction, q, k, v, position, chunk_size, causal, scale, dropkey, spans):
-    """Return the path through torch's libraries for a dense batch without a state; None: the kernels."""
-    is_dense = not dropkey and position is None and spans is None
-    return dense_attention.path_of(direction, q, k, v, chunk_size, causal, scale) if is_dense else None
+def append_in_place(k, v, cache_k, cache_v, position, chunk_size, visible_chunks, spans):
+    """Write the keys, values and position after a call into the state's tensors."""
+    op = chunked_attention_state_ if visible_chunks == 1 else two_chunk_attention_state_
+    call(op, k.detach(), v.detach(), cache_k, cache_v, position, chunk_size, spans)
 
 
-def _fwd(q, k, v, cache_k, cache_v, position, chunk_size, causal, scale, dropkey, dropkey_seed, spans):
-    q, k, v = q.contiguous(), k.contiguous(), v.contiguous()
-    if path := _library_path("forward", q, k, v, position, chunk_size, causal, scale, dropkey, spans):
-        return dense_attention.forward(path, q, k, v, chunk_size, causal, scale)
-    o, lse = _fwd_fake(q, k, v)
-    launch(
-        "chunked_attention_fwd", q, k, v, contiguous_or_none(cache_k), contiguous_or_none(cache_v), contiguous_or_none(position), chunk_size,
-        causal, scale, dropkey, dropkey_seed, spans, o, lse,
-    )  # fmt: skip
-    return o, lse
-
-
-def _fwd_fake(q, k, v, *_):
-    return empty_like(v), q.new_empty(q.shape[:-1], dtype=accumulation_dtype(q.dtype))
-
-
-def _bwd(do, q, k, v, o, lse, cache_k, cache_v, position, chunk_size, causal, scale, dropkey, dropkey_seed, spans):
-    q, k, v = q.contiguous(), k.contiguous(), v.contiguous()
-    if path := _library_path("backward", q, k, v, position, chunk_size, causal, scale, dropkey, spans):
-        return dense_attention.backward(path, do, q, k, v, o, lse, chunk_size, causal, scale)
-    grads = empty_gradients(q, k, v)
-    cached = contiguous_or_none(cache_k), contiguous_or_none(cache_v), contiguous_or_none(position)
-    options = chunk_size, causal, scale, dropkey, dropkey_seed, spans
-    outputs = o.contiguous(), lse.contiguous(), do.contiguous()
-    launch("chunked_attention_bwd", q, k, v, *cached, *options, *outputs, *grads)
-    return grads
-
-
-def _state(k, v, cache_k, cache_v, position, chunk_size, spans):
-    k, v = k.contiguous(), v.contiguous()
-    outputs = _state_fake(k, v, cache_k, cache_v, position, chunk_size, spans)
-    cache_k, cache_v, position = contiguous_or_none(cache_k), contiguous_or_none(cache_v), contiguous_or_none(position)
-    launch("chunked_attention_state", k, v, cache_k, cache_v, position, chunk_size, spans, *outputs)
-    return outputs
-
-
-def _state_fake(k, v, cache_k, cache_v, position, chunk_size, spans):
-    return empty_state(k, v, cache_k, cache_v, num_sequences(k.shape[0], spans), chunk_size)
+def _by_library(direction, kernel, *args):
+    """Compute a dense batch without a state by torch's libraries if these suit its shapes, all else by the kernel."""
+    *tensors, _, _, position, chunk_size, causal, scale, dropkey, _, spans = args
+    if not dropkey and position is None and spans is None:
+        q, k, v = tensors if direction == "forward" else tensors[1:4]
+        if path := dense_attention.path_of(direction, q, k, v, chunk_size, causal, scale):
+            return dense_attention.compute(direction, path, tensors, chunk_size, causal, scale)
+    return kernel(*args)
 
 
 def _state_inplace(k, v, cache_k, cache_v, position, chunk_size, spans):
@@ -194,15 +154,11 @@ def _state_inplace(k, v, cache_k, cache_v, position, chunk_size, spans):
     launch("chunked_attention_state", k.contiguous(), v.contiguous(), *state, chunk_size, spans, *state)
 
 
-def _state_inplace_fake(k, v, cache_k, cache_v, position, chunk_size, spans):
-    return None
-
-
 chunked_attention_bwd = define_op(
     "chunked_attention_bwd(Tensor do, Tensor q, Tensor k, Tensor v, Tensor o, Tensor lse, Tensor? cache_k, "
     "Tensor? cache_v, Tensor? position, int chunk_size, bool causal, float scale, float dropkey, Tensor? dropkey_seed, "
     "Tensor? spans) -> (Tensor dq, Tensor dk, Tensor dv)",
-    kernel=_bwd,
+    wrapper=partial(_by_library, "backward"),
     flops=lambda q, v, position, chunk_size, causal, spans: attention_bwd_flops(
         q, v, pairs_in_chunk(q, position, chunk_size, causal, spans)
     ),
@@ -211,8 +167,8 @@ chunked_attention_fwd = define_op(
     "chunked_attention_fwd(Tensor q, Tensor k, Tensor v, Tensor? cache_k, Tensor? cache_v, Tensor? position, "
     "int chunk_size, bool causal, float scale, float dropkey, Tensor? dropkey_seed, Tensor? spans) "
     "-> (Tensor o, Tensor lse)",
-    kernel=_fwd,
-    fake=_fwd_fake,
+    wrapper=partial(_by_library, "forward"),
+    fake=attention_fake,
     backward=chunked_attention_bwd,
     flops=lambda q, v, position, chunk_size, causal, spans: attention_flops(
         q, v, pairs_in_chunk(q, position, chunk_size, causal, spans)
@@ -221,14 +177,12 @@ chunked_attention_fwd = define_op(
 chunked_attention_state = define_op(
     "chunked_attention_state(Tensor k, Tensor v, Tensor? cache_k, Tensor? cache_v, Tensor? position, int chunk_size, "
     "Tensor? spans) -> (Tensor cache_k_out, Tensor cache_v_out, Tensor position_out)",
-    kernel=_state,
-    fake=_state_fake,
+    fake=state_fake,
     flops=lambda: 0,
 )
 chunked_attention_state_ = define_op(
     "chunked_attention_state_(Tensor k, Tensor v, Tensor(a!) cache_k, Tensor(b!) cache_v, Tensor(c!) position, "
     "int chunk_size, Tensor? spans) -> ()",
     kernel=_state_inplace,
-    fake=_state_inplace_fake,
     flops=lambda: 0,
 )

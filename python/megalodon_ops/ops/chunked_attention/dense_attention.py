@@ -22,8 +22,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Callable, Iterator
-from functools import partial
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import torch
@@ -125,33 +124,21 @@ def _tf32_is_allowed() -> bool:
     return matmul.allow_tf32 if precision is None else precision == "tf32"
 
 
-def forward(
-    path: str, q: Tensor, k: Tensor, v: Tensor, chunk_size: int, causal: bool, scale: float
+def compute(
+    direction: str, path: str, tensors: Sequence[Tensor], chunk_size: int, causal: bool, scale: float
 ) -> tuple[Tensor, ...]:
-    """Return o and lse of a dense batch."""
-    paths = {"flash": partial(_flash_fwd, causal=causal), "products": _products_fwd}
-    return _by_chunks(paths[path], chunk_size, scale, q, k, v)
+    """Return o and lse of a dense batch q, k, v ("forward"), or dq, dk and dv for do, q, k, v, o, lse ("backward").
 
-
-def backward(
-    path: str, do: Tensor, q: Tensor, k: Tensor, v: Tensor, o: Tensor, lse: Tensor, chunk_size: int, causal: bool,
-    scale: float,
-) -> tuple[Tensor, ...]:  # fmt: skip
-    """Return dq, dk and dv of a dense batch."""
-    paths = {"flash": partial(_flash_bwd, causal=causal), "products": _products_bwd}
-    return _by_chunks(paths[path], chunk_size, scale, do, q, k, v, o, lse)
-
-
-def _by_chunks(function: Callable, chunk_size: int, scale: float, *tensors: Tensor) -> tuple[Tensor, ...]:
-    """Apply `function` to the tensors' chunks (N, C, H, ...): the whole ones, then the shorter last ones of rows."""
-    batch, length = tensors[0].shape[:2]
+    The functions get chunks (N, C, H, ...): the whole ones, then the shorter last ones of rows.
+    """
+    function, (batch, length) = _FUNCTIONS[path][DIRECTIONS.index(direction)], tensors[0].shape[:2]
     whole, parts = length - length % chunk_size, []
     with torch.autocast(tensors[0].device.type, enabled=False):
         for start, end in (0, whole), (whole, length):
             if start < end:
                 shape = -1, min(chunk_size, end - start)
                 chunks = (t[:, start:end].reshape(*shape, *t.shape[2:]).contiguous() for t in tensors)
-                parts.append([t.view(batch, end - start, *t.shape[2:]) for t in function(*chunks, scale)])
+                parts.append([t.view(batch, end - start, *t.shape[2:]) for t in function(*chunks, scale, causal)])
         return tuple(torch.cat(pieces, 1) if len(pieces) > 1 else pieces[0] for pieces in zip(*parts))
 
 
@@ -174,7 +161,7 @@ def _flash_bwd(do, q, k, v, o, lse, scale, causal):
     return [t.transpose(1, 2).contiguous() for t in grads]
 
 
-def _products_fwd(q, k, v, scale):
+def _products_fwd(q, k, v, scale, _causal):
     o, lse, no_values = empty_like(v), q.new_empty(q.shape[:-1], dtype=accumulation_dtype(q.dtype)), v[..., :0]
     none = (None,) * 3  # no state; no seed and no sequences
     launch("chunked_attention_fwd", q, k, no_values, *none, q.shape[1], True, scale, 0.0, None, None, no_values, lse)
@@ -188,7 +175,7 @@ def _products_fwd(q, k, v, scale):
     return o, lse
 
 
-def _products_bwd(do, q, k, v, _o, lse, scale):
+def _products_bwd(do, q, k, v, _o, lse, scale, _causal):
     grads = tuple(map(empty_like, (q, k, v)))
     size, strips = _blocks(q)
     all_p, all_ds = q.new_empty(2, size, q.shape[1], q.shape[1])
@@ -207,6 +194,9 @@ def _products_bwd(do, q, k, v, _o, lse, scale):
             dk[:, strip].baddbmm_(ds[:, seeing, strip].mT, q_[:, seeing], beta=0, alpha=scale)
             dv[:, strip].baddbmm_(p[:, seeing, strip].mT, do_[:, seeing], beta=0)
     return grads
+
+
+_FUNCTIONS = {"flash": (_flash_fwd, _flash_bwd), "products": (_products_fwd, _products_bwd)}  # of DIRECTIONS
 
 
 def _blocks(q: Tensor) -> tuple[int, list[slice]]:

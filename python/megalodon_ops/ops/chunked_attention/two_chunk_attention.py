@@ -18,6 +18,7 @@ from __future__ import annotations
 import contextlib
 import threading
 from collections.abc import Iterator
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -51,13 +52,7 @@ class _Grids:
     """Positions of the sequences on the early grid, and the late windows of sequences of more than two chunks."""
 
     def __init__(
-        self,
-        x: Tensor,
-        C: int,
-        position: Tensor | None,
-        spans: Tensor | None,
-        *,
-        state_only: bool = False,
+        self, x: Tensor, C: int, position: Tensor | None, spans: Tensor | None, *, state_only: bool = False
     ) -> None:
         """x (B, L, ...): new tokens. position (S,): valid rows of the cache. state_only: no outputs are computed."""
         self.has_late = False
@@ -88,34 +83,29 @@ class _Grids:
 
 
 def _fwd(q, k, v, cache_k, cache_v, position, chunk_size, scale, spans):
-    def attend(q, k, v, cache_k, cache_v, position, spans):
-        windows = (2 * chunk_size, True, scale, 0.0, None)
-        return ops.chunked_attention_fwd(q, k, v, cache_k, cache_v, position, *windows, spans)
-
-    o, lse = attend(q, k, v, cache_k, cache_v, position, spans)
+    windows, caches = (2 * chunk_size, True, scale, 0.0, None), (cache_k, cache_v)
+    o, lse = ops.chunked_attention_fwd(q, k, v, *caches, position, *windows, spans)
     grids = _Grids(q, chunk_size, position, spans)
     if not grids.has_late:
         return o, lse
-    late_o, late_lse = attend(q, k, v, *grids.late_state(cache_k, cache_v), grids.late_spans)
-    early = grids.takes_early
-    return o.where(early, late_o), lse.where(early[..., 0], late_lse)
+    late_o, late_lse = ops.chunked_attention_fwd(q, k, v, *grids.late_state(*caches), *windows, grids.late_spans)
+    return o.where(grids.takes_early, late_o), lse.where(grids.takes_early[..., 0], late_lse)
 
 
-def _fwd_fake(q, k, v, *_):
+def attention_fake(q, k, v, *_):
+    """Return uninitialised o and lse."""
     return empty_like(v), q.new_empty(q.shape[:-1], dtype=accumulation_dtype(q.dtype))
 
 
 def _bwd(do, q, k, v, o, lse, cache_k, cache_v, position, chunk_size, scale, spans):
-    def differentiate(do, q, k, v, o, lse, cache_k, cache_v, position, spans):
-        windows = (2 * chunk_size, True, scale, 0.0, None)
-        return ops.chunked_attention_bwd(do, q, k, v, o, lse, cache_k, cache_v, position, *windows, spans)
-
+    windows, caches, tensors = (2 * chunk_size, True, scale, 0.0, None), (cache_k, cache_v), (q, k, v, o, lse)
     grids = _Grids(q, chunk_size, position, spans)
+    early_do = do.where(grids.takes_early, 0) if grids.has_late else do
+    grads = ops.chunked_attention_bwd(early_do, *tensors, *caches, position, *windows, spans)
     if not grids.has_late:
-        return differentiate(do, q, k, v, o, lse, cache_k, cache_v, position, spans)
-    early_do, late_do = do.where(grids.takes_early, 0), do.where(~grids.takes_early, 0)
-    grads = differentiate(early_do, q, k, v, o, lse, cache_k, cache_v, position, spans)
-    late = differentiate(late_do, q, k, v, o, lse, *grids.late_state(cache_k, cache_v), grids.late_spans)
+        return grads
+    late_do, late_state = do.where(~grids.takes_early, 0), grids.late_state(*caches)
+    late = ops.chunked_attention_bwd(late_do, *tensors, *late_state, *windows, grids.late_spans)
     return tuple(grad.add_(more) for grad, more in zip(grads, late))
 
 
@@ -139,20 +129,11 @@ def _state_inplace(k, v, cache_k, cache_v, position, chunk_size, spans):
         old.copy_(new)
 
 
-def _state_inplace_fake(k, v, cache_k, cache_v, position, chunk_size, spans):
-    return None
-
-
-def _state_fake(k, v, cache_k, cache_v, position, chunk_size, spans):
-    return empty_state(k, v, cache_k, cache_v, num_sequences(len(k), spans), 2 * chunk_size)
-
-
-def empty_state(
-    k: Tensor, v: Tensor, cache_k: Tensor | None, cache_v: Tensor | None, sequences: int, rows: int
-) -> tuple[Tensor, Tensor, Tensor]:
+def state_fake(k, v, cache_k, cache_v, position, chunk_size, spans, visible_chunks=1):
     """Return uninitialised tensors of a state, with dtype and last dimensions of the given caches, else of k, v."""
     like = (k if cache_k is None else cache_k, v if cache_v is None else cache_v)
-    caches = (x.new_empty((sequences, rows, *x.shape[2:])) for x in like)
+    sequences = num_sequences(k.shape[0], spans)
+    caches = (x.new_empty((sequences, visible_chunks * chunk_size, *x.shape[2:])) for x in like)
     return *caches, k.new_empty((sequences,), dtype=torch.int64)
 
 
@@ -168,7 +149,7 @@ two_chunk_attention_bwd = define_op(
 two_chunk_attention_fwd = define_op(
     f"two_chunk_attention_fwd(Tensor q, Tensor k, Tensor v, {_CACHES}, float scale, Tensor? spans) -> (Tensor o, Tensor lse)",
     kernel=_fwd,
-    fake=_fwd_fake,
+    fake=attention_fake,
     backward=two_chunk_attention_bwd,
     flops=lambda q, v, position, chunk_size, spans: attention_flops(
         q, v, pairs_in_two_chunks(q, position, chunk_size, spans)
@@ -178,13 +159,12 @@ two_chunk_attention_state = define_op(
     f"two_chunk_attention_state(Tensor k, Tensor v, {_CACHES}, Tensor? spans) "
     "-> (Tensor cache_k_out, Tensor cache_v_out, Tensor position_out)",
     kernel=_state,
-    fake=_state_fake,
+    fake=partial(state_fake, visible_chunks=2),
     flops=lambda: 0,
 )
 two_chunk_attention_state_ = define_op(
     "two_chunk_attention_state_(Tensor k, Tensor v, Tensor(a!) cache_k, Tensor(b!) cache_v, Tensor(c!) position, "
-    f"int chunk_size, Tensor? spans) -> ()",
+    "int chunk_size, Tensor? spans) -> ()",
     kernel=_state_inplace,
-    fake=_state_inplace_fake,
     flops=lambda: 0,
 )

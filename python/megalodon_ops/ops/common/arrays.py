@@ -80,9 +80,7 @@ def _tensor_sharing_memory(array: Any, write: bool) -> Tensor:
         raise ValueError("a stride is negative")
     if write:
         array[:0] = array[:0]  # raises if the array cannot be written, and changes nothing
-    elif (
-        isinstance(array, numpy.ndarray) and not array.flags.writeable
-    ):  # older versions of NumPy do not export such arrays
+    elif isinstance(array, numpy.ndarray) and not array.flags.writeable:  # older versions of NumPy do not export it
         interface = array.__array_interface__ | {"data": (array.ctypes.data, False)}
         array = numpy.asarray(SimpleNamespace(array=array, __array_interface__=interface))
     return torch.from_dlpack(array)

@@ -96,10 +96,8 @@ def _held_by(root: Any) -> dict[str, Any]:
 
 def _is_torchs_own(value: Any) -> bool:
     """Return True for an operator or a compiled program of torch, which torch itself may change."""
-    is_program = isinstance(value, torch.jit.ScriptModule)
-    return is_program or (
-        type(value).__module__.startswith(("torch._", "torch.amp")) and not isinstance(value, nn.Module)
-    )
+    is_operator = type(value).__module__.startswith(("torch._", "torch.amp")) and not isinstance(value, nn.Module)
+    return is_operator or isinstance(value, torch.jit.ScriptModule)
 
 
 def _parts(value: Any) -> Iterable[tuple[Any, Any]]:

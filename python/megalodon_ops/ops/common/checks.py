@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 import reprlib
 import sys
 import warnings
@@ -110,9 +111,7 @@ def check_rank(op: str, argument: str, tensor: Tensor, letters: str, rank: int) 
 
 def check_width(op: str, x: Tensor, **parameters: Tensor) -> None:
     """Raise if the two parameters have the same first dimension D and x (B, L, D) another one, as if transposed."""
-    sizes = [
-        parameter.shape[0] for parameter in parameters.values() if isinstance(parameter, Tensor) and parameter.dim()
-    ]
+    sizes = [tensor.shape[0] for tensor in parameters.values() if isinstance(tensor, Tensor) and tensor.dim()]
     if len(sizes) == 2 and sizes[0] == sizes[1] != x.shape[2]:
         fix = "; x.transpose(1, 2) has the channels last" if x.shape[1] == sizes[0] else ""
         names = " and ".join(f"`{name}`" for name in parameters)
@@ -138,6 +137,11 @@ def check_device(op: str, argument: str, tensor: Tensor, like: Tensor) -> None:
         raise ValueError(
             f"{op}: `{argument}` must be on {like.device} as the others, got {tensor.device}; move it there."
         )
+
+
+def renamed(error: Exception, op: str) -> Exception:
+    """Return the error of an op that `op` called as an error of `op`, which its message names first."""
+    return type(error)(re.sub(r"^\w+: ", f"{op}: ", str(error)))
 
 
 def as_device(caller: str, value: object) -> torch.device:

@@ -28,7 +28,8 @@ OWN_TYPES = (Tensor, torch.nn.Parameter)
 def define_op(
     schema: str,
     *,
-    kernel: Callable,
+    kernel: Callable | None = None,
+    wrapper: Callable | None = None,
     fake: Callable | None = None,
     backward: Callable | None = None,
     setup_context: Callable | None = None,
@@ -39,8 +40,11 @@ def define_op(
     Args:
         schema: torch's schema, with a name for each result. In the schema of a backward, the incoming gradients are
             named `d<result>`, the results `d<argument>`, and the other arguments as in the op's schema.
-        kernel: computes the op on the CPU, and on CUDA devices if the op has kernels for them.
-        fake: creates outputs of the right shapes for tracing. None: outputs are :func:`empty_gradients` of arguments.
+        kernel: computes the op on the CPU, and on CUDA devices if the op has kernels for them. None: launches the
+            binding of the op's name (:func:`_default_kernel`).
+        wrapper: called with the kernel and its arguments, in place of the kernel.
+        fake: creates outputs of the right shapes for tracing. None: a result `d<argument>` is like the argument, and
+            every other result like the first argument.
         backward: the op that computes the gradients. The values that its schema names are saved for it
             (:func:`_autograd_by_names`). None: differentiation raises an error, as for backward ops. Forward-mode
             differentiation always raises an error.
@@ -53,11 +57,15 @@ def define_op(
     _library.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
     op = getattr(torch.ops.megalodon_ops, name).default
     register_formula(op, flops)
+    fake = fake or _default_fake(op)
+    kernel = kernel or _default_kernel(op, fake)
+    if wrapper is not None:
+        kernel = functools.partial(wrapper, kernel)
     if "!" in schema:
         kernel = _with_version_counts(op, kernel)
     for device in ("CPU", "CUDA"):
         _library.impl(name, kernel, device)
-    torch.library.register_fake(qualified, _on_one_device(op, fake or _fake_gradients(op)), lib=_library)
+    torch.library.register_fake(qualified, _on_one_device(op, fake), lib=_library)
     if "!" not in schema:
         if isinstance(backward, torch._ops.OpOverload):
             setup_context, backward = _autograd_by_names(op, backward)
@@ -66,11 +74,103 @@ def define_op(
     return op
 
 
+def _names(values: Iterable[Any]) -> list[str]:
+    return [value.name for value in values]
+
+
+def _optional(op: Callable) -> set[str]:
+    """Return the names of the op's arguments that may be None."""
+    return {a.name for a in op._schema.arguments if "Optional" in str(a.type)}
+
+
+def _listed(names: Iterable[str]) -> str:
+    return "".join(f"{name}, " for name in names)
+
+
+def _target(names: list[str]) -> str:
+    """Return the source of a function's results: the name of one, a tuple of several."""
+    return names[0] if len(names) == 1 else _listed(names)
+
+
+def _generated(lines: Iterable[str | None], **names: Any) -> dict[str, Any]:
+    """Execute the lines of source and return their functions, for which the names are global.
+
+    Functions of an op are generated from its schema, like the methods of dataclasses, because loops over names would
+    cost each call 2 us.
+    """
+    exec("\n".join(filter(None, lines)), names)
+    return names
+
+
+@functools.cache
+def binding_names(name: str) -> tuple[list[str], list[str]]:
+    """Return the names of the arguments and of the results of a binding, which its docstring lists."""
+    arguments, _, results = getattr(_C, name).__doc__.partition(" -> ")
+    return arguments.split(), results.split()
+
+
+def _default_kernel(op: Callable, fake: Callable) -> Callable:
+    """Generate the kernel that launches the binding of the op's name, on contiguous tensors, for results of `fake`.
+
+    The source for `cema_bwd`::
+
+        def kernel(dy, dstate_out, x, p, <and so on>, state, spans):
+            x = x.contiguous()
+            if state is not None: state = state.contiguous()
+            <and so on>
+            dx, dp, dq, dgamma, domega, dstate, = results = fake(dy, dstate_out, x, p, <and so on>, state, spans)
+            launch("cema_bwd", x, p, <and so on>, dx, dp, dq, dgamma, domega, None if state is None else dstate)
+            return results
+
+    The binding takes the arguments and results of the schema that it names, in its own order. `spans` keep their
+    strides, which tell their layout. A result that is not wanted is None for the binding: `d<argument>` of an argument
+    that is None, `<name>` without the flag `return_<name>`, and `<name>_out` without `return_state`.
+    """
+    name, optional = op._schema.name.split("::")[1], _optional(op)
+    arguments, results = _names(op._schema.arguments), _names(op._schema.returns)
+    taken, written = binding_names(name)
+    if written != results or not {*taken} <= {*arguments}:
+        raise TypeError(
+            f"define_op: the binding {name} must take arguments and results of {op}, got {taken} and {written}."
+        )
+    given = [*taken]
+    for result in results:
+        flag = "return_state" if result.endswith("_out") else f"return_{result}"
+        if result[1:] in optional:
+            given.append(f"None if {result[1:]} is None else {result}")
+        else:
+            given.append(f"{result} if {flag} else None" if flag in arguments else result)
+    lines = [
+        f"def kernel({_listed(arguments)}):",
+        *(
+            f"    {f'if {a.name} is not None: ' if a.name in optional else ''}{a.name} = {a.name}.contiguous()"
+            for a in op._schema.arguments
+            if "Tensor" in str(a.type) and a.name in taken and a.name != "spans"
+        ),
+        f"    {_target(results)} = results = fake({_listed(arguments)})",
+        f"    launch({name!r}, {_listed(given)})",
+        "    return results",
+    ]
+    return _generated(lines, fake=fake, launch=launch)["kernel"]
+
+
+def _default_fake(op: Callable) -> Callable:
+    """Generate a fake kernel: each `d<argument>` is like the argument, each other result like the first argument.
+
+    The gradient of an argument that is None is empty, as torch's schemas have no optional results.
+    """
+    arguments, optional = _names(op._schema.arguments), _optional(op)
+    like = [name[1:] if name[1:] in arguments else arguments[0] for name in _names(op._schema.returns)]
+    empty = {name: f"{like[0]}.new_empty(0) if {name} is None else " for name in optional.intersection(like)}
+    results = [f"{empty.get(name, '')}empty_like({name})" for name in like]
+    lines = f"def fake({_listed(arguments)}):", f"    return {_target(results) if results else None}"
+    return _generated(lines, empty_like=empty_like)["fake"]
+
+
 def _autograd_by_names(op: Callable, backward_op: Callable) -> tuple[Callable, Callable]:
     """Generate `setup_context` and `backward` of an op from the names in its schema and in that of `backward_op`.
 
-    The functions are generated as source, like the methods of dataclasses, because loops over names would cost each
-    call 2 us. The source for `cema_fwd`::
+    The source for `cema_fwd`::
 
         def setup_context(ctx, inputs, output):
             x, p, q, gamma, omega, state, spans, return_state = inputs
@@ -88,11 +188,10 @@ def _autograd_by_names(op: Callable, backward_op: Callable) -> tuple[Callable, C
     differentiable if its gradient is an argument of `backward_op`. If one incoming gradient has the type `Tensor?`, a
     missing gradient is passed as None, or as zeros like the op's first argument if its type is `Tensor`.
     """
-    arguments, results = ([value.name for value in values] for values in (op._schema.arguments, op._schema.returns))
-    backward_arguments = [argument.name for argument in backward_op._schema.arguments]
-    gradients = [result.name for result in backward_op._schema.returns]  # d<argument>
+    arguments, results = _names(op._schema.arguments), _names(op._schema.returns)
+    backward_arguments, gradients = _names(backward_op._schema.arguments), _names(backward_op._schema.returns)
     incoming = [f"d{name}" for name in results]
-    optional = {a.name for o in (op, backward_op) for a in o._schema.arguments if "Optional" in str(a.type)}
+    optional = _optional(op) | _optional(backward_op)
     tensors = {a.name for a in op._schema.arguments if "Tensor" in str(a.type)} | {*results}
     saved = [name for name in backward_arguments if name not in incoming]
     if unknown := {*saved} - {*arguments, *results} | {*gradients} - {f"d{name}" for name in arguments}:
@@ -109,42 +208,25 @@ def _autograd_by_names(op: Callable, backward_op: Callable) -> tuple[Callable, C
     for name in arguments:  # `backward_op` returns an empty gradient for an argument that is None
         if name in optional and name in saved_tensors and returned[name] != "None":
             returned[name] = f"None if {name} is None else d{name}"
-
-    def listed(names: Iterable[str]) -> str:
-        return "".join(f"{name}, " for name in names)
-
-    has_flag, gradient_names = "return_state" in arguments, gradients[0] if len(gradients) == 1 else listed(gradients)
+    has_flag = "return_state" in arguments
     lines = [
         "def setup_context(ctx, inputs, output):",
-        f"    {listed(arguments)} = inputs",
-        f"    {listed(results) if len(results) > 1 else results[0]} = output",
-        has_flag and f"    if not return_state: ctx.mark_non_differentiable({listed(constants + states)})",
-        constants and f"    {'else' if has_flag else 'if True'}: ctx.mark_non_differentiable({listed(constants)})",
+        f"    {_listed(arguments)} = inputs",
+        f"    {_target(results)} = output",
+        has_flag and f"    if not return_state: ctx.mark_non_differentiable({_listed(constants + states)})",
+        constants and f"    {'else' if has_flag else 'if True'}: ctx.mark_non_differentiable({_listed(constants)})",
         may_be_missing and "    ctx.set_materialize_grads(False)",
-        f"    ctx.save_for_backward({listed(saved_tensors)})",
-        scalars and f"    ctx.scalars = {listed(scalars)}",
-        f"def backward(ctx, {listed(incoming)}):",
-        f"    {listed(saved_tensors)} = ctx.saved_tensors",
-        scalars and f"    {listed(scalars)} = ctx.scalars",
+        f"    ctx.save_for_backward({_listed(saved_tensors)})",
+        scalars and f"    ctx.scalars = {_listed(scalars)}",
+        f"def backward(ctx, {_listed(incoming)}):",
+        f"    {_listed(saved_tensors)} = ctx.saved_tensors",
+        scalars and f"    {_listed(scalars)} = ctx.scalars",
         *(f"    if {name} is None: {name} = torch.zeros_like({arguments[0]})" for name in required),
-        f"    {gradient_names} = call(backward_op, {listed(backward_arguments)})",
-        f"    return {listed(returned.values())}",
+        f"    {_target(gradients)} = call(backward_op, {_listed(backward_arguments)})",
+        f"    return {_listed(returned.values())}",
     ]
-    namespace = {"call": call, "torch": torch, "backward_op": backward_op}
-    exec("\n".join(filter(None, lines)), namespace)
-    return namespace["setup_context"], namespace["backward"]
-
-
-def _fake_gradients(op: Callable) -> Callable:
-    """Return a fake kernel for a backward, whose results `d<argument>` are the `empty_gradients` of these arguments."""
-    arguments = [argument.name for argument in op._schema.arguments]
-    like = [arguments.index(result.name[1:]) for result in op._schema.returns]
-
-    def fake(*args):
-        gradients = empty_gradients(*(args[i] for i in like))
-        return gradients if len(gradients) > 1 else gradients[0]
-
-    return fake
+    functions = _generated(lines, call=call, torch=torch, backward_op=backward_op)
+    return functions["setup_context"], functions["backward"]
 
 
 def _with_version_counts(op: Callable, kernel: Callable) -> Callable:
@@ -327,19 +409,12 @@ def _no_derivative(name: str) -> Callable:
 
 def int64_or_none(tensor: Tensor | None) -> Tensor | None:
     """Return counts or positions as the kernels read them: int32 becomes int64; the kernels refuse other dtypes."""
-    if tensor is None or not isinstance(tensor, Tensor):
-        return tensor
-    return (tensor.long() if tensor.dtype == torch.int32 else tensor).contiguous()
+    return tensor.long() if isinstance(tensor, Tensor) and tensor.dtype == torch.int32 else tensor
 
 
 def empty_like(x: Tensor) -> Tensor:
     """Return an uninitialised, contiguous tensor with the shape, dtype and device of `x`."""
     return torch.empty_like(x, memory_format=torch.contiguous_format)
-
-
-def empty_gradients(*tensors: Tensor | None) -> tuple[Tensor, ...]:
-    """Return uninitialised gradients like the tensors; empty for None, as torch's schemas have no optional results."""
-    return tuple(tensors[0].new_empty(0) if t is None else empty_like(t) for t in tensors)
 
 
 def contiguous_or_none(tensor: Tensor | None) -> Tensor | None:
@@ -351,10 +426,10 @@ def is_autocast_enabled(device: str) -> bool:
     return device != "meta" and torch.is_autocast_enabled(device)
 
 
-def autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
-    """Cast the tensors as torch.autocast does for a matrix product; float64 stays float64."""
+def autocast(*tensors: Tensor | None) -> tuple[Tensor, ...]:
+    """Cast the tensors as torch.autocast does for a matrix product; float64 and None stay as they are."""
     device = tensors[0].device.type
     if not is_autocast_enabled(device):
         return tensors
     dtype = torch.get_autocast_dtype(device)
-    return tuple(t if t.dtype == torch.float64 else t.to(dtype) for t in tensors)
+    return tuple(t if t is None or t.dtype == torch.float64 else t.to(dtype) for t in tensors)

@@ -114,7 +114,8 @@ def record(module: Callable, *example: Tensor, state: Any = None) -> Step:
 
 def _checked_step(module: Callable, example: tuple[Tensor, ...], state: Any, attributes: Attributes) -> Step:
     """Return a step that repeats two calls of the module bit for bit."""
-    start, states = torch.get_rng_state(), [_deep_copy(state)]
+    start = torch.get_rng_state()
+    states = [copy.deepcopy(tree_map_only(Tensor, Tensor.detach, state))]  # tensors share memory as before
 
     def observed(call: Callable[..., Any]) -> list[Any]:
         """Return the results, random state and written buffers of two calls; restore the buffers."""
@@ -256,8 +257,3 @@ def _with_state(program: Callable, state: Any) -> Callable:
         return result
 
     return call
-
-
-def _deep_copy(values: Any) -> Any:
-    """Return a copy of tensors, in containers, that share memory as before."""
-    return copy.deepcopy(tree_map_only(Tensor, Tensor.detach, values))

@@ -17,7 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode, is_traceable_wrapper
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 from ... import _C
-from .definition import observer
+from .definition import binding_names, observer
 
 aten = torch.ops.aten
 _CPU = torch._C.DispatchKeySet(torch._C.DispatchKey.CPU)
@@ -46,11 +46,6 @@ def tensors_in(*values: Any) -> list[Tensor]:
     for value in values:
         leaves += [value] if isinstance(value, _LEAVES) else tree_leaves(value)  # slow: 10 us
     return [leaf for leaf in leaves if isinstance(leaf, Tensor)]
-
-
-@functools.cache
-def _num_results(kernel: str) -> int:
-    return len(getattr(_C, kernel).__doc__.partition("->")[2].split())
 
 
 @functools.cache
@@ -133,7 +128,7 @@ class Recorder(TorchDispatchMode):
 
     def note_launch(self, kernel: str, args: tuple) -> None:
         """Add a launch of a kernel, whose last arguments are its results."""
-        written = self.keep(tensors_in(*args[-_num_results(kernel) :]))
+        written = self.keep(tensors_in(*args[-len(binding_names(kernel)[1]) :]))
         self.calls.append(Call(kernel, kernel, args, {}, written, self.keep(tensors_in(*args))))
 
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:

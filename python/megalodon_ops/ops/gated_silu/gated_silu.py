@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..common.definition import call, contiguous_or_none, define_op, empty_gradients, empty_like, has_cpu_kernel, launch
+from ..common.definition import call, define_op, has_cpu_kernel
 from ..common.checks import check_device, check_optional_tensor, check_tensor
 
 
@@ -52,31 +52,12 @@ def gated_silu(x: Tensor, value: Tensor | None = None) -> Tensor:
     return F.silu(x) if value is None else F.silu(x) * value
 
 
-def _fwd(x, value):
-    y = _fwd_fake(x, value)
-    launch("gated_silu_fwd", x.contiguous(), contiguous_or_none(value), y)
-    return y
-
-
-def _fwd_fake(x, value):
-    return empty_like(x)
-
-
-def _bwd(dy, x, value):
-    dx, dvalue = empty_gradients(x, value)
-    launch("gated_silu_bwd", x.contiguous(), contiguous_or_none(value), dy.contiguous(), dx, dvalue)
-    return dx, dvalue
-
-
 gated_silu_bwd = define_op(
     "gated_silu_bwd(Tensor dy, Tensor x, Tensor? value) -> (Tensor dx, Tensor dvalue)",
-    kernel=_bwd,
     flops=lambda x, value: x.numel() * (8 if value is None else 11),
 )
 gated_silu_fwd = define_op(
     "gated_silu_fwd(Tensor x, Tensor? value) -> Tensor y",
-    kernel=_fwd,
-    fake=_fwd_fake,
     backward=gated_silu_bwd,
     flops=lambda x, value: x.numel() * (4 if value is None else 5),
 )

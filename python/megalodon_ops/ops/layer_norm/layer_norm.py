@@ -5,9 +5,8 @@ from __future__ import annotations
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..common.definition import call, contiguous_or_none, define_op
+from ..common.definition import call, define_op, has_cpu_kernel
 from ..common.states import accumulation_dtype
-from ..common.definition import empty_gradients, empty_like, has_cpu_kernel, launch
 from ..common.checks import check_device, check_number, check_optional_tensor, check_tensor
 
 
@@ -76,23 +75,6 @@ def _norm(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, is_
     return F.layer_norm(wide, x.shape[-1:], gain, bias, eps).to(x.dtype)
 
 
-def _fwd(x, weight, bias, eps, is_rms_norm):
-    y = _fwd_fake(x, weight, bias, eps, is_rms_norm)
-    launch("layer_norm_fwd", x.contiguous(), contiguous_or_none(weight), contiguous_or_none(bias), eps, is_rms_norm, y)
-    return y
-
-
-def _fwd_fake(x, weight, bias, eps, is_rms_norm):
-    return empty_like(x)
-
-
-def _bwd(dy, x, weight, bias, eps, is_rms_norm):
-    dx, dweight, dbias = empty_gradients(x, weight, bias)
-    results = dx, None if weight is None else dweight, None if bias is None else dbias
-    launch("layer_norm_bwd", x.contiguous(), contiguous_or_none(weight), eps, is_rms_norm, dy.contiguous(), *results)
-    return dx, dweight, dbias
-
-
 def _flops(x, weight, bias, is_rms_norm):
     return x.numel() * ((3 if is_rms_norm else 5) + (weight is not None) + (bias is not None))
 
@@ -106,13 +88,10 @@ def _bwd_flops(x, weight, bias, is_rms_norm):
 layer_norm_bwd = define_op(
     "layer_norm_bwd(Tensor dy, Tensor x, Tensor? weight, Tensor? bias, float eps, bool is_rms_norm) "
     "-> (Tensor dx, Tensor dweight, Tensor dbias)",
-    kernel=_bwd,
     flops=_bwd_flops,
 )
 layer_norm_fwd = define_op(
     "layer_norm_fwd(Tensor x, Tensor? weight, Tensor? bias, float eps, bool is_rms_norm) -> Tensor y",
-    kernel=_fwd,
-    fake=_fwd_fake,
     backward=layer_norm_bwd,
     flops=_flops,
 )

@@ -104,8 +104,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     if takes_few_rows(x, weight, bias):
         return call(linear_few_rows, x, weight, bias)
     if CHOICES and x.is_cpu and torch.is_autocast_enabled("cpu") and _suits_casting(x, weight):
-        x, weight, *given = autocast(x, weight, *(() if bias is None else (bias,)))
-        bias = given[0] if given else None
+        x, weight, bias = autocast(x, weight, bias)
     if _suits_linear_fwd(x, weight) and _is_plain(x, weight, bias):
         return call(linear_fwd, x, weight, bias)
     return F.linear(_without_gaps(x), weight, bias)

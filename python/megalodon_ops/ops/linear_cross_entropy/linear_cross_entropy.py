@@ -222,10 +222,6 @@ def _fwd(x, weight, index, ignore_index):
     return torch.cat([_cross_entropy(linear(x, weight), i) for x, i in blocks]).where(counted, 0)
 
 
-def _fwd_fake(x, weight, index, ignore_index):
-    return x.new_empty(x.shape[0], dtype=accumulation_dtype(x.dtype))
-
-
 def _setup_context(ctx, inputs, output):
     *tensors, ctx.ignore_index = inputs
     ctx.save_for_backward(*tensors)
@@ -256,10 +252,8 @@ def _sum(x, weight, index, scales, wants_dx, wants_dweight):
 
 
 def _sum_fake(x, weight, index, scales, wants_dx, wants_dweight):
-    dx, dweight = (
-        scales.new_empty(t.shape if wanted else (0,)) for t, wanted in ((x, wants_dx), (weight, wants_dweight))
-    )
-    return scales.new_empty(()), dx, dweight
+    shapes = (), x.shape if wants_dx else (0,), weight.shape if wants_dweight else (0,)
+    return tuple(map(scales.new_empty, shapes))
 
 
 def _sum_setup_context(ctx, inputs, output):
@@ -282,7 +276,7 @@ def _sum_backward(ctx, dtotal, *second):
 linear_cross_entropy_fwd = define_op(
     "linear_cross_entropy_fwd(Tensor x, Tensor weight, Tensor index, int ignore_index) -> Tensor",
     kernel=_fwd,
-    fake=_fwd_fake,
+    fake=lambda x, weight, index, _: x.new_empty(x.shape[0], dtype=accumulation_dtype(x.dtype)),
     setup_context=_setup_context,
     backward=_backward,
     flops=lambda x, weight: 2 * x.numel() * weight.shape[0],

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import re
-
 from torch import Tensor
 
 from ..common.arrays import call_with_arrays
@@ -11,10 +9,8 @@ from ..chunked_attention.chunked_attention import chunked_attention
 from ..common.definition import autocast
 from ..normalized_qk.normalized_qk import rotated_queries_and_keys
 from ..common.states import AttentionState, state_fields
-from ..common.checks import check_size, check_tensor
+from ..common.checks import check_size, check_tensor, renamed
 from ..common.spans import as_spans
-
-_OP_PREFIX = re.compile("^(normalized_qk|chunked_attention): ")
 
 
 def normalized_attention(
@@ -84,7 +80,7 @@ def normalized_attention(
             dropkey_seed=dropkey_seed, spans=spans,
         )  # fmt: skip
     except (TypeError, ValueError) as error:
-        raise type(error)(_OP_PREFIX.sub("normalized_attention: ", str(error))) from error
+        raise renamed(error, "normalized_attention") from error
 
 
 def attend(

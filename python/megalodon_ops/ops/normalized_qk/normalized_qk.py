@@ -9,9 +9,8 @@ from torch import Tensor
 from torch.utils._python_dispatch import _get_current_dispatch_mode
 
 from ..common.arrays import call_with_arrays
-from ..common.definition import autocast, call, contiguous_or_none
+from ..common.definition import autocast, call, define_op, int64_or_none, launch
 from ..common.states import accumulation_dtype
-from ..common.definition import define_op, empty_gradients, int64_or_none, launch
 from ..common.flops import num_tokens
 from ..common.spans import as_spans
 from ..common.checks import MIN_POSITIVE, check_number, check_rank, check_size
@@ -152,16 +151,23 @@ def _rotary_rows_fake(end, frequencies, length, wide):
 _shared_table = functools.lru_cache(maxsize=16)(_make_table)  # CPU tables only: no CPU kernel keeps an address
 
 
-def _rotary(
-    z: Tensor, rotary: Tensor | None, num_heads: int, chunk_size: int, rope_base: float, position: Tensor | None
-) -> Tensor:
-    """Return a table with a row for every possible position: the caller's or, on the CPU, a shared one.
+def _fwd(kernel, z, gamma, beta, rotary, num_heads, chunk_size, rope_base, eps, position, spans):
+    if rotary is None:
+        rotary = _own_table(z, num_heads, chunk_size, rope_base, position)
+    return kernel(z, gamma, beta, rotary, num_heads, chunk_size, rope_base, eps, position, spans)
 
-    On a GPU, without the caller's table, each call computes its own table. So a captured CUDA graph needs no table that
-    lives as long as the graph, and no copy from the host.
+
+def _bwd(kernel, dq, dk, z, gamma, beta, rotary, num_heads, chunk_size, rope_base, eps, position, spans):
+    if rotary is None:
+        rotary = _own_table(z, num_heads, chunk_size, rope_base, position)
+    return kernel(dq, dk, z, gamma, beta, rotary, num_heads, chunk_size, rope_base, eps, position, spans)
+
+
+def _own_table(z: Tensor, num_heads: int, chunk_size: int, rope_base: float, position: Tensor | None) -> Tensor:
+    """Return a table with a row for every possible position: on the CPU a shared one, on a GPU a new one.
+
+    So a captured CUDA graph needs no table that lives as long as the graph, and no copy from the host.
     """
-    if rotary is not None:
-        return rotary
     longest = z.shape[1]
     if z.is_cpu:  # rounded up, so that few tables serve all lengths
         longest = 1 << max(longest - 1, 0).bit_length()
@@ -170,53 +176,27 @@ def _rotary(
     return make(rows, z.shape[-1] // num_heads, rope_base, accumulation_dtype(z.dtype), z.device)
 
 
-def _fwd(z, gamma, beta, rotary, num_heads, chunk_size, rope_base, eps, position, spans):
-    z, gamma, beta, position = z.contiguous(), gamma.contiguous(), beta.contiguous(), contiguous_or_none(position)
-    q, k = _fwd_fake(z, gamma, beta, rotary, num_heads, chunk_size, rope_base, eps, position, spans)
-    rotary = _rotary(z, rotary, num_heads, chunk_size, rope_base, position)
-    launch("normalized_qk_fwd", z, gamma, beta, num_heads, chunk_size, eps, rotary, position, spans, q, k)
-    return q, k
-
-
-def _fwd_fake(z, gamma, beta, rotary, num_heads, chunk_size, rope_base, eps, position, spans):
+def _fwd_fake(z, gamma, beta, rotary, num_heads, *_):
     shape = (*z.shape[:-1], num_heads, z.shape[-1] // num_heads)
     return z.new_empty(shape), z.new_empty(shape)
-
-
-def _bwd(dq, dk, z, gamma, beta, rotary, num_heads, chunk_size, rope_base, eps, position, spans):
-    z, gamma, beta = z.contiguous(), gamma.contiguous(), beta.contiguous()
-    grads = empty_gradients(z, gamma, beta)
-    rotary = _rotary(z, rotary, num_heads, chunk_size, rope_base, position)
-    options = num_heads, chunk_size, eps, rotary, contiguous_or_none(position), spans
-    launch("normalized_qk_bwd", z, gamma, beta, *options, dq.contiguous(), dk.contiguous(), *grads)
-    return grads
-
-
-def _flops(z, spans):
-    normalized, affine, rotated = 3, 2, 3
-    return num_tokens(z, spans) * z.shape[2] * (normalized + 2 * (affine + rotated))
-
-
-def _bwd_flops(z, spans):
-    normalized, rotated, dgamma, dbeta, dnormalized, dz = 3, 3, 2, 1, 3, 5
-    per_element = normalized + 2 * (rotated + dgamma + dbeta) + dnormalized + dz
-    return num_tokens(z, spans) * z.shape[2] * per_element
 
 
 normalized_qk_bwd = define_op(
     "normalized_qk_bwd(Tensor dq, Tensor dk, Tensor z, Tensor gamma, Tensor beta, Tensor? rotary, int num_heads, "
     "int chunk_size, float rope_base, float eps, Tensor? position, Tensor? spans) "
     "-> (Tensor dz, Tensor dgamma, Tensor dbeta)",
-    kernel=_bwd,
-    flops=_bwd_flops,
+    wrapper=_bwd,
+    # normalized; of q and of k: rotated, dgamma, dbeta; dnormalized, dz
+    flops=lambda z, spans: num_tokens(z, spans) * z.shape[2] * (3 + 2 * (3 + 2 + 1) + 3 + 5),
 )
 normalized_qk_fwd = define_op(
     "normalized_qk_fwd(Tensor z, Tensor gamma, Tensor beta, Tensor? rotary, int num_heads, int chunk_size, "
     "float rope_base, float eps, Tensor? position, Tensor? spans) -> (Tensor q, Tensor k)",
-    kernel=_fwd,
+    wrapper=_fwd,
     fake=_fwd_fake,
     backward=normalized_qk_bwd,
-    flops=_flops,
+    # normalized; of q and of k: affine, rotated
+    flops=lambda z, spans: num_tokens(z, spans) * z.shape[2] * (3 + 2 * (2 + 3)),
 )
 rotary_rows = define_op(
     "rotary_rows(Tensor end, Tensor frequencies, int length, bool wide) -> Tensor",

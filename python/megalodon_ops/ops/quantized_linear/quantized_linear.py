@@ -68,9 +68,8 @@ def quantize_weight(weight: Tensor, kind: str) -> QuantizedWeight:
 def empty_weight(outputs: int, inputs: int, kind: str) -> QuantizedWeight:
     """Return an uninitialised weight of the given kind."""
     if kind == "int8":
-        return QuantizedWeight(
-            torch.empty(outputs, inputs, dtype=torch.int8), torch.empty(outputs, dtype=torch.float32)
-        )
+        scale = torch.empty(outputs, dtype=torch.float32)
+        return QuantizedWeight(torch.empty(outputs, inputs, dtype=torch.int8), scale)
     blocks = -(-inputs // _BLOCK)
     scale = torch.empty(outputs, blocks * _BLOCK // _GROUP, dtype=torch.bfloat16)
     return QuantizedWeight(torch.empty(outputs, blocks * _BLOCK // 2, dtype=torch.uint8), scale)
@@ -174,8 +173,7 @@ def quantized_linear(
     check_optional_tensor("quantized_linear", "bias", bias)
     check_activations("quantized_linear", activations)
     if x.is_floating_point():
-        x, *cast_bias = autocast(x, *(() if bias is None else (bias,)))
-        bias = cast_bias[0] if cast_bias else None
+        x, bias = autocast(x, bias)
     _check(x, weight, scale, bias)
     if in_forward_mode():
         raise NotImplementedError(f"quantized_linear: {_NO_GRADIENTS}")

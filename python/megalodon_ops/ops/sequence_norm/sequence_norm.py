@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-import re
-
 import torch
 from torch import Tensor
 
 from ..common.arrays import call_with_arrays
-from ..common.checks import check_rank
+from ..common.checks import check_rank, renamed
 from ..common.spans import as_spans
 from ..common.states import TimestepNormState
 from ..timestep_norm.timestep_norm import timestep_norm, timestep_norm_end_state
 
-_OP_PREFIX = re.compile("^timestep_norm(_end_state)?: ")
 _COUNT = 2**62
 """count of a state so large that further positions do not change its statistics, not even in the last bit of float64"""
 
@@ -74,4 +71,4 @@ def sequence_norm(
         state = TimestepNormState(count, state.mean, state.var, state.residual)
         return timestep_norm(x, weight, bias, num_groups=num_groups, eps=eps, state=state, spans=spans)
     except (TypeError, ValueError) as error:
-        raise type(error)(_OP_PREFIX.sub("sequence_norm: ", str(error))) from error
+        raise renamed(error, "sequence_norm") from error

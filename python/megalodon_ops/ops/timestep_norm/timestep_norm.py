@@ -9,8 +9,7 @@ import torch
 from torch import Tensor
 
 from ..common.arrays import call_with_arrays
-from ..common.definition import call, contiguous_or_none, define_op, empty_gradients
-from ..common.definition import empty_like, int64_or_none, launch
+from ..common.definition import call, define_op, empty_like, int64_or_none
 from ..common.flops import num_tokens
 from ..common.spans import as_spans, num_sequences
 from ..common.states import TimestepNormState, accumulation_dtype, state_fields
@@ -131,108 +130,49 @@ def timestep_norm_end_state(
     return TimestepNormState(count, mean, var, residual)
 
 
-def _fwd(x, weight, bias, num_groups, eps, count, mean, var, residual, spans, return_stats, return_state):
-    x, weight, bias = x.contiguous(), weight.contiguous(), bias.contiguous()
-    y, stats, *state_out = outputs = _fwd_fake(
-        x, weight, bias, num_groups, eps, count, mean, var, residual, spans, return_stats, return_state
-    )
-    state = count, contiguous_or_none(mean), contiguous_or_none(var), contiguous_or_none(residual)
-    results = y, stats if return_stats else None, *(state_out if return_state else (None,) * 4)
-    launch("timestep_norm_fwd", x, weight, bias, num_groups, eps, *state, spans, *results)
-    return outputs
+def _new_state(x, num_groups, spans, wanted=True):
+    """Return mean, var, residual and count after each sequence; without elements unless wanted.
+
+    The count is the last result, because torch's opcheck adds up all results in the dtype of the first.
+    """
+    S, new, real = num_sequences(x.shape[0], spans), x.new_empty, accumulation_dtype(x.dtype)
+    row, groups, pairs = ((S,), (S, num_groups), (S, 2, num_groups)) if wanted else ((0,),) * 3
+    count = new(row, dtype=torch.int64)
+    return new(groups, dtype=real), new(groups, dtype=real), new(pairs, dtype=real), count
 
 
 def _fwd_fake(x, weight, bias, num_groups, eps, count, mean, var, residual, spans, return_stats, return_state):
-    """A result that is not requested has no elements, as torch's schemas have no optional results."""
-    sequences, dtype = num_sequences(x.shape[0], spans), accumulation_dtype(x.dtype)
-
-    def new_state(*shape, dtype=dtype):
-        return x.new_empty((sequences, *shape) if return_state else (0,), dtype=dtype)
-
-    return (
-        empty_like(x),
-        x.new_empty((3, *x.shape[:2], num_groups) if return_stats else (0,), dtype=dtype),
-        new_state(dtype=torch.int64),
-        new_state(num_groups),
-        new_state(num_groups),
-        new_state(2, num_groups),
-    )
-
-
-def _bwd(dy, dmean_out, dvar_out, x, weight, bias, num_groups, eps, count, mean, var, residual, spans, stats):
-    if stats.dim() == 1:
-        raise ValueError("timestep_norm: `return_stats` must be True where gradients are wanted, got False.")
-    x, weight, bias = x.contiguous(), weight.contiguous(), bias.contiguous()
-    mean, var = contiguous_or_none(mean), contiguous_or_none(var)
-    *grads, dmean, dvar = empty_gradients(x, weight, bias, mean, var)
-    inputs = x, weight, bias, num_groups, eps, count, mean, var, contiguous_or_none(residual), spans
-    incoming = dy.contiguous(), contiguous_or_none(dmean_out), contiguous_or_none(dvar_out)
-    state_grads = (None, None) if count is None else (dmean, dvar)
-    launch("timestep_norm_bwd", *inputs, stats.contiguous(), *incoming, *grads, *state_grads)
-    return *grads, dmean, dvar
-
-
-def _flops(x, spans):
-    statistics, normalized = 4, 4
-    return num_tokens(x, spans) * x.shape[2] * (statistics + normalized)
-
-
-def _bwd_flops(x, spans):
-    sums, dx, dweight, dbias = 5, 4, 3, 1
-    return num_tokens(x, spans) * x.shape[2] * (sums + dx + dweight + dbias)
+    shape = (3, *x.shape[:2], num_groups) if return_stats else (0,)
+    mean_out, var_out, residual_out, count_out = _new_state(x, num_groups, spans, return_state)
+    stats = x.new_empty(shape, dtype=mean_out.dtype)
+    return empty_like(x), stats, count_out, mean_out, var_out, residual_out
 
 
 timestep_norm_bwd = define_op(
     "timestep_norm_bwd(Tensor dy, Tensor? dmean_out, Tensor? dvar_out, Tensor x, Tensor weight, Tensor bias, "
     "int num_groups, float eps, Tensor? count, Tensor? mean, Tensor? var, Tensor? residual, "
     "Tensor? spans, Tensor stats) -> (Tensor dx, Tensor dweight, Tensor dbias, Tensor dmean, Tensor dvar)",
-    kernel=_bwd,
-    flops=_bwd_flops,
+    flops=lambda x, spans: num_tokens(x, spans) * x.shape[2] * (5 + 4 + 3 + 1),  # sums, dx, dweight, dbias
 )
 timestep_norm_fwd = define_op(
     "timestep_norm_fwd(Tensor x, Tensor weight, Tensor bias, int num_groups, float eps, Tensor? count, Tensor? mean, "
     "Tensor? var, Tensor? residual, Tensor? spans, bool return_stats, bool return_state) "
     "-> (Tensor y, Tensor stats, Tensor count_out, Tensor mean_out, Tensor var_out, Tensor residual_out)",
-    kernel=_fwd,
     fake=_fwd_fake,
     backward=timestep_norm_bwd,
-    flops=_flops,
+    flops=lambda x, spans: num_tokens(x, spans) * x.shape[2] * (4 + 4),  # statistics, y
 )
-
-
-def _end_state_fwd(x, num_groups, spans):
-    state_out = _end_state_fwd_fake(x, num_groups, spans)
-    launch("timestep_norm_end_state_fwd", x.contiguous(), num_groups, spans, *state_out)
-    return state_out
-
-
-def _end_state_fwd_fake(x, num_groups, spans):
-    """The count is the last result, because torch's opcheck adds up all results in the dtype of the first."""
-    sequences, dtype = num_sequences(x.shape[0], spans), accumulation_dtype(x.dtype)
-    parts = (x.new_empty((sequences, *shape, num_groups), dtype=dtype) for shape in ((), (), (2,)))
-    return *parts, x.new_empty(sequences, dtype=torch.int64)
-
-
-def _end_state_bwd(dmean_out, dvar_out, x, mean_out, residual_out, num_groups, spans):
-    x = x.contiguous()
-    dx = empty_like(x)
-    outputs = mean_out.contiguous(), residual_out.contiguous()
-    incoming = contiguous_or_none(dmean_out), contiguous_or_none(dvar_out)
-    launch("timestep_norm_end_state_bwd", x, num_groups, spans, *outputs, *incoming, dx)
-    return dx
 
 
 timestep_norm_end_state_bwd = define_op(
     "timestep_norm_end_state_bwd(Tensor? dmean_out, Tensor? dvar_out, Tensor x, Tensor mean_out, Tensor residual_out, "
     "int num_groups, Tensor? spans) -> Tensor dx",
-    kernel=_end_state_bwd,
     flops=lambda x, spans: 3 * num_tokens(x, spans) * x.shape[2],
 )
 timestep_norm_end_state_fwd = define_op(
     "timestep_norm_end_state_fwd(Tensor x, int num_groups, Tensor? spans) "
     "-> (Tensor mean_out, Tensor var_out, Tensor residual_out, Tensor count_out)",
-    kernel=_end_state_fwd,
-    fake=_end_state_fwd_fake,
+    fake=_new_state,
     backward=timestep_norm_end_state_bwd,
     flops=lambda x, spans: 4 * num_tokens(x, spans) * x.shape[2],
 )
