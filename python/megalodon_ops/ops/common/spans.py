@@ -18,12 +18,7 @@ from .checks import check_device, check_tensor, short_text
 
 
 def as_spans(
-    op: str,
-    x: Tensor,
-    cu_seqlens: Tensor | None,
-    lengths: Tensor | None,
-    starts: Tensor | None,
-    spans: Tensor | None,
+    op: str, x: Tensor, cu_seqlens: Tensor | None, lengths: Tensor | None, starts: Tensor | None, spans: Tensor | None
 ) -> Tensor | None:
     """Return the spans of x (B, L, ...) from the arguments of a public function; None for a dense batch.
 
@@ -57,18 +52,16 @@ def as_spans(
         return _as_int64(op, "cu_seqlens", cu_seqlens, x, spans=spans, starts=starts, lengths=lengths)
     if spans is not None:
         return _as_int64(op, "spans", spans, x, starts=starts, lengths=lengths)
-    B, L = x.shape[0], x.shape[1]
-    begins, counts = torch.arange(B, device=x.device) * L, None
-    ends = begins + L
-    if lengths is not None:
-        counts = _as_int64(op, "lengths", lengths, x)
-    if starts is not None:
-        firsts = _as_int64(op, "starts", starts, x)
-        if type(starts) is Tensor and starts.is_cpu and not torch.compiler.is_compiling():
-            _check_starts(op, L, firsts, counts)
-        begins = begins + firsts
-    pairs = torch.stack((begins, ends if counts is None else begins + counts), 1)
-    return pairs.unsqueeze(1) if starts is None else pairs
+    L = x.shape[1]
+    row = torch.arange(x.shape[0], device=x.device) * L
+    counts = None if lengths is None else _as_int64(op, "lengths", lengths, x)
+    if starts is None:
+        return torch.stack((row, row + counts), 1).unsqueeze(1)
+    firsts = _as_int64(op, "starts", starts, x)
+    if type(starts) is Tensor and starts.is_cpu and not torch.compiler.is_compiling():
+        _check_starts(op, L, firsts, counts)
+    begins = row + firsts
+    return torch.stack((begins, row + L if counts is None else begins + counts), 1)
 
 
 def argument_of(spans: Tensor) -> tuple[str, Tensor]:
