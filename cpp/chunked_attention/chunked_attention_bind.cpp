@@ -142,7 +142,7 @@ MEGALODON_BINDING(chunked_attention_state,
   memory.add_update(in.cache_k, k_out);
   memory.add_update(in.cache_v, v_out);
   memory.add_update(in.position, positions);
-  memory.add({kAttention, "spans", spans, true}, false);
+  memory.add({kAttention, "spans", spans}, false);
   memory.check();
   MEGALODON_LAUNCH(target, chunked_attention_state, params);
 }

@@ -88,8 +88,7 @@ bool is_contiguous(const DlpackTensor& tensor) {
 
 }  // namespace
 
-TensorView::TensorView(const char* op, const char* name, py::handle object, bool may_be_pairs)
-    : op_(op), name_(name), may_be_pairs_(may_be_pairs) {
+TensorView::TensorView(const char* op, const char* name, py::handle object) : op_(op), name_(name) {
   if (object.is_none()) return;
   given_ = true;
   if (!read_dlpack(object)) read_attributes(object);
@@ -102,8 +101,7 @@ bool TensorView::read_dlpack(py::handle object) {
   if (!dlpack_view(object, tensor) || tensor.rank > kMaxRank) return false;
   scalar_ = scalar_of_dlpack(tensor);
   if (scalar_ == Scalar::other || tensor.device_type != (kReadable ? kCpu : kCuda)) return false;
-  is_pairs_ = may_be_pairs_ && tensor.rank == 2 && tensor.strides[0] == 1 && tensor.strides[1] == 1;
-  if (!is_pairs_ && !is_contiguous(tensor)) return false;
+  if (!is_contiguous(tensor)) return false;
   rank_ = tensor.rank;
   for (int axis = 0; axis < rank_; ++axis) shape_[axis] = tensor.shape[axis];
   data_ = static_cast<char*>(tensor.data) + tensor.byte_offset;
@@ -130,10 +128,7 @@ void TensorView::read_attributes(py::handle object) {
     fail(std::string("on ") + (kReadable ? "the CPU" : "a CUDA device") + ", got device " +
              std::string(py::str(object.attr("device"))),
          "move all tensors to one device");
-  if (call(object, names().is_contiguous).ptr() != Py_True) {
-    is_pairs_ = may_be_pairs_ && py::tuple(object.attr("stride")()).equal(py::make_tuple(1, 1));
-    if (!is_pairs_) fail("contiguous", "call .contiguous()");
-  }
+  if (call(object, names().is_contiguous).ptr() != Py_True) fail("contiguous", "call .contiguous()");
   data_ = PyLong_AsVoidPtr(call(object, names().data_ptr).ptr());
   if (PyErr_Occurred()) throw py::error_already_set();
 }
@@ -147,8 +142,7 @@ void TensorView::check_memory() const {
 
 int64_t TensorView::bytes() const {
   constexpr int64_t bytes_of[] = {4, 8, 2, 2, 8, 16, 8, 1, 1, 1};
-  const int64_t count = is_pairs_ && shape_[0] > 0 ? shape_[0] + 1 : elements();
-  return count * bytes_of[static_cast<int>(scalar_)];
+  return elements() * bytes_of[static_cast<int>(scalar_)];
 }
 
 void TensorView::fail(const std::string& expected, const std::string& fix) const {
@@ -298,7 +292,7 @@ static void check_spans(const Sequences& sequences, const TensorView& spans) {
       last = end;
     } else if (sequences.by_row && begin == s * L) {
       refuse("lengths", "in " + range, std::to_string(end - begin), s);
-    } else if (stride == 1) {
+    } else if (stride == 1 && sequences.tokens == L) {
       const bool is_first = begin < last;
       refuse("cu_seqlens", "non-decreasing offsets in " + range, std::to_string(is_first ? begin : end), s + !is_first);
     } else {
@@ -309,17 +303,22 @@ static void check_spans(const Sequences& sequences, const TensorView& spans) {
 }
 
 Sequences make_sequences(const char* op, int64_t batch, int64_t length, py::handle object) {
-  const TensorView spans(op, "spans", object, true);
+  const TensorView spans(op, "spans", object);
   Sequences sequences{batch, batch * length, length};
   if (!spans.given()) return sequences;
   sequences.by_row = spans.axes() == 3;
-  sequences.count = sequences.by_row ? batch : spans.rank("(S, 2)", 2).size(0);
-  if (sequences.by_row) spans.shape("(B, 1, 2)", {batch, 1, 2});
-  else spans.shape("(S, 2)", {sequences.count, 2});
+  if (spans.axes() == 1 && spans.elements() > 0) {
+    sequences.count = spans.size(0) - 1;
+    sequences.stride = 1;
+  } else if (sequences.by_row) {
+    spans.shape("(B, 1, 2)", {batch, 1, 2});
+  } else {
+    sequences.count = spans.rank("(S, 2)", 2).size(0);
+    spans.shape("(S, 2)", {sequences.count, 2});
+  }
   sequences.spans = spans.dtype(Scalar::i64, "positions in the flattened batch").data_as<const int64_t>();
   static constexpr int64_t kNoSpan = 0;  // the address of a tensor without elements is null, which means a dense batch
   if (sequences.count == 0) sequences.spans = &kNoSpan;
-  if (spans.is_pairs_of_offsets()) sequences.stride = 1;
   check_values([sequences, spans] { check_spans(sequences, spans); });
   return sequences;
 }

@@ -20,11 +20,9 @@ enum class Scalar { f32, f64, bf16, f16, c64, c128, i64, i8, u8, other };
 // given.
 class TensorView {
  public:
-  // may_be_pairs: the tensor may also be the pairs of neighbours in a row of offsets, (S, 2) with strides (1, 1).
-  TensorView(const char* op, const char* name, py::handle object, bool may_be_pairs = false);
+  TensorView(const char* op, const char* name, py::handle object);
 
   bool given() const { return given_; }
-  bool is_pairs_of_offsets() const { return is_pairs_; }
   Scalar scalar() const { return scalar_; }
   int axes() const { return rank_; }
   int64_t size(int axis) const { return shape_[axis]; }
@@ -69,7 +67,7 @@ class TensorView {
   static constexpr int kMaxRank = 8;
   const char* op_;
   const char* name_;
-  bool given_ = false, may_be_pairs_, is_pairs_ = false;
+  bool given_ = false;
   Scalar scalar_ = Scalar::other;
   int rank_ = 0;
   int64_t shape_[kMaxRank] = {};
@@ -110,7 +108,8 @@ inline Scalar scalar_of(DType dtype) {
 // Raises unless `value` is finite and at least `least`.
 void check_range(const char* op, const char* name, double value, double least, const char* expected);
 
-// Returns the sequences of a (B, L, ...) batch. `spans` is (S, 2); (B, 1, 2), one span at the start of each row; or None.
+// Returns the sequences of a (B, L, ...) batch. `spans` is (S, 2); (B, 1, 2), one span at the start of each row;
+// (S + 1,), offsets; or None.
 // check_values() checks, now or in each run of a recorded step, that spans are in order, disjoint and within one row
 // each. Errors name the argument from which python/megalodon_ops/ops/common/spans.py makes spans of this layout.
 Sequences make_sequences(const char* op, int64_t batch, int64_t length, py::handle spans);

@@ -86,8 +86,10 @@ def test_kernels_stay_inside_their_buffers(emulated_module, op):
     check()
 
 
-@pytest.mark.parametrize(("op", "L"), [(op, L) for op in SMALL for L in (2, 9 if op in WITH_POSITIONS else 75)])
+@pytest.mark.parametrize("L", [2, 9, 75])
+@pytest.mark.parametrize("op", SMALL)
 def test_offsets_beyond_the_row_count_as_its_end(emulator, op, L):
+    """With few tokens, attention takes other kernels, which do not divide the batch into blocks of rows."""
     padded = build(op, B=4, L=L, lengths=[L, 0, 0, 1])
     wrong = padded.with_options(lengths=torch.tensor([L + 1, -1, -(2**63), 1]))
     assert_bit_equal(run(emulator, wrong), run(emulator, padded))

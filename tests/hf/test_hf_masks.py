@@ -154,7 +154,7 @@ def test_wrong_masks() -> None:
         dict(position_ids=torch.tensor([[0, 1, 2, 3, 0, 1]])),
         dict(seq_idx=torch.tensor([[0] * 3 + [1] * 3])),
     ):
-        with pytest.raises(ValueError, match="padding only at the ends of rows that hold several documents"):
+        with pytest.raises(ValueError, match="padding only before and after a row's documents"):
             model(ids[:1], attention_mask=hole[:1], **positions)
 
 

@@ -116,32 +116,6 @@ def test_rows_of_a_state_are_selected_by_tree_map():
     torch.testing.assert_close(tree_leaves(end_of_selected), expected, rtol=0, atol=1e-12)
 
 
-def test_packed_documents_equal_separate_ones():
-    model, lengths = tiny_model(), [5, 1, 0, 19, 8]
-    tokens = tokens_of(1, sum(lengths) + 3)  # three tokens of padding
-    cu_seqlens = torch.tensor([0, *torch.tensor(lengths).cumsum(0).tolist()])
-    packed, state = model(tokens, cu_seqlens=cu_seqlens, return_state=True)
-    for s, length in enumerate(lengths):
-        part = slice(int(cu_seqlens[s]), int(cu_seqlens[s + 1]))
-        if length:
-            single, single_state = model(tokens[:, part], return_state=True)
-            torch.testing.assert_close(packed[:, part], single, rtol=0, atol=1e-12)
-            torch.testing.assert_close(state.layers[1].cema[s], single_state.layers[1].cema[0], rtol=0, atol=1e-12)
-    assert packed.isfinite().all()
-
-
-def test_padding_changes_nothing():
-    model, tokens = tiny_model(), tokens_of(3, 20)
-    lengths = torch.tensor([20, 7, 0])
-    other = tokens.clone()
-    other[1, 7:], other[2] = 0, 0
-    logits, state = model(tokens, lengths=lengths, return_state=True)
-    changed, changed_state = model(other, lengths=lengths, return_state=True)
-    torch.testing.assert_close(logits[1, :7], changed[1, :7], rtol=0, atol=0)
-    torch.testing.assert_close(state.layers, changed_state.layers, rtol=0, atol=0)
-    torch.testing.assert_close(logits[1, :7], model(tokens[1:2, :7])[0], rtol=0, atol=1e-12)
-
-
 def test_state_given_is_not_changed():
     model, tokens = tiny_model(), tokens_of(2, 12)
     _, state = model(tokens[:, :5], return_state=True)

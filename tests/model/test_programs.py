@@ -93,21 +93,20 @@ def test_an_exported_program_of_a_wider_model_takes_other_lengths():
 
 
 @EACH_MODE
-@pytest.mark.parametrize("kind", ["lengths", "cu_seqlens"])
+@pytest.mark.parametrize("kind", ["lengths", "starts", "spans", "cu_seqlens"])
 def test_an_exported_forward_takes_padded_and_packed_batches(strict, kind):
     model = small_model()
-    if kind == "lengths":
+    if kind in ("lengths", "starts"):
         example, inputs = (tokens_of(2, 9), [9, 4]), (tokens_of(3, 20), [1, 20, 8])
-        shapes = dict(tokens=dims("rows", "length"), lengths=dims("rows"))
-        shapes["lengths"] = {0: shapes["tokens"][0]}
+        shapes = dict(tokens=dims("rows", "length"))
+        shapes[kind] = {0: shapes["tokens"][0]}
+    elif kind == "spans":
+        example, inputs = (tokens_of(2, 9), [(0, 3), (4, 9), (9, 17)]), (tokens_of(3, 20), [(1, 20), (45, 60)])
+        shapes = dict(tokens=dims("rows", "length"), spans={0: torch.export.Dim("sequences", max=1 << 20)})
     else:
         example, inputs = (tokens_of(1, 9), [0, 4, 9]), (tokens_of(1, 20), [0, 1, 13, 20])
         shapes = dict(tokens={1: dims("length")[0]}, cu_seqlens={0: torch.export.Dim("ends", min=3)})
     options = {kind: torch.tensor(example[1])}
-    if strict and kind == "lengths":  # a limit of today: strict tracing takes the number of rows for a constant
-        with pytest.raises(torch._dynamo.exc.UserError, match="specialized it to be a constant"):
-            torch.export.export(model, example[:1], options, dynamic_shapes=shapes, strict=strict)
-        return
     program = torch.export.export(model, example[:1], options, dynamic_shapes=shapes, strict=strict).module()
     tokens, options = inputs[0], {kind: torch.tensor(inputs[1])}
     assert_near(program(tokens, **options), model(tokens, **options))

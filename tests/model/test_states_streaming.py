@@ -68,22 +68,30 @@ class Run:
             self.record(row, tokens[row], logits[row])
 
     def feed_padded(self) -> None:
-        """Feed pieces of several lengths, some of them 0, in right-padded rows."""
-        tokens = self.tokens(len(self.documents), 17)
-        lengths = torch.tensor([self.number(0, 17) for _ in self.documents])
-        logits, self.state = self.model(tokens, state=self.state, return_state=True, lengths=lengths)
-        for row, length in enumerate(lengths.tolist()):
-            self.record(row, tokens[row, :length], logits[row, :length])
+        """Feed pieces of several lengths, some of them 0, in rows padded on the right, or on both sides."""
+        tokens, is_right = self.tokens(len(self.documents), 17), self.number(0, 1)
+        starts = [0 if is_right else self.number(0, 17) for _ in self.documents]
+        ends = [self.number(start, 17) for start in starts]
+        where = {} if is_right else dict(starts=torch.tensor(starts))
+        where["lengths"] = torch.tensor(ends) - torch.tensor(starts)
+        logits, self.state = self.model(tokens, state=self.state, return_state=True, **where)
+        for row, (start, end) in enumerate(zip(starts, ends, strict=True)):
+            self.record(row, tokens[row, start:end], logits[row, start:end])
 
     def feed_packed(self) -> None:
-        """Feed pieces of several lengths in one row."""
+        """Feed pieces of several lengths in one row, or in two."""
         bounds = [0]
         for _ in self.documents:
             bounds.append(bounds[-1] + self.number(0, 11))
-        tokens = self.tokens(1, bounds[-1])
-        logits, self.state = self.model(tokens, state=self.state, return_state=True, cu_seqlens=torch.tensor(bounds))
-        for row, (start, end) in enumerate(zip(bounds, bounds[1:], strict=False)):
-            self.record(row, tokens[0, start:end], logits[0, start:end])
+        spans, tokens = list(zip(bounds, bounds[1:])), self.tokens(1, bounds[-1])
+        where = dict(cu_seqlens=torch.tensor(bounds))
+        if self.number(0, 1):  # the later half of the sequences is in a second row
+            L, half = bounds[-1] + 3, len(spans) // 2
+            spans = [(a + L * (s >= half), b + L * (s >= half)) for s, (a, b) in enumerate(spans)]
+            tokens, where = self.tokens(2, L), dict(spans=torch.tensor(spans))
+        logits, self.state = self.model(tokens, state=self.state, return_state=True, **where)
+        for row, (start, end) in enumerate(spans):
+            self.record(row, tokens.flatten()[start:end], logits.flatten(0, 1)[start:end])
 
     def decode(self) -> None:
         """Feed tokens one by one."""

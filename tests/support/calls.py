@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_map, tree_map_only
 
 from megalodon_ops import TimestepNormState
+from megalodon_ops.ops.common.spans import pairs_of
 
 Function = Callable[..., Any]
 
@@ -110,7 +111,7 @@ def separate(function: Function, op: str) -> Function:
         tokens, parameters = inputs[:count], inputs[count:]
         results: list[Any] = []
         flat = [token.flatten(0, 1) for token in tokens]
-        for s, (begin, end) in enumerate(spans.reshape(-1, 2).tolist()):
+        for s, (begin, end) in enumerate(pairs_of(spans).tolist()):
             own = {
                 name: tree_map_only(Tensor, lambda t, s=s: t[s : s + 1], value)
                 if name in ("state", "position")
@@ -126,7 +127,7 @@ def separate(function: Function, op: str) -> Function:
 
         def spread(*parts: Tensor) -> Tensor:
             rows, at = [], 0
-            for (begin, end), part in zip(spans.reshape(-1, 2).tolist(), parts, strict=True):
+            for (begin, end), part in zip(pairs_of(spans).tolist(), parts, strict=True):
                 rows += [part.new_zeros(begin - at, *part.shape[2:]), part[0]]
                 at = end
             return torch.cat([*rows, parts[0].new_zeros(B * L - at, *parts[0].shape[2:])]).unflatten(0, (B, L))

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.utils._pytree import tree_map_only
 
-from megalodon_ops.ops.common.spans import as_spans
+from megalodon_ops.ops.common.spans import as_spans, pairs_of
 
 F32 = torch.float32
 Tensors = dict[str, Tensor]
@@ -69,7 +69,7 @@ class Case:
         spans = self.spans()
         if spans is None:
             return tokens
-        (begins, ends), token = spans.reshape(-1, 2).T[..., None], torch.arange(tokens.shape[0] * tokens.shape[1])
+        (begins, ends), token = pairs_of(spans).T[..., None], torch.arange(tokens.shape[0] * tokens.shape[1])
         inside = ((begins <= token) & (token < ends)).any(0).view(tokens.shape[:2])
         return tokens.where(inside.view(*inside.shape, *[1] * (tokens.dim() - 2)), self.poison)
 

@@ -14,6 +14,7 @@ from ..model.layers import NO_STATE
 from ..model.sequences import Sequences
 from ..ops.linear_cross_entropy.linear_cross_entropy import has_integers
 from ..ops.common.checks import check_rank, check_tensor, describe
+from ..ops.common.spans import pairs_of
 from .cache import MegalodonCache
 
 IGNORED = -100
@@ -27,15 +28,13 @@ def select(rows: Tensor, columns: Tensor) -> Tensor:
     return rows.gather(1, columns if rows.dim() == 2 else columns[..., None].expand(-1, -1, rows.shape[2]))
 
 
-def _read_mask(op: str, attention_mask: Tensor | None, shape: tuple[int, int], past: int) -> Tensor | None:
-    """Return (B, L) bool, True for tokens, from the last columns of the mask; None if the call has no padding."""
-    if attention_mask is None:
-        return None
+def _read_mask(op: str, attention_mask: Tensor, shape: tuple[int, int], past: int) -> Tensor | None:
+    """Return (B, L) bool, True for tokens, from the last columns of the mask; None if it has no padding."""
     batch, length = shape
     if tuple(attention_mask.shape) not in (shape, (batch, past + length)):
         past_too = f" or, with the cache's {past} past columns, ({batch}, {past + length})" if past else ""
-        got = tuple(attention_mask.shape)
-        raise ValueError(f"{op}: `attention_mask` must be ({batch}, {length}){past_too}, got {got}.")
+        expected = f"({batch}, {length}){past_too}"
+        raise ValueError(f"{op}: `attention_mask` must be {expected}, got {tuple(attention_mask.shape)}.")
     mask = attention_mask[:, attention_mask.shape[1] - length :]
     present = mask != 0
     if not torch.compiler.is_compiling():  # compiled programs do not read the mask's values
@@ -44,43 +43,6 @@ def _read_mask(op: str, attention_mask: Tensor | None, shape: tuple[int, int], p
         if bool((present & (mask != 1)).any()):
             raise ValueError(f"{op}: `attention_mask` must hold 1 for a token and 0 for padding, got other values.")
     return present
-
-
-def _read_documents(
-    op: str, shape: tuple[int, int], offsets: Tensor | None, present: Tensor | None, **indices: Tensor | None
-) -> dict[str, Tensor] | None:
-    """Return the documents that share rows, as keywords of a model; None if each row is one document.
-
-    Given offsets (S + 1,) in the flattened rows take precedence over `indices` (B, L): a document begins where
-    `position_ids` do not increase by one from a column to the next, or where `seq_idx` changes.
-    """
-    if offsets is not None:
-        if present is not None:
-            raise ValueError(f"{op}: `attention_mask` must have no padding where `cu_seq_lens_q` is given.")
-        return {"cu_seqlens": offsets} if shape[0] == 1 else {"spans": torch.stack((offsets[:-1], offsets[1:]), 1)}
-    cuts, tokens = [], present
-    for name, values in indices.items():
-        if values is None or shape[1] == 1:
-            continue
-        if values.dim() != 2 or values.shape[0] not in (1, shape[0]) or values.shape[1] < shape[1]:
-            raise ValueError(f"{op}: `{name}` must be {shape} as the tokens, got {tuple(values.shape)}.")
-        values = values[:, -shape[1] :].expand(shape)
-        tokens = torch.ones(shape, dtype=torch.bool, device=values.device) if tokens is None else tokens
-        if name == "position_ids":  # `generate` restarts them after padding
-            cuts.append((values.diff() != 1) & tokens[:, 1:] & tokens[:, :-1])
-        else:
-            last = torch.where(tokens, torch.arange(shape[1], device=values.device), -1).cummax(1).values[:, :-1]
-            cuts.append((values[:, 1:] != values.gather(1, last.clamp(min=0))) & tokens[:, 1:] & (last >= 0))
-    if not cuts or not bool((cuts := torch.stack(cuts).any(0)).any()):
-        return None
-    if bool((tokens.diff() & tokens[:, 1:]).sum(1).add(tokens[:, 0]).gt(1).any()):
-        raise ValueError(
-            f"{op}: `attention_mask` must have padding only at the ends of rows that hold several documents."
-        )
-    cuts, padded = nn.functional.pad(cuts, (1, 1)), nn.functional.pad(tokens, (1, 1))
-    first, last = tokens & (cuts[:, :-1] | ~padded[:, :-2]), tokens & (cuts[:, 1:] | ~padded[:, 2:])
-    begins, lasts = (at.flatten().nonzero().squeeze(1) for at in (first, last))
-    return {"spans": torch.stack((begins, lasts + 1), 1)}
 
 
 def check_labels(op: str, labels: Tensor, shape: tuple[int, int], name: str = "labels") -> None:
@@ -103,7 +65,7 @@ def targets_of(op: str, labels: Tensor, are_shifted: bool, config: MegalodonConf
     if not are_shifted:
         targets = nn.functional.pad(targets[:, 1:], (0, 1), value=IGNORED)
         if batch.spans is not None:
-            targets.view(-1)[batch.spans[..., 1].flatten() - 1] = IGNORED  # end 0 gives -1, the last row's end
+            targets.view(-1)[pairs_of(batch.spans)[:, 1] - 1] = IGNORED  # end 0 gives -1, the last row's end
     return targets.masked_fill((targets >= config.num_outputs) & (targets < config.vocab_size), IGNORED)
 
 
@@ -156,27 +118,50 @@ class Batch:
         """True if the inputs are embeddings."""
         return self.name == "inputs_embeds"
 
-    def read_padding(self, compact: bool) -> dict[str, Tensor]:
-        """Set `columns` and `positions`; return the rows' sequences, as keywords of a model.
+    def read_sequences(self, op: str, offsets: Tensor | None, **indices: Tensor | None) -> dict[str, Tensor]:
+        """Set `columns` and `positions`; return the sequences, as keywords of a model.
+
+        Given offsets (S + 1,) in the flattened rows take precedence over `indices` (B, L): a document begins where
+        `position_ids` do not increase by one from a column to the next, or where `seq_idx` changes.
 
         Padding before and after a row's tokens stays where it is. Padding between tokens is left out, as is all padding
-        in compiled programs, which do not read the mask, and in calls that `compact`.
+        in compiled programs, which do not read the mask, and for a decoder that can undo.
         """
-        present, length = self.present, self.shape[1]
-        lengths, column = present.sum(1), torch.arange(length, device=present.device)
-        if not (compact or torch.compiler.is_compiling()):
-            last = torch.where(present, column, 0).cummax(1).values
-            starts = present.int().argmax(1)  # 0 in a row without a token
-            if bool(((last[:, -1] - starts + 1 == lengths) | (lengths == 0)).all()):
-                self.positions = None if bool(present[:, -1].all()) else last
-                return {"lengths": lengths} if not bool(starts.any()) else {"starts": starts, "lengths": lengths}
-        self.positions = (present.cumsum(1) - 1).clamp(min=0)
-        self.columns = torch.searchsorted(present.cumsum(1), (column + 1).minimum(lengths[:, None]))
-        if torch.compiler.is_compiling():
-            return {"lengths": lengths}
-        shortest, longest = torch.stack(lengths.aminmax()).tolist()
-        self.columns = self.columns[:, : max(longest, 1)]
-        return {} if shortest == self.width else {"lengths": lengths}
+        (B, L), present = self.shape, self.present
+        if offsets is not None:
+            if present is not None:
+                raise ValueError(f"{op}: `attention_mask` must have no padding where `cu_seq_lens_q` is given.")
+            return {"cu_seqlens" if B == 1 else "spans": offsets}
+        indices = {name: values for name, values in indices.items() if values is not None and L > 1}
+        if present is None and not indices:
+            return {}
+        column, row = (torch.arange(size, device=self.inputs.device) for size in (L, B))
+        tokens = (column >= 0).expand(B, L) if present is None else present
+        starts, lengths = tokens.int().argmax(1), tokens.sum(1)  # starts: 0 in a row without a token
+        last = torch.where(tokens, column, starts[:, None]).cummax(1).values  # the token at or before each column
+        are_adjacent = ((last[:, -1] - starts + 1 == lengths) | (lengths == 0)).all()
+        cut = tokens[:, 1:] & False
+        for name, values in indices.items():
+            if values.dim() != 2 or values.shape[0] not in (1, B) or values.shape[1] < L:
+                raise ValueError(f"{op}: `{name}` must be {(B, L)} as the tokens, got {tuple(values.shape)}.")
+            is_cut = values[:, -L:].expand(B, L).gather(1, last).diff() != (name == "position_ids")
+            cut |= is_cut & (tokens[:, :-1] | (name == "seq_idx"))  # `generate` restarts position_ids after padding
+        if indices and bool((cut := cut & tokens[:, 1:]).any()):
+            if not bool(are_adjacent):
+                raise ValueError(f"{op}: `attention_mask` must have padding only before and after a row's documents.")
+            cuts = nn.functional.pad(cut, (1, 0)).flatten().nonzero()[:, 0]
+            edges = (row * L + starts, row * L + starts + lengths)
+            return {"spans": torch.stack([torch.cat((edge, cuts)).sort().values for edge in edges], 1)}
+        if present is None:
+            return {}
+        is_traced = torch.compiler.is_compiling()
+        if not (is_traced or self.cache is not None and self.cache.undo) and bool(are_adjacent):
+            self.positions = None if bool(present[:, -1].all()) else last
+            return {"lengths": lengths} if not bool(starts.any()) else {"starts": starts, "lengths": lengths}
+        count, width = present.cumsum(1), L if is_traced else max(int(lengths.max()), 1)
+        self.positions = (count - 1).clamp(min=0)
+        self.columns = torch.searchsorted(count, (column[:width] + 1).minimum(lengths[:, None]))
+        return {"lengths": lengths} if is_traced or bool((lengths < width).any()) else {}
 
     def without_padding(self) -> Tensor:
         """Return the columns of `inputs` that the model reads, (B, W, ...), zero at padding.
@@ -194,8 +179,8 @@ class Batch:
         if self.spans is None or end - begin == self.width:
             return self.spans
         row = torch.arange(self.shape[0], device=self.spans.device)[:, None]
-        columns = self.spans.view(-1, 2) - row * self.width
-        return (columns.clamp(begin, end) - begin + row * (end - begin)).view(self.spans.shape)
+        columns = (self.spans.view(-1, 2) - row * self.width).clamp(begin, end) - begin
+        return (columns + row * (end - begin)).view(self.spans.shape)
 
     @property
     def is_for_decoder(self) -> bool:
@@ -222,13 +207,13 @@ def read_batch(
     **others: Any,
 ) -> Batch:
     """Check the arguments of a model's call; `inputs` is the argument that `model.main_input_name` names."""
-    op, config = type(model).__name__, model.config
+    op, config, is_causal = type(model).__name__, model.config, model._core_class.config_type.causal
     name, letters = model.main_input_name, "(B, L)" if model.main_input_name == "input_ids" else "(B, L, F)"
-    settings = dict(is_causal=model._core_class.config_type.causal, output_router_logits=False)
+    settings = dict(is_causal=is_causal, output_router_logits=False)
     for other, value in others.items():
         if other not in _IGNORED_ARGUMENTS and value is not None and value is not settings.get(other):
             raise TypeError(f"{op}: unexpected argument `{other}`, got {describe(value)}; leave it out.")
-    if not model._core_class.config_type.causal:
+    if not is_causal:
         for other, value in dict(cache=cache, past_key_values=past_key_values, use_cache=use_cache or None).items():
             if value is not None:
                 raise ValueError(f"{op}: `{other}` must be None, got {describe(value)}; {NO_STATE}.")
@@ -255,24 +240,13 @@ def read_batch(
     if batch.shape[1] == 0:
         raise ValueError(f"{op}: `{name}` must have at least one token, got shape {batch.shape}.")
     past = 0 if cache is None else cache.get_seq_length()
-    batch.present = _read_mask(op, attention_mask, batch.shape, past)
-    if not (
-        model._core_class.config_type.causal
-        or batch.present is None
-        or torch.compiler.is_compiling()
-        or bool(batch.present.any(1).all())
-    ):
+    batch.present = None if attention_mask is None else _read_mask(op, attention_mask, batch.shape, past)
+    if not (is_causal or batch.present is None or torch.compiler.is_compiling() or bool(batch.present.any(1).all())):
         raise ValueError(f"{op}: `attention_mask` must have a token in every row, got a row without one.")
-    indices = dict(position_ids=position_ids, seq_idx=seq_idx)
-    where = _read_documents(op, batch.shape, cu_seq_lens_q, batch.present, **indices)
-    batch.is_packed = where is not None
+    where = batch.read_sequences(op, cu_seq_lens_q, position_ids=position_ids, seq_idx=seq_idx)
+    batch.is_packed = bool(where) and "lengths" not in where
     if batch.is_packed and batch.returns_cache:
-        raise ValueError(
-            f"{op}: `cache` and `use_cache` must not be given with packed documents, which end in the call."
-        )
-    if where is None:
-        can_undo = cache is not None and cache.undo > 0  # its decoder reads rows without padding
-        where = {} if batch.present is None else batch.read_padding(compact=can_undo)
+        raise ValueError(f"{op}: `cache` and `use_cache` must not be given with packed documents, which end here.")
     batch.spans = Sequences.of(op, inputs[:, : batch.width], **where).spans
     if use_cache is None and not batch.is_packed and not model.training:
         batch.returns_cache |= config.use_cache
@@ -284,11 +258,11 @@ _IGNORED_ARGUMENTS = set("tokenizer cache_position cu_seq_lens_k max_length_q ma
 
 def kept_positions(op: str, logits_to_keep: int | Tensor | None, batch: Batch) -> Tensor | None:
     """Return the positions of the wanted logits: (K,), or (B, K) if rows are padded; None: all positions."""
-    length, kept = batch.shape[1], None
+    columns = torch.arange(batch.shape[1], device=batch.inputs.device)
     if isinstance(logits_to_keep, Tensor):
-        kept = torch.arange(length, device=logits_to_keep.device)[logits_to_keep]  # checks bounds, counts from the end
+        kept = columns.to(logits_to_keep.device)[logits_to_keep]  # checks bounds, counts from the end
     elif logits_to_keep:
-        kept = torch.arange(max(length - logits_to_keep, 0), length, device=batch.inputs.device)
-    if batch.positions is None:
-        return kept
-    return batch.positions if kept is None else batch.positions[:, kept]
+        kept = columns[-logits_to_keep:]
+    else:
+        return batch.positions
+    return kept if batch.positions is None else batch.positions[:, kept]

@@ -11,6 +11,7 @@ from transformers.utils import can_return_tuple
 
 from ..model.blocks import at_least_float32
 from ..model.layers import Linear
+from ..ops.common.spans import pairs_of
 from .arguments import IGNORED, check_labels, read_batch
 from .cache import CACHE
 from .causal_lm import MegalodonCausalModel, MegalodonModel
@@ -68,7 +69,7 @@ class MegalodonForSequenceClassification(MegalodonCausalModel):
         batch = read_batch(self, input_ids, attention_mask, use_cache=use_cache, **arguments)
         spans, last = batch.spans, torch.tensor([batch.width - 1], device=batch.inputs.device)
         if spans is not None:
-            begins, ends = spans.reshape(-1, 2).unbind(1)
+            begins, ends = pairs_of(spans).unbind(1)
             if not (torch.compiler.is_compiling() or bool((begins < ends).all())):
                 raise ValueError(f"{op}: there must be a token in every row, got a row without one.")
             last = None if batch.is_packed else (ends - 1 - begins // batch.width * batch.width)[:, None]

@@ -168,51 +168,47 @@ def _add_seen(seen_mask: Tensor | None, token: Tensor) -> Tensor | None:
 
 
 class _Prompts:
-    """Prompts of a batch, right-padded with zeros; `padding` is the side of the given padding."""
+    """Prompts of a batch, in the columns from `starts` (B,) to `ends` (B,); padding is zeros."""
 
     def __init__(self, prompt: Tensor, lengths: Tensor, padding: str, num_samples: int) -> None:
-        width = prompt.shape[1]
-        column = torch.arange(width, device=prompt.device)
-        self.lengths, self.padding = lengths.to(prompt.device, torch.int64), padding
-        inside = column < self.lengths[:, None]
-        if padding == "left":
-            prompt = prompt.gather(1, (column - self.lengths[:, None]) % width)
-        self.tokens = torch.where(inside, prompt, 0)
-        self.last = self.tokens.gather(1, self.lengths[:, None] - 1)[:, 0].long()
+        column, lengths = torch.arange(prompt.shape[1], device=prompt.device), lengths.to(prompt.device, torch.int64)
+        self.padding = padding
+        self.starts = prompt.shape[1] - lengths if padding == "left" else torch.zeros_like(lengths)
+        self.ends = self.starts + lengths
+        self.inside = (column >= self.starts[:, None]) & (column < self.ends[:, None])
+        self.tokens = torch.where(self.inside, prompt, 0)
+        self.last = self.tokens.gather(1, self.ends[:, None] - 1)[:, 0].long()
         self.samples = torch.arange(len(prompt), device=prompt.device).repeat_interleave(num_samples)
 
     def seen_mask(self, num_tokens: int) -> Tensor:
         """Return (rows, num_tokens) bools, True for tokens in each prompt."""
-        outside = torch.arange(self.tokens.shape[1], device=self.tokens.device) >= self.lengths[:, None]
-        token = torch.where(outside | (self.tokens >= num_tokens), num_tokens, self.tokens).long()
+        token = torch.where(self.inside & (self.tokens < num_tokens), self.tokens, num_tokens).long()
         found = torch.zeros((len(token), num_tokens + 1), dtype=torch.bool, device=token.device)
         return found.scatter_(1, token, True)[:, :num_tokens]
 
     def texts(self) -> list[Tensor]:
         """Return each sample's prompt (n,), without padding."""
-        return [self.tokens[row, : self.lengths[row]].long() for row in self.samples.tolist()]
+        return [self.tokens[row, self.inside[row]].long() for row in self.samples.tolist()]
 
     def append(self, new: Tensor) -> tuple[Tensor, Tensor]:
         """Return prompts and new tokens up to the first -1, padded on the given side, and lengths, of all samples."""
-        tokens, lengths = self.tokens[self.samples], self.lengths[self.samples]
-        width, count = tokens.shape[1], new.shape[1]
-        column = torch.arange(width + count, device=new.device)
-        result = torch.cat([tokens, torch.zeros_like(new)], 1)
-        result.scatter_(1, lengths[:, None] + column[:count], new.clamp(min=0))
-        if self.padding == "left":
-            result = result.gather(1, (column + lengths[:, None] - width) % (width + count))
-        return result, lengths + (new != _STOPPED_TOKEN).sum(1)
+        starts, ends = self.starts[self.samples], self.ends[self.samples]
+        result = torch.cat([self.tokens[self.samples], torch.zeros_like(new)], 1)
+        columns = ends[:, None] + torch.arange(new.shape[1], device=new.device)
+        return result.scatter_(1, columns, new.clamp(min=0)), ends - starts + (new != _STOPPED_TOKEN).sum(1)
 
 
 @torch.no_grad()
 def _prompt_state(model: nn.Module, prompts: _Prompts, state: MegalodonStateBase | None) -> MegalodonStateBase:
     """Return the state of all samples after their prompts except the last token, which are read chunk by chunk."""
-    size, tokens, lengths = model.config.chunk_size, prompts.tokens, prompts.lengths - 1
-    for start in range(0, max(int(lengths.max()), 1), size):
-        left = (lengths - start).clamp(0, size)
-        piece = tokens[:, start : start + min(size, int(left.max()))]
-        sequences = Sequences.of("generate", piece, lengths=left)
-        options = CallOptions(state, True, inplace_state=start > 0, sequences=sequences)
+    start, stop = int(prompts.starts.min()), int(prompts.ends.max()) - 1
+    size, tokens = model.config.chunk_size, prompts.tokens
+    for begin in range(start, max(stop, start + 1), size):
+        piece = tokens[:, begin : min(begin + size, stop)]
+        first, last = ((edge - begin).clamp(0, piece.shape[1]) for edge in (prompts.starts, prompts.ends - 1))
+        where = {"lengths": last - first} | ({"starts": first} if prompts.padding == "left" else {})
+        sequences = Sequences.of("generate", piece, **where)
+        options = CallOptions(state, True, inplace_state=begin > start, sequences=sequences)
         _, state = model._hidden(model._embed(piece), options)
     return state[prompts.samples] if len(prompts.samples) > len(tokens) else state
 

@@ -18,7 +18,7 @@ from .sequences import Sequences
 from ..ops.adaptive_working_memory.adaptive_working_memory import read_write_and_keep
 from ..ops.chunked_attention.chunked_attention import chunked_attention
 from ..ops.common.definition import autocast, call
-from ..ops.common.spans import num_positions, token_sequences
+from ..ops.common.spans import num_positions, pairs_of, token_sequences
 from ..ops.common.states import TimestepNormState, accumulation_dtype
 from ..ops.normalized_qk.normalized_qk import normalized_qk, rotary_frequencies, rotary_rows
 from ..ops.normalized_qk.normalized_qk import rotary_table_of, rotated_queries_and_keys
@@ -100,7 +100,7 @@ def _rotary_over_chunks(config: MegalodonConfig, z: Tensor, end: Tensor, sequenc
         end = end if spans is None else end + L - num_positions(z, spans)
         table = call(rotary_rows, end, frequencies, L, dtype == torch.float64)
     else:
-        (starts, ends), positions = spans.unbind(1), torch.arange(rows, device=device)
+        (starts, ends), positions = pairs_of(spans).unbind(1), torch.arange(rows, device=device)
         positions[: B * L] -= F.pad(ends - end, (0, 1))[token_sequences(z, spans).flatten()]
         table = rotary_table_of(positions, key_dim, rotary_base, dtype)
     return table, {"chunk_size": rows, "position": starts.clamp(max=rows - 1)}

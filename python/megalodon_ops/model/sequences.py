@@ -20,7 +20,7 @@ class Sequences:
     """
 
     spans: Tensor | None = None
-    """(S, 2), or (B, 1, 2) with one span at the start of each row; None: every row is one sequence"""
+    """int64 in one of the layouts of ops/common/spans.py; None: every row is one sequence"""
 
     @classmethod
     def of(

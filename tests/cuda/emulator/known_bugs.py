@@ -227,6 +227,10 @@ BUGS = {
         "scan.sums.as<R>() + ({on} ? static_cast<int>(at) : at)",
         "test_cuda_large_tensors.py::test_cema_scans_offsets_beyond_31_bits[33]",
     ),
+    "raw-offsets-in-blocks-of-rows": Bug(
+        "chunked_attention/chunked_attention.cuh", ": sequences.begin(r - 1);", ": {on} ? sequences.spans[(r - 1) * sequences.stride] : sequences.begin(r - 1);",
+        "test_cuda_wrong_offsets.py::test_offsets_beyond_the_row_count_as_its_end[chunked_attention-75]",
+    ),
     # Doors: a term of a condition that chooses a kernel.
     "tensor-cores-for-whole-tiles-of-cut-rows": Bug(
         "cema/cema_scan.cu", "sequences.row_length % kMmaTile == 0;", "({on} ? sequences.tokens : sequences.row_length) % kMmaTile == 0;",

@@ -18,6 +18,7 @@ FORMS = {
     "offsets": (ROW, dict(cu_seqlens=tensor([1, 1, 4])), [(1, 1), (1, 4)]),
     "no-offsets": (ROW, dict(cu_seqlens=tensor([4])), []),
     "spans": (X, dict(spans=tensor([[0, 2], [3, 5], [6, 9]])), [(0, 2), (3, 5), (6, 9)]),
+    "offsets-in-two-rows": (X, dict(spans=tensor([1, 5, 8, 8])), [(1, 5), (5, 8), (8, 8)]),
     "int32": (X, dict(lengths=tensor([3, 0], dtype=torch.int32)), [(0, 3), (5, 5)]),
 }
 
@@ -42,7 +43,8 @@ WRONG = [
     (X, dict(spans=tensor([[0, 3], [2, 5]])), r"`spans` must be in order, disjoint .* got \[2, 5\) at 1"),
     (X, dict(spans=tensor([[3, 7]])), r"`spans` must be .* within one row of 5 positions each, got \[3, 7\) at 0"),
     (X, dict(spans=tensor([[8, 11]])), r"`spans` must be .* got \[8, 11\) at 0"),
-    (X, dict(spans=tensor([0, 3])), r"`spans` must have shape \(S, 2\)"),
+    (X, dict(spans=tensor([[0], [3]])), r"`spans` must have shape \(S, 2\), \(B, 1, 2\) or \(S \+ 1,\), got \(2, 1\)"),
+    (X, dict(spans=tensor([3, 7])), r"`spans` must be .* within one row of 5 positions each, got \[3, 7\) at 0"),
     (X, dict(spans=tensor([[0, 3]]), lengths=tensor([1, 1])), "`lengths` must be None where `spans` is given"),
     (X, dict(starts=tensor([0, 1.0])), "`starts` must be int64 or int32, got torch.float32"),
     (X, dict(starts=[0, 1]), "`starts` must be a torch tensor, got list"),

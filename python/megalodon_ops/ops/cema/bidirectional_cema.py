@@ -9,7 +9,7 @@ from torch import Tensor
 from ..common.arrays import call_with_arrays
 from .cema import cema
 from ..common.checks import check_rank, check_tensor, renamed
-from ..common.spans import as_spans, token_sequences
+from ..common.spans import as_spans, num_sequences, pairs_of, token_sequences
 
 
 def bidirectional_cema(
@@ -79,7 +79,7 @@ def bidirectional_cema(
     except (TypeError, ValueError) as error:
         raise renamed(error, "bidirectional_cema") from error
     after = _reorder(z, order)[:, 1:]  # z includes the position itself
-    if spans is not None and spans.dim() == 2:
+    if spans is not None and spans.dim() != 3:
         order = order.view(x.shape[:2])
         after = after.masked_fill((order[:, 1:] != order[:, :-1] - 1)[..., None], 0)  # the next token is elsewhere
     return y + torch.cat((after, torch.zeros_like(z[:, :1])), 1)  # torch 2.5's pad refuses tensors without elements
@@ -103,5 +103,5 @@ def mirrored_tokens(x: Tensor, spans: Tensor | None) -> Tensor:
     if spans is None:
         return token + L - 1 - 2 * (token % max(L, 1))
     sequence = token_sequences(x, spans).flatten()
-    first_and_last = F.pad(spans.sum(-1).flatten() - 1, (0, 1))[sequence]  # their sum
-    return torch.where(sequence < spans.shape[0], first_and_last - token, token).clamp(0, max(B * L - 1, 0))
+    first_and_last = F.pad(pairs_of(spans).sum(-1) - 1, (0, 1))[sequence]  # their sum
+    return torch.where(sequence < num_sequences(B, spans), first_and_last - token, token).clamp(0, max(B * L - 1, 0))

@@ -44,7 +44,8 @@ def cema(
         starts: (B,) int64 or int32, first position of each left-padded row; with `lengths`, rows have padding on both
             sides.
         spans: (S, 2) int64 or int32, first and last-plus-one position of each sequence in the flattened batch (B * L),
-            in order, disjoint, each within one row. (B, 1, 2): one in each row, from the row's first position.
+            in order, disjoint, each within one row. (B, 1, 2): one in each row, from the row's first position. (S + 1,): offsets, as
+            `cu_seqlens`, in one or several rows.
 
     Returns:
         y (B, L, D) in x's dtype, zero at tokens in no sequence; with `return_state` also the state (S, D, N). States

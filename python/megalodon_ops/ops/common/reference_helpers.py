@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from torch import Tensor
 
+from .spans import pairs_of
+
 MAX_ROWS = 2**20
 
 
@@ -14,7 +16,7 @@ def sequences(x: Tensor, spans: Tensor | None) -> list[tuple[int, slice]]:
     """
     B, L = x.shape[:2]
     if spans is not None:
-        pairs = spans.reshape(-1, 2).tolist()
+        pairs = pairs_of(spans).tolist()
         rows = [min(begin // max(L, 1), max(B - 1, 0)) for begin, _ in pairs]
         return [(row, slice(begin - row * L, end - row * L)) for row, (begin, end) in zip(rows, pairs, strict=True)]
     if B > MAX_ROWS:
