@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import difflib
 import os
 import re
 from collections.abc import Mapping, Sequence
@@ -20,7 +19,7 @@ import msgspec
 from msgspec.inspect import BoolType, FloatType, IntType, LiteralType, Metadata, NoneType, UnionType, VarTupleType
 
 from megalodon_ops import __version__, torchrun
-from megalodon_ops.ops.common.checks import short_text
+from megalodon_ops.ops.common.checks import did_you_mean, short_text
 
 REQUIRED = MISSING
 
@@ -178,8 +177,7 @@ class _Parser(argparse.ArgumentParser):
         try:
             super()._check_value(action, value)
         except argparse.ArgumentError as error:
-            near = difflib.get_close_matches(str(value), map(str, action.choices), n=1)
-            error.message += f"; did you mean {near[0]}?" if near else ""
+            error.message += did_you_mean(value, map(str, action.choices))
             raise
 
     def error(self, message: str) -> NoReturn:
@@ -192,7 +190,7 @@ class _Parser(argparse.ArgumentParser):
         """Refuse unknown arguments in a command's own parser, which knows the command's flags."""
         options, unknown = super().parse_known_args(args, namespace)
         if unknown:
-            near = difflib.get_close_matches(unknown[0].partition("=")[0], self._option_string_actions, n=1, cutoff=0.7)
-            fix = f"did you mean {near[0]}?" if near else f"{self.prog} --help lists the flags"
-            self.error(f"unrecognized arguments: {' '.join(unknown)}; {fix}")
+            near = did_you_mean(unknown[0].partition("=")[0], self._option_string_actions)
+            fix = near or f"; {self.prog} --help lists the flags"
+            self.error(f"unrecognized arguments: {' '.join(unknown)}{fix}")
         return options, unknown

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from .blocks import MegalodonBlock, at_least_float32
-from .config import MegalodonConfig, check_config
+from .config import MegalodonConfig, check_config, suggest_fields
 from .inputs import check_inputs, check_not_empty, embed_numbers, embed_tokens, input_layer
 from .layers import Linear, SequenceNorm, check_no_state, reset_all_parameters
 from .model_state import CallOptions
@@ -20,6 +20,7 @@ from ..ops.common.checks import check_flag, check_rank, check_size
 from ..ops.common.spans import as_spans
 
 
+@suggest_fields
 @dataclass(frozen=True)
 class MegalodonEncoderConfig(MegalodonConfig):
     """Sizes and options of a :class:`MegalodonEncoder`: a :class:`MegalodonConfig` with fields for inputs and classes.

@@ -132,7 +132,7 @@ class MegalodonBase(nn.Module):
                 split into calls, up to rounding.
             inplace_state: overwrite parts of `state`, such as the attention's, to save copies in generation. The old
                 state is lost.
-            cu_seqlens: (S + 1,) offsets of documents packed into one row (B = 1).
+            cu_seqlens: (S + 1,) offsets of documents packed into one row (B = 1), to whose end they reach.
             lengths: (B,) tokens in each right-padded row.
             starts: (B,) first position of each left-padded row; with `lengths`, rows have padding on both sides.
             spans: (S, 2) first and last-plus-one position of each document in the flattened batch (B * L), in order, disjoint, each
@@ -158,6 +158,9 @@ class MegalodonBase(nn.Module):
             ignore_index = check_targets(tokens, targets, ignore_index)
             if features:
                 raise ValueError("Megalodon: `targets` must be None where features are wanted, got a tensor.")
+            if inplace_state and torch.is_grad_enabled() and any(p.requires_grad for p in self.parameters()):
+                fix = "a backward reads the states that it overwrites; use torch.no_grad(), or leave it out"
+                raise ValueError(f"Megalodon.loss: `inplace_state` must be False with gradients, got True: {fix}.")
         wanted = Wanted(features, targets, reduction, ignore_index)
         result, state = self._compute(tokens, wanted, CallOptions(state, return_state, inplace_state, sequences))
         return (result, state) if return_state else result

@@ -6,9 +6,10 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
-from ..ops.common.spans import as_spans, num_sequences, token_sequences
+from ..ops.common.spans import argument_of, as_spans, num_sequences, read_spans, token_sequences
 
 
 @dataclass(frozen=True, eq=False)
@@ -33,8 +34,17 @@ class Sequences:
         starts: Tensor | None = None,
         spans: Tensor | None = None,
     ) -> Sequences:
-        """Return the sequences of x (B, L, ...) from the arguments of `op`, checked as by :func:`as_spans`."""
-        return cls(as_spans(op, x, cu_seqlens, lengths, starts, spans))
+        """Return the sequences of x (B, L, ...) from the arguments of `op`.
+
+        Values on the CPU are checked here, so that errors name `op`. Other values of a GPU are not read.
+        """
+        result = as_spans(op, x, cu_seqlens, lengths, starts, spans)
+        if type(result) is Tensor and result.is_cpu and not torch.compiler.is_compiling():
+            pairs = read_spans(op, x, result)
+            if argument_of(result)[0] == "cu_seqlens" and pairs and pairs[-1][1] != x.shape[1]:
+                got = f"got {pairs[-1][1]} for a row of {x.shape[1]}; `spans` may leave positions out"
+                raise ValueError(f"{op}: `cu_seqlens` must end where the row does, {got}.")
+        return cls(result)
 
     def mask(self, x: Tensor) -> Tensor:
         """Return (B, L) bool, True at positions of x (B, L, ...) in a sequence, False at padding."""
