@@ -7,6 +7,7 @@ fields' types and bounds, as for the options in a checkpoint.
 from __future__ import annotations
 
 import argparse
+import codecs
 import dataclasses
 import os
 import re
@@ -64,6 +65,16 @@ class Amount(int):
         if found is None or not (amount := float(found[1]) * 1000 ** " KMGT".index(found[2].upper() or " ")) >= 1:
             raise ValueError("must be a number such as 50M or 8GB")
         return super().__new__(cls, min(amount, 2**62))
+
+
+class Encoding(str):
+    """The name of an encoding of text."""
+
+    def __new__(cls, text: str) -> Encoding:
+        try:
+            return super().__new__(cls, codecs.lookup(text).name)
+        except LookupError:
+            raise ValueError("must be an encoding of Python's codecs, such as cp1252 or utf-16") from None
 
 
 def convert(values: Mapping[str, Any], kind: type, *, strict: bool = True) -> Any:

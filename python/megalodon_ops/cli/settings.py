@@ -24,7 +24,7 @@ from megalodon_ops.tokenizers import ByteTokenizer, Tokenizer
 from megalodon_ops.training.run_checkpoint import Checkpoint, load_any
 
 CHANGEABLE_OPTIONS = frozenset(LAUNCH_OPTIONS).union(
-    "data glob field validation tokenizer steps minutes eval_every checkpoint_every device tensorboard peak_tflops".split()
+    "data glob field encoding validation tokenizer steps minutes eval_every checkpoint_every device tensorboard peak_tflops".split()
 )
 """Options that may change on a resume (text and tokenizer are compared by content); the others determine the losses"""
 

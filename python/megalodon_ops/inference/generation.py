@@ -382,9 +382,7 @@ _EQUIVALENTS = {
 """Equivalents of options of transformers' `generate`"""
 
 
-def check_samples(
-    model: nn.Module, rows: int, cache_dtype: torch.dtype | None = None, draft_tokens: int = 0
-) -> None:
+def check_samples(model: nn.Module, rows: int, cache_dtype: torch.dtype | None = None, draft_tokens: int = 0) -> None:
     """Raise a ValueError, before a prompt is read, if the states and logits of all rows do not fit in memory."""
     options = dict(dtype=computing_dtype(model), device="meta", cache_dtype=cache_dtype)
     states = 2 * MegalodonStateBase.fresh(model.config, 1, **options).nbytes  # of all samples, and the decoder's copy

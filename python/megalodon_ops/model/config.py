@@ -13,6 +13,7 @@ from ..ops.common.checks import as_float, describe, did_you_mean, is_integer_bet
 
 Kind = TypeVar("Kind")
 
+
 def suggest_fields(kind: type[Kind]) -> type[Kind]:
     """Let the error of a dataclass's constructor for an unknown field name the nearest field."""
     construct, names = kind.__init__, [field.name for field in dataclasses.fields(kind)]
