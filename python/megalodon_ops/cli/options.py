@@ -43,6 +43,8 @@ CONFIG_FIELDS = {
 LAUNCH_OPTIONS = ("out", "resume", "config", "mesh", "timeout", "dry_run")
 """Options of one call of `train`, which the run does not record"""
 FILES = "text (a document each), .jsonl, .json lists, .csv, .parquet (a document in each entry), also as .gz; folders"
+METRICS, CURVE = "metrics.jsonl", "loss_curve.png"
+"""Files of a run"""
 VOCABULARY = "a JSON file of the `tokenizers` package or a sentencepiece model, or a folder with one (none: bytes)"
 
 
@@ -317,6 +319,19 @@ class Plan(ModelOptions):
     vocab: Natural | None = flag(None, "ids of the tokenizer (the preset's, or bytes)")
 
 
+@dataclass(kw_only=True)
+class Plot(Options):
+    """draw the loss curve of a run, or compare those of several
+
+    megalodon-ops plot runs/prose
+    megalodon-ops plot runs/prose runs/again --by minutes --out both.png
+    """
+
+    runs: tuple[Path, ...] = flag(REQUIRED, "folders of runs", positional=True, nargs="+", metavar="RUN")
+    by: Literal["step", "tokens", "minutes"] = flag("step", "horizontal axis")
+    out: Path | None = flag(None, f"picture to write, PNG ({CURVE} of a single run)", metavar="FILE")
+
+
 COMMANDS: dict[str, type[Options]] = {
     "info": Info,
     "train": Train,
@@ -326,4 +341,5 @@ COMMANDS: dict[str, type[Options]] = {
     "tokenizer": TrainTokenizer,
     "tokenize": Tokenize,
     "plan": Plan,
+    "plot": Plot,
 }

@@ -70,13 +70,15 @@ def with_ckpt(config: MegalodonConfig, recomputes: bool) -> MegalodonConfig:
     return dataclasses.replace(config, layerwise_ckpt=recomputes)
 
 
-def fitting_flags(config: MegalodonConfig, costs: Callable[..., Plan], batch: int, memory: int) -> str:
-    """Return "yes" if a step fits, else the flags of `train` that make it fit, else "no"."""
+def fitting_flags(
+    config: MegalodonConfig, costs: Callable[..., Plan], batch: int, memory: int, accumulate: int = 1, processes: int = 1
+) -> str:  # fmt: skip
+    """Return "yes" if a step fits, else the flags of `train` that make it fit, else "no"; `batch`: rows of a process."""
     for parts in [count for count in range(1, batch + 1) if batch % count == 0 and count & (count - 1) == 0]:
-        accumulate = f"--batch {batch // parts} --accumulate {parts}" if parts > 1 else ""
+        flags = f"--batch {batch // parts * processes} --accumulate {parts * accumulate}" if parts > 1 else ""
         for recomputes in (False, True):
             if costs(with_ckpt(config, recomputes), batch // parts).bytes <= memory:
-                return f"{'--layerwise-ckpt ' * recomputes}{accumulate}".strip() or "yes"
+                return f"{'--layerwise-ckpt ' * recomputes}{flags}".strip() or "yes"
     return "no"
 
 
