@@ -248,7 +248,8 @@ class MegalodonBase(nn.Module):
 
         Returns:
             mean and deviation (B, L, F), float64, of the values up to and including each position. Missing values do not
-            count. The deviation is 1e-15 where all values so far are equal.
+            count. The mean is NaN before the first value and the deviation before the second. The deviation is 1e-15
+            where all values so far, of at least two, are equal.
 
         Raises:
             as :meth:`forward` does; ValueError: the model does not scale its inputs.
