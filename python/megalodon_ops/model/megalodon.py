@@ -15,7 +15,7 @@ from .inputs import check_inputs, check_reads_tokens, embed_numbers, embed_token
 from .layers import StateSlot, is_plain_linear, reset_all_parameters
 from .model_state import BlockState, CallOptions, MegalodonStateBase, MemoryBlockState, check_state, scales_inputs
 from .scale import running_scale
-from .sequences import Sequences
+from .sequences import Sequences, pooled
 from ..ops.linear_cross_entropy.linear_cross_entropy import blockwise_cross_entropy, has_integers, linear_cross_entropy
 from ..ops.common.checks import check_flag, check_integer, check_tensor
 from ..ops.common.spans import argument_of, num_sequences
@@ -183,18 +183,22 @@ class MegalodonBase(nn.Module):
             return at_least_float32(self.output.output(hidden)), state
         return self._cross_entropy(hidden, wanted, options.sequences), state
 
-    def features(self, tokens: Tensor, **options: Any) -> Tensor | tuple[Tensor, MegalodonStateBase]:
+    def features(
+        self, tokens: Tensor, *, pool: str | None = None, **options: Any
+    ) -> Tensor | tuple[Tensor, MegalodonStateBase]:
         """Features of every token: the final norm's output, from which logits are computed.
 
         This is `self(tokens, features=True, ...)`, for a head of your own: a probe, a classifier, a search.
 
         Args:
             tokens: (B, L) integers.
+            pool: "mean", "max" or "last", to reduce each of the S sequences of the call to one vector; not for a model
+                that :func:`megalodon_ops.distributed.parallelize` has split.
             state, return_state, inplace_state, cu_seqlens, lengths, starts, spans: as in :meth:`forward`.
 
         Returns:
-            features (B, L, D), in the dtype that the model computes in, with arbitrary values at padding; with
-            `return_state` also the state. Features are differentiable.
+            features (B, L, D), in the dtype that the model computes in, with arbitrary values at padding; with `pool`
+            vectors (S, D), zero for an empty sequence; with `return_state` also the state. All are differentiable.
 
         Raises:
             as :meth:`forward` does.
@@ -208,8 +212,15 @@ class MegalodonBase(nn.Module):
             (torch.Size([2, 20, 32]), 2)
             >>> torch.equal(model.output.output(features), model(tokens))
             True
+            >>> model.features(tokens, pool="mean", lengths=torch.tensor([20, 7])).shape
+            torch.Size([2, 32])
         """
-        return self(tokens, features=True, **options)
+        if pool is not None and self.alone() is not self:
+            raise ValueError("Megalodon.features: `pool` must be None in a parallel model, whose ranks hold pieces.")
+        result = self(tokens, features=True, **options)
+        features, *state = result if isinstance(result, tuple) else (result,)
+        vectors = pooled("Megalodon.features", features, pool, options)
+        return (vectors, *state) if state else vectors
 
     def loss(self, tokens: Tensor, targets: Tensor, **options: Any) -> Tensor | tuple[Tensor, MegalodonStateBase]:
         """Cross-entropy of the logits with `targets`, computed for one block of tokens at a time.
