@@ -432,7 +432,7 @@ def test_the_optimizer_is_adamw(finished):
 @pytest.mark.parametrize(
     "gib, fix",
     {
-        2.5: r"takes 4\.\d GiB of memory, and there are 1\.\d here; it fits with --layerwise-ckpt$",
+        2.5: r"takes 5\.\d GiB of memory, and there are 2\.5 here; it fits with --layerwise-ckpt$",
         1.5: r"it fits with --layerwise-ckpt --batch 32 --accumulate 4$",
         0.01: r"make --dim, --layers, --batch or --length smaller$",
     }.items(),

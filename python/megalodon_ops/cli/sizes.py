@@ -74,7 +74,7 @@ def fitting_flags(
     config: MegalodonConfig, costs: Callable[..., Plan], batch: int, memory: int, accumulate: int = 1, processes: int = 1
 ) -> str:  # fmt: skip
     """Return "yes" if a step fits, else the flags of `train` that make it fit, else "no"; `batch`: rows of a process."""
-    for parts in [count for count in range(1, batch + 1) if batch % count == 0 and count & (count - 1) == 0]:
+    for parts in [1 << i for i in range(batch.bit_length()) if batch % (1 << i) == 0]:
         flags = f"--batch {batch // parts * processes} --accumulate {parts * accumulate}" if parts > 1 else ""
         for recomputes in (False, True):
             if costs(with_ckpt(config, recomputes), batch // parts).bytes <= memory:

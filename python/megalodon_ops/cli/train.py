@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import json
 import math
@@ -305,25 +306,28 @@ def check_memory(options: Train, config: MegalodonConfig, device: torch.device, 
     is_cpu, rows = device.type == "cpu", -(-options.batch // processes)
     memory = available_memory() if is_cpu else torch.cuda.mem_get_info(device)[0]
     memory //= int(os.environ.get("LOCAL_WORLD_SIZE", 1)) if is_cpu else 1
-    states = sum(math.prod(shape) * kind.itemsize for _, kind, shape in layout(config, 1, torch.float32))
-    memory -= states * rows * (options.accumulate + 1)  # of all rows, and the new ones of a batch
-    memory += 4 * config.num_parameters() // processes * (options.optimizer == "muon")  # which has one moment, not two
+    one_layer = layout(dataclasses.replace(config, num_layers=1), 1, torch.float32)
+    states = config.num_layers * sum(math.prod(shape) * kind.itemsize for _, kind, shape in one_layer)
+    states *= rows * (options.accumulate + 1)  # of all rows, and the new ones of a batch
+    weights = 4 * config.num_parameters() // processes
+    room = memory - states + weights * (options.optimizer == "muon")  # has one moment, not the two of a plan
     widths = 8 * config.model_dim + 4 * (config.z_dim + config.value_dim + config.ffn_hidden_dim)  # kept for a token
-    numbers = 4 * config.num_parameters() + 2 * rows * options.length * config.num_layers * widths
-    if 4 * numbers < memory:  # with a margin: a plan takes a second
+    size, flags = 4 * weights, "no"
+    if size + 8 * rows * options.length * config.num_layers * widths < room:  # with a margin: a plan takes a second
         return
-    from megalodon_ops.cli.sizes import fitting_flags
-    from megalodon_ops.distributed.plan import Plan, plan
+    if size < room:
+        from megalodon_ops.cli.sizes import fitting_flags
+        from megalodon_ops.distributed.plan import Plan, plan
 
-    def costs(config: MegalodonConfig, batch: int) -> Plan:
-        kind = dict(device=device.type, dtype=getattr(torch, options.dtype), autocast=options.dtype != "float32")
-        return plan(config, {"data": processes}, context=options.length, batch=batch * processes, **kind)
+        def costs(config: MegalodonConfig, batch: int) -> Plan:
+            kind = dict(device=device.type, dtype=getattr(torch, options.dtype), autocast=options.dtype != "float32")
+            return plan(config, {"data": processes}, context=options.length, batch=batch * processes, **kind)
 
-    if (size := costs(config, rows).bytes) <= memory:
-        return
-    flags = fitting_flags(config, costs, rows, memory, options.accumulate, processes)
+        if (size := costs(config, rows).bytes) <= room:
+            return
+        flags = fitting_flags(config, costs, rows, room, options.accumulate, processes)
     fix = "make --dim, --layers, --batch or --length smaller" if flags == "no" else f"it fits with {flags}"
-    fault = f"takes {size / 2**30:,.1f} GiB of memory, and there are {max(memory, 0) / 2**30:,.1f} here"
+    fault = f"takes {(size + states) / 2**30:,.1f} GiB of memory, and there are {memory / 2**30:,.1f} here"
     raise CommandError(f"training {config.num_parameters():,} parameters {fault}; {fix}")
 
 
