@@ -121,7 +121,10 @@ def test_packed_documents_equal_separate_ones():
     model, lengths = tiny_model(), [5, 1, 0, 19, 8]
     tokens = tokens_of(1, sum(lengths) + 3)  # three tokens of padding
     cu_seqlens = torch.tensor([0, *torch.tensor(lengths).cumsum(0).tolist()])
-    packed, state = model(tokens, cu_seqlens=cu_seqlens, return_state=True)
+    spans = torch.stack([cu_seqlens[:-1], cu_seqlens[1:]], 1)  # offsets must reach the row's end
+    packed, state = model(tokens, spans=spans, return_state=True)
+    exact = model(tokens[:, : cu_seqlens[-1]], cu_seqlens=cu_seqlens)
+    torch.testing.assert_close(exact, packed[:, : cu_seqlens[-1]], rtol=0, atol=1e-12)
     for s, length in enumerate(lengths):
         part = slice(int(cu_seqlens[s]), int(cu_seqlens[s + 1]))
         if length:
@@ -238,7 +241,11 @@ def test_features_are_pooled_over_each_sequence(kind):
     tokens, pools = tokens_of(3, 9), {"mean": lambda x: x.mean(0), "max": lambda x: x.amax(0), "last": lambda x: x[-1]}
     ragged = {"lengths": torch.tensor([9, 4, 1]), "starts": torch.tensor([0, 2, 8])}
     packed = {"spans": torch.tensor([[1, 6], [9, 18], [20, 21], [21, 27]])}
-    for rows, spans in (({}, [[0, 9], [9, 18], [18, 27]]), (ragged, [[0, 9], [11, 15], [26, 27]]), (packed, packed["spans"])):
+    for rows, spans in (
+        ({}, [[0, 9], [9, 18], [18, 27]]),
+        (ragged, [[0, 9], [11, 15], [26, 27]]),
+        (packed, packed["spans"]),
+    ):
         features = model.features(tokens, **rows).flatten(0, 1)
         for pool, reduce in pools.items():
             vectors = model.features(tokens, pool=pool, **rows)

@@ -74,13 +74,21 @@ def _model(work: Work) -> mo.Megalodon:
     return tiny_model(torch.float64, **work.config).to(work.dtype).train(work.grad)
 
 
+def _sequence_arguments(work: Work) -> dict[str, Tensor]:
+    """Arguments of a call: offsets, or spans where the documents end before the row, or lengths."""
+    offsets = work.cu_seqlens
+    if offsets is None or offsets[-1] == sum(work.pieces):
+        return sequence_options(cu_seqlens=offsets, lengths=work.lengths)
+    return sequence_options(spans=list(zip(offsets[:-1], offsets[1:], strict=True)))
+
+
 def _results(work: Work, model: mo.Megalodon, columns: slice) -> dict[str, Tensor]:
     """Logits, losses, state and gradients of a model on these columns of the batch."""
     gen = torch.Generator().manual_seed(3)
     length = sum(work.pieces)
     tokens, targets = torch.randint(TINY["vocab_size"], (2, work.rows, length), generator=gen)
     targets[:, ::5] = -100
-    options = sequence_options(cu_seqlens=work.cu_seqlens, lengths=work.lengths)
+    options = _sequence_arguments(work)
     state = None if work.past is None else _past(work, model.alone())
     tokens, targets = tokens[:, columns], targets[:, columns]
     results: dict[str, Tensor] = {}
@@ -172,7 +180,7 @@ def compare_numbers(work: Work) -> dict[str, float]:
     unsharded = tiny_model(num_features=2, output_size=3)
     model = cut_over_all_ranks(tiny_model(num_features=2, output_size=3))
     x = 5 + torch.randn(work.rows, sum(work.pieces), 2, generator=torch.Generator().manual_seed(3))
-    options = sequence_options(cu_seqlens=work.cu_seqlens, lengths=work.lengths)
+    options = _sequence_arguments(work)
     end = list(accumulate(work.pieces))[rank]
     columns = slice(end - work.pieces[rank], end)
     state = None

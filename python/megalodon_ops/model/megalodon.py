@@ -40,6 +40,8 @@ class MegalodonBase(nn.Module):
     config_type: ClassVar[type[MegalodonConfig]] = MegalodonConfig
     state_type: ClassVar[type[MegalodonStateBase]] = MegalodonStateBase
     block_type: ClassVar[type[MegalodonBlock]] = MegalodonBlock
+    _reads_pieces = False
+    """True where ranks hold pieces of the sequences that a call's arguments describe"""
 
     def __init__(self, config: MegalodonConfig) -> None:
         check_config("Megalodon", config)
@@ -148,7 +150,7 @@ class MegalodonBase(nn.Module):
             outside of the vocabulary.
         """
         where = dict(cu_seqlens=cu_seqlens, lengths=lengths, starts=starts, spans=spans)
-        sequences = Sequences.of("Megalodon", tokens, **where)
+        sequences = Sequences.of("Megalodon", tokens, **where, is_piece=self._reads_pieces)
         check_flag("Megalodon", "return_state", return_state)
         self._check("Megalodon", "tokens", tokens, state, sequences)
         check_flag("Megalodon", "inplace_state", inplace_state)
@@ -192,8 +194,8 @@ class MegalodonBase(nn.Module):
 
         Args:
             tokens: (B, L) integers.
-            pool: "mean", "max" or "last", to reduce each of the S sequences of the call to one vector; not for a model
-                that :func:`megalodon_ops.distributed.parallelize` has split.
+            pool: "mean", "max" or "last", to reduce each of the S sequences of the call to one vector; None where ranks
+                hold pieces of sequences.
             state, return_state, inplace_state, cu_seqlens, lengths, starts, spans: as in :meth:`forward`.
 
         Returns:
@@ -215,8 +217,8 @@ class MegalodonBase(nn.Module):
             >>> model.features(tokens, pool="mean", lengths=torch.tensor([20, 7])).shape
             torch.Size([2, 32])
         """
-        if pool is not None and self.alone() is not self:
-            raise ValueError("Megalodon.features: `pool` must be None in a parallel model, whose ranks hold pieces.")
+        if pool is not None and self._reads_pieces:
+            raise ValueError("Megalodon.features: `pool` must be None where ranks hold pieces of sequences.")
         result = self(tokens, features=True, **options)
         features, *state = result if isinstance(result, tuple) else (result,)
         vectors = pooled("Megalodon.features", features, pool, options)

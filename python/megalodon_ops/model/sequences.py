@@ -43,13 +43,14 @@ class Sequences:
         lengths: Tensor | None = None,
         starts: Tensor | None = None,
         spans: Tensor | None = None,
+        is_piece: bool = False,
     ) -> Sequences:
         """Return the sequences of x (B, L, ...) from the arguments of `op`.
 
-        Values on the CPU are checked here, so that errors name `op`. Other values of a GPU are not read.
+        Values on the CPU are checked here, so that errors name `op`, unless x is a piece of the sequences.
         """
         result = as_spans(op, x, cu_seqlens, lengths, starts, spans)
-        if type(result) is Tensor and result.is_cpu and not torch.compiler.is_compiling():
+        if type(result) is Tensor and result.is_cpu and not (is_piece or torch.compiler.is_compiling()):
             pairs = read_spans(op, x, result)
             if argument_of(result)[0] == "cu_seqlens" and pairs and pairs[-1][1] != x.shape[1]:
                 got = f"got {pairs[-1][1]} for a row of {x.shape[1]}; `spans` may leave positions out"
