@@ -9,6 +9,7 @@ import torch
 from torch.utils._pytree import tree_leaves
 
 from megalodon_ops import Megalodon
+from megalodon_ops.cli import main
 from megalodon_ops.cli.console import Progress
 from megalodon_ops.cli.flags import parse
 from megalodon_ops.cli.held_out import bits_per_byte
@@ -134,15 +135,21 @@ def test_metrics_after_the_checkpoint_are_dropped(tmp_path):
     ]
 
 
-def test_curve_has_labelled_axes(tmp_path, monkeypatch):
-    from bench.plots import BLUE, GREY
+@pytest.fixture
+def figures(monkeypatch):
+    """Figures that a test draws."""
     from matplotlib.figure import Figure
 
-    figures = []
-    save = Figure.savefig
+    result, save = [], Figure.savefig
     monkeypatch.setattr(
-        Figure, "savefig", lambda figure, *args, **kw: (figures.append(figure), save(figure, *args, **kw))
+        Figure, "savefig", lambda figure, *args, **kw: (result.append(figure), save(figure, *args, **kw))
     )
+    return result
+
+
+def test_curve_has_labelled_axes(tmp_path, figures):
+    from bench.plots import BLUE, GREY
+
     rows = [{"step": i, "bits_per_byte": 8.0 / (1 + i)} for i in range(50)]
     rows += [{"step": 20, "held_out_bits_per_byte": 3.0}, {"step": 50, "held_out_bits_per_byte": 2.0, "final": True}]
     draw_metrics(tmp_path / "curve.png", rows, {"gzip -9": 2.2})
@@ -159,6 +166,41 @@ def test_curve_has_labelled_axes(tmp_path, monkeypatch):
         for line in axes.get_lines():
             assert any(bottom < bits < top for bits in line.get_ydata()), f"{line.get_label()} is not visible"
     draw_metrics(tmp_path / "nothing.png", [], {})
+
+
+def test_axes_are_fitted_to_the_curves(tmp_path, figures):
+    """A run with --init-from stays between 2.0 and 2.3; a single step is a visible point."""
+    continued = [{"step": i, "bits_per_byte": 2.3 - 0.003 * i} for i in range(100)]
+    draw_metrics(tmp_path / "a.png", continued)
+    draw_metrics(tmp_path / "b.png", continued[:1])
+    bottom, top = figures[0].axes[0].get_ylim()
+    assert 1.9 < bottom < 2.01 and 2.28 < top < 2.4
+    (smooth,) = (line for line in figures[1].axes[0].get_lines() if not line.get_label().startswith("_"))
+    assert len(smooth.get_xdata()) == 1 and smooth.get_marker() == "."
+
+
+def test_runs_are_compared(tmp_path, figures, capsys):
+    """By tokens and minutes, evaluations lie where the training rows of their steps do."""
+    for number, name in enumerate("ab"):
+        with Metrics(tmp_path / name / "metrics.jsonl") as metrics:
+            for step in range(1, 5):
+                metrics.write(step=step, bits_per_byte=8.0 / step, tokens=step * (number + 1) * 100, seconds=step * 30)
+            metrics.write(step=4, held_out_bits_per_byte=3.0)
+            metrics.write(step=4, held_out_bits_per_byte=2.5, final=True, compressors={"xz -9": 2.2})
+    both = [str(tmp_path / name) for name in "ab"]
+    out = ["--out", str(tmp_path / "both.png")]
+    assert main(["plot", *both, *out, "--by", "tokens"]) == main(["plot", *both, *out, "--by", "minutes"]) == 0
+    assert main(["plot", both[0]]) == 0 and (tmp_path / "a" / "loss_curve.png").exists()
+    tokens, minutes, one = (
+        {line.get_label(): line.get_xdata()[-1] for line in figure.axes[0].get_lines()} for figure in figures
+    )
+    for name, end in (("a", 400), ("b", 800)):
+        for label in ("training, smoothed", "held-out, a sample of all", "held-out, all"):
+            assert tokens[f"{tmp_path / name}, {label}"] == end and minutes[f"{tmp_path / name}, {label}"] == 2
+    assert "xz -9 (2.20)" in one and not any("xz" in label for label in tokens)
+    assert len({line.get_color() for line in figures[0].axes[0].get_lines()}) == 2
+    assert main(["plot", *both]) == main(["plot", str(tmp_path)]) == 2
+    assert "--out: must name" in (said := capsys.readouterr().err) and f"{tmp_path}: no step in metrics.jsonl" in said
 
 
 def test_the_progress_bar_of_a_timed_run_shows_seconds(capsys):

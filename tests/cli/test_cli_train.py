@@ -17,7 +17,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from command_line import TINY, Forked, lines_of, overflow, rows, train
+from command_line import TINY, Forked, error_of, lines_of, overflow, rows, train
 from launched import copy_without_the_last
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -427,3 +427,25 @@ def test_the_optimizer_is_adamw(finished):
     before = load_any(finished)[0].embed.weight
     torch.testing.assert_close(fused["embed.weight"], before, rtol=0, atol=0.1)
     assert not torch.equal(fused["embed.weight"], before)
+
+
+@pytest.mark.parametrize(
+    "gib, fix",
+    {
+        2.5: r"takes 5\.\d GiB of memory, and there are 2\.5 here; it fits with --layerwise-ckpt$",
+        1.5: r"it fits with --layerwise-ckpt --batch 32 --accumulate 4$",
+        0.01: r"make --dim, --layers, --batch or --length smaller$",
+    }.items(),
+)
+def test_a_run_that_does_not_fit_names_the_flags_that_make_it_fit(tmp_path, capsys, monkeypatch, gib, fix):
+    monkeypatch.setattr("megalodon_ops.cli.train.available_memory", lambda: int(gib * 2**30))
+    sizes = "--dim 256 --layers 6 --length 512 --batch 64 --accumulate 2".split()
+    assert re.search(fix, error_of(capsys, "train", *sizes, "--out", tmp_path / "run").strip())
+    assert not (tmp_path / "run" / "metrics.jsonl").exists()
+
+
+def test_the_curve_is_drawn_at_checkpoints(tmp_path, text, monkeypatch):
+    drawn = []
+    monkeypatch.setattr("megalodon_ops.cli.train.draw_metrics", lambda path, rows, *_: drawn.append(rows[-1]["step"]))
+    assert train(text, tmp_path / "run", "--steps", 6, "--checkpoint-every", 2) == 0
+    assert drawn[:2] == [2, 4] and drawn[-1] == 6

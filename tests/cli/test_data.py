@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 from megalodon_ops.cli.data import find_files, load_corpus, standard_library
 from megalodon_ops.cli.errors import CommandError
+from megalodon_ops.cli.options import TextOptions
 from megalodon_ops.training import START, Batches, hold_out
 
 documents = st.lists(st.binary(max_size=200), max_size=30)
@@ -125,8 +126,9 @@ MIXED = {
 def test_text_files_of_a_folder_are_taken_and_the_rest_is_reported(tmp_path, capsys):
     folder = write_files(tmp_path, MIXED)
     assert names(find_files([folder])) == ["a.txt", "c.txt", "f.txt", "h.md"]
-    words = "skipping 4 of the files, which are not UTF-8 text, such as"
-    skipped = f"{words} {folder}/b.png; --glob PATTERN takes every match"
+    skipped = "skipping 4 of the files, which are not text in UTF-8 or --encoding: "
+    skipped += ", ".join(f"{folder}/{name}" for name in ("b.png", "d.txt", "e.txt", "g.txt"))
+    skipped += "; --encoding names another encoding, --glob PATTERN takes every match"
     taken = f"taking 3 .txt ({5 + 4 + len(LONG):,} bytes), 1 .md (4 bytes); --glob '*.txt' takes files of one kind"
     assert capsys.readouterr().err == f"megalodon_ops: {taken}\nmegalodon_ops: {skipped}\n"
     assert names(find_files([folder / "d.txt", folder / "sub"])) == ["d.txt", "h.md"], "named text is taken"
@@ -147,20 +149,20 @@ def test_globs_choose_among_a_folders_files(tmp_path, capsys):
         ("*.md", "[bd].*"): ["b.png", "d.txt", "h.md"],
         ("sub/*",): ["h.md"],
     }.items():
-        assert names(find_files([folder], globs)) == found
-    assert names(find_files([folder / "a.txt", folder], ["*.md"])) == ["a.txt", "h.md"]
+        assert names(find_files([folder], TextOptions(glob=globs))) == found
+    assert names(find_files([folder / "a.txt", folder], TextOptions(glob=("*.md",)))) == ["a.txt", "h.md"]
     with pytest.raises(CommandError, match="no file in this folder matches b.txt or c.md"):
-        find_files([folder], ["b.txt", "c.md"])
+        find_files([folder], TextOptions(glob=("b.txt", "c.md")))
     assert capsys.readouterr().err == ""
 
 
 def test_a_folder_without_text(tmp_path):
     folder = write_files(tmp_path, {"b.png": PNG})
-    words = "no text in this folder: skipping 1 of the files, which are not UTF-8 text, such as .*b.png; --glob"
+    words = "no text in this folder: skipping 1 of the files, which are not text in UTF-8 or --encoding: .*b.png; --enc"
     with pytest.raises(CommandError, match=words):
         load_corpus([folder])
     (tmp_path / "a.png").write_bytes(PNG + b"other")
-    assert load_corpus([folder], ["*.png"]) == hold_out([PNG, PNG + b"other"])
+    assert load_corpus([folder], TextOptions(glob=("*.png",))) == hold_out([PNG, PNG + b"other"])
 
 
 def test_standard_library():

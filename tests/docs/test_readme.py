@@ -11,8 +11,8 @@ from megalodon_ops.cli import data
 
 TESTED_ELSEWHERE = ("docs/transformers.md",)  # by test_hf_tools.py, with a model in a folder
 RUNNABLE = [p for p in PAGES if has_examples(p) and name_of(p) not in TESTED_ELSEWHERE and p not in SERIES]
-PACKAGES = {"lora": ("transformers", "peft", "accelerate"), "forecast": ("statsmodels",)}
-"""Packages that a tutorial needs beyond the extra `train`"""
+PACKAGES = {"lora": ("transformers", "peft", "accelerate"), "forecast": ("statsmodels",), "serving": ("fastapi", "httpx")}
+"""Packages that a page needs beyond the extra `train`"""
 
 
 def test_there_are_examples():

@@ -147,7 +147,9 @@ def test_padding_and_packing_change_nothing(kind):
     inputs = inputs_of(encoder, 4, 24)
     singles = [inputs[s : s + 1, :n] for s, n in enumerate(lengths)]
     before, after = inputs[:1, -2:], inputs[1:2, -3:]
-    packed = torch.cat([before, *singles, after], 1), dict(cu_seqlens=torch.tensor([0, *lengths]).cumsum(0) + 2)
+    offsets = torch.tensor([0, *lengths]).cumsum(0) + 2
+    packed = torch.cat([before, *singles], 1), dict(cu_seqlens=offsets)
+    padded = torch.cat([before, *singles, after], 1), dict(spans=torch.stack([offsets[:-1], offsets[1:]], 1))
     inside = (torch.arange(24) < torch.tensor(lengths)[:, None]).view(4, 24, *[1] * (inputs.dim() - 2))
     noise = inputs if kind == "tokens" else inputs.where(inside, 1e3 * inputs)
 
@@ -159,6 +161,7 @@ def test_padding_and_packing_change_nothing(kind):
     expected = results(*((row, {}) for row in singles))
     assert_all_close(results((noise, dict(lengths=torch.tensor(lengths)))), expected, tolerance=1e-10)
     assert_all_close(results(packed), expected, tolerance=1e-10)
+    assert_all_close(results(padded), expected, tolerance=1e-10)
     features = encoder.features(noise, lengths=torch.tensor(lengths))
     for s, n in enumerate(lengths):
         assert_close(features[s : s + 1, :n], encoder.features(singles[s]), tolerance=1e-10)

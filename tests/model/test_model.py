@@ -4,6 +4,7 @@ import backends
 import pytest
 import torch
 import torch.nn.functional as F
+from assertions import assert_close
 from golden import DATA, MODEL, golden_model
 from models import TINY, tiny_model, tokens_of
 from safetensors.torch import load_file
@@ -198,3 +199,34 @@ def test_tokens_on_meta_are_refused_by_a_model_with_values():
     with torch.device("meta"):
         logits, state = mo.Megalodon(mo.MegalodonConfig(**TINY))(tokens, return_state=True)
     assert logits.is_meta and logits.shape == (1, 3, TINY["vocab_size"]) and state.norm.count.is_meta
+
+
+@pytest.mark.parametrize("kind", ["causal", "encoder"])
+def test_features_are_pooled_over_each_sequence(kind):
+    """Values at padding do not count, an empty sequence gives zeros, and gradients flow."""
+    model = tiny_model(torch.float64)
+    if kind == "encoder":
+        names = "num_layers model_dim z_dim value_dim num_heads ffn_hidden_dim cema_ndim vocab_size norm_num_groups"
+        sizes = {name: getattr(model.config, name) for name in names.split()}
+        model = mo.MegalodonEncoder(mo.MegalodonEncoderConfig(**sizes)).double()
+    tokens, pools = tokens_of(3, 9), {"mean": lambda x: x.mean(0), "max": lambda x: x.amax(0), "last": lambda x: x[-1]}
+    ragged = {"lengths": torch.tensor([9, 4, 1]), "starts": torch.tensor([0, 2, 8])}
+    packed = {"spans": torch.tensor([[1, 6], [9, 18], [20, 21], [21, 27]])}
+    for rows, spans in (
+        ({}, [[0, 9], [9, 18], [18, 27]]),
+        (ragged, [[0, 9], [11, 15], [26, 27]]),
+        (packed, packed["spans"]),
+    ):
+        features = model.features(tokens, **rows).flatten(0, 1)
+        for pool, reduce in pools.items():
+            vectors = model.features(tokens, pool=pool, **rows)
+            assert_close(vectors, torch.stack([reduce(features[a:b]) for a, b in spans]), tolerance=1e-12)
+            vectors.square().sum().backward()
+    assert all(parameter.grad.isfinite().all() for parameter in model.parameters() if parameter.grad is not None)
+    with pytest.raises(ValueError, match='features: `pool` must be "mean", "max", "last" or None, got \'sum\''):
+        model.features(tokens, pool="sum")
+    if kind == "causal":
+        rows = {"lengths": torch.tensor([9, 0, 1])}
+        assert not any(model.features(tokens, pool=pool, **rows)[1].any() for pool in pools)
+        vectors, state = model.features(tokens, pool="last", return_state=True)
+        assert vectors.shape == (3, 32) and state.num_sequences == 3

@@ -57,9 +57,10 @@ def test_loss_counts_no_padding(blocks):
     torch.testing.assert_close(bytes_, model.loss(tokens[1:], targets[1:], lengths=lengths[1:]), rtol=0, atol=0)
 
     row, row_targets, cu_seqlens = tokens.reshape(1, 200), targets.reshape(1, 200), torch.tensor([5, 60, 60, 190])
-    documents = F.cross_entropy(model(row, cu_seqlens=cu_seqlens)[0, 5:190], row_targets[0, 5:190])
+    spans = torch.stack([cu_seqlens[:-1], cu_seqlens[1:]], 1)
+    documents = F.cross_entropy(model(row, spans=spans)[0, 5:190], row_targets[0, 5:190])
     row_targets[0, :5], row_targets[0, 190:] = -7, 10**6
-    options = dict(cu_seqlens=cu_seqlens.int(), ignore_index=-100)
+    options = dict(spans=spans.int(), ignore_index=-100)
     torch.testing.assert_close(model.loss(row, row_targets, **options), documents, rtol=1e-12, atol=0)
     each = model.loss(row, row_targets, reduction="none", **options)
     assert not each[0, :5].any() and not each[0, 190:].any() and each.count_nonzero() == 185 - 4

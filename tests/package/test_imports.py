@@ -20,7 +20,7 @@ ROOMS = [
     for line in """
         megalodon_ops.__main__
         megalodon_ops.cli
-        megalodon_ops.training megalodon_ops.evaluation megalodon_ops.hf
+        megalodon_ops.training megalodon_ops.evaluation megalodon_ops.forecasting megalodon_ops.hf
         megalodon_ops.distributed megalodon_ops.tokenizers
         megalodon_ops
         megalodon_ops.public

@@ -276,7 +276,7 @@ FAULTS = [
     (fields(dtype="int8"), "config.json: `dtype` must be one of float32, .*, got 'int8'"),
     (fields(dtype=[]), "config.json: `dtype` must be one of"),
     (fields(norm_eps="absent"), "config.json: `norm_eps` is missing"),
-    (fields(swiglu="absent", swigloo=True), "config.json: `swiglu` is missing"),
+    (fields(swiglu="absent", swigloo=True), "config.json: `swiglu` is missing; is `swigloo` misspelt\\?"),
     (fields(num_layers=0), "config.json: MegalodonConfig: `num_layers` must be a positive integer"),
     (fields(swiglu=1), "config.json: MegalodonConfig: `swiglu` must be True or False, got 1"),
     (fields(model={}), "config.json: is that of a folder of the released code; .*load_official reads it"),

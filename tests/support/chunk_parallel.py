@@ -75,10 +75,18 @@ def _model(work: Work) -> mo.Megalodon:
     return tiny_model(torch.float64, **work.config).to(work.dtype).train(work.grad)
 
 
+def _sequence_arguments(work: Work) -> dict[str, Tensor]:
+    """Arguments of a call: offsets, or spans where the documents end before the row, or lengths."""
+    offsets = work.cu_seqlens
+    if offsets is None or offsets[-1] == sum(work.pieces):
+        return sequence_options(cu_seqlens=offsets, lengths=work.lengths)
+    return sequence_options(spans=list(zip(offsets[:-1], offsets[1:], strict=True)))
+
+
 def _results(work: Work, model: mo.Megalodon, columns: slice) -> dict[str, Tensor]:
     """Logits, losses, state and gradients of a model on these columns of the batch."""
     gen = torch.Generator().manual_seed(3)
-    options = sequence_options(cu_seqlens=work.cu_seqlens, lengths=work.lengths)
+    options = _sequence_arguments(work)
     state = None if work.past is None else _past(work, model.alone())
     inputs = _inputs(work, work.rows, sum(work.pieces), gen)[:, columns]
     results: dict[str, Tensor] = {}

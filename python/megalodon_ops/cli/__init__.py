@@ -106,6 +106,8 @@ def _parse_command(words: list[str]) -> tuple[Callable[[Any], int], Any]:
     from megalodon_ops.cli.options import COMMANDS
 
     name, options = parse(words, COMMANDS)
+    if getattr(options, "dry_run", False):
+        return importlib.import_module("megalodon_ops.cli.data").list_files, options
     return importlib.import_module(f"megalodon_ops.cli.{MODULES.get(name, name)}").run, options
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import codecs
+import dataclasses
 import os
 import sys
 import sysconfig
@@ -9,13 +11,16 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
-from megalodon_ops.cli.documents import RECORD_SUFFIXES, read_documents, reasons
+from megalodon_ops.cli.documents import KINDS, LINES, LIST, PARQUET, content, holds_documents, kind_of
+from megalodon_ops.cli.documents import read_documents, reasons
 from megalodon_ops.cli.errors import CommandError
-from megalodon_ops.cli.options import Train
+from megalodon_ops.cli.options import TextOptions, Train
+from megalodon_ops.storage.files import FileError
 from megalodon_ops.training.corpus import Corpus, hold_out
 from megalodon_ops.training.shards import Shards, is_tokens
 
 Paths = Sequence[str | Path]
+_DEFAULTS = TextOptions()
 NOT_LIBRARY = {"site-packages", "dist-packages", "test", "tests", "idle_test"}
 
 
@@ -23,9 +28,9 @@ def load_data(options: Train, *, quiet: bool = False) -> Corpus:
     """Load the corpus of `train`: the text of :func:`load_corpus`, or a folder of tokens."""
     validation = None
     if options.validation is not None:
-        validation = load_documents(options.validation, field=options.field, quiet=quiet)
+        validation = load_documents(options.validation, dataclasses.replace(options, glob=None), quiet=quiet)
     if (folder := tokens_folder(options.data)) is None:
-        return load_corpus(options.data, options.glob, field=options.field, validation=validation, quiet=quiet)
+        return load_corpus(options.data, options, validation=validation, quiet=quiet)
     if options.glob:
         raise CommandError(f"--glob: chooses among files of text, and {folder} holds tokens")
     return Shards(folder).hold_out(validation)
@@ -33,14 +38,13 @@ def load_data(options: Train, *, quiet: bool = False) -> Corpus:
 
 def load_corpus(
     paths: Paths | None,
-    globs: Sequence[str] | None = None,
+    how: TextOptions = _DEFAULTS,
     *,
-    field: str = "text",
     validation: Sequence[bytes] | None = None,
     quiet: bool = False,
 ) -> Corpus:
     """Read the documents that :func:`find_files` finds; hold out `validation` or, if it is None, some of them."""
-    documents = load_documents(paths, globs, field=field, quiet=quiet)
+    documents = load_documents(paths, how, quiet=quiet)
     try:
         return hold_out(documents, validation)
     except ValueError as error:
@@ -50,12 +54,10 @@ def load_corpus(
         raise CommandError(f"{' '.join(map(str, paths or ()))}: must have {least}") from error
 
 
-def load_documents(
-    paths: Paths | None, globs: Sequence[str] | None = None, *, field: str = "text", quiet: bool = False
-) -> list[bytes]:
+def load_documents(paths: Paths | None, how: TextOptions = _DEFAULTS, *, quiet: bool = False) -> list[bytes]:
     """Read the documents that :func:`find_files` finds; unless `quiet`, print how many lines and rows were skipped."""
     skipped: Counter[str] = Counter()
-    documents = [*read_documents(find_files(paths, globs, quiet=quiet), field, skipped)]
+    documents = [*read_documents(find_files(paths, how, quiet=quiet), how, skipped)]
     if skipped and not documents:
         raise CommandError(
             f"{' '.join(map(str, paths))}: no document; skipped: {reasons(skipped)}; name another field with --field"
@@ -73,19 +75,49 @@ def tokens_folder(paths: Paths | None) -> Path | None:
     return folders[0] if folders else None
 
 
-def find_files(paths: Paths | None, globs: Sequence[str] | None = None, *, quiet: bool = False) -> list[Path]:
+def list_files(options: TextOptions) -> int:
+    """`--dry-run`: print each file with how it would be read, or why it is skipped."""
+    if hasattr(options, "checkpoint") and not options.data:
+        raise CommandError("--dry-run: lists the files of --data, and none is named")
+    if folder := tokens_folder(options.data):
+        print(f"{folder}: tokens")
+    validation = getattr(options, "validation", None)
+    files = [] if folder else _examined(options.data, options)
+    for file, _, fault in (*files, *(_examined(validation, _DEFAULTS) if validation else ())):
+        how = "documents" if holds_documents(file) else "text" if is_text(file, options) else "bytes"
+        print(f"{file}: {f'skipped, {fault}' if fault else how}")
+    return 0
+
+
+def find_files(paths: Paths | None, how: TextOptions = _DEFAULTS, *, quiet: bool = False) -> list[Path]:
     """Return the named files and, from named folders, files that match a pattern or, without patterns, text files.
 
     Without paths, return the Python sources of the standard library. For folders without patterns, print the files
-    taken and skipped, unless `quiet`.
+    taken and skipped, unless `quiet`; and, for all, the files that are texts although their names say JSON.
     """
-    if "" in (globs or ()):
+    found = list(_examined(paths, how))
+    result = [file for file, _, fault in found if not fault]
+    skipped = [] if how.glob else [file for file, _, fault in found if fault]
+    for folder in dict.fromkeys(folder for _, folder, _ in found if folder):
+        if not any(other == folder and not fault for _, other, fault in found):
+            wrong = f"no file in this folder matches {' or '.join(how.glob)}" if how.glob else None
+            raise CommandError(f"{folder}: {wrong or f'no text in this folder: skipping {_not_text(skipped)}'}")
+    taken = [] if how.glob else [file for file, folder, fault in found if folder and not fault]
+    unlike = [file for file in result if kind_of(file) == LIST and not holds_documents(file)]
+    for files, words in ((taken, _by_suffix), (skipped, _not_text), (unlike, _unlike)):
+        if files and not quiet:
+            print(f"megalodon_ops: {'skipping' if files is skipped else 'taking'} {words(files)}", file=sys.stderr)
+    return result
+
+
+def _examined(paths: Paths | None, how: TextOptions) -> Iterator[tuple[Path, Path | None, str]]:
+    """Yield each file, the named folder that holds it or None, and why it is skipped, or ""."""
+    if "" in (how.glob or ()):
         raise CommandError("--glob: must be a pattern of file names such as '*.py', got ''")
-    if globs and not paths:
+    if how.glob and not paths:
         raise CommandError("--glob: chooses among the files of folders, and none is named")
-    result: list[Path] = [] if paths else standard_library()
-    taken: list[Path] = []
-    skipped: list[Path] = []
+    if not paths:
+        yield from ((file, None, "") for file in standard_library())
     for path in map(Path, paths or ()):
         if is_tokens(path):
             raise CommandError(f"{path}: is a folder of tokens, which `train --data` reads; name text")
@@ -93,33 +125,24 @@ def find_files(paths: Paths | None, globs: Sequence[str] | None = None, *, quiet
             files = list(_walk(path))
             if not files:
                 raise CommandError(f"{path}: no file with content in this folder")
-            if globs:
-                chosen = [file for file in files if any(file.relative_to(path).match(glob) for glob in globs)]
-                fault = f"no file in this folder matches {' or '.join(globs)}"
-            else:
-                chosen = [file for file in files if file.name.endswith(RECORD_SUFFIXES) or is_text(file)]
-                fault = f"no text in this folder: skipping {_not_text(files)}"
-                taken += chosen
-                skipped += sorted({*files} - {*chosen})
-            if not chosen:
-                raise CommandError(f"{path}: {fault}")
-            result += chosen
+            for file in files:
+                if how.glob:
+                    fault = "" if any(file.relative_to(path).match(glob) for glob in how.glob) else "no --glob matches"
+                else:
+                    is_read = kind_of(file) in (*LINES, PARQUET) or is_text(file, how)
+                    fault = "" if is_read else f"not {how.encoding or 'UTF-8'} text"
+                yield file, path, fault
         elif not path.is_file():
             raise CommandError(f"{path}: no such file or folder")
         elif not path.stat().st_size:
             raise CommandError(f"{path}: the file is empty")
-        elif not path.name.endswith(RECORD_SUFFIXES) and _is_binary(path):
-            kinds = ", ".join(RECORD_SUFFIXES)
+        elif kind_of(path) not in KINDS and not (how.encoding and is_text(path, how)) and _is_binary(path):
+            kinds = ", ".join(KINDS)
             raise CommandError(
                 f"{path}: is neither text nor one of {kinds}; --glob takes every file of a folder as text"
             )
         else:
-            result.append(path)
-    if taken and not quiet:
-        print(f"megalodon_ops: taking {_by_suffix(taken)}", file=sys.stderr)
-    if skipped and not quiet:
-        print(f"megalodon_ops: skipping {_not_text(skipped)}", file=sys.stderr)
-    return result
+            yield path, None, ""
 
 
 def _by_suffix(files: Sequence[Path], limit: int = 8) -> str:
@@ -134,18 +157,20 @@ def _by_suffix(files: Sequence[Path], limit: int = 8) -> str:
     return ", ".join(kinds) + (f"; --glob '*{first or '.txt'}' takes files of one kind" if len(sizes) > 1 else "")
 
 
-def is_text(path: Path) -> bool:
-    """Return True if a file is UTF-8 without a NUL byte."""
+def is_text(path: Path, how: TextOptions = _DEFAULTS) -> bool:
+    """Return True if a file is text in the given encoding, or UTF-8, without a NUL character."""
+    path.open("rb").close()  # raises if the file may not be read
     try:
-        with open(path, encoding="utf-8") as file:
-            return all("\0" not in piece for piece in iter(lambda: file.read(1 << 20), ""))
-    except UnicodeDecodeError:
+        with content(path) as file:
+            pieces = codecs.iterdecode(iter(lambda: file.read(1 << 20), b""), how.encoding or "utf-8")
+            return all("\0" not in piece for piece in pieces)
+    except FileError:
         return False
 
 
 def _is_binary(path: Path) -> bool:
     """Return True if the file's start has a NUL byte, or more control characters than text in any encoding."""
-    with open(path, "rb") as file:
+    with content(path) as file:
         start = file.read(1 << 16)
     return b"\0" in start or len(start) - len(start.translate(None, _CONTROLS)) > len(start) / 30
 
@@ -156,7 +181,17 @@ _CONTROLS = bytes([*range(8), *range(14, 27), *range(28, 32), 127])
 
 def _not_text(files: Sequence[Path]) -> str:
     """Describe files of folders that are not text."""
-    return f"{len(files)} of the files, which are not UTF-8 text, such as {files[0]}; --glob PATTERN takes every match"
+    fix = "--encoding names another encoding, --glob PATTERN takes every match"
+    return f"{len(files)} of the files, which are not text in UTF-8 or --encoding: {_names(files)}; {fix}"
+
+
+def _unlike(files: Sequence[Path]) -> str:
+    return f"{len(files)} {LIST} file{'s' * (len(files) > 1)} without a list as text: {_names(files)}"
+
+
+def _names(files: Sequence[Path], limit: int = 10) -> str:
+    more = f" and {len(files) - limit} more (--dry-run lists all)" if len(files) > limit else ""
+    return ", ".join(map(str, files[:limit])) + more
 
 
 def standard_library() -> list[Path]:

@@ -1,32 +1,43 @@
 """Read documents from files, which are divided into units, one for each shard.
 
-A text file is a document. In a .jsonl or .ndjson file, also compressed as .gz or .zst, each line is a JSON object with a
-document in one field; in a .parquet file, each row has a document in one column. The division depends only on file
-sizes and row groups. A unit's documents depend only on its bytes, so units may be read in any order.
+A text file is a document. A file of another kind, by the end of its name, holds a document in a field of each entry:
+
+    .jsonl, .ndjson    lines, each a JSON object
+    .json              a list of JSON objects or texts; a file without a list is a text
+    .csv, .tsv         rows, under a row of the columns' names
+    .parquet           rows
+
+All but .parquet may be compressed, as .gz or .zst. The division depends only on file sizes and row groups. A unit's
+documents depend only on its bytes, so units may be read in any order.
 """
 
 from __future__ import annotations
 
 import bisect
+import codecs
+import csv
 import gzip
 import importlib
+import io
 import itertools
 import json
 import sys
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
 from megalodon_ops import extras
+from megalodon_ops.cli.options import TextOptions
 from megalodon_ops.storage.files import opened
 from megalodon_ops.ops.common.checks import short_text
 
-LINE_SUFFIXES = (".jsonl", ".ndjson")
-COMPRESSED_SUFFIXES = tuple(name + kind for name in LINE_SUFFIXES for kind in (".gz", ".zst"))
-TABLE_SUFFIX = ".parquet"
-RECORD_SUFFIXES = (*LINE_SUFFIXES, *COMPRESSED_SUFFIXES, TABLE_SUFFIX)
-"""Files with a document in a field of each line or row"""
+LINES, LIST, TABLES, PARQUET = (".jsonl", ".ndjson"), ".json", (".csv", ".tsv"), ".parquet"
+KINDS = (*LINES, LIST, *TABLES, PARQUET)
+"""Ends of the names of files with a document in a field of each entry"""
+COMPRESSED = (".gz", ".zst")
+csv.field_size_limit(2**31 - 1)  # characters of a document
 READ_BYTES = 1 << 20
 """Bytes read at a time"""
 READ_ROWS = 64
@@ -47,6 +58,39 @@ class Span(NamedTuple):
 Unit = list[Span]
 
 
+def kind_of(path: Path) -> str:
+    """Return the end of a file's name, without that of a compression."""
+    return Path(path.stem if path.suffix in COMPRESSED else path.name).suffix.lower()
+
+
+def holds_documents(path: Path) -> bool:
+    """Return True if each entry of a file may hold a document, False for a text."""
+    if kind_of(path) != LIST:
+        return kind_of(path) in KINDS
+    with content(path) as file:
+        return file.read(READ_BYTES).removeprefix(codecs.BOM_UTF8).lstrip()[:1] == b"["
+
+
+def is_plain(path: Path, how: TextOptions) -> bool:
+    """Return True if a file's bytes are the document."""
+    return not (how.encoding or path.suffix in COMPRESSED or holds_documents(path))
+
+
+@contextmanager
+def content(path: Path) -> Iterator[BinaryIO]:
+    """Open a file for reading, decompressed; a truncated file raises an error at its end."""
+    with opened(path) as file:
+        if path.suffix == ".zst":
+            has_zstd = sys.version_info >= (3, 14)
+            zstd = importlib.import_module("compression.zstd") if has_zstd else extras.load("backports.zstd", "data")
+            any_window = zstd.DecompressionParameter.window_log_max
+            file = zstd.open(file, options={any_window: any_window.bounds()[1]})
+        try:
+            yield gzip.open(file) if path.suffix == ".gz" else file
+        except UnicodeDecodeError as error:
+            raise ValueError(f"{error}; name its encoding with --encoding") from error
+
+
 def split_files(files: Sequence[Path], size: int) -> list[Unit]:
     """Divide files into units of about `size` bytes; text, compressed files and row groups stay whole."""
     units: list[Unit] = []
@@ -65,11 +109,11 @@ def split_files(files: Sequence[Path], size: int) -> list[Unit]:
 
 def _bounds(path: Path, size: int) -> list[int]:
     """Return the bounds of a file's spans."""
-    if path.name.endswith(TABLE_SUFFIX):
+    if kind_of(path) == PARQUET:
         with opened(path) as file:
             return _row_groups(_table(file))
     length = path.stat().st_size
-    return [*range(0, length, size if path.name.endswith(LINE_SUFFIXES) else length), length]
+    return [*range(0, length, size if path.suffix in LINES else length), length]
 
 
 def _table(file: BinaryIO) -> Any:
@@ -87,29 +131,26 @@ def total_size(units: Iterable[Unit]) -> int:
     return sum(span.end - span.begin for unit in units for span in unit)
 
 
-def documents_of(unit: Unit, field: str, skipped: Counter[str]) -> Iterator[Iterable[bytes]]:
+def documents_of(unit: Unit, how: TextOptions, skipped: Counter[str]) -> Iterator[Iterable[bytes]]:
     """Yield the documents of a unit, each in pieces of text, to be read before the next document.
 
-    Lines and rows without a document are counted in `skipped`, by reason.
+    Entries without a document are counted in `skipped`, by reason.
     """
     for span in unit:
-        if span.path.name.endswith(RECORD_SUFFIXES):
-            is_table = span.path.name.endswith(TABLE_SUFFIX)
-            texts = _rows(span, field) if is_table else (_text(line, field) for line in _lines(span))
-            for text in texts:
-                if isinstance(text, bytes) and text:
-                    yield [text]
-                else:
-                    without = f"{'rows' if is_table else 'lines'} without a text {short_text(field)}"
-                    skipped["empty documents" if text == b"" else without] += 1
-        else:
-            yield _pieces(span)
+        if not holds_documents(span.path):
+            yield _pieces(span.path, how.encoding)
+            continue
+        for name, text in _entries(span, how):
+            if isinstance(text, bytes) and text:
+                yield [text]
+            else:
+                skipped["empty documents" if text == b"" else f"{name} without a text {short_text(how.field)}"] += 1
 
 
-def read_documents(files: Sequence[Path], field: str, skipped: Counter[str]) -> Iterator[bytes]:
+def read_documents(files: Sequence[Path], how: TextOptions, skipped: Counter[str]) -> Iterator[bytes]:
     """Yield the whole documents of files; `skipped` as in :func:`documents_of`."""
     for unit in split_files(files, sum(path.stat().st_size for path in files) or 1):
-        yield from (b"".join(pieces) for pieces in documents_of(unit, field, skipped))
+        yield from (b"".join(pieces) for pieces in documents_of(unit, how, skipped))
 
 
 def reasons(skipped: Counter[str]) -> str:
@@ -117,18 +158,43 @@ def reasons(skipped: Counter[str]) -> str:
     return ", ".join(f"{reason} ({count:,})" for reason, count in sorted(skipped.items()))
 
 
-def _pieces(span: Span) -> Iterator[bytes]:
-    with opened(span.path) as file:
-        while piece := file.read(READ_BYTES):
-            yield piece
+def _pieces(path: Path, encoding: str | None) -> Iterator[bytes]:
+    """Yield a text, as UTF-8 if its encoding is given."""
+    with content(path) as file:
+        pieces = iter(lambda: file.read(READ_BYTES), b"")
+        yield from (text.encode() for text in codecs.iterdecode(pieces, encoding)) if encoding else pieces
+
+
+def _entries(span: Span, how: TextOptions) -> Iterator[tuple[str, Any]]:
+    """Yield the entries of a span: their name in plural, and the document as bytes."""
+    kind = kind_of(span.path)
+    if kind in LINES:
+        yield from (("lines", _text(_json(line), how.field)) for line in _lines(span))
+    elif kind == LIST:
+        with content(span.path) as file:
+            entries = _json(file.read())
+        for entry in entries if isinstance(entries, list) else [None]:
+            yield "entries", _text({how.field: entry} if isinstance(entry, str) else entry, how.field)
+    elif kind in TABLES:
+        with content(span.path) as file:
+            lines = io.TextIOWrapper(file, how.encoding or "utf-8-sig", newline="")
+            first = lines.readline()
+            rows = csv.DictReader(itertools.chain([first], lines), delimiter=max(",;\t|", key=first.count))
+            name = _rows_name(rows.fieldnames or (), how.field)
+            yield from ((name, _text(row, how.field)) for row in rows)
+    else:
+        yield from _rows(span, how.field)
+
+
+def _rows_name(names: Sequence[str], field: str) -> str:
+    return "rows" if field in names else f"rows of {', '.join(map(str, names))}"
 
 
 def _lines(span: Span) -> Iterator[bytes]:
     """Yield the lines of a span, without blank ones."""
-    with opened(span.path) as file:
-        if span.path.name.endswith(COMPRESSED_SUFFIXES):
-            lines: Iterable[bytes] = _decompressed(span.path, file)
-        else:
+    with content(span.path) as file:
+        lines: Iterable[bytes] = file
+        if span.path.suffix not in COMPRESSED:
             if span.begin:  # skip the rest of a line that began in the previous span
                 file.seek(span.begin - 1)
                 file.readline()
@@ -136,37 +202,31 @@ def _lines(span: Span) -> Iterator[bytes]:
         yield from (line for line in lines if line.strip())
 
 
-def _decompressed(path: Path, file: BinaryIO) -> Iterable[bytes]:
-    """Open a compressed file for reading; a truncated file raises an error at its end."""
-    if path.suffix == ".gz":
-        return gzip.open(file)
-    has_zstd = sys.version_info >= (3, 14)
-    zstd = importlib.import_module("compression.zstd") if has_zstd else extras.load("backports.zstd", "data")
-    any_window = zstd.DecompressionParameter.window_log_max
-    return zstd.open(file, options={any_window: any_window.bounds()[1]})
-
-
-def _rows(span: Span, field: str) -> Iterator[Any]:
-    """Yield the values in the field's column of a row group; a text as bytes."""
+def _rows(span: Span, field: str) -> Iterator[tuple[str, Any]]:
+    """Yield the rows of a row group, as :func:`_entries`."""
     with opened(span.path) as file:
         table = _table(file)
-        if field not in (names := table.schema_arrow.names):
-            raise ValueError(
-                f"must have a column {short_text(field)}, got {', '.join(names)}; name another with --field"
-            )
         group = bisect.bisect_right(_row_groups(table), span.begin) - 1
+        name = _rows_name(table.schema_arrow.names, field)
+        if name != "rows":
+            yield from [(name, None)] * table.metadata.row_group(group).num_rows
+            return
         for batch in table.iter_batches(READ_ROWS, row_groups=[group], columns=[field], use_threads=False):
             for text in batch.column(0).to_pylist():
-                yield text.encode() if isinstance(text, str) else text
+                yield name, text.encode() if isinstance(text, str) else text
 
 
-def _text(line: bytes, field: str) -> bytes | None:
-    """Return the document of a line, or None."""
+def _json(text: bytes) -> Any:
     try:
-        text = json.loads(line)[field]
-    except (ValueError, KeyError, TypeError, RecursionError):
+        return json.loads(text)
+    except (ValueError, RecursionError):
         return None
-    if not isinstance(text, str):
-        return None
+
+
+def _text(entry: Any, field: str) -> bytes | None:
+    """Return the document of an entry, or None."""
+    text = entry.get(field) if isinstance(entry, dict) else None
     # JSON can escape half of a surrogate pair, which becomes U+FFFD
-    return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace").encode()
+    return (
+        text.encode("utf-16", "surrogatepass").decode("utf-16", "replace").encode() if isinstance(text, str) else None
+    )

@@ -13,7 +13,7 @@ import megalodon_ops
 from megalodon_ops import evaluation
 from megalodon_ops.cli.console import bytes_bar
 from megalodon_ops.cli.data import find_files, load_data, load_documents
-from megalodon_ops.cli.documents import RECORD_SUFFIXES
+from megalodon_ops.cli.documents import is_plain
 from megalodon_ops.cli.errors import CommandError
 from megalodon_ops.cli.models import TrainRecord, precision, trained_model, usable_device
 from megalodon_ops.cli.options import Eval, Quantize
@@ -120,9 +120,8 @@ def read_documents(options: Eval | Quantize, record: TrainRecord | None) -> tupl
     """Return the user's documents, or else the run's held-out documents, and a name for them."""
     if options.data or options.glob:
         documents: list[Document] = []
-        for path in find_files(options.data, options.glob):
-            is_text = not path.name.endswith(RECORD_SUFFIXES)
-            documents += [numpy.memmap(path, mode="r")] if is_text else load_documents([path], field=options.field)
+        for path in find_files(options.data, options):
+            documents += [numpy.memmap(path, mode="r")] if is_plain(path, options) else load_documents([path], options)
         return documents, " ".join(map(str, options.data))
     if record is None:
         raise CommandError(

@@ -7,8 +7,8 @@ fields' types and bounds, as for the options in a checkpoint.
 from __future__ import annotations
 
 import argparse
+import codecs
 import dataclasses
-import difflib
 import os
 import re
 from collections.abc import Mapping, Sequence
@@ -20,7 +20,7 @@ import msgspec
 from msgspec.inspect import BoolType, FloatType, IntType, LiteralType, Metadata, NoneType, UnionType, VarTupleType
 
 from megalodon_ops import __version__, torchrun
-from megalodon_ops.ops.common.checks import short_text
+from megalodon_ops.ops.common.checks import did_you_mean, short_text
 
 REQUIRED = MISSING
 
@@ -65,6 +65,16 @@ class Amount(int):
         if found is None or not (amount := float(found[1]) * 1000 ** " KMGT".index(found[2].upper() or " ")) >= 1:
             raise ValueError("must be a number such as 50M or 8GB")
         return super().__new__(cls, min(amount, 2**62))
+
+
+class Encoding(str):
+    """The name of an encoding of text."""
+
+    def __new__(cls, text: str) -> Encoding:
+        try:
+            return super().__new__(cls, codecs.lookup(text).name)
+        except LookupError:
+            raise ValueError("must be an encoding of Python's codecs, such as cp1252 or utf-16") from None
 
 
 def convert(values: Mapping[str, Any], kind: type, *, strict: bool = True) -> Any:
@@ -178,8 +188,7 @@ class _Parser(argparse.ArgumentParser):
         try:
             super()._check_value(action, value)
         except argparse.ArgumentError as error:
-            near = difflib.get_close_matches(str(value), map(str, action.choices), n=1)
-            error.message += f"; did you mean {near[0]}?" if near else ""
+            error.message += did_you_mean(value, map(str, action.choices))
             raise
 
     def error(self, message: str) -> NoReturn:
@@ -192,7 +201,7 @@ class _Parser(argparse.ArgumentParser):
         """Refuse unknown arguments in a command's own parser, which knows the command's flags."""
         options, unknown = super().parse_known_args(args, namespace)
         if unknown:
-            near = difflib.get_close_matches(unknown[0].partition("=")[0], self._option_string_actions, n=1, cutoff=0.7)
-            fix = f"did you mean {near[0]}?" if near else f"{self.prog} --help lists the flags"
-            self.error(f"unrecognized arguments: {' '.join(unknown)}; {fix}")
+            near = did_you_mean(unknown[0].partition("=")[0], self._option_string_actions)
+            fix = near or f"; {self.prog} --help lists the flags"
+            self.error(f"unrecognized arguments: {' '.join(unknown)}{fix}")
         return options, unknown

@@ -12,7 +12,7 @@ from typing import Annotated, Any, Literal
 from msgspec import Meta, to_builtins
 
 from megalodon_ops import MegalodonConfig
-from megalodon_ops.cli.flags import REQUIRED, Amount, Mesh, Options, flag
+from megalodon_ops.cli.flags import REQUIRED, Amount, Encoding, Mesh, Options, flag
 
 Natural = Annotated[int, Meta(ge=1, le=(1 << 63) - 1)]
 Count = Annotated[int, Meta(ge=1, lt=1 << 31)]
@@ -40,12 +40,28 @@ CONFIG_FIELDS = {
 }
 """Short option names -> fields of MegalodonConfig"""
 
-LAUNCH_OPTIONS = ("out", "resume", "config", "mesh", "timeout")
+LAUNCH_OPTIONS = ("out", "resume", "config", "mesh", "timeout", "dry_run")
 """Options of one call of `train`, which the run does not record"""
-FILES = "text (a document each), .jsonl and .parquet (a document in each line or row), folders"
-GLOB = "pattern of files to read in folders, such as '*.py' or 'src/*.c', even if not UTF-8; repeatable (text files)"
-FIELD = "field of a JSON object, or column of a .parquet file, that holds a document"
+FILES = "text (a document each), .jsonl, .json lists, .csv, .parquet (a document in each entry), also as .gz; folders"
+METRICS, CURVE = "metrics.jsonl", "loss_curve.png"
+"""Files of a run"""
 VOCABULARY = "a JSON file of the `tokenizers` package or a sentencepiece model, or a folder with one (none: bytes)"
+
+
+@dataclass(kw_only=True)
+class TextOptions(Options):
+    """text"""
+
+    data: tuple[Path, ...] | None = flag(None, f"{FILES} (the held-out text of the run)")
+    glob: tuple[str, ...] | None = flag(
+        None,
+        "pattern of files to read in folders, such as '*.py' or 'src/*.c', even if not UTF-8; repeatable (text files)",
+        action="append",
+        metavar="PATTERN",
+    )
+    field: Text = flag("text", "field of a JSON object, or column of a table, that holds a document")
+    encoding: Encoding | None = flag(None, "encoding of text and .csv files, such as cp1252 (UTF-8, or the bytes)")
+    dry_run: bool = flag(False, "only list the files, each with how it would be read or why it is skipped")
 
 
 @dataclass(kw_only=True)
@@ -113,7 +129,7 @@ class BatchOptions(ModelOptions):
 
 
 @dataclass(kw_only=True)
-class Train(BatchOptions):
+class Train(BatchOptions, TextOptions):
     """train a model of bytes or tokens on text; without --data, on Python's standard library
 
     megalodon-ops train
@@ -129,8 +145,6 @@ class Train(BatchOptions):
     data: tuple[Path, ...] | None = flag(
         None, f"{FILES}, or a folder written by `tokenize` (Python's standard library)"
     )
-    glob: tuple[str, ...] | None = flag(None, GLOB, action="append", metavar="PATTERN")
-    field: Text = flag("text", FIELD)
     validation: tuple[Path, ...] | None = flag(
         None, "held-out text, in files as those of --data (a twentieth of --data)"
     )
@@ -181,16 +195,7 @@ class ModelToRead(Options):
 
 
 @dataclass(kw_only=True)
-class TextToRead(Options):
-    """text: the held-out text of the run, if none is given"""
-
-    data: tuple[Path, ...] | None = flag(None, FILES)
-    glob: tuple[str, ...] | None = flag(None, GLOB, action="append", metavar="PATTERN")
-    field: Text = flag("text", FIELD)
-
-
-@dataclass(kw_only=True)
-class Eval(TextToRead, ModelToRead):
+class Eval(TextOptions, ModelToRead):
     """perplexity and bits per byte by context length, on held-out or given text
 
     megalodon-ops eval --checkpoint runs/prose
@@ -231,7 +236,7 @@ class Generate(ModelToRead):
 
 
 @dataclass(kw_only=True)
-class Quantize(TextToRead):
+class Quantize(TextOptions):
     """write a model with weights of 8 or 4 bits, and compare size, bits per byte and tokens a second
 
     megalodon-ops quantize runs/prose --to int8 --out prose-int8
@@ -249,16 +254,14 @@ class Quantize(TextToRead):
 
 
 @dataclass(kw_only=True)
-class TrainTokenizer(Options):
+class TrainTokenizer(TextOptions):
     """train a byte-level BPE tokenizer, or print the bytes per token of a tokenizer (`tokenize` writes tokens)
 
     megalodon-ops tokenizer --train --vocab-size 4096 --out bpe.json book.txt notes --glob '*.txt'
     megalodon-ops tokenizer --tokenizer bpe.json other.txt
     """
 
-    files: tuple[Path, ...] = flag((), FILES, positional=True, nargs="*", metavar="FILE")
-    glob: tuple[str, ...] | None = flag(None, GLOB, action="append", metavar="PATTERN")
-    field: Text = flag("text", FIELD)
+    data: tuple[Path, ...] = flag((), FILES, positional=True, nargs="*", metavar="FILE")
     train: bool = flag(False, "train on the FILEs, without the text that `train` holds out (Python's standard library)")
     vocab_size: Annotated[int, Meta(gt=257, lt=1 << 24)] | None = flag(
         None, "maximum number of ids: 256 bytes, merges, and a start token"
@@ -268,24 +271,18 @@ class TrainTokenizer(Options):
 
 
 @dataclass(kw_only=True)
-class Tokenize(Options):
+class Tokenize(TextOptions):
     """encode text into a folder of tokens, for `train --data` (`tokenizer` makes the tokenizer)
 
     megalodon-ops tokenize --tokenizer bpe.json --out tokens crawl.jsonl books
     megalodon-ops tokenize --out tokens pages --glob '*.html'
     """
 
-    files: tuple[Path, ...] = flag(
-        (),
-        f"{FILES}; .jsonl also as .gz or .zst (Python's standard library)",
-        positional=True,
-        nargs="*",
-        metavar="FILE",
+    data: tuple[Path, ...] = flag(
+        (), f"{FILES} (Python's standard library)", positional=True, nargs="*", metavar="FILE"
     )
-    glob: tuple[str, ...] | None = flag(None, GLOB, action="append", metavar="PATTERN")
     out: Path = flag(REQUIRED, "folder to write, or to continue", metavar="DIR")
     tokenizer: Path | None = flag(None, VOCABULARY)
-    field: Text = flag("text", FIELD)
     shard_size: Annotated[int, Meta(ge=1, lt=1 << 20)] = flag(
         64,
         "MiB of text in a shard, of which a kill loses one; long texts, compressed files and row groups stay whole",
@@ -322,6 +319,19 @@ class Plan(ModelOptions):
     vocab: Natural | None = flag(None, "ids of the tokenizer (the preset's, or bytes)")
 
 
+@dataclass(kw_only=True)
+class Plot(Options):
+    """draw the loss curve of a run, or compare those of several
+
+    megalodon-ops plot runs/prose
+    megalodon-ops plot runs/prose runs/again --by minutes --out both.png
+    """
+
+    runs: tuple[Path, ...] = flag(REQUIRED, "folders of runs", positional=True, nargs="+", metavar="RUN")
+    by: Literal["step", "tokens", "minutes"] = flag("step", "horizontal axis")
+    out: Path | None = flag(None, f"picture to write, PNG ({CURVE} of a single run)", metavar="FILE")
+
+
 COMMANDS: dict[str, type[Options]] = {
     "info": Info,
     "train": Train,
@@ -331,4 +341,5 @@ COMMANDS: dict[str, type[Options]] = {
     "tokenizer": TrainTokenizer,
     "tokenize": Tokenize,
     "plan": Plan,
+    "plot": Plot,
 }

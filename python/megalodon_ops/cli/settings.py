@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import time
 from collections.abc import Sequence
 from dataclasses import fields, replace
@@ -20,12 +19,12 @@ from megalodon_ops.cli.models import TrainRecord, model_config, read_tokenizer
 from megalodon_ops.cli.options import CONTEXT_ROWS, LAUNCH_OPTIONS, MINUTES, RATE_TIMES_WIDTH
 from megalodon_ops.cli.options import ModelOptions, Train, config_field
 from megalodon_ops.storage.files import FileError, read_json
-from megalodon_ops.ops.common.checks import short_text
+from megalodon_ops.ops.common.checks import did_you_mean, short_text
 from megalodon_ops.tokenizers import ByteTokenizer, Tokenizer
 from megalodon_ops.training.run_checkpoint import Checkpoint, load_any
 
 CHANGEABLE_OPTIONS = frozenset(LAUNCH_OPTIONS).union(
-    "data glob field validation tokenizer steps minutes eval_every checkpoint_every device tensorboard peak_tflops".split()
+    "data glob field encoding validation tokenizer steps minutes eval_every checkpoint_every device tensorboard peak_tflops".split()
 )
 """Options that may change on a resume (text and tokenizer are compared by content); the others determine the losses"""
 
@@ -55,9 +54,8 @@ def with_config(options: Train) -> Train:
         ) from error
     names = [field.name for field in fields(Train) if field.name not in ("config", "resume")]
     if unknown := [name for name in values if name not in names]:
-        near = difflib.get_close_matches(unknown[0], names, n=1)
-        fix = f"did you mean {near[0]}?" if near else "train --help names them, with - for _"
-        raise CommandError(f"--config {file}: not an option of a run: {short_text(unknown[0])}; {fix}")
+        fix = did_you_mean(unknown[0], names) or "; train --help names them, with - for _"
+        raise CommandError(f"--config {file}: not an option of a run: {short_text(unknown[0])}{fix}")
     try:
         merged = _override(convert(values, Train), options)
     except msgspec.ValidationError as error:

@@ -1,7 +1,7 @@
 """`plan --params` and `plan --memory`: a table of configurations between the presets, and what makes each fit.
 
-Depth grows with width as from preset to preset, from 43 channels a layer to 128. Within such a range the loss depends
-on the number of parameters, and hardly on the shape (Kaplan et al., arXiv 2001.08361, section 3.1).
+Depth grows with width as from preset to preset, from 43 channels a layer to 128. Of Transformers, the loss depends
+strongly on the number of parameters, and very weakly on depth against width (Kaplan et al., arXiv 2001.08361, section 3).
 """
 
 from __future__ import annotations
@@ -70,13 +70,15 @@ def with_ckpt(config: MegalodonConfig, recomputes: bool) -> MegalodonConfig:
     return dataclasses.replace(config, layerwise_ckpt=recomputes)
 
 
-def fitting_flags(config: MegalodonConfig, costs: Callable[..., Plan], batch: int, memory: int) -> str:
-    """Return "yes" if a step fits, else the flags of `train` that make it fit, else "no"."""
-    for parts in [count for count in range(1, batch + 1) if batch % count == 0 and count & (count - 1) == 0]:
-        accumulate = f"--batch {batch // parts} --accumulate {parts}" if parts > 1 else ""
+def fitting_flags(
+    config: MegalodonConfig, costs: Callable[..., Plan], batch: int, memory: int, accumulate: int = 1, processes: int = 1
+) -> str:  # fmt: skip
+    """Return "yes" if a step fits, else the flags of `train` that make it fit, else "no"; `batch`: rows of a process."""
+    for parts in [1 << i for i in range(batch.bit_length()) if batch % (1 << i) == 0]:
+        flags = f"--batch {batch // parts * processes} --accumulate {parts * accumulate}" if parts > 1 else ""
         for recomputes in (False, True):
             if costs(with_ckpt(config, recomputes), batch // parts).bytes <= memory:
-                return f"{'--layerwise-ckpt ' * recomputes}{accumulate}".strip() or "yes"
+                return f"{'--layerwise-ckpt ' * recomputes}{flags}".strip() or "yes"
     return "no"
 
 

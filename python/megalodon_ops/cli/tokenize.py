@@ -24,7 +24,7 @@ def run(options: Tokenize) -> int:
     out = options.out
     tokenizer = ByteTokenizer() if options.tokenizer is None else read_tokenizer(options.tokenizer)
     with folder_lock(out):
-        files = find_files(options.files, options.glob)
+        files = find_files(options.data, options)
         made_of = _sources_hash(files, options)
         units = split_files(files, options.shard_size << 20)
         index = _open_index(out, Index(3, tokenizer.fingerprint, made_of, [None] * len(units)))
@@ -53,7 +53,7 @@ def run(options: Tokenize) -> int:
 def _sources_hash(files: Sequence[Path], options: Tokenize) -> str:
     """Return a sha256 of the files' paths, sizes and modification times, and of the flags for reading them."""
     facts = [(os.path.abspath(path), path.stat().st_size, path.stat().st_mtime_ns) for path in files]
-    text = repr((facts, options.field, options.shard_size))
+    text = repr((facts, options.field, options.encoding, options.shard_size))
     return hashlib.sha256(text.encode(errors="surrogateescape")).hexdigest()
 
 
@@ -83,7 +83,7 @@ def _make_shards(index: Index, units: Sequence[Unit], tokenizer: Tokenizer, opti
     with bytes_bar(total, initial=done, desc="tokenizing") as bar:
         for number in missing:
             skipped: Counter[str] = Counter()
-            documents = documents_of(units[number], options.field, skipped)
+            documents = documents_of(units[number], options, skipped)
             index.shards[number] = write_shard(options.out, number, tokenizer, documents, skipped)
             index.write(options.out)
             bar.update(total_size([units[number]]))

@@ -22,8 +22,7 @@ def run(options: TrainTokenizer) -> int:
     if options.tokenizer is None:
         raise CommandError("give --train to train a tokenizer, or --tokenizer FILE to measure one")
     tokenizer = read_tokenizer(options.tokenizer)
-    is_measured = options.files or options.glob
-    documents = load_documents(options.files, options.glob, field=options.field) if is_measured else []
+    documents = load_documents(options.data, options) if options.data or options.glob else []
     opens = f"{tokenizer.start}, {tokenizer.start_token}, opens a document"
     ends = f"{tokenizer.end}, {tokenizer.end_token}, ends it" if tokenizer.end != tokenizer.start else "and ends it"
     print(f"{options.tokenizer}: {tokenizer.vocab_size:,} ids; {opens}, {ends}")
@@ -41,7 +40,7 @@ def _train(options: TrainTokenizer) -> int:
         raise CommandError("--tokenizer: cannot be combined with --train, which makes a new one")
     if options.out.is_dir():
         raise CommandError(f"--out {options.out}: a folder, name a file")
-    corpus = load_corpus(options.files, options.glob, field=options.field)
+    corpus = load_corpus(options.data, options)
     begin = time.monotonic()
     tokenizer = Tokenizer.train(corpus.train, vocab_size=options.vocab_size)
     try:

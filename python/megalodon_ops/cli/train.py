@@ -5,9 +5,11 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import json
 import math
+import os
 import shlex
 import time
 from collections.abc import Sequence
@@ -29,13 +31,13 @@ from megalodon_ops.cli.generate import show_sample
 from megalodon_ops.cli.held_out import Best, best_of_run, bits_per_byte, eval_sample
 from megalodon_ops.cli.lock import folder_lock
 from megalodon_ops.cli.models import precision, usable_device
-from megalodon_ops.cli.options import Train
+from megalodon_ops.cli.options import CURVE, METRICS, Train
 from megalodon_ops.cli.processes import Processes, process_group
 from megalodon_ops.cli.settings import new_run, resumed_run, run_folder, with_config
 from megalodon_ops.storage.files import FileError, write_whole
 from megalodon_ops.model.model_state import layout
 from megalodon_ops.storage.weights import set_whole
-from megalodon_ops.ops.common.memory import check_fits
+from megalodon_ops.ops.common.memory import available_memory
 from megalodon_ops.tokenizers import Tokenizer
 from megalodon_ops.torchrun import is_distributed
 from megalodon_ops.training import Batches, Checkpoint, Corpus, Metrics, Muon, Reader, Saver, Schedule, adamw
@@ -47,7 +49,7 @@ from megalodon_ops.training.curve import draw_metrics
 from megalodon_ops.training.reader import split_batch
 from megalodon_ops.training.record import RECORD
 
-METRICS, CURVE, OPTIONS = "metrics.jsonl", "loss_curve.png", "options.json"
+OPTIONS = "options.json"
 OPTIMIZERS = {"muon": Muon, "adamw": adamw}
 PEAK_TFLOPS = {
     "NVIDIA A100-SXM4-40GB": (312, 19.5),
@@ -82,7 +84,7 @@ def run(options: Train) -> int:
             sizes = options.mesh or Mesh(f"data={processes.size}")
             check_shares(options, config, sizes)
             processes.mesh = make_mesh(sizes, device_type=device.type, timeout=options.timeout)
-        check_memory(options, config, processes.size)
+        check_memory(options, config, device, processes.size)
         peak_tokens_per_second = tokens_at_peak(options, config, device, processes.size)
         log = Metrics
         if options.tensorboard:
@@ -149,7 +151,7 @@ def run(options: Train) -> int:
         bytes_per_token = corpus.num_bytes / int(batches.lengths.sum(dtype="int64"))
         sample = eval_sample(corpus.held_out)
         timing_start, timing_start_step = time.monotonic(), step  # for the next estimate of a step's time
-        begin = timing_start - elapsed
+        begin, next_drawing = timing_start - elapsed, 0.0
 
         def record() -> dict[str, Any]:
             return {
@@ -160,12 +162,15 @@ def run(options: Train) -> int:
             }
 
         def save() -> None:
-            nonlocal saved_step
+            nonlocal saved_step, next_drawing
             if saved_step != step:
                 row_states = [state for state in (reader.rows() for reader in readers) if state is not None]
                 state = MegalodonState.cat(row_states) if row_states else None
                 saver.save(step, model, optimizer=optimizer, state=state, tokenizer=tokenizer, record=record())
                 saved_step = step
+                if step and metrics is not None and (begin_drawing := time.monotonic()) >= next_drawing:
+                    draw_metrics(out / CURVE, read_metrics(out / METRICS))
+                    next_drawing = begin_drawing + 20 * (time.monotonic() - begin_drawing)  # at most 5 % of the time
 
         save()
         with (
@@ -296,18 +301,34 @@ def check_shares(options: Train, config: MegalodonConfig, sizes: Mesh) -> None:
         raise CommandError(f"--device {options.device}: each process takes its own GPU; use cuda")
 
 
-def check_memory(options: Train, config: MegalodonConfig, processes: int) -> None:
-    """Refuse, before any allocation, a run whose parameters, activations and states exceed the memory."""
-    per_parameter = 4  # the weight, its gradient and two moments
-    per_channel = 4 + config.num_layers  # for each channel of a token: its id, its target and the layers' activations
-    per_state = 2  # complex
-    numbers = per_parameter * config.num_parameters()
-    numbers += per_channel * options.batch * options.length * config.model_dim
-    numbers += per_state * options.accumulate * options.batch * config.num_layers * config.model_dim * config.cema_ndim
-    try:
-        check_fits(numbers * torch.float32.itemsize // processes, f"training {config.num_parameters():,} parameters")
-    except ValueError as error:
-        raise CommandError(f"{error}; make --dim, --layers, --cema-ndim, --batch or --length smaller") from error
+def check_memory(options: Train, config: MegalodonConfig, device: torch.device, processes: int) -> None:
+    """Refuse, before any allocation, a run whose step exceeds the memory; name the flags that make it fit."""
+    is_cpu, rows = device.type == "cpu", -(-options.batch // processes)
+    memory = available_memory() if is_cpu else torch.cuda.mem_get_info(device)[0]
+    memory //= int(os.environ.get("LOCAL_WORLD_SIZE", 1)) if is_cpu else 1
+    one_layer = layout(dataclasses.replace(config, num_layers=1), 1, torch.float32)
+    states = config.num_layers * sum(math.prod(shape) * kind.itemsize for _, kind, shape in one_layer)
+    states *= rows * (options.accumulate + 1)  # of all rows, and the new ones of a batch
+    weights = 4 * config.num_parameters() // processes
+    room = memory - states + weights * (options.optimizer == "muon")  # has one moment, not the two of a plan
+    widths = 8 * config.model_dim + 4 * (config.z_dim + config.value_dim + config.ffn_hidden_dim)  # kept for a token
+    size, flags = 4 * weights, "no"
+    if size + 8 * rows * options.length * config.num_layers * widths < room:  # with a margin: a plan takes a second
+        return
+    if size < room:
+        from megalodon_ops.cli.sizes import fitting_flags
+        from megalodon_ops.distributed.plan import Plan, plan
+
+        def costs(config: MegalodonConfig, batch: int) -> Plan:
+            kind = dict(device=device.type, dtype=getattr(torch, options.dtype), autocast=options.dtype != "float32")
+            return plan(config, {"data": processes}, context=options.length, batch=batch * processes, **kind)
+
+        if (size := costs(config, rows).bytes) <= room:
+            return
+        flags = fitting_flags(config, costs, rows, room, options.accumulate, processes)
+    fix = "make --dim, --layers, --batch or --length smaller" if flags == "no" else f"it fits with {flags}"
+    fault = f"takes {(size + states) / 2**30:,.1f} GiB of memory, and there are {memory / 2**30:,.1f} here"
+    raise CommandError(f"training {config.num_parameters():,} parameters {fault}; {fix}")
 
 
 def tokens_at_peak(options: Train, config: MegalodonConfig, device: torch.device, processes: int) -> float | None:

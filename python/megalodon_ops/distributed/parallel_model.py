@@ -98,6 +98,10 @@ class ParallelMegalodon(_ParallelModel, Megalodon):
     and raise the same ValueError if they differ.
     """
 
+    @property
+    def _reads_pieces(self) -> bool:
+        return self._ranks.chunk is not None
+
     def forward(self, tokens: Tensor, *others: Any, starts: Tensor | None = None, **options: Any) -> Any:
         """Compute the piece's logits, features or loss, as :meth:`megalodon_ops.Megalodon.forward` does for the whole."""
         if starts is not None and self._ranks.chunk is not None:

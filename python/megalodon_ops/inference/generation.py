@@ -22,7 +22,7 @@ from .stops import StopDetector, check_stops
 from ..ops.common.definition import check_runs_now
 from ..ops.linear_cross_entropy.linear_cross_entropy import has_integers
 from ..ops.common.memory import check_fits
-from ..ops.common.checks import check_flag, check_integer, check_size, check_tensor, short_text
+from ..ops.common.checks import check_flag, check_integer, check_size, check_tensor, did_you_mean, short_text
 
 _STOPPED_TOKEN = -1
 
@@ -314,7 +314,7 @@ def generate(
     self: nn.Module,
     prompt: Tensor,
     *,
-    max_new_tokens: int,
+    max_new_tokens: int | None = None,
     lengths: Tensor | None = None,
     padding: str = "right",
     num_samples: int = 1,
@@ -348,8 +348,8 @@ def generate(
     """
     for name in options:
         if name not in _OPTIONS:
-            fix = f"; {_EQUIVALENTS[name]}" if name in _EQUIVALENTS else ""
-            raise TypeError(f"generate: `{name}` must be left out, as there is no such option{fix}.")
+            fix = f"; {_EQUIVALENTS[name]}." if name in _EQUIVALENTS else did_you_mean(name, _OPTIONS) or "."
+            raise TypeError(f"generate: `{name}` must be left out, as there is no such option{fix}")
     if max_new_tokens is None:
         raise TypeError("generate: `max_new_tokens` must be an integer, got None; a stream needs no end.")
     check_flag("generate", "return_lengths", return_lengths)
@@ -378,9 +378,7 @@ _EQUIVALENTS = {
 """Equivalents of options of transformers' `generate`"""
 
 
-def check_samples(
-    model: nn.Module, rows: int, cache_dtype: torch.dtype | None = None, draft_tokens: int = 0
-) -> None:
+def check_samples(model: nn.Module, rows: int, cache_dtype: torch.dtype | None = None, draft_tokens: int = 0) -> None:
     """Raise a ValueError, before a prompt is read, if the states and logits of all rows do not fit in memory."""
     options = dict(dtype=computing_dtype(model), device="meta", cache_dtype=cache_dtype)
     states = 2 * MegalodonStateBase.fresh(model.config, 1, **options).nbytes  # of all samples, and the decoder's copy

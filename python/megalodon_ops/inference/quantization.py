@@ -16,7 +16,9 @@ def quantize(model: Model, kind: str, activations: str | None = None) -> Model:
 
     Decoding a token reads every weight once, so smaller weights make it faster. The model also takes less memory.
     Outputs change by the rounding of the weights. docs/cpu.md has times and errors. int8 has a scale for each row of a
-    weight, int4 for each 32 numbers of a row; an int4 model's embedding is int8. CEMA's parameters, norms, biases,
+    weight, int4 for each 32 numbers of a row; an int4 model's embedding is int8. int8 changes a loss by less than 0.1 %.
+    int4 costs about 1 %, and pays where the weights do not stay in the cache: at 25M parameters a token took 0.39 times
+    as long as with int8, at 4M as long, at 0.7M 1.2 times. CEMA's parameters, norms, biases,
     states and the map of numbers (`num_features`) to channels keep their dtypes.
 
     Args:

@@ -3,15 +3,34 @@
 from __future__ import annotations
 
 import dataclasses
-import difflib
+import functools
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any, ClassVar, TypeVar
 
-from ..ops.common.checks import as_float, describe, is_integer_between, short_text
+from ..ops.common.checks import as_float, describe, did_you_mean, is_integer_between, short_text
+
+Kind = TypeVar("Kind")
 
 
+def suggest_fields(kind: type[Kind]) -> type[Kind]:
+    """Let the error of a dataclass's constructor for an unknown field name the nearest field."""
+    construct, names = kind.__init__, [field.name for field in dataclasses.fields(kind)]
+
+    @functools.wraps(construct)
+    def __init__(self: Any, *args: Any, **values: Any) -> None:
+        for name in values:
+            if name not in names:
+                fix = did_you_mean(name, names) or "."
+                raise TypeError(f"{kind.__name__}: `{name}` must be left out, as there is no such field{fix}")
+        construct(self, *args, **values)
+
+    kind.__init__ = __init__
+    return kind
+
+
+@suggest_fields
 @dataclass(frozen=True)
 class MegalodonConfig:
     """Sizes and options of a :class:`Megalodon` model; fields and defaults are those of the released `config.json`.
@@ -233,12 +252,8 @@ class MegalodonConfig:
             ValueError: there is no such name. TypeError: there is no such field.
         """
         if not isinstance(name, str) or name not in _PRESETS:
-            lower = {known.lower(): known for known in _PRESETS}
-            near = difflib.get_close_matches(str(name).lower(), lower, n=1)
-            fix = f"; did you mean {lower[near[0]]}?" if near else "."
-            raise ValueError(
-                f"MegalodonConfig: `name` must be one of {', '.join(_PRESETS)}, got {short_text(name)}{fix}"
-            )
+            got = short_text(name) + (did_you_mean(name, _PRESETS) or ".")
+            raise ValueError(f"MegalodonConfig: `name` must be one of {', '.join(_PRESETS)}, got {got}")
         return cls(**{**_PRESETS[name], **overrides})
 
     def to_dict(self) -> dict[str, Any]:
@@ -258,7 +273,8 @@ class MegalodonConfig:
         # `efficient_attn` chooses between two kernels of the released code with equal results
         fields = {name: value for name, value in values.items() if name != "efficient_attn"}
         if unknown := [name for name in fields if name not in field_names]:
-            raise ValueError(f"{cls.__name__}: unknown field {', '.join(map(short_text, unknown))}.")
+            fix = did_you_mean(unknown[0], field_names) or "."
+            raise ValueError(f"{cls.__name__}: unknown field {', '.join(map(short_text, unknown))}{fix}")
         return cls(**fields)
 
 
@@ -276,9 +292,6 @@ def config_of_sizes(module: str, config: object, sizes: dict[str, Any]) -> objec
         if sizes:
             raise TypeError(f"{module}: `{min(sizes)}` must be set in `config`, got it as an argument beside `config`.")
         return config
-    names = [field.name for field in dataclasses.fields(MegalodonConfig)]
-    if unknown := sizes.keys() - set(names):
-        raise TypeError(f"{module}: `{min(unknown)}` must be a field of MegalodonConfig, got another name.")
     sizes = {"norm_num_groups": math.gcd(config, MegalodonConfig.norm_num_groups), **sizes} if config > 0 else sizes
     return MegalodonConfig(model_dim=config, **sizes)
 

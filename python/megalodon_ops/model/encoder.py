@@ -9,17 +9,16 @@ import torch
 from torch import Tensor, nn
 
 from .blocks import MegalodonBlock, at_least_float32
-from .config import MegalodonConfig, check_config
+from .config import MegalodonConfig, check_config, suggest_fields
 from .inputs import check_inputs, check_not_empty, embed_numbers, embed_tokens, input_layer
 from .layers import Linear, SequenceNorm, check_no_state, reset_all_parameters
 from .model_state import CallOptions
-from .sequences import Sequences
+from .sequences import Sequences, pooled
 from ..ops.gated_silu.gated_silu import gated_silu
-from ..ops.timestep_norm.timestep_norm import timestep_norm_end_state
 from ..ops.common.checks import check_flag, check_rank, check_size
-from ..ops.common.spans import as_spans
 
 
+@suggest_fields
 @dataclass(frozen=True)
 class MegalodonEncoderConfig(MegalodonConfig):
     """Sizes and options of a :class:`MegalodonEncoder`: a :class:`MegalodonConfig` with fields for inputs and classes.
@@ -168,19 +167,20 @@ class MegalodonEncoderBase(nn.Module):
             x = layer(x, options=options)
         return self.final_norm(x, spans=sequences.spans)
 
-    def features(self, inputs: Tensor, **options: Any) -> Tensor:
+    def features(self, inputs: Tensor, *, pool: str | None = None, **options: Any) -> Tensor:
         """Features (B, L, D) of every position: the final norm's output, zero at padding.
 
-        This is `self(inputs, features=True, ...)`, for a head of your own; :meth:`pool` reduces a row to one vector.
+        This is `self(inputs, features=True, ...)`, for a head of your own; with `pool` "mean", "max" or "last", a vector
+        (S, D) of each sequence.
 
         Example:
             >>> import torch, megalodon_ops as mo
             >>> config = mo.MegalodonEncoderConfig(num_layers=1, model_dim=32, z_dim=16, value_dim=32, ffn_hidden_dim=32, vocab_size=9)
             >>> encoder, rows = mo.MegalodonEncoder(config), dict(lengths=torch.tensor([20, 13]))
-            >>> encoder.pool(encoder.features(torch.randint(9, (2, 20)), **rows), **rows).shape
+            >>> encoder.features(torch.randint(9, (2, 20)), pool="mean", **rows).shape
             torch.Size([2, 32])
         """
-        return self(inputs, features=True, **options)
+        return pooled("MegalodonEncoder.features", self(inputs, features=True, **options), pool, options)
 
     @staticmethod
     def pool(
@@ -193,9 +193,8 @@ class MegalodonEncoderBase(nn.Module):
     ) -> Tensor:
         """Mean (S, D) of x (B, L, D) over each sequence, summed in float64; zero for an empty sequence."""
         check_rank("MegalodonEncoder.pool", "x", x, "(B, L, D)", 3)
-        spans = as_spans("MegalodonEncoder.pool", x, cu_seqlens, lengths, starts, spans)
-        each_channel = dict(num_groups=x.shape[-1])  # one channel per group: a group's mean is its channel's
-        return timestep_norm_end_state(x, **each_channel, spans=spans).mean.to(x.dtype)
+        where = dict(cu_seqlens=cu_seqlens, lengths=lengths, starts=starts, spans=spans)
+        return pooled("MegalodonEncoder.pool", x, "mean", where)
 
     def _embed(self, inputs: Tensor, sequences: Sequences) -> Tensor:
         """Embed the inputs as (B, L, D), in the dtype that the encoder computes in."""

@@ -15,7 +15,7 @@ from .inputs import check_inputs, check_reads_tokens, embed_numbers, embed_token
 from .layers import StateSlot, is_plain_linear, reset_all_parameters
 from .model_state import BlockState, CallOptions, MegalodonStateBase, MemoryBlockState, check_state, scales_inputs
 from .scale import running_scale
-from .sequences import Sequences
+from .sequences import Sequences, pooled
 from ..ops.linear_cross_entropy.linear_cross_entropy import blockwise_cross_entropy, has_integers, linear_cross_entropy
 from ..ops.common.checks import check_flag, check_integer, check_tensor
 from ..ops.common.spans import argument_of, num_sequences
@@ -40,6 +40,8 @@ class MegalodonBase(nn.Module):
     config_type: ClassVar[type[MegalodonConfig]] = MegalodonConfig
     state_type: ClassVar[type[MegalodonStateBase]] = MegalodonStateBase
     block_type: ClassVar[type[MegalodonBlock]] = MegalodonBlock
+    _reads_pieces = False
+    """True where ranks hold pieces of the sequences that a call's arguments describe"""
 
     def __init__(self, config: MegalodonConfig) -> None:
         check_config("Megalodon", config)
@@ -132,7 +134,7 @@ class MegalodonBase(nn.Module):
                 split into calls, up to rounding.
             inplace_state: overwrite parts of `state`, such as the attention's, to save copies in generation. The old
                 state is lost.
-            cu_seqlens: (S + 1,) offsets of documents packed into one row (B = 1).
+            cu_seqlens: (S + 1,) offsets of documents packed into one row (B = 1), to whose end they reach.
             lengths: (B,) tokens in each right-padded row.
             starts: (B,) first position of each left-padded row; with `lengths`, rows have padding on both sides.
             spans: (S, 2) first and last-plus-one position of each document in the flattened batch (B * L), in order, disjoint, each
@@ -148,7 +150,7 @@ class MegalodonBase(nn.Module):
             outside of the vocabulary.
         """
         where = dict(cu_seqlens=cu_seqlens, lengths=lengths, starts=starts, spans=spans)
-        sequences = Sequences.of("Megalodon", tokens, **where)
+        sequences = Sequences.of("Megalodon", tokens, **where, is_piece=self._reads_pieces)
         check_flag("Megalodon", "return_state", return_state)
         self._check("Megalodon", "tokens", tokens, state, sequences)
         check_flag("Megalodon", "inplace_state", inplace_state)
@@ -158,6 +160,9 @@ class MegalodonBase(nn.Module):
             ignore_index = check_targets(tokens, targets, ignore_index)
             if features:
                 raise ValueError("Megalodon: `targets` must be None where features are wanted, got a tensor.")
+            if inplace_state and torch.is_grad_enabled() and any(p.requires_grad for p in self.parameters()):
+                fix = "a backward reads the states that it overwrites; use torch.no_grad(), or leave it out"
+                raise ValueError(f"Megalodon.loss: `inplace_state` must be False with gradients, got True: {fix}.")
         wanted = Wanted(features, targets, reduction, ignore_index)
         result, state = self._compute(tokens, wanted, CallOptions(state, return_state, inplace_state, sequences))
         return (result, state) if return_state else result
@@ -180,18 +185,22 @@ class MegalodonBase(nn.Module):
             return at_least_float32(self.output.output(hidden)), state
         return self._cross_entropy(hidden, wanted, options.sequences), state
 
-    def features(self, tokens: Tensor, **options: Any) -> Tensor | tuple[Tensor, MegalodonStateBase]:
+    def features(
+        self, tokens: Tensor, *, pool: str | None = None, **options: Any
+    ) -> Tensor | tuple[Tensor, MegalodonStateBase]:
         """Features of every token: the final norm's output, from which logits are computed.
 
         This is `self(tokens, features=True, ...)`, for a head of your own: a probe, a classifier, a search.
 
         Args:
             tokens: (B, L) integers.
+            pool: "mean", "max" or "last", to reduce each of the S sequences of the call to one vector; None where ranks
+                hold pieces of sequences.
             state, return_state, inplace_state, cu_seqlens, lengths, starts, spans: as in :meth:`forward`.
 
         Returns:
-            features (B, L, D), in the dtype that the model computes in, with arbitrary values at padding; with
-            `return_state` also the state. Features are differentiable.
+            features (B, L, D), in the dtype that the model computes in, with arbitrary values at padding; with `pool`
+            vectors (S, D), zero for an empty sequence; with `return_state` also the state. All are differentiable.
 
         Raises:
             as :meth:`forward` does.
@@ -205,8 +214,15 @@ class MegalodonBase(nn.Module):
             (torch.Size([2, 20, 32]), 2)
             >>> torch.equal(model.output.output(features), model(tokens))
             True
+            >>> model.features(tokens, pool="mean", lengths=torch.tensor([20, 7])).shape
+            torch.Size([2, 32])
         """
-        return self(tokens, features=True, **options)
+        if pool is not None and self._reads_pieces:
+            raise ValueError("Megalodon.features: `pool` must be None where ranks hold pieces of sequences.")
+        result = self(tokens, features=True, **options)
+        features, *state = result if isinstance(result, tuple) else (result,)
+        vectors = pooled("Megalodon.features", features, pool, options)
+        return (vectors, *state) if state else vectors
 
     def loss(self, tokens: Tensor, targets: Tensor, **options: Any) -> Tensor | tuple[Tensor, MegalodonStateBase]:
         """Cross-entropy of the logits with `targets`, computed for one block of tokens at a time.
@@ -245,7 +261,8 @@ class MegalodonBase(nn.Module):
 
         Returns:
             mean and deviation (B, L, F), float64, of the values up to and including each position. Missing values do not
-            count. The deviation is 1e-15 where all values so far are equal.
+            count. The mean is NaN before the first value and the deviation before the second. The deviation is 1e-15
+            where all values so far, of at least two, are equal.
 
         Raises:
             as :meth:`forward` does; ValueError: the model does not scale its inputs.

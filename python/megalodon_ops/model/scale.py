@@ -52,7 +52,7 @@ def standardize(
 
 
 def running_scale(x: Tensor, config: MegalodonConfig, state: ScaleState) -> tuple[Tensor, Tensor]:
-    """Return the mean and deviation (B, L, F), float64, by which :func:`standardize` scales a causal model's x."""
+    """Return the mean and deviation (B, L, F), float64, by which :func:`standardize` scales a causal model's x; NaN: unknown."""
     sequences = Sequences()
     rows, spans, restore = _feature_rows(x.double(), config, sequences)
     groups, initial = rows.shape[-1], _initial_state(rows, config, state, sequences)
@@ -64,7 +64,10 @@ def running_scale(x: Tensor, config: MegalodonConfig, state: ScaleState) -> tupl
         position = torch.arange(1, x.shape[1] + 1, device=x.device)[:, None]
         last = torch.where(x.isnan(), 0, position).cummax(1).values
         scale = torch.cat([before_x[:, :, None], scale], 2).gather(2, last.expand_as(scale))
-    return scale[0], scale[1]
+    seen = x.isnan().logical_not().cumsum(1)  # values so far
+    if state:
+        seen = seen + state.count.view(len(x), 1, -1)
+    return scale[0].where(seen > 0, torch.nan), scale[1].where(seen > 1, torch.nan)
 
 
 def _feature_rows(

@@ -6,9 +6,20 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
-from ..ops.common.spans import as_spans, num_sequences, token_sequences
+from ..ops.timestep_norm.timestep_norm import timestep_norm_end_state
+from ..ops.common.checks import short_text
+from ..ops.common.spans import argument_of, as_spans, num_sequences, read_spans, token_sequences
+
+
+def pooled(op: str, features: Tensor, pool: str | None, options: dict[str, Any]) -> Tensor:
+    """Return features (B, L, D) or, with `pool`, a vector (S, D) of each sequence in the options of a call."""
+    if pool is None:
+        return features
+    where = {name: options.get(name) for name in ("cu_seqlens", "lengths", "starts", "spans")}
+    return Sequences.of(op, features, **where).pool(op, features, pool)
 
 
 @dataclass(frozen=True, eq=False)
@@ -32,13 +43,37 @@ class Sequences:
         lengths: Tensor | None = None,
         starts: Tensor | None = None,
         spans: Tensor | None = None,
+        is_piece: bool = False,
     ) -> Sequences:
-        """Return the sequences of x (B, L, ...) from the arguments of `op`, checked as by :func:`as_spans`."""
-        return cls(as_spans(op, x, cu_seqlens, lengths, starts, spans))
+        """Return the sequences of x (B, L, ...) from the arguments of `op`.
+
+        Values on the CPU are checked here, so that errors name `op`, unless x is a piece of the sequences.
+        """
+        result = as_spans(op, x, cu_seqlens, lengths, starts, spans)
+        if type(result) is Tensor and result.is_cpu and not (is_piece or torch.compiler.is_compiling()):
+            pairs = read_spans(op, x, result)
+            if argument_of(result)[0] == "cu_seqlens" and pairs and pairs[-1][1] != x.shape[1]:
+                got = f"got {pairs[-1][1]} for a row of {x.shape[1]}; `spans` may leave positions out"
+                raise ValueError(f"{op}: `cu_seqlens` must end where the row does, {got}.")
+        return cls(result)
 
     def mask(self, x: Tensor) -> Tensor:
         """Return (B, L) bool, True at positions of x (B, L, ...) in a sequence, False at padding."""
         return token_sequences(x, self.spans) < num_sequences(x.shape[0], self.spans)
+
+    def pool(self, op: str, x: Tensor, how: str) -> Tensor:
+        """Return the mean, maximum or last vector (S, D) of x (B, L, D) in each sequence, zero for an empty sequence."""
+        S, (B, L, D), flat = num_sequences(x.shape[0], self.spans), x.shape, x.flatten(0, 1)
+        if how == "mean":  # of a group of one channel, summed in float64
+            return timestep_norm_end_state(x, num_groups=D, spans=self.spans).mean.to(x.dtype)
+        if how == "max":
+            owner = token_sequences(x, self.spans).flatten()[:, None].expand(-1, D)
+            return flat.new_zeros(S + 1, D).scatter_reduce(0, owner, flat, "amax", include_self=False)[:S]
+        if how != "last":
+            raise ValueError(f'{op}: `pool` must be "mean", "max", "last" or None, got {short_text(how)}.')
+        ends = torch.arange(1, B + 1, device=x.device) * L
+        begins, ends = (ends - L, ends) if self.spans is None else self.spans.reshape(-1, 2).unbind(1)
+        return flat[(ends - 1).clamp(min=0)].where((begins < ends)[:, None], 0)
 
     def norm_state(self, norm: Any, x: Tensor, given: Any) -> Any:
         """Return the initial state of a norm with `num_groups` over x (B, L, D); `given`: the caller's state."""

@@ -28,7 +28,7 @@ from ..inference.quantized_layers import METHOD, computing_dtype, stored_shapes
 from .weights import StoredTensors, is_weight_file, write_weights
 from ..ops.common.memory import check_fits, machine_memory
 from ..ops.quantized_linear.quantized_linear import KINDS, check_activations
-from ..ops.common.checks import as_device, check_integer, describe, is_integer_between, short_text
+from ..ops.common.checks import as_device, check_integer, describe, did_you_mean, is_integer_between, short_text
 
 FORMAT = 1
 """Version of the folder's content; newer folders are not read"""
@@ -183,7 +183,9 @@ def read_config(
         names = [field.name for field in dataclasses.fields(kind)]
         fields["eos_token_id"] = fields.get("eos_token_id") if kind.causal else None
         if missing := [name for name in names if name not in fields]:
-            raise ValueError(f"`{missing[0]}` is missing")
+            others = [name for name in fields if name not in names and name not in CLIENT_NAMES]
+            near = [f"; is `{name}` misspelt?" for name in others if did_you_mean(name, missing[:1])]
+            raise ValueError(f"`{missing[0]}` is missing{''.join(near[:1])}")
         return kind(**{name: fields[name] for name in names}), _DTYPES.get(dtype)
 
 
@@ -303,6 +305,7 @@ def check_tokenizer(caller: str, tokenizer: Any) -> None:
 def check_dtype(caller: str, dtype: object) -> None:
     """Raise unless the value is None or a dtype that weights can have."""
     if dtype is not None and dtype not in WEIGHT_DTYPES:
+        fix = f"; use torch.{dtype}." if isinstance(dtype, str) and dtype in _DTYPES else "."
         raise ValueError(
-            f"{caller}: `dtype` must be a torch dtype of 16 bits or more, or None, got {short_text(dtype)}."
+            f"{caller}: `dtype` must be a torch dtype of 16 bits or more, or None, got {short_text(dtype)}{fix}"
         )

@@ -15,9 +15,11 @@ from megalodon_ops.tokenizers import ByteTokenizer
 from megalodon_ops.training import adamw
 
 B, L, D, N, G = 2, 5, 8, 3, 2
+SIZES = "num_layers model_dim z_dim value_dim num_heads ffn_hidden_dim cema_ndim vocab_size norm_num_groups".split()
 x, poles = torch.randn(B, L, D), torch.polar(torch.rand(D, N), torch.rand(D, N))
 model, tokens = tiny_model(torch.float32).eval(), tokens_of(2, 5)
 model_state = model(tokens, return_state=True)[1]
+encoder = mo.MegalodonEncoder(mo.MegalodonEncoderConfig(**{name: getattr(model.config, name) for name in SIZES}))
 
 
 def with_state(call: Callable[..., Any], **arguments: Any) -> Callable[[], Any]:
@@ -30,7 +32,34 @@ BLAMED = {
         lambda: model.generate(tokens, max_new_tokens=1, do_sample=True),
         "generate: `do_sample` must be left out, as there is no such option; temperature=0 takes the likeliest",
     ),
-    "a slip": (lambda: model.generate(tokens, max_new_tokens=1, top=3), "generate: `top` must be left out, .* option\\."),
+    "a slip": (lambda: model.generate(tokens, max_new_tokens=1, best=3), "generate: `best` must be left out, .* option\\."),
+    "a misspelt option": (
+        lambda: model.generate(tokens, max_new_token=2), "generate: `max_new_token` must be .*; did you mean max_new_tokens\\?"
+    ),
+    "a misspelt field": (lambda: mo.MegalodonConfig(num_layer=2), "`num_layer` must be .*; did you mean num_layers\\?"),
+    "an encoder's misspelt field": (
+        lambda: mo.MegalodonEncoderConfig(num_class=2), "MegalodonEncoderConfig: `num_class` .*; did you mean num_classes\\?"
+    ),
+    "a dtype as text": (
+        lambda: mo.Megalodon.load("model", dtype="bfloat16"), "load: `dtype` must be .*, got 'bfloat16'; use torch.bfloat16"
+    ),
+    "a device that torch lacks": (
+        lambda: mo.Megalodon.load("model", device="xpu:7"), 'load: `device` xpu:7 cannot be used: .*; device="cpu" needs no'
+    ),
+    "lengths beyond the rows": (
+        lambda: model(tokens, lengths=torch.tensor([5, 6])), "Megalodon: `lengths` must be in \\[0, 5\\], got 6 at 1"
+    ),
+    "an encoder's lengths": (
+        lambda: encoder(tokens, lengths=torch.tensor([5, 6])), "MegalodonEncoder: `lengths` must be in \\[0, 5\\]"
+    ),
+    "offsets that end early": (
+        lambda: model(tokens[:1], cu_seqlens=torch.tensor([0, 2, 4])),
+        "Megalodon: `cu_seqlens` must end where the row does, got 4 for a row of 5; `spans` may leave positions out",
+    ),
+    "gradients of states that are overwritten": (
+        lambda: model.loss(tokens, tokens, state=model_state, inplace_state=True),
+        "Megalodon.loss: `inplace_state` must be False with gradients, got True",
+    ),
     "a state of two rows": (with_state(model), "Megalodon: `state` must have 3 sequences, .* got 2; select or repeat"),
     "in features": (with_state(model.features), "Megalodon: `state` must have 3 sequences, as many as `tokens`, got 2"),
     "in generate": (with_state(model.generate, max_new_tokens=1), "generate: .* 3 sequences, as many as `prompt`"),

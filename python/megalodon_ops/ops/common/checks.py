@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import difflib
 import math
 import re
 import reprlib
 import sys
 import warnings
+from collections.abc import Iterable
 from numbers import Integral, Real
 from typing import Any
 
@@ -145,11 +147,24 @@ def renamed(error: Exception, op: str) -> Exception:
 
 
 def as_device(caller: str, value: object) -> torch.device:
-    """Return the value as a torch.device, or raise a ValueError."""
+    """Return the value as a torch.device, or raise a ValueError, also if this machine lacks the device."""
     try:
-        return torch.device(value)
+        device = torch.device(value)
     except (RuntimeError, TypeError):
         raise ValueError(f"{caller}: `device` must be one of torch's, such as cpu, got {short_text(value)}.") from None
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        fault = str(error).splitlines()[0]
+        raise ValueError(f'{caller}: `device` {device} cannot be used: {fault}; device="cpu" needs no GPU.') from error
+    return device
+
+
+def did_you_mean(name: object, names: Iterable[str]) -> str:
+    """Return "; did you mean X?" for the nearest of the names, or "" if none is near."""
+    lower = {known.lower(): known for known in names}
+    near = difflib.get_close_matches(str(name).lower(), lower, n=1, cutoff=0.7)
+    return f"; did you mean {lower[near[0]]}?" if near else ""
 
 
 def describe(value: object) -> str:
