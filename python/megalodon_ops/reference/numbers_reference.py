@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from megalodon_ops.reference.megalodon_reference import Megalodon
 
-_EPS = 1e-30  # a constant feature has x - mean = 0, so it gives zeros
+_INVERSE_EPS = 1e30  # of the 1e-30 added to a variance, so that a constant feature, x - mean = 0, gives zeros
 
 
 class MegalodonOfNumbers(Megalodon):
@@ -51,8 +51,7 @@ def running_scale(
     distance = (x - means).where(present, 0)
     added = distance.square() * (at / (at - 1).clamp(min=1))  # as in the timestep norm
     variances = (count[:, None] * var[:, None] + added.cumsum(1)) / at
-    y = _with_flags(distance * (variances + _EPS).rsqrt(), present, missing_values)
-    return y, (n[:, -1], means[:, -1], variances[:, -1])
+    return _scaled(distance, variances, present, missing_values), (n[:, -1], means[:, -1], variances[:, -1])
 
 
 def sequence_scale(x: Tensor, valid: Tensor, *, missing_values: bool) -> Tensor:
@@ -62,10 +61,11 @@ def sequence_scale(x: Tensor, valid: Tensor, *, missing_values: bool) -> Tensor:
     distance = (x - first).where(present, 0)
     distance = (distance - distance.sum(1, keepdim=True) / n).where(present, 0)
     var = distance.square().sum(1, keepdim=True) / n
-    return _with_flags(distance * (var + _EPS).rsqrt(), present, missing_values)
+    return _scaled(distance, var, present, missing_values)
 
 
-def _with_flags(y: Tensor, present: Tensor, missing_values: bool) -> Tensor:
+def _scaled(distance: Tensor, var: Tensor, present: Tensor, missing_values: bool) -> Tensor:
+    y = distance * ((var * _INVERSE_EPS + 1).rsqrt() * _INVERSE_EPS**0.5)  # torch's exporter drops a sum with 1e-30
     return torch.cat((y, (~present).to(y.dtype)), -1) if missing_values else y
 
 
