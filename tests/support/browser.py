@@ -13,7 +13,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import pytest
 
@@ -23,8 +23,8 @@ CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", 
 class Page:
     """A tab that shows a folder's index.html."""
 
-    def __init__(self, commands: int, replies: int, url: str) -> None:
-        self._commands, self._replies, self._count, self._session = commands, open(replies, "rb"), 0, None
+    def __init__(self, commands: BinaryIO, replies: BinaryIO, url: str) -> None:
+        self._commands, self._replies, self._count, self._session = commands, replies, 0, None
         target = self._call("Target.createTarget", url=url)["targetId"]
         self._session = self._call("Target.attachToTarget", targetId=target, flatten=True)["sessionId"]
 
@@ -32,7 +32,7 @@ class Page:
         self._count += 1
         session = {} if self._session is None else {"sessionId": self._session}
         message = json.dumps({"id": self._count, "method": method, "params": params, **session})
-        os.write(self._commands, message.encode() + b"\0")
+        self._commands.write(message.encode() + b"\0")
         while True:
             text = bytearray()
             while (byte := self._replies.read(1)) != b"\0":
@@ -95,10 +95,10 @@ def opened_page(folder: Path, profile: Path) -> Iterator[Page]:
     os.close(read)
     os.close(write)
     try:
-        yield Page(commands, replies, f"http://127.0.0.1:{server.server_port}/index.html")
+        with open(commands, "wb", buffering=0) as pipe, open(replies, "rb") as answers:
+            yield Page(pipe, answers, f"http://127.0.0.1:{server.server_port}/index.html")
     finally:
         browser.kill()
         browser.wait()
-        os.close(commands)
         server.shutdown()
         server.server_close()

@@ -60,8 +60,8 @@ class EncoderAttention(Attention):
         m = self.rmsnorm(self.cema(t))
         q, k, v = self.heads(m, t, angle)
         scores = q @ k.mT
-        P = scores.to(_real(scores)).masked_fill(~seen, -1e30).softmax(-1).to(v.dtype)
-        return x + self.wh1(m) + self.wh2((P @ v).transpose(1, 2).flatten(-2) * F.silu(self.wr(m)))
+        a = scores.to(_real(scores)).masked_fill(~seen, -1e30).softmax(-1).to(v.dtype) @ v
+        return x + self.wh1(m) + self.wh2(a.transpose(1, 2).flatten(-2) * F.silu(self.wr(m)))
 
 
 class MegalodonEncoder(nn.Module):

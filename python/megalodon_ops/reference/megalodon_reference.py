@@ -24,10 +24,11 @@ class TimestepNorm(nn.Module):
     def forward(self, x: Tensor, n: Tensor, mean0: Tensor, var0: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Normalize x (B, L, D); n (B, L, 1): positions so far; mean0 and var0 (B, G): statistics before x, float64."""
         gv, gm = torch.var_mean(groups := x.to(_wide(x)).unflatten(-1, (self.num_groups, -1)), -1, correction=0)
-        mean = mean0[:, None] + (gm - mean0[:, None]).cumsum(1) / n
+        sums = (lambda s: s) if x.shape[1] == 1 else (lambda s: s.cumsum(1))
+        mean = mean0[:, None] + sums(gm - mean0[:, None]) / n
         # n var_n = (n - 1) var_(n-1) + gv + (gm - mean_n)(gm - mean_(n-1)), and gm - mean_n = 0 for n = 1
         added = gv + (gm - mean).square() * (n / (n - 1).clamp(min=1))
-        var = ((n[:, :1] - 1) * var0[:, None] + added.cumsum(1)) / n
+        var = ((n[:, :1] - 1) * var0[:, None] + sums(added)) / n
         y = ((groups - mean[..., None]) * (var + self.eps).rsqrt()[..., None]).flatten(-2).to(_real(x))
         return (y * (1 + self.weight) + self.bias).to(x.dtype), mean[:, -1], var[:, -1]
 
@@ -69,8 +70,8 @@ class CEMA(nn.Module):
         M, t = L // T + 2, torch.arange(T + 1, device=x.device)  # one block more, as torch.export wants M > 1
         powers = _power([s[..., None] for s in q], t)  # (D, N, T + 1), q^0 .. q^T
         out = _product([g[..., None] for g in gamma], powers)
-        lags = F.pad((p[..., None] * out[0]).sum(1)[:, :T], (T - 1, 0))  # (D, 2 T - 1)
-        within = lags[:, t[:T] - t[:T, None] + T - 1]  # (D, from, to), zero where to < from
+        lags = F.pad((p[..., None] * out[0]).sum(1)[:, :T], (T - 1, 0))  # (D, 2 T - 1), zero where to < from
+        within = lags[:, t[:T] - t[:T, None] + T - 1]  # (D, from, to)
         rows = F.pad(x, (0, 0, 0, M * T - L)).reshape(B, M, T, D).permute(3, 0, 1, 2)  # (D, B, M, T)
         flat = rows.reshape(D, B * M, T)
         added = [(flat @ (p[..., None] * power[..., :T].flip(-1)).mT).reshape(D, B, M, N) for power in powers]
@@ -107,9 +108,8 @@ class Norm(nn.Module):
         self.weight, self.bias = (nn.Parameter(torch.zeros(D)) if b else None for b in (affine, affine and centered))
 
     def forward(self, x: Tensor) -> Tensor:
-        y, gain, D = x.to(_real(x)), None if self.weight is None else 1 + self.weight, x.shape[-1:]
-        y = F.layer_norm(y, D, gain, self.bias, self.eps) if self.centered else F.rms_norm(y, D, gain, self.eps)
-        return y.to(x.dtype)
+        y, w, D, e = x.to(_real(x)), None if self.weight is None else 1 + self.weight, x.shape[-1:], self.eps
+        return (F.layer_norm(y, D, w, self.bias, e) if self.centered else F.rms_norm(y, D, w, e)).to(x.dtype)
 
 
 class Attention(nn.Module):
@@ -140,8 +140,7 @@ class Attention(nn.Module):
         """Return queries and keys (B, H, L, K), values (B, H, L, V)."""
         H = self.config.num_heads
         z, v = (s.unflatten(-1, (H, -1)).transpose(1, 2) for s in (self.wz(m), F.silu(self.wv(t))))
-        z = z.to(_real(z))
-        z = z * (z.square().mean(-1, keepdim=True) + self.config.norm_eps).rsqrt()
+        z = F.rms_norm(z.to(_real(z)), z.shape[-1:], eps=self.config.norm_eps)
         gain, shift = (s.unflatten(-1, (H, 1, -1)) for s in ((1 + self.gamma) / math.sqrt(z.shape[-1]), self.beta))
         return *_rotated(z[:, None] * gain + shift, angle[:, None]).to(v.dtype).unbind(1), v  # gain (2, H, 1, K)
 
@@ -238,8 +237,9 @@ def _angle(position: Tensor, x: Tensor, config: Any) -> Tensor:  # (B, 1, L, K /
 
 
 def _rotated(x: Tensor, angle: Tensor) -> Tensor:
-    (a, b), cos, sin = x.unflatten(-1, (-1, 2)).unbind(-1), angle.cos(), angle.sin()
-    return torch.stack((a * cos - b * sin, a * sin + b * cos), -1).flatten(-2)
+    one, (cos, sin) = torch.eye(x.shape[-1], dtype=x.dtype, device=x.device), (angle.cos(), angle.sin())
+    turned = x @ torch.stack((-one[:, 1::2], one[:, ::2]), -1).flatten(-2)  # of pairs (a, b): (-b, a)
+    return x * cos.repeat_interleave(2, -1) + turned * sin.repeat_interleave(2, -1)
 
 
 def _real(x: Tensor) -> torch.dtype:

@@ -195,7 +195,7 @@ def _export(path: Path, module: nn.Module, inputs: tuple, names: Sequence[str], 
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of torch and onnxscript about their own code
         options = dict(input_names=names, output_names=results, dynamic_shapes=sizes)
-        torch.onnx.export(module, inputs, dynamo=True, verbose=False, **options).save(path)
+        torch.onnx.export(module, inputs, dynamo=True, verbose=False, opset_version=23, **options).save(path)
 
 
 def _quantize(draft: Path) -> None:
