@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 import shutil
 import warnings
@@ -202,10 +203,15 @@ def _quantize(draft: Path) -> None:
     """Replace the files by those of onnxruntime's quantiser: weights of 8 bits, inputs rounded at run time."""
     from onnxruntime.quantization import QuantType, quantize_dynamic
 
-    for path in sorted(draft.glob("*.onnx")):
-        wide = path.rename(path.with_suffix(".wide"))
-        quantize_dynamic(wide, path, per_channel=True, weight_type=QuantType.QInt8)
-        wide.unlink()
+    root, hush = logging.getLogger(), logging.Filter("no records")  # of hints that do not concern these programs
+    root.addFilter(hush)
+    try:
+        for path in sorted(draft.glob("*.onnx")):
+            wide = path.rename(path.with_suffix(".wide"))
+            quantize_dynamic(wide, path, per_channel=True, weight_type=QuantType.QInt8)
+            wide.unlink()
+    finally:
+        root.removeFilter(hush)
 
 
 def _readme(config: Any, tokenizer: Any) -> str:
