@@ -73,7 +73,7 @@ class Session:
         self.turn += 1
         self.token.update_inplace(token.numpy())
         self.session.run_with_iobinding(binding)
-        return torch.from_numpy(binding.get_outputs()[-1].numpy())
+        return torch.from_numpy(binding.get_outputs()[-1].numpy()).clone()  # the next run writes to the same memory
 
 
 @torch.no_grad()

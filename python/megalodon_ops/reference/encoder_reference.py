@@ -14,8 +14,8 @@ from torch import Tensor, nn
 from megalodon_ops.reference.megalodon_reference import CEMA, NFFN, Attention, TimestepNorm, _angle, _real, _wide
 from megalodon_ops.reference.numbers_reference import sequence_scale
 
-LONGEST = 1 << 20
-"""Positions of the longest row"""
+LONGEST = 1 << 17
+"""Positions of the longest row; the scores of one head would take 64 GiB"""
 
 
 class SequenceNorm(TimestepNorm):
