@@ -19,7 +19,7 @@ import torch
 from . import gpu, harness, machine, report, summary
 
 BENCHES = "cema timestep_norm attention working_memory linear elementwise overhead".split()
-BENCHES += "model small_weights encoder stream waiting".split()
+BENCHES += "model small_weights encoder onnx stream waiting".split()
 
 
 def main() -> int:

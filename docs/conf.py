@@ -137,8 +137,12 @@ def api_of_references() -> str:
         functions = [f".. autofunction:: megalodon_ops.reference.{name}" for name in names]
         title = module.rpartition(".")[2].removesuffix("_reference")
         sections[title] = [f".. automodule:: {module}", "   :no-members:", *functions]
-    model = ".. autoclass:: megalodon_ops.reference.Megalodon", "   :members: forward, fresh"
-    return _sections({"megalodon": [*model], **sections})
+    models = (
+        line
+        for name in ("Megalodon", "MegalodonOfNumbers", "MegalodonEncoder")
+        for line in (f".. autoclass:: megalodon_ops.reference.{name}", "   :members: forward, fresh", "")
+    )
+    return _sections({"megalodon": [*models], **sections})
 
 
 def _sections(directives: dict[str, list[str]]) -> str:

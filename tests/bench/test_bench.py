@@ -11,7 +11,7 @@ import pytest
 import torch
 from models import tiny_model
 
-from bench import bench_encoder, bench_small_weights, bench_stream, gpu, harness, llama_cpp_model
+from bench import bench_encoder, bench_onnx, bench_small_weights, bench_stream, gpu, harness, llama_cpp_model
 from bench import machine, plain_models, report, stream_memory, summary
 from bench.harness import OURS, Case, Disagreement, Effort, Path
 
@@ -181,6 +181,18 @@ def test_small_weights_without_llama_cpp_say_what_to_install(monkeypatch, capsys
     for path in first.paths:
         path.before()
         assert [logits.shape for logits in path.call()] == [(1, 1, 256)] * bench_small_weights.DECODED
+
+
+@pytest.mark.slow  # torch's exporter takes half a minute
+def test_ways_of_decoding_agree():
+    """Twice, as the second run starts again from the same state."""
+    for package in ("onnx", "onnxscript", "onnxruntime"):
+        pytest.importorskip(package)
+    (case,) = bench_onnx.cases(quick=True, gpu=False)
+    assert [path.name for path in case.paths] == [OURS, "a call of the model", "onnxruntime"]
+    for path in case.paths * 2:
+        path.before()
+        assert harness.relative_error(path.call(), case.expected()) < case.tolerance, path.name
 
 
 @torch.no_grad()

@@ -11,7 +11,12 @@ from megalodon_ops.cli import data
 
 TESTED_ELSEWHERE = ("docs/transformers.md",)  # by test_hf_tools.py, with a model in a folder
 RUNNABLE = [p for p in PAGES if has_examples(p) and name_of(p) not in TESTED_ELSEWHERE and p not in SERIES]
-PACKAGES = {"lora": ("transformers", "peft", "accelerate"), "forecast": ("statsmodels",), "serving": ("fastapi", "httpx")}
+PACKAGES = {
+    "lora": ("transformers", "peft", "accelerate"),
+    "forecast": ("statsmodels",),
+    "serving": ("fastapi", "httpx"),
+    "elsewhere": ("onnx", "onnxscript", "onnxruntime"),
+}
 """Packages that a page needs beyond the extra `train`"""
 
 
@@ -31,6 +36,8 @@ def test_examples_run(page, tmp_path, monkeypatch):
 @pytest.mark.parametrize("page", [page for page in RUNNABLE if has_commands(page)], ids=name_of)
 def test_examples_and_commands_run(page, tmp_path, monkeypatch):
     """Training without `--data` reads a tenth of the standard library."""
+    for package in PACKAGES.get(page.stem, ()):
+        pytest.importorskip(package)
     library = data.standard_library()[::10]
     monkeypatch.setattr(data, "standard_library", lambda: library)
     monkeypatch.chdir(tmp_path)

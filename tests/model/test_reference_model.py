@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from models import TINY, tiny_model
+from models import TINY, tiny_model, tokens_of
 from strategies import pieces
 from torch.export import Dim
 from torch.func import functional_call, grad, hessian, jvp, vmap
@@ -85,7 +85,57 @@ def test_model_equals_its_reference(data, config, length):
     compare_states(mo.MegalodonState.from_reference(state), model_end)
 
 
-@pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated:DeprecationWarning")  # torch's own, of forward mode
+def numbers_of(*shape, missing):
+    """Numbers with a large mean, a constant feature and, if asked for, missing ones."""
+    x = 100 + torch.randn(*shape, dtype=torch.float64)
+    x[0, :, 0] = 0.1
+    return x.where(torch.rand(shape) > 0.3 * missing, torch.nan)
+
+
+NUMBERS = [
+    dict(num_features=3),
+    dict(num_features=3, missing_values=True, output_size=5),
+    dict(num_features=2, scale_inputs=False, output_size=40),
+]
+
+
+@pytest.mark.parametrize("inputs", NUMBERS, ids=str)
+def test_a_model_of_numbers(inputs):
+    model = tiny_model(**inputs)
+    reference = mo.reference.MegalodonOfNumbers(model.config).double()
+    reference.load_state_dict(model.state_dict())
+    x = numbers_of(3, 41, model.config.num_features, missing=model.config.missing_values)
+    expected, outputs, state = model(x), [], None
+    for piece in x.split([1, 5, 8, 1, 1, 16, 1, 8], 1):
+        y, state = reference(piece, state)
+        outputs.append(y)
+    for got in (torch.cat(outputs, 1), reference(x)[0]):
+        torch.testing.assert_close(got, expected, rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.parametrize("inputs", [dict(num_classes=5), dict(norm_affine=False), *NUMBERS], ids=str)
+def test_an_encoder(inputs):
+    torch.manual_seed(0)
+    inputs = {name: value for name, value in inputs.items() if name != "output_size"}
+    encoder = mo.MegalodonEncoder(mo.MegalodonEncoderConfig(**{**TINY, **inputs})).double()
+    with torch.no_grad():
+        for parameter in encoder.parameters():
+            parameter.add_(0.1 * torch.randn_like(parameter))
+    config = encoder.config
+    reference = mo.reference.MegalodonEncoder(config).double()
+    reference.load_state_dict(encoder.state_dict())
+    for length in (1, 2, 8, 21, 150):
+        rows, lengths = tokens_of(3, length), torch.tensor([length, max(1, length // 2), 1])
+        if config.num_features is not None:
+            rows = numbers_of(3, length, config.num_features, missing=config.missing_values)
+        torch.testing.assert_close(
+            reference(rows, lengths), encoder(rows, lengths=lengths), rtol=1e-10, atol=1e-10, msg=f"length {length}"
+        )
+
+
+@pytest.mark.filterwarnings(
+    "ignore:`torch.jit.script` is deprecated:DeprecationWarning"
+)  # torch's own, of forward mode
 def test_derivatives():
     """First ones equal autograd's of the kernels; jvp, Hessian and double backward agree with them."""
     model, reference = pair(swiglu=True)

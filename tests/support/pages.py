@@ -25,6 +25,7 @@ PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 FOLLOWED = [
     ROOT / "docs" / "start.md",
     ROOT / "docs" / "recipes.md",
+    ROOT / "docs" / "elsewhere.md",
     *sorted((ROOT / "docs" / "tutorials").glob("*.md")),
 ]
 """Pages whose shell commands run, too"""

@@ -24,6 +24,7 @@ EXTRAS = {
     "tensorboard": "tensorboard",
     "pyarrow": "data",
     "backports": "data",
+    **dict.fromkeys(("onnx", "onnxscript", "onnxruntime"), "onnx"),
 }
 """Package -> the extra that installs it"""
 MODULES = {"eval": "evaluate", "plan": "plan_command", "tokenizer": "tokenizer_command"}

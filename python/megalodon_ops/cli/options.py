@@ -254,6 +254,26 @@ class Quantize(TextOptions):
 
 
 @dataclass(kw_only=True)
+class Export(Options):
+    """write a model as ONNX files, which run without this package and PyTorch, or as a page for a browser
+
+    megalodon-ops export --checkpoint runs/prose --out prose-onnx
+    megalodon-ops export --checkpoint runs/prose --web page --onnxruntime-web node_modules/onnxruntime-web/dist
+    """
+
+    checkpoint: Path = flag(REQUIRED, "folder of a run, a checkpoint or any saved model", metavar="RUN")
+    out: Path | None = flag(None, "folder to write", metavar="FOLDER")
+    web: Path | None = flag(None, "folder to write, with a page that writes text in a browser", metavar="FOLDER")
+    onnxruntime_web: Path | None = flag(
+        None, "folder dist of the npm package onnxruntime-web, to copy the page's three files from", metavar="FOLDER"
+    )
+    dtype: Literal["float32", "float16", "int8"] = flag(
+        "float32", "dtype of weights; int8 is onnxruntime's, which also rounds the inputs of matrix products"
+    )
+    tokenizer: Path | None = flag(None, "tokenizer of a checkpoint whose folder has none")
+
+
+@dataclass(kw_only=True)
 class TrainTokenizer(TextOptions):
     """train a byte-level BPE tokenizer, or print the bytes per token of a tokenizer (`tokenize` writes tokens)
 
@@ -338,6 +358,7 @@ COMMANDS: dict[str, type[Options]] = {
     "eval": Eval,
     "generate": Generate,
     "quantize": Quantize,
+    "export": Export,
     "tokenizer": TrainTokenizer,
     "tokenize": Tokenize,
     "plan": Plan,

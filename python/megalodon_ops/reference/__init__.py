@@ -23,10 +23,14 @@ from megalodon_ops.ops.quantized_linear.quantized_linear_reference import quanti
 from megalodon_ops.ops.sequence_norm.sequence_norm_reference import sequence_norm, sequence_norm_bwd
 from megalodon_ops.ops.timestep_norm.timestep_norm_reference import timestep_norm, timestep_norm_bwd
 from megalodon_ops.ops.timestep_norm.timestep_norm_reference import timestep_norm_end_state, timestep_norm_end_state_bwd
+from megalodon_ops.reference.encoder_reference import MegalodonEncoder
 from megalodon_ops.reference.megalodon_reference import Megalodon
+from megalodon_ops.reference.numbers_reference import MegalodonOfNumbers
 
 __all__ = [
     "Megalodon",
+    "MegalodonEncoder",
+    "MegalodonOfNumbers",
     "adaptive_working_memory",
     "adaptive_working_memory_bwd",
     "bidirectional_cema",

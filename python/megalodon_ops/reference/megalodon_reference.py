@@ -1,8 +1,7 @@
 """MEGALODON (arXiv 2404.08801), the whole model in plain PyTorch: real arithmetic, no kernels, no custom ops.
 
 Letters: B batch, L length, D model dim, N CEMA modes of a channel, G norm groups, H heads, K and V head dims of keys and
-values, C chunk size. A complex number is a pair of tensors, its real and imaginary part. Every gain is 1 + its parameter.
-"""
+values, C chunk size. A complex number is a pair of tensors, its real and imaginary part. Every gain is 1 + its parameter."""
 
 import math
 from typing import Any
@@ -24,12 +23,12 @@ class TimestepNorm(nn.Module):
 
     def forward(self, x: Tensor, n: Tensor, mean0: Tensor, var0: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Normalize x (B, L, D); n (B, L, 1): positions so far; mean0 and var0 (B, G): statistics before x, float64."""
-        groups = x.to(_wide(x)).unflatten(-1, (self.num_groups, -1))  # (B, L, G, D / G)
-        gv, gm = torch.var_mean(groups, -1, correction=0)
-        mean = mean0[:, None] + (gm - mean0[:, None]).cumsum(1) / n
+        gv, gm = torch.var_mean(groups := x.to(_wide(x)).unflatten(-1, (self.num_groups, -1)), -1, correction=0)
+        sums = (lambda s: s) if x.shape[1] == 1 else (lambda s: s.cumsum(1))
+        mean = mean0[:, None] + sums(gm - mean0[:, None]) / n
         # n var_n = (n - 1) var_(n-1) + gv + (gm - mean_n)(gm - mean_(n-1)), and gm - mean_n = 0 for n = 1
         added = gv + (gm - mean).square() * (n / (n - 1).clamp(min=1))
-        var = ((n[:, :1] - 1) * var0[:, None] + added.cumsum(1)) / n
+        var = ((n[:, :1] - 1) * var0[:, None] + sums(added)) / n
         y = ((groups - mean[..., None]) * (var + self.eps).rsqrt()[..., None]).flatten(-2).to(_real(x))
         return (y * (1 + self.weight) + self.bias).to(x.dtype), mean[:, -1], var[:, -1]
 
@@ -37,8 +36,7 @@ class TimestepNorm(nn.Module):
 class CEMA(nn.Module):
     """Complex exponential moving average (section 3.1): N modes a channel, which decay and rotate.
 
-    h_t = q h_(t-1) + p x_t,    y_t = Re(sum_n gamma_n h_t[n]) + omega x_t,    q = r exp(i phi)
-    """
+    h_t = q h_(t-1) + p x_t,    y_t = Re(sum_n gamma_n h_t[n]) + omega x_t,    q = r exp(i phi)"""
 
     def __init__(self, dim: int, ndim: int, longest: int) -> None:
         super().__init__()
@@ -49,35 +47,35 @@ class CEMA(nn.Module):
 
     def forward(self, x: Tensor, h: Complex) -> tuple[Tensor, Complex]:
         """Map x (B, L, D) to y, and h (B, D, N) before x to h after it."""
+        y, h = self.scan(x.to(self.alpha.dtype), h)
+        return (y + self.omega.squeeze(-1) * x).to(x.dtype), h
+
+    def scan(self, x: Tensor, h: Complex) -> tuple[Tensor, Complex]:  # the sum over modes, and h
         N, p = self.alpha.shape[1], self.alpha.sigmoid().squeeze(-1)  # p (D, N)
         phi = self.theta.sigmoid().squeeze(-1) * torch.arange(1, N + 1, device=x.device) * (2 * math.pi / N)
         q = torch.log1p(-p * self.delta.sigmoid().squeeze(-1)), phi  # log r and phi
-        gamma, wide = (self.gamma / math.sqrt(N)).unbind(-1), x.to(p.dtype)
+        gamma = (self.gamma / math.sqrt(N)).unbind(-1)
         if x.shape[1] > 1:
-            y, h = self._blocks(wide, h, p, q, gamma)
-        else:
-            decayed = _product(_power(q, torch.ones((), device=x.device)), h)
-            h = decayed[0] + p * wide.mT, decayed[1]
-            y = _product(gamma, h)[0].sum(-1)[:, None]
-        return (y + self.omega.squeeze(-1) * wide).to(x.dtype), h
+            return self._blocks(x, h, p, q, gamma)
+        decayed = _product(_power(q, torch.ones((), device=x.device)), h)
+        h = decayed[0] + p * x.mT, decayed[1]
+        return _product(gamma, h)[0].sum(-1)[:, None], h
 
     def _blocks(self, x: Tensor, h: Complex, p: Tensor, q: Complex, gamma: Complex) -> tuple[Tensor, Complex]:
         """The sum over modes, and h, by matrices for blocks of T = 64 positions.
 
         With h before a block, y_i = Re(gamma q^(i+1) h) + sum_(j <= i) Re(gamma p q^(i-j)) x_j, and the next block has
-        q^T h + sum_j q^(T-1-j) p x_j: a sum over blocks, in log2(M) steps of twice the reach.
-        """
+        q^T h + sum_j q^(T-1-j) p x_j: a sum over blocks, in log2(M) steps of twice the reach."""
         (B, L, D), N, T = x.shape, p.shape[1], 64
         M, t = L // T + 2, torch.arange(T + 1, device=x.device)  # one block more, as torch.export wants M > 1
         powers = _power([s[..., None] for s in q], t)  # (D, N, T + 1), q^0 .. q^T
         out = _product([g[..., None] for g in gamma], powers)
-        lags = F.pad((p[..., None] * out[0]).sum(1)[:, :T], (T - 1, 0))  # (D, 2 T - 1)
-        within = lags[:, t[:T] - t[:T, None] + T - 1]  # (D, from, to), zero where to < from
+        lags = F.pad((p[..., None] * out[0]).sum(1)[:, :T], (T - 1, 0))  # (D, 2 T - 1), zero where to < from
+        within = lags[:, t[:T] - t[:T, None] + T - 1]  # (D, from, to)
         rows = F.pad(x, (0, 0, 0, M * T - L)).reshape(B, M, T, D).permute(3, 0, 1, 2)  # (D, B, M, T)
         flat = rows.reshape(D, B * M, T)
-        added = [flat @ (p[..., None] * power[..., :T].flip(-1)).mT for power in powers]  # (D, B M, N)
-        added = [a.reshape(D, B, M, N).movedim(3, 1)[..., :-1] for a in added]  # (D, N, B, M - 1)
-        h = [torch.cat((s.permute(1, 2, 0)[..., None], a), -1) for s, a in zip(h, added, strict=True)]
+        added = [(flat @ (p[..., None] * power[..., :T].flip(-1)).mT).reshape(D, B, M, N) for power in powers]
+        h = [torch.cat((s.permute(1, 2, 0)[..., None], a.movedim(3, 1)[..., :-1]), -1) for s, a in zip(h, added)]
         for reach in (2**i for i in range((self.longest // T + 1).bit_length())):
             earlier = [F.pad(s, (reach, 0))[..., :M] for s in h]
             earlier = _product(_power([s[..., None, None] for s in q], t.new_tensor(T * reach)), earlier)
@@ -110,10 +108,8 @@ class Norm(nn.Module):
         self.weight, self.bias = (nn.Parameter(torch.zeros(D)) if b else None for b in (affine, affine and centered))
 
     def forward(self, x: Tensor) -> Tensor:
-        y = x.to(_real(x)) - (x.mean(-1, keepdim=True, dtype=_real(x)) if self.centered else 0)
-        y = y * (y.square().mean(-1, keepdim=True) + self.eps).rsqrt()
-        y = y if self.weight is None else y * (1 + self.weight)
-        return (y if self.bias is None else y + self.bias).to(x.dtype)
+        y, w, D, e = x.to(_real(x)), None if self.weight is None else 1 + self.weight, x.shape[-1:], self.eps
+        return (F.layer_norm(y, D, w, self.bias, e) if self.centered else F.rms_norm(y, D, w, e)).to(x.dtype)
 
 
 class Attention(nn.Module):
@@ -130,20 +126,23 @@ class Attention(nn.Module):
 
     def forward(self, x: Tensor, n: Tensor, angle: Tensor, state: tuple, fresh: bool) -> tuple[Tensor, tuple]:
         """Map x (B, L, D) to y; state: mean, var, h's two parts, keys (B, H, C, K), values (B, H, C, V)."""
-        config, (mean, var, *h, keys, values) = self.config, state
+        mean, var, *h, keys, values = state
         t, mean, var = self.timenorm(x, n, mean, var)
         c, h = self.cema(t, h)
-        m, H = self.rmsnorm(c), config.num_heads
-        z, v = (s.unflatten(-1, (H, -1)).transpose(1, 2) for s in (self.wz(m), F.silu(self.wv(t))))
-        z = z.to(_real(z))  # (B, H, L, K); v (B, H, L, V)
-        z = z * (z.square().mean(-1, keepdim=True) + config.norm_eps).rsqrt()
-        gain, shift = (s.unflatten(-1, (H, 1, -1)) for s in ((1 + self.gamma) / math.sqrt(z.shape[-1]), self.beta))
-        q, k = (_rotated(z * gain[i] + shift[i], angle).to(x.dtype) for i in range(2))
+        q, k, v = self.heads(m := self.rmsnorm(c), t, angle)
         a = self._attend(q, k, v, n, None if fresh else (keys, values)).transpose(1, 2).flatten(-2)
         y = x + self.wh1(m) + self.wh2(a * F.silu(self.wr(m)))
-        row = ((n - 1).long() % config.chunk_size)[:, None]  # of each position in the cache
+        row = ((n - 1).long() % self.config.chunk_size)[:, None]  # of each position in the cache
         cache = (old.scatter(2, row.expand_as(s), s) for old, s in ((keys, k), (values, v)))
         return y, (mean, var, *h, *cache)
+
+    def heads(self, m: Tensor, t: Tensor, angle: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Return queries and keys (B, H, L, K), values (B, H, L, V)."""
+        H = self.config.num_heads
+        z, v = (s.unflatten(-1, (H, -1)).transpose(1, 2) for s in (self.wz(m), F.silu(self.wv(t))))
+        z = F.rms_norm(z.to(_real(z)), z.shape[-1:], eps=self.config.norm_eps)
+        gain, shift = (s.unflatten(-1, (H, 1, -1)) for s in ((1 + self.gamma) / math.sqrt(z.shape[-1]), self.beta))
+        return *_rotated(z[:, None] * gain + shift, angle[:, None]).to(v.dtype).unbind(1), v  # gain (2, H, 1, K)
 
     def _attend(self, q: Tensor, k: Tensor, v: Tensor, n: Tensor, cache: tuple[Tensor, Tensor] | None) -> Tensor:
         """Softmax attention of L <= C positions to those of their chunk in the call and the cache, (B, H, L, V)."""
@@ -163,8 +162,7 @@ class NFFN(nn.Module):
 
     def __init__(self, config: Any) -> None:
         super().__init__()
-        D, hidden = config.model_dim, config.ffn_hidden_dim
-        self.norm = Norm(config, centered=True)
+        D, hidden, self.norm = config.model_dim, config.ffn_hidden_dim, Norm(config, centered=True)
         self.fc1, self.fc2 = nn.Linear(D, hidden, bias=False), nn.Linear(hidden, D, bias=False)
         self.fc3 = nn.Linear(D, hidden, bias=False) if config.swiglu else None
         self.register_parameter("alpha", nn.Parameter(torch.ones(D)) if config.rescale_nffn else None)
@@ -194,7 +192,7 @@ class Megalodon(nn.Module):
         for field, value in dict(causal=True, working_memory=False, visible_chunks=1, num_features=None).items():
             if (got := getattr(config, field)) != value:
                 raise ValueError(f"reference.Megalodon: `{field}` must be {value}, got {got}; use mo.Megalodon.")
-        self.config, D = config, config.model_dim
+        self.config, D, self.scale = config, config.model_dim, config.model_dim**0.5 if config.scale_emb else 1.0
         self.embed, layers = nn.Embedding(config.vocab_size, D), range(config.num_layers)
         self.layers = nn.ModuleList(nn.ModuleDict(dict(mega=Attention(config), nffn=NFFN(config))) for _ in layers)
         norm, output = TimestepNorm(D, config.norm_num_groups, config.norm_eps), nn.Linear(D, config.num_outputs, False)
@@ -202,10 +200,8 @@ class Megalodon(nn.Module):
         output.weight = self.embed.weight if config.share_emb else output.weight
 
     def fresh(self, num_sequences: int) -> tuple[Tensor, ...]:
-        """Return the state of B new sequences, batch first.
-
-        count (B,); of each layer mean, var (B, G), h's parts (B, D, N), keys, values (B, H, C, K or V); mean and var.
-        """
+        """Return the state of B new sequences: count (B,); of each layer mean, var (B, G), h's parts (B, D, N), keys,
+        values (B, H, C, K or V); mean and var."""
         config, B, like = self.config, num_sequences, self.layers[0]["mega"].gamma
         norm = [like.new_zeros(B, config.norm_num_groups, dtype=_wide(like))] * 2
         h = [like.new_zeros(B, config.model_dim, config.cema_ndim, dtype=_real(like))] * 2
@@ -215,8 +211,7 @@ class Megalodon(nn.Module):
 
     def forward(self, tokens: Tensor, state: tuple[Tensor, ...] | None = None) -> tuple[Tensor, tuple[Tensor, ...]]:
         """Return the logits (B, L, outputs) of tokens (B, L), L >= 1, and the state after them."""
-        x, C, fresh = self.embed(tokens), self.config.chunk_size, state is None
-        x = x * math.sqrt(x.shape[-1]) if self.config.scale_emb else x
+        x, C, fresh = self.embed(tokens) * self.scale, self.config.chunk_size, state is None
         state, logits = self.fresh(x.shape[0]) if state is None else state, []
         for piece in x.split(C, 1) if x.shape[1] > C else (x,):
             y, state = self._piece(piece, state, fresh)
@@ -225,21 +220,26 @@ class Megalodon(nn.Module):
         return torch.cat(logits, 1) if len(logits) > 1 else logits[0], state
 
     def _piece(self, x: Tensor, state: tuple[Tensor, ...], fresh: bool) -> tuple[Tensor, tuple[Tensor, ...]]:
-        config, K, real, (count, *parts) = self.config, self.config.z_dim // self.config.num_heads, _real(x), state
+        count, *parts = state
         n = (count[:, None] + torch.arange(1, x.shape[1] + 1, device=x.device))[..., None]  # (B, L, 1)
-        base = (config.rope_base or 10000.0) ** (torch.arange(0, K, 2, dtype=real, device=x.device) / -K)
-        angle = (((n - 1) % config.chunk_size) * base)[:, None]  # (B, 1, L, K / 2)
-        n, new = n.to(_wide(x)), []
+        angle, n, new = _angle(n - 1, x, self.config), n.to(_wide(x)), []
         for index, layer in enumerate(self.layers):
             y, layer_state = layer["mega"](x, n, angle, parts[6 * index : 6 * index + 6], fresh)
             x, new = x + layer["nffn"](y), [*new, *layer_state]
         x, *norm = self.output["final_norm"](x, n, *parts[-2:])
-        return self.output["output"](x).to(real), (count + x.shape[1], *new, *norm)
+        return self.output["output"](x).to(_real(x)), (count + x.shape[1], *new, *norm)
+
+
+def _angle(position: Tensor, x: Tensor, config: Any) -> Tensor:  # (B, 1, L, K / 2) of positions (B, L, 1)
+    K = config.z_dim // config.num_heads
+    base = (config.rope_base or 10000.0) ** (torch.arange(0, K, 2, dtype=_real(x), device=x.device) / -K)
+    return ((position % config.chunk_size) * base)[:, None]
 
 
 def _rotated(x: Tensor, angle: Tensor) -> Tensor:
-    (a, b), cos, sin = x.unflatten(-1, (-1, 2)).unbind(-1), angle.cos(), angle.sin()
-    return torch.stack((a * cos - b * sin, a * sin + b * cos), -1).flatten(-2)
+    one, (cos, sin) = torch.eye(x.shape[-1], dtype=x.dtype, device=x.device), (angle.cos(), angle.sin())
+    turned = x @ torch.stack((-one[:, 1::2], one[:, ::2]), -1).flatten(-2)  # of pairs (a, b): (-b, a)
+    return x * cos.repeat_interleave(2, -1) + turned * sin.repeat_interleave(2, -1)
 
 
 def _real(x: Tensor) -> torch.dtype:
