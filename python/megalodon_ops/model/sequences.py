@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from ..ops.timestep_norm.timestep_norm import timestep_norm_end_state
 from ..ops.common.checks import short_text
-from ..ops.common.spans import argument_of, as_spans, num_sequences, read_spans, token_sequences
+from ..ops.common.spans import as_spans, num_sequences, read_spans, token_sequences
 
 
 def pooled(op: str, features: Tensor, pool: str | None, options: dict[str, Any]) -> Tensor:
@@ -52,7 +52,7 @@ class Sequences:
         result = as_spans(op, x, cu_seqlens, lengths, starts, spans)
         if type(result) is Tensor and result.is_cpu and not (is_piece or torch.compiler.is_compiling()):
             pairs = read_spans(op, x, result)
-            if argument_of(result)[0] == "cu_seqlens" and pairs and pairs[-1][1] != x.shape[1]:
+            if cu_seqlens is not None and pairs and pairs[-1][1] != x.shape[1]:
                 got = f"got {pairs[-1][1]} for a row of {x.shape[1]}; `spans` may leave positions out"
                 raise ValueError(f"{op}: `cu_seqlens` must end where the row does, {got}.")
         return cls(result)

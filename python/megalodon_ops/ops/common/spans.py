@@ -126,7 +126,8 @@ def read_spans(op: str, x: Tensor, spans: Tensor | None) -> list[tuple[int, int]
     B, L = x.shape[:2]
     if spans is None:
         return [(row * L, (row + 1) * L) for row in range(B)]
-    pairs, last, (name, _) = [*map(tuple, pairs_of(spans).tolist())], 0, argument_of(spans)
+    pairs, last = [*map(tuple, pairs_of(spans).tolist())], 0
+    name = "spans" if spans.dim() == 1 and B > 1 else argument_of(spans)[0]
     for s, (begin, end) in enumerate(pairs):
         in_row = begin == s * L if name == "lengths" else last <= begin
         if not (in_row and begin <= end <= B * L and (begin == end or begin // L == (end - 1) // L)):
@@ -134,7 +135,7 @@ def read_spans(op: str, x: Tensor, spans: Tensor | None) -> list[tuple[int, int]
             got = f"[{short_text(begin)}, {short_text(end)})"
             if name == "lengths":
                 expected, got = f"in [0, {L}]", short_text(end - begin)
-            elif name == "cu_seqlens" and B == 1:
+            elif name == "cu_seqlens":
                 expected = f"non-decreasing offsets in [0, {L}]"
                 got, at = (short_text(begin), s) if begin < last else (short_text(end), s + 1)
             raise ValueError(f"{op}: `{name}` must be {expected}, got {got} at {at}.")
