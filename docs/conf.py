@@ -139,8 +139,10 @@ def api_of_references() -> str:
         sections[title] = [f".. automodule:: {module}", "   :no-members:", *functions]
     models = (
         line
-        for name in ("Megalodon", "MegalodonOfNumbers", "MegalodonEncoder")
-        for line in (f".. autoclass:: megalodon_ops.reference.{name}", "   :members: forward, fresh", "")
+        for name, members in dict(
+            Megalodon="forward, fresh", MegalodonOfNumbers="forward, fresh", MegalodonEncoder="forward"
+        ).items()
+        for line in (f".. autoclass:: megalodon_ops.reference.{name}", f"   :members: {members}", "")
     )
     return _sections({"megalodon": [*models], **sections})
 
