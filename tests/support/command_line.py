@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import gc
 import multiprocessing
 import os
 import re
@@ -107,6 +108,7 @@ class Forked(multiprocessing.get_context("fork").Process):
         os.close(self._ends[1])
 
     def run(self) -> None:
+        gc.freeze()  # garbage of this process may own threads that only its parent has, and would wait for them
         os.close(self._ends[0])
         for number, file in enumerate((self._stdin.fileno(), self._ends[1], self._stderr.fileno())):
             os.dup2(file, number)
