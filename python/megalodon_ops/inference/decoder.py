@@ -194,7 +194,8 @@ class Decoder:
             for name, tensor in named_tensors(self._state).items():
                 tensor[rows.to(tensor.device)] = new[name].to(tensor.device)
             rows = rows.cpu()
-            self._last_equal[rows] = self._last_equal[:, rows] = _NEVER
+            self._last_equal[rows] = _NEVER
+            self._last_equal[:, rows] = _NEVER
             self._longest = None
             if self._history is not None:
                 self._history.forget(self._state, rows)
