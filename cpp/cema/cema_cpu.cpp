@@ -1,24 +1,20 @@
-// CEMA on the CPU, forward and backward. Derivation: ops/cema/cema_reference.py.
+// CEMA on the CPU: cema_fwd_cpu() and cema_bwd_cpu(), which the bindings call. Derivation: ops/cema/cema_reference.py.
 //
 //   h_t = q h_{t-1} + p x_t,   y_t = Re(sum_n gamma_n h_t[n]) + omega x_t     x, y (T, D);  h, q, gamma (D, N) complex
 //
-// Ownership. Channels are independent; a lane of a register is a channel.
-//   vector   as many channels as a register has lanes
-//   strip    several vectors
-//   tile     one vector and 32 positions
-//   span     a sequence, or a part of one if there are few channels and sequences
-//   job      one strip and a group of spans; what a thread takes
-// Spans and groups fix the order of every sum and depend on shapes alone, so results are bit-equal for any number of
+// Division of the work. Channels are independent; a lane of a register is a channel.
+//   vector    as many channels as a register has lanes
+//   strip     several vectors
+//   tile      one vector and 32 positions
+//   segment   a sequence, or some of its positions if there are few channels and sequences
+//   job       one strip and a group of segments
+// Segments and groups fix the order of every sum and depend on shapes alone, so results are bit-equal for any number of
 // threads.
 //
-// Forward, for each span, each 32 positions, each tile:
-//   scan 4 modes at a time with the states in registers. The first pass reads the vectors of x, D elements apart, and
-//   copies them to a contiguous tile (2 KB); the last pass writes y. 16-bit types are converted before the first pass
-//   and after the last one. The passes prefetch rows of x and y of the next 32 positions into the L2, one line every
-//   few positions, and the coefficients and states of the next modes into the L1
-// The folded form has u = h / p and c = gamma p: u = q u + x, y = Re(c u), 6 multiply-adds per mode and position. The
-// direct form takes 7. It runs if an initial state would be divided by a tiny p. u may overflow where h does not, and
-// then stays infinite or NaN: if a span's last u is not finite, the call is recomputed in the direct form.
+// Forward, in folded form, u = h / p and c = gamma p: u = q u + x, y = Re(c u). For each segment, each 32 positions,
+// each tile: scan 4 modes at a time with the states in registers. The first pass copies the vectors of x, D elements
+// apart, to a contiguous tile (2 KB); the last pass writes y. 16-bit types are converted before and after the passes.
+// The passes prefetch rows of the next 32 positions into the L2, and the next modes' coefficients and states into L1.
 //
 // Backward, with w = dh/dq and g = dL/dh:
 //   1. sensitivities:  w_t = q w_{t-1} + h_{t-1};  sum dy w -> dq,  sum dy h -> dgamma, dp,  sum dy x -> domega;
@@ -26,21 +22,23 @@
 //   2. adjoints:  g_t = conj(q) g_{t+1} + conj(gamma) dy_t;  dx_t = sum_n p Re(g_t) + omega dy_t;  this is the forward
 //      scan over rows in reverse, also in folded form
 //   3. add the groups' sums in order -> dp, dq, dgamma, domega
-// Phase 1 stores nothing per position: scratch is O(D N) per group, with 18 multiply-adds per mode and position. A
-// reverse scan that recomputes h would take 20, and would need stored states. Sums are added in double after each tile.
-// With an initial state or the gradient of an end state, both phases run in the direct form (21 multiply-adds), which
-// computes dp = sum x Re(g) without division or cancellation. It also recomputes calls whose sums, u or g overflow.
+// Phase 1 stores nothing per position: scratch is O(D N) per group. Sums are added in double after each tile.
 //
-// End states alone: a scan without output takes 4 multiply-adds, reads x and writes nothing. A backward without dy runs
-// both scans in the direct form (14 multiply-adds), reads x twice and writes dx.
+// Exceptions:
+//   tiny p                  the direct form runs if an initial state would be divided by it
+//   overflow                u may overflow where h does not, and then stays infinite or NaN. If a segment's last u, g
+//                           or a sum is not finite, the call is recomputed in the direct form
+//   states in the backward  with an initial state or the gradient of an end state, both phases run in the direct form,
+//                           which computes dp = sum x Re(g) without division or cancellation
+//   end states alone        the scan has no output; a backward without dy runs both scans in the direct form
+//   several segments        each is first scanned from zero. A merge in double of these local end states, h ->
+//                           q^length h + local, gives their initial states; a merge in reverse, their dstate_out
+//   short sequences         as in decoding: a lane is a mode, and states stay in (D, N) order (cema_steps.h)
 //
-// Sequences of several spans: every span is first scanned from zero (4 multiply-adds), which gives a local end state. A
-// merge in double, h -> q^length h + local, then gives each span its initial state; a merge in reverse, its dstate_out.
-//
-// Short sequences, as in decoding: a lane is a mode, and states stay in (D, N) order (cema_steps.h).
-//
-// Registers of the scan: 4 modes x (q, c, h) x (re, im) = 24, x, the sum and temporaries. Cache: a strip's 64 rows of x
-// and y, its coefficients and its states fit into half the L2 (cema_plan.h).
+// Multiply-adds per mode and position:
+//   forward    6, direct form 7, without output 4
+//   backward   18, direct form 21, without dy 14. A reverse scan that recomputes h takes 20, and needs stored states.
+// Registers of the scan: 4 modes x (q, c, h) x (re, im) = 24, x, the sum and temporaries.
 // Bytes: forward reads x and writes y, the minimum; backward reads x once, dy twice and writes dx, 4/3 of the minimum.
 
 #include "cema.h"
@@ -90,7 +88,7 @@ void forward_steps(const CemaFwdParams& params) {
   });
 }
 
-// Returns true if every span of the job ends in a finite state.
+// Returns true if every segment of the job ends in a finite state.
 template <class T>
 bool forward_job(Strip<T>& strip, const CemaFwdParams& params, const CemaPlan& plan, bool folded, int64_t job) {
   bool finite = true;
@@ -99,7 +97,7 @@ bool forward_job(Strip<T>& strip, const CemaFwdParams& params, const CemaPlan& p
   const R* p = strip.modal(params.p);
   const int64_t group = job / plan.strips, stride = params.channels;
   for (int64_t s = plan.group_begin[group]; s < plan.group_begin[group + 1]; ++s) {
-    const Span& span = plan.spans[s];
+    const Segment& segment = plan.segments[s];
     strip.clear_state();
     if (params.state) {
       const R* state = strip.modal_row(params.state, s);
@@ -108,9 +106,9 @@ bool forward_job(Strip<T>& strip, const CemaFwdParams& params, const CemaPlan& p
         im = folded ? state[2 * i + 1] / p[i] : state[2 * i + 1];
       });
     }
-    const T* x = strip.row(params.x, span.begin);
-    T* y = strip.row(params.y, span.begin);
-    const int64_t steps = span.end - span.begin, ahead = params.sequences.tokens - span.begin;
+    const T* x = strip.row(params.x, segment.begin);
+    T* y = strip.row(params.y, segment.begin);
+    const int64_t steps = segment.end - segment.begin, ahead = params.sequences.tokens - segment.begin;
     if (y && folded) strip.template sweep<Form::folded>(x, y, x, stride, steps, ahead, nullptr);
     else if (y) strip.template sweep<Form::direct>(x, y, x, stride, steps, ahead, nullptr);
     else if (folded) strip.template sweep<Form::folded, false>(x, y, x, stride, steps, ahead, nullptr);
@@ -184,7 +182,7 @@ int64_t sums_per_strip(const CemaPlan& plan, int64_t modes) { return plan.channe
 
 // Phase 1 of the backward, with or without dy.
 template <bool kFolded, bool kInput, class T>
-void scan_sensitivities(Strip<T>& strip, const CemaBwdParams& params, const Span& span, int64_t s, double* sums) {
+void scan_sensitivities(Strip<T>& strip, const CemaBwdParams& params, const Segment& segment, int64_t s, double* sums) {
   using R = Compute<T>;
   constexpr int lanes = kLanes<R>;
   strip.clear_state();
@@ -195,10 +193,10 @@ void scan_sensitivities(Strip<T>& strip, const CemaBwdParams& params, const Span
       im = -state[2 * i + 1];
     });
   }
-  const T *x = strip.row(params.x, span.begin), *dy = kInput ? strip.row(params.dy, span.begin) : x;
-  const int64_t stride = params.channels, steps = span.end - span.begin, modes = strip.modes;
+  const T *x = strip.row(params.x, segment.begin), *dy = kInput ? strip.row(params.dy, segment.begin) : x;
+  const int64_t stride = params.channels, steps = segment.end - segment.begin, modes = strip.modes;
   double* sum_omega = sums + strip.width * modes * kSums;
-  const int64_t ahead = params.sequences.tokens - span.begin;
+  const int64_t ahead = params.sequences.tokens - segment.begin;
   const auto tile = [&](int64_t t, int count, int vector, int size) {
     const int64_t at = t * stride + vector * lanes;
     const Tile<R> rows = strip.tile_of(dy + at, x + at, nullptr, stride);
@@ -234,7 +232,7 @@ void scan_sensitivities(Strip<T>& strip, const CemaBwdParams& params, const Span
 
 // Phase 2 of the backward. Returns true if the last state is finite.
 template <class T>
-bool scan_adjoints(Strip<T>& strip, const CemaBwdParams& params, const Span& span, int64_t s, bool folded,
+bool scan_adjoints(Strip<T>& strip, const CemaBwdParams& params, const Segment& segment, int64_t s, bool folded,
                    double* sums) {
   using R = Compute<T>;
   strip.clear_state();
@@ -245,14 +243,14 @@ bool scan_adjoints(Strip<T>& strip, const CemaBwdParams& params, const Span& spa
       im = g[2 * i + 1];
     });
   }
-  const int64_t stride = params.channels, steps = span.end - span.begin;
+  const int64_t stride = params.channels, steps = segment.end - segment.begin;
   if (steps > 0) {
-    const T *x = strip.row(params.x, span.end - 1), *dy = strip.row(params.dy, span.end - 1);
-    T* dx = strip.row(params.dx, span.end - 1);
-    if (!dy) strip.template sweep<Form::adjoint, true, false>(x, dx, x, -stride, steps, span.end, sums);
-    else if (!dx) strip.template sweep<Form::folded, false>(dy, dx, x, -stride, steps, span.end, sums);
-    else if (folded) strip.template sweep<Form::folded>(dy, dx, x, -stride, steps, span.end, sums);
-    else strip.template sweep<Form::adjoint>(dy, dx, x, -stride, steps, span.end, sums);
+    const T *x = strip.row(params.x, segment.end - 1), *dy = strip.row(params.dy, segment.end - 1);
+    T* dx = strip.row(params.dx, segment.end - 1);
+    if (!dy) strip.template sweep<Form::adjoint, true, false>(x, dx, x, -stride, steps, segment.end, sums);
+    else if (!dx) strip.template sweep<Form::folded, false>(dy, dx, x, -stride, steps, segment.end, sums);
+    else if (folded) strip.template sweep<Form::folded>(dy, dx, x, -stride, steps, segment.end, sums);
+    else strip.template sweep<Form::adjoint>(dy, dx, x, -stride, steps, segment.end, sums);
   }
   if (params.dstate) {
     using Complex = std::complex<R>;
@@ -281,10 +279,10 @@ bool run_backward(const CemaBwdParams& params, const CemaPlan& plan, bool folded
         std::fill_n(sum, size, 0.0);
         const auto with_dy = folded ? scan_sensitivities<true, true, T> : scan_sensitivities<false, true, T>;
         const auto scan = params.dy ? with_dy : scan_sensitivities<false, false, T>;
-        for (int64_t s = begin; s < end; ++s) scan(strip, params, plan.spans[s], s, sum);
+        for (int64_t s = begin; s < end; ++s) scan(strip, params, plan.segments[s], s, sum);
       }
       for (int64_t s = end - 1; s >= begin; --s)
-        if (!scan_adjoints(strip, params, plan.spans[s], s, folded, sum)) total = NAN;
+        if (!scan_adjoints(strip, params, plan.segments[s], s, folded, sum)) total = NAN;
       for (int64_t i = 0; sums && i < size; ++i) total += sum[i] * 0;  // 0, or NaN if a sum is NaN or infinite
       if (total != 0) __atomic_store_n(&finite, false, __ATOMIC_RELAXED);
     };

@@ -1,4 +1,4 @@
-// Division of the CEMA kernels' work: spans of tokens, groups of spans, strips of channels.
+// Division of the CEMA kernels' work: segments of tokens, groups of segments, strips of channels.
 #pragma once
 
 #include <unistd.h>
@@ -14,8 +14,8 @@
 namespace megalodon::MEGALODON_ISA {
 
 inline constexpr int64_t kSplitBelow = 4;  // split sequences if vectors of channels times sequences is less
-inline constexpr int64_t kSplitJobs = 16;  // target for spans times vectors of channels after a split
-inline constexpr int64_t kMinSpan = 16 * kTileSteps;
+inline constexpr int64_t kSplitJobs = 16;  // target for segments times vectors of channels after a split
+inline constexpr int64_t kMinSegment = 16 * kTileSteps;
 inline constexpr int64_t kMinStrip = 256 / kVectorBytes;   // vectors; fewer if threads need more strips
 inline constexpr int64_t kJobs = 32;                       // target for strips times groups
 inline constexpr int64_t kMinGroup = 4 * kTileSteps;       // tokens
@@ -34,33 +34,33 @@ inline int64_t max_strip() {
   return vectors;
 }
 
-struct Span {
+struct Segment {
   int64_t sequence, begin, end;
 };
 
-// Spans and groups fix the order of every sum, so they are functions of shapes alone. Channels are independent: the
+// Segments and groups fix the order of every sum, so they are functions of shapes alone. Channels are independent: the
 // width of a strip changes no result and may depend on the number of threads.
 struct CemaPlan {
-  int64_t count;                     // number of spans
-  bool split;                        // true if some sequence has several spans; otherwise span s is sequence s
+  int64_t count;                     // number of segments
+  bool split;                        // true if some sequence has several segments; otherwise segment s is sequence s
   int64_t groups, strips, channels;  // number of groups, of strips, and of channels per strip
-  Scratch<Span> spans;               // (count)
-  Scratch<int64_t> group_begin;      // (groups + 1): group g holds spans [group_begin[g], group_begin[g + 1])
+  Scratch<Segment> segments;               // (count)
+  Scratch<int64_t> group_begin;      // (groups + 1): group g holds segments [group_begin[g], group_begin[g + 1])
 
   CemaPlan(const CemaParams& params, int lanes, int threads)
-      : count(count_spans(params, lanes)), split(count > params.sequences.count), groups(count_groups(params, lanes)),
-        spans(count), group_begin(groups + 1) {
+      : count(count_segments(params, lanes)), split(count > params.sequences.count),
+        groups(count_groups(params, lanes)), segments(count), group_begin(groups + 1) {
     const Sequences& sequences = params.sequences;
-    const int64_t longest = longest_span(params, lanes);
+    const int64_t longest = longest_segment(params, lanes);
     for (int64_t s = 0, i = 0; s < sequences.count; ++s) {
       int64_t begin = sequences.begin(s);
       const int64_t end = sequences.end(s);
-      for (; end - begin > longest; begin += longest) spans[i++] = {s, begin, begin + longest};
-      spans[i++] = {s, begin, end};
+      for (; end - begin > longest; begin += longest) segments[i++] = {s, begin, begin + longest};
+      segments[i++] = {s, begin, end};
     }
     for (int64_t g = 0, i = 0; g <= groups; ++g) {
       const int64_t token = ceil_div(sequences.tokens * g, groups);
-      while (i < count && (g == groups || (split ? i < g : spans[i].begin < token))) ++i;
+      while (i < count && (g == groups || (split ? i < g : segments[i].begin < token))) ++i;
       group_begin[g] = i;
     }
     const int64_t vectors = ceil_div(params.channels, lanes);
@@ -78,13 +78,13 @@ struct CemaPlan {
   }
 
  private:
-  static int64_t longest_span(const CemaParams& params, int lanes) {
+  static int64_t longest_segment(const CemaParams& params, int lanes) {
     const int64_t units = ceil_div(params.channels, lanes) * params.sequences.count, tokens = params.sequences.tokens;
     if (units >= kSplitBelow) return tokens;
-    return std::max(kMinSpan, ceil_div(tokens * units, kSplitJobs * kTileSteps) * kTileSteps);
+    return std::max(kMinSegment, ceil_div(tokens * units, kSplitJobs * kTileSteps) * kTileSteps);
   }
-  static int64_t count_spans(const CemaParams& params, int lanes) {
-    const int64_t longest = std::max<int64_t>(1, longest_span(params, lanes));
+  static int64_t count_segments(const CemaParams& params, int lanes) {
+    const int64_t longest = std::max<int64_t>(1, longest_segment(params, lanes));
     int64_t total = 0;
     for (int64_t s = 0; s < params.sequences.count; ++s)
       total += std::max<int64_t>(1, ceil_div(params.sequences.length(s), longest));
@@ -98,10 +98,10 @@ struct CemaPlan {
   }
 };
 
-// Computes the spans' initial states from their local end states. With `conjugated`, q is conjugated and time runs
+// Computes the segments' initial states from their local end states. With `conjugated`, q is conjugated and time runs
 // backwards.
 //   initial (S, D, N): initial states of the sequences; null for zeros
-//   ends (spans, D, N): on entry, each span's end state after a start from zero; on return, its initial state
+//   ends (segments, D, N): on entry, each segment's end state after a start from zero; on return, its initial state
 //   final (S, D, N): receives the end states of the sequences, unless it is null
 template <class R>
 void merge(const CemaParams& params, const CemaPlan& plan, bool conjugated, const void* initial, R* ends, void* final) {
@@ -116,11 +116,11 @@ void merge(const CemaParams& params, const CemaPlan& plan, bool conjugated, cons
     int64_t length = -1;  // the exponent of `power`
     for (int64_t k = 0; k < count; ++k) {
       const int64_t at = conjugated ? count - 1 - k : k;
-      const Span& span = plan.spans[at];
-      const bool starts_sequence = k == 0 || plan.spans[conjugated ? at + 1 : at - 1].sequence != span.sequence;
-      if (starts_sequence) carry = from ? Complex(from[span.sequence * size + i]) : Complex(0);
-      if (length != span.end - span.begin) {
-        length = span.end - span.begin;
+      const Segment& segment = plan.segments[at];
+      const bool starts_sequence = k == 0 || plan.segments[conjugated ? at + 1 : at - 1].sequence != segment.sequence;
+      if (starts_sequence) carry = from ? Complex(from[segment.sequence * size + i]) : Complex(0);
+      if (length != segment.end - segment.begin) {
+        length = segment.end - segment.begin;
         power = 1;
         Complex square = conjugated ? std::conj(Complex(q[i])) : Complex(q[i]);
         for (int64_t n = length; n > 0; n /= 2, square *= square)
@@ -129,7 +129,7 @@ void merge(const CemaParams& params, const CemaPlan& plan, bool conjugated, cons
       const Complex local(states[at * size + i]);
       states[at * size + i] = std::complex<R>(carry);
       carry = power * carry + local;
-      if (to) to[span.sequence * size + i] = std::complex<R>(carry);
+      if (to) to[segment.sequence * size + i] = std::complex<R>(carry);
     }
   }
 }

@@ -1,4 +1,4 @@
-// A strip of channels. A job of the CEMA kernels processes its strip tile by tile.
+// A strip of channels: some neighbouring vectors. A job of the CEMA kernels processes its strip tile by tile.
 #pragma once
 
 #include <algorithm>

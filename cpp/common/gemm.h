@@ -6,10 +6,12 @@
 //   the same wherever the element is, so a packed matrix serves as A in two ways:
 //     A = M     rows of the tile are rows of M, the depth runs along its columns (panel after panel)
 //     A = M^T   rows of the tile are columns of M, the depth runs along its rows (within one panel)
-//   A tile is 8 rows x 3 vectors with AVX-512 (24 registers of sums, 3 of B, the rest for A), 4 x 3 with AVX2, 4 x 2
-//   without FMA; on Arm 8 x 2 of float and 4 x 2 of double. In the last panel, vectors without columns of the matrix
-//   are skipped. With AVX-512 and enough rows, tiles of such a panel are 12 x 2 or 24 x 1, to keep 24 sums. Rows are
-//   padded to kRowPadding, the depth to a unit.
+//   A tile has, in rows x vectors:
+//     AVX-512   8 x 3: 24 registers of sums, 3 of B, the rest for A; in the last panel 12 x 2 or 24 x 1 if rows suffice
+//     AVX2      4 x 3; without FMA 4 x 2
+//     Arm       8 x 2 of float, 4 x 2 of double
+//   In the last panel, vectors without columns of the matrix are skipped. Rows are padded to kRowPadding, the depth to
+//   a unit.
 //
 //   A unit is the operand of one lane: one element of the compute type or, if the CPU multiplies pairs, two bfloat16
 //   that are neighbours along the depth. So pairs need M in two formats: paired along the columns for A = M, along the

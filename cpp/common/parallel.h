@@ -1,4 +1,5 @@
-// Parallel jobs, the denormal mode and scratch memory for the CPU kernels.
+// Parallel jobs, the denormal mode and scratch memory for the CPU kernels. A job is the work that a thread takes at a
+// time, independent of the number of threads.
 #pragma once
 
 #include <algorithm>

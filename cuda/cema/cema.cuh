@@ -6,6 +6,19 @@
 // The adjoint is the same scan against time: r_t = q r_{t+1} + dy_t. The gradient of h is conj(gamma r), and dx_t =
 // Re(sum_n c_n r_t[n]) + omega dy_t. A `Scan` is one of the two, over positions 0 .. T - 1 in its own order.
 //
+// The flat row of T tokens is cut into tiles of `tile` positions; a tile may hold several sequences.
+//   1. table:   for each mode and channel the coefficients, and matrices that advance `tile` and 8 `tile` positions
+//   2. local:   the state at each tile's end, from zero or, if a sequence starts in the tile, from its start
+//   3. carry:   states at each tile's end -> states that enter each tile; a start inside a tile stops the carry
+//   4. output:  from the entering states the rows of y, or of dx, and the end states of sequences
+// The backward adds up its parameters' gradients from both scans' entering states: cema_bwd.cuh, cema_mma.cuh.
+//
+// Bytes: x is read in phases 2 and 4, y is written once; states are 8 N / tile bytes per channel and position.
+//
+// A given state is divided by p (in the adjoint by gamma) and by Im(q). So if states are given, p and gamma count as at
+// least kLeastScale and Im(q) as at least kLeastPhase. This changes p x, gamma and q by less than a rounding error of
+// the state.
+//
 // Basis. u = re + i Im(q) v is stored as the pair (first, second) = (re + shear v, v). A step then takes 3
 // multiply-adds instead of 4:
 //
@@ -17,19 +30,6 @@
 // coefficients then multiply by q to within 2^-35. (Without a shear, rounding Im(q)^2 would turn q by up to 2^-25, at
 // every position in the same direction.) The multiply-adds are fma: if q is near 1, so are alpha and delta, and the
 // state changes little, so a product with them, rounded alone, would have the same error at many positions.
-//
-// A given state is divided by p (in the adjoint by gamma) and by Im(q). So if states are given, p and gamma count as at
-// least kLeastScale and Im(q) as at least kLeastPhase. This changes p x, gamma and q by less than a rounding error of
-// the state.
-//
-// The flat row of T tokens is cut into tiles of `tile` positions; a tile may hold several sequences.
-//   1. table:   for each mode and channel the coefficients, and matrices that advance `tile` and 8 `tile` positions
-//   2. local:   the state at each tile's end, from zero or, if a sequence starts in the tile, from its start
-//   3. carry:   states at each tile's end -> states that enter each tile; a start inside a tile stops the carry
-//   4. output:  from the entering states the rows of y, or of dx, and the end states of sequences
-// The backward adds up its parameters' gradients from both scans' entering states: cema_bwd.cuh, cema_mma.cuh.
-//
-// Bytes: x is read in phases 2 and 4, y is written once; states are 8 N / tile bytes per channel and position.
 #pragma once
 
 #include "cema_arrays.cuh"

@@ -22,9 +22,9 @@
 //
 // Registers: at most 168 in cema_sums_kernel (12 warps per SM), no spills. Shared memory: 8 KB there, for initial
 // states and K w, and 12 KB in cema_finish_kernel, 44 with lags.
-// H100, (B 8, L 2048, D 1024, N 16) bf16, tile 128: 3.0 G multiply-adds, 88 us at 67 TFLOP/s; bytes: x, dy 67 MB,
-// sums 34 MB out and in, states 34 MB: 169 MB, 50 us. The whole backward (two local scans 3 + 3, output 5, sums 11):
-// 5.9 G multiply-adds, 176 us, and 70 MB of workspace.
+// H100, (B 8, L 2048, D 1024, N 16) bf16, tile 128:
+//   sums       3.0 G multiply-adds, 88 us at 67 TFLOP/s; 169 MB, 50 us: x, dy 67, sums 34 out and in, states 34
+//   backward   5.9 G multiply-adds, 176 us: local scans 3 + 3, output 5, sums 11; 70 MB of workspace
 // Example: T = 40, tile 32, one sequence: tile 0 adds K w_end with K = q r of token 32, which enters its adjoint.
 #pragma once
 

@@ -29,9 +29,11 @@
 // Grid of cema_tiles_kernel: x over 16 channels, y over shares; a block takes 8 tiles at once, a warp two channels.
 // Grid of cema_cross_kernel: the carry's; each of warps 0 to 3 adds up one kind of the warps' sums.
 // Registers: at most 128 (16 warps per SM). Shared memory: 90.3 KB, and 12.1 KB in cema_cross_kernel.
-// H100, (B 8, L 2048, D 1024, N 16): 4.2 M products, 36 us at 1024 multiply-adds per cycle and SM; 2.8 warp
-// instructions per channel and position, 51 us; x, dy 67 MB in, ends and slopes 67 MB out, 40 us. Cross: 102 MB, 30 us.
-// The whole backward about 130 us, and 75 MB of workspace.
+// H100, (B 8, L 2048, D 1024, N 16):
+//   tiles      4.2 M products, 36 us at 1024 multiply-adds per cycle and SM; 2.8 warp instructions per channel and
+//              position, 51 us; x, dy 67 MB in, ends and slopes 67 MB out, 40 us
+//   cross      102 MB, 30 us
+//   backward   about 130 us, and 75 MB of workspace
 // Example: L = 256, T = 512: 4 tiles, one group of 8; u = 0 in tiles 0 and 2, k = 0 in tiles 1 and 3.
 #pragma once
 

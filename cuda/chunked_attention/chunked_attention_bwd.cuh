@@ -7,28 +7,31 @@
 //   q, k (T, H, K); v, o, do (T, H, V): the call's dtype; arbitrary K and V
 //   lse (T, H): R
 //
-// P and dS are cut into tiles of kEdge rows by kEdge keys of one head of a chunk. Each tile (above the diagonal only if
-// attention is not causal) is computed once and stored in the workspace, in the call's dtype. So no product is computed
-// twice: 3 K + 2 V multiplications per score. dS may be larger than the largest fp16: a tile of fp16 is stored times a
-// power of two, its factor, and sums over tiles always have the factor of the tile that is added (TileFactors).
+// P and dS are cut into tiles of kEdge rows by kEdge keys of one head of a chunk. Each tile is computed once and stored
+// in the workspace, in the call's dtype. So no product is computed twice: 3 K + 2 V multiplications per score.
 //
 // Phases: 1. prepare, a warp for each token and head: delta, and zeros in the gradients of padding;
 //         2. scores, a block for each tile: S = q k^T, dP = do v^T; P from S, dS from P and dP;
 //         3. products, a block for each kEdge rows by kEdge channels of dq, dk or dv: sums over a row of tiles
-//            (dq = dS k), or over a column of tiles, which is called a panel (dk = dS^T q, dv = P^T do).
-// Phases 2 and 3 run in rounds. A round has at least one panel, of 2 kEdge C elements, and as many as fit into
-// kTileBytes or an eighth of the tensors' bytes, whichever is more. It completes dk and dv of its panels. If a chunk's
-// panels are in several rounds, each adds to the chunk's dq in order: it reads the sums, of type R, from one of two
-// buffers and writes them to the other. Blocks with only cached rows have neither queries nor gradients and are
-// skipped. If a chunk is one block of rows, phase 2 scales the rows of P to sum 1 and takes delta_i = sum_j P_ij dP_ij.
-// With few keys the terms of dS cancel, and delta_i = do_i . o_i would add the error of o, which is rounded to 16 bits.
+//            (dq = dS k), or over a column of tiles, called a panel here (dk = dS^T q, dv = P^T do).
+// Phases 2 and 3 run in rounds, each of which completes dk and dv of its panels. A round has as many panels, of 2 kEdge
+// C elements, as fit into kTileBytes or an eighth of the tensors' bytes, whichever is more, but at least one.
+// Exceptions:
+//   a chunk in several rounds   each round adds to the chunk's dq in order: it reads the sums, of type R, from one of
+//                               two buffers and writes them to the other
+//   tiles above the diagonal    exist only if attention is not causal
+//   only cached rows in a block there are neither queries nor gradients; the block is skipped
+//   fp16                        dS may exceed the largest fp16: a tile is stored times a power of two, its factor, and
+//                               sums over tiles always have the factor of the tile that is added (TileFactors)
+//   a chunk of one block        phase 2 scales the rows of P to sum 1, and delta_i = sum_j P_ij dP_ij. With few keys
+//                               the terms of dS cancel, and do_i . o_i would add the error of o, rounded to 16 bits
 //
 // A block has 256 threads and a ring of three slabs of both operands (block_product.cuh), filled by cp.async.
 //   bf16, fp16    kEdge 128, slabs 64 deep, 96 KiB, 97 in scores; an SM has 1 block of scores or, if its memory
 //                 allows, 2 of products
 //   float         kEdge 128, slabs 16 deep, 49 KiB; double: kEdge 64, 49 KiB; by multiply-adds
-// Registers: scores 223, products 128, or up to 174 if rows cannot be read as vectors; float 254, 194. No spills, except
-// up to two registers (fp16: eight) in products on sm_80 and sm_90, once per thread, outside the loop.
+// Registers: scores 223, products 128, or up to 174 if rows cannot be read as vectors; float 254, 194. No spills,
+// except up to two registers (fp16: eight) in products on sm_80 and sm_90, once per thread, outside the loop.
 //
 // NaN and infinity: tiles on the diagonal hold zeros for pairs that do not see each other, and 0 times a NaN of q, k or
 // do is NaN. If a block of phase 3 finds a NaN, it computes its sums twice more, such that 0 times NaN adds nothing

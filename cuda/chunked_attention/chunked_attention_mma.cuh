@@ -14,10 +14,12 @@
 //   2. mask, DropKey; m' = max(m, max_j s), P = 2^(S - m'), f = 2^(m - m'), l = f l + sum_j P
 //   3. O = f O + P V, P rounded to 16 bits
 // The values of the tile are copied during 1, the keys of the next tile during 2 and 3.
-// The block ends with o = O / l, lse = (m + log2 l) ln 2. The output is staged in shared memory, so that whole rows are
-// stored. S is kept times log2 e. A warp skips tiles that none of its rows sees. If every score of a row is dropped, l
-// = o = 0. Keys outside the block's window are zeros. NaN outputs are recomputed (`repair`), as a later NaN must not
-// reach them.
+// The block ends with o = O / l, lse = (m + log2 l) ln 2, and stores whole rows, from shared memory. S is kept times
+// log2 e. Exceptions:
+//   tiles that no row of a warp sees   the warp skips them
+//   keys outside the block's window    zeros
+//   every score of a row is dropped    l = o = 0
+//   NaN outputs                        recomputed (`repair`), as a later NaN must not reach them
 //
 // Columns of V beyond kColumns go to other blocks, which recompute the scores: for K = 256, V = 2048, a score takes 8 *
 // 256 + 2048 products instead of 2304, 1.8 times as many. More columns per block would save products, but a block of 64

@@ -1,4 +1,5 @@
-// Gradients of parameters to which all blocks contribute: each block stores its share, and a kernel adds the shares.
+// Gradients of parameters to which all blocks contribute: each block stores its sums (a share), and a kernel adds
+// the shares.
 #pragma once
 
 #include "portable.cuh"

@@ -13,16 +13,16 @@
 // Phases of a warp: 1. Lanes find the rows of the rotary table for the warp's next kTokens tokens. Then for each token:
 //   2. compute e and dzn and, by shuffles, the sums of z^2 and of dzn z; 3. compute dz, and add e and e zn to the
 //   lane's sums in registers, while the next token's vectors are loaded. At the end:
-//   4. add the warps' sums in order. They are the part's share.
+//   4. add the warps' sums in order: the part's sums.
 // Phases of a block, for each kTokens tokens: 1. Lanes find the tokens' rows. 2. The block computes the two sums of
 //   each token. 3. It reads the vectors again, from L1 or L2, stores dz, and adds the sums of e and e zn over these
-//   tokens to the part's share.
-// Then gpu::sum_shares adds the parts' shares in order.
+//   tokens to the part's sums.
+// Then gpu::sum_shares adds the parts' sums in order.
 //
 // Shared memory: 9 KB. Registers: at most 128, two blocks per SM (f64: 150, one block); no spills.
-// Bytes: z, dq, dk and dz once, the minimum. Shares have 16 K bytes per part and head, and are written and read once:
+// Bytes: z, dq, dk and dz once, the minimum. The parts' sums have 16 K bytes per head, written and read once:
 // 3% each in bf16 if parts have 64 tokens or more. The table comes from L2.
-// H100, (B 8, L 2048, H 1, K 256) bf16: 33.6 MB + 2.1 MB of table + 2.1 MB of shares, 11.3 us at 3.35 TB/s.
+// H100, (B 8, L 2048, H 1, K 256) bf16: 33.6 MB + 2.1 MB of table + 2.1 MB of sums, 11.3 us at 3.35 TB/s.
 // Example: T 16384, H 1, K 256: 256 parts of 64 tokens, 8 per warp. In fp32, lane l has elements 4 l .. 4 l + 3 and
 // 128 + 4 l .. 128 + 4 l + 3.
 #pragma once

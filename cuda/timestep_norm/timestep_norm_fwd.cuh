@@ -31,8 +31,9 @@
 // Bytes: the minimum is x, y and stats once; timestep_norm_fwd reads x again, from L2 if it is there. Carries have 16
 // bytes per tile and group, which are written and read twice: 1.6% of x for F = 32 in bf16. 7 of a block's 8 warps read
 // weight and bias from L1.
-// H100, (B 8, L 2048, D 1024, G 32) bf16: 67 + 6.3 MB, 22 us at 3.35 TB/s, 32 us if x comes from memory twice; but the
-// instructions take 20 us in the first launch and 42 in the last (bench.predict), so at least 62 us.
+// H100, (B 8, L 2048, D 1024, G 32) bf16, at least 62 us:
+//   memory         67 + 6.3 MB, 22 us at 3.35 TB/s; 32 us if x comes from memory twice
+//   instructions   20 us in the first launch and 42 in the last (bench.predict)
 // Example: F = 32 bf16: 4 lanes per group, 8 groups per warp, 256 channels per block; lane 5 has channels 8 to 15 of
 // group 1.
 #pragma once

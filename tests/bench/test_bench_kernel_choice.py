@@ -33,7 +33,9 @@ def test_a_choice_that_is_not_the_fastest_is_marked():
             Timing(name, rival=name != OURS, warm=[1e-3 * time], error=1e-3 if name == "few" else 0.0)
             for name, time in {OURS: 1.0, **milliseconds}.items()
         ]
-        result = Result("", "forward", "T 1 I 2 O 3", "float32", 2, 1, "element", None, None, 1e-4, timings)
+        sizes = {"bench": "", "case": "forward", "shape": "T 1 I 2 O 3", "dtype": "float32", "threads": 2}
+        units = {"units": 1, "unit": "element", "flops": None, "bytes": None}
+        result = Result(**sizes, **units, tolerance=1e-4, timings=timings)
         return kernel_choice.row(result, chosen)
 
     line, is_slower = row(few=0.1, many=0.5, torch=0.8)

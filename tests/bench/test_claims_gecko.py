@@ -36,8 +36,8 @@ def input_grads(outputs, output_grads, inputs):
 
 def test_the_memory_is_the_released_one():
     data = golden("awm", "plain.")
-    q, k, v = inputs = [data[name].requires_grad_() for name in "qkv"]
-    y, memory = gecko.working_memory(q, k, v, chunk_size=4)
+    inputs = [data[name].requires_grad_() for name in "qkv"]
+    y, memory = gecko.working_memory(*inputs, chunk_size=4)
     names = ("y", "memory", "log_mass")
     for name, found in zip(names, (y, *memory), strict=True):
         torch.testing.assert_close(found, data[name], **EXACT)
@@ -53,9 +53,8 @@ def test_the_memory_is_the_released_one():
 def test_the_decay_norm_is_the_released_one(case):
     """Pieces between restarts are rows of their own."""
     data = golden("timestep_decay_norm", f"{case}.")
-    x, scale, shift, mean, var = inputs = [
-        data[name].requires_grad_() for name in ("x", "scale", "shift", "mean", "var")
-    ]
+    inputs = [data[name].requires_grad_() for name in ("x", "scale", "shift", "mean", "var")]
+    x, scale, shift, mean, var = inputs
     ys, states, betas = [], [], data["betas"].tolist()
     for row in range(len(x)):
         bos, rows, parts = data["bos"][row], slice(row, row + 1), []
@@ -82,7 +81,8 @@ def test_the_decay_norm_is_the_released_one(case):
 
 def test_attention_to_two_chunks_is_the_released_one():
     data = golden("sliding_chunk_attention", "plain.")
-    q, k, v = inputs = [data[name].requires_grad_() for name in "qkv"]
+    inputs = [data[name].requires_grad_() for name in "qkv"]
+    q, k, v = inputs
     rotated = [gecko.rotate(t.transpose(1, 2), gecko.ROPE_BASE) for t in (q, k)]
     for found, name in zip(rotated, ("q_rotated", "k_rotated"), strict=True):
         torch.testing.assert_close(found.transpose(1, 2), data[name], **EXACT)

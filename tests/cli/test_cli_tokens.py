@@ -69,7 +69,7 @@ def test_a_run_over_tokens_reports_bits_per_byte(run, bpe, text):
     for row in curve:
         assert row["bits_per_byte"] == pytest.approx(row["loss"] / 0.6931471805599453 / per_token)
     assert sum(row["bits_per_byte"] for row in curve[-5:]) / 5 < curve[0]["bits_per_byte"] - 0.5
-    assert (curve[-1]["step"], curve[-1]["tokens"]) == (40, 40 * 3 * 24)
+    assert (curve[-1]["step"], curve[-1]["tokens"]) == (40, 40 * 3 * 24)  # --batch 3, --length 24
     held_out = [row["held_out_bits_per_byte"] for row in rows(run) if "held_out_bits_per_byte" in row]
     assert 1 < held_out[-1] < held_out[0] < 8
     folder = load_checkpoint(run).folder

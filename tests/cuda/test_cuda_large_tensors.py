@@ -25,14 +25,19 @@ def large(emulator, monkeypatch):
 
 
 def cema_parameters(large, channels, modes=1):
-    return [large(channels, modes, dtype=dtype) for dtype in (F32, C64, C64)] + [large(channels)]
+    modal = {name: large(channels, modes, dtype=dtype) for name, dtype in (("p", F32), ("q", C64), ("gamma", C64))}
+    return {**modal, "omega": large(channels)}
+
+
+def cema_gradients(large, channels, modes=1):
+    return {f"d{name}": tensor for name, tensor in cema_parameters(large, channels, modes).items()}
 
 
 # More than 32 modes are computed in groups, whose outputs are summed in the workspace.
 @pytest.mark.parametrize("modes", [1, 33])
 def test_cema_scans_offsets_beyond_31_bits(emulator, large, modes):
     x, y = large(1, T, D, dtype=BF16), large(1, T, D, dtype=BF16)
-    emulator.launch("cema_fwd", x, *cema_parameters(large, D, modes), None, None, y, None)
+    emulator.launch("cema_fwd", x=x, **cema_parameters(large, D, modes), y=y)
 
 
 def test_cema_steps_at_offsets_beyond_31_bits(emulator, large):
@@ -40,30 +45,30 @@ def test_cema_steps_at_offsets_beyond_31_bits(emulator, large):
     channels, count = 2**26, 40
     x, y = large(count, 1, channels, dtype=BF16), large(count, 1, channels, dtype=BF16)
     before, after = large(count, channels, 1, dtype=C64), large(count, channels, 1, dtype=C64)
-    emulator.launch("cema_fwd", x, *cema_parameters(large, channels), before, None, y, after)
+    emulator.launch("cema_fwd", x=x, **cema_parameters(large, channels), state=before, y=y, state_out=after)
 
 
 @pytest.mark.parametrize("modes", [1, 33])
 def test_cema_differentiates_at_offsets_beyond_31_bits(emulator, large, modes):
     x, dy, dx = (large(1, T, D, dtype=BF16) for _ in range(3))
-    gradients = cema_parameters(large, D, modes)
-    emulator.launch("cema_bwd", x, *cema_parameters(large, D, modes), None, None, dy, None, dx, *gradients, None)
+    inputs = cema_parameters(large, D, modes)
+    emulator.launch("cema_bwd", x=x, **inputs, dy=dy, dx=dx, **cema_gradients(large, D, modes))
 
 
 def test_cema_differentiates_on_tensor_cores_at_offsets_beyond_31_bits(emulator, large):
     channels = 2**22
     x, dy, dx = (large(1, 640, channels, dtype=BF16) for _ in range(3))
-    inputs, gradients = cema_parameters(large, channels), cema_parameters(large, channels)
+    inputs, gradients = cema_parameters(large, channels), cema_gradients(large, channels)
     emulator.set_order("random", shared_limit=163 * 1024)  # with less, the scan runs
     with emulator.launch_sizes(cema_tile=128, cema_shares=1):
-        emulator.launch("cema_bwd", x, *inputs, None, None, dy, None, dx, *gradients, None)
+        emulator.launch("cema_bwd", x=x, **inputs, dy=dy, dx=dx, **gradients)
 
 
 def test_end_states_of_cema_at_offsets_beyond_31_bits(emulator, large):
     x, dx, state = large(1, T, D, dtype=BF16), large(1, T, D, dtype=BF16), large(1, D, 1, dtype=C64)
     p, q, dp, dq = large(D, 1), large(D, 1, dtype=C64), large(D, 1), large(D, 1, dtype=C64)
-    emulator.launch("cema_end_state_fwd", x, p, q, None, state)
-    emulator.launch("cema_end_state_bwd", x, p, q, None, state, dx, dp, dq)
+    emulator.launch("cema_end_state_fwd", x=x, p=p, q=q, state_out=state)
+    emulator.launch("cema_end_state_bwd", x=x, p=p, q=q, dstate_out=state, dx=dx, dp=dp, dq=dq)
 
 
 GROUPS = 2**10
@@ -71,57 +76,60 @@ GROUPS = 2**10
 
 def test_timestep_norm_at_offsets_beyond_31_bits(emulator, large):
     x, y, stats = large(1, T, D, dtype=BF16), large(1, T, D, dtype=BF16), large(3, 1, T, GROUPS)
-    nothing = [None] * 5
-    emulator.launch("timestep_norm_fwd", x, large(D), large(D), GROUPS, 1e-5, *nothing, y, stats, *[None] * 4)
+    inputs = {"x": x, "weight": large(D), "bias": large(D), "num_groups": GROUPS, "eps": 1e-5}
+    emulator.launch("timestep_norm_fwd", **inputs, y=y, stats=stats)
 
 
 def test_timestep_norm_differentiates_at_offsets_beyond_31_bits(emulator, large):
     x, dy, dx = (large(1, T, D, dtype=BF16) for _ in range(3))
-    inputs = x, large(D), large(D), GROUPS, 1e-5, *[None] * 5, large(3, 1, T, GROUPS), dy, None, None
-    emulator.launch("timestep_norm_bwd", *inputs, dx, large(D), large(D), None, None)
+    inputs = {"x": x, "weight": large(D), "bias": large(D), "num_groups": GROUPS, "eps": 1e-5}
+    results = {"dx": dx, "dweight": large(D), "dbias": large(D)}
+    emulator.launch("timestep_norm_bwd", **inputs, stats=large(3, 1, T, GROUPS), dy=dy, **results)
 
 
 def test_end_states_of_timestep_norm_at_offsets_beyond_31_bits(emulator, large):
-    x, dx, mean, residual = (
-        large(1, T, D, dtype=BF16),
-        large(1, T, D, dtype=BF16),
-        large(1, GROUPS),
-        large(1, 2, GROUPS),
-    )
-    state = mean, large(1, GROUPS), residual, large(1, dtype=torch.int64)
-    emulator.launch("timestep_norm_end_state_fwd", x, GROUPS, None, *state)
-    emulator.launch("timestep_norm_end_state_bwd", x, GROUPS, None, mean, residual, mean, mean, dx)
+    x, dx = large(1, T, D, dtype=BF16), large(1, T, D, dtype=BF16)
+    moments = {"mean_out": large(1, GROUPS), "residual_out": large(1, 2, GROUPS)}
+    others = {"var_out": large(1, GROUPS), "count_out": large(1, dtype=torch.int64)}
+    gradients = {"dmean_out": large(1, GROUPS), "dvar_out": large(1, GROUPS)}
+    emulator.launch("timestep_norm_end_state_fwd", x=x, num_groups=GROUPS, **moments, **others)
+    emulator.launch("timestep_norm_end_state_bwd", x=x, num_groups=GROUPS, **moments, **gradients, dx=dx)
+
+
+def launch_normalized_qk(emulator, large, tokens, heads, K, *, chunk_size, **options):
+    z, dz = (large(1, tokens, heads * K, dtype=BF16) for _ in range(2))
+    q, k = (large(1, tokens, heads, K, dtype=BF16) for _ in range(2))
+    gamma, beta, dgamma, dbeta = (large(2, heads * K) for _ in range(4))
+    inputs = {"z": z, "gamma": gamma, "beta": beta, "num_heads": heads, "chunk_size": chunk_size, "eps": 1e-5}
+    inputs |= {"rotary": large(chunk_size, K // 2, 2), **options}
+    emulator.launch("normalized_qk_fwd", **inputs, q=q, k=k)
+    emulator.launch("normalized_qk_bwd", **inputs, dq=q, dk=k, dz=dz, dgamma=dgamma, dbeta=dbeta)
 
 
 @pytest.mark.parametrize("K", [256, 520])
 def test_normalized_qk_at_offsets_beyond_31_bits(emulator, large, K):
     """Kernels by warp and by block; the rotary table has large offsets, too."""
-    heads, tokens, C, position = 64, 2**25 // K + 40, 2**32 // K, large(1, dtype=torch.int64)
+    tokens, C, position = 2**25 // K + 40, 2**32 // K, large(1, dtype=torch.int64)
     position[0] = C - tokens
-    z, dz = (large(1, tokens, heads * K, dtype=BF16) for _ in range(2))
-    q, k = (large(1, tokens, heads, K, dtype=BF16) for _ in range(2))
-    gamma, beta, dgamma, dbeta = (large(2, heads * K) for _ in range(4))
-    options = heads, C, 1e-5, large(C, K // 2, 2), position, None
-    emulator.launch("normalized_qk_fwd", z, gamma, beta, *options, q, k)
-    emulator.launch("normalized_qk_bwd", z, gamma, beta, *options, q, k, dz, dgamma, dbeta)
+    launch_normalized_qk(emulator, large, tokens, 64, K, chunk_size=C, position=position)
 
 
-ATTENTION = 256, True, 1.0, 0.0, None, None  # chunk size and options
+ATTENTION = {"chunk_size": 256, "causal": True, "scale": 1.0, "dropkey": 0.0}
 
 
 @pytest.mark.parametrize("dtype", [BF16, F32], ids=str)
 def test_attention_at_offsets_beyond_31_bits(emulator, large, dtype):
     q, k, v, o = (large(1, 2**24 + 200, 1, 128, dtype=dtype) for _ in range(4))
     v[0, -1] = torch.nan  # rows that are not finite are computed again
-    emulator.launch("chunked_attention_fwd", q, k, v, None, None, None, *ATTENTION, o, large(1, 2**24 + 200, 1))
+    emulator.launch("chunked_attention_fwd", q=q, k=k, v=v, **ATTENTION, o=o, lse=large(1, 2**24 + 200, 1))
 
 
 def test_steps_of_attention_at_offsets_beyond_31_bits(emulator, large):
     S, K, V = 2**20 + 8, 8, 2048
-    q, k, cache_k = (large(S, 1, 1, K, dtype=BF16) for _ in range(3))
-    v, cache_v, o = (large(S, 1, 1, V, dtype=BF16) for _ in range(3))
-    inputs = q, k, v, cache_k, cache_v, large(S, dtype=torch.int64), 1, True, 1.0, 0.0, None, None
-    emulator.launch("chunked_attention_fwd", *inputs, o, large(S, 1, 1))
+    inputs = {name: large(S, 1, 1, K, dtype=BF16) for name in ("q", "k", "cache_k")}
+    inputs |= {name: large(S, 1, 1, V, dtype=BF16) for name in ("v", "cache_v")}
+    inputs |= {"position": large(S, dtype=torch.int64), **ATTENTION, "chunk_size": 1}
+    emulator.launch("chunked_attention_fwd", **inputs, o=large(S, 1, 1, V, dtype=BF16), lse=large(S, 1, 1))
 
 
 @pytest.mark.parametrize("L", [1, 256])
@@ -129,14 +137,14 @@ def test_steps_of_attention_at_offsets_beyond_31_bits(emulator, large):
 def test_states_of_attention_at_offsets_beyond_31_bits(emulator, large, K, L):
     """The last sequence continues from position 200 by one token or a whole chunk."""
     S = 2**15 + 300
-    *cache, new_k, new_v = (large(S, 256, 1, K, dtype=BF16) for _ in range(4))
-    position, new_position = large(S, dtype=torch.int64), large(S, dtype=torch.int64)
-    position[-1] = 200
+    old, new = ({name: large(S, 256, 1, K, dtype=BF16) for name in ("cache_k", "cache_v")} for _ in range(2))
+    old["position"], new["position"] = large(S, dtype=torch.int64), large(S, dtype=torch.int64)
+    old["position"][-1] = 200
     q, k, v, o = (large(S, L, 1, K, dtype=BF16) for _ in range(4))
-    emulator.launch("chunked_attention_fwd", q, k, v, *cache, position, *ATTENTION, o, large(S, L, 1))
+    emulator.launch("chunked_attention_fwd", q=q, k=k, v=v, **old, **ATTENTION, o=o, lse=large(S, L, 1))
     with emulator.only_bounds(apart=2**33, ends=60):  # rows of the last cache from 196 on
-        new = new_k, new_v, new_position
-        emulator.launch("chunked_attention_state", k, v, *cache, position, 256, None, *new)
+        results = {f"{name}_out": tensor for name, tensor in new.items()}
+        emulator.launch("chunked_attention_state", k=k, v=v, **old, chunk_size=256, **results)
 
 
 def test_attention_differentiates_at_offsets_beyond_31_bits(emulator, large):
@@ -146,9 +154,9 @@ def test_attention_differentiates_at_offsets_beyond_31_bits(emulator, large):
     """
     tokens = 58_833 * 256
     q, k, v, o, do, dq, dk, dv = (large(1, tokens, 1, 144, dtype=BF16) for _ in range(8))
-    inputs = q, k, v, None, None, None, *ATTENTION, o, large(1, tokens, 1), do
+    inputs = {"q": q, "k": k, "v": v, **ATTENTION, "o": o, "lse": large(1, tokens, 1), "do": do}
     with emulator.only_bounds(apart=2**33, ends=4), emulator.launch_sizes(attention_panels=tokens // 128 - 2):
-        emulator.launch("chunked_attention_bwd", *inputs, dq, dk, dv)
+        emulator.launch("chunked_attention_bwd", **inputs, dq=dq, dk=dk, dv=dv)
 
 
 def test_cema_outputs_on_tensor_cores_at_offsets_beyond_31_bits(emulator, large):
@@ -158,12 +166,12 @@ def test_cema_outputs_on_tensor_cores_at_offsets_beyond_31_bits(emulator, large)
     inputs, state = cema_parameters(large, channels, modes), large(S, channels, modes, dtype=C64)
     emulator.set_order("random", shared_limit=163 * 1024)
     with emulator.launch_sizes(cema_tile=128):
-        emulator.launch("cema_fwd", x, *inputs, None, None, y, state)
+        emulator.launch("cema_fwd", x=x, **inputs, y=y, state_out=state)
     assert "cema_mma_output_kernel" in set(emulator.module.launched())
     del state
-    gradients = cema_parameters(large, channels, modes)
+    gradients = cema_gradients(large, channels, modes)
     with emulator.launch_sizes(cema_tile=128, cema_shares=1):
-        emulator.launch("cema_bwd", x, *inputs, None, None, y, None, dx, *gradients, None)
+        emulator.launch("cema_bwd", x=x, **inputs, dy=y, dx=dx, **gradients)
     assert {"cema_tiles_kernel", "cema_mma_output_kernel"} <= set(emulator.module.launched())
 
 
@@ -176,30 +184,32 @@ def test_states_of_cema_at_offsets_beyond_31_bits(emulator, large, dtype):
     S, channels = 130, 2**24 + 3
     x, y, dx = (large(S, 5, channels, dtype=dtype) for _ in range(3))
     state, new = (large(S, channels, 1, dtype=C64) for _ in range(2))
-    inputs, gradients = cema_parameters(large, channels), cema_parameters(large, channels)
-    p, q, gamma, _ = inputs
+    inputs, gradients = cema_parameters(large, channels), cema_gradients(large, channels)
+    p, q, gamma, _ = inputs.values()
     p[-1], q[-1], gamma[-1], state[-1, -1] = 0.5, 0.5, 1, 2
     with emulator.launch_sizes(cema_tile=32):
-        emulator.launch("cema_fwd", x, *inputs, state, None, y, new)
+        emulator.launch("cema_fwd", x=x, **inputs, state=state, y=y, state_out=new)
         assert y[-1, :, -1].tolist() == [2**-t for t in range(5)] and new[-1, -1].real == 2**-4
         dstate = large(S, channels, 1, dtype=C64)
-        emulator.launch("cema_bwd", x, *inputs, state, None, y, new, dx, *gradients, dstate)
+        gradients |= {"dx": dx, "dstate": dstate}
+        emulator.launch("cema_bwd", x=x, **inputs, state=state, dy=y, dstate_out=new, **gradients)
     with emulator.launch_sizes(cema_tile=8):
-        emulator.launch("cema_end_state_fwd", x, *inputs[:2], None, new)
+        emulator.launch("cema_end_state_fwd", x=x, p=p, q=q, state_out=new)
 
 
 def test_states_of_sequences_without_tokens_at_offsets_beyond_31_bits(emulator, large):
     S, channels, modes, spans = 2**24 + 8, 4, 33, large(2**24 + 8, 2, dtype=torch.int64)
     x, y = large(1, 1, channels), large(1, 1, channels)
     before, after = (large(S, channels, modes, dtype=C64) for _ in range(2))
-    emulator.launch("cema_fwd", x, *cema_parameters(large, channels, modes), before, spans, y, after)
+    inputs = cema_parameters(large, channels, modes) | {"state": before, "spans": spans}
+    emulator.launch("cema_fwd", x=x, **inputs, y=y, state_out=after)
 
 
 def test_padding_between_steps_of_cema_at_offsets_beyond_31_bits(emulator, large):
     channels, spans = 2**26, large(40, 1, 2, dtype=torch.int64)
     y = large(40, 2, channels, dtype=BF16)
     inputs = cema_parameters(large, channels)
-    emulator.launch("cema_fwd", large(40, 2, channels, dtype=BF16), *inputs, None, spans, y, None)
+    emulator.launch("cema_fwd", x=large(40, 2, channels, dtype=BF16), **inputs, spans=spans, y=y)
 
 
 @pytest.mark.parametrize("rows", [1, T], ids=["one-row", "rows-of-a-token"])
@@ -209,19 +219,23 @@ def test_statistics_and_states_of_timestep_norm_at_offsets_beyond_31_bits(emulat
     weight, bias, dweight, dbias = (large(D) for _ in range(4))
     stats = large(3, rows, T // rows, D)
     count, new_count = large(rows, dtype=torch.int64).fill_(1), large(rows, dtype=torch.int64)
-    moments = large(rows, D), large(rows, D), large(rows, 2, D)
-    new = large(rows, D), large(rows, D), large(rows, 2, D)
-    options = D, 1e-5, count, *moments, None
+    mean, var, residual = large(rows, D), large(rows, D), large(rows, 2, D)
+    new = {"mean_out": large(rows, D), "var_out": large(rows, D), "residual_out": large(rows, 2, D)}
+    inputs = {"x": x, "weight": weight, "bias": bias, "num_groups": D, "eps": 1e-5}
+    inputs |= {"count": count, "mean": mean, "var": var, "residual": residual}
+    empty = inputs | {"spans": large(rows, 1, 2, dtype=torch.int64)}  # spans of no token
     if rows == 1:  # (T, 2, G) sums are beyond 2^32: blocks in the middle are between 2^31 and 2^32
         emulator.module.set_bounds(True, 2**33, 1, T // 64 * D // 32 * 3 // 4)
-    emulator.launch("timestep_norm_fwd", x, weight, bias, *options, y, stats, new_count, *new)
-    empty = *options[:-1], large(rows, 1, 2, dtype=torch.int64)  # spans of no token
-    emulator.launch("timestep_norm_fwd", x, weight, bias, *empty, y, stats, new_count, *new)
-    gradients = dx, dweight, dbias, moments[0], moments[1]
-    emulator.launch("timestep_norm_bwd", x, weight, bias, *empty, stats, y, *new[:2], *gradients)
-    emulator.launch("timestep_norm_bwd", x, weight, bias, *options, stats, y, *new[:2], *gradients)
-    emulator.launch("timestep_norm_end_state_fwd", x, D, None, *new, new_count)
-    emulator.launch("timestep_norm_end_state_bwd", x, D, None, new[0], new[2], *moments[:2], dx)
+    results = {"y": y, "stats": stats, "count_out": new_count, **new}
+    emulator.launch("timestep_norm_fwd", **inputs, **results)
+    emulator.launch("timestep_norm_fwd", **empty, **results)
+    incoming = {"stats": stats, "dy": y, "dmean_out": new["mean_out"], "dvar_out": new["var_out"]}
+    gradients = {"dx": dx, "dweight": dweight, "dbias": dbias, "dmean": mean, "dvar": var}
+    emulator.launch("timestep_norm_bwd", **empty, **incoming, **gradients)
+    emulator.launch("timestep_norm_bwd", **inputs, **incoming, **gradients)
+    emulator.launch("timestep_norm_end_state_fwd", x=x, num_groups=D, **new, count_out=new_count)
+    incoming = {"mean_out": new["mean_out"], "residual_out": new["residual_out"], "dmean_out": mean, "dvar_out": var}
+    emulator.launch("timestep_norm_end_state_bwd", x=x, num_groups=D, **incoming, dx=dx)
 
 
 @pytest.mark.parametrize(
@@ -231,16 +245,15 @@ def test_heads_of_attention_at_offsets_beyond_31_bits(emulator, large, dtype, wi
     """T H is beyond 2^31, and with it lse."""
     tokens, heads = 2**21 + 200, 2**10
     q, k, v, o = (large(1, tokens, heads, width, dtype=dtype) for _ in range(4))
-    lse = large(1, tokens, heads)
-    emulator.launch("chunked_attention_fwd", q, k, v, None, None, None, *ATTENTION, o, lse)
+    inputs = {"q": q, "k": k, "v": v, **ATTENTION, "o": o, "lse": large(1, tokens, heads)}
+    emulator.launch("chunked_attention_fwd", **inputs)
     if dtype == BF16:
-        inputs, gradients = (q, k, v, None, None, None, *ATTENTION, o, lse, o), (q, k, v)
         panels = (2**13 * 2 + 2) * heads  # all in one round, whose last queries are the blocks before `panels`
         with (
             emulator.only_bounds(apart=2**33, ends=4, middle=panels),
             emulator.launch_sizes(attention_panels=panels),
         ):
-            emulator.launch("chunked_attention_bwd", *inputs, *gradients)
+            emulator.launch("chunked_attention_bwd", **inputs, do=o, dq=q, dk=k, dv=v)
 
 
 @pytest.mark.slow
@@ -248,26 +261,29 @@ def test_heads_of_attention_steps_at_offsets_beyond_31_bits(emulator, large):
     S, heads, C = 2**13 + 8, 2**16, 70  # two spans of keys, the second without any
     q, k, v, o = (large(S, 1, heads, 4, dtype=BF16) for _ in range(4))
     cache_k, cache_v = (large(S, C, heads, 4, dtype=BF16) for _ in range(2))
-    inputs = q, k, v, cache_k, cache_v, large(S, dtype=torch.int64), C, True, 1.0, 0.0, None, None
+    state = {"cache_k": cache_k, "cache_v": cache_v, "position": large(S, dtype=torch.int64)}
+    inputs = {"q": q, "k": k, "v": v, **state, **ATTENTION, "chunk_size": C}
     with emulator.launch_sizes(attention_span=64), emulator.only_bounds(apart=2**33, ends=2):  # both spans
-        emulator.launch("chunked_attention_fwd", *inputs, o, large(S, 1, heads))
+        emulator.launch("chunked_attention_fwd", **inputs, o=o, lse=large(S, 1, heads))
 
 
 def test_attention_refuses_more_blocks_than_a_grid_has(emulator, large):
     """A block for each token and head, of rows or of steps; two for its values; a block for each row of a state."""
 
-    def tensors(S, heads, width, rows=1):
-        return large(S, rows, heads, 8, dtype=BF16), large(S, rows, heads, width, dtype=BF16)
+    S, positions = 2**15, large(2**15, dtype=torch.int64)
 
     def forward(heads, width, with_state):
-        k, v = tensors(2**15, heads, width)
-        state = (k, v, large(2**15, dtype=torch.int64)) if with_state else (None, None, None)
-        emulator.launch("chunked_attention_fwd", k, k, v, *state, 1, *ATTENTION[1:], v, large(2**15, 1, heads))
+        k, v = large(S, 1, heads, 8, dtype=BF16), large(S, 1, heads, width, dtype=BF16)
+        state = {"cache_k": k, "cache_v": v, "position": positions} if with_state else {}
+        inputs = {"q": k, "k": k, "v": v, **state, **ATTENTION, "chunk_size": 1}
+        emulator.launch("chunked_attention_fwd", **inputs, o=v, lse=large(S, 1, heads))
 
     def state():
-        k, v = tensors(2**15, 1, 8)
-        old, new = ((*tensors(2**15, 1, 8, rows=2**16), large(2**15, dtype=torch.int64)) for _ in range(2))
-        emulator.launch("chunked_attention_state", k, v, *old, 2**16, None, *new)
+        k, v = large(S, 1, 1, 8, dtype=BF16), large(S, 1, 1, 8, dtype=BF16)
+        old_k, old_v, new_k, new_v = (large(S, 2**16, 1, 8, dtype=BF16) for _ in range(4))
+        old = {"cache_k": old_k, "cache_v": old_v, "position": positions}
+        new = {"cache_k_out": new_k, "cache_v_out": new_v, "position_out": large(S, dtype=torch.int64)}
+        emulator.launch("chunked_attention_state", k=k, v=v, **old, chunk_size=2**16, **new)
 
     calls = [
         partial(forward, 2**16, 8, with_state=False),
@@ -283,25 +299,13 @@ def test_attention_refuses_more_blocks_than_a_grid_has(emulator, large):
 @pytest.mark.parametrize("K", [6, 258])
 def test_elements_of_normalized_qk_at_offsets_beyond_31_bits(emulator, large, K):
     """K is no multiple of a vector's 8 elements."""
-    heads, tokens = 2**12, 2**19 // K + 40
-    z, dz = (large(1, tokens, heads * K, dtype=BF16) for _ in range(2))
-    q, k = (large(1, tokens, heads, K, dtype=BF16) for _ in range(2))
-    gamma, beta, dgamma, dbeta = (large(2, heads * K) for _ in range(4))
-    options = heads, 16, 1e-5, large(16, K // 2, 2), None, None
-    emulator.launch("normalized_qk_fwd", z, gamma, beta, *options, q, k)
-    emulator.launch("normalized_qk_bwd", z, gamma, beta, *options, q, k, dz, dgamma, dbeta)
+    launch_normalized_qk(emulator, large, 2**19 // K + 40, 2**12, K, chunk_size=16)
 
 
 def test_padding_of_normalized_qk_at_offsets_beyond_31_bits(emulator, large):
     spans = large(1, 1, 2, dtype=torch.int64)  # [0, 0)
-    for heads, K in ((64, 256), (64, 520)):
-        tokens = 2**25 // K + 40
-        z, dz = (large(1, tokens, heads * K, dtype=BF16) for _ in range(2))
-        q, k = (large(1, tokens, heads, K, dtype=BF16) for _ in range(2))
-        gamma, beta, dgamma, dbeta = (large(2, heads * K) for _ in range(4))
-        options = heads, 16, 1e-5, large(16, K // 2, 2), None, spans
-        emulator.launch("normalized_qk_fwd", z, gamma, beta, *options, q, k)
-        emulator.launch("normalized_qk_bwd", z, gamma, beta, *options, q, k, dz, dgamma, dbeta)
+    for K in (256, 520):
+        launch_normalized_qk(emulator, large, 2**25 // K + 40, 64, K, chunk_size=16, spans=spans)
 
 
 @pytest.mark.parametrize("dtype", [BF16, F32], ids=str)
@@ -309,10 +313,10 @@ def test_padding_of_attention_at_offsets_beyond_31_bits(emulator, large, dtype):
     """All rows are padding: zeros of o, lse and the gradients."""
     tokens, heads, spans = 2**24 + 200, 130, large(1, 1, 2, dtype=torch.int64)
     q, k, v, o, do, dq, dk, dv = (large(1, tokens, heads, 8, dtype=dtype) for _ in range(8))
-    inputs, lse = (q, k, v, None, None, None, 256, True, 1.0, 0.0, None, spans), large(1, tokens, heads)
-    emulator.launch("chunked_attention_fwd", *inputs, o, lse)
+    inputs = {"q": q, "k": k, "v": v, **ATTENTION, "spans": spans, "o": o, "lse": large(1, tokens, heads)}
+    emulator.launch("chunked_attention_fwd", **inputs)
     with emulator.launch_sizes(attention_panels=1 << 20), emulator.only_bounds(apart=2**33, ends=1):
-        emulator.launch("chunked_attention_bwd", *inputs, o, lse, do, dq, dk, dv)
+        emulator.launch("chunked_attention_bwd", **inputs, do=do, dq=dq, dk=dk, dv=dv)
 
 
 # Choices by size. The kernels that are not chosen would refuse the launch, or never run in a small test.
@@ -322,7 +326,7 @@ def forward_kernels(emulator, large, B, L, channels, modes) -> set[str]:
     x, y = large(B, L, channels, dtype=BF16), large(B, L, channels, dtype=BF16)
     emulator.reset()
     emulator.set_order("random", shared_limit=163 * 1024)
-    emulator.launch("cema_fwd", x, *cema_parameters(large, channels, modes), None, None, y, None)
+    emulator.launch("cema_fwd", x=x, **cema_parameters(large, channels, modes), y=y)
     return set(emulator.module.launched())
 
 

@@ -49,7 +49,7 @@ def test_the_emulator_records_elements(emulator, tmp_path, monkeypatch):
         x, y = emulator.sparse(2, 1, 2**25, dtype=torch.bfloat16), emulator.sparse(2, 1, 2**25, dtype=torch.bfloat16)
         p, q = emulator.sparse(2**25, 1), emulator.sparse(2**25, 1, dtype=torch.complex64)
         with emulator.only_bounds(ends=1):
-            emulator.launch("cema_fwd", x, p, q, q, p.view(-1), None, None, y, None)
+            emulator.launch("cema_fwd", x=x, p=p, q=q, gamma=q, omega=p.view(-1), y=y)
     finally:
         emulator.module.set_recording(False)
     reached.write_record(emulator.module)

@@ -17,7 +17,8 @@ from cases import (
     timestep_norm_case,
     timestep_norm_end_state_case,
 )
-from emulated_attention import GRADIENTS, assert_accurate, assert_right, gradients, scaled_case  # noqa: F401
+from emulated_attention import GRADIENTS, arguments_of, assert_accurate, assert_right, scaled_case, update_state
+from emulated_attention import gradients  # noqa: F401, a fixture
 from emulated_attention import run as run_attention
 
 import megalodon_ops as mo
@@ -159,9 +160,7 @@ def test_attention_of_a_released_model(emulator):
 def backward(emulator, case, results, do, offset=0):
     """Gradients of q, k and v by the kernels alone, from o, lse and do."""
     found = {name: torch.empty_like(case.tensors[name[1]]) for name in GRADIENTS}
-    rest = case.options["chunk_size"], True, case.options["scale"], 0.0, None, None
-    inputs = *case.tensors.values(), *case.options["state"], *rest, *results.values(), do
-    emulator.call("chunked_attention_bwd", *inputs, *found.values(), offset=offset)
+    emulator.call("chunked_attention_bwd", **arguments_of(case), **results, do=do, **found, offset=offset)
     return found
 
 
@@ -199,8 +198,7 @@ def test_rows_of_a_state_of_several_turns(emulator, dtype, offset, K, V):
     case = chunked_attention_case(B=2, L=3, H=2 if offset else 1, K=K, V=V, C=4, dtype=dtype, state=True)
     state, expected = case.options["state"], forward(mo.reference.chunked_attention, case)
     copied = [torch.empty_like(t) for t in state]
-    tensors = case.tensors["k"], case.tensors["v"], *state
-    emulator.call("chunked_attention_state", *tensors, 4, None, *copied, offset=offset)
+    update_state(emulator, case, state, copied, offset)
     for name, actual in zip(("k", "v", "position"), copied, strict=True):
         assert torch.equal(actual, expected[f"state.{name}"])
 
@@ -209,8 +207,8 @@ def test_states_in_place_of_more_sequences_than_two_blocks_take(emulator):
     """A block takes 128 sequences. At each position, three rows are added, or a new chunk begins."""
     case = chunked_attention_case(B=300, L=3, H=1, K=2, V=2, C=6, state=True)
     state, expected = case.options["state"], forward(mo.reference.chunked_attention, case)
-    k, v, position = state = AttentionState(*(t.clone() for t in state))
-    emulator.call("chunked_attention_state", case.tensors["k"], case.tensors["v"], *state, 6, None, *state)
+    k, v, position = (t.clone() for t in state)
+    update_state(emulator, case, [k, v, position], [k, v, position])
     assert torch.equal(position, expected["state.position"])
     live = torch.arange(6) < position[:, None]
     assert torch.equal(k[live], expected["state.k"][live]) and torch.equal(v[live], expected["state.v"][live])

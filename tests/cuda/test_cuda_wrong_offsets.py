@@ -10,6 +10,7 @@ import torch
 from assertions import assert_bit_equal
 from calls import evaluate
 from cases import BUILDERS, OPS, WITH_STATE, Case
+from emulated_attention import update_state
 from emulator.device import Emulator
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -119,8 +120,7 @@ def test_a_sequence_with_a_wrong_position_counts_as_padding(emulator, op, L, dty
 def test_a_state_in_place_with_a_wrong_position_is_not_changed(emulator):
     case = at_positions(build("chunked_attention", B=3, L=4), torch.tensor([6, 1, -7]))
     state = AttentionState(*(t.clone() for t in case.options["state"]))
-    k, v = case.tensors["k"], case.tensors["v"]
-    emulator.call("chunked_attention_state", k, v, *state, 6, None, *state)
+    update_state(emulator, case, state, state)
     assert state.position.tolist() == [-1, 5, -1]
     for new, old in zip(state[:2], case.options["state"][:2], strict=True):
         assert torch.equal(new[::2], old[::2])

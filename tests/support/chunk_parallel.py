@@ -93,7 +93,8 @@ def _results(work: Work, model: mo.Megalodon, columns: slice) -> dict[str, Tenso
     with torch.set_grad_enabled(work.grad):
         if model.config.num_features:
             logits, after = model(inputs, state=state, return_state=True, **options)
-            results["logits"] = logits = logits.where(_inside(work, columns), 0)
+            logits = logits.where(_inside(work, columns), 0)
+            results["logits"] = logits
             ranks = dist.get_world_size() if isinstance(model, ParallelMegalodon) else 1
             loss = ranks * logits.square().sum()  # the mean over ranks is the sum over all columns
         else:

@@ -18,6 +18,7 @@ from megalodon_ops.ops.common.states import accumulation_dtype
 
 F32, F64 = torch.float32, torch.float64
 GRADIENTS = ("dq", "dk", "dv")
+STATE = ("cache_k", "cache_v", "position")
 
 
 def scaled_case(**shape):
@@ -25,15 +26,28 @@ def scaled_case(**shape):
     return chunked_attention_case(**shape, scale=shape["K"] ** -0.5)
 
 
+def arguments_of(case):
+    """Return the arguments of the forward's kernels, which the backward's take, too."""
+    options = dict(causal=True, dropkey=0.0, dropkey_seed=None) | case.options
+    names = ("chunk_size", "causal", "scale", "dropkey", "dropkey_seed")
+    state = dict(zip(STATE, options.get("state") or (), strict=False))
+    return {**case.tensors, **state, **{name: options[name] for name in names}, "spans": case.spans()}
+
+
 def run(emulator, case, offset=0):
     """Return o and lse of the forward's kernels."""
-    q, k, v = (case.tensors[name] for name in "qkv")
-    options = dict(state=None, causal=True, dropkey=0.0, dropkey_seed=None) | case.options
-    o, lse = torch.empty_like(v), q.new_empty(q.shape[:-1], dtype=accumulation_dtype(q.dtype))
-    names = ("chunk_size", "causal", "scale", "dropkey", "dropkey_seed")
-    arguments = q, k, v, *(options["state"] or (None,) * 3), *(options[name] for name in names), case.spans()
-    emulator.call("chunked_attention_fwd", *arguments, o, lse, offset=offset)
-    return {"o": o, "lse": lse}
+    q, v = case.tensors["q"], case.tensors["v"]
+    results = {"o": torch.empty_like(v), "lse": q.new_empty(q.shape[:-1], dtype=accumulation_dtype(q.dtype))}
+    emulator.call("chunked_attention_fwd", **arguments_of(case), **results, offset=offset)
+    return results
+
+
+def update_state(emulator, case, old, new, offset=0):
+    """Write the state after the case's tokens to `new`; `old` is the state before them, or the same tensors."""
+    inputs = arguments_of(case.with_options(state=old))
+    taken = {name: inputs[name] for name in ("k", "v", *STATE, "chunk_size", "spans")}
+    results = {f"{name}_out": tensor for name, tensor in zip(STATE, new, strict=True)}
+    emulator.call("chunked_attention_state", **taken, **results, offset=offset)
 
 
 def exact_lse(case):

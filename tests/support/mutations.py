@@ -48,7 +48,8 @@ def key_paths(node: Any, parents: tuple = ()) -> Iterator[tuple]:
 
 def edit_json(path: Path, rng: random.Random) -> str:
     content = json.loads(path.read_text())
-    *parents, last = keys = rng.choice(list(key_paths(content)))
+    keys = rng.choice(list(key_paths(content)))
+    *parents, last = keys
     node = content
     for key in parents:
         node = node[key]

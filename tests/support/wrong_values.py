@@ -60,6 +60,7 @@ NO_STATE = {
     "of lists": each(lambda t: []),
     "of floats": each(lambda t: 1.0),
     "of shorter": each(lambda t: t[:1]),
+    # A few tokens more would overflow int64.
     "endless": each(lambda t: torch.full_like(t, 2**63 - 3) if t.dtype == torch.int64 else t),
     "of bools": each(Tensor.bool),
     "of meta": each(META["meta"]),

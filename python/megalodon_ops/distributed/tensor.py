@@ -53,8 +53,9 @@ def split_over(model: Megalodon, mesh: DeviceMesh) -> None:
     own_config = replace(config, num_heads=heads, z_dim=heads * key_dim, value_dim=config.value_dim // ranks)
     for layer in model.layers:
         key_part = dict(part=key_range and (1, *key_range), config=own_config)
-        layer.mega = mega = SplitAttention(layer.mega, mesh, 1 if whole_heads else None, **key_part)
-        layer.nffn = nffn = SplitFFN(layer.nffn, mesh, 0)
+        mega = SplitAttention(layer.mega, mesh, 1 if whole_heads else None, **key_part)
+        nffn = SplitFFN(layer.nffn, mesh, 0)
+        layer.mega, layer.nffn = mega, nffn
         mega.timenorm = SplitTimestepNorm(mega.timenorm, mesh, 0)
         mega.cema = SplitComplexEMA(mega.cema, mesh, 0)
         mega.rmsnorm = SplitRMSNorm(mega.rmsnorm, mesh, None, gather_input=True)

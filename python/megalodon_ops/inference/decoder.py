@@ -34,15 +34,17 @@ class Decoder:
 
     On the CPU a call runs all kernels of the model without Python between them; results are bitwise equal to those of
     the layers. The first call with a new number of tokens per row runs the layers and records a step, as :func:`record`
-    does. A module that was wrapped (for instance by an adapter), hooked, replaced or quantised by another tool is
-    called between two kernels, as are the functions of torch that leave out missing values. The model runs module by
-    module if it was hooked or replaced itself, on other devices, under torch.autocast, with dropout in training, for
-    more tokens in a call than the kernels take (32; AMX: 15 in float32, 8 in bfloat16), with
-    MEGALODON_OPS_LINEAR=torch, and, if attention sees two chunks, in calls in which a chunk ends.
+    does. On a GPU the second call with the same number of tokens per row, up to 8, captures a CUDA graph of the layers,
+    which later calls replay; see docs/cuda.md. Exceptions:
 
-    On a GPU the second call with the same number of tokens per row, up to 8, captures a CUDA graph of the layers, which
-    later calls replay; see docs/cuda.md. The model runs module by module if a module is hooked or waits for the GPU,
-    with a warning that names the module; and with a working memory, tensors on several devices, or dropout in training.
+    - CPU, a module that was wrapped (for instance by an adapter), hooked, replaced or quantised by another tool: it is
+      called between two kernels, as are the functions of torch that leave out missing values.
+    - CPU: the model runs module by module if it was hooked or replaced itself, under torch.autocast, for more tokens in
+      a call than the kernels take (32; AMX: 15 in float32, 8 in bfloat16), with MEGALODON_OPS_LINEAR=torch, and, if
+      attention sees two chunks, in calls in which a chunk ends.
+    - GPU: it does if a module is hooked or waits for the GPU, with a warning that names the module; and with a working
+      memory or tensors on several devices.
+    - It does on other devices, and with dropout in training.
 
     The decoder inspects the model once, when it is made. Its steps keep the addresses of parameters, so they see values
     that an optimizer step or `load_state_dict` writes there later. They do not see new values of CEMA's parameters,
@@ -194,7 +196,8 @@ class Decoder:
             for name, tensor in named_tensors(self._state).items():
                 tensor[rows.to(tensor.device)] = new[name].to(tensor.device)
             rows = rows.cpu()
-            self._last_equal[rows] = self._last_equal[:, rows] = _NEVER
+            self._last_equal[rows] = _NEVER
+            self._last_equal[:, rows] = _NEVER
             self._longest = None
             if self._history is not None:
                 self._history.forget(self._state, rows)

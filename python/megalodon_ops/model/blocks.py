@@ -82,8 +82,9 @@ class NormalizedAttention(WideParameters):
         return config.chunk_size, key_dim, config.rotary_base, dtype, like.device
 
     def _update_rotary(self) -> None:
-        """Rebuild the buffer `rotary` for the parameters' device and dtype; each call recomputes a very large table."""
-        rows, key_dim, *_ = arguments = self._rotary_for(self.gamma)
+        """Rebuild the buffer `rotary` for the parameters' device and dtype. Very large tables are not kept."""
+        arguments = self._rotary_for(self.gamma)
+        rows, key_dim, *_ = arguments
         if rows * key_dim <= _MAX_ROTARY_SIZE and arguments != self._rotary_made_for:
             self.rotary, self._rotary_made_for = rotary_table(*arguments), arguments
 

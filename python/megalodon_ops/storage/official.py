@@ -158,7 +158,8 @@ class _Shards(StoredTensors):
             self.tensors[name] = torch.empty(shape, dtype=part.dtype, device="meta")
 
     def _read(self, name: str) -> Tensor:
-        first, *others = parts = [shard[name].detach() for shard in self._shards]
+        parts = [shard[name].detach() for shard in self._shards]
+        first, *others = parts
         if others and (dim := _split_dim(name)) is not None:
             return torch.cat(parts, dim)
         if not all(torch.equal(first, other) for other in others):

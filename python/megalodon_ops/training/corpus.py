@@ -121,21 +121,22 @@ def split(
     fingerprint = hashlib.sha256(keys[numbers].tobytes()).hexdigest()
     sizes, lengths = sizes[numbers], lengths[numbers]
     goal = max(1, int(HELD_OUT_FRACTION * int(sizes.sum())))
-    goal = room = goal if max_held_out is None else min(goal, max_held_out)
+    goal = goal if max_held_out is None else min(goal, max_held_out)
+    left = goal  # bytes
     held = numpy.zeros(len(sizes), bool)
     candidates = numpy.arange(len(sizes))
-    while len(candidates := candidates[sizes[candidates] <= room]):  # in each turn, the longest run that fits
-        count = int(numpy.searchsorted(numpy.cumsum(sizes[candidates]), room, side="right"))
+    while len(candidates := candidates[sizes[candidates] <= left]):  # in each turn, the longest run that fits
+        count = int(numpy.searchsorted(numpy.cumsum(sizes[candidates]), left, side="right"))
         held[candidates[:count]] = True
-        room -= int(sizes[candidates[:count]].sum())
+        left -= int(sizes[candidates[:count]].sum())
         candidates = candidates[count:]
     held_out = [text_of(document(number)) for number in numbers[held].tolist()]
     numbers, sizes, lengths = numbers[~held], sizes[~held], lengths[~held]
     train, num_bytes = Parts(document, numbers, lengths), int(sizes.sum())
-    if room > goal / 2 and len(train):
+    if left > goal / 2 and len(train):
         longest = int(sizes.argmax())
         size, ids = int(sizes[longest]), train[longest]
-        lengths[longest] = len(ids) * (size - room) // size  # the same share of its ids as of its text
+        lengths[longest] = len(ids) * (size - left) // size  # the same share of its ids as of its text
         held_out.append(text_of(ids[lengths[longest] :]))
         num_bytes -= len(held_out[-1])
     if not len(train) or not lengths.all():

@@ -107,7 +107,8 @@ class Checkpoint:
             if name not in ordered:
                 raise FileError(f"{stored.path}: holds `{key}`, and the optimizer has no such parameter")
             like = parameters[name] if parameters[name].shape == found.shape else torch.empty(found.shape)
-            values[key] = states.setdefault(ordered.index(name), {})[entry] = torch.empty_like(like, dtype=found.dtype)
+            values[key] = torch.empty_like(like, dtype=found.dtype)
+            states.setdefault(ordered.index(name), {})[entry] = values[key]
         stored.fill(values)
         optimizer.load_state_dict({**optimizer.state_dict(), "state": states})
 

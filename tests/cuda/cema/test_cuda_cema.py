@@ -269,17 +269,17 @@ def test_small_weights_without_a_state_are_not_changed(emulator):
 def test_null_pointers_for_states(emulator, L):
     """No final state, no gradient of the initial state; one sequence is empty."""
     case = cema_case(B=2, L=L, D=4, N=4, state=True, lengths=[L, 0])
-    x, *parameters, state = case.tensors.values()
-    expected, spans = run_emulated(emulator, case), torch.tensor([[[0, L]], [[L, L]]])
-    y, grads = torch.empty_like(x), [torch.empty_like(t) for t in (x, *parameters)]
-    emulator.call("cema_fwd", x, *parameters, state, spans, y, None)
-    dy, dstate_out = torch.ones_like(x), torch.ones_like(state)
-    emulator.call("cema_bwd", x, *parameters, state, spans, dy, dstate_out, *grads, None)
-    wanted = [torch.empty_like(t) for t in (x, *parameters, state)]
-    emulator.call("cema_bwd", x, *parameters, state, spans, dy, dstate_out, *wanted)
+    inputs = case.tensors | {"spans": torch.tensor([[[0, L]], [[L, L]]])}
+    expected, y = run_emulated(emulator, case), torch.empty_like(inputs["x"])
+    emulator.call("cema_fwd", **inputs, y=y)
+    incoming = {"dy": torch.ones_like(y), "dstate_out": torch.ones_like(inputs["state"])}
+    wanted = {f"d{name}": torch.empty_like(tensor) for name, tensor in case.tensors.items()}
+    grads = {name: torch.empty_like(tensor) for name, tensor in wanted.items() if name != "dstate"}
+    emulator.call("cema_bwd", **inputs, **incoming, **grads)
+    emulator.call("cema_bwd", **inputs, **incoming, **wanted)
     assert_bit_equal({"y": y}, {"y": expected["y"]})
-    for grad, same in zip(grads, wanted, strict=False):
-        assert torch.equal(grad, same)
+    for name, grad in grads.items():
+        assert torch.equal(grad, wanted[name])
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)

@@ -190,9 +190,11 @@ def test_steps_over_many_and_over_long_spans(emulator, dtype, span):
 def test_the_largest_span(emulator):
     """It has 2048 keys: for 2049, the workspace has a maximum, a sum and a value of two spans."""
     tokens, cache, sizes = torch.zeros(2048, 1, 1, 1), torch.zeros(2048, 2049, 1, 1), []
-    inputs = tokens, tokens, tokens, cache, cache, torch.zeros(2048).long(), 2049, True, 1.0, 0.0, None, None
+    inputs = {"q": tokens, "k": tokens, "v": tokens, "chunk_size": 2049, "causal": True, "scale": 1.0, "dropkey": 0.0}
+    state = {"cache_k": cache, "cache_v": cache, "position": torch.zeros(2048).long()}
+    results = {"o": torch.empty_like(tokens), "lse": torch.empty(2048, 1, 1)}
     with emulator.only_asking(sizes), pytest.raises(InterruptedError):
-        emulator.call("chunked_attention_fwd", *inputs, torch.empty_like(tokens), torch.empty(2048, 1, 1))
+        emulator.call("chunked_attention_fwd", **inputs, **state, **results)
     assert sizes == [2048 * 2 * 3 * 4]
 
 

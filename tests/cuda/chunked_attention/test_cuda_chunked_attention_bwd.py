@@ -5,13 +5,12 @@ The forward runs on the CPU.
 
 from __future__ import annotations
 
-
 import pytest
 import torch
 from assertions import assert_bit_equal
 from calls import evaluate
 from cases import chunked_attention_case
-from emulated_attention import GRADIENTS, assert_right, gradients  # noqa: F401, a fixture
+from emulated_attention import GRADIENTS, arguments_of, assert_right, gradients  # noqa: F401, a fixture
 from emulator.device import ROOT, DeviceTensor
 
 import megalodon_ops as mo
@@ -102,13 +101,23 @@ def test_whole_chunks_in_many_rounds(emulator, gradients, path, panels):
         assert_right(gradients(case, offset), case)
 
 
+OPTIONS = {"causal": True, "scale": 1.0, "dropkey": 0.0}
+
+
+def workspace_bytes(emulator, x, **options):
+    """Size of the workspace for which the launcher asks, with x (B, L, 1, K) for every tensor."""
+    inputs = dict.fromkeys(("q", "k", "v", "o", "do"), x) | {"lse": torch.zeros(x.shape[:3]).double()}
+    results, sizes = {name: torch.empty_like(x) for name in GRADIENTS}, []
+    with emulator.only_asking(sizes), pytest.raises(InterruptedError):
+        emulator.call("chunked_attention_bwd", **inputs, **OPTIONS, **options, **results)
+    return sizes
+
+
 def test_a_round_has_a_panel_of_every_size(emulator):
     """A panel of 137 MiB: only the size of the workspace is checked, as the products would take an hour."""
-    x, lse, sizes = torch.zeros(1, 70_000, 1, 1, dtype=torch.float64), torch.zeros(1, 70_000, 1).double(), []
-    inputs = x, x, x, None, None, None, 70_000, True, 1.0, 0.0, None, None, x, lse, x
-    with emulator.only_asking(sizes), pytest.raises(InterruptedError):
-        emulator.call("chunked_attention_bwd", *inputs, *(torch.empty_like(x) for _ in range(3)))
-    assert 2 * 8 * 64 * 70_000 <= sizes[0] <= 2 * 8 * 64 * 72_000
+    (size,) = workspace_bytes(emulator, torch.zeros(1, 70_000, 1, 1, dtype=torch.float64), chunk_size=70_000)
+    panel_bytes = 2 * 8 * EDGE // 2 * 70_000  # P and dS of float64, in tiles of 64
+    assert panel_bytes <= size <= 1.03 * panel_bytes
 
 
 @pytest.mark.parametrize(
@@ -118,22 +127,19 @@ def test_a_round_has_a_panel_of_every_size(emulator):
 )
 def test_the_workspace_has_no_unused_panels(emulator, B, L, C, cu_seqlens, panels):
     """Chunks of one block need only panels, of 64 x 64 elements of P and of dS."""
-    x, lse, sizes = torch.zeros(B, L, 1, 3, dtype=torch.float64), torch.zeros(B, L, 1).double(), []
     spans = None if cu_seqlens is None else torch.tensor(cu_seqlens).unfold(0, 2, 1)
-    inputs = x, x, x, None, None, None, C, True, 1.0, 0.0, None, spans, x, lse, x
-    with emulator.only_asking(sizes), pytest.raises(InterruptedError):
-        emulator.call("chunked_attention_bwd", *inputs, *(torch.empty_like(x) for _ in range(3)))
+    sizes = workspace_bytes(emulator, torch.zeros(B, L, 1, 3, dtype=torch.float64), chunk_size=C, spans=spans)
     assert sizes == [panels * 2 * 8 * 64 * 64]
 
 
 def backward(emulator, case, chunk_size, v=None):
     """Gradients by the kernels alone, without a state; `v`, if given, replaces the forward's values."""
-    q, k, fwd_v = (case.tensors[name] for name in "qkv")
-    o, lse, rest = torch.empty_like(fwd_v), torch.empty(q.shape[:-1]), (chunk_size, True, 1.0, 0.0, None, None)
-    emulator.call("chunked_attention_fwd", q, k, fwd_v, None, None, None, *rest, o, lse)
+    inputs = arguments_of(case) | {"chunk_size": chunk_size}
+    results = {"o": torch.empty_like(inputs["v"]), "lse": torch.empty(inputs["q"].shape[:-1])}
+    emulator.call("chunked_attention_fwd", **inputs, **results)
     found = {name: torch.empty_like(case.tensors[name[1]]) for name in GRADIENTS}
-    inputs = q, k, fwd_v if v is None else v, None, None, None, *rest, o, lse, torch.ones_like(o)
-    emulator.call("chunked_attention_bwd", *inputs, *found.values())
+    inputs["v"] = inputs["v"] if v is None else v
+    emulator.call("chunked_attention_bwd", **inputs, **results, do=torch.ones_like(results["o"]), **found)
     return found
 
 
@@ -157,7 +163,8 @@ def test_hidden_values_may_be_nan(emulator, L):
     case = chunked_attention_case(B=1, L=L, H=1, K=8, V=16, dtype=torch.bfloat16)
     expected = backward(emulator, case, L)
     q, v = case.tensors["q"].clone(), case.tensors["v"].clone()
-    q[:, 0] = v[:, -1] = torch.nan
+    q[:, 0] = torch.nan
+    v[:, -1] = torch.nan
     dq = backward(emulator, case, L, v)["dq"]
     assert torch.equal(dq[:, :-1], expected["dq"][:, :-1]) and dq[:, -1].isnan().all()
     dv = backward(emulator, case.with_tensors(q=q), L)["dv"]
@@ -242,12 +249,13 @@ def test_no_sequences_with_a_nonzero_cache_pointer(emulator):
         return empty
 
     x, lse = emulator.tensor(torch.ones(1, 1, 1, 2)), emulator.tensor(torch.zeros(1, 1, 1))
-    state = at_some_address(0, 4, 1, 2), at_some_address(0, 4, 1, 2), at_some_address(0, dtype=torch.int64)
-    found = [emulator.empty(1, 1, 1, 2) for _ in GRADIENTS]
+    state = {name: at_some_address(0, 4, 1, 2) for name in ("cache_k", "cache_v")}
+    state["position"] = at_some_address(0, dtype=torch.int64)
+    found = {name: emulator.empty(1, 1, 1, 2) for name in GRADIENTS}
     spans = emulator.tensor(torch.zeros(0, 2, dtype=torch.int64))
-    inputs = x, x, x, *state, 4, True, 1.0, 0.0, None, spans, x, lse, x
-    emulator.launch("chunked_attention_bwd", *inputs, *found)
-    assert all(torch.equal(gradient, torch.zeros(1, 1, 1, 2)) for gradient in found)
+    inputs = {"q": x, "k": x, "v": x, **state, "chunk_size": 4, **OPTIONS, "spans": spans, "o": x, "lse": lse, "do": x}
+    emulator.launch("chunked_attention_bwd", **inputs, **found)
+    assert all(torch.equal(gradient, torch.zeros(1, 1, 1, 2)) for gradient in found.values())
 
 
 def stored_lines(emulator, kernel):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from assertions import assert_close
-from emulated_attention import assert_accurate, run, scaled_case
+from emulated_attention import arguments_of, assert_accurate, run, scaled_case
 
 from megalodon_ops import AttentionState
 from megalodon_ops.ops.common.philox import dropkey_mask
@@ -52,10 +52,9 @@ def test_words_beyond_16_bits(emulator, shape, dtype):
         o, lse = torch.zeros_like(case.tensors["v"]), found["lse"]
         o[-1, -rows:, -1] = found["o"][-1, -rows:, -1]
         dq, dk, dv = (torch.empty_like(case.tensors[name]) for name in "qkv")
-        options = C, True, case.options["scale"], 0.4, case.options["dropkey_seed"], None
-        inputs = *case.tensors.values(), None, None, None, *options, o, lse, o
+        inputs = arguments_of(case) | {"o": o, "lse": lse, "do": o}
         with emulator.launch_sizes(attention_panels=panels):
-            emulator.call("chunked_attention_bwd", *inputs, dq, dk, dv)
+            emulator.call("chunked_attention_bwd", **inputs, dq=dq, dk=dk, dv=dv)
     expected = last_head(case, rows)
     for name, actual in ("o", found["o"]), ("dk", dk), ("dv", dv):
         tolerance = 2e-2 if dtype == BF16 else 1e-5

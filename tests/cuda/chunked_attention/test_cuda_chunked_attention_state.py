@@ -7,6 +7,7 @@ import torch
 from assertions import assert_bit_equal
 from calls import forward
 from cases import chunked_attention_case
+from emulated_attention import update_state
 
 import megalodon_ops as mo
 from megalodon_ops import AttentionState
@@ -30,14 +31,12 @@ def test_state(emulator, shape, dtype, offset):
     state = case.options["state"]
     expected = forward(mo.reference.chunked_attention, case)
     names = {"k": "state.k", "v": "state.v", "position": "state.position"}
-    k, v = case.tensors["k"], case.tensors["v"]
-    spans = case.spans()
     copied = [torch.empty_like(t) for t in state]
-    emulator.call("chunked_attention_state", k, v, *state, 6, spans, *copied, offset=offset)
+    update_state(emulator, case, state, copied, offset)
     assert_bit_equal(dict(zip(names, copied, strict=True)), {name: expected[key] for name, key in names.items()})
 
     before, kept = AttentionState(*(t.clone() for t in state)), AttentionState(*(t.clone() for t in state))
-    emulator.call("chunked_attention_state", k, v, *kept, 6, spans, *kept, offset=offset)
+    update_state(emulator, case, kept, kept, offset)
     assert torch.equal(kept.position, expected["state.position"])
     for s, (old, new) in enumerate(zip(before.position.tolist(), kept.position.tolist(), strict=True)):
         for name, value in (("k", kept.k), ("v", kept.v)):
@@ -49,12 +48,12 @@ def test_state(emulator, shape, dtype, offset):
 @pytest.mark.parametrize("in_place", ["k", "v"])
 def test_a_state_half_in_place(emulator, in_place):
     case = chunked_attention_case(B=2, L=2, H=1, K=8, V=8, C=6, dtype=F32, state=True)
-    tensors, state = [case.tensors[name] for name in "kv"], case.options["state"]
+    state = case.options["state"]
     expected = [torch.empty_like(t) for t in state]
-    emulator.call("chunked_attention_state", *tensors, *state, 6, None, *expected)
+    update_state(emulator, case, state, expected)
     old = AttentionState(*(t.clone() for t in state))
     new = [old.k if in_place == "k" else torch.empty_like(old.k), old.v if in_place == "v" else torch.empty_like(old.v)]
-    emulator.call("chunked_attention_state", *tensors, *old, 6, None, *new, torch.empty_like(old.position))
+    update_state(emulator, case, old, [*new, torch.empty_like(old.position)])
     copied = 1 if in_place == "k" else 0
     assert torch.equal(new[copied], expected[copied])
     for s, position in enumerate(expected[2].tolist()):
@@ -64,7 +63,7 @@ def test_a_state_half_in_place(emulator, in_place):
 def test_a_state_in_place_after_no_tokens(emulator):
     case = chunked_attention_case(B=2, L=0, H=1, K=8, V=8, C=6, dtype=F32, state=True)
     state = AttentionState(*(t.clone() for t in case.options["state"]))
-    emulator.call("chunked_attention_state", case.tensors["k"], case.tensors["v"], *state, 6, None, *state)
+    update_state(emulator, case, state, state)
     assert torch.equal(state.position, case.options["state"].position)
 
 
@@ -72,7 +71,7 @@ def test_one_token_in_place_is_one_launch(emulator):
     """The position after it is in its chunk, or that of the next; a position outside of a chunk gives -1."""
     case = chunked_attention_case(B=4, L=1, H=1, K=8, V=8, C=6, dtype=F32, state=True)
     state = case.options["state"]._replace(position=torch.tensor([5, 2, 0, 6]))
-    emulator.call("chunked_attention_state", case.tensors["k"], case.tensors["v"], *state, 6, None, *state)
+    update_state(emulator, case, state, state)
     assert state.position.tolist() == [0, 3, 1, -1]
     assert emulator.module.launched() == {"chunked_attention_state_kernel": 1}
 
@@ -80,16 +79,16 @@ def test_one_token_in_place_is_one_launch(emulator):
 def test_bytes_moved_by_the_state(emulator):
     """In place, only new rows move; a copy also moves old rows and zeros. The first sequence ends its chunk."""
     case = chunked_attention_case(B=3, L=1, H=1, K=64, V=256, C=40, dtype=BF16, state=True)
-    state, k, v = case.options["state"], case.tensors["k"], case.tensors["v"]
+    state = case.options["state"]
     in_place = AttentionState(*(t.clone() for t in state))
-    emulator.call("chunked_attention_state", k, v, *in_place, 40, None, *in_place)
+    update_state(emulator, case, in_place, in_place)
     traffic = emulator.traffic("chunked_attention_state_kernel")
     for name, width in (("k", 64), ("v", 256)):
         assert traffic[name]["load_sectors"] * 32 == traffic[f"cache_{name}"]["store_sectors"] * 32 == 2 * width * 2
         assert traffic[f"cache_{name}"]["load_sectors"] == 0
     emulator.reset()
     copied = [torch.empty_like(t) for t in state]
-    emulator.call("chunked_attention_state", k, v, *state, 40, None, *copied)
+    update_state(emulator, case, state, copied)
     traffic, rows = emulator.traffic("chunked_attention_state_kernel"), int(state.position[1:].sum())
     for name, width in (("k", 64), ("v", 256)):
         assert traffic[f"cache_{name}"]["load_sectors"] * 32 == rows * width * 2

@@ -192,8 +192,15 @@ class Emulator:
         finally:
             self.empty = empty
 
-    def launch(self, name: str, *arguments: Any) -> None:
+    def _in_order(self, name: str, arguments: tuple[Any, ...], named: dict[str, Any]) -> tuple[Any, ...]:
+        """All arguments and results of a binding. If some are named, the others are None."""
+        rest = sum(self.bindings[name], [])[len(arguments) :] if named else []
+        assert named.keys() <= set(rest), f"{name} has no {named.keys() - set(rest)}"
+        return *arguments, *map(named.get, rest)
+
+    def launch(self, name: str, *arguments: Any, **named: Any) -> None:
         """Call a binding like those of `_cuda`, with tensors in the device's memory."""
+        arguments = self._in_order(name, arguments, named)
 
         def wrap(argument: Any) -> Any:
             return DeviceTensor(argument) if isinstance(argument, Tensor) else argument
@@ -206,12 +213,13 @@ class Emulator:
         used = self.module.take_streams()
         assert used <= {DEVICE_AND_STREAM}, f"{name}: launches on devices and streams {used}, not {DEVICE_AND_STREAM}"
 
-    def call(self, name: str, *arguments: Any, offset: int | dict[str, int] = 0) -> None:
+    def call(self, name: str, *arguments: Any, offset: int | dict[str, int] = 0, **named: Any) -> None:
         """Call a binding like those of `_C`, with CPU tensors: move them to the device and the results back.
 
         On the device, each tensor begins `offset` elements past a multiple of 256 bytes; a dict gives offsets by name.
         """
         inputs, results = self.bindings[name]
+        arguments = self._in_order(name, arguments, named)
         given, wanted = arguments[: len(inputs)], arguments[len(inputs) :]
         in_place = {id(a) for a in given if isinstance(a, Tensor)} & {id(a) for a in wanted}
         moved: dict[int, Tensor] = {}  # by id, as an argument may also be a result

@@ -143,22 +143,21 @@ def test_no_channels(emulator):
 @pytest.mark.parametrize("L", [0, TILE + 5])
 def test_null_pointers_for_statistics_and_the_end_state(emulator, L):
     case = timestep_norm_case(B=2, L=L, G=2, width=4)
-    x, weight, bias = (case.tensors[name] for name in ("x", "weight", "bias"))
-    y = torch.full_like(x, torch.nan)
-    emulator.call("timestep_norm_fwd", x, weight, bias, 2, case.options["eps"], *[None] * 5, y, *[None] * 5)
+    inputs = {name: case.tensors[name] for name in ("x", "weight", "bias")}
+    y = torch.full_like(inputs["x"], torch.nan)
+    emulator.call("timestep_norm_fwd", **inputs, num_groups=2, eps=case.options["eps"], y=y)
     assert_close(y, forward(mo.timestep_norm, case)["y"], tolerance=1e-5)
 
 
 def test_the_workspace_of_many_channels(emulator):
     """There is a share even if D exceeds the room for all shares."""
     case = timestep_norm_case(B=1, L=1, G=1, width=2**18 + 1)
-    x, weight, bias = (case.tensors[name] for name in ("x", "weight", "bias"))
-    stats, dy, shares = torch.ones(3, 1, 1, 1), torch.ones_like(x), []
-    results = [torch.empty_like(t) for t in (x, weight, bias)]
-    inputs = x, weight, bias, 1, 1e-5, *[None] * 5, stats, dy, None, None
+    inputs, shares = {name: case.tensors[name] for name in ("x", "weight", "bias")}, []
+    results = {f"d{name}": torch.empty_like(tensor) for name, tensor in inputs.items()}
+    inputs |= {"num_groups": 1, "eps": 1e-5, "stats": torch.ones(3, 1, 1, 1), "dy": torch.ones_like(inputs["x"])}
     with emulator.only_asking(shares), pytest.raises(InterruptedError):
-        emulator.call("timestep_norm_bwd", *inputs, *results, None, None)
-    assert shares[0] >= 2 * x.nbytes
+        emulator.call("timestep_norm_bwd", **inputs, **results)
+    assert shares[0] >= 2 * inputs["x"].nbytes
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)

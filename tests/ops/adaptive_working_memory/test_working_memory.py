@@ -109,7 +109,7 @@ def test_a_query_that_is_not_finite_reads_nan(value, visible_chunks):
 @pytest.mark.parametrize("L", [5, 40], ids=["few", "many"])
 def test_positions_that_would_overflow_are_refused(L):
     case = adaptive_working_memory_case(L=L, state=True)
-    for wrong in (-1, 2**62 + 1, 2**63 - 3):
+    for wrong in (-1, 2**62 + 1, 2**63 - 3):  # below 0, above the limit, int64 overflows within the call
         kept = case.options["kept"]._replace(position=torch.tensor([0, wrong]))
         call = partial(forward, mo.adaptive_working_memory, case.with_options(kept=kept))
         assert_refuses(ValueError, "adaptive_working_memory", "state.position", call)

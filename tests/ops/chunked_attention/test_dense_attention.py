@@ -240,14 +240,18 @@ def flash_available(monkeypatch):
     torch.use_deterministic_algorithms(False)
 
 
+def path_of(direction, q, k, v, chunk_size=2048, causal=True, scale=1.0):
+    return module.path_of(direction, q, k, v, chunk_size, causal, scale)
+
+
 def test_shapes_take_their_path(flash_available):
     with FakeTensorMode(), every_case() as each:
         for (dtype, B, L, H, K, V, C), path in SHAPES.items():
             with each(dtype, B, L, H, K, V, C):
                 q, v = (fake_tensor(B, L, H, width, dtype=getattr(torch, dtype)) for width in (K, V))
-                assert module.path_of("forward", q, q, v, C, True, 1.0) == path
+                assert path_of("forward", q, q, v, chunk_size=C) == path
                 in_backward = None if path == "products" else path
-                assert module.path_of("backward", q, q, v, C, True, 1.0) == in_backward
+                assert path_of("backward", q, q, v, chunk_size=C) == in_backward
 
 
 def test_largest_chunks_fit_the_workspace():
@@ -259,30 +263,25 @@ def test_largest_chunks_fit_the_workspace():
 def test_settings_of_torch_decide(flash_available):
     with FakeTensorMode():
         q, v = fake_tensor(8, 2048, 8, 64), fake_tensor(8, 2048, 8, 2048)
-        assert module.path_of("forward", q, q, q, 2048, True, 1.0) == "flash"
-        assert all(module.path_of("forward", q, q, v, 2048, True, scale) is None for scale in (-1.0, 0.0, 2.0**-11))
-        assert (
-            module.path_of("forward", q, q, q, 2048, False, 1.0),
-            module.path_of("forward", q, q, v, 2048, False, 1.0),
-        ) == ("flash", None)
+        assert path_of("forward", q, q, q) == "flash"
+        assert all(path_of("forward", q, q, v, scale=scale) is None for scale in (-1.0, 0.0, 2.0**-11))
+        assert path_of("forward", q, q, q, causal=False) == "flash"
+        assert path_of("forward", q, q, v, causal=False) is None
         with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):
-            assert module.path_of("forward", q, q, q, 2048, True, 1.0) is None
+            assert path_of("forward", q, q, q) is None
         try:
             torch.use_deterministic_algorithms(True)
-            assert (
-                module.path_of("forward", q, q, q, 2048, True, 1.0)
-                is module.path_of("forward", q, q, v, 2048, True, 1.0)
-                is None
-            )
+            assert path_of("forward", q, q, q) is None
+            assert path_of("forward", q, q, v) is None
         finally:
             torch.use_deterministic_algorithms(False)
         try:
             torch.set_float32_matmul_precision("high")
             for direction in module.DIRECTIONS:
-                assert module.path_of(direction, q.float(), q.float(), v.float(), 2048, True, 1.0) == "products"
+                assert path_of(direction, q.float(), q.float(), v.float()) == "products"
         finally:
             torch.set_float32_matmul_precision("highest")
-        assert module.path_of("forward", q.float(), q.float(), v.float(), 2048, True, 1.0) is None
+        assert path_of("forward", q.float(), q.float(), v.float()) is None
 
 
 def test_calls_that_are_not_dense_keep_the_kernels(monkeypatch):
@@ -304,8 +303,8 @@ def test_wrong_arguments_keep_the_kernels(flash_available):
         meta = torch.empty(1, device="meta")
         fewer, one_head, row = fake_tensor(1, 2048, 8, 64), fake_tensor(8, 2048, 1, 64), fake_tensor(2048, 8, 64)
         for k, v in (fewer, q), (q, fewer), (q, one_head), (q, row), (half, q), (q, half), (q, meta.expand(q.shape)):
-            assert module.path_of("forward", q, k, v, 2048, True, 1.0) is None
-        assert module.path_of("forward", row, row, row, 2048, True, 1.0) is None
+            assert path_of("forward", q, k, v) is None
+        assert path_of("forward", row, row, row) is None
 
 
 def test_arguments_of_torchs_flash_attention():

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import pytest
 import torch
 from assertions import assert_bit_equal
@@ -78,9 +80,10 @@ def test_the_output_does_not_depend_on_return_state(case, backend):
 
 def test_results_that_the_flags_leave_out_are_empty():
     x, zeros = torch.randn(2, 5, 8), torch.zeros(8)
-    y, stats, *state = ops.timestep_norm_fwd(x, zeros, zeros, 2, 1e-5, *[None] * 5, False, False)
+    call = partial(ops.timestep_norm_fwd, x, zeros, zeros, 2, 1e-5, *[None] * 5)  # no state, no spans
+    y, stats, *state = call(return_stats=False, return_state=False)
     assert y.shape == x.shape and [t.numel() for t in (stats, *state)] == [0] * 5
-    _, stats, count, mean, var, residual = ops.timestep_norm_fwd(x, zeros, zeros, 2, 1e-5, *[None] * 5, True, True)
+    _, stats, count, mean, var, residual = call(return_stats=True, return_state=True)
     assert stats.shape == (3, 2, 5, 2) and count.tolist() == [5, 5] and residual.shape == (2, 2, 2)
     p, q = torch.rand(8, 3), torch.rand(8, 3).to(torch.complex64)
     _, state = ops.cema_fwd(x, p, q, q, zeros, None, None, False)
@@ -118,10 +121,13 @@ def test_statistics_are_needed_for_gradients():
 def test_parts_of_a_state_without_their_counter_are_refused():
     x, zeros, group = torch.randn(2, 5, 8), torch.zeros(8), torch.ones(2, 2)
     with pytest.raises(ValueError, match=r"`state\.mean` must be None without a `state\.count`"):
-        ops.timestep_norm_fwd(x, zeros, zeros, 2, 1e-5, None, group, group, None, None, False, False)
+        moments = {"count": None, "mean": group, "var": group, "residual": None}
+        flags = {"spans": None, "return_stats": False, "return_state": False}
+        ops.timestep_norm_fwd(x, zeros, zeros, num_groups=2, eps=1e-5, **moments, **flags)
     q, cache = torch.randn(2, 5, 1, 4), torch.randn(2, 8, 1, 4)
     with pytest.raises(ValueError, match=r"`state\.k` must be None without a `state\.position`"):
-        ops.chunked_attention_fwd(q, q, q, cache, cache, None, 8, True, 1.0, 0.0, None, None)
+        options = {"chunk_size": 8, "causal": True, "scale": 1.0, "dropkey": 0.0, "dropkey_seed": None, "spans": None}
+        ops.chunked_attention_fwd(q, q, q, cache_k=cache, cache_v=cache, position=None, **options)
 
 
 def test_errors_of_torch_are_not_changed():

@@ -74,6 +74,7 @@ NO_MODEL_STATE = {
     "empty": (),
     "as tuple": lambda s: (*vars(s).values(),),
     "of another model": lambda s: replace(s, layers=s.layers[:1]),
+    # A few tokens more would overflow int64.
     "endless": lambda s: replace(s, norm=s.norm._replace(count=torch.full_like(s.norm.count, 2**63 - 3))),
 }
 

@@ -55,8 +55,8 @@ def add_gain(output):
 
 
 def add_hook(output):
-    scale = output.output.scale = nn.Parameter(torch.tensor(1.5, dtype=torch.float64))
-    output.output.register_forward_hook(lambda module, args, logits: scale * logits)
+    output.output.scale = nn.Parameter(torch.tensor(1.5, dtype=torch.float64))
+    output.output.register_forward_hook(lambda module, args, logits: module.scale * logits)
 
 
 def add_pre_hook(output):

@@ -72,7 +72,8 @@ def test_dequantize(name, kind, dtype, poisoned_memory):
 def test_many_rows(kind, dtype, monkeypatch):
     """More rows take a copy of the weights in parts, rounded to the dtype, with the error of a linear layer of it."""
     monkeypatch.setattr(module, "_COPY", 300 * 16)
-    tensors = x, weight, scale, bias = inputs(70, kind=kind, dtype=dtype)
+    tensors = inputs(70, kind=kind, dtype=dtype)
+    x, weight, scale, bias = tensors
     expected, size = exact(*tensors)
     with torch.no_grad():
         found, copied = mo.quantized_linear(*tensors), F.linear(x, exact_weight(weight, scale, 300).to(dtype), bias)
@@ -96,7 +97,8 @@ def test_rounded_x(name, kind, dtype, poisoned_memory):
     with every_case() as each, isa(name):
         for rows, (I, O) in itertools.product([1, 13, 70], SIZES):  # noqa: E741
             with each(rows, I, O):
-                x, weight, scale, bias = tensors = inputs(rows, I, O, kind, dtype)
+                tensors = inputs(rows, I, O, kind, dtype)
+                x, weight, scale, bias = tensors
                 factor = round_activations(x, max(I, 1) if kind == "int8" else 32)
                 expected, size = exact(factor, weight, scale, bias)
                 found = many_rows(*tensors)

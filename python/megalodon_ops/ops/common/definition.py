@@ -40,14 +40,14 @@ def define_op(
     Args:
         schema: torch's schema, with a name for each result. In the schema of a backward, the incoming gradients are
             named `d<result>`, the results `d<argument>`, and the other arguments as in the op's schema.
-        kernel: computes the op on the CPU, and on CUDA devices if the op has kernels for them. None: launches the
-            binding of the op's name (:func:`_default_kernel`).
+        kernel: by default, launches the binding of the op's name (:func:`_default_kernel`). Else a function that
+            computes the op on the CPU, and on CUDA devices if the op has kernels for them.
         wrapper: called with the kernel and its arguments, in place of the kernel.
-        fake: creates outputs of the right shapes for tracing. None: a result `d<argument>` is like the argument, and
-            every other result like the first argument.
+        fake: creates outputs of the right shapes for tracing. By default, a result `d<argument>` is like the argument,
+            and every other result like the first argument.
         backward: the op that computes the gradients. The values that its schema names are saved for it
-            (:func:`_autograd_by_names`). None: differentiation raises an error, as for backward ops. Forward-mode
-            differentiation always raises an error.
+            (:func:`_autograd_by_names`). By default, as for backward ops, differentiation raises an error;
+            forward-mode differentiation always does.
         setup_context: that of a torch.autograd.Function. `backward` is then such a function's backward, not an op.
         flops: function that returns the floating-point operations, for torch.utils.flop_counter. Its parameters have
             the names of arguments of the op.
