@@ -182,7 +182,7 @@ ERRORS = """
     train --config {tmp}/value => --config {tmp}/value: --steps: must be a whole number, got 'many'
     train --config {tmp}/none => {tmp}/none:
     train --config {tmp}/one => error: --config {tmp}/one:
-    train --config {tmp}/x.yaml => ; it must hold a JSON object of options, such as {"dim": 256}
+    train --config {tmp}/x.yaml => ; it must hold a JSON object of options, such as {"dim": 64}
     train --resume --out {run} --accumulate 2 => --accumulate: the run in {run} has 1, got 2
     train --steps 0 => --steps: must be a whole number >= 1, got '0'
     train --steps 3 --minutes 1 => --steps: cannot be combined with --minutes
@@ -212,7 +212,7 @@ ERRORS = """
     train --out {run} => holds a run already; continue it with --resume
     train --resume --out {tmp}/missing => --resume {tmp}/missing: no such folder
     train --resume --out {tmp} => --resume {tmp}: no complete checkpoint
-    train --resume => --resume: name the folder of the run with --out DIR
+    train --resume => --resume: name the run's folder with --out DIR
     train --resume --out {run} --dim 64 => --dim: the run in {run} has 32
     train --resume --out {run} --no-swiglu => --swiglu: the run in {run} has
     train --resume --out {run} --seed 7 => --seed: the run in {run} has 0

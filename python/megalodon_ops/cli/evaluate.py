@@ -124,9 +124,7 @@ def read_documents(options: Eval | Quantize, record: TrainRecord | None) -> tupl
             documents += [numpy.memmap(path, mode="r")] if is_plain(path, options) else load_documents([path], options)
         return documents, " ".join(map(str, options.data))
     if record is None:
-        raise CommandError(
-            f"--checkpoint {options.checkpoint}: is not a run of `train`, so it has no held-out text; give --data"
-        )
+        raise CommandError(f"--checkpoint {options.checkpoint}: not a run of `train` with held-out text; give --data")
     corpus = load_data(record.options, quiet=True)
     if corpus.fingerprint != record.data.fingerprint:
         raise CommandError("the run's text has changed, so its held-out text is unknown; give --data")

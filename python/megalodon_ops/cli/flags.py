@@ -96,15 +96,18 @@ def flag_of(name: str) -> str:
 def parse(words: Sequence[str] | None, commands: Mapping[str, type[Options]]) -> tuple[str, Options]:
     """Return a command line's command and its options; if the words are wrong, exit with a line on stderr."""
     style = dict(allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter)
-    first = "\n".join(_examples(kind)[0] for kind in commands.values())
+    lines = {
+        name: [line.strip() for line in kind.__doc__.splitlines() if line.strip()] for name, kind in commands.items()
+    }
+    first = "\n".join(f"  {examples[0]}" for _, *examples in lines.values())
     texts = dict(description="MEGALODON: train, evaluate, sample.", epilog=f"examples:\n{first}")
     parser = _Parser(prog="megalodon-ops", **texts, **style)
     parser.add_argument("--version", action="version", version=f"megalodon_ops {__version__}")
     subparsers = parser.add_subparsers(dest="command", required=True, metavar=f"{{{','.join(commands)}}}")
     parsers = {}
     for name, kind in commands.items():
-        summary = _lines(kind)[0]
-        texts = dict(help=summary, description=summary, epilog="\n".join(["examples:", *_examples(kind)]))
+        summary, *examples = lines[name]
+        texts = dict(help=summary, description=summary, epilog="\n  ".join(["examples:", *examples]))
         parsers[name] = subparsers.add_parser(name, argument_default=argparse.SUPPRESS, **texts, **style)
         _add_flags(parsers[name], kind)
     if not words:
@@ -172,15 +175,6 @@ def fault(error: msgspec.ValidationError, values: Mapping[str, Any]) -> str:
     for kind, words in {"`int`": "a whole number", "`float`": "a number", "`str` of length >= 1": "text"}.items():
         message = message.replace(kind, words)
     return f"{flag_of(name)}: {message}, got {short_text(value)}"
-
-
-def _lines(kind: type[Options]) -> list[str]:
-    return [line.strip() for line in (kind.__doc__ or "").splitlines() if line.strip()]
-
-
-def _examples(kind: type[Options]) -> list[str]:
-    """Return the examples of a docstring: all lines but the first."""
-    return [f"  {line}" for line in _lines(kind)[1:]]
 
 
 class _Parser(argparse.ArgumentParser):

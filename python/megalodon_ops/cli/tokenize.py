@@ -35,9 +35,7 @@ def run(options: Tokenize) -> int:
         if not any(shard.documents for shard in index.shards):
             for path in (*out.glob("shard-*.npy"), *out.glob("tokenizer*"), out / INDEX):
                 path.unlink()
-            raise CommandError(
-                f"no document in these files; {f'skipped: {reasons(skipped)}' if skipped else 'they are blank'}"
-            )
+            raise CommandError(f"no document in these files: {reasons(skipped) or 'they are blank'}")
     shards = Shards(out)
     documents, count = shards.num_documents, shards.num_shards
     print(
