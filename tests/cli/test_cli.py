@@ -225,6 +225,7 @@ ERRORS = """
     generate --checkpoint {run} --prompt-file /dev/zero => --prompt-file /dev/zero: must have at most 100,000,000 bytes
     generate --checkpoint {run} --prompt-file {tmp}/none => --prompt-file {tmp}/none: No such file
     generate --checkpoint {run} --temperature -1 => --temperature: must be a number >= 0.0
+    plan --memory 8 => --memory 8: is in bytes, less than a megabyte; add a unit, such as 8GB
     plan --mesh rows=2 => --mesh: must be sizes of data, chunk and tensor such as data=2,chunk=2, got 'rows=2'
     plan --mesh data=2 --batch 3 => --batch: must be a multiple of the mesh's data = 2, got 3
     plan --param-dtype bfloat16 --dtype float32 => --param-dtype: must be float32, or `dtype` without

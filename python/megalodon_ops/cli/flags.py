@@ -157,11 +157,8 @@ def _argparse(kind: Any, default: Any) -> dict[str, Any]:
         return {"choices": kind.values}
     if isinstance(kind, VarTupleType):
         return {**_argparse(kind.item_type, None), "nargs": "+"}
-    return {
-        "metavar": {IntType: "N", FloatType: "X", Path: "PATH", Mesh: "data=N,chunk=M", Amount: "N"}.get(
-            getattr(kind, "cls", type(kind)), "TEXT"
-        )
-    }
+    metavars = {IntType: "N", FloatType: "X", Path: "PATH", Mesh: "data=N,chunk=M", Amount: "N"}
+    return {"metavar": metavars.get(getattr(kind, "cls", type(kind)), "TEXT")}
 
 
 def fault(error: msgspec.ValidationError, values: Mapping[str, Any]) -> str:

@@ -134,10 +134,8 @@ def trained_model(
     if stored_tokenizer is None:
         raise CommandError(f"--checkpoint {path}: has no tokenizer.json or tokenizer.model; name one with --tokenizer")
     if stored_tokenizer.vocab_size > model.config.vocab_size:
-        raise CommandError(
-            f"--checkpoint {path}: its tokenizer has {stored_tokenizer.vocab_size} ids, and the model knows "
-            f"{model.config.vocab_size}"
-        )
+        sizes = f"{stored_tokenizer.vocab_size} ids, and the model knows {model.config.vocab_size}"
+        raise CommandError(f"--checkpoint {path}: its tokenizer has {sizes}")
     return TrainedModel(model, stored_tokenizer, None if record is None else TrainRecord.of(path, record))
 
 

@@ -56,10 +56,7 @@ class TextOptions(Options):
 
     data: tuple[Path, ...] | None = flag(None, f"{FILES} (the held-out text of the run)")
     glob: tuple[str, ...] | None = flag(
-        None,
-        "pattern of files to read in folders, such as '*.py' or 'src/*.c', even if not UTF-8; repeatable (text files)",
-        action="append",
-        metavar="PATTERN",
+        None, "files to read in folders, such as 'src/*.c'; repeatable (text files)", action="append", metavar="PATTERN"
     )
     field: Text = flag("text", "field of a JSON object, or column of a table, that holds a document")
     encoding: Encoding | None = flag(None, "encoding of text and .csv files, such as cp1252 (UTF-8, or the bytes)")
@@ -152,11 +149,7 @@ class Train(BatchOptions, TextOptions):
     seed: Seed = flag(0, "seed of weights, document order and dropout")
     device: str = flag("cpu", "device to compute on")
     dtype: Literal["float32", "bfloat16"] = flag("float32", "dtype of matrix products; bfloat16 uses autocast")
-    mesh: Mesh | None = flag(
-        None,
-        "mesh of torchrun's processes: rows are split over data, sequences over chunk, layers over tensor "
-        "(data=<world size>)",
-    )
+    mesh: Mesh | None = flag(None, "processes that split rows (data), length (chunk), layers (tensor) (all: data)")
     timeout: Positive = flag(600.0, "seconds that a process waits for the others")
     tensorboard: bool = flag(False, "also write the metrics for TensorBoard, to events in the folder")
     peak_tflops: Positive | None = flag(None, "peak TFLOPS of a device, to log the MFU (known: A100, H100, H200, B200)")
@@ -186,9 +179,7 @@ class Eval(TextOptions, ModelToRead):
     megalodon-ops eval --checkpoint runs/prose --data other.txt --context 2048 8192 32768 all
     """
 
-    context: tuple[Context, ...] = flag(
-        ("all",), "predict in windows of N tokens, each from a fresh state; all: a document is one window", metavar="N"
-    )
+    context: tuple[Context, ...] = flag(("all",), "windows of N tokens, each read afresh; all: documents", metavar="N")
     end_token: bool = flag(False, "also count the loss of each document's end token")
     json: Path | None = flag(None, "file to write all figures to", metavar="FILE")
     batch: Count = flag(8, "documents read in parallel")
@@ -245,9 +236,7 @@ class Export(Options):
     out: Path | None = flag(None, "folder to write", metavar="FOLDER")
     web: Path | None = flag(None, "folder to write, with a page that writes text in a browser", metavar="FOLDER")
     onnxruntime_web: Path | None = flag(None, "folder dist of npm's onnxruntime-web, for the page", metavar="FOLDER")
-    dtype: Literal["float32", "float16", "int8"] = flag(
-        "float32", "dtype of weights; int8 is onnxruntime's, which also rounds the inputs of matrix products"
-    )
+    dtype: Literal["float32", "float16", "int8"] = flag("float32", "of weights; int8 also rounds inputs of products")
     tokenizer: Path | None = flag(None, "tokenizer of a checkpoint whose folder has none")
 
 
@@ -278,8 +267,7 @@ class Tokenize(TextOptions):
     out: Path = flag(REQUIRED, "folder to write, or to continue", metavar="DIR")
     tokenizer: Path | None = flag(None, VOCABULARY)
     shard_size: Annotated[int, Meta(ge=1, lt=1 << 20)] = flag(
-        64,
-        "MiB of text in a shard, of which a kill loses one; long texts, compressed files and row groups stay whole",
+        64, "MiB of text in a shard, of which a kill loses one; compressed files and row groups stay whole"
     )
 
 

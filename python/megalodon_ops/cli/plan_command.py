@@ -20,6 +20,8 @@ from megalodon_ops.storage.files import write_whole
 
 def run(options: Options) -> int:
     mesh = options.mesh or {}
+    if options.memory is not None and options.memory < 10**6:
+        raise CommandError(f"--memory {options.memory}: is in bytes, less than a megabyte; add a unit, such as 8GB")
 
     @functools.cache
     def costs_of(config: MegalodonConfig, batch: int | None) -> Plan:

@@ -65,9 +65,8 @@ class Processes:
         for rank, others in enumerate(self.gather(dict(facts))):
             for name, value in facts.items():
                 if others[name] != value:
-                    raise CommandError(
-                        f"{name} must be the same in all processes, got {short_text(value)} and in rank {rank} {short_text(others[name])}"
-                    )
+                    got = f"{short_text(value)} and in rank {rank} {short_text(others[name])}"
+                    raise CommandError(f"{name} must be the same in all processes, got {got}")
 
 
 @contextmanager

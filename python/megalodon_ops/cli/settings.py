@@ -115,15 +115,10 @@ def _initial_model(options: Train) -> tuple[Megalodon, MegalodonConfig, Tokenize
         flag = "--data" if options.tokenizer is None else "--tokenizer"
         raise CommandError(f"{flag}: has another tokenizer than the model in {folder}")
     if tokenizer.vocab_size > model.config.vocab_size:
-        raise CommandError(
-            f"--init-from {folder}: the tokenizer has {tokenizer.vocab_size} ids, and the model knows "
-            f"{model.config.vocab_size}; name the model's with --tokenizer"
-        )
-    values = {
-        **model.config.to_dict(),
-        "preset": "a configuration of its own",
-        "end_token": model.config.eos_token_id is not None,
-    }
+        sizes = f"{tokenizer.vocab_size} ids, and the model knows {model.config.vocab_size}"
+        raise CommandError(f"--init-from {folder}: the tokenizer has {sizes}; name the model's with --tokenizer")
+    ends = model.config.eos_token_id is not None
+    values = {**model.config.to_dict(), "preset": "a configuration of its own", "end_token": ends}
     for name in sorted(options.given & {"end_token", *ModelOptions.__annotations__} - WEIGHTLESS_OPTIONS):
         given, value = getattr(options, name), values[config_field(name)]
         if given is not None and given != value:
@@ -184,7 +179,5 @@ def _check_apart(out: Path, data: Sequence[Path], globs: Sequence[str] | None) -
     """Refuse a run inside its own training text."""
     for path in data:
         if not globs and path.is_dir() and out.resolve().is_relative_to(path.resolve()):
-            raise CommandError(
-                f"--out {out}: lies in {path}, so that what the run writes would be text to learn from; "
-                "name a folder outside, or choose the text with --glob"
-            )
+            fault = f"lies in {path}, so that what the run writes would be text to learn from"
+            raise CommandError(f"--out {out}: {fault}; name a folder outside, or choose the text with --glob")

@@ -286,10 +286,9 @@ def check_shares(options: Train, config: MegalodonConfig, sizes: Mesh) -> None:
         raise CommandError(f"--batch {options.batch}: must be a multiple of the mesh's data={data}")
     rows = options.batch // data
     if rows % chunk and rows * options.length < chunk * config.chunk_size:
-        raise CommandError(
-            f"--length {options.length}: the mesh's chunk={chunk} cannot split {rows} x {options.length} tokens; "
-            f"give at least {chunk} chunks of {config.chunk_size} tokens, or a multiple of {chunk} rows"
-        )
+        fix = f"give at least {chunk} chunks of {config.chunk_size} tokens, or a multiple of {chunk} rows"
+        fault = f"the mesh's chunk={chunk} cannot split {rows} x {options.length} tokens"
+        raise CommandError(f"--length {options.length}: {fault}; {fix}")
     if ":" in options.device:
         raise CommandError(f"--device {options.device}: each process takes its own GPU; use cuda")
 
