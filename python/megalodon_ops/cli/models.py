@@ -56,12 +56,10 @@ def _in_flags(message: str) -> str:
 
 
 def usable_device(name: str) -> torch.device:
-    try:
-        device = torch.device(name)
-    except RuntimeError as error:
-        raise CommandError(f"--device {name}: {_DEVICES}") from error
-    if device.type not in ("cpu", "cuda"):
-        raise CommandError(f"--device {name}: {_DEVICES}")
+    if not re.fullmatch(r"(cpu|cuda)(:(0|[1-9]\d?))?", name, re.ASCII):
+        kinds = "must be cpu, cuda or one card, such as cuda:1; there are no kernels for other devices"
+        raise CommandError(f"--device {name}: {kinds}")
+    device = torch.device(name)
     try:
         torch.empty(1, device=device)
     except (RuntimeError, AssertionError) as error:
@@ -69,9 +67,6 @@ def usable_device(name: str) -> torch.device:
     if device.type == "cuda" and not has_cuda_kernels():
         raise CommandError(f"--device {name}: this build has no kernels for it; megalodon-ops info says why")
     return device
-
-
-_DEVICES = "must be cpu, cuda or one card, such as cuda:1; there are no kernels for other devices"
 
 
 class DataRecord(msgspec.Struct):

@@ -236,9 +236,8 @@ def run(options: Train) -> int:
         if stopped:
             if processes.is_rank0:
                 draw_metrics(out / CURVE, read_metrics(out / METRICS))
-            print(
-                f"stopped after step {step}; continue with: megalodon-ops train --out {shlex.quote(str(out))} --resume"
-            )
+            resume = f"megalodon-ops train --out {shlex.quote(str(out))} --resume"
+            print(f"stopped after step {step}; continue with: {resume}")
             return 128 + stopped
         unsharded, size = model.alone(), sum(map(len, corpus.held_out))
         with bytes_bar(size // processes.size, desc="evaluating held-out text", delay=1) as bar:
@@ -256,10 +255,9 @@ def run(options: Train) -> int:
             draw_metrics(out / CURVE, read_metrics(out / METRICS), compressors)
             print(f"{time.monotonic() - begin:.0f} s; curve and checkpoint in {out}")
             if best.step:
-                print(
-                    f"best on the sample of held-out text: step {best.step}, {best.bits_per_byte:.3f} bits per byte; "
-                    f"load it with --checkpoint {shlex.quote(str(out / BEST))}"
-                )
+                figure = f"step {best.step}, {best.bits_per_byte:.3f} bits per byte"
+                fix = f"load it with --checkpoint {shlex.quote(str(out / BEST))}"
+                print(f"best on the sample of held-out text: {figure}; {fix}")
             show_sample(unsharded, tokenizer, corpus.held_out, options.seed, autocast)
         return 0
 
