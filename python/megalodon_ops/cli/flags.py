@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import codecs
 import dataclasses
+import inspect
 import os
 import re
 from collections.abc import Mapping, Sequence
@@ -96,17 +97,15 @@ def flag_of(name: str) -> str:
 def parse(words: Sequence[str] | None, commands: Mapping[str, type[Options]]) -> tuple[str, Options]:
     """Return a command line's command and its options; if the words are wrong, exit with a line on stderr."""
     style = dict(allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter)
-    lines = {
-        name: [line.strip() for line in kind.__doc__.splitlines() if line.strip()] for name, kind in commands.items()
-    }
-    first = "\n".join(f"  {examples[0]}" for _, *examples in lines.values())
+    lines = {name: inspect.cleandoc(kind.__doc__).split("\n") for name, kind in commands.items()}
+    first = "\n".join(f"  {examples[0]}" for _, _, *examples in lines.values())
     texts = dict(description="MEGALODON: train, evaluate, sample.", epilog=f"examples:\n{first}")
     parser = _Parser(prog="megalodon-ops", **texts, **style)
     parser.add_argument("--version", action="version", version=f"megalodon_ops {__version__}")
     subparsers = parser.add_subparsers(dest="command", required=True, metavar=f"{{{','.join(commands)}}}")
     parsers = {}
     for name, kind in commands.items():
-        summary, *examples = lines[name]
+        summary, _, *examples = lines[name]
         texts = dict(help=summary, description=summary, epilog="\n  ".join(["examples:", *examples]))
         parsers[name] = subparsers.add_parser(name, argument_default=argparse.SUPPRESS, **texts, **style)
         _add_flags(parsers[name], kind)

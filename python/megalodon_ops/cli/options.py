@@ -30,14 +30,8 @@ CONTEXT_ROWS = 8
 """Default context length, as a multiple of --length; see docs/training.md"""
 MINUTES = 5.0
 """Minutes of a run without --steps and --minutes"""
-CONFIG_FIELDS = {
-    "dim": "model_dim",
-    "layers": "num_layers",
-    "heads": "num_heads",
-    "chunk": "chunk_size",
-    "ffn_dim": "ffn_hidden_dim",
-    "norm_groups": "norm_num_groups",
-}
+CONFIG_FIELDS = dict(dim="model_dim", layers="num_layers", heads="num_heads", chunk="chunk_size")
+CONFIG_FIELDS |= dict(ffn_dim="ffn_hidden_dim", norm_groups="norm_num_groups")
 """Short option names -> fields of MegalodonConfig"""
 
 LAUNCH_OPTIONS = ("out", "resume", "config", "mesh", "timeout", "dry_run")

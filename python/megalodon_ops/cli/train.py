@@ -111,16 +111,10 @@ def run(options: Train) -> int:
         rows = options.batch * options.accumulate  # per step
         data_rank, num_parts = processes.place("data")
         share = rows // num_parts
-        batches = Batches(
-            encode(corpus.train, tokenizer),
-            range(data_rank * share, (data_rank + 1) * share),
-            options.length,
-            batch=rows,
-            start=tokenizer.start,
-            end=config.eos_token_id,
-            seed=options.seed,
-            context_length=options.context_length,
-        )
+        own_rows = range(data_rank * share, (data_rank + 1) * share)
+        how = dict(batch=rows, seed=options.seed, context_length=options.context_length)
+        ends = dict(start=tokenizer.start, end=config.eos_token_id)
+        batches = Batches(encode(corpus.train, tokenizer), own_rows, options.length, **how, **ends)
         chunk_share = dict(zip(("rank", "ranks"), processes.place("chunk"), strict=True))
         readers = [Reader(model, **chunk_share) for _ in range(options.accumulate)]  # each carries its rows' states
         if saved:
