@@ -25,17 +25,11 @@ def run(options: Options) -> int:
 
     @functools.cache
     def costs_of(config: MegalodonConfig, batch: int | None) -> Plan:
-        return plan(
-            config,
-            mesh,
-            context=options.context or 8 * config.chunk_size,
-            batch=batch,
-            device=options.device,
-            dtype=torch.float32 if options.dtype == "float32" else torch.bfloat16,
-            autocast=options.dtype == "autocast",
-            param_dtype=getattr(torch, options.param_dtype),
-            data="replicate" if options.replicate else "shard",
-        )
+        dtype = torch.float32 if options.dtype == "float32" else torch.bfloat16
+        types = dict(dtype=dtype, autocast=options.dtype == "autocast", param_dtype=getattr(torch, options.param_dtype))
+        sizes = dict(context=options.context or 8 * config.chunk_size, batch=batch)
+        data = "replicate" if options.replicate else "shard"
+        return plan(config, mesh, device=options.device, data=data, **sizes, **types)
 
     try:
         if options.params is not None or options.memory is not None:
