@@ -201,13 +201,10 @@ ERRORS = """
     train --dim 42 => --norm-groups: must be a divisor of --dim = 42, got 8.
     train --z-dim 33 => --z-dim: must be a multiple of 2 * --heads = 2, got 33.
     eval --checkpoint {run} --batch 9999999999 => --batch: must be a whole number <= 2147483647
-    generate --checkpoint {run} --top-k 9999999999 => --top-k: must be a whole number <= 2147483647
     generate --checkpoint {run} --samples 999999999 => --samples: the state of 999,999,999 samples takes
     generate --checkpoint {run} --prompt-file {tmp} => --prompt-file {tmp}: Is a directory
     train --step 3 => unrecognized arguments: --step 3
     train --preset huge => argument --preset: invalid choice: 'huge'
-    train --device abacus => --device abacus
-    train --device meta => --device meta: must be cpu, cuda or one card, such as cuda:1
     train --data {text} --out {tmp}/empty => --out {tmp}/empty: a file; name a folder
     train --out {run} => holds a run already; continue it with --resume
     train --resume --out {tmp}/missing => --resume {tmp}/missing: no such folder
@@ -219,9 +216,7 @@ ERRORS = """
     train --resume --out {run} --data {here} => the text is not the one
     eval --checkpoint {tmp}/missing => --checkpoint {tmp}/missing: no such folder
     eval --checkpoint {tmp} => --checkpoint {tmp}: no model in this folder
-    eval --checkpoint {run} --data {tmp}/empty => empty: the file is empty
     generate => the following arguments are required: --checkpoint
-    generate --checkpoint {tmp}/missing => no such folder
     generate --checkpoint {run} --prompt-file /dev/zero => --prompt-file /dev/zero: must have at most 100,000,000 bytes
     generate --checkpoint {run} --prompt-file {tmp}/none => --prompt-file {tmp}/none: No such file
     generate --checkpoint {run} --temperature -1 => --temperature: must be a number >= 0.0
