@@ -48,8 +48,8 @@ def load_corpus(
     try:
         return hold_out(documents, validation)
     except ValueError as error:
-        least = "a document that is not in --validation"
-        least = "at least 2 bytes, one to learn and one to hold out" if validation is None else least
+        least = "at least 2 bytes, one to learn and one to hold out"
+        least = least if validation is None else "a document that is not in --validation"
         raise CommandError(f"{' '.join(map(str, paths or ()))}: must have {least}") from error
 
 

@@ -50,7 +50,7 @@ class TextOptions(Options):
 
     data: tuple[Path, ...] | None = flag(None, f"{FILES} (the held-out text of the run)")
     glob: tuple[str, ...] | None = flag(
-        None, "files to read in folders, such as 'src/*.c'; repeatable (text files)", action="append", metavar="PATTERN"
+        None, "files to read in folders, UTF-8 or not: 'src/*.c'; repeatable (text)", action="append", metavar="PATTERN"
     )
     field: Text = flag("text", "field of a JSON object, or column of a table, that holds a document")
     encoding: Encoding | None = flag(None, "encoding of text and .csv files, such as cp1252 (UTF-8, or the bytes)")
