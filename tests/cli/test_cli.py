@@ -182,7 +182,7 @@ ERRORS = """
     train --config {tmp}/value => --config {tmp}/value: --steps: must be a whole number, got 'many'
     train --config {tmp}/none => {tmp}/none:
     train --config {tmp}/one => error: --config {tmp}/one:
-    train --config {tmp}/x.yaml => ; it must hold a JSON object of options, such as {"dim": 256}
+    train --config {tmp}/x.yaml => ; it must hold a JSON object of options, such as {"dim": 64}
     train --resume --out {run} --accumulate 2 => --accumulate: the run in {run} has 1, got 2
     train --steps 0 => --steps: must be a whole number >= 1, got '0'
     train --steps 3 --minutes 1 => --steps: cannot be combined with --minutes
@@ -201,30 +201,26 @@ ERRORS = """
     train --dim 42 => --norm-groups: must be a divisor of --dim = 42, got 8.
     train --z-dim 33 => --z-dim: must be a multiple of 2 * --heads = 2, got 33.
     eval --checkpoint {run} --batch 9999999999 => --batch: must be a whole number <= 2147483647
-    generate --checkpoint {run} --top-k 9999999999 => --top-k: must be a whole number <= 2147483647
     generate --checkpoint {run} --samples 999999999 => --samples: the state of 999,999,999 samples takes
     generate --checkpoint {run} --prompt-file {tmp} => --prompt-file {tmp}: Is a directory
     train --step 3 => unrecognized arguments: --step 3
     train --preset huge => argument --preset: invalid choice: 'huge'
-    train --device abacus => --device abacus
-    train --device meta => --device meta: must be cpu, cuda or one card, such as cuda:1
     train --data {text} --out {tmp}/empty => --out {tmp}/empty: a file; name a folder
     train --out {run} => holds a run already; continue it with --resume
     train --resume --out {tmp}/missing => --resume {tmp}/missing: no such folder
     train --resume --out {tmp} => --resume {tmp}: no complete checkpoint
-    train --resume => --resume: name the folder of the run with --out DIR
+    train --resume => --resume: name the run's folder with --out DIR
     train --resume --out {run} --dim 64 => --dim: the run in {run} has 32
     train --resume --out {run} --no-swiglu => --swiglu: the run in {run} has
     train --resume --out {run} --seed 7 => --seed: the run in {run} has 0
     train --resume --out {run} --data {here} => the text is not the one
     eval --checkpoint {tmp}/missing => --checkpoint {tmp}/missing: no such folder
     eval --checkpoint {tmp} => --checkpoint {tmp}: no model in this folder
-    eval --checkpoint {run} --data {tmp}/empty => empty: the file is empty
     generate => the following arguments are required: --checkpoint
-    generate --checkpoint {tmp}/missing => no such folder
     generate --checkpoint {run} --prompt-file /dev/zero => --prompt-file /dev/zero: must have at most 100,000,000 bytes
     generate --checkpoint {run} --prompt-file {tmp}/none => --prompt-file {tmp}/none: No such file
     generate --checkpoint {run} --temperature -1 => --temperature: must be a number >= 0.0
+    plan --memory 8 => --memory 8: is in bytes, less than a megabyte; add a unit, such as 8GB
     plan --mesh rows=2 => --mesh: must be sizes of data, chunk and tensor such as data=2,chunk=2, got 'rows=2'
     plan --mesh data=2 --batch 3 => --batch: must be a multiple of the mesh's data = 2, got 3
     plan --param-dtype bfloat16 --dtype float32 => --param-dtype: must be float32, or `dtype` without

@@ -194,13 +194,13 @@ def test_one_line_and_exit_code_2(mixed, bpe, tmp_path, capsys):
     assert "--tokenizer" in error(mixed, "--tokenizer", none, "--out", out)
     assert "--field: must be text, got ''" in error(mixed, "--field", "", "--out", out)
     assert "--shard-size: must be a whole number >= 1, got '0'" in error(mixed, "--shard-size", "0", "--out", out)
-    words = "no document in these files; skipped: lines without a text 'body' (2)"
+    words = "no document in these files: lines without a text 'body' (2)"
     assert words in error(mixed / "c.ndjson", "--field", "body", "--out", out)
     assert not out.exists()
     out.mkdir()
     (out / ".user_file").write_text("a user's")
     (tmp_path / "blank.jsonl").write_text("\n \n")
-    assert "no document in these files; they are blank" in error(tmp_path / "blank.jsonl", "--out", out)
+    assert "no document in these files: they are blank" in error(tmp_path / "blank.jsonl", "--out", out)
     assert contents(out) == {Path(".user_file"): b"a user's", Path(".lock"): b""}, "a user's files stay"
     assert f"--out {mixed}: holds other files, such as a.jsonl; name another folder" in error(mixed, "--out", mixed)
     assert tokenize(out, mixed / "c.ndjson") == 0
@@ -298,7 +298,7 @@ def test_wrong_data_for_training(text, bpe, tmp_path, capsys):
     assert tokenize(tokens, text) == 0
 
     error, new = partial(error_of, capsys), ["--out", tmp_path / "run", *TINY]
-    words = f"--tokenizer {bpe}: the tokens in {tokens} are from another tokenizer; leave the flag out"
+    words = f"--tokenizer {bpe}: {tokens} has another tokenizer; leave the flag out"
     assert words in error("train", "--data", tokens, "--tokenizer", bpe, *new)
     assert f"--data {tokens}: holds tokens, so it must be named alone" in error("train", "--data", tokens, text, *new)
     assert "--glob: chooses among files of text" in error("train", "--data", tokens, "--glob", "*", *new)

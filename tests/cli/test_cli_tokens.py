@@ -192,8 +192,8 @@ def test_a_folder_without_a_tokenizer(run, bpe, tmp_path, capsys):
     trained = trained_model(run, torch.device("cpu"))
     trained.model.save(tmp_path / "bare")
     bare = ["--checkpoint", tmp_path / "bare"]
-    words = "is not a run of `train`, so it has no held-out text; give --data"
-    assert "holds no tokenizer.json and no tokenizer.model" in error_of(capsys, "generate", *bare, "--tokens", 5)
+    words = "not a run of `train` with held-out text; give --data"
+    assert "has no tokenizer.json or tokenizer.model" in error_of(capsys, "generate", *bare, "--tokens", 5)
     output(capsys, "generate", *bare, "--tokens", 5, "--tokenizer", bpe)
     assert words in error_of(capsys, "eval", *bare, "--tokenizer", bpe)
     output(capsys, "eval", *bare, "--tokenizer", bpe, "--data", __file__)
@@ -221,7 +221,7 @@ def test_a_checkpoint_of_another_training_program(run, bpe, tmp_path, capsys):
     flags = ["--checkpoint", tmp_path / "own"]
     assert output(capsys, "generate", *flags, "--tokens", 99).count("\ufffd") > 9
     assert " bits per byte" in output(capsys, "eval", *flags, "--data", __file__)
-    assert "is not a run of `train`, so it has no held-out text; give --data" in error_of(capsys, "eval", *flags)
+    assert "not a run of `train` with held-out text; give --data" in error_of(capsys, "eval", *flags)
 
 
 def test_without_the_package(run, bpe, text, tmp_path, monkeypatch, capsys):

@@ -213,7 +213,7 @@ def test_two_runs_in_one_folder(text, tmp_path, capsys):
         for flags in (["--resume"], ["--data", str(text), *TINY]):
             assert main(["train", "--out", str(name), *flags]) == 2
             err = capsys.readouterr().err
-            assert f"--out {name}: another command is writing there" in err and err.count("\n") == 1
+            assert f"--out {name}: another command is using it" in err and err.count("\n") == 1
     before = rows(out)
     while process.is_alive() and rows(out)[: len(before) + 1] == before:
         time.sleep(0.005)

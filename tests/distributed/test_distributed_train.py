@@ -327,4 +327,4 @@ def test_processes_resume_only_a_run_with_the_same_options(ranks, single_run, te
 
 def test_the_folder_of_several_processes_has_a_name(ranks, text):
     results = run_on_ranks(ranks, 2, ["train", "--data", text, *TINY], code=2)
-    assert "name the folder of the run with --out DIR" in results[0].err + results[1].err
+    assert "name the run's folder with --out DIR" in results[0].err + results[1].err

@@ -15,6 +15,7 @@ PACKAGES = {
     "lora": ("transformers", "peft", "accelerate"),
     "forecast": ("statsmodels",),
     "serving": ("fastapi", "httpx"),
+    "libraries": ("lightning", "xgrammar", "torchao", "bitsandbytes"),
     "elsewhere": ("onnx", "onnxscript", "onnxruntime"),
 }
 """Packages that a page needs beyond the extra `train`"""

@@ -26,7 +26,7 @@ def test_padded_rows_equal_single_runs(side: str, fields: dict) -> None:
     with torch.no_grad():
         output = model(**batch, labels=batch["input_ids"])
         hidden = model(**batch, output_hidden_states=True).hidden_states
-        assert len(hidden) == 3
+        assert len(hidden) == 3 and (hidden[-1][batch["attention_mask"] == 0] == 0).all()
         total = 0
         for i, row in enumerate(rows):
             single = model(row[None], labels=row[None], output_hidden_states=True)
@@ -181,6 +181,19 @@ def test_hooks_see_the_columns_of_the_call(side) -> None:
             lasts[0] = len(tokens) - 1
             close(together[row, last], model(tokens[None]).logits[0, -1])
             lasts[0] = width - 1
+
+
+@pytest.mark.parametrize("kind", [hf.MegalodonModel, hf.MegalodonEncoderModel])
+def test_hidden_states_are_zero_at_padding(kind) -> None:
+    """So that their sum is over tokens; with padding after, before and between them."""
+    config = kind.config_class(num_layers=2, model_dim=32, z_dim=16, value_dim=32, ffn_hidden_dim=32, vocab_size=50)
+    model, rows = kind(config).eval(), torch.randint(50, (2, 9))
+    for padding in (slice(5, 9), slice(0, 3), slice(4, 6)):
+        mask = torch.ones_like(rows)
+        mask[1, padding] = 0
+        found = model(rows, attention_mask=mask, output_hidden_states=True)
+        assert torch.equal(found.hidden_states[-1], found.last_hidden_state)
+        assert (found.last_hidden_state[mask == 0] == 0).all()
 
 
 @pytest.mark.parametrize("padding", [torch.nan, torch.inf, 1e20])

@@ -19,13 +19,8 @@ from megalodon_ops.ops.common.memory import keep_freed_memory
 from megalodon_ops_startup import interruptible
 
 TRAIN_PACKAGES = ("msgspec", "tqdm", "matplotlib", "tokenizers", "sentencepiece", "filelock")
-EXTRAS = {
-    **dict.fromkeys(TRAIN_PACKAGES, "train"),
-    "tensorboard": "tensorboard",
-    "pyarrow": "data",
-    "backports": "data",
-    **dict.fromkeys(("onnx", "onnxscript", "onnxruntime"), "onnx"),
-}
+EXTRAS = dict.fromkeys(TRAIN_PACKAGES, "train") | dict(tensorboard="tensorboard", pyarrow="data", backports="data")
+EXTRAS |= dict.fromkeys(("onnx", "onnxscript", "onnxruntime"), "onnx")
 """Package -> the extra that installs it"""
 MODULES = {"eval": "evaluate", "plan": "plan_command", "tokenizer": "tokenizer_command"}
 """Command -> its module, if the names differ"""

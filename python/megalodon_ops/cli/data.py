@@ -49,8 +49,7 @@ def load_corpus(
         return hold_out(documents, validation)
     except ValueError as error:
         least = "at least 2 bytes, one to learn and one to hold out"
-        if validation is not None:
-            least = "a document that is not in --validation"
+        least = least if validation is None else "a document that is not in --validation"
         raise CommandError(f"{' '.join(map(str, paths or ()))}: must have {least}") from error
 
 
@@ -59,9 +58,7 @@ def load_documents(paths: Paths | None, how: TextOptions = _DEFAULTS, *, quiet: 
     skipped: Counter[str] = Counter()
     documents = [*read_documents(find_files(paths, how, quiet=quiet), how, skipped)]
     if skipped and not documents:
-        raise CommandError(
-            f"{' '.join(map(str, paths))}: no document; skipped: {reasons(skipped)}; name another field with --field"
-        )
+        raise CommandError(f"{' '.join(map(str, paths))}: no document, but {reasons(skipped)}; --field names another")
     if skipped and not quiet:
         print(f"megalodon_ops: skipped: {reasons(skipped)}", file=sys.stderr)
     return documents
@@ -138,9 +135,7 @@ def _examined(paths: Paths | None, how: TextOptions) -> Iterator[tuple[Path, Pat
             raise CommandError(f"{path}: the file is empty")
         elif kind_of(path) not in KINDS and not (how.encoding and is_text(path, how)) and _is_binary(path):
             kinds = ", ".join(KINDS)
-            raise CommandError(
-                f"{path}: is neither text nor one of {kinds}; --glob takes every file of a folder as text"
-            )
+            raise CommandError(f"{path}: is neither text nor one of {kinds}; --glob takes any file of a folder as text")
         else:
             yield path, None, ""
 

@@ -226,7 +226,6 @@ def _json(text: bytes) -> Any:
 def _text(entry: Any, field: str) -> bytes | None:
     """Return the document of an entry, or None."""
     text = entry.get(field) if isinstance(entry, dict) else None
-    # JSON can escape half of a surrogate pair, which becomes U+FFFD
-    return (
-        text.encode("utf-16", "surrogatepass").decode("utf-16", "replace").encode() if isinstance(text, str) else None
-    )
+    if isinstance(text, str):  # JSON can escape half of a surrogate pair, which becomes U+FFFD
+        return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace").encode()
+    return None

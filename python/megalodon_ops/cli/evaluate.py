@@ -37,10 +37,7 @@ def run(options: Eval) -> int:
     step = "" if record is None else f"; step {record.step}"
     print(f"{text}: {len(documents)} documents, {total:,} bytes{step}")
     contexts = list(dict.fromkeys(options.context))
-    with (
-        bytes_bar(total * len(contexts)) as bar,
-        precision(device, dtype),
-    ):
+    with bytes_bar(total * len(contexts)) as bar, precision(device, dtype):
         try:
             texts = as_documents(documents, tokenizer, bar.update, ends=options.end_token)
             results = evaluate(model, texts, contexts=contexts, rows=options.batch)
@@ -48,13 +45,8 @@ def run(options: Eval) -> int:
             raise CommandError(f"--data: the text has tokens that the model does not predict: {error}") from error
     print(report(results))
     if options.json is not None:
-        content = {
-            "megalodon_ops": megalodon_ops.__version__,
-            "checkpoint": str(options.checkpoint),
-            "text": text,
-            "documents": len(documents),
-            "contexts": [each.to_dict() for each in results],
-        }
+        content = dict(megalodon_ops=megalodon_ops.__version__, checkpoint=str(options.checkpoint), text=text)
+        content |= dict(documents=len(documents), contexts=[each.to_dict() for each in results])
         write_whole(options.json, json.dumps(content, indent=1, allow_nan=False).encode() + b"\n")
     return 0
 
@@ -124,9 +116,7 @@ def read_documents(options: Eval | Quantize, record: TrainRecord | None) -> tupl
             documents += [numpy.memmap(path, mode="r")] if is_plain(path, options) else load_documents([path], options)
         return documents, " ".join(map(str, options.data))
     if record is None:
-        raise CommandError(
-            f"--checkpoint {options.checkpoint}: is not a run of `train`, so it has no held-out text; give --data"
-        )
+        raise CommandError(f"--checkpoint {options.checkpoint}: not a run of `train` with held-out text; give --data")
     corpus = load_data(record.options, quiet=True)
     if corpus.fingerprint != record.data.fingerprint:
         raise CommandError("the run's text has changed, so its held-out text is unknown; give --data")

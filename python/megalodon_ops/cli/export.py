@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-from typing import Any
+from pathlib import Path
 
 import torch
 
 from megalodon_ops import MegalodonEncoder, MegalodonEncoderConfig
 from megalodon_ops.cli.errors import CommandError
-from megalodon_ops.cli.models import read_tokenizer
+from megalodon_ops.cli.models import read, read_tokenizer
 from megalodon_ops.cli.options import Export
 from megalodon_ops.storage.files import FileError
 from megalodon_ops.storage.folder import holds_model
 from megalodon_ops.storage.onnx_export import RUNTIME, export_onnx
+from megalodon_ops.tokenizers import Tokenizer
 from megalodon_ops.training.run_checkpoint import find_tokenizer, load_any
 
 
@@ -22,7 +23,8 @@ def run(options: Export) -> int:
         raise CommandError("--out, --web: one of them must name the folder to write")
     if options.onnxruntime_web and not options.web:
         raise CommandError("--onnxruntime-web: needs --web, whose page reads these files")
-    model, tokenizer = _load(options)
+    model, tokenizer = read("--checkpoint", _load, options.checkpoint)
+    tokenizer = tokenizer if options.tokenizer is None else read_tokenizer(options.tokenizer)
     page = dict(web=options.web is not None, onnxruntime_web=options.onnxruntime_web)
     try:
         export_onnx(model, folder, dtype=getattr(torch, options.dtype), tokenizer=tokenizer, **page)
@@ -38,13 +40,8 @@ def run(options: Export) -> int:
     return 0
 
 
-def _load(options: Export) -> tuple[torch.nn.Module, Any]:
+def _load(folder: Path) -> tuple[torch.nn.Module, Tokenizer | None]:
     """Return the model and its tokenizer, or None for a folder without one."""
-    try:
-        if holds_model(options.checkpoint, MegalodonEncoderConfig.model_type):
-            model, tokenizer = MegalodonEncoder.load(options.checkpoint), find_tokenizer(options.checkpoint)
-        else:
-            model, tokenizer, _ = load_any(options.checkpoint)
-    except (FileError, FileNotFoundError) as error:
-        raise CommandError(f"--checkpoint {error}") from error
-    return model, tokenizer if options.tokenizer is None else read_tokenizer(options.tokenizer)
+    if holds_model(folder, MegalodonEncoderConfig.model_type):
+        return MegalodonEncoder.load(folder), find_tokenizer(folder)
+    return load_any(folder)[:2]

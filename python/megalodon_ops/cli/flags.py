@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import codecs
 import dataclasses
+import inspect
 import os
 import re
 from collections.abc import Mapping, Sequence
@@ -96,15 +97,16 @@ def flag_of(name: str) -> str:
 def parse(words: Sequence[str] | None, commands: Mapping[str, type[Options]]) -> tuple[str, Options]:
     """Return a command line's command and its options; if the words are wrong, exit with a line on stderr."""
     style = dict(allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter)
-    first = "\n".join(_examples(kind)[0] for kind in commands.values())
+    lines = {name: inspect.cleandoc(kind.__doc__).split("\n") for name, kind in commands.items()}
+    first = "\n".join(f"  {examples[0]}" for _, _, *examples in lines.values())
     texts = dict(description="MEGALODON: train, evaluate, sample.", epilog=f"examples:\n{first}")
     parser = _Parser(prog="megalodon-ops", **texts, **style)
     parser.add_argument("--version", action="version", version=f"megalodon_ops {__version__}")
     subparsers = parser.add_subparsers(dest="command", required=True, metavar=f"{{{','.join(commands)}}}")
     parsers = {}
     for name, kind in commands.items():
-        summary = _lines(kind)[0]
-        texts = dict(help=summary, description=summary, epilog="\n".join(["examples:", *_examples(kind)]))
+        summary, _, *examples = lines[name]
+        texts = dict(help=summary, description=summary, epilog="\n  ".join(["examples:", *examples]))
         parsers[name] = subparsers.add_parser(name, argument_default=argparse.SUPPRESS, **texts, **style)
         _add_flags(parsers[name], kind)
     if not words:
@@ -154,11 +156,8 @@ def _argparse(kind: Any, default: Any) -> dict[str, Any]:
         return {"choices": kind.values}
     if isinstance(kind, VarTupleType):
         return {**_argparse(kind.item_type, None), "nargs": "+"}
-    return {
-        "metavar": {IntType: "N", FloatType: "X", Path: "PATH", Mesh: "data=N,chunk=M", Amount: "N"}.get(
-            getattr(kind, "cls", type(kind)), "TEXT"
-        )
-    }
+    metavars = {IntType: "N", FloatType: "X", Path: "PATH", Mesh: "data=N,chunk=M", Amount: "N"}
+    return {"metavar": metavars.get(getattr(kind, "cls", type(kind)), "TEXT")}
 
 
 def fault(error: msgspec.ValidationError, values: Mapping[str, Any]) -> str:
@@ -172,15 +171,6 @@ def fault(error: msgspec.ValidationError, values: Mapping[str, Any]) -> str:
     for kind, words in {"`int`": "a whole number", "`float`": "a number", "`str` of length >= 1": "text"}.items():
         message = message.replace(kind, words)
     return f"{flag_of(name)}: {message}, got {short_text(value)}"
-
-
-def _lines(kind: type[Options]) -> list[str]:
-    return [line.strip() for line in (kind.__doc__ or "").splitlines() if line.strip()]
-
-
-def _examples(kind: type[Options]) -> list[str]:
-    """Return the examples of a docstring: all lines but the first."""
-    return [f"  {line}" for line in _lines(kind)[1:]]
 
 
 class _Parser(argparse.ArgumentParser):

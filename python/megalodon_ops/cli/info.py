@@ -40,15 +40,11 @@ def _cuda() -> dict[str, str]:
     if not library.has_cuda_kernels():
         return {"CUDA kernels": "not in this build (no nvcc of 11.8 or newer was found, or MEGALODON_OPS_CUDA=OFF)"}
     extension = library.cuda_extension()
-    built = extension.build_info()
+    built, (driver, runtime) = extension.build_info(), extension.cuda_versions()
+    supported = f"supports CUDA {cuda_driver.text(driver)}, enough for the kernels' {cuda_driver.text(runtime)}"
     capabilities = [torch.cuda.get_device_capability(i) for i in range(torch.cuda.device_count())]
     notes = filter(None, (cuda_driver.compile_note(built["architectures"], c) for c in dict.fromkeys(capabilities)))
     return {
         "CUDA kernels": "; ".join([f"{built['compiler']} for {built['architectures']}", *notes]),
-        "NVIDIA driver": _driver(*extension.cuda_versions()),
+        "NVIDIA driver": cuda_driver.driver_problem(driver, runtime) or supported,
     }
-
-
-def _driver(driver: int, runtime: int) -> str:
-    supported = f"supports CUDA {cuda_driver.text(driver)}, enough for the kernels' {cuda_driver.text(runtime)}"
-    return cuda_driver.driver_problem(driver, runtime) or supported

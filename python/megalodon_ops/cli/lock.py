@@ -29,9 +29,7 @@ def folder_lock(out: Path) -> Iterator[None]:
         with filelock.FileLock(out / LOCK, timeout=0):
             yield
     except filelock.Timeout as error:
-        raise CommandError(
-            f"--out {out}: another command is writing there; wait for it, or name another folder"
-        ) from error
+        raise CommandError(f"--out {out}: another command is using it; wait for it, or name another folder") from error
     finally:
         if is_new and os.listdir(out) == [LOCK]:  # the command has written nothing
             (out / LOCK).unlink()

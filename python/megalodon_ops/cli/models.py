@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any, NamedTuple
 
@@ -55,24 +56,17 @@ def _in_flags(message: str) -> str:
 
 
 def usable_device(name: str) -> torch.device:
-    try:
-        device = torch.device(name)
-    except RuntimeError as error:
-        raise CommandError(f"--device {name}: {_DEVICES}") from error
-    if device.type not in ("cpu", "cuda"):
-        raise CommandError(f"--device {name}: {_DEVICES}")
+    if not re.fullmatch(r"(cpu|cuda)(:(0|[1-9]\d?))?", name, re.ASCII):
+        kinds = "must be cpu, cuda or one card, such as cuda:1; there are no kernels for other devices"
+        raise CommandError(f"--device {name}: {kinds}")
+    device = torch.device(name)
     try:
         torch.empty(1, device=device)
     except (RuntimeError, AssertionError) as error:
         raise CommandError(f"--device {name}: {str(error).splitlines()[0]}; --device cpu needs no GPU") from error
     if device.type == "cuda" and not has_cuda_kernels():
-        raise CommandError(
-            f"--device {name}: this build of megalodon_ops has no kernels for it; megalodon-ops info says why"
-        )
+        raise CommandError(f"--device {name}: this build has no kernels for it; megalodon-ops info says why")
     return device
-
-
-_DEVICES = "must be cpu, cuda or one card, such as cuda:1; there are no kernels for other devices"
 
 
 class DataRecord(msgspec.Struct):
@@ -123,11 +117,8 @@ def trained_model(
 
     tokenizer: its file, for a folder without one. dtype: "float32" converts the weights to float32.
     """
-    try:
-        weight_dtype = torch.float32 if dtype == "float32" else None
-        model, stored_tokenizer, record = load_any(path, dtype=weight_dtype, device=device)
-    except (FileError, FileNotFoundError) as error:
-        raise CommandError(f"--checkpoint {error}") from error
+    weight_dtype = torch.float32 if dtype == "float32" else None
+    model, stored_tokenizer, record = read("--checkpoint", load_any, path, dtype=weight_dtype, device=device)
     if model.config.num_features is not None:
         raise CommandError(f"--checkpoint {path}: the model reads numbers, not text; call it from Python")
     if tokenizer is not None:
@@ -136,22 +127,23 @@ def trained_model(
             raise CommandError(f"--tokenizer {tokenizer}: {path} holds another tokenizer; leave the flag out")
         stored_tokenizer = named_tokenizer
     if stored_tokenizer is None:
-        raise CommandError(
-            f"--checkpoint {path}: holds no tokenizer.json and no tokenizer.model; name one with --tokenizer"
-        )
+        raise CommandError(f"--checkpoint {path}: has no tokenizer.json or tokenizer.model; name one with --tokenizer")
     if stored_tokenizer.vocab_size > model.config.vocab_size:
-        raise CommandError(
-            f"--checkpoint {path}: its tokenizer has {stored_tokenizer.vocab_size} ids, and the model knows "
-            f"{model.config.vocab_size}"
-        )
+        sizes = f"{stored_tokenizer.vocab_size} ids, and the model knows {model.config.vocab_size}"
+        raise CommandError(f"--checkpoint {path}: its tokenizer has {sizes}")
     return TrainedModel(model, stored_tokenizer, None if record is None else TrainRecord.of(path, record))
 
 
 def read_tokenizer(path: Path) -> Tokenizer:
+    return read("--tokenizer", load_tokenizer, path)
+
+
+def read(flag: str, load: Callable[..., Any], *arguments: Any, **options: Any) -> Any:
+    """Call a function that loads a file; name the flag in errors of the file."""
     try:
-        return load_tokenizer(path)
+        return load(*arguments, **options)
     except (FileError, FileNotFoundError) as error:
-        raise CommandError(f"--tokenizer {error}") from error
+        raise CommandError(f"{flag} {error}") from error
 
 
 def precision(device: torch.device, dtype: str) -> torch.autocast:

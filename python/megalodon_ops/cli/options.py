@@ -30,14 +30,8 @@ CONTEXT_ROWS = 8
 """Default context length, as a multiple of --length; see docs/training.md"""
 MINUTES = 5.0
 """Minutes of a run without --steps and --minutes"""
-CONFIG_FIELDS = {
-    "dim": "model_dim",
-    "layers": "num_layers",
-    "heads": "num_heads",
-    "chunk": "chunk_size",
-    "ffn_dim": "ffn_hidden_dim",
-    "norm_groups": "norm_num_groups",
-}
+CONFIG_FIELDS = dict(dim="model_dim", layers="num_layers", heads="num_heads", chunk="chunk_size")
+CONFIG_FIELDS |= dict(ffn_dim="ffn_hidden_dim", norm_groups="norm_num_groups")
 """Short option names -> fields of MegalodonConfig"""
 
 LAUNCH_OPTIONS = ("out", "resume", "config", "mesh", "timeout", "dry_run")
@@ -45,6 +39,8 @@ LAUNCH_OPTIONS = ("out", "resume", "config", "mesh", "timeout", "dry_run")
 FILES = "text (a document each), .jsonl, .json lists, .csv, .parquet (a document in each entry), also as .gz; folders"
 METRICS, CURVE = "metrics.jsonl", "loss_curve.png"
 """Files of a run"""
+RUN = "folder of a run, a checkpoint or any saved model"
+LIBRARY = "(Python's standard library)"
 VOCABULARY = "a JSON file of the `tokenizers` package or a sentencepiece model, or a folder with one (none: bytes)"
 
 
@@ -54,10 +50,7 @@ class TextOptions(Options):
 
     data: tuple[Path, ...] | None = flag(None, f"{FILES} (the held-out text of the run)")
     glob: tuple[str, ...] | None = flag(
-        None,
-        "pattern of files to read in folders, such as '*.py' or 'src/*.c', even if not UTF-8; repeatable (text files)",
-        action="append",
-        metavar="PATTERN",
+        None, "files to read in folders, UTF-8 or not: 'src/*.c'; repeatable (text)", action="append", metavar="PATTERN"
     )
     field: Text = flag("text", "field of a JSON object, or column of a table, that holds a document")
     encoding: Encoding | None = flag(None, "encoding of text and .csv files, such as cp1252 (UTF-8, or the bytes)")
@@ -111,17 +104,11 @@ class BatchOptions(ModelOptions):
 
     # A batch has many short rows. Each row reads its own document, so a step learns from many documents.
     batch: Natural = flag(64, "rows in a batch")
-    accumulate: Natural = flag(
-        1, "batches per step; N batches train as one with N times as many rows, in the memory of one"
-    )
+    accumulate: Natural = flag(1, "batches per step; N train as one with N times the rows, in the memory of one")
     length: Natural = flag(64, "bytes or tokens in a row")
-    context_length: Natural | None = flag(
-        None, f"cut longer documents into parts of at most N tokens ({CONTEXT_ROWS} times --length)"
-    )
+    context_length: Natural | None = flag(None, f"cut documents after each N tokens ({CONTEXT_ROWS} times --length)")
     end_token: bool = flag(True, "learn where documents end, so that generated text ends, too")
-    optimizer: Literal["muon", "adamw"] = flag(
-        "muon", "muon (for matrices of blocks, adamw for the rest), or adamw for all"
-    )
+    optimizer: Literal["muon", "adamw"] = flag("muon", "muon (adamw for all but matrices of blocks), or adamw for all")
     lr: Positive | None = flag(None, f"peak learning rate ({RATE_TIMES_WIDTH} / width)")
     warmup: Natural = flag(100, "warmup steps; then the rate falls linearly to zero")
     weight_decay: NotNegative = flag(0.1, "weight decay of matrices")
@@ -142,21 +129,13 @@ class Train(BatchOptions, TextOptions):
     torchrun --nproc-per-node 4 --max-restarts 3 -m megalodon_ops train --mesh data=2,chunk=2 --batch 4 --length 8192 --out runs/four
     """
 
-    data: tuple[Path, ...] | None = flag(
-        None, f"{FILES}, or a folder written by `tokenize` (Python's standard library)"
-    )
-    validation: tuple[Path, ...] | None = flag(
-        None, "held-out text, in files as those of --data (a twentieth of --data)"
-    )
+    data: tuple[Path, ...] | None = flag(None, f"{FILES}, or a folder of `tokenize` {LIBRARY}")
+    validation: tuple[Path, ...] | None = flag(None, "held-out text, in files as --data (a twentieth of --data)")
     tokenizer: Path | None = flag(None, VOCABULARY)
-    init_from: Path | None = flag(
-        None, "start from the weights of a run, a checkpoint or any saved model, with its configuration and tokenizer"
-    )
+    init_from: Path | None = flag(None, "run, checkpoint or model to start from, with its configuration and tokenizer")
     out: Path | None = flag(None, "folder of the run (runs/<time>); required with torchrun")
     resume: bool = flag(False, "continue the run in --out with its own flags")
-    config: Path | None = flag(
-        None, "JSON file of options, such as a run's options.json; flags override it", metavar="FILE"
-    )
+    config: Path | None = flag(None, "JSON file of options, as a run's options.json; flags override it", metavar="FILE")
     steps: Natural | None = flag(None, "stop after N steps; the result does not depend on the clock")
     minutes: Positive | None = flag(None, f"stop after X minutes ({MINUTES:g}, unless --steps is given)")
     eval_every: Natural = flag(500, "steps between evaluations on held-out text")
@@ -164,16 +143,10 @@ class Train(BatchOptions, TextOptions):
     seed: Seed = flag(0, "seed of weights, document order and dropout")
     device: str = flag("cpu", "device to compute on")
     dtype: Literal["float32", "bfloat16"] = flag("float32", "dtype of matrix products; bfloat16 uses autocast")
-    mesh: Mesh | None = flag(
-        None,
-        "mesh of torchrun's processes: rows are split over data, sequences over chunk, layers over tensor "
-        "(data=<world size>)",
-    )
+    mesh: Mesh | None = flag(None, "processes that split rows (data), length (chunk), layers (tensor) (all: data)")
     timeout: Positive = flag(600.0, "seconds that a process waits for the others")
     tensorboard: bool = flag(False, "also write the metrics for TensorBoard, to events in the folder")
-    peak_tflops: Positive | None = flag(
-        None, "peak TFLOPS of a device, to log the model FLOPs utilization (known for A100, H100, H200, B200)"
-    )
+    peak_tflops: Positive | None = flag(None, "peak TFLOPS of a device, to log the MFU (known: A100, H100, H200, B200)")
 
     def record(self) -> dict[str, Any]:
         """Return the options that checkpoints and `options.json` record: those that describe the run, not a call."""
@@ -186,12 +159,10 @@ class Train(BatchOptions, TextOptions):
 class ModelToRead(Options):
     """model"""
 
-    checkpoint: Path = flag(REQUIRED, "folder of a run, a checkpoint or any saved model")
+    checkpoint: Path = flag(REQUIRED, RUN)
     tokenizer: Path | None = flag(None, "tokenizer of a checkpoint whose folder has none")
     device: str = flag("cpu", "device to compute on")
-    dtype: Literal["float32", "bfloat16"] | None = flag(
-        None, "dtype of matrix products; bfloat16 uses autocast (the run's, or float32)"
-    )
+    dtype: Literal["float32", "bfloat16"] | None = flag(None, "dtype of matrix products (the run's, or float32)")
 
 
 @dataclass(kw_only=True)
@@ -202,9 +173,7 @@ class Eval(TextOptions, ModelToRead):
     megalodon-ops eval --checkpoint runs/prose --data other.txt --context 2048 8192 32768 all
     """
 
-    context: tuple[Context, ...] = flag(
-        ("all",), "predict in windows of N tokens, each from a fresh state; all: a document is one window", metavar="N"
-    )
+    context: tuple[Context, ...] = flag(("all",), "windows of N tokens, each read afresh; all: documents", metavar="N")
     end_token: bool = flag(False, "also count the loss of each document's end token")
     json: Path | None = flag(None, "file to write all figures to", metavar="FILE")
     batch: Count = flag(8, "documents read in parallel")
@@ -219,9 +188,7 @@ class Generate(ModelToRead):
     megalodon-ops generate --checkpoint runs/prose --prompt 'Q: ' --stop 'Q:' --samples 3 --tokens 100 --min-p 0.05
     """
 
-    prompt: tuple[str, ...] = flag(
-        (), "text to continue; repeatable (none: a new document)", action="append", metavar="TEXT"
-    )
+    prompt: tuple[str, ...] = flag((), "text to continue; repeatable (a new document)", action="append", metavar="TEXT")
     prompt_file: Path | None = flag(None, "file to continue; - is standard input")
     tokens: Natural = flag(1000, "maximum tokens to generate")
     stop: tuple[Text, ...] = flag((), "end before this text; repeatable", action="append", metavar="TEXT")
@@ -243,9 +210,7 @@ class Quantize(TextOptions):
     megalodon-ops quantize model --to int4 --out model-int4 --dtype bfloat16 --data other.txt
     """
 
-    checkpoint: Path = flag(
-        REQUIRED, "folder of a run, a checkpoint or any saved model", positional=True, metavar="RUN"
-    )
+    checkpoint: Path = flag(REQUIRED, RUN, positional=True, metavar="RUN")
     to: Literal["int8", "int4"] = flag(REQUIRED, "kind of the weights")
     activations: Literal["int8"] | None = flag(None, "let prompts round activations to 8 bits, which is faster (no)")
     out: Path = flag(REQUIRED, "folder to write", metavar="DIR")
@@ -261,15 +226,11 @@ class Export(Options):
     megalodon-ops export --checkpoint runs/prose --web page --onnxruntime-web node_modules/onnxruntime-web/dist
     """
 
-    checkpoint: Path = flag(REQUIRED, "folder of a run, a checkpoint or any saved model", metavar="RUN")
+    checkpoint: Path = flag(REQUIRED, RUN, metavar="RUN")
     out: Path | None = flag(None, "folder to write", metavar="FOLDER")
     web: Path | None = flag(None, "folder to write, with a page that writes text in a browser", metavar="FOLDER")
-    onnxruntime_web: Path | None = flag(
-        None, "folder dist of the npm package onnxruntime-web, to copy the page's three files from", metavar="FOLDER"
-    )
-    dtype: Literal["float32", "float16", "int8"] = flag(
-        "float32", "dtype of weights; int8 is onnxruntime's, which also rounds the inputs of matrix products"
-    )
+    onnxruntime_web: Path | None = flag(None, "folder dist of npm's onnxruntime-web, for the page", metavar="FOLDER")
+    dtype: Literal["float32", "float16", "int8"] = flag("float32", "of weights; int8 also rounds inputs of products")
     tokenizer: Path | None = flag(None, "tokenizer of a checkpoint whose folder has none")
 
 
@@ -283,9 +244,7 @@ class TrainTokenizer(TextOptions):
 
     data: tuple[Path, ...] = flag((), FILES, positional=True, nargs="*", metavar="FILE")
     train: bool = flag(False, "train on the FILEs, without the text that `train` holds out (Python's standard library)")
-    vocab_size: Annotated[int, Meta(gt=257, lt=1 << 24)] | None = flag(
-        None, "maximum number of ids: 256 bytes, merges, and a start token"
-    )
+    vocab_size: Annotated[int, Meta(gt=257, lt=1 << 24)] | None = flag(None, "most ids: bytes, merges, a start token")
     out: Path | None = flag(None, "file to write", metavar="FILE")
     tokenizer: Path | None = flag(None, "tokenizer to measure on the FILEs: a file, or a folder with one")
 
@@ -298,14 +257,11 @@ class Tokenize(TextOptions):
     megalodon-ops tokenize --out tokens pages --glob '*.html'
     """
 
-    data: tuple[Path, ...] = flag(
-        (), f"{FILES} (Python's standard library)", positional=True, nargs="*", metavar="FILE"
-    )
+    data: tuple[Path, ...] = flag((), f"{FILES} {LIBRARY}", positional=True, nargs="*", metavar="FILE")
     out: Path = flag(REQUIRED, "folder to write, or to continue", metavar="DIR")
     tokenizer: Path | None = flag(None, VOCABULARY)
     shard_size: Annotated[int, Meta(ge=1, lt=1 << 20)] = flag(
-        64,
-        "MiB of text in a shard, of which a kill loses one; long texts, compressed files and row groups stay whole",
+        64, "MiB of text in a shard, of which a kill loses one; compressed files and row groups stay whole"
     )
 
 
@@ -322,18 +278,14 @@ class Plan(ModelOptions):
     memory: Amount | None = flag(None, "list configurations, and what makes each fit in a device's memory, such as 8GB")
     measure: bool = flag(False, "in such a list, time training steps of one chunk on this machine's CPU")
 
-    mesh: Mesh | None = flag(
-        None, "how devices share a batch: rows over data, length over chunk, matrices over tensor (one device)"
-    )
+    mesh: Mesh | None = flag(None, "devices that split rows (data), length (chunk) and matrices (tensor) (one device)")
     device: Literal["cpu", "cuda"] = flag("cpu", "kind of the devices")
     context: Natural | None = flag(None, "tokens of a sequence (8 chunks)")
     batch: Natural | None = flag(None, "sequences of a step on all devices (as many as the mesh's data)")
     dtype: Literal["float32", "bfloat16", "autocast"] = flag(
         "bfloat16", "dtype of products and activations; autocast: bfloat16 products of float32 parameters"
     )
-    param_dtype: Literal["float32", "bfloat16"] = flag(
-        "float32", "dtype of matrices, their gradients and Adam's moments"
-    )
+    param_dtype: Literal["float32", "bfloat16"] = flag("float32", "dtype of matrices, gradients and Adam's moments")
     replicate: bool = flag(False, "each device keeps all parameters instead of a part of them")
     json: Path | None = flag(None, "write all figures; - prints them instead", metavar="FILE")
     vocab: Natural | None = flag(None, "ids of the tokenizer (the preset's, or bytes)")

@@ -20,20 +20,16 @@ from megalodon_ops.storage.files import write_whole
 
 def run(options: Options) -> int:
     mesh = options.mesh or {}
+    if options.memory is not None and options.memory < 10**6:
+        raise CommandError(f"--memory {options.memory}: is in bytes, less than a megabyte; add a unit, such as 8GB")
 
     @functools.cache
     def costs_of(config: MegalodonConfig, batch: int | None) -> Plan:
-        return plan(
-            config,
-            mesh,
-            context=options.context or 8 * config.chunk_size,
-            batch=batch,
-            device=options.device,
-            dtype=torch.float32 if options.dtype == "float32" else torch.bfloat16,
-            autocast=options.dtype == "autocast",
-            param_dtype=getattr(torch, options.param_dtype),
-            data="replicate" if options.replicate else "shard",
-        )
+        dtype = torch.float32 if options.dtype == "float32" else torch.bfloat16
+        types = dict(dtype=dtype, autocast=options.dtype == "autocast", param_dtype=getattr(torch, options.param_dtype))
+        sizes = dict(context=options.context or 8 * config.chunk_size, batch=batch)
+        data = "replicate" if options.replicate else "shard"
+        return plan(config, mesh, device=options.device, data=data, **sizes, **types)
 
     try:
         if options.params is not None or options.memory is not None:

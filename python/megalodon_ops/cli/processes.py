@@ -42,16 +42,11 @@ class Processes:
         """True for the process that prints and writes metrics."""
         return self.rank == 0
 
-    def mesh_size(self, dimension: str) -> int:
-        """Return the size of a mesh dimension; 1 if there is none."""
-        return self.mesh[dimension].size() if self._has(dimension) else 1
-
-    def mesh_rank(self, dimension: str) -> int:
-        """Return this process's rank in a mesh dimension; 0 if there is none."""
-        return self.mesh.get_local_rank(dimension) if self._has(dimension) else 0
-
-    def _has(self, dimension: str) -> bool:
-        return self.mesh is not None and dimension in (self.mesh.mesh_dim_names or ())
+    def place(self, dimension: str) -> tuple[int, int]:
+        """Return this process's rank in a mesh dimension, and its size; (0, 1) if there is none."""
+        if self.mesh is None or dimension not in (self.mesh.mesh_dim_names or ()):
+            return 0, 1
+        return self.mesh.get_local_rank(dimension), self.mesh[dimension].size()
 
     def gather(self, value: Value) -> list[Value]:
         """Gather the values of all processes, in rank order."""
@@ -70,9 +65,8 @@ class Processes:
         for rank, others in enumerate(self.gather(dict(facts))):
             for name, value in facts.items():
                 if others[name] != value:
-                    raise CommandError(
-                        f"{name} must be the same in all processes, got {short_text(value)} and in rank {rank} {short_text(others[name])}"
-                    )
+                    got = f"{short_text(value)} and in rank {rank} {short_text(others[name])}"
+                    raise CommandError(f"{name} must be the same in all processes, got {got}")
 
 
 @contextmanager

@@ -10,7 +10,7 @@ import torch
 from megalodon_ops import Decoder, Megalodon, quantize
 from megalodon_ops.cli.errors import CommandError
 from megalodon_ops.cli.evaluate import as_documents, read_documents
-from megalodon_ops.cli.models import TrainedModel, trained_model
+from megalodon_ops.cli.models import trained_model
 from megalodon_ops.cli.options import Quantize
 from megalodon_ops.evaluation import evaluate
 
@@ -21,7 +21,10 @@ _ROWS = 8
 
 
 def run(options: Quantize) -> int:
-    trained = _trained(options)
+    try:
+        trained = trained_model(options.checkpoint, torch.device("cpu"), options.tokenizer)
+    except CommandError as error:
+        raise CommandError(str(error).removeprefix("--checkpoint ")) from error
     model = trained.model if options.dtype is None else trained.model.to(getattr(torch, options.dtype))
     try:
         quantized = quantize(model, options.to, options.activations)
@@ -41,13 +44,6 @@ def run(options: Quantize) -> int:
     print(f"{'tokens a second':>16} {_tokens_a_second(model):>12,.1f} {_tokens_a_second(quantized):>12,.1f}")
     print(f"written: {options.out}")
     return 0
-
-
-def _trained(options: Quantize) -> TrainedModel:
-    try:
-        return trained_model(options.checkpoint, torch.device("cpu"), options.tokenizer)
-    except CommandError as error:
-        raise CommandError(str(error).removeprefix("--checkpoint ")) from error
 
 
 def _megabytes(model: Megalodon) -> float:

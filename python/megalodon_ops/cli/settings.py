@@ -15,7 +15,7 @@ from megalodon_ops import Megalodon, MegalodonConfig
 from megalodon_ops.cli.data import tokens_folder
 from megalodon_ops.cli.errors import CommandError
 from megalodon_ops.cli.flags import convert, fault, flag_of
-from megalodon_ops.cli.models import TrainRecord, model_config, read_tokenizer
+from megalodon_ops.cli.models import TrainRecord, model_config, read, read_tokenizer
 from megalodon_ops.cli.options import CONTEXT_ROWS, LAUNCH_OPTIONS, MINUTES, RATE_TIMES_WIDTH
 from megalodon_ops.cli.options import ModelOptions, Train, config_field
 from megalodon_ops.storage.files import FileError, read_json
@@ -49,9 +49,7 @@ def with_config(options: Train) -> Train:
     try:
         values = read_json(file)
     except FileError as error:
-        raise CommandError(
-            f'--config {error}; it must hold a JSON object of options, such as {{"dim": 256}}'
-        ) from error
+        raise CommandError(f'--config {error}; it must hold a JSON object of options, such as {{"dim": 64}}') from error
     names = [field.name for field in fields(Train) if field.name not in ("config", "resume")]
     if unknown := [name for name in values if name not in names]:
         fix = did_you_mean(unknown[0], names) or "; train --help names them, with - for _"
@@ -78,9 +76,7 @@ def run_folder(options: Train, is_distributed: bool) -> Path:
         raise CommandError("--steps: cannot be combined with --minutes")
     if options.out is None:
         if options.resume or is_distributed:
-            raise CommandError(
-                f"{'--resume' if options.resume else 'train'}: name the folder of the run with --out DIR"
-            )
+            raise CommandError(f"{'--resume' if options.resume else 'train'}: name the run's folder with --out DIR")
         return Path("runs", time.strftime("%Y%m%d-%H%M%S"))
     if options.resume and not options.out.is_dir():
         raise CommandError(f"--resume {options.out}: no such folder")
@@ -110,35 +106,23 @@ def new_run(options: Train, out: Path) -> Run:
 def _initial_model(options: Train) -> tuple[Megalodon, MegalodonConfig, Tokenizer]:
     """Load the model of --init-from; return it, the run's configuration and its tokenizer."""
     folder = options.init_from
-    try:
-        model, stored_tokenizer, _ = load_any(folder, dtype=torch.float32)
-    except (FileError, FileNotFoundError) as error:
-        raise CommandError(f"--init-from {error}") from error
+    model, stored_tokenizer, _ = read("--init-from", load_any, folder, dtype=torch.float32)
     if model.quantization or model.config.num_features is not None:
         kind = "reads numbers, not text" if model.quantization is None else f"has {model.quantization} weights"
-        raise CommandError(
-            f"--init-from {folder}: the model {kind}; name one with floating-point weights that reads text"
-        )
+        raise CommandError(f"--init-from {folder}: the model {kind}; name one of text with floating-point weights")
     tokenizer = _tokenizer(options) or stored_tokenizer or ByteTokenizer()
     if stored_tokenizer is not None and tokenizer.fingerprint != stored_tokenizer.fingerprint:
         flag = "--data" if options.tokenizer is None else "--tokenizer"
         raise CommandError(f"{flag}: has another tokenizer than the model in {folder}")
     if tokenizer.vocab_size > model.config.vocab_size:
-        raise CommandError(
-            f"--init-from {folder}: the tokenizer has {tokenizer.vocab_size} ids, and the model knows "
-            f"{model.config.vocab_size}; name the model's with --tokenizer"
-        )
-    values = {
-        **model.config.to_dict(),
-        "preset": "a configuration of its own",
-        "end_token": model.config.eos_token_id is not None,
-    }
+        sizes = f"{tokenizer.vocab_size} ids, and the model knows {model.config.vocab_size}"
+        raise CommandError(f"--init-from {folder}: the tokenizer has {sizes}; name the model's with --tokenizer")
+    ends = model.config.eos_token_id is not None
+    values = {**model.config.to_dict(), "preset": "a configuration of its own", "end_token": ends}
     for name in sorted(options.given & {"end_token", *ModelOptions.__annotations__} - WEIGHTLESS_OPTIONS):
-        flag_value, value = getattr(options, name), values[config_field(name)]
-        if flag_value is not None and flag_value != value:
-            raise CommandError(
-                f"{flag_of(name)}: the model in {folder} has {value}, got {flag_value}; leave the flag out"
-            )
+        given, value = getattr(options, name), values[config_field(name)]
+        if given is not None and given != value:
+            raise CommandError(f"{flag_of(name)}: the model in {folder} has {value}, got {given}; leave the flag out")
     changes = {name: value for name in WEIGHTLESS_OPTIONS if (value := getattr(options, name)) is not None}
     return model, replace(model.config, **changes), tokenizer
 
@@ -187,9 +171,7 @@ def _tokenizer(options: Train) -> Tokenizer | None:
         return named
     tokenizer = read_tokenizer(folder)
     if named is not None and named.fingerprint != tokenizer.fingerprint:
-        raise CommandError(
-            f"--tokenizer {options.tokenizer}: the tokens in {folder} are from another tokenizer; leave the flag out"
-        )
+        raise CommandError(f"--tokenizer {options.tokenizer}: {folder} has another tokenizer; leave the flag out")
     return tokenizer
 
 
@@ -197,7 +179,5 @@ def _check_apart(out: Path, data: Sequence[Path], globs: Sequence[str] | None) -
     """Refuse a run inside its own training text."""
     for path in data:
         if not globs and path.is_dir() and out.resolve().is_relative_to(path.resolve()):
-            raise CommandError(
-                f"--out {out}: lies in {path}, so that what the run writes would be text to learn from; "
-                "name a folder outside, or choose the text with --glob"
-            )
+            fault = f"lies in {path}, so that what the run writes would be text to learn from"
+            raise CommandError(f"--out {out}: {fault}; name a folder outside, or choose the text with --glob")

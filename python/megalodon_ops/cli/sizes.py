@@ -58,16 +58,14 @@ def show(
     columns = "parameters    dim  layers  heads  chunk       GB  GB, --layerwise-ckpt" + "  tokens/s" * measure
     print(columns + "  fits" * (memory is not None))
     for config in configs[max(middle - ROWS, 0) : middle + ROWS + 1]:
-        plain, recomputed = (costs(with_ckpt(config, on), batch).bytes / 1e9 for on in (False, True))
+        plain, recomputed = (
+            costs(dataclasses.replace(config, layerwise_ckpt=on), batch).bytes / 1e9 for on in (False, True)
+        )
         line = f"{config.num_parameters():>10,} {config.model_dim:6} {config.num_layers:7} {config.num_heads:6}"
         line += f" {config.chunk_size:6} {plain:8,.2f} {recomputed:21,.2f}"
         if measure:
             line += f" {tokens_per_second(config):9,.0f}" if plain * 1e9 < available_memory() else f" {'-':>9}"
         print(line + (f"  {fitting_flags(config, costs, batch, memory)}" if memory is not None else ""))
-
-
-def with_ckpt(config: MegalodonConfig, recomputes: bool) -> MegalodonConfig:
-    return dataclasses.replace(config, layerwise_ckpt=recomputes)
 
 
 def fitting_flags(
@@ -77,7 +75,7 @@ def fitting_flags(
     for parts in [1 << i for i in range(batch.bit_length()) if batch % (1 << i) == 0]:
         flags = f"--batch {batch // parts * processes} --accumulate {parts * accumulate}" if parts > 1 else ""
         for recomputes in (False, True):
-            if costs(with_ckpt(config, recomputes), batch // parts).bytes <= memory:
+            if costs(dataclasses.replace(config, layerwise_ckpt=recomputes), batch // parts).bytes <= memory:
                 return f"{'--layerwise-ckpt ' * recomputes}{flags}".strip() or "yes"
     return "no"
 

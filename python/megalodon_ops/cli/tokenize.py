@@ -35,15 +35,12 @@ def run(options: Tokenize) -> int:
         if not any(shard.documents for shard in index.shards):
             for path in (*out.glob("shard-*.npy"), *out.glob("tokenizer*"), out / INDEX):
                 path.unlink()
-            raise CommandError(
-                f"no document in these files; {f'skipped: {reasons(skipped)}' if skipped else 'they are blank'}"
-            )
+            raise CommandError(f"no document in these files: {reasons(skipped) or 'they are blank'}")
     shards = Shards(out)
     documents, count = shards.num_documents, shards.num_shards
-    print(
-        f"{out}: {documents:,} document{'s' * (documents != 1)}, {shards.num_bytes:,} bytes, {shards.num_tokens:,} tokens in "
-        f"{count} shard{'s' * (count != 1)}: {shards.num_bytes / shards.num_tokens:.3f} bytes a token"
-    )
+    text = f"{documents:,} document{'s' * (documents != 1)}, {shards.num_bytes:,} bytes, {shards.num_tokens:,} tokens"
+    per_token = f"{shards.num_bytes / shards.num_tokens:.3f} bytes a token"
+    print(f"{out}: {text} in {count} shard{'s' * (count != 1)}: {per_token}")
     if skipped:
         print(f"skipped: {reasons(skipped)}")
     print(f"train with it: megalodon-ops train --data {shlex.quote(str(out))}")

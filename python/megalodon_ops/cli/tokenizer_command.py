@@ -33,9 +33,7 @@ def run(options: TrainTokenizer) -> int:
 
 def _train(options: TrainTokenizer) -> int:
     if options.out is None or options.vocab_size is None:
-        raise CommandError(
-            "--train: needs --vocab-size N, the maximum number of ids, and --out FILE, the file to write"
-        )
+        raise CommandError("--train: needs --vocab-size N, the maximum number of ids, and --out FILE, to write")
     if options.tokenizer is not None:
         raise CommandError("--tokenizer: cannot be combined with --train, which makes a new one")
     if options.out.is_dir():

@@ -30,7 +30,7 @@ from megalodon_ops.cli.flags import Mesh, flag_of
 from megalodon_ops.cli.generate import show_sample
 from megalodon_ops.cli.held_out import Best, best_of_run, bits_per_byte, eval_sample
 from megalodon_ops.cli.lock import folder_lock
-from megalodon_ops.cli.models import precision, usable_device
+from megalodon_ops.cli.models import precision, read, usable_device
 from megalodon_ops.cli.options import CURVE, METRICS, Train
 from megalodon_ops.cli.processes import Processes, process_group
 from megalodon_ops.cli.settings import new_run, resumed_run, run_folder, with_config
@@ -52,12 +52,8 @@ from megalodon_ops.training.record import RECORD
 OPTIONS = "options.json"
 OPTIMIZERS = {"muon": Muon, "adamw": adamw}
 PEAK_TFLOPS = {
-    "NVIDIA A100-SXM4-40GB": (312, 19.5),
-    "NVIDIA A100-PCIE-40GB": (312, 19.5),
-    "NVIDIA A100-SXM4-80GB": (312, 19.5),
-    "NVIDIA A100 80GB PCIe": (312, 19.5),
-    "NVIDIA H100 80GB HBM3": (989.5, 67),
-    "NVIDIA H200": (989.5, 67),
+    **{f"NVIDIA A100{kind}": (312, 19.5) for kind in ("-SXM4-40GB", "-PCIE-40GB", "-SXM4-80GB", " 80GB PCIe")},
+    **dict.fromkeys(("NVIDIA H100 80GB HBM3", "NVIDIA H200"), (989.5, 67)),
     "NVIDIA B200": (2250, 80),
 }
 """Dense peaks in TFLOP/s, of bfloat16 and of float32 without TF32, by device name; docs/training.md has the sources"""
@@ -113,19 +109,13 @@ def run(options: Train) -> int:
             del weights, initial
         optimizer = OPTIMIZERS[options.optimizer](model, lr=options.lr, weight_decay=options.weight_decay)
         rows = options.batch * options.accumulate  # per step
-        share = rows // processes.mesh_size("data")
-        first = share * processes.mesh_rank("data")
-        batches = Batches(
-            encode(corpus.train, tokenizer),
-            range(first, first + share),
-            options.length,
-            batch=rows,
-            start=tokenizer.start,
-            end=config.eos_token_id,
-            seed=options.seed,
-            context_length=options.context_length,
-        )
-        chunk_share = dict(rank=processes.mesh_rank("chunk"), ranks=processes.mesh_size("chunk"))
+        data_rank, num_parts = processes.place("data")
+        share = rows // num_parts
+        own_rows = range(data_rank * share, (data_rank + 1) * share)
+        how = dict(batch=rows, seed=options.seed, context_length=options.context_length)
+        ends = dict(start=tokenizer.start, end=config.eos_token_id)
+        batches = Batches(encode(corpus.train, tokenizer), own_rows, options.length, **how, **ends)
+        chunk_share = dict(zip(("rank", "ranks"), processes.place("chunk"), strict=True))
         readers = [Reader(model, **chunk_share) for _ in range(options.accumulate)]  # each carries its rows' states
         if saved:
             saved.load_weights(model)
@@ -240,9 +230,8 @@ def run(options: Train) -> int:
         if stopped:
             if processes.is_rank0:
                 draw_metrics(out / CURVE, read_metrics(out / METRICS))
-            print(
-                f"stopped after step {step}; continue with: megalodon-ops train --out {shlex.quote(str(out))} --resume"
-            )
+            resume = f"megalodon-ops train --out {shlex.quote(str(out))} --resume"
+            print(f"stopped after step {step}; continue with: {resume}")
             return 128 + stopped
         unsharded, size = model.alone(), sum(map(len, corpus.held_out))
         with bytes_bar(size // processes.size, desc="evaluating held-out text", delay=1) as bar:
@@ -260,10 +249,9 @@ def run(options: Train) -> int:
             draw_metrics(out / CURVE, read_metrics(out / METRICS), compressors)
             print(f"{time.monotonic() - begin:.0f} s; curve and checkpoint in {out}")
             if best.step:
-                print(
-                    f"best on the sample of held-out text: step {best.step}, {best.bits_per_byte:.3f} bits per byte; "
-                    f"load it with --checkpoint {shlex.quote(str(out / BEST))}"
-                )
+                figure = f"step {best.step}, {best.bits_per_byte:.3f} bits per byte"
+                fix = f"load it with --checkpoint {shlex.quote(str(out / BEST))}"
+                print(f"best on the sample of held-out text: {figure}; {fix}")
             show_sample(unsharded, tokenizer, corpus.held_out, options.seed, autocast)
         return 0
 
@@ -278,12 +266,9 @@ def newest_checkpoint(options: Train, out: Path, processes: Processes) -> Checkp
         raise CommandError(f"--out {out}: holds a run already; continue it with --resume, or name another folder")
     if not options.resume and not has_checkpoints:
         return None
-    try:
-        saved = load_checkpoint(out) if processes.is_rank0 else None
-        folder = processes.broadcast(saved.folder if saved else None)
-        return saved or load_checkpoint(folder, verify=False)
-    except (FileError, FileNotFoundError) as error:
-        raise CommandError(f"--resume {error}") from error
+    saved = read("--resume", load_checkpoint, out) if processes.is_rank0 else None
+    folder = processes.broadcast(saved.folder if saved else None)
+    return saved or read("--resume", load_checkpoint, folder, verify=False)
 
 
 def check_shares(options: Train, config: MegalodonConfig, sizes: Mesh) -> None:
@@ -293,10 +278,9 @@ def check_shares(options: Train, config: MegalodonConfig, sizes: Mesh) -> None:
         raise CommandError(f"--batch {options.batch}: must be a multiple of the mesh's data={data}")
     rows = options.batch // data
     if rows % chunk and rows * options.length < chunk * config.chunk_size:
-        raise CommandError(
-            f"--length {options.length}: the mesh's chunk={chunk} cannot split {rows} x {options.length} tokens; "
-            f"give at least {chunk} chunks of {config.chunk_size} tokens, or a multiple of {chunk} rows"
-        )
+        fix = f"give at least {chunk} chunks of {config.chunk_size} tokens, or a multiple of {chunk} rows"
+        fault = f"the mesh's chunk={chunk} cannot split {rows} x {options.length} tokens"
+        raise CommandError(f"--length {options.length}: {fault}; {fix}")
     if ":" in options.device:
         raise CommandError(f"--device {options.device}: each process takes its own GPU; use cuda")
 
@@ -380,7 +364,7 @@ def summary(out: Path, options: Train, model: Megalodon, corpus: Corpus, batches
 
 def seed_of_dropout(seed: int, step: int, processes: Processes) -> int:
     """Return a seed that depends only on the run's seed, the step and this process's part of the batch."""
-    text = f"{seed} {step} {processes.mesh_rank('data')} {processes.mesh_rank('chunk')}"
+    text = f"{seed} {step} {processes.place('data')[0]} {processes.place('chunk')[0]}"
     return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big") >> 1
 
 

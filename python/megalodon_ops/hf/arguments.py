@@ -174,6 +174,10 @@ class Batch:
         outside = ~Sequences(self.spans).mask(inputs)
         return inputs.masked_fill(outside.view(*outside.shape, *[1] * (inputs.dim() - 2)), 0)
 
+    def zero_padding(self, hidden: Tensor) -> Tensor:
+        """Return hidden states (B, L, D) with zeros at padding."""
+        return hidden if self.present is None else hidden.masked_fill(~self.present[..., None].to(hidden.device), 0)
+
     def spans_of(self, begin: int, end: int) -> Tensor | None:
         """Return the spans of the columns [begin, end) of rows that hold one sequence each."""
         if self.spans is None or end - begin == self.width:

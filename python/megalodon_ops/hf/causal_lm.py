@@ -109,15 +109,18 @@ class MegalodonModel(MegalodonCausalModel):
         positions: Tensor | None = None,
         **arguments: Any,
     ) -> BaseModelOutputWithPast:
-        """Return the final norm's output (B, L, D); arguments as in :meth:`MegalodonForCausalLM.forward`.
+        """Return the final norm's output (B, L, D), zero at padding.
+
+        Arguments are those of :meth:`MegalodonForCausalLM.forward`.
 
         A model with a head passes `batch`, the arguments that it has read, and `positions` for :meth:`_hidden`.
         """
-        if batch is None:
+        if not (has_head := batch is not None):
             batch = read_batch(self, input_ids, attention_mask, **arguments)
             positions = kept_positions("MegalodonModel", None, batch)
         with self._record_layers(output_hidden_states, batch) as layers:
             hidden = self._hidden(batch, positions, whole=layers is not None)
+        hidden = hidden if has_head else batch.zero_padding(hidden)
         return BaseModelOutputWithPast(
             last_hidden_state=hidden, hidden_states=layers and tuple(layers), **{CACHE: batch.cache}
         )

@@ -75,7 +75,9 @@ class MegalodonEncoderModel(MegalodonEncoderPreTrainedModel):
         batch: Batch | None = None,
         **arguments: Any,
     ) -> BaseModelOutput:
-        """Return features (B, L, D); arguments as in :meth:`MegalodonEncoderForSequenceClassification.forward`.
+        """Return features (B, L, D), zero at padding.
+
+        Arguments are those of :meth:`MegalodonEncoderForSequenceClassification.forward`.
 
         A model with a head passes `batch`, the arguments that it has read. The features are then those of the columns
         read, (B, W, D).
@@ -92,8 +94,9 @@ class MegalodonEncoderModel(MegalodonEncoderPreTrainedModel):
         with self._record_layers(output_hidden_states, batch) as layers:
             features = encoder._hidden(x, sequences)
         check_not_empty(op, batch.name, x, sequences)
-        if not has_head and batch.positions is not None:
-            features = select(features, batch.positions)
+        if not has_head:
+            features = features if batch.positions is None else select(features, batch.positions)
+            features = batch.zero_padding(features)
         return BaseModelOutput(last_hidden_state=features, hidden_states=layers and tuple(layers))
 
 

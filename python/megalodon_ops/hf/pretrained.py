@@ -238,7 +238,7 @@ class MegalodonPreTrainedModel(PreTrainedModel):
 
     @contextmanager
     def _record_layers(self, wanted: bool | None, batch: Batch) -> Iterator[list[Tensor] | None]:
-        """Collect the inputs of the layers and the final norm's output, each (B, L, D) with the call's padding."""
+        """Collect the inputs of the layers and the final norm's output, each (B, L, D); the latter is zero at padding."""
         if not (self.config.output_hidden_states if wanted is None else wanted):
             yield None
             return
@@ -253,3 +253,4 @@ class MegalodonPreTrainedModel(PreTrainedModel):
             for module in (*self.layers[:-1], self.get_submodule(self._trunk[-1])):
                 hooks.enter_context(module.register_forward_hook(lambda *call: keep(call[-1])))
             yield recorded
+        recorded[-1] = batch.zero_padding(recorded[-1])
