@@ -70,7 +70,7 @@ class CEMA(nn.Module):
         """Return the sum over modes (B, L, D), and h after x; of several positions by matrices for blocks of T = 64.
 
         With h before a block, y_i = Re(gamma q^(i+1) h) + sum_(j <= i) Re(gamma p q^(i-j)) x_j, and the next block has
-        q^T h + sum_j q^(T-1-j) p x_j: a sum over blocks, in log2(M) steps of twice the reach."""
+        q^T h + sum_j q^(T-1-j) p x_j: a sum over blocks, in log2(M) steps of twice the reach. The last has r positions."""
         if (L := x.shape[1]) == 1:
             real, imag = _product([power[..., 1] for power in powers], h)
             h = real + p * x.mT, imag
@@ -83,10 +83,10 @@ class CEMA(nn.Module):
         for reach, power in leaps:
             h = [s + e for s, e in zip(h, _product(power, [F.pad(s, (reach, 0))[..., :M] for s in h]), strict=True)]
         y = rows.flatten(1, 2) @ within + torch.cat(h, 2).permute(1, 0, 3, 2).flatten(1, 2) @ out
-        # The call ends after r positions of the last block: q^r h + sum_(j < r) q^(r-1-j) p x_j
-        added = (rows[:, :, last] @ F.pad(into, (0, 0, 0, T)).narrow(1, T - r, T)).transpose(0, 1).chunk(2, -1)
-        decayed = _product([power[..., r] for power in powers], [s[..., last] for s in h])
-        return y.reshape(D, B, -1)[..., :L].permute(1, 2, 0), [d + a for d, a in zip(decayed, added, strict=True)]
+        added = rows.narrow(2, last, 1).squeeze(2) @ F.pad(into, (0, 0, 0, T)).narrow(1, T - r, T)  # (D, B, 2 N)
+        decayed = _product([e.narrow(-1, r, 1) for e in powers], [s.narrow(-1, last, 1) for s in h])
+        h = [d[..., 0] + a for d, a in zip(decayed, added.transpose(0, 1).chunk(2, -1), strict=True)]
+        return y.reshape(D, B, -1)[..., :L].permute(1, 2, 0), h
 
 
 def _product(a: Complex, b: Complex) -> Complex:
