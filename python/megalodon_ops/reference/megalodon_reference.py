@@ -70,7 +70,7 @@ class CEMA(nn.Module):
         """Return the sum over modes (B, L, D), and h after x; of several positions by matrices for blocks of T = 64.
 
         With h before a block, y_i = Re(gamma q^(i+1) h) + sum_(j <= i) Re(gamma p q^(i-j)) x_j, and the next block has
-        q^T h + sum_j q^(T-1-j) p x_j: a sum over blocks, in log2(M) steps of twice the reach. The last has r positions."""
+        q^T h + sum_j q^(T-1-j) p x_j: a sum over blocks, in log2(M) steps of twice the reach. The last has r."""
         if (L := x.shape[1]) == 1:
             real, imag = _product([power[..., 1] for power in powers], h)
             h = real + p * x.mT, imag
