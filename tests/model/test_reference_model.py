@@ -59,7 +59,6 @@ def test_model_equals_its_reference(data, config, length):
     model, reference = pair(**config)
     tokens = torch.randint(TINY["vocab_size"], (2, length + 1), generator=torch.Generator().manual_seed(length))
     parts = [size for size in data.draw(pieces(length)) if size]
-    loss, state = 0.0, None
     logits, end = reference(tokens[:, :-1])
     expected = F.cross_entropy(logits.flatten(0, 1), tokens[:, 1:].flatten(), reduction="sum")
     whole, model_end = model(tokens[:, :-1], return_state=True)

@@ -54,10 +54,11 @@ def numbers_of(*shape):
 
 @pytest.mark.slow  # torch's exporter takes half a minute, for each of the tests below
 @pytest.mark.parametrize(("dtype", "bound"), [(torch.float32, 1e-4), (torch.float16, 2e-2), (torch.int8, 0.3)], ids=str)
-def test_files_compute_the_models_logits(dtype, bound, tmp_path):
+def test_files_compute_the_models_logits(dtype, bound, tmp_path, capfd):
     model = tiny_model(torch.float32, num_layers=1, share_emb=True, scale_emb=True).eval()
     tokens = tokens_of(3, 27)
     export_onnx(model, tmp_path / "out", dtype=dtype)
+    assert capfd.readouterr().err == ""  # no warnings of other packages about themselves
     logits, expected = run_pieces(tmp_path / "out", "tokens", tokens, PIECES), model(tokens)
     assert (logits - expected).abs().max() <= bound * expected.abs().max()
 

@@ -42,7 +42,7 @@ class BidirectionalCEMA(CEMA):
         """Map x (B, L, D), zero after the end of a row, to y."""
         both = torch.cat((x, x.flip(1)), -1).to(self.alpha.dtype)
         h = both.new_zeros(x.shape[0], *self.alpha.shape[:2])
-        before, after = self.scan(both, (h, h))[0].chunk(2, -1)
+        before, after = self.scan(both, (h, h), *self.matrices(both.shape[1]))[0].chunk(2, -1)
         return (before + F.pad(after.flip(1)[:, 1:], (0, 0, 0, 1)) + self.omega.squeeze(-1) * x).to(x.dtype)
 
 

@@ -23,7 +23,8 @@ class TimestepNorm(nn.Module):
 
     def forward(self, x: Tensor, n: Tensor, mean0: Tensor, var0: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Normalize x (B, L, D); n (B, L, 1): positions so far; mean0 and var0 (B, G): statistics before x, float64."""
-        gv, gm = torch.var_mean(groups := x.to(_wide(x)).unflatten(-1, (self.num_groups, -1)), -1, correction=0)
+        gm = (groups := x.to(_wide(x)).unflatten(-1, (self.num_groups, -1))).mean(-1)
+        gv = (groups - gm[..., None]).square().mean(-1)
         sums = (lambda s: s) if x.shape[1] == 1 else (lambda s: s.cumsum(1))
         mean = mean0[:, None] + sums(gm - mean0[:, None]) / n
         # n var_n = (n - 1) var_(n-1) + gv + (gm - mean_n)(gm - mean_(n-1)), and gm - mean_n = 0 for n = 1
@@ -40,53 +41,52 @@ class CEMA(nn.Module):
 
     def __init__(self, dim: int, ndim: int, longest: int) -> None:
         super().__init__()
-        self.longest = longest  # positions of a call
         self.alpha, self.delta = (nn.Parameter(torch.randn(dim, ndim, 1)) for _ in range(2))
         self.theta, self.gamma = nn.Parameter(torch.randn(dim, 1, 1)), nn.Parameter(torch.randn(dim, ndim, 2))
-        self.omega = nn.Parameter(torch.randn(dim, 1))
+        self.omega, self.longest = nn.Parameter(torch.randn(dim, 1)), longest  # positions of a call
 
-    def forward(self, x: Tensor, h: Complex) -> tuple[Tensor, Complex]:
+    def forward(self, x: Tensor, h: Complex, matrices: tuple) -> tuple[Tensor, Complex]:
         """Map x (B, L, D) to y, and h (B, D, N) before x to h after it."""
-        y, h = self.scan(x.to(self.alpha.dtype), h)
+        y, h = self.scan(x.to(self.alpha.dtype), h, *matrices)
         return (y + self.omega.squeeze(-1) * x).to(x.dtype), h
 
-    def scan(self, x: Tensor, h: Complex) -> tuple[Tensor, Complex]:  # the sum over modes, and h
-        N, p = self.alpha.shape[1], self.alpha.sigmoid().squeeze(-1)  # p (D, N)
-        phi = self.theta.sigmoid().squeeze(-1) * torch.arange(1, N + 1, device=x.device) * (2 * math.pi / N)
-        q = torch.log1p(-p * self.delta.sigmoid().squeeze(-1)), phi  # log r and phi
-        gamma = (self.gamma / math.sqrt(N)).unbind(-1)
-        if x.shape[1] > 1:
-            return self._blocks(x, h, p, q, gamma)
-        decayed = _product(_power(q, torch.ones((), device=x.device)), h)
-        h = decayed[0] + p * x.mT, decayed[1]
-        return _product(gamma, h)[0].sum(-1)[:, None], h
+    def matrices(self, length: int) -> tuple:
+        """Return p, gamma and powers of q (D, N), and for more than one position the blocks' matrices."""
+        N, T, p = self.alpha.shape[1], 64, self.alpha.sigmoid().squeeze(-1)
+        phi = self.theta.sigmoid().squeeze(-1) * torch.arange(1, N + 1, device=p.device) * (2 * math.pi / N)
+        q = torch.log1p(-p * self.delta.sigmoid().squeeze(-1))[..., None], phi[..., None]  # log r and phi
+        gamma, t = (self.gamma / math.sqrt(N)).unbind(-1), torch.arange(2 if length == 1 else T + 1, device=p.device)
+        powers = _power(q, t)  # (D, N, T + 1), q^0 .. q^T
+        if length == 1:
+            return p, gamma, powers
+        real, imag = _product([g[..., None] for g in gamma], powers)
+        lags = F.pad((p[..., None] * real).sum(1)[:, :T], (T - 1, 0))  # (D, 2 T - 1), zero where to < from
+        within = lags[:, t[:T] - t[:T, None] + T - 1]  # (D, from, to)
+        into = torch.cat([(p[..., None] * power[..., :T].flip(-1)).mT for power in powers], -1)  # (D, T, 2 N)
+        leaps = [(2**i, _power(q, t[-1] * 2**i)) for i in range((self.longest // T + 1).bit_length())]
+        return p, gamma, powers, within, into, torch.cat((real, -imag), 1)[..., 1:], leaps
 
-    def _blocks(self, x: Tensor, h: Complex, p: Tensor, q: Complex, gamma: Complex) -> tuple[Tensor, Complex]:
-        """The sum over modes, and h, by matrices for blocks of T = 64 positions.
+    def scan(self, x: Tensor, h: Complex, p: Tensor, gamma: Complex, powers: Complex, *blocks: Any) -> tuple:
+        """Return the sum over modes (B, L, D), and h after x; of several positions by matrices for blocks of T = 64.
 
         With h before a block, y_i = Re(gamma q^(i+1) h) + sum_(j <= i) Re(gamma p q^(i-j)) x_j, and the next block has
-        q^T h + sum_j q^(T-1-j) p x_j: a sum over blocks, in log2(M) steps of twice the reach."""
-        (B, L, D), N, T = x.shape, p.shape[1], 64
-        M, t = L // T + 2, torch.arange(T + 1, device=x.device)  # one block more, as torch.export wants M > 1
-        powers = _power([s[..., None] for s in q], t)  # (D, N, T + 1), q^0 .. q^T
-        out = _product([g[..., None] for g in gamma], powers)
-        lags = F.pad((p[..., None] * out[0]).sum(1)[:, :T], (T - 1, 0))  # (D, 2 T - 1), zero where to < from
-        within = lags[:, t[:T] - t[:T, None] + T - 1]  # (D, from, to)
-        rows = F.pad(x, (0, 0, 0, M * T - L)).reshape(B, M, T, D).permute(3, 0, 1, 2)  # (D, B, M, T)
-        flat = rows.reshape(D, B * M, T)
-        added = [(flat @ (p[..., None] * power[..., :T].flip(-1)).mT).reshape(D, B, M, N) for power in powers]
-        h = [torch.cat((s.permute(1, 2, 0)[..., None], a.movedim(3, 1)[..., :-1]), -1) for s, a in zip(h, added)]
-        for reach in (2**i for i in range((self.longest // T + 1).bit_length())):
-            earlier = [F.pad(s, (reach, 0))[..., :M] for s in h]
-            earlier = _product(_power([s[..., None, None] for s in q], t.new_tensor(T * reach)), earlier)
-            h = [s + e for s, e in zip(h, earlier, strict=True)]
-        before = torch.cat([s.movedim(1, 3).reshape(D, B * M, N) for s in h], -1)
-        y = flat @ within + before @ torch.cat((out[0], -out[1]), 1)[..., 1:]
-        # The call ends after L % T positions of the last but one block.
-        (r0, r), (i0, i) = ((e[..., 0], e[..., 1:]) for e in (power[..., (L % T - t).clamp(min=0)] for power in powers))
-        last, h = p[..., None] * rows[:, :, -2].movedim(1, 0)[:, :, None], [s[..., -2].movedim(2, 0) for s in h]
-        hr, hi = _product((r0, i0), h)  # (B, D, N)
-        return y.reshape(D, B, M * T).permute(1, 2, 0)[:, :L], (hr + (r * last).sum(-1), hi + (i * last).sum(-1))
+        q^T h + sum_j q^(T-1-j) p x_j: a sum over blocks, in log2(M) steps of twice the reach. The last has r."""
+        if (L := x.shape[1]) == 1:
+            real, imag = _product([power[..., 1] for power in powers], h)
+            h = real + p * x.mT, imag
+            return _product(gamma, h)[0].sum(-1)[:, None], h
+        (B, _, D), T, (within, into, out, leaps) = x.shape, blocks[0].shape[1], blocks
+        M, last, r = -(-L // T) + 1, L // T, L % T  # one block more, as torch.export wants M > 1
+        rows = F.pad(x, (0, 0, 0, M * T - L)).reshape(B, M, T, D).permute(3, 0, 1, 2).contiguous()
+        added = (rows.flatten(1, 2) @ into).unflatten(1, (B, M)).permute(1, 0, 3, 2).chunk(2, 2)  # (B, D, N, M)
+        h = [torch.cat((s[..., None], a[..., :-1]), -1) for s, a in zip(h, added, strict=True)]
+        for reach, power in leaps:
+            h = [s + e for s, e in zip(h, _product(power, [F.pad(s, (reach, 0))[..., :M] for s in h]), strict=True)]
+        y = rows.flatten(1, 2) @ within + torch.cat(h, 2).permute(1, 0, 3, 2).flatten(1, 2) @ out
+        added = rows.narrow(2, last, 1).squeeze(2) @ F.pad(into, (0, 0, 0, T)).narrow(1, T - r, T)  # (D, B, 2 N)
+        decayed = _product([e.narrow(-1, r, 1) for e in powers], [s.narrow(-1, last, 1) for s in h])
+        h = [d[..., 0] + a for d, a in zip(decayed, added.transpose(0, 1).chunk(2, -1), strict=True)]
+        return y.reshape(D, B, -1)[..., :L].permute(1, 2, 0), h
 
 
 def _product(a: Complex, b: Complex) -> Complex:
@@ -124,11 +124,11 @@ class Attention(nn.Module):
         self.wh2 = nn.Linear(V, D, bias=False)
         self.gamma, self.beta = (nn.Parameter(torch.zeros(2, Z)) for _ in range(2))
 
-    def forward(self, x: Tensor, n: Tensor, angle: Tensor, state: tuple, fresh: bool) -> tuple[Tensor, tuple]:
+    def forward(self, x: Tensor, n: Tensor, angle: Tensor, cema: tuple, state: tuple, fresh: bool) -> tuple:
         """Map x (B, L, D) to y; state: mean, var, h's two parts, keys (B, H, C, K), values (B, H, C, V)."""
         mean, var, *h, keys, values = state
         t, mean, var = self.timenorm(x, n, mean, var)
-        c, h = self.cema(t, h)
+        c, h = self.cema(t, h, cema)
         q, k, v = self.heads(m := self.rmsnorm(c), t, angle)
         a = self._attend(q, k, v, n, None if fresh else (keys, values)).transpose(1, 2).flatten(-2)
         y = x + self.wh1(m) + self.wh2(a * F.silu(self.wr(m)))
@@ -148,11 +148,10 @@ class Attention(nn.Module):
         """Softmax attention of L <= C positions to those of their chunk in the call and the cache, (B, H, L, V)."""
         C = self.config.chunk_size
         row = ((n[:, :1] - 1).long() % C + torch.arange(n.shape[1], device=q.device)[:, None])[:, None]  # (B, 1, L, 1)
-        start, column = row[:, :, :1], row.mT
-        scores, seen = q @ k.mT, (column <= row) & (column // C == row // C)
+        scores, seen = q @ k.mT, (row.mT <= row) & (row.mT // C == row // C)
         if cache is not None:
             scores = torch.cat((q @ cache[0].mT, scores), -1)
-            seen = torch.cat(((torch.arange(C, device=q.device) < start) & (row < C), seen), -1)
+            seen = torch.cat(((torch.arange(C, device=q.device) < row[:, :, :1]) & (row < C), seen), -1)
         P = scores.to(_real(scores)).masked_fill(~seen, -1e30).softmax(-1).to(v.dtype)
         return P @ v if cache is None else P[..., :C] @ cache[1] + P[..., C:] @ v
 
@@ -213,18 +212,19 @@ class Megalodon(nn.Module):
         """Return the logits (B, L, outputs) of tokens (B, L), L >= 1, and the state after them."""
         x, C, fresh = self.embed(tokens) * self.scale, self.config.chunk_size, state is None
         state, logits = self.fresh(x.shape[0]) if state is None else state, []
+        cema = [layer["mega"].cema.matrices(x.shape[1]) for layer in self.layers]
         for piece in x.split(C, 1) if x.shape[1] > C else (x,):
-            y, state = self._piece(piece, state, fresh)
+            y, state = self._piece(piece, cema, state, fresh)
             logits.append(y)
         state = tuple(s.detach() if s.dim() == 4 else s for s in state)  # keys and values are constants
         return torch.cat(logits, 1) if len(logits) > 1 else logits[0], state
 
-    def _piece(self, x: Tensor, state: tuple[Tensor, ...], fresh: bool) -> tuple[Tensor, tuple[Tensor, ...]]:
+    def _piece(self, x: Tensor, cema: list[tuple], state: tuple[Tensor, ...], fresh: bool) -> tuple[Tensor, tuple]:
         count, *parts = state
         n = (count[:, None] + torch.arange(1, x.shape[1] + 1, device=x.device))[..., None]  # (B, L, 1)
         angle, n, new = _angle(n - 1, x, self.config), n.to(_wide(x)), []
         for index, layer in enumerate(self.layers):
-            y, layer_state = layer["mega"](x, n, angle, parts[6 * index : 6 * index + 6], fresh)
+            y, layer_state = layer["mega"](x, n, angle, cema[index], parts[6 * index : 6 * index + 6], fresh)
             x, new = x + layer["nffn"](y), [*new, *layer_state]
         x, *norm = self.output["final_norm"](x, n, *parts[-2:])
         return self.output["output"](x).to(_real(x)), (count + x.shape[1], *new, *norm)

@@ -8,6 +8,7 @@ import os
 import shutil
 import warnings
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from string import Template
 from typing import Any
@@ -100,11 +101,9 @@ def export_onnx(
             fields["tokenizer"] = {name: getattr(tokenizer, name, None) for name in ("start", "end")}
         (draft / CONFIG).write_text(json.dumps(fields, indent=1) + "\n")
         (draft / "README.md").write_text(_readme(model.config, tokenizer))
-        for name in _PAGE if web else ():
-            shutil.copyfile(_FILES / name, draft / name)
-        for name in RUNTIME if web else ():
-            if (runtime / name).is_file():
-                shutil.copyfile(runtime / name, draft / name)
+        page = [*(_FILES / name for name in _PAGE), *filter(Path.is_file, (runtime / name for name in RUNTIME))]
+        for source in page if web else ():
+            shutil.copyfile(source, draft / source.name)
 
 
 def state_names(num_layers: int) -> list[str]:
@@ -193,9 +192,8 @@ def _programs(reference: nn.Module, names: Sequence[str]) -> Iterator[tuple[str,
 
 
 def _export(path: Path, module: nn.Module, inputs: tuple, names: Sequence[str], results: Sequence[str], sizes: tuple):
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of torch and onnxscript about their own code
-        options = dict(input_names=names, output_names=results, dynamic_shapes=sizes)
+    options = dict(input_names=names, output_names=results, dynamic_shapes=sizes)
+    with _quiet():
         torch.onnx.export(module, inputs, dynamo=True, verbose=False, opset_version=23, **options).save(path)
 
 
@@ -203,15 +201,24 @@ def _quantize(draft: Path) -> None:
     """Replace the files by those of onnxruntime's quantiser: weights of 8 bits, inputs rounded at run time."""
     from onnxruntime.quantization import QuantType, quantize_dynamic
 
-    root, hush = logging.getLogger(), logging.Filter("no records")  # of hints that do not concern these programs
-    root.addFilter(hush)
-    try:
+    with _quiet():
         for path in sorted(draft.glob("*.onnx")):
             wide = path.rename(path.with_suffix(".wide"))
             quantize_dynamic(wide, path, per_channel=True, weight_type=QuantType.QInt8)
             wide.unlink()
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Suppress warnings of torch, onnxscript and onnxruntime about their own code, such as an absent torchvision."""
+    level = logging.root.manager.disable
+    logging.disable(logging.WARNING)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
     finally:
-        root.removeFilter(hush)
+        logging.disable(level)
 
 
 def _readme(config: Any, tokenizer: Any) -> str:
