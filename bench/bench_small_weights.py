@@ -1,10 +1,10 @@
 """A token of one sequence by weights of 32, 16, 8 and 4 bits, after few and many tokens of a chunk, and reading a prompt.
 
 Bytes: for each decoded token the weights of ours, int8, without the embedding, and the chunk's keys and values so far.
-int8 and int4 compute in bfloat16; "integers" are models with `activations="int8"`, whose prompts are products of integers
-for the instruction set in use (`MEGALODON_OPS_ISA` forces one). The others do other work, with their own rounding, and are shown for comparison; so
-does a Llama in llama.cpp that reads as many weights for a token, if its packages are installed. The plain Llama checks
-llama.cpp's F32. The first token of each decoder is not timed.
+int8 and int4 compute in bfloat16, prompts by products of integers for the instruction set in use (`MEGALODON_OPS_ISA`
+forces one), or, as "kept", with activations in bfloat16. The others do other work, with their own rounding, and are
+shown for comparison; so does a Llama in llama.cpp that reads as many weights for a token, if its packages are installed.
+The plain Llama checks llama.cpp's F32. The first token of each decoder is not timed.
 """
 
 from __future__ import annotations
@@ -60,7 +60,7 @@ def cases(quick: bool, gpu: bool) -> Iterator[Case]:
             expected=ours[OURS].by_layers,
         )
     tokens = torch.randint(config.vocab_size, (1, prompt))
-    models |= {f"{kind}, integers": mo.quantize(half, kind, "int8") for kind in ("int8", "int4")}
+    models |= {f"{kind}, kept": mo.quantize(half, kind, None) for kind in ("int8", "int4")}
     calls = {name: partial(_read_prompt, model, tokens) for name, model in models.items()}
     calls |= {name: partial(_read, llama, tokens) for name, llama in llamas.items()}
     yield dataclasses.replace(

@@ -62,7 +62,7 @@ def test_computes_with_the_rounded_weights(kind, variant):
 def test_activations_of_8_bits(kind, tmp_path):
     """Prompts are rounded, short calls are not; folders and the decoder's model keep the choice."""
     model = tiny_model(torch.float32).eval()
-    kept, small, tokens = mo.quantize(model, kind), mo.quantize(model, kind, "int8"), tokens_of(2, 40)
+    kept, small, tokens = mo.quantize(model, kind, None), mo.quantize(model, kind), tokens_of(2, 40)
     assert small.activations == "int8" and kept.activations is model.activations is None
     small.save(tmp_path)
     loaded = mo.Megalodon.load(tmp_path)
@@ -113,7 +113,8 @@ def test_saved_as_small_weights_and_loaded(kind, share_emb, tmp_path):
     small, tokens = mo.quantize(model, kind), tokens_of(2, 9)
     small.save(tmp_path / "small", max_shard_bytes=3000)
     config = json.loads((tmp_path / "small/config.json").read_text())
-    assert config["quantization_config"] == {"quant_method": "megalodon_ops", "kind": kind}
+    expected = {"quant_method": "megalodon_ops", "kind": kind, "activations": "int8"}
+    assert config["quantization_config"] == expected
     loaded = mo.Megalodon.load(tmp_path / "small")
     assert torch.equal(loaded(tokens), small(tokens)) and loaded.quantization == kind
     assert loaded.layers[0].mega.wv.weight.dtype == (torch.int8 if kind == "int8" else torch.uint8)

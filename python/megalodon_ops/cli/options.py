@@ -212,7 +212,7 @@ class Quantize(TextOptions):
 
     checkpoint: Path = flag(REQUIRED, RUN, positional=True, metavar="RUN")
     to: Literal["int8", "int4"] = flag(REQUIRED, "kind of the weights")
-    activations: Literal["int8"] | None = flag(None, "let prompts round activations to 8 bits, which is faster (no)")
+    activations: Literal["int8", "none"] = flag("int8", "let prompts round activations to 8 bits, which is faster")
     out: Path = flag(REQUIRED, "folder to write", metavar="DIR")
     tokenizer: Path | None = flag(None, "tokenizer of a checkpoint whose folder has none")
     dtype: Literal["float32", "bfloat16"] | None = flag(None, "dtype of activations (the checkpoint's)")

