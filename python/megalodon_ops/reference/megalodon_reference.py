@@ -73,8 +73,7 @@ class CEMA(nn.Module):
         q^T h + sum_j q^(T-1-j) p x_j: a sum over blocks, in log2(M) steps of twice the reach. The last has r."""
         if (L := x.shape[1]) == 1:
             real, imag = _product([power[..., 1] for power in powers], h)
-            h = real + p * x.mT, imag
-            return _product(gamma, h)[0].sum(-1)[:, None], h
+            return _product(gamma, h := (real + p * x.mT, imag))[0].sum(-1)[:, None], h
         (B, _, D), T, (within, into, out, leaps) = x.shape, blocks[0].shape[1], blocks
         M, last, r = -(-L // T) + 1, L // T, L % T  # one block more, as torch.export wants M > 1
         rows = F.pad(x, (0, 0, 0, M * T - L)).reshape(B, M, T, D).permute(3, 0, 1, 2).contiguous()
@@ -83,8 +82,9 @@ class CEMA(nn.Module):
         for reach, power in leaps:
             h = [s + e for s, e in zip(h, _product(power, [F.pad(s, (reach, 0))[..., :M] for s in h]), strict=True)]
         y = rows.flatten(1, 2) @ within + torch.cat(h, 2).permute(1, 0, 3, 2).flatten(1, 2) @ out
-        added = rows.narrow(2, last, 1).squeeze(2) @ F.pad(into, (0, 0, 0, T)).narrow(1, T - r, T)  # (D, B, 2 N)
-        decayed = _product([e.narrow(-1, r, 1) for e in powers], [s.narrow(-1, last, 1) for s in h])
+        t, at = torch.arange(T, device=x.device), torch.full((1,), last, device=x.device)
+        added = rows.index_select(2, at).squeeze(2) @ F.pad(into, (0, 0, 0, T))[:, T - r + t]  # (D, B, 2 N)
+        decayed = _product([e[..., r + t[:1]] for e in powers], [s.index_select(-1, at) for s in h])
         h = [d[..., 0] + a for d, a in zip(decayed, added.transpose(0, 1).chunk(2, -1), strict=True)]
         return y.reshape(D, B, -1)[..., :L].permute(1, 2, 0), h
 
