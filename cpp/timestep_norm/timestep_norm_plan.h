@@ -9,8 +9,8 @@
 
 namespace megalodon::MEGALODON_ISA {
 
-constexpr int64_t kBlockBytes = 160 << 10;  // of each input tensor in a block
-constexpr int64_t kMaxRows = 512;           // of a block
+constexpr int64_t kBlockBytes = 160 << 10;  // of a block's rows of x and their statistics, unless 4 rows take more
+constexpr int64_t kMaxRows = 512;           // most rows of a block
 
 // For each lane, the sum of some values, and the sum of their squared deviations from their mean. All lanes have the
 // same number of values. Unlike sums of squares, Moments avoid cancellation; unlike two passes, they need each value
@@ -19,6 +19,7 @@ template <class R>
 struct Moments {
   Vec<R> sum, squares;
 };
+// Joins a and b, of `values` values each: their means differ by difference / values.
 template <class R>
 MEGALODON_INLINE Moments<R> merge_moments(const Moments<R>& a, const Moments<R>& b, int values) {
   const Vec<R> difference = a.sum - b.sum;
@@ -37,8 +38,9 @@ MEGALODON_INLINE Moments<R> moments_of(const T* x, Vec<R> shift) {
     return merge_moments<R>(moments_of<half>(x, shift), moments_of<half>(x + half * kLanes<R>, shift), half);
   }
 }
-// Lane i of the result has the moments of all lanes of group(i), which has `values` values per lane. The recursion is
-// depth-first, so that few vectors are live.
+// Lane i of the result has the moments of all lanes of group(i), which has `values` values per lane. Called with
+// first = 0 and bit = 1; at `bit` it joins the groups first, first + bit, ..., whose lanes are already added up over
+// the higher bits. The recursion is depth-first, so that few vectors are live.
 template <class R, int values, int bit = 1, class Group>
 MEGALODON_INLINE Moments<R> moments_of_each(int first, Group&& group) {
   if constexpr (bit == kLanes<R>) return group(first);
@@ -50,8 +52,8 @@ MEGALODON_INLINE Moments<R> moments_of_each(int first, Group&& group) {
   }
 }
 
-// Mean (hi + lo) and biased variance of each of `groups` neighbouring groups of `vectors` vectors, in one pass over the
-// differences from the group's first element. May write kLanes values past the end of hi, lo and var.
+// Mean, as the sum hi + lo, and biased variance of `groups` neighbouring groups, each of `vectors` vectors, in one pass
+// over the differences from the group's first element. May write kLanes values past the end of hi, lo and var.
 template <int vectors, class T, class R = Compute<T>>
 void whole_vector_group_statistics(const T* x, int64_t groups, R* hi, R* lo, R* var) {
   constexpr int lanes = kLanes<R>, size = vectors * lanes;
@@ -64,6 +66,7 @@ void whole_vector_group_statistics(const T* x, int64_t groups, R* hi, R* lo, R* 
       hi[first + i] = shift[0];
       return moments_of<vectors>(group, shift);
     });
+    // lo: what rounding took from shift + shifted
     const Vec<R> shift = load(hi + first), shifted = m.sum / size, mean = shift + shifted, part = mean - shift;
     store(hi + first, mean);
     store(lo + first, (shift - (mean - part)) + (shifted - part));
@@ -111,7 +114,7 @@ void group_statistics(const T* x, const T* x_end, int64_t groups, int64_t size, 
   }
 }
 
-// Number of timesteps of sequence s before `token`, one of its tokens or its end. Those of the initial state count, too.
+// Number of timesteps of sequence s, with those of its initial state, before `token`: one of its tokens, or its end.
 inline double count_before(const TimestepNormParams& p, int64_t s, int64_t token) {
   return static_cast<double>((p.count ? p.count[s] : 0) + token - p.sequences.begin(s));
 }
@@ -145,7 +148,8 @@ void store_state(const TimestepNormFwdParams& p, int64_t s, const double* mean, 
   }
 }
 
-// Loads u and v after the last row of sequence s: the gradients of its end state divided by the number of timesteps.
+// Loads u and v (timestep_norm_bwd_cpu.cpp) after the last row of sequence s: the gradients of mean and var of its end
+// state, divided by the number of timesteps.
 template <class R>
 void load_state_gradient(const TimestepNormBwdParams& p, int64_t s, double* uv) {
   const double n = count_before(p, s, p.sequences.end(s));
@@ -154,7 +158,7 @@ void load_state_gradient(const TimestepNormBwdParams& p, int64_t s, double* uv) 
     for (int64_t g = 0; g < p.groups; ++g) uv[i * p.groups + g] = incoming[i] ? incoming[i][s * p.groups + g] / n : 0;
 }
 
-// Stores the gradients of the initial state of sequence s, given u and v before its first row; zeros without a state.
+// Stores the gradients of the initial state of sequence s, n u and n v before its first row; zeros if n is 0.
 template <class R>
 void store_state_gradient(const TimestepNormBwdParams& p, int64_t s, const double* uv) {
   const double n = count_before(p, s, p.sequences.begin(s));

@@ -13,8 +13,8 @@ struct alignas(n * sizeof(T)) Pack {
 // Number of elements of T in a 128-bit access.
 template <class T> constexpr int kVectorWidth = 16 / static_cast<int>(sizeof(T));
 
-// Loads n elements of global memory from `from` on. kWhole: in one access of n * sizeof(T) <= 16 bytes, whose address
-// is a multiple of its size; else one by one.
+// Loads n elements of global memory from `from` on. kWhole: by one access of n * sizeof(T) <= 16 bytes, and `from` must
+// be a multiple of that size; else one by one.
 template <bool kWhole = true, class T, int n>
 GPU_INLINE void load(Compute<T> (&to)[n], const T* from) {
   if constexpr (kWhole) {

@@ -1,4 +1,4 @@
-"""Programs of the claims: the Llama, models with a part exchanged, training that resumes, commands."""
+"""The programs in bench/claims: the Llama, models with a part exchanged, training that resumes, commands."""
 
 from __future__ import annotations
 
@@ -31,6 +31,7 @@ from bench.claims.__main__ import CLAIMS, OTHER_CLAIMS, main  # noqa: E402
 from bench.claims.llama import Llama, WindowState, hidden_units, group_by_length  # noqa: E402
 
 CONFIG = dataclasses.replace(train.config("tiny", 8), num_layers=2)
+WINDOW = 6  # tokens in a state of the Llama
 ABLATIONS = [*models.ABLATIONS]
 RESULTS = Path(report.__file__).with_name("results")
 CLAIMS_PAGE = (DOCS / "claims.md").read_text()
@@ -56,7 +57,7 @@ def tokens():
 
 @pytest.fixture(scope="module")
 def llama():
-    return models.build(models.LLAMA, CONFIG, 6, 0)
+    return models.build(models.LLAMA, CONFIG, window=WINDOW, seed=0)
 
 
 def nats(model, inputs, targets, **options):
@@ -69,7 +70,7 @@ def nats(model, inputs, targets, **options):
 @pytest.mark.parametrize("size", train.SIZES)
 def test_sizes_are_equal_up_to_half_a_hidden_unit(size):
     config = train.config(size, 64)
-    unit = 3 * config.num_layers * config.model_dim
+    unit = 3 * config.num_layers * config.model_dim  # parameters: a row or column of 3 matrices in each layer
     llama = Llama.sized_like(config, 8) if size != "4M" else None
     if llama is not None:
         assert abs(llama.num_parameters() - config.num_parameters()) <= unit / 2
@@ -96,9 +97,9 @@ def test_packed_documents_do_not_see_each_other(llama, tokens):
 def test_a_state_is_a_window_of_tokens(llama, tokens):
     inputs, targets = tokens[:, :-1], tokens[:, 1:]
     _, state = nats(llama, inputs[:, :20], targets[:, :20], return_state=True)
-    assert [past.tolist() for past in state.past] == [inputs[0, 14:20].tolist()]
+    assert [past.tolist() for past in state.past] == [inputs[0, 20 - WINDOW : 20].tolist()]
     got = nats(llama, inputs[:, 20:24], targets[:, 20:24], state=state)
-    torch.testing.assert_close(got, nats(llama, inputs[:, 14:24], targets[:, 14:24])[:, 6:])
+    torch.testing.assert_close(got, nats(llama, inputs[:, 20 - WINDOW : 24], targets[:, 20 - WINDOW : 24])[:, WINDOW:])
 
 
 def test_states_are_picked_and_reset():
@@ -110,18 +111,19 @@ def test_states_are_picked_and_reset():
 
 
 def test_the_llama_is_evaluated_in_the_same_windows(llama):
+    """Windows of 8 tokens without a past; then whole documents in pieces that see a state's tokens."""
     documents = [torch.randint(256, (length,)) for length in (40, 23, 9)]
     by_hand = 0.0
     for document in documents:
         for begin in range(0, len(document) - 1, 8):
             inputs, targets = document[begin : begin + 8], document[begin + 1 : begin + 9]
             by_hand += nats(llama, inputs[None, : len(targets)], targets[None]).sum().item()
-    small, whole = evaluate(llama, documents, contexts=[8, "all"], piece=6)
+    small, whole = evaluate(llama, documents, contexts=[8, "all"], piece=WINDOW)
     assert small.nats == pytest.approx(by_hand, rel=1e-5) and small.tokens == whole.tokens == 69
     sliding = 0.0
     for document in documents:
-        for begin in range(0, len(document) - 1, 6):
-            past, n = min(begin, 6), min(6, len(document) - 1 - begin)
+        for begin in range(0, len(document) - 1, WINDOW):
+            past, n = min(begin, WINDOW), min(WINDOW, len(document) - 1 - begin)
             window = document[begin - past : begin + n + 1]
             sliding += nats(llama, window[None, :-1], window[None, 1:])[:, past:].sum().item()
     assert whole.nats == pytest.approx(sliding, rel=1e-5)
@@ -134,8 +136,8 @@ def test_a_reader_carries_the_window(llama):
     reader = Reader(llama)
     for _ in range(2):
         found = reader.loss(batches.next(), "none")
-    ids = torch.tensor([[256, *range(65, 115)]])
-    torch.testing.assert_close(found, nats(llama, ids[:, 4:20], ids[:, 5:21])[:, 6:])
+    ids = torch.tensor([[256, *range(65, 115)]])  # 256: begin of a document
+    torch.testing.assert_close(found, nats(llama, ids[:, 10 - WINDOW : 20], ids[:, 11 - WINDOW : 21])[:, WINDOW:])
 
 
 # models with a part exchanged
@@ -143,7 +145,7 @@ def test_a_reader_carries_the_window(llama):
 
 @pytest.mark.parametrize("name", ABLATIONS)
 def test_exchanged_models_differ_stream_and_learn(name, tokens):
-    model, whole = models.build(name, CONFIG, 8, 0), models.build(models.MEGALODON, CONFIG, 8, 0)
+    model, whole = (models.build(each, CONFIG, window=8, seed=0) for each in (name, models.MEGALODON))
     inputs, targets = tokens[:, :-1], tokens[:, 1:]
     found = nats(model, inputs, targets)
     assert (found - nats(whole, inputs, targets)).abs().max() > 1e-3
@@ -160,20 +162,20 @@ def test_exchanged_models_differ_stream_and_learn(name, tokens):
 
 
 def test_layer_norm_does_not_depend_on_the_past():
-    norm = models.build("layer norm", CONFIG, 8, 0).layers[0].mega.timenorm
+    norm = models.build("layer norm", CONFIG, window=8, seed=0).layers[0].mega.timenorm
     x = torch.randn(2, 5, CONFIG.model_dim)
     torch.testing.assert_close(norm(x), F.layer_norm(x, (CONFIG.model_dim,)))
 
 
 def test_ema_is_real_and_no_ema_is_the_identity():
-    _, q, _, _ = models.build("ema", CONFIG, 8, 0).layers[0].mega.cema.coefficients()
+    _, q, _, _ = models.build("ema", CONFIG, window=8, seed=0).layers[0].mega.cema.coefficients()
     assert not q.imag.any() and (q.real > 0).all()
     x = torch.randn(2, 5, CONFIG.model_dim)
-    assert models.build("no ema", CONFIG, 8, 0).layers[0].mega.cema(x) is x
+    assert models.build("no ema", CONFIG, window=8, seed=0).layers[0].mega.cema(x) is x
 
 
 def test_plain_attention_does_not_normalize():
-    mega = models.build("plain attention", CONFIG, 8, 0).layers[0].mega
+    mega = models.build("plain attention", CONFIG, window=8, seed=0).layers[0].mega
     z, v = torch.randn(1, 8, CONFIG.z_dim), torch.randn(1, 8, CONFIG.value_dim)
     found = mo.normalized_attention(z, v, mega.gamma, mega.beta, num_heads=1, chunk_size=8, eps=mega.config.norm_eps)
     angle = torch.arange(8.0)[:, None] * 10000.0 ** (-torch.arange(0, CONFIG.z_dim, 2) / CONFIG.z_dim)
@@ -184,7 +186,7 @@ def test_plain_attention_does_not_normalize():
 
 
 def test_one_hop_adds_to_the_halfs_own_input():
-    block = models.build("one hop", CONFIG, 8, 0).layers[0]
+    block = models.build("one hop", CONFIG, window=8, seed=0).layers[0]
     x = torch.randn(1, 5, CONFIG.model_dim)
     torch.testing.assert_close(block(x), block.mega(x) + block.nffn(block.mega(x)))
 
@@ -193,7 +195,7 @@ def test_one_hop_adds_to_the_halfs_own_input():
 
 
 DOCUMENTS = [bytes((7 * i + j) % 251 for j in range(90)) for i in range(5)]
-RECIPE = train.Recipe(tokens=8 * 2 * 12, rows=2, length=12, lr=1e-2, warmup=2)
+RECIPE = train.Recipe(tokens=8 * 2 * 12, rows=2, length=12, lr=1e-2, warmup=2)  # 8 steps
 
 
 @pytest.mark.parametrize("name, optimizer", [(models.MEGALODON, "muon"), (models.LLAMA, "adamw")])
@@ -203,7 +205,7 @@ def test_interrupted_training_gives_the_same_losses(name, optimizer, tmp_path, m
     recipe = RECIPE._replace(optimizer=optimizer)
 
     def trained(scratch, stop=None):
-        model, calls, reader_loss = models.build(name, CONFIG, 6, 1), [0], Reader.loss
+        model, calls, reader_loss = models.build(name, CONFIG, window=WINDOW, seed=1), [0], Reader.loss
 
         def counted(self, batch, reduction="mean"):
             calls[0] += 1
@@ -224,7 +226,7 @@ def test_interrupted_training_gives_the_same_losses(name, optimizer, tmp_path, m
     with pytest.raises(KeyboardInterrupt):
         trained(tmp_path / "cut.pt", stop=6)
     resumed, calls = trained(tmp_path / "cut.pt")
-    assert calls == 3 and resumed["curve"] == whole["curve"] and resumed["steps"] == 8
+    assert calls == 8 - 5 and resumed["curve"] == whole["curve"] and resumed["steps"] == 8
     assert [at["step"] for at in whole["looks"].values()] == [2, 4, 8] and [*whole["looks"]] == ["0.25", "0.5", "1"]
     assert [at["step"] for at in resumed["looks"].values()] == [2, 4, 3]  # the first two come from the scratch file
     assert all(resumed["looks"][part]["first"] == whole["looks"][part]["first"] for part in whole["looks"])
@@ -241,14 +243,14 @@ def test_both_models_read_the_same_batches(tmp_path, monkeypatch):
 
         with monkeypatch.context() as patch:
             patch.setattr(Reader, "loss", recorded)
-            model = models.build(name, CONFIG, 6, 1)
+            model = models.build(name, CONFIG, window=WINDOW, seed=1)
             train.train_on_text(model, RECIPE, DOCUMENTS, tmp_path / f"{name}.pt", seed=3, carries=name != models.LLAMA)
     assert torch.equal(torch.cat(batches["megalodon"], 1), torch.cat(batches["llama"], 1))
 
 
 def test_a_loss_that_is_not_finite_is_a_result(tmp_path):
-    model = models.build(models.MEGALODON, CONFIG, 6, 1)
-    position = dict(position=dict, seek=lambda _: None)
+    model = models.build(models.MEGALODON, CONFIG, window=WINDOW, seed=1)
+    position = dict(position=lambda: {}, seek=lambda _: None)
     nan_loss = lambda: model.embed.weight.sum() * math.nan  # noqa: E731
     result = train.train(model, RECIPE, nan_loss, tmp_path / "x.pt", **position)
     assert result["train_loss"] is None and result["steps"] == 1 and json.dumps(result, allow_nan=False)
@@ -266,6 +268,7 @@ def test_the_command_trains_one_model(name, small, tmp_path, capsys):
 
 
 def test_sweeps_continue_beyond_their_ends():
+    """By factors of 2, at most twice; a loss is None if its run is only planned."""
     assert loss.sweep(lambda rate: abs(math.log(rate / 2e-3)), (1e-3, 2e-3, 4e-3)) == 2e-3
     rates = []
     assert loss.sweep(lambda rate: rates.append(rate) or -rate, (1.0, 2.0, 4.0)) == 16.0 and rates == [1, 2, 4, 8, 16]
@@ -328,7 +331,7 @@ def test_a_claim_from_its_runs_to_its_page(claim, small, tmp_path, capsys, monke
     assert not list((tmp_path / "out" / f"{claim}-quick-unfinished").glob("*.pt"))
     assert all(len(line) < 4_000 for line in results.read_text().splitlines())
     assert all(c["machine"]["torch"] == torch.__version__ and c["seconds"] >= 0 and c["date"] for c in found)
-    monkeypatch.setattr(runs.machine, "describe", None)  # finished runs are not repeated
+    monkeypatch.setattr(runs.machine, "describe", None)  # a further run would call it
     assert main([claim, *small]) == 0
     assert main(["report", *small]) == 0
     page = capsys.readouterr().out
@@ -372,11 +375,12 @@ def test_pages_and_verdicts_are_those_of_the_results(claim):
     assert row[1] == module.verdicts(found)["claim"]
     cells = re.findall(r"(?<=\| )[\d,]+(?:\.\d+)?(?= \|)", SECTIONS[TITLES[claim]])
     measured = numbers(page)
-    wrong = [
-        cell
-        for cell in cells
-        if min(abs(numbers(cell)[0] - number) for number in measured) > 0.51 * 10.0 ** -len(cell.partition(".")[2])
-    ]
+
+    def is_measured(cell):
+        half_of_the_last_digit = 0.51 * 10.0 ** -len(cell.partition(".")[2])
+        return min(abs(numbers(cell)[0] - number) for number in measured) <= half_of_the_last_digit
+
+    wrong = [cell for cell in cells if not is_measured(cell)]
     assert len(cells) > 10 and not wrong
 
 
@@ -391,11 +395,11 @@ def test_memory_is_measured_in_processes_of_their_own(tmp_path, monkeypatch):
 
 def test_other_settings_are_not_mixed(tmp_path):
     session = runs.Session("loss", tmp_path)
-    assert session.run("a", lambda scratch, x: {"y": x}, 1.0, x=1) == {"y": 1}
-    assert session.run("a", None, 1.0, x=1) == {"y": 1}
+    assert session.run("a", lambda scratch, x: {"y": x}, seconds=1.0, x=1) == {"y": 1}
+    assert session.run("a", None, seconds=1.0, x=1) == {"y": 1}  # not run again
     with pytest.raises(SystemExit, match="loss.jsonl: a has other settings"):
-        session.run("a", None, 1.0, x=2)
-    assert runs.Session("loss", tmp_path, plan=True).run("b", None, 1.0, x=2) is None
+        session.run("a", None, seconds=1.0, x=2)
+    assert runs.Session("loss", tmp_path, plan=True).run("b", None, seconds=1.0, x=2) is None
 
 
 def test_a_stopped_claim_says_how_to_resume(tmp_path, capsys, monkeypatch):

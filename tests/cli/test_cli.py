@@ -62,7 +62,7 @@ def test_without_a_command_the_help_is_shown(capsys):
         main([])
     out, err = capsys.readouterr()
     assert stopped.value.code == 0 and err == "" and out.startswith("usage: ")
-    one_line = " ".join(out.split())
+    one_line = " ".join(out.split())  # similar names refer to each other:
     assert "print the bytes per token of a tokenizer (`tokenize` writes tokens)" in one_line
     assert "`train --data` (`tokenizer` makes the tokenizer)" in one_line
 
@@ -125,8 +125,9 @@ def script(tmp_path):
 
 @pytest.mark.parametrize("module", ["torch", "matplotlib.figure"])
 def test_ctrl_c_during_the_imports_ends_quietly(at_an_import, script, module):
-    """At the first import of a package, and at one of the last, after those that might catch the signal."""
-    for command in [script] if module == "torch" else [shell(), script]:  # `python -m` loads torch before its settings
+    """In the import of torch, the first, and in a late one, after modules that might catch the signal."""
+    # `python -m` loads torch before it handles SIGINT
+    for command in [script] if module == "torch" else [shell(), script]:
         ended = at_an_import(module, INTERRUPT, *command, "train", "--data", __file__ + "missing")
         assert (ended.returncode, ended.stdout, ended.stderr) == (130, "", "")
 
@@ -145,13 +146,14 @@ SHOW = "print(*map(os.environ.get, ('GOMP_SPINCOUNT', 'TORCH_CPP_LOG_LEVEL')), f
     ("variables", "shown"),
     [
         ({}, f"{SPIN_COUNT} None"),
-        ({"GOMP_SPINCOUNT": "5", "RANK": "0"}, "5 FATAL"),
+        ({"GOMP_SPINCOUNT": "5", "RANK": "0"}, "5 FATAL"),  # RANK: under a launcher, torch logs less
         ({"OMP_WAIT_POLICY": "active", "RANK": "0", "TORCH_CPP_LOG_LEVEL": "INFO"}, "None INFO"),
     ],
 )
 def test_waiting_threads_sleep_unless_the_user_decides_otherwise(at_an_import, script, variables, shown):
     """OpenMP and torch read the variables when torch is loaded. `python -m` loads it twice, if a variable must change."""
     assert at_an_import("torch", SHOW, *script, "info", **variables).stdout == f"{shown}\n"
+    # Says each time that torch's import begins; the second time shows the variables and ends
     second_start = f"print('start'); SECOND = 'SECOND' in os.environ; os.environ['SECOND'] = ''\nif SECOND: {SHOW}"
     started = at_an_import("torch", second_start, *shell("info"), **variables).stdout
     if "TORCH_CPP_LOG_LEVEL" in variables:

@@ -23,7 +23,7 @@ class OtherLinear(torch.nn.Linear):
 
 
 class Doubled(torch.Tensor):
-    """Tensor that counts twice in `torch.nn.functional.linear`."""
+    """Tensor whose values count double in `torch.nn.functional.linear`."""
 
     @classmethod
     def __torch_function__(cls, func, types, args=(), kwargs=None):
@@ -40,7 +40,7 @@ def replace_linear(block, new_class=OtherLinear):
     block.mega.wz = other
 
 
-def use_subclass(block):
+def weight_of_a_subclass(block):  # around the setter, which takes only a Parameter
     block.mega.wv._parameters["weight"] = block.mega.wv.weight.detach().as_subclass(Doubled)
 
 
@@ -83,24 +83,24 @@ def plus_one(module, args, y):
     return y + 1
 
 
-def add_one(module, args, result):
-    """A hook of a model, which also returns a state."""
+def add_one_to_logits(module, args, result):
+    """A hook of the model: its results are logits and a state."""
     return result[0] + 1, result[1]
 
 
-BLOCK_CHANGES = {
+BLOCK_CHANGES = {  # the change, and the module in the block that the warning names
     "hook": (lambda block: block.mega.wv.register_forward_hook(plus_one), ".mega.wv"),
     "pre-hook": (lambda block: block.nffn.register_forward_pre_hook(lambda module, args: (args[0] + 1,)), ".nffn"),
     "hook of the block": (lambda block: block.register_forward_hook(plus_one), ""),
     "replaced": (replace_linear, ".mega.wz"),
-    "torch's": (lambda block: replace_linear(block, torch.nn.Linear), ".mega.wz"),
-    "subclass": (use_subclass, ".mega.wv"),
+    "torch's Linear": (lambda block: replace_linear(block, torch.nn.Linear), ".mega.wz"),
+    "subclass": (weight_of_a_subclass, ".mega.wv"),
     "wrapped": (lambda block: wrap_forward(block.nffn.fc2), ".nffn.fc2"),
-    "function": (norm_as_function, ".mega"),
+    "norm is a function": (norm_as_function, ".mega"),
     "parametrized": (parametrize_weight, ".mega.wr"),
     "no gate": (lambda block: setattr(block.nffn, "fc3", None), ".nffn.fc3"),
 }
-RECORDED_CHANGES = {
+RECORDED_CHANGES = {  # of values that the decoder reads from its own layers; no warning
     "attribute": lambda model: weight_as_attribute(model.layers[1]),
     "buffer": lambda model: bias_as_buffer(model.layers[1]),
     "eps": lambda model: setattr(model.layers[1].mega.rmsnorm, "eps", 0.1),
@@ -109,11 +109,11 @@ RECORDED_CHANGES = {
     "renormalised embedding": lambda model: setattr(model.embed, "max_norm", 0.5),
 }
 LINEAR_LAYERS = [f"mega.{name}" for name in ("wv", "wz", "wr", "wh1", "wh2")] + [f"nffn.fc{i}" for i in (1, 2, 3)]
-ALL_LINEAR_LAYERS = [*(f"layers.{i}.{name}" for i in (0, 2) for name in LINEAR_LAYERS), "output.output"]
+ALL_LINEAR_LAYERS = [*(f"layers.{i}.{name}" for i in (0, 2) for name in LINEAR_LAYERS), "output.output"]  # of 3 blocks
 
 
 def replace_module(model, name, instead):
-    """Replace a module by an object that is none."""
+    """Replace a module by an object that is not a module."""
     module = getattr(model, name)
     delattr(model, name)
     setattr(model, name, instead(module))
@@ -130,7 +130,7 @@ MODEL_CHANGES = {
     "other output": (lambda model: setattr(model, "output", OtherOutput(model.output)), "`output`"),
     "hooked output": (lambda model: model.output.output.register_forward_hook(plus_one), "`output.output`"),
     "wrapped output": (lambda model: wrap_forward(model.output.output), "`output.output`"),
-    "hooked model": (lambda model: model.register_forward_hook(add_one), "`model`"),
+    "hooked model": (lambda model: model.register_forward_hook(add_one_to_logits), "`model`"),
     "list of layers": (lambda model: replace_module(model, "layers", lambda layers: list(layers)[::-1]), "`model`"),
     "embedding a function": (
         lambda model: replace_module(model, "embed", lambda embed: lambda tokens: embed(tokens) + 1),
@@ -156,13 +156,13 @@ def test_a_changed_module_runs_as_changed(change):
         decoder = mo.Decoder(model, state)
     found = by_decoder(decoder, pieces)
     assert_same_bits(found, by_layers(model, state, pieces))
-    assert not decoder.fused and (decoder._steps or change in MODEL_CHANGES)
+    assert not decoder.fused and (decoder._steps or change in MODEL_CHANGES)  # the other modules are recorded
     assert not torch.equal(found[0], original[0])
 
 
 @pytest.mark.filterwarnings("ignore:Decoder")
 def test_a_changed_layer_keeps_its_attributes():
-    """The model reads some of a layer's."""
+    """The model reads some attributes of its layers, also of hooked ones."""
     sizes = {name: size for name, size in TINY.items() if name != "vocab_size"}
     model, x = mo.Megalodon(mo.MegalodonConfig(**sizes, num_features=2)).eval(), torch.randn(1, 8, 2)
     for layer in (model.embed, model.layers[0].mega.timenorm):
@@ -177,7 +177,7 @@ def test_a_changed_layer_keeps_its_attributes():
 
 @pytest.mark.filterwarnings("error")
 def test_other_attributes_and_parameters_are_recorded():
-    """Layers of this package are recorded as they compute, so nothing runs in Python."""
+    """What a changed layer of this package computes is recorded, so nothing runs in Python."""
     model, state = model_and_state()
     pieces = tokens_of(1, 3).split(1, 1)
     original = by_decoder(mo.Decoder(model, state), pieces)
@@ -206,17 +206,21 @@ def test_every_linear_layer_is_called_in_its_place(names, dtype):
     model, state = model_and_state(dtype, rows, num_layers=3, swiglu=True)
     calls = {name: [] for name in names}
     for name, seen in calls.items():
-        hook = lambda module, args, y, seen=seen: [seen.append((args[0], y)), y + args[0].mean()][-1]  # noqa: E731
+
+        def hook(module, args, y, seen=seen):
+            seen.append((args[0], y))
+            return y + args[0].mean()
+
         model.get_submodule(name).register_forward_hook(hook)
     pieces = tokens_of(rows, 5 * length).split(length, 1)
-    message = f"`{names[0]}`, the first of 17 such" if len(names) > 1 else f"`{names[0]}` is"
+    message = f"`{names[0]}`, the first of {len(names)} such" if len(names) > 1 else f"`{names[0]}` is"
     with pytest.warns(UserWarning, match=message):
         decoder = mo.Decoder(model, state)
     found = by_decoder(decoder, pieces)
     assert not decoder.fused and decoder._steps
     assert all(len(seen) == len(pieces) for seen in calls.values())
     assert_same_bits(found, by_layers(model, state, pieces))
-    for seen in calls.values():  # tensors that the hooks kept were not overwritten
+    for seen in calls.values():  # kept by hooks, first from the decoder, then from the layers: none was overwritten
         assert_same_bits(seen[: len(pieces)], seen[len(pieces) :])
 
 
@@ -227,14 +231,15 @@ def test_other_layers_see_an_input_that_a_hook_changed(inference_mode):
     def write(module, args):
         args[0].add_(1)
 
-    for name in ("mega.wz", "nffn.fc1"):  # their inputs are those of wr and wh1, and of fc3
+    for name in ("mega.wz", "nffn.fc1"):  # wr and wh1 read the input of wz, fc3 that of fc1
         model.layers[0].get_submodule(name).register_forward_pre_hook(write)
     pieces = tokens_of(1, 3).split(1, 1)
     expected = by_layers(model, state, pieces)
     with torch.inference_mode(inference_mode), pytest.warns(UserWarning, match="`layers.0.mega.wz`"):
         decoder = mo.Decoder(model, state)
         first = decoder(pieces[0])
-    assert_same_bits(([first, *(decoder(piece) for piece in pieces[1:])], decoder.state), expected)
+    found = [first, *(decoder(piece) for piece in pieces[1:])]
+    assert_same_bits((found, decoder.state), expected)
 
 
 @pytest.mark.filterwarnings("ignore:Decoder")
@@ -248,7 +253,7 @@ def test_results_that_a_hook_keeps_are_not_overwritten():
     assert_same_bits(kept, copies)
 
 
-ADAPTERS = {
+ADAPTERS = {  # options of LoraConfig, and what is then done to the adapted layer
     "plain": ({}, lambda layer: None),
     "in another dtype": ({}, lambda layer: (layer.lora_A.double(), layer.lora_B.double())),
     "merged": ({}, lambda layer: layer.merge()),
@@ -260,7 +265,7 @@ ADAPTERS = {
 
 @pytest.mark.parametrize("kind", ADAPTERS)
 def test_adapters_are_called_between_the_kernels(kind):
-    """PEFT's LoRA around a linear layer of each block, until `merge_and_unload` has made one layer of both."""
+    """PEFT's LoRA around a linear layer of each block; `merge_and_unload` would make one plain layer of both."""
     pytest.importorskip("megalodon_ops.hf", exc_type=ImportError)  # PEFT imports parts of transformers
     peft, (options, change) = pytest.importorskip("peft"), ADAPTERS[kind]
     model, state = model_and_state(rows=2, swiglu=True)
@@ -279,7 +284,7 @@ def test_adapters_are_called_between_the_kernels(kind):
 
 
 def test_modules_run_under_the_autocast_of_the_constructor():
-    model, state = model_and_state()
+    model, state = model_and_state()  # y @ eye is y, unless autocast rounds it
     model.layers[0].mega.wv.register_forward_hook(lambda module, args, y: y @ torch.eye(y.shape[-1]))
     model.output.output.register_forward_hook(lambda module, args, y: y @ torch.eye(y.shape[-1]))
     token = tokens_of(1, 1)
@@ -300,7 +305,7 @@ WRONG_RESULTS = {
 @pytest.mark.filterwarnings("ignore:Decoder")
 @pytest.mark.parametrize("kind", WRONG_RESULTS)
 def test_a_layer_must_return_what_the_next_kernel_reads(kind):
-    """In the first call and, in later ones, what it returned there."""
+    """A later call must give the dtype and shape of the first, which is right here."""
     wrong, got = WRONG_RESULTS[kind]
     (model, state), token, calls = model_and_state(), tokens_of(1, 1), []
     layer = model.layers[1].mega.wv
@@ -356,5 +361,5 @@ def test_generation_decodes_and_says_what_runs_as_a_module():
     with pytest.warns(UserWarning, match="`layers.1.mega.wv`"):
         found = model.generate(prompt, max_new_tokens=4, temperature=0)
     assert torch.equal(found, expected)
-    prompt_calls, decoder_calls = 2, 4  # chunks of the prompt without its last token; that one and three new ones
+    prompt_calls, decoder_calls = 2, 4  # chunks of the first 10 tokens; the last of the prompt, 3 new ones
     assert len(seen) == prompt_calls + decoder_calls

@@ -33,9 +33,10 @@ SUMS_IN_FLOAT32 = pytest.mark.skipif(
 
 @pytest.fixture
 def force_path(monkeypatch):
-    """Force a path for all shapes: chunks of 40 positions have three strips, two chunks are computed at once."""
+    """Force a path for all shapes: chunks of 40 positions have strips of 16, 16 and 8; two are computed at once."""
     aten = torch.ops.aten
 
+    # The arguments of CUDA's op, without those that the CPU's lacks
     def flash_bwd(do, q, k, v, o, lse, _q, _k, length, _, dropout, is_causal, *_state, scale):
         assert lse.is_contiguous() and length == q.shape[2]
         return aten._scaled_dot_product_flash_attention_for_cpu_backward(
@@ -74,7 +75,7 @@ SIZES = {  # other types than float64 take the first three
     "short ends": {"L": 103, "scale": 0.35},
     "a strip that is not whole": {"L": 84, "C": 42, "B": 1},
     "a chunk is longer than the row": {"L": 33, "scale": 0.1},
-    "five chunks, three times two": {"L": 200, "B": 1, "H": 1},
+    "five chunks, in three rounds of at most two": {"L": 200, "B": 1, "H": 1},
     "shorter than a strip": {"L": 7, "C": 3, "B": 3},
 }
 
@@ -131,7 +132,8 @@ def test_log_probabilities_are_rounded_instead_of_scores(force_path):
 def test_the_fake_kernels_know_shapes_and_strides(path, L, force_path):
     force_path(path, torch.float32)
     case = case_of(path, torch.float32, L=L)
-    inputs, rest = [t.clone().requires_grad_() for t in case.tensors.values()], (40, True, 1.0, 0.0, None, None)
+    inputs = [t.clone().requires_grad_() for t in case.tensors.values()]
+    rest = (40, True, 1.0, 0.0, None, None)  # chunk_size, causal, scale, dropkey, its seed, spans
     fwd = torch.ops.megalodon_ops.chunked_attention_fwd.default
     torch.library.opcheck(fwd, (*inputs, None, None, None, *rest), test_utils="test_faketensor")
     inputs = [t.detach() for t in inputs]
@@ -158,7 +160,8 @@ def test_autocast_does_not_change_the_paths(force_path):
     force_path("products", torch.float16)
     case = case_of("products", torch.float16)
     expected = evaluate(mo.chunked_attention, case)
-    ops, rest = torch.ops.megalodon_ops, (None, None, None, 40, True, 1.0, 0.0, None, None)
+    ops = torch.ops.megalodon_ops
+    rest = (None, None, None, 40, True, 1.0, 0.0, None, None)  # no state, chunk_size, causal, scale, dropkey, ...
     with torch.autocast("cpu", torch.bfloat16):
         o, lse = ops.chunked_attention_fwd(*case.tensors.values(), *rest)
         grads = ops.chunked_attention_bwd(o, *case.tensors.values(), o, lse, *rest)
@@ -171,9 +174,9 @@ def test_the_workspace_does_not_grow_with_the_length(force_path):
     def workspace(L: int, backward: bool) -> int:
         case = case_of("products", torch.float32, B=1, L=L, K=64, V=128)
         q, k, v = case.tensors.values()
-        o, lse = module.compute("forward", "products", (q, k, v), 40, True, 1.0)
+        o, lse = module.compute("forward", "products", (q, k, v), chunk_size=40, causal=True, scale=1.0)
         given = ("backward", "products", (o, q, k, v, o, lse)) if backward else ("forward", "products", (q, k, v))
-        kept, peak = allocated(lambda: module.compute(*given, 40, True, 1.0))
+        kept, peak = allocated(lambda: module.compute(*given, chunk_size=40, causal=True, scale=1.0))
         return peak - kept
 
     square = 2 * 40 * 40 * 4  # scores of two chunks
@@ -201,7 +204,7 @@ def test_values_that_are_not_finite_stay_in_their_strip(last, force_path):
         expected[1, reached, 0] = True
         assert torch.equal(hit, expected), name
         assert torch.equal(found["o"][~hit], plain["o"][~hit])
-        before = slice(0, 61 if name == "v" else 56)  # dq is a product of dS and k
+        before = slice(0, 61 if name == "v" else 56)  # dq = dS k, over the whole strip: 0 times NaN is NaN
         assert torch.equal(found["dq"][1, before, 0], plain["dq"][1, before, 0])
 
 
@@ -255,12 +258,14 @@ def test_shapes_take_their_path(flash_available):
 
 
 def test_largest_chunks_fit_the_workspace():
-    for _, _, dtypes, _, _, (_, longest), _ in module.TABLE:
+    for shapes in module.TABLE:
+        longest, itemsize = shapes.chunk[1], shapes.dtypes[0].itemsize
         if longest < math.inf:
-            assert longest**2 * dtypes[0].itemsize <= module.WORKSPACE < (longest + 8) ** 2 * dtypes[0].itemsize
+            assert longest**2 * itemsize <= module.WORKSPACE < (longest + 8) ** 2 * itemsize
 
 
 def test_settings_of_torch_decide(flash_available):
+    """So do scale, at least 2**-10 for a path, and causal, without which "products" do not compute."""
     with FakeTensorMode():
         q, v = fake_tensor(8, 2048, 8, 64), fake_tensor(8, 2048, 8, 2048)
         assert path_of("forward", q, q, q) == "flash"

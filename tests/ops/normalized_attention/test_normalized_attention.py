@@ -77,7 +77,7 @@ def test_decoding_token_by_token(inplace):
         o, state = mo.normalized_attention(token, value, gamma, beta, state=state, **options)
         outputs.append(o)
     assert_close(torch.cat(outputs, 1), whole["o"], tolerance=1e-12)
-    assert torch.equal(state.position, torch.tensor([5, 5]))
+    assert torch.equal(state.position, torch.tensor([5, 5]))  # 21 tokens: two chunks of 8, and 5
     assert_close(state.k[:, :5], whole["state.k"][:, :5], tolerance=1e-12)
     assert_close(state.v[:, :5], whole["state.v"][:, :5], tolerance=1e-12)
 
@@ -86,7 +86,7 @@ def _t(*shape, dtype=torch.float32):
     return torch.zeros(*shape, dtype=dtype)
 
 
-ERRORS = {  # test_wrong_calls.py has wrong numbers
+ERRORS = {  # numbers out of range are in test_wrong_calls.py
     "z-no-batch": (ValueError, "z", {"z": _t(9, 8)}),
     "z-integer": (TypeError, "z", {"z": _t(2, 9, 8, dtype=torch.int64)}),
     "v-no-batch": (ValueError, "v", {"v": _t(9, 10)}),
@@ -96,7 +96,7 @@ ERRORS = {  # test_wrong_calls.py has wrong numbers
     "heads-odd-size": (ValueError, "num_heads", {"num_heads": 8, "v": _t(2, 9, 16)}),
     "gamma-shape": (ValueError, "gamma", {"gamma": _t(8)}),
     "beta-dtype": (TypeError, "beta", {"beta": _t(2, 8, dtype=torch.float16)}),
-    "whole-chunks-into-a-state": (ValueError, "causal", {"causal": False, "return_state": True}),
+    "not-causal-into-a-state": (ValueError, "causal", {"causal": False, "return_state": True}),
     "packed-batch": (ValueError, "cu_seqlens", {"cu_seqlens": torch.tensor([0, 9])}),
 }
 

@@ -22,6 +22,7 @@ ACCESSES(Words<1>)
 ACCESSES(Words<2>)
 ACCESSES(Words<4>)
 
+// y: bytes that are read; the others become zeros
 template <int kBytes> __global__ void copies(const void* x, int y) { gpu::cp_async<kBytes>(shared, x, y); }
 template __global__ void copies<4>(const void*, int);
 template __global__ void copies<8>(const void*, int);
@@ -63,4 +64,5 @@ __global__ void widens(const gpu::fp16* x, float* y) { *y = gpu::to_real(*x); }
 __global__ void rounds(const float* x, uint32_t* y) { *y = gpu::to_tf32(*x); }
 
 __global__ void exponential(const float* x, float* y) { *y = gpu::exp2_approx(*x); }
+// x: number of the barrier; y: threads that meet there
 __global__ void barrier(int x, int y) { gpu::named_barrier(x, y); }
