@@ -44,7 +44,7 @@ struct CemaPlan {
   int64_t count;                     // number of segments
   bool split;                        // true if some sequence has several segments; otherwise segment s is sequence s
   int64_t groups, strips, channels;  // number of groups, of strips, and of channels per strip
-  Scratch<Segment> segments;               // (count)
+  Scratch<Segment> segments;         // (count)
   Scratch<int64_t> group_begin;      // (groups + 1): group g holds segments [group_begin[g], group_begin[g + 1])
 
   CemaPlan(const CemaParams& params, int lanes, int threads)

@@ -177,7 +177,7 @@ def test_a_changed_layer_keeps_its_attributes():
 
 @pytest.mark.filterwarnings("error")
 def test_other_attributes_and_parameters_are_recorded():
-    """What a changed layer of this package computes is recorded, so nothing runs in Python."""
+    """The decoder records the functions that a changed layer of this package calls, so nothing runs in Python."""
     model, state = model_and_state()
     pieces = tokens_of(1, 3).split(1, 1)
     original = by_decoder(mo.Decoder(model, state), pieces)

@@ -37,14 +37,14 @@ class Decoder:
     does. On a GPU the second call with the same number of tokens per row, up to 8, captures a CUDA graph of the layers,
     which later calls replay; see docs/cuda.md. Exceptions:
 
-    - CPU, a module that was wrapped (for instance by an adapter), hooked, replaced or quantised by another tool: it is
-      called between two kernels, as are the functions of torch that leave out missing values.
-    - CPU: the model runs module by module if it was hooked or replaced itself, under torch.autocast, for more tokens in
-      a call than the kernels take (32; AMX: 15 in float32, 8 in bfloat16), with MEGALODON_OPS_LINEAR=torch, and, if
-      attention sees two chunks, in calls in which a chunk ends.
-    - GPU: it does if a module is hooked or waits for the GPU, with a warning that names the module; and with a working
-      memory or tensors on several devices.
-    - It does on other devices, and with dropout in training.
+    - On the CPU, a module that was wrapped (for instance by an adapter), hooked, replaced or quantised by another tool
+      is called between two kernels, as are the functions of torch that leave out missing values.
+    - On the CPU, the model runs module by module if it was hooked or replaced itself, under torch.autocast, for more
+      tokens in a call than the kernels take (32; AMX: 15 in float32, 8 in bfloat16), with MEGALODON_OPS_LINEAR=torch,
+      and, if attention sees two chunks, in calls in which a chunk ends.
+    - On a GPU, the model runs module by module with a working memory, with tensors on several devices, and, with a
+      warning that names the module, if a module is hooked or waits for the GPU.
+    - On other devices, and with dropout in training, the model runs module by module.
 
     The decoder inspects the model once, when it is made. Its steps keep the addresses of parameters, so they see values
     that an optimizer step or `load_state_dict` writes there later. They do not see new values of CEMA's parameters,

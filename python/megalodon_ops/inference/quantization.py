@@ -26,7 +26,7 @@ def quantize(model: Model, kind: str, activations: str | None = "int8") -> Model
         kind: "int8" or "int4".
         activations: "int8" lets prompts, calls of more than 64 rows in float32 or 32 in other dtypes, be computed by
             products of integers on the CPU: layers round their inputs to 8 bits (:func:`quantized_linear`), which
-            changes a loss by 0.02 %. None keeps the inputs.
+            adds at most 0.02 % to a loss. None keeps the inputs.
 
     Returns:
         a new model in evaluation mode, in the dtype of `model`, with :class:`QuantizedLinear` layers. `generate`,
