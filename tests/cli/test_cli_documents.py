@@ -193,7 +193,7 @@ def test_columns_of_other_types(tmp_path):
 
 def test_damaged_and_wrong_files_are_named(tmp_path):
     write_parquet(tmp_path / "a.parquet")
-    column = r"a.parquet: no document, but rows of id, body without a text 'text' \(7\); --field names another"
+    column = r"a.parquet: no document, but rows of id, body without a text 'text' \(7\); name a field with"
     for load in (load_documents, load_corpus):
         with pytest.raises(CommandError, match=column):
             load([tmp_path / "a.parquet"])
@@ -244,5 +244,5 @@ def test_commands_read_documents_from_fields(tmp_path, finished, quick, capsys):
     assert ": 40 documents, " in output(capsys, "eval", "--checkpoint", finished, "--data", *data)
     tokenizer = ["--tokenizer", tmp_path / "run" / "best"]
     assert "the text: 40 documents" in output(capsys, "tokenizer", *tokenizer, *data)
-    words = "no document, but lines without a text 'text' (41); --field names another"
+    words = "no document, but lines without a text 'text' (41); name a field with --field"
     assert words in error_of(capsys, "train", "--data", tmp_path / "a.jsonl", "--out", tmp_path / "other")

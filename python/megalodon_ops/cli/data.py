@@ -58,7 +58,8 @@ def load_documents(paths: Paths | None, how: TextOptions = _DEFAULTS, *, quiet: 
     skipped: Counter[str] = Counter()
     documents = [*read_documents(find_files(paths, how, quiet=quiet), how, skipped)]
     if skipped and not documents:
-        raise CommandError(f"{' '.join(map(str, paths))}: no document, but {reasons(skipped)}; --field names another")
+        found = f"no document, but {reasons(skipped)}"
+        raise CommandError(f"{' '.join(map(str, paths))}: {found}; name a field with --field")
     if skipped and not quiet:
         print(f"megalodon_ops: skipped: {reasons(skipped)}", file=sys.stderr)
     return documents

@@ -50,7 +50,10 @@ class TextOptions(Options):
 
     data: tuple[Path, ...] | None = flag(None, f"{FILES} (the held-out text of the run)")
     glob: tuple[str, ...] | None = flag(
-        None, "files to read in folders, UTF-8 or not: 'src/*.c'; repeatable (text)", action="append", metavar="PATTERN"
+        None,
+        "pattern of files to read in folders, such as '*.py' or 'src/*.c', even if not UTF-8; repeatable (text files)",
+        action="append",
+        metavar="PATTERN",
     )
     field: Text = flag("text", "field of a JSON object, or column of a table, that holds a document")
     encoding: Encoding | None = flag(None, "encoding of text and .csv files, such as cp1252 (UTF-8, or the bytes)")
@@ -143,10 +146,10 @@ class Train(BatchOptions, TextOptions):
     seed: Seed = flag(0, "seed of weights, document order and dropout")
     device: str = flag("cpu", "device to compute on")
     dtype: Literal["float32", "bfloat16"] = flag("float32", "dtype of matrix products; bfloat16 uses autocast")
-    mesh: Mesh | None = flag(None, "processes that split rows (data), length (chunk), layers (tensor) (all: data)")
+    mesh: Mesh | None = flag(None, "processes that split rows, sequences (chunk) or layers (tensor) (all: data)")
     timeout: Positive = flag(600.0, "seconds that a process waits for the others")
     tensorboard: bool = flag(False, "also write the metrics for TensorBoard, to events in the folder")
-    peak_tflops: Positive | None = flag(None, "peak TFLOPS of a device, to log the MFU (known: A100, H100, H200, B200)")
+    peak_tflops: Positive | None = flag(None, "peak TFLOPS of a device, for the MFU (known for A100, H100, H200, B200)")
 
     def record(self) -> dict[str, Any]:
         """Return the options that checkpoints and `options.json` record: those that describe the run, not a call."""

@@ -44,9 +44,11 @@ class Processes:
 
     def place(self, dimension: str) -> tuple[int, int]:
         """Return this process's rank in a mesh dimension, and its size; (0, 1) if there is none."""
-        if self.mesh is None or dimension not in (self.mesh.mesh_dim_names or ()):
+        if self.mesh is None:
             return 0, 1
-        return self.mesh.get_local_rank(dimension), self.mesh[dimension].size()
+        from megalodon_ops.distributed.split import rank_and_size
+
+        return rank_and_size(self.mesh, dimension)
 
     def gather(self, value: Value) -> list[Value]:
         """Gather the values of all processes, in rank order."""

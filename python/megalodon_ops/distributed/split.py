@@ -57,7 +57,7 @@ def split(
     if tokens.dim() < 2:
         raise ValueError(f"split: `tokens` must have shape (B, L, ...), got {tuple(tokens.shape)}.")
     position = check_integer("split", "position", position, "an integer in [0, chunk_size)", 0, chunk_size - 1)
-    rank, size = _rank_and_size(mesh, "data")
+    rank, size = rank_and_size(mesh, "data")
     if len(tokens) % size:
         raise ValueError(
             f"split: `tokens` must have a multiple of {size} rows, the ranks of `data`, got {len(tokens)}."
@@ -71,7 +71,7 @@ def split(
         if cu_seqlens.dim() != 1 or not ordered or not offsets or offsets[0] < 0 or offsets[-1] > length:
             raise ValueError(f"split: `cu_seqlens` must be ascending offsets in [0, {length}], got {offsets}.")
     tokens = tokens.narrow(0, rank * rows, rows)
-    rank, size = _rank_and_size(mesh, "chunk")
+    rank, size = rank_and_size(mesh, "chunk")
     begin, end = columns(rank, size, length, chunk_size, offsets, position)
     return tokens.narrow(1, begin, end - begin)
 
@@ -102,7 +102,7 @@ def _nearest_cut(
     return before if ideal - before <= after - ideal else after
 
 
-def _rank_and_size(mesh: DeviceMesh, name: str) -> tuple[int, int]:
+def rank_and_size(mesh: DeviceMesh, name: str) -> tuple[int, int]:
     """This rank's index along a dimension of the mesh, and the size of this dimension."""
     if name not in mesh.mesh_dim_names:
         return 0, 1
