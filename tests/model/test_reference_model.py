@@ -11,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from models import TINY, tiny_model, tokens_of
 from strategies import pieces
+from torch._dynamo.testing import CompileCounterWithBackend
 from torch.export import Dim
 from torch.func import functional_call, grad, hessian, jvp, vmap
 
@@ -184,6 +185,13 @@ def test_compiles_to_one_graph_of_dynamic_sizes():
     for length in (1, 2, 7, 8, 11):
         tokens = torch.randint(TINY["vocab_size"], (3, length))
         close(compiled(tokens), reference(tokens))
+    _, reference = pair(num_layers=1, chunk_size=200)
+    graphs, counts = CompileCounterWithBackend("eager"), []
+    compiled = torch.compile(reference, fullgraph=True, dynamic=True, backend=graphs)
+    for length in (70, 130, 190):  # of one, two and three blocks of CEMA
+        compiled(torch.randint(TINY["vocab_size"], (3, length)))
+        counts.append(graphs.frame_count)
+    assert counts == [1, 1, 1]
 
 
 def test_refused_configurations():
