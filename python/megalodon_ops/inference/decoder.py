@@ -39,12 +39,11 @@ class Decoder:
 
     - On the CPU, a module that was wrapped (for instance by an adapter), hooked, replaced or quantised by another tool
       is called between two kernels, as are the functions of torch that leave out missing values.
-    - On the CPU, the model runs module by module if it was hooked or replaced itself, under torch.autocast, for more
+    - On the CPU the model runs module by module if it was hooked or replaced itself, under torch.autocast, for more
       tokens in a call than the kernels take (32; AMX: 15 in float32, 8 in bfloat16), with MEGALODON_OPS_LINEAR=torch,
       and, if attention sees two chunks, in calls in which a chunk ends.
-    - On a GPU, the model runs module by module with a working memory, with tensors on several devices, and, with a
-      warning that names the module, if a module is hooked or waits for the GPU.
-    - On other devices, and with dropout in training, the model runs module by module.
+    - It also does on a GPU with a working memory, with tensors on several devices, and, with a warning that names the
+      module, if a module is hooked or waits for the GPU; and always on other devices, or with dropout in training.
 
     The decoder inspects the model once, when it is made. Its steps keep the addresses of parameters, so they see values
     that an optimizer step or `load_state_dict` writes there later. They do not see new values of CEMA's parameters,
