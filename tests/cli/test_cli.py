@@ -154,7 +154,8 @@ def test_waiting_threads_sleep_unless_the_user_decides_otherwise(at_an_import, s
     """OpenMP and torch read the variables when torch is loaded. `python -m` loads it twice, if a variable must change."""
     assert at_an_import("torch", SHOW, *script, "info", **variables).stdout == f"{shown}\n"
     # Says each time that torch's import begins; the second time shows the variables and ends
-    second_start = f"print('start'); SECOND = 'SECOND' in os.environ; os.environ['SECOND'] = ''\nif SECOND: {SHOW}"
+    second_start = "print('start', flush=1); SECOND = 'SECOND' in os.environ; os.environ['SECOND'] = ''\n"
+    second_start += f"if SECOND: {SHOW}"
     started = at_an_import("torch", second_start, *shell("info"), **variables).stdout
     if "TORCH_CPP_LOG_LEVEL" in variables:
         assert started.startswith("start\nmegalodon_ops ") and started.count("start\n") == 1
