@@ -29,12 +29,7 @@ struct QuantizedLinearParams : QuantizedWeight {
 // The same product of x rounded to 8 bits: quantized_many_rows_cpu.cpp. Every instruction set computes all dtypes.
 struct QuantizedManyRowsParams : QuantizedLinearParams {};
 
-inline bool computes([[maybe_unused]] Isa isa, [[maybe_unused]] const QuantizedManyRowsParams& params) {
-#if defined(__x86_64__)
-  if (isa == Isa::v4_amx) return !params.is_int4;
-#endif
-  return true;
-}
+inline bool computes(Isa, const QuantizedManyRowsParams&) { return true; }
 
 // y = w, or some rows of w, rounded to `dtype`.
 struct DequantizeParams : QuantizedWeight {

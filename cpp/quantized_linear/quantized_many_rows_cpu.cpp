@@ -1,11 +1,15 @@
 // Products of many rows of x with weights of 8 or 4 bits, as sums of integers. x is rounded to 8 bits first.
 //
-//   a_tg = max over the group's i of |x_ti| / 127,  p_ti = round(x_ti / a_tg)         int8: a group is a row
-//   y_to = sum_g a_tg s_og (sum over the group's i of p_ti q_oi) + b_o
+//   a_t = max_i |x_ti| / 127,  p_ti = round(x_ti / a_t),  y_to = a_t s_o (sum_i p_ti q_oi) + b_o
 //
-// The inner sums are exact integers of 32 bits. With int8 they run over at most kMaxGroup inputs, which exceed no
-// integer; the sums of several such parts, and of int4's groups of 32 inputs, are float. A row with NaN or an infinity
-// has a scale of NaN, so its outputs are NaN.
+// The sums are exact integers of 32 bits, of at most kPartInputs inputs, which exceed no integer; the sums of several
+// such parts are float. A row with NaN or an infinity has a scale of NaN, so its outputs are NaN.
+//
+// Weights of 4 bits, r_oi with a scale c_og for each group of 32 inputs, are rounded to 8 bits with one scale for a row
+// when they are packed. Integers of 16 bits hold all that the second line computes.
+//
+//   s_o = 8 max_g |c_og| / 127,  m_og = round(256 c_og / s_o)
+//   q_oi = floor((r_oi m_og + 128) / 256), in [-127, 127]
 //
 // A word is the operand of one 32-bit lane: neighbouring inputs, kWordInputs of them. A job owns a panel, two vectors
 // of outputs. It packs the panel's weights in its L2, a row of words for each word of the depth, then multiplies it by
@@ -13,7 +17,7 @@
 // tiles that store kRows words for each word of the depth. No result depends on the number of threads.
 //
 //   instruction set      word            product of two words            tile
-//   v4_amx               4 of 8 bits     TDPBSUD, 16 x 16 x 16 words     32 rows x 2 vectors; only int8
+//   v4_amx               4 of 8 bits     TDPBSUD, 16 x 16 x 16 words     32 rows x 2 vectors
 //   v4_vnni, v3_vnni     4 of 8 bits     VPDPBUSD                        12 x 2, 6 x 2
 //   v4, v3, v2           2 of 16 bits    VPMADDWD and VPADDD             12 x 2, 6 x 2
 //   others               2 of 16 bits    two multiply-adds               12 x 2
@@ -32,7 +36,7 @@ namespace megalodon::MEGALODON_ISA {
 namespace {
 
 constexpr int kFloats = kLanes<float>, kPanel = 2 * kFloats;
-constexpr int64_t kMaxGroup = 1 << 16;          // 127 * 255 * 2^16 < 2^31
+constexpr int64_t kPartInputs = 1 << 16;           // 127 * 255 * 2^16 < 2^31
 constexpr int64_t kBlockBytes = int64_t{4} << 20;  // of rounded rows of x; they share the last-level cache
 using Ints = VecOf<int32_t, kFloats>::type;
 
@@ -77,24 +81,25 @@ constexpr int kRows = kRegisters == 32 ? 12 : 6;
 constexpr int64_t kDepthPadding = kFloats * kWordInputs;
 #endif
 
-// Sizes of the depth: `inputs` padded to `depth`, in `groups` groups of `group` inputs; the last may be shorter.
+// Sizes of the depth: `inputs` padded to `depth`, in parts of kPartInputs inputs; the last may be shorter. `factors` is
+// the number of groups of int4, padded to vectors.
 struct Depth {
-  int64_t inputs, depth, group, groups;
+  int64_t inputs, depth, parts, factors;
 
   explicit Depth(const QuantizedWeight& w)
       : inputs(w.inputs),
         depth(round_up(inputs, w.is_int4 ? kInt4Block : kDepthPadding)),
-        group(w.is_int4 ? kInt4Group : kMaxGroup),
-        groups(std::max<int64_t>(1, ceil_div(depth, group))) {}
+        parts(std::max<int64_t>(1, ceil_div(depth, kPartInputs))),
+        factors(w.is_int4 ? round_up(depth / kInt4Group, kFloats) : 0) {}
 
-  int64_t size_of(int64_t g) const { return std::min(group, depth - g * group); }
+  int64_t end_of(int64_t part) const { return std::min((part + 1) * kPartInputs, depth); }
 };
 
 // Rounded rows of x. Element i of row r is at place(r, i).
 struct RoundedRows {
   Integer* integers;  // (rows / kRows, depth / kWordInputs, kRows, kWordInputs); with AMX (rows, depth)
-  float* scales;      // (rows, groups)
-  int32_t* starts;    // (rows, groups): of the sums
+  float* scales;      // (rows)
+  int32_t* starts;    // (rows, parts): of the sums
 
   static int64_t place(int64_t r, int64_t i, int64_t depth) {
 #if defined(__AMX_INT8__)
@@ -105,35 +110,34 @@ struct RoundedRows {
   }
 };
 
-uint32_t largest_lane(Bits bits) {
-  uint32_t largest = 0;
-  for (int i = 0; i < kFloats; ++i) largest = std::max(largest, bits[i]);
-  return largest;
+using Halves = VecOf<uint16_t, kFloats>::type;
+
+// The integers nearest to x, up to 2^15, in the low bits of each lane.
+MEGALODON_INLINE Bits nearest(Vec<float> x) { return bit_cast<Bits>(x + 0x1.8p23f); }
+
+// Returns the largest magnitude of x_0, ..., x_n-1 / `divisor`, or NaN if it is not finite.
+template <class T>
+float scale_of(const T* x, int64_t n, float divisor) {
+  Bits largest{};
+  for (int64_t i = 0; i < n; i += kFloats) {
+    const Bits magnitude = bit_cast<Bits>(load_first(x + i, n - i)) & 0x7fffffff;
+    largest = magnitude > largest ? magnitude : largest;
+  }
+  uint32_t bits = 0;
+  for (int i = 0; i < kFloats; ++i) bits = std::max(bits, largest[i]);
+  return bits >= 0x7f800000 ? __builtin_nanf("") : std::max(bit_cast<float>(bits) / divisor, FLT_MIN);
 }
 
-// Rounds a row of x; groups of the row have one scale unless the weights are int4.
 template <class T>
-void round_row(const T* x, const Depth& size, bool is_int4, int64_t row, const RoundedRows& to) {
+void round_row(const T* x, const Depth& size, int64_t row, const RoundedRows& to) {
   const auto inputs_at = [&](int64_t i) {
     return i < size.inputs ? load_first(x + i, size.inputs - i) : zeros<float>();
   };
-  const auto scale_of = [&](int64_t first, int64_t count) {
-    Bits largest{};
-    for (int64_t i = first; i < first + count; i += kFloats) {
-      const Bits magnitude = bit_cast<Bits>(inputs_at(i)) & 0x7fffffff;
-      largest = magnitude > largest ? magnitude : largest;
-    }
-    const uint32_t bits = largest_lane(largest);
-    return bits >= 0x7f800000 ? __builtin_nanf("") : std::max(bit_cast<float>(bits) / 127.0f, FLT_MIN);
-  };
-  float scale = is_int4 ? 0.0f : scale_of(0, size.inputs);
-  for (int64_t g = 0; g < size.groups; ++g) {
-    const int64_t first = g * size.group, end = first + size.size_of(g);
-    if (is_int4) scale = scale_of(first, end - first);
+  const float scale = to.scales[row] = scale_of(x, size.inputs, 127.0f);
+  for (int64_t part = 0; part < size.parts; ++part) {
     Ints sum{};
-    for (int64_t i = first; i < end; i += kFloats) {
-      constexpr float kToInteger = 0x1.8p23f;  // x + this rounds x to an integer, in the sum's low bits
-      const Bits rounded = bit_cast<Bits>(inputs_at(i) / splat(scale) + kToInteger);
+    for (int64_t i = part * kPartInputs; i < size.end_of(part); i += kFloats) {
+      const Bits rounded = nearest(inputs_at(i) / splat(scale));
       sum += bit_cast<Ints>(rounded << 16) >> 16;
       using Narrow = typename VecOf<std::make_unsigned_t<Integer>, kFloats>::type;
       const Narrow narrow = __builtin_convertvector(rounded, Narrow);
@@ -149,24 +153,44 @@ void round_row(const T* x, const Depth& size, bool is_int4, int64_t row, const R
     }
     int32_t total = 0;
     for (int i = 0; i < kFloats; ++i) total += sum[i];
-    to.scales[row * size.groups + g] = scale;
-    to.starts[row * size.groups + g] = -kOffset * total;
+    to.starts[row * size.parts + part] = -kOffset * total;
   }
 }
 
-// A panel's weights (depth / kWordInputs, kPanel) and scales (groups, kPanel).
+// A panel's weights (depth / kWordInputs, kPanel) and scales (kPanel). With int4 also m_og (kPanel, factors).
 struct Panel {
   Bits* words;
   float* scales;
+  int16_t* factors;
 };
 
-// Unpacks a block of int4 (quantized_linear.h) to integers of 8 bits.
-void expand_int4(const uint8_t* block, int8_t* to) {
-  uint16_t words[kInt4Group];
-  std::memcpy(words, block, sizeof words);
+// The scale of a row of w, of 8 bits.
+float row_scale(const QuantizedWeight& p, const Depth& size, int64_t row) {
+  if (row >= p.outputs || p.inputs == 0) return 0;
+  if (!p.is_int4) return static_cast<const float*>(p.scale)[row];
+  const int64_t groups = size.depth / kInt4Group;
+  return scale_of(static_cast<const bf16*>(p.scale) + row * groups, groups, 127.0f / 8);
+}
+
+// Writes m_og of a row of int4.
+void row_factors(const QuantizedWeight& p, const Depth& size, int64_t row, float row_scale, int16_t* to) {
+  const int64_t groups = size.depth / kInt4Group;
+  const bf16* scales = static_cast<const bf16*>(p.scale) + row * groups;
+  for (int64_t g = 0; g < groups; g += kFloats) {
+    const Vec<float> quotient = load_first(scales + g, groups - g) / splat(row_scale);
+    store_raw(to + g, __builtin_convertvector(nearest(256 * quotient), Halves));
+  }
+}
+
+// Rounds a block of int4 (quantized_linear.h), whose groups have these factors, to integers of 8 bits.
+MEGALODON_INLINE void round_int4(const char* block, const int16_t* factors, int8_t* to) {
+  using Shorts = VecOf<int16_t, kInt4Group>::type;
+  using Bytes = VecOf<int8_t, kInt4Group>::type;
+  const auto words = load_raw<Shorts>(block);
+#pragma GCC unroll 4
   for (int j = 0; j < 4; ++j)
-    for (int i = 0; i < kInt4Group; ++i)
-      to[kInt4Group * j + i] = static_cast<int8_t>(static_cast<int16_t>(words[i] << (12 - 4 * j)) >> 12);
+    store_raw(to + kInt4Group * j,
+              __builtin_convertvector(((words << (12 - 4 * j) >> 12) * factors[j] + 128) >> 8, Bytes));
 }
 
 MEGALODON_INLINE Bits load_words(const int8_t* from) {
@@ -184,6 +208,11 @@ void pack(const QuantizedWeight& p, const Depth& size, int64_t output, const Pan
   constexpr int64_t kStep = kFloats * kWordInputs;  // inputs of a square
   static_assert(kInt4Block % kStep == 0);
   const int64_t step = p.is_int4 ? kInt4Block : kStep, row_bytes = p.is_int4 ? size.depth / 2 : p.inputs;
+  for (int o = 0; o < kPanel; ++o) {
+    to.scales[o] = row_scale(p, size, output + o);
+    if (p.is_int4 && output + o < p.outputs)
+      row_factors(p, size, output + o, to.scales[o], to.factors + o * size.factors);
+  }
   for (int half = 0; half < 2; ++half)
     for (int64_t i = 0; i < size.depth; i += step) {
       int8_t buffer[kFloats][kInt4Block];
@@ -193,7 +222,8 @@ void pack(const QuantizedWeight& p, const Depth& size, int64_t output, const Pan
         const char* from = static_cast<const char*>(p.weight) + row * row_bytes + (p.is_int4 ? i / 2 : i);
         rows[o] = buffer[o];
         if (row >= p.outputs) std::fill_n(buffer[o], step, int8_t{});
-        else if (p.is_int4) expand_int4(reinterpret_cast<const uint8_t*>(from), buffer[o]);
+        else if (p.is_int4)
+          round_int4(from, to.factors + (half * kFloats + o) * size.factors + i / kInt4Group, buffer[o]);
         else if (left >= step) rows[o] = reinterpret_cast<const int8_t*>(from);
         else std::fill(std::copy_n(from, std::max<int64_t>(left, 0), buffer[o]), buffer[o] + step, int8_t{});
       }
@@ -207,14 +237,6 @@ void pack(const QuantizedWeight& p, const Depth& size, int64_t output, const Pan
         for (int w = 0; w < kFloats; ++w) words[2 * w] = bit_cast<Bits>(square[w]);
       }
     }
-  for (int o = 0; o < kPanel; ++o)
-    for (int64_t g = 0; g < size.groups; ++g) {
-      const int64_t row = output + o;
-      float& scale = to.scales[g * kPanel + o];
-      if (row >= p.outputs || p.inputs == 0) scale = 0;
-      else if (p.is_int4) scale = widen(static_cast<const bf16*>(p.scale)[row * size.groups + g]);
-      else scale = static_cast<const float*>(p.scale)[row];
-    }
 }
 
 // Sets a tile of y, in float and without the bias, from kRows rounded rows of x, from `row` on, and a panel.
@@ -222,19 +244,19 @@ __attribute__((noinline)) void multiply_tile(const Depth& size, const RoundedRow
                                              float (*tile)[kPanel]) {
   const Integer* integers = x.integers + row * size.depth;
   const Bits* weights = panel.words;
-  for (int64_t g = 0; g < size.groups; ++g) {
-    const float* scales = panel.scales + g * kPanel;
-    const Vec<float> scale[2] = {load(scales), load(scales + kFloats)};
-    const int64_t first = row * size.groups + g;
-    // y += a_tg s_og times the integers.
+  const Vec<float> scale[2] = {load(static_cast<const float*>(panel.scales)),
+                               load(static_cast<const float*>(panel.scales) + kFloats)};
+  for (int64_t part = 0; part < size.parts; ++part) {
+    const int32_t* starts = x.starts + row * size.parts + part;
+    // y += a_t s_o times the integers.
     const auto finish = [&](int r, Ints low, Ints high) __attribute__((always_inline)) {
-      const Vec<float> factor = splat(x.scales[first + r * size.groups]);
+      const Vec<float> factor = splat(x.scales[row + r]);
       const Vec<float> a = __builtin_convertvector(low, Vec<float>) * scale[0] * factor;
       const Vec<float> b = __builtin_convertvector(high, Vec<float>) * scale[1] * factor;
-      store(tile[r], g > 0 ? load(static_cast<const float*>(tile[r])) + a : a);
-      store(tile[r] + kFloats, g > 0 ? load(static_cast<const float*>(tile[r]) + kFloats) + b : b);
+      store(tile[r], part > 0 ? load(static_cast<const float*>(tile[r])) + a : a);
+      store(tile[r] + kFloats, part > 0 ? load(static_cast<const float*>(tile[r]) + kFloats) + b : b);
     };
-    int64_t words = size.size_of(g) / kWordInputs;
+    int64_t words = (size.end_of(part) - part * kPartInputs) / kWordInputs;
 #if defined(__AMX_INT8__)
     constexpr int64_t kStride = kPanel * sizeof(int32_t);
     alignas(64) int32_t sums[kRows][kPanel];
@@ -258,13 +280,13 @@ __attribute__((noinline)) void multiply_tile(const Depth& size, const RoundedRow
     _tile_stored(2, sums[16], kStride);
     _tile_stored(3, sums[16] + kFloats, kStride);
     for (int r = 0; r < kRows; ++r) {
-      const int32_t start = x.starts[first + r * size.groups];
+      const int32_t start = starts[r * size.parts];
       finish(r, load_raw<Ints>(sums[r]) + start, load_raw<Ints>(sums[r] + kFloats) + start);
     }
 #else
     Ints sums[kRows][2];
 #pragma GCC unroll 12
-    for (int r = 0; r < kRows; ++r) sums[r][0] = sums[r][1] = Ints{} + x.starts[first + r * size.groups];
+    for (int r = 0; r < kRows; ++r) sums[r][0] = sums[r][1] = Ints{} + starts[r * size.parts];
     for (; words > 0; --words, weights += 2, integers += kRows * kWordInputs) {
       const Bits low = weights[0], high = weights[1];
 #pragma GCC unroll 12
@@ -314,29 +336,30 @@ void quantized_many_rows(const QuantizedLinearParams& p) {
   const Depth size(p);
   const int64_t block = std::max<int64_t>(1, kBlockBytes / (size.depth * kRows * kIntegerBytes + 1)) * kRows;
   const int64_t padded = std::min(block, round_up(p.rows, kRows)), panels = ceil_div(p.outputs, kPanel);
-  const RoundedRows x{kept_memory<Integer>(padded * size.depth), kept_memory<float>(padded * size.groups),
-                      kept_memory<int32_t>(padded * size.groups)};
+  const RoundedRows x{kept_memory<Integer>(padded * size.depth), kept_memory<float>(padded),
+                      kept_memory<int32_t>(padded * size.parts)};
   for (int64_t begin = 0; begin < p.rows; begin += block) {
     const int64_t rows = std::min(block, p.rows - begin), tiles = ceil_div(rows, kRows);
     parallel_jobs(tiles, static_cast<double>(rows * p.inputs), [&] {
       return [&](int64_t tile) {
         for (int64_t r = tile * kRows; r < (tile + 1) * kRows; ++r) {  // the last tile repeats the last row
           const int64_t row = begin + std::min(r, rows - 1);
-          round_row(static_cast<const T*>(p.x) + row * p.inputs, size, p.is_int4, r, x);
+          round_row(static_cast<const T*>(p.x) + row * p.inputs, size, r, x);
         }
       };
     });
     // Each panel is one job or, if there are too few panels for the threads, several jobs that share the tiles.
-    const int64_t parts = std::min(tiles, ceil_div(4 * num_threads(), std::max<int64_t>(1, panels)));
+    const int64_t shares = std::min(tiles, ceil_div(4 * num_threads(), std::max<int64_t>(1, panels)));
     size_t helper = 0;
-    parallel_jobs<TileRegisters>(panels * parts, static_cast<double>(rows * p.inputs * p.outputs), [&] {
+    parallel_jobs<TileRegisters>(panels * shares, static_cast<double>(rows * p.inputs * p.outputs), [&] {
       ++helper;
       const Panel panel{kept_memory<Bits>(size.depth / kWordInputs * 2, helper),
-                        kept_memory<float>(size.groups * kPanel, helper)};
+                        kept_memory<float>(kPanel, helper),
+                        kept_memory<int16_t>(kPanel * size.factors, helper)};
       return [&, panel](int64_t job) {
-        const int64_t output = job / parts * kPanel, part = job % parts;
+        const int64_t output = job / shares * kPanel, share = job % shares;
         pack(p, size, output, panel);
-        for (int64_t tile = tiles * part / parts; tile < tiles * (part + 1) / parts; ++tile) {
+        for (int64_t tile = tiles * share / shares; tile < tiles * (share + 1) / shares; ++tile) {
           alignas(64) float sums[kRows][kPanel];
           multiply_tile(size, x, tile * kRows, panel, sums);
           put<T>(p, begin + tile * kRows, std::min<int64_t>(kRows, rows - tile * kRows), output, sums);

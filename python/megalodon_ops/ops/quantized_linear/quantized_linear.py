@@ -113,15 +113,12 @@ def check_activations(caller: str, activations: object) -> None:
         raise ValueError(f'{caller}: `activations` must be None or "int8", got {short_text(activations)}.')
 
 
-def gains_from_rounding(isa: str, weight_dtype: torch.dtype, dtype: torch.dtype) -> bool:
-    """Return True if products of integers are faster with this instruction set than those of x in `dtype`.
+def gains_from_rounding(isa: str) -> bool:
+    """Return True if products of integers are faster with this instruction set than those of floating point.
 
-    AMX multiplies bfloat16 faster than VNNI multiplies the integers of int4, whose groups AMX cannot scale. AVX-512
-    without VNNI and Arm's NEON multiply integers no faster than float32.
+    AVX-512 without VNNI and Arm's NEON multiply integers no faster than float32.
     """
-    if isa == "v4_amx":
-        return weight_dtype == torch.int8 or dtype != torch.bfloat16
-    return isa in ("v2", "v3", "v3_vnni", "v4_vnni", "v4_bf16")
+    return isa in ("v2", "v3", "v3_vnni", "v4_vnni", "v4_bf16", "v4_amx")
 
 
 def _check_dtype(op: str, argument: str, tensor: Tensor) -> None:
@@ -141,11 +138,11 @@ def quantized_linear(
     More rows, and other devices, use a product with a dequantised copy of the weights in the dtype of x, or in float32
     for float16, at most 16 MiB at a time. Under torch.autocast, x and bias are cast first.
 
-    With `activations="int8"`, more rows on the CPU are rounded to 8 bits where sums of integers are faster: a scale a
-    for each row of x, or for each row and group with int4, of the largest absolute value / 127. A row with NaN or an
-    infinity then gives NaN.
+    With `activations="int8"`, more rows on the CPU are rounded to 8 bits where sums of integers are faster, with a scale
+    :math:`a_t` for each row of x, its largest absolute value / 127. Weights of 4 bits are then rounded to 8, with a
+    scale for each row. A row of x with NaN or an infinity gives NaN.
 
-    .. math:: y_{to} = \sum_g a_{tg} s_{og} \sum_{i \in g} \mathrm{round}(x_{ti} / a_{tg}) \, q_{oi} + b_o
+    .. math:: y_{to} = a_t s_o \sum_i \mathrm{round}(x_{ti} / a_t) \, q_{oi} + b_o
 
     Args:
         x: (..., I), float32, bfloat16 or float16.
@@ -230,7 +227,7 @@ def _fwd(x, weight, scale, bias, activations):
     count = math.prod(x.shape[:-1])
     rows, outputs = x.reshape(count, x.shape[-1]).contiguous(), y.view(count, y.shape[-1])
     few = len(rows) <= _MAX_KERNEL_ROWS[x.dtype]
-    if has_cpu_kernel(x) and (few or (activations and gains_from_rounding(_C.active_isa(), weight.dtype, x.dtype))):
+    if has_cpu_kernel(x) and (few or (activations and gains_from_rounding(_C.active_isa()))):
         kernel = "quantized_linear" if few else "quantized_many_rows"
         launch(kernel, rows, weight.contiguous(), scale.contiguous(), contiguous_or_none(bias), outputs)
         return y

@@ -4,8 +4,8 @@ A weight of 8 bits is w_oi = s_o q_oi, with q in [-127, 127]. A weight of 4 bits
 and a scale for each group g of 32 inputs. A row has blocks of 128 inputs, each of 32 words of 16 bits: bits 4 j to
 4 j + 3 of word i are input 32 j + i, in two's complement.
 
-With activations of 8 bits, x_ti is a_tg p_ti with p = round(x_ti / a_tg), ties to even, and a_tg = max |x_ti| / 127 over
-the inputs i of group g, or over the whole row for a weight of 8 bits. Its sum over a group of p q is exact.
+With activations of 8 bits, x_ti is a_t p_ti with p = round(x_ti / a_t), ties to even, and a_t = max_i |x_ti| / 127. Then
+weights of 4 bits are rounded to 8, and the sums of p q are exact.
 """
 
 from __future__ import annotations
@@ -25,15 +25,31 @@ def dequantize(weight: Tensor, scale: Tensor, inputs: int) -> Tensor:
     return (integers * scale.double().unflatten(1, (-1, 4))[..., None]).flatten(1)[:, :inputs]
 
 
-def round_activations(x: Tensor, group: int) -> Tensor:
-    """Round x (T, I) to 8 bits with a scale for each row and `group` inputs; return it in float64.
+def int4_to_int8(weight: Tensor, scale: Tensor, inputs: int) -> tuple[Tensor, Tensor]:
+    """Round a weight of 4 bits to 8: (O, `inputs`) int8 and scales (O,) float32.
 
-    A group with a number that is not finite becomes NaN.
+    The scale of a row is s_o = 8 max_g abs(s_og) / 127. The integers are floor((q_oi m_og + 128) / 256), with
+    m_og = round(256 s_og / s_o), so that 16 bits hold each step.
     """
-    groups = torch.nn.functional.pad(x.float(), (0, -x.shape[-1] % group)).unflatten(-1, (-1, group))
-    scale = groups.abs().amax(-1, keepdim=True) / 127
-    scale = scale.clamp(min=torch.finfo(torch.float32).tiny).where(scale.isfinite(), torch.nan)
-    return ((groups / scale).round().double() * scale.double()).flatten(-2)[..., : x.shape[-1]]
+    scale = scale.float()
+    row_scale = _scale(scale, 127 / 8)
+    factors = (256 * (scale / row_scale)).round().nan_to_num(0).repeat_interleave(32, 1)
+    integers = dequantize(weight, torch.ones_like(scale), factors.shape[1])
+    rounded = ((integers * factors + 128) / 256).floor()
+    return rounded[:, :inputs].to(torch.int8), row_scale[:, 0]
+
+
+def round_activations(x: Tensor) -> Tensor:
+    """Round x (T, I) to 8 bits with a scale for each row; return it in float64. A row that is not finite becomes NaN."""
+    scale = _scale(x.float(), 127)
+    return (x.float() / scale).round().double() * scale.double()
+
+
+def _scale(rows: Tensor, divisor: float) -> Tensor:
+    if rows.shape[1] == 0:
+        return rows.new_ones(len(rows), 1)
+    scale = rows.abs().amax(1, keepdim=True) / divisor
+    return scale.clamp(min=torch.finfo(torch.float32).tiny).where(scale.isfinite(), torch.nan)
 
 
 def quantized_linear(
@@ -43,7 +59,7 @@ def quantized_linear(
 
     .. math:: y_{to} = \sum_i x_{ti} \, s_{og} q_{oi} + b_o
 
-    With `activations="int8"`, x is rounded for any number of rows.
+    With `activations="int8"`, x and weights of 4 bits are rounded to 8 bits for any number of rows.
 
     Example:
         >>> import torch, megalodon_ops as mo
@@ -51,9 +67,8 @@ def quantized_linear(
         >>> mo.reference.quantized_linear(torch.tensor([[3.0, 1.0]]), weight, scale)
         tensor([[2.5000]])
     """
-    if activations == "int8":
-        factor = round_activations(x, max(1, x.shape[-1]) if weight.dtype == torch.int8 else 32)
-    else:
-        factor = x.double()
+    factor = round_activations(x) if activations == "int8" else x.double()
+    if activations == "int8" and weight.dtype == torch.uint8:
+        weight, scale = int4_to_int8(weight, scale, x.shape[-1])
     y = factor @ dequantize(weight, scale, x.shape[-1]).t()
     return (y if bias is None else y + bias.double()).to(x.dtype)
