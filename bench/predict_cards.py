@@ -23,10 +23,12 @@ class Card:
     """TFLOP/s of flash attention by K = V, forward and backward; None: not published"""
 
 
-_HOPPER = "H100 white paper; mma.sync reaches 0.62 of the peak's 4096 (arXiv 2402.13499); L2: not public, the A100's"
+# NVIDIA does not publish the L2 rate of Hopper: 5120 is the A100's, unverified on an H100. There it is 9.0 TB/s, so
+# times by L2 are too short if the card reaches less.
+_HOPPER = "H100 white paper; mma.sync reaches 0.62 of the peak's 4096 (arXiv 2402.13499); L2: the A100's, unverified"
 _FLASH = {64: (262, 264), 128: (298, 291), 256: (278, None)}
 """arXiv 2407.08608, figures 5 (causal, C 2048) and 6 (not causal), H100"""
-_BLACKWELL = "data sheet of the DGX: 75 TFLOP/s in fp32, 8 TB/s; mma.sync, L2: not public, the H100's and the A100's"
+_BLACKWELL = "data sheet of the DGX: 75 TFLOP/s in fp32, 8 TB/s; mma.sync, L2: the H100's and the A100's, unverified"
 _ADA = "Ada white paper; L2 5 TB/s, as chipsandcheese.com found on the 4090"
 CARDS = {
     "A100": Card(80, 108, 1.41, 2039, 5120, 2048, 64, 164, 64, "A100 white paper, 80 GB SXM"),

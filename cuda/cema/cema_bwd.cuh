@@ -24,7 +24,8 @@
 // states and K w, and 12 KB in cema_finish_kernel, 44 with lags.
 // H100, (B 8, L 2048, D 1024, N 16) bf16, tile 128:
 //   sums       3.0 G multiply-adds, 88 us at 67 TFLOP/s; 169 MB, 50 us: x, dy 67, sums 34 out and in, states 34
-//   backward   5.9 G multiply-adds, 176 us: local scans 3 + 3, output 5, sums 11; 70 MB of workspace
+//   backward   5.9 G multiply-adds, 176 us: local scans 3 + 3, output 5, sums 11; 70 MB of workspace. At least 293 us,
+//              by issue (bench.predict)
 // Example: T = 40, tile 32, one sequence: tile 0 adds K w_end with K = q r of token 32, which enters its adjoint.
 #pragma once
 

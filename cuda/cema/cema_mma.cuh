@@ -33,7 +33,7 @@
 //   tiles      4.2 M products, 36 us at 1024 multiply-adds per cycle and SM; 2.8 warp instructions per channel and
 //              position, 51 us; x, dy 67 MB in, ends and slopes 67 MB out, 40 us
 //   cross      102 MB, 30 us
-//   backward   about 130 us, and 75 MB of workspace
+//   backward   at least 113 us (bench.predict), and 75 MB of workspace
 // Example: L = 256, T = 512: 4 tiles, one group of 8; u = 0 in tiles 0 and 2, k = 0 in tiles 1 and 3.
 #pragma once
 

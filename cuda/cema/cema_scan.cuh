@@ -10,8 +10,9 @@
 // that start or end.
 // Multiply-adds per mode and position: 3 in phase 2, 5 in phase 4, two more with products.
 // If only end states are wanted, cema_ends_kernel of cema_ends.cuh replaces phase 4.
-// H100, (B 8, L 2048, D 1024, N 16) bf16, tile 128: 2.1 G multiply-adds, 64 us at 67 TFLOP/s. Bytes: x 33.5 MB twice, y
-// 33.5 MB, and states of 17 MB four times, which stay in L2: 30 us at 3.35 TB/s.
+// H100, (B 8, L 2048, D 1024, N 16) bf16, tile 128: at least 124 us, by issue (bench.predict).
+// 2.1 G multiply-adds are 64 us at 67 TFLOP/s. Bytes: x 33.5 MB twice, y 33.5 MB, and states of 17 MB four times, which
+// stay in L2: 30 us at 3.35 TB/s.
 // Example: T = 300, tile 32: 10 tiles; the last has 12 positions. Two sequences start at tokens 0 and 100, in tiles 0
 // and 3. So the states that enter tiles 1 .. 3 sum up from token 0, those that enter tiles 4 .. 9 from token 100.
 #pragma once

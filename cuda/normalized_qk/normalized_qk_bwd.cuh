@@ -22,7 +22,8 @@
 // Shared memory: 9 KB. Registers: at most 128, two blocks per SM (f64: 150, one block); no spills.
 // Bytes: z, dq, dk and dz once, the minimum. The parts' sums have 16 K bytes per head, written and read once:
 // 3% each in bf16 if parts have 64 tokens or more. The table comes from L2.
-// H100, (B 8, L 2048, H 1, K 256) bf16: 33.6 MB + 2.1 MB of table + 2.1 MB of sums, 11.3 us at 3.35 TB/s.
+// H100, (B 8, L 2048, H 1, K 256) bf16: 33.6 MB + 2.1 MB of table + 2.1 MB of sums, 11.3 us at 3.35 TB/s;
+// at least 15 us (bench.predict).
 // Example: T 16384, H 1, K 256: 256 parts of 64 tokens, 8 per warp. In fp32, lane l has elements 4 l .. 4 l + 3 and
 // 128 + 4 l .. 128 + 4 l + 3.
 #pragma once

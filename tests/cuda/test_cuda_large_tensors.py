@@ -7,6 +7,7 @@ from functools import partial
 import pytest
 import torch
 from emulator.planted_launchers import run
+from test_cuda_smoke import CASES
 
 BF16, F32, C64 = torch.bfloat16, torch.float32, torch.complex64
 D = 2**16
@@ -322,30 +323,48 @@ def test_padding_of_attention_at_offsets_beyond_31_bits(emulator, large, dtype):
 # Choices by size. The kernels that are not chosen would refuse the launch, or never run in a small test.
 
 
-def forward_kernels(emulator, large, B, L, channels, modes) -> set[str]:
-    x, y = large(B, L, channels, dtype=BF16), large(B, L, channels, dtype=BF16)
-    emulator.reset()
-    emulator.set_order("random", shared_limit=163 * 1024)
-    emulator.launch("cema_fwd", x=x, **cema_parameters(large, channels, modes), y=y)
-    return set(emulator.module.launched())
-
-
 def test_cema_chooses_kernels_by_size(emulator, large):
     """Steps up to 4 tokens a sequence, or T D N = 2^22; tensor cores from B L D N = 2^28 on."""
-    for kernel, shape in (
+    for kernel, (B, L, channels, modes) in (
         ("cema_step_kernel", (1, 8, 2**15, 16)),
         ("cema_output_kernel", (1, 8, 2**15 + 2, 16)),
         ("cema_step_kernel", (2, 4, 2**15 + 2, 16)),
         ("cema_mma_output_kernel", (1, 1024, 2**14, 16)),
         ("cema_output_kernel", (1, 1024, 2**14 - 8, 16)),
     ):
-        assert kernel in forward_kernels(emulator, large, *shape), shape
+        x, y = large(B, L, channels, dtype=BF16), large(B, L, channels, dtype=BF16)
+        emulator.reset()
+        emulator.set_order("random", shared_limit=163 * 1024)
+        emulator.launch("cema_fwd", x=x, **cema_parameters(large, channels, modes), y=y)
+        assert kernel in emulator.module.launched(), (B, L, channels, modes)
+
+
+def takes_tensor_cores(emulator, direction, **tensors) -> bool:
+    """Return True if the workspace has another size than for the scan, which is chosen where shared memory is small."""
+    sizes = []
+    for limit in (163, 48):
+        emulator.set_order("random", shared_limit=limit * 1024)
+        with emulator.only_asking(sizes), pytest.raises(InterruptedError):
+            emulator.launch(f"cema_{direction}", **tensors)
+    return sizes[0] != sizes[1]
+
+
+def test_the_smoke_test_takes_tensor_cores(emulator, large):
+    """At its real sizes, which only a GPU can compute; with 4 modes, for the gradients alone."""
+    for name, expected in (("cema, tensor cores", (True, True)), ("cema, tensor cores, 4 modes", (False, True))):
+        B, L, channels, modes = (CASES[name][2][letter] for letter in "BLDN")
+        x, y = large(B, L, channels, dtype=BF16), large(B, L, channels, dtype=BF16)
+        inputs, gradients = cema_parameters(large, channels, modes), cema_gradients(large, channels, modes)
+        forward = takes_tensor_cores(emulator, "fwd", x=x, **inputs, y=y)
+        assert (forward, takes_tensor_cores(emulator, "bwd", x=x, **inputs, dy=x, dx=y, **gradients)) == expected, name
 
 
 def test_cema_takes_the_scan_where_a_grid_would_be_too_large(emulator, large):
     """More than 65,535 groups of 16 tiles of 128 tokens."""
-    with emulator.launch_sizes(cema_tile=2**13):
-        assert "cema_output_kernel" in forward_kernels(emulator, large, 1, 65535 * 2048 + 128, 8, 5)
+    for L, expected in ((65535 * 2048, True), (65535 * 2048 + 128, False)):
+        x, y, inputs = large(1, L, 8, dtype=BF16), large(1, L, 8, dtype=BF16), cema_parameters(large, 8, 5)
+        with emulator.launch_sizes(cema_tile=2**13):
+            assert takes_tensor_cores(emulator, "fwd", x=x, **inputs, y=y) == expected
 
 
 def test_a_sparse_tensor_has_bounds(emulator):

@@ -6,6 +6,7 @@ import re
 from pathlib import Path
 
 import pytest
+from emulator import widened
 from emulator.known_bugs import BUGS
 from emulator.lint import CUDA, lint
 from emulator.widened import EXCEPTIONS, widened_products
@@ -78,3 +79,9 @@ def test_no_product_of_32_bits_becomes_64(emulated_module):
     assert {place: line for place, line in found.items() if line not in EXCEPTIONS and place not in planted} == {}
     assert planted and planted.keys() <= found.keys(), {planted[place] for place in planted.keys() - found.keys()}
     assert set(EXCEPTIONS) <= set(found.values())
+
+
+def test_multiples_of_a_size_are_products(emulated_module):
+    found = widened_products(Path(emulated_module.__file__).parent, Path(widened.__file__).parent / "planted")
+    names = {line.partition("(")[0].split("*")[-1].strip() for line in found.values()}
+    assert "multiple_of_a_size" in names and "multiple_of_a_warp" not in names

@@ -61,7 +61,7 @@ def with_rising_scores(case, slope=0.05):
 # tiles of keys 32 to 64 rows, slices of V 64 to 512 columns.
 FORWARD = {
     "three-slices-of-values": dict(L=130, H=2, K=136, V=520, C=110, dtype=BF16, dropkey=0.2, lengths=[121]),
-    "four-blocks-of-rows": dict(L=390, H=3, K=8, V=16, C=200, dtype=F16, dropkey=0.3),
+    "four-blocks-of-rows": dict(L=390, H=2, K=8, V=16, C=200, dtype=F16, dropkey=0.3),
     "128-columns": dict(L=150, H=2, K=16, V=104, C=150, dtype=BF16),
     "128-columns-of-many-channels": dict(L=130, H=1, K=136, V=128, C=130, dtype=F16),
     "float-64": dict(L=132, H=2, K=72, V=24, C=132, dtype=F32, dropkey=0.3),
@@ -114,7 +114,7 @@ BACKWARD = {
     "dropkey-of-heads-and-tiles": {"L": 300, "H": 2, "K": 8, "V": 8, "C": 300, "dtype": BF16, "dropkey": 0.3},
     "dropkey-in-double": {"L": 150, "H": 2, "K": 3, "V": 2, "C": 140, "dtype": F64, "dropkey": 0.3},
     "packed-chunks": {"L": 420, "H": 1, "K": 8, "V": 8, "C": 150, "dtype": BF16, "cu_seqlens": [3, 200, 200, 410]},
-    "padding": {"L": 140, "H": 1, "K": 264, "V": 520, "C": 140, "dtype": BF16, "lengths": [131]},
+    "padding": {"L": 20, "H": 1, "K": 264, "V": 520, "C": 20, "dtype": BF16, "lengths": [11]},
     "padding-by-elements": {"L": 70, "H": 2, "K": 65, "V": 70, "C": 70, "dtype": F64, "lengths": [3]},
 }
 
@@ -182,6 +182,16 @@ def test_a_nan_of_a_row_stays_with_the_keys_that_it_sees(emulator, dtype, offset
     found = backward(emulator, case.with_tensors(k=k), results, do, offset)
     assert_close(found["dq"][:, :25], right["dq"][:, :25], tolerance=1e-2 if dtype == BF16 else 1e-12)
     assert found["dq"][:, 25:].isnan().all()
+
+
+def test_infinity_in_a_row_of_do_leaves_dq_of_other_rows(emulator):
+    """In float16, a tile of dS has a factor, from its finite elements. A chunk of two blocks has infinite ones."""
+    case = one_sequence(L=140, H=1, K=8, V=8, C=140, dtype=F16)
+    results, do, infinite = run_attention(emulator, case), case.tensors["v"], case.tensors["v"].clone()
+    infinite[:, 100, :, 0] = torch.inf
+    right, found = (backward(emulator, case, results, gradient)["dq"] for gradient in (do, infinite))
+    others = torch.arange(140) != 100
+    assert torch.equal(found[:, others], right[:, others]) and not found[:, 100].isfinite().any()
 
 
 def test_a_cached_key_of_nan_makes_all_gradients_nan(emulator):
@@ -263,9 +273,10 @@ def test_timestep_norm(emulator, shape):
         assert_matches_reference(run_emulated(emulator, case), case)
 
 
-def test_lengths_around_tiles_of_timestep_norm(emulator):
-    for L in (63, 64, 65, 127, 128, 129):
-        case = timestep_norm_case(B=1, L=L, G=1, width=1, dtype=F64, count=3)
+def test_sequences_against_tiles_of_timestep_norm(emulator):
+    """Lengths around a tile's 64 rows; sequences of 65 tokens, which begin and end at each row."""
+    for B, L in ((1, 63), (1, 64), (1, 65), (1, 127), (1, 128), (1, 129), (65, 65)):
+        case = timestep_norm_case(B=B, L=L, G=1, width=1, dtype=F64, count=3)
         assert_matches_reference(run_emulated(emulator, case), case)
 
 

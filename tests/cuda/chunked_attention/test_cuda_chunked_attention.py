@@ -117,9 +117,13 @@ def test_blocks_of_rows_cover_every_token_once(emulated_module, dtype, longest):
 
 
 def test_rows_begin_anywhere_in_a_tile(emulator):
-    """Every alignment of a warp's rows with a tile of keys; a chunk that begins at a tile's second key."""
-    second = scaled_case(B=1, L=98, H=1, K=8, V=8, C=49, dtype=BF16)
-    assert_accurate(run(emulator, second), second)
+    """Every alignment of a warp's rows with a tile of keys; chunks that begin at a tile's second key.
+
+    With C 97, rows of the second block see all other keys of that tile.
+    """
+    for C, L in ((49, 98), (97, 161)):
+        second = scaled_case(B=1, L=L, H=1, K=8, V=8, C=C, dtype=BF16)
+        assert_accurate(run(emulator, second), second)
     case = scaled_case(B=48, L=17, H=1, K=8, V=8, C=100, dtype=BF16, state=True)
     k, v, _ = (t.nan_to_num() for t in case.options["state"])
     case = case.with_options(state=AttentionState(k, v, torch.arange(48)))
@@ -196,6 +200,17 @@ def test_the_largest_span(emulator):
     with emulator.only_asking(sizes), pytest.raises(InterruptedError):
         emulator.call("chunked_attention_fwd", **inputs, **state, **results)
     assert sizes == [2048 * 2 * 3 * 4]
+
+
+@pytest.mark.parametrize("dtype", [BF16, F16], ids=str)
+def test_steps_are_rounded_once(emulator, dtype):
+    """At least 99 % of the results have the bits of float32's: probabilities and sums of spans are not rounded."""
+    case = scaled_case(B=40, L=1, H=2, K=16, V=24, C=150, dtype=dtype, state=True)
+    k, v, position = case.options["state"]
+    wide = case.with_tensors(**{name: tensor.float() for name, tensor in case.tensors.items()})
+    wide = wide.with_options(state=AttentionState(k.float(), v.float(), position))
+    found, exact = (run(emulator, each)["o"] for each in (case, wide))
+    assert (found == exact.to(dtype)).double().mean() >= 0.99
 
 
 @pytest.mark.parametrize(("dtype", "offset"), [(BF16, 0), (BF16, 1), (F32, 0), (F64, 1)], ids=str)

@@ -3,6 +3,9 @@
 The rule needs types, so it reads the compiler's own form of the emulator's kernels: the build writes it (-fdump-tree-ssa)
 beside each object. There, `static_cast<int>(a * b)` and `a * b` of two ints are the same, a constant factor is a number,
 and `pointer + product` converts the product.
+
+A constant multiple counts if its other factor may be a size, as it was cut from 64 bits or loaded. A number of a thread or of
+a loop's iteration is none.
 """
 
 from __future__ import annotations
@@ -11,19 +14,35 @@ import re
 from collections.abc import Iterator
 from pathlib import Path
 
-SHARED = "an index of shared memory"
+SHARED, LANE, CHANNEL = "an index of shared memory", "a number of a lane or of its mode", "a channel of a head, below V"
 EXCEPTIONS = {
     "return data_ + row * pitch_ + u / 8 * kBlock + (u % 8 ^ r % 8) * kUnit;": SHARED,
     "return data[i / kPart * plane(vectors) + vector * kPart + i % kPart];": SHARED,
     "scores[at] = drop && drop.dropped(row, origin + at) ? -kInfinity<R> : sum[i] * scale;": SHARED,
     "const R weight = key + i * turns < keys ? scores[key + i * turns] : 0;": SHARED,
     "const int64_t channel = int64_t{thread / split} * 2;": "a tile has fewer than 2^32 threads",
+    "const R* const stage = shared + stage_number * Tiling::kStage;": SHARED,
+    "if (column < window.end) copy(column, slice, shared + stage_number * Tiling::kStage);": SHARED,
+    "return reinterpret_cast<const gpu::bf16*>(words + i * kRowPitch + block * kBlock + step_of(k)) + e;": SHARED,
+    "channel = first_channel + half * 8;": LANE,
+    "const auto plane = [&](int index) { return scan.plane<float>(index)[(4 * n + t) * scan.width + channel]; };": LANE,
+    "while (1 << layout.log_lanes < gpu::kWarp && 1 << layout.log_lanes < layout.vectors) ++layout.log_lanes;": LANE,
+    "if (layout.vectors > 1 << layout.log_lanes)": LANE,
+    "if constexpr (kHeld) held_[r] = gpu::ld<Vector>(from_[r] + (first_ < vectors_ ? first_ : 0) * kWidth);": LANE,
+    "Product::template load<false>(a, p.value_dim - at, d_o.from(query, at));": CHANNEL,
+    "Product::template load<false>(b, p.value_dim - at, v.from(key, at));": CHANNEL,
+    (
+        "const int64_t depth = slab < key_slabs ? p.key_dim - slab * kDepth : "
+        "p.value_dim - (slab - key_slabs) * kDepth;"
+    ): CHANNEL,
 }
 NARROW = {"int", "unsigned int", "int32_t", "uint32_t"}
 DECLARED = re.compile(r"(?:const )?(\w[\w ]*?) (?:const )?([\w.]+)$")
 ASSIGNED = re.compile(r"^  (?:\[(\S+):(\d+):\d+\] )?([\w.]+(?:\(D\))?) = ([^;]*);", re.MULTILINE)
 PRODUCT = re.compile(r"[a-zA-Z_][\w.]*(?:\(D\))? (?:\*|<<) [a-zA-Z_]")
 SUM = re.compile(r"[\w.()]+(?: [+/-] [\w.()]+)?$|\((?:unsigned )?int\) [\w.()]+$")
+MULTIPLE = re.compile(r" (?:\*|<<) ")
+LOADED = re.compile(r"(?!.*\bwarp$)(?:\*|MEM|[a-z_]\w*\.[a-z]|\w+(?:\(D\))?->)[^(]*$")
 CUT = re.compile(r"\((?:unsigned )?int\) (\S+)$")
 WIDENED = re.compile(r"\((?:long int|long unsigned int|u?int64_t|size_t|s?sizetype)\) (\S+)$")
 
@@ -51,18 +70,20 @@ def _places(text: str) -> Iterator[tuple[str, int]]:
         ]
         matches = (DECLARED.search(declaration) for declaration in declarations)
         narrow = {match[2] for match in matches if match and match[1] in NARROW}
-        cut, products = set(), set()  # 64-bit values cut to 32 bits, products of 32 bits
+        sizes, products = set(), set()  # of 32 bits
         for file, line, to, source in ASSIGNED.findall(body):
             source = re.sub(r"\[\S+:\d+:\d+\] ", "", source)
             if base(to) in narrow:
                 operands = set(re.findall(r"[a-zA-Z_][\w.]*(?:\(D\))?", source))
-                if (match := CUT.match(source)) and base(match[1]) not in narrow:
-                    cut.add(to)
+                if LOADED.match(source) or ((match := CUT.match(source)) and base(match[1]) not in narrow):
+                    sizes.add(to)
                 elif (
                     PRODUCT.match(source)
-                    or (" * " in source and operands & (cut | products))
+                    or (MULTIPLE.search(source) and operands & (sizes | products))
                     or (SUM.match(source) and operands & products)
                 ):
                     products.add(to)
+                elif SUM.match(source) and operands & sizes:
+                    sizes.add(to)
             elif (match := WIDENED.match(source)) and match[1] in products:
                 yield Path(file).name, int(line)

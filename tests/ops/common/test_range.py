@@ -291,17 +291,30 @@ def test_normalized_qk_of_every_scale(backend):
 
 @every_backend
 def test_norms_of_rows_of_zeros_and_constants(backend):
-    """All rows, or one, are zeros or constant: there eps alone is under the root."""
+    """All rows, or one, are zeros or constant: there eps alone is under the root.
+
+    Initial states have the same mean, and the first one has variance 0.
+    """
+    norms = [
+        ("timestep_norm", {}),
+        ("timestep_norm", {"count": 3}),
+        ("sequence_norm", {}),
+        ("normalized_qk", {}),
+        ("normalized_qk", {"B": 1, "L": 5, "H": 1, "K": 520}),
+    ]
     with every_case() as each:
-        for op, value, rows in itertools.product(BUILDERS, (0.0, 0.7), (slice(None), slice(4, 5))):
-            if op in ("timestep_norm", "sequence_norm", "normalized_qk"):
-                with each(op, value, rows):
-                    case = BUILDERS[op]()
-                    (name,) = OPS[op].tokens
-                    x = case.tensors[name].clone()
-                    x[:, rows] = value
-                    case = replace(case.with_tensors(**{name: x}), terms=300.0)
-                    assert_matches_reference(evaluate(getattr(mo, op), case), case)
+        for (op, sizes), value, rows in itertools.product(norms, (0.0, 0.7), (slice(None), slice(4, 5))):
+            with each(op, sizes, value, rows):
+                case = BUILDERS[op](**sizes)
+                (name,) = OPS[op].tokens
+                changed = {name: case.tensors[name].clone()}
+                changed[name][:, rows] = value
+                if "count" in sizes:
+                    mean, var = torch.full_like(case.tensors["mean"], value), case.tensors["var"].clone()
+                    var[0] = 0
+                    case, changed = case.with_options(residual=None), {**changed, "mean": mean, "var": var}
+                case = replace(case.with_tensors(**changed), terms=300.0)
+                assert_matches_reference(evaluate(getattr(mo, op), case), case)
 
 
 @every_backend

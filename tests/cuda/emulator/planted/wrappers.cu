@@ -223,4 +223,11 @@ void run_bounded(float* out, int threads, bool as_template) {
   else LAUNCH(bounded_kernel, 1, threads, 0, nullptr, out);
 }
 
+// For widened.py: a multiple of a size becomes an address; a multiple of a warp's number is small.
+struct Rows {
+  int first, warp;
+};
+const float* multiple_of_a_size(const float* p, const Rows& rows) { return p + (rows.first + 1) * 128; }
+const float* multiple_of_a_warp(const float* p, const Rows& rows) { return p + rows.warp * 128; }
+
 }  // namespace planted
