@@ -77,6 +77,12 @@ def kernels_of(library: Path) -> list[Kernel]:
         return [kernel for kernels in found for kernel in kernels]
 
 
+def mangled_names(library: Path) -> list[str]:
+    """Mangled names of a shared library's kernels."""
+    listed = _run([tool("cuobjdump"), "--dump-resource-usage", str(library)]).stdout
+    return sorted(set(re.findall(r"Function (\w+):", listed)))
+
+
 def ptx_of(library: Path) -> set[int]:
     """Architectures with PTX in a shared library."""
     return {int(a) for a in re.findall(r"sm_(\d+)\.ptx", _run([tool("cuobjdump"), "-lptx", str(library)]).stdout)}

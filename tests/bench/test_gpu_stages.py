@@ -6,13 +6,14 @@ import json
 import subprocess
 import sys
 import tarfile
+from collections.abc import Iterator
 from pathlib import Path
 
 from paths import ROOT
 import pytest
 from programs import run_python
 
-from bench import gpu_stages
+from bench import gpu_stages, sass
 from bench.gpu_stages import Step
 
 NVIDIA_SMI = """#!/bin/sh
@@ -22,7 +23,12 @@ case "$1" in
 esac
 """
 NVCC = '#!/bin/sh\necho "Cuda compilation tools, release 13.0, V13.0.88"\n'
-SANITIZER = '#!/bin/sh\necho "$@" "$PYTORCH_NO_CUDA_MEMORY_CACHING"\n[ "$2" != racecheck ]\n'
+SANITIZER = """#!/bin/sh
+echo "$@" "$PYTORCH_NO_CUDA_MEMORY_CACHING"
+echo "=========     at _ZN2at6native13reduce_kernelEv+0x70 in Reduce.cuh:9"
+[ "$2" != initcheck ] || echo "=========     at _ZN9megalodon4cema11scan_kernelEv+0x70 in cema.cuh:9"
+[ "$2" != racecheck ]
+"""
 SMOKE = [
     dict(case="cema, steps", dtype="torch.float32", kernels=["cema_step_kernel"], error=""),
     dict(case="cema, scans", dtype="torch.bfloat16", kernels=["cema_output_kernel"], error="y: 3 | elements differ"),
@@ -32,7 +38,7 @@ TIMES = [["200M", "attention forward", "447.0", "470.1", "251.0", "products 240"
 
 
 @pytest.fixture
-def tools(tmp_path, monkeypatch) -> Path:
+def tools(tmp_path, monkeypatch) -> Iterator[Path]:
     """Stand-ins for the programs of a machine with a GPU, first on the PATH."""
     folder = tmp_path / "bin"
     folder.mkdir()
@@ -41,7 +47,9 @@ def tools(tmp_path, monkeypatch) -> Path:
         (folder / name).chmod(0o755)
     monkeypatch.setenv("PATH", f"{folder}:/usr/bin:/bin")
     monkeypatch.delenv("CUDACXX", raising=False)
-    return folder
+    gpu_stages._name_option.cache_clear()
+    yield folder
+    gpu_stages._name_option.cache_clear()
 
 
 def shell(name: str, script: str, minutes: float = 1) -> Step:
@@ -72,6 +80,7 @@ def test_stages_go_on_and_the_report_says_all(tmp_path, tools, capsys):
         "# NVIDIA H100 80GB HBM3, ",
         "- environment: build failed (exit status 3)",
         "- sanitizers: racecheck failed (exit status 1)",
+        "- sanitizers: initcheck failed (1 reports on our kernels)",
         "- suite: hangs stopped after 0.01 minutes",
         "- suite: tool not run: x was not found",
         "- driver: 580.10",
@@ -89,10 +98,32 @@ def test_stages_go_on_and_the_report_says_all(tmp_path, tools, capsys):
         assert line in report, line
     assert "no-such-program" in next(line for line in report.splitlines() if line.startswith("- suite: absent"))
     log = (out / "sanitizers-memcheck.log").read_text()
-    assert "--tool memcheck --error-exitcode 1 python -m pytest" in log and log.rstrip().endswith(" 1")
+    assert "--kernel-name kns=_ZN9megalodon --kernel-name kns=_ZN3gpu python -m pytest" in log
+    assert log.splitlines()[1].endswith(" 1")
     with tarfile.open(f"{out}.tar.gz") as archive:
         assert {"gpu/report.md", "gpu/sanitizers-memcheck.log", "gpu/smoke.jsonl"} <= set(archive.getnames())
     assert "suite: hangs" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("listed", "option"), [("--kernel-name arg", "--kernel-name"), ("--kernel-regex arg", "--kernel-regex")]
+)
+def test_older_sanitizers_filter_by_another_option(tools, listed, option):
+    """Before CUDA 12.3."""
+    (tools / "compute-sanitizer").write_text(f"#!/bin/sh\necho '{listed}'\n")
+    gpu_stages._name_option.cache_clear()
+    command = gpu_stages.sanitizer("memcheck", ["python"], {}).command
+    assert command[command.index("kns=_ZN3gpu") - 1] == option
+
+
+def test_the_sanitizers_filter_matches_every_kernel():
+    try:
+        mangled = sass.mangled_names(sass.installed())
+    except sass.MissingTool as missing:
+        pytest.skip(str(missing))
+    assert len(mangled) > 200
+    assert [name for name in mangled if not name.startswith(gpu_stages.OUR_KERNELS)] == []
+    assert {kernel.partition("<")[0] for kernel in sass.demangle(mangled)} == set(gpu_stages.kernels_of_the_source())
 
 
 def test_a_machine_without_a_gpu_is_told(monkeypatch):

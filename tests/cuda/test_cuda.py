@@ -180,10 +180,11 @@ for op in OPS:
 """
 
 
+@pytest.mark.parametrize("loading", ["LAZY", "EAGER"])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_one_call_prepares_for_capture(dtype):
-    """In a new process, whose driver has not loaded any kernels."""
-    ran = run_python(FIRST_CAPTURE, dtype, CUDA_MODULE_LOADING="LAZY", PYTHONPATH=TEST_PATH)
+def test_one_call_prepares_for_capture(dtype, loading):
+    """In a new process, whose driver has loaded no kernels, or all."""
+    ran = run_python(FIRST_CAPTURE, dtype, CUDA_MODULE_LOADING=loading, PYTHONPATH=TEST_PATH)
     assert ran.stdout.splitlines() == [f"{op} True" for op in OPS], ran.stderr
 
 

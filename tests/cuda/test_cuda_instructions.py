@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import pytest
 import torch
 from emulator.planted_launchers import run
@@ -33,41 +35,74 @@ def fragments(product: str, a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
     return a[A16_ROW, A16_COLUMN].contiguous().view(torch.int32), b[B16_ROW, GROUP].contiguous().view(torch.int32)
 
 
-@pytest.mark.parametrize("product", ["bf16", "fp16", "tf32"])
+TYPES = {"bf16": (torch.bfloat16, 16), "fp16": (torch.float16, 16), "tf32": (torch.float32, 8)}
+each_product = pytest.mark.parametrize("product", TYPES)
+
+
+def multiply(emulator, product: str, a: Tensor, b: Tensor, c: Tensor, order: Sequence[int] = range(4)) -> Tensor:
+    """a b + c, (16, 8), by one mma; the registers of A are those of `order`."""
+    a_registers, b_registers = fragments(product, a, b)
+    registers = a_registers[:, list(order)].contiguous(), b_registers, c[C_ROW, C_COLUMN]
+    d, result = emulator.empty(32, 4), torch.empty(16, 8)
+    kind = getattr(emulator.module.planted.Product, product)
+    run(emulator, "mma", kind, *map(emulator.tensor, registers), d)
+    result[C_ROW, C_COLUMN] = d
+    return result
+
+
+@each_product
 def test_mma_multiplies_the_fragments_of_the_ptx_manual(emulator, product):
     gen = torch.Generator().manual_seed(0)
-    depth = 8 if product == "tf32" else 16
-    dtype = {"bf16": torch.bfloat16, "fp16": torch.float16, "tf32": torch.float32}[product]
+    dtype, depth = TYPES[product]
     # Integers, so that products and sums are exact and every misplaced element shows.
     a = torch.randint(-8, 9, (16, depth), generator=gen).to(dtype)
     b = torch.randint(-8, 9, (depth, 8), generator=gen).to(dtype)
     c = torch.randint(-8, 9, (16, 8), generator=gen).float()
-    registers = [emulator.tensor(t) for t in (*fragments(product, a, b), c[C_ROW, C_COLUMN])]
-    d = emulator.empty(32, 4)
-    run(emulator, "mma", getattr(emulator.module.planted.Product, product), *registers, d)
-    result = torch.empty(16, 8)
-    result[C_ROW, C_COLUMN] = d
-    assert torch.equal(result, a.float() @ b.float() + c)
+    assert torch.equal(multiply(emulator, product, a, b, c), a.float() @ b.float() + c)
+
+
+TINY = 2.0**-24
+# A sum, the products that are added to it by their places in k (with those after the first block beyond 100), and the
+# result: an A100 cuts each at 2^-24 of the largest, then their sum to float32.
+CUT = [
+    (1.0, {0: TINY}, 1.0),
+    (1.0, {0: TINY, 1: TINY}, 1 + 2 * TINY),
+    (1.0, {0: TINY, 100: TINY}, 1.0),
+    (1.0, {k: TINY / 2 for k in range(4)}, 1.0),
+    (1.0, {0: 3 * TINY}, 1 + 2 * TINY),
+    (-1.0, {0: -3 * TINY}, -1 - 2 * TINY),
+    (1.0, {0: -TINY}, 1 - TINY),
+    (1.0, {0: -TINY / 2}, 1.0),
+    (0.0, {0: TINY, 100: TINY * TINY}, TINY),
+    (2.0, {0: -2.0, 1: TINY}, 0.0),
+    (2.0, {0: -2.0, 100: TINY}, TINY),
+    (0.0, {}, 0.0),
+]
+
+
+@each_product
+def test_a_sum_of_products_is_cut_as_on_an_a100(emulator, product):
+    """Each row of A is a case; B is 2^-12."""
+    dtype, depth = TYPES[product]
+    a, c, expected = torch.zeros(16, depth), torch.zeros(16, 8), torch.zeros(16, 8)
+    for row, (start, products, result) in enumerate(CUT):
+        c[row], expected[row] = start, result
+        for k, value in products.items():
+            a[row, k if k < 100 else depth // 2] = value * 2**12
+    b = torch.full((depth, 8), 2.0**-12)
+    assert torch.equal(multiply(emulator, product, a.to(dtype), b.to(dtype), c), expected)
 
 
 def test_a_wrong_fragment_gives_a_wrong_product(emulator):
     """Two registers of A are exchanged, as if they were row-major quarters."""
     a, b = torch.arange(256.0).reshape(16, 16).bfloat16(), torch.eye(16)[:, :8].bfloat16()
-    a_registers, b_registers = fragments("bf16", a, b)
-    exchanged = a_registers[:, [0, 2, 1, 3]].contiguous()
-    registers = [emulator.tensor(t) for t in (exchanged, b_registers, torch.zeros(32, 4))]
-    d, result = emulator.empty(32, 4), torch.empty(16, 8)
-    run(emulator, "mma", emulator.module.planted.Product.bf16, *registers, d)
-    result[C_ROW, C_COLUMN] = d
-    assert not torch.equal(result, a[:, :8].float())
+    found = multiply(emulator, "bf16", a, b, torch.zeros(16, 8), order=[0, 2, 1, 3])
+    assert not torch.equal(found, a[:, :8].float())
 
 
 def test_tf32_ignores_the_low_bits(emulator):
     a, b = torch.full((16, 8), 1 + 2**-10 + 2**-13), torch.ones(8, 8)
-    registers = [emulator.tensor(t) for t in (*fragments("tf32", a, b), torch.zeros(32, 4))]
-    d = emulator.empty(32, 4)
-    run(emulator, "mma", emulator.module.planted.Product.tf32, *registers, d)
-    assert (d == 8 * (1 + 2**-10)).all()
+    assert (multiply(emulator, "tf32", a, b, torch.zeros(16, 8)) == 8 * (1 + 2**-10)).all()
 
 
 @pytest.mark.parametrize("transposed", [False, True])

@@ -1,5 +1,9 @@
 // Instructions behind the wrappers of cuda/common: vector accesses, cp.async, ldmatrix, mma.sync, with the layouts of
 // the PTX manual.
+#include <algorithm>
+#include <cmath>
+#include <cstdlib>
+
 #include "state.h"
 
 namespace emu {
@@ -49,17 +53,63 @@ struct Operands {
 };
 static_assert(sizeof(Operands) <= kSlotBytes);
 
-// Elements of a register: two of 16 bits, or one tf32, whose low 13 bits the hardware ignores.
-int unpack(Mma type, uint32_t bits, float (&element)[2]) {
-  if (type == Mma::tf32) {
-    element[0] = as_float(bits & 0xffffe000);
-    return 1;
+// A sum of products as an A100 computes it, the least accurate of the cards (docs/numerics.md): a sum before and 8 exact
+// products (4 of tf32) are cut at 2^-24 of the power of two of the largest; their sum is cut to float32.
+class TruncatedSum {
+ public:
+  struct Factor {
+    float value;
+    int significand, exponent;  // value is significand 2^(exponent - 23)
+  };
+  static Factor factor(float value) {
+    uint32_t bits;
+    std::memcpy(&bits, &value, sizeof bits);
+    const int field = bits >> 23 & 255, significand = (bits & 0x7fffff) | (field ? 0x800000 : 0);
+    return {value, bits >> 31 ? -significand : significand, std::max(field, 1) - 127};
   }
+
+  explicit TruncatedSum(float sum) { add(factor(sum), {1.0f, 1 << 23, 0}); }
+
+  void add(const Factor& a, const Factor& b) {
+    rounded_ += a.value * b.value;
+    const int64_t significand = int64_t{a.significand} * b.significand;  // 46 bits after the point
+    if (!significand) return;
+    terms_[count_++] = {significand, a.exponent + b.exponent};
+    exponent_ = std::max(exponent_, a.exponent + b.exponent);
+  }
+
+  float value() const {
+    if (!std::isfinite(rounded_)) return rounded_;
+    int64_t sum = 0;  // 24 bits after the point
+    for (int i = 0; i < count_; ++i) sum += cut(terms_[i].significand, 22 + exponent_ - terms_[i].exponent);
+    const int64_t size = std::abs(sum);
+    int extra = 0;
+    while (size >> (24 + extra)) ++extra;
+    return std::ldexp(static_cast<float>(cut(sum, extra)), exponent_ - 24 + extra);
+  }
+
+ private:
+  struct Term {
+    int64_t significand;
+    int exponent;
+  };
+  static int64_t cut(int64_t value, int bits) {
+    if (bits > 62) return 0;
+    return value < 0 ? -(-value >> bits) : value >> bits;
+  }
+
+  float rounded_ = 0;
+  Term terms_[9];
+  int count_ = 0, exponent_ = -1000;
+};
+
+// Elements of a register: two of 16 bits, or one tf32, whose low 13 bits the hardware ignores.
+void unpack(Mma type, uint32_t bits, TruncatedSum::Factor* element) {
+  if (type == Mma::tf32) return void(element[0] = TruncatedSum::factor(as_float(bits & 0xffffe000)));
   for (int i = 0; i < 2; ++i) {
     const uint32_t half = bits >> 16 * i & 0xffff;
-    element[i] = type == Mma::bf16 ? as_float(half << 16) : half_to_float(half);
+    element[i] = TruncatedSum::factor(type == Mma::bf16 ? as_float(half << 16) : half_to_float(half));
   }
-  return 2;
 }
 
 // Row and column of element e, 0 or 1, in register i of a lane: the table of matrix.cuh.
@@ -153,7 +203,6 @@ __attribute__((noinline)) void ldmatrix(uint32_t* r, int count, const void* row,
   }
 }
 
-// Products are exact, each addition rounds; the hardware's order is not documented.
 __attribute__((noinline)) void mma(Mma type, float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
   Operands mine;
   std::copy_n(a, 4, mine.a);
@@ -162,19 +211,21 @@ __attribute__((noinline)) void mma(Mma type, float (&d)[4], const uint32_t (&a)[
   const unsigned char* lanes = exchange(~0u, &mine, sizeof mine, "mma", {EMU_RETURN_ADDRESS, nullptr, 0});
   const auto operands = [&](int lane) { return reinterpret_cast<const Operands*>(lanes + lane * kSlotBytes); };
   // A register holds `width` neighbours in k; four lanes hold a stripe of 4 width, and there are two stripes.
-  const int group = current->lane / 4, in_group = current->lane % 4;
-  for (int i = 0; i < 4; ++i) {
-    const int row = i / 2 * 8 + group, column = in_group * 2 + i % 2;
-    float sum = 0;
-    for (int stripe = 0; stripe < 2; ++stripe)
-      for (int t = 0; t < 4; ++t) {
-        float x[2], y[2];
-        const int width = unpack(type, operands(row % 8 * 4 + t)->a[row / 8 + 2 * stripe], x);
-        unpack(type, operands(column * 4 + t)->b[stripe], y);
-        for (int e = 0; e < width; ++e) sum += x[e] * y[e];
+  const int group = current->lane / 4, in_group = current->lane % 4, width = type == Mma::tf32 ? 1 : 2;
+  TruncatedSum::Factor x[2][16], y[2][16];  // the rows of A and the columns of B for this lane's four sums
+  for (int stripe = 0; stripe < 2; ++stripe)
+    for (int t = 0; t < 4; ++t)
+      for (int half = 0; half < 2; ++half) {
+        const int k = (4 * stripe + t) * width;
+        unpack(type, operands(group * 4 + t)->a[half + 2 * stripe], x[half] + k);
+        unpack(type, operands((in_group * 2 + half) * 4 + t)->b[stripe], y[half] + k);
       }
-    d[i] += sum;
-  }
+  for (int i = 0; i < 4; ++i)
+    for (int stripe = 0; stripe < 2; ++stripe) {
+      TruncatedSum sum(d[i]);
+      for (int k = 4 * width * stripe; k < 4 * width * (stripe + 1); ++k) sum.add(x[i / 2][k], y[i % 2][k]);
+      d[i] = sum.value();
+    }
 }
 
 // Reads elements without checks, like a debugger: their load has been checked.
