@@ -108,7 +108,7 @@ class Source(NamedTuple):
         return Panel(self.read(), *self[2:])
 
 
-SOURCES = {
+SOURCES = {  # the numbers: season, horizon, origins, step
     "elnino": Source(_elnino, "statsmodels, public domain: sea surface temperature, months", 12, 12, 8, 12),
     "co2": Source(_co2, "statsmodels, public domain: CO2 on Mauna Loa, months", 12, 12, 8, 12),
     "sunspots": Source(_sunspots, "statsmodels, public domain: sunspots, years", 11, 11, 8, 4),

@@ -4,7 +4,7 @@
 //
 // A job owns one chunk or, if there are few chunks, one segment of a chunk's keys. It computes all heads, so that it
 // reads contiguous memory. The result of a segment is its max, sum and O; these are merged in order of the segments. A
-// segment is processed in strips of kStrip keys: scores of kVector keys at a time, online softmax, O += p_j v_j.
+// segment is processed in tiles of kKeyTile keys: scores of kVector keys at a time, online softmax, O += p_j v_j.
 // 8-bit rows are converted to float in registers.
 #pragma once
 
@@ -23,7 +23,7 @@ template <class T>
 class FewQueries {
   using R = Compute<T>;
   static constexpr int64_t kVector = kLanes<R>;
-  static constexpr int64_t kStrip = 128;
+  static constexpr int64_t kKeyTile = 128;
   static constexpr int64_t kOutput = round_up(2 * kFewQueries, kVector);  // start of O in a partial
   static constexpr int kRows = 8;  // values that one pass adds to O
 
@@ -40,7 +40,7 @@ class FewQueries {
         value_width_(round_up(params.value_dim, kVector)),
         queries_(params.heads * kFewQueries * key_width_),
         sums_(params.heads * kFewQueries * kVector * kVector),
-        scores_(params.heads * kFewQueries * kStrip) {}
+        scores_(params.heads * kFewQueries * kKeyTile) {}
 
   // Attends to keys [begin, end) of the chunk; writes the partials of all heads.
   void attend(const Chunk& chunk, int64_t begin, int64_t end, R* partials) {
@@ -56,12 +56,12 @@ class FewQueries {
       std::fill(max + kFewQueries, max + kFewQueries + count, R{0});
       std::fill(max + kOutput, max + kOutput + count * value_width_, R{0});
     }
-    for (int64_t key = begin; key < end; key += kStrip) {
-      const int64_t keys = std::min(kStrip, end - key);
+    for (int64_t key = begin; key < end; key += kKeyTile) {
+      const int64_t keys = std::min(kKeyTile, end - key);
       for (int64_t at = 0; at < keys; at += kVector) dot_products(k, key + at, std::min(kVector, keys - at), count, at);
       for (int64_t head = 0; head < p_.heads; ++head)
         for (int64_t i = 0; i < count; ++i) weigh(chunk, head, i, key, keys, partials + head * size);
-      // Every query sees the strip's first `seen` keys. Queries that do not see a later key skip its value: the value
+      // Every query sees the tile's first `seen` keys. Queries that do not see a later key skip its value: the value
       // may be NaN, and 0 times NaN is NaN.
       const int64_t seen = std::min(keys, chunk.cached + 1 - key);
       const auto add = [&](const auto& rows, int64_t at, int64_t stop) {
@@ -115,9 +115,9 @@ class FewQueries {
 
   R* query(int64_t head, int64_t i) const { return &queries_[(head * kFewQueries + i) * key_width_]; }
   R* sums(int64_t head, int64_t i) const { return &sums_[(head * kFewQueries + i) * kVector * kVector]; }
-  R* scores(int64_t head, int64_t i) const { return &scores_[(head * kFewQueries + i) * kStrip]; }
+  R* scores(int64_t head, int64_t i) const { return &scores_[(head * kFewQueries + i) * kKeyTile]; }
 
-  // Computes the scores of the keys [key, key + keys), at most kVector, which have numbers from `at` on in the strip.
+  // Computes the scores of the keys [key, key + keys), at most kVector, which have numbers from `at` on in the tile.
   // First it stores a vector of partial sums for each key, head and query, then it adds up the lanes of each vector.
   void dot_products(const Rows& k, int64_t key, int64_t keys, int64_t queries, int64_t at) const {
     const int64_t quantized = std::clamp<int64_t>(k.quantized.keys - key, 0, keys);
@@ -152,7 +152,7 @@ class FewQueries {
       }
   }
 
-  // Turns the strip's scores of query i into weights exp(s - max); scales the earlier sum and O to the new maximum.
+  // Turns the tile's scores of query i into weights exp(s - max); scales the earlier sum and O to the new maximum.
   void weigh(const Chunk& chunk, int64_t head, int64_t i, int64_t key, int64_t keys, R* partial) const {
     R *s = scores(head, i), *output = partial + kOutput + i * value_width_;
     const int64_t visible = std::min(keys, chunk.cached + i + 1 - key), padded = round_up(keys, kVector);
@@ -186,7 +186,7 @@ class FewQueries {
     return shrink;
   }
 
-  // O += p v for the strip's keys [at, at + kKeys), all heads, and the queries [first, queries).
+  // O += p v for the tile's keys [at, at + kKeys), all heads, and the queries [first, queries).
   template <int kKeys, class E>
   void add_values(const ChunkRows<E>& rows, int64_t key, int64_t at, int64_t first, int64_t queries,
                   R* partials) const {
@@ -220,7 +220,7 @@ class FewQueries {
   const ChunkedAttentionFwdParams& p_;
   DropKey drop_;
   int64_t key_width_, value_width_;
-  Scratch<R> queries_, sums_, scores_;  // (H, kFewQueries, n); n: K in whole vectors; kVector^2; kStrip
+  Scratch<R> queries_, sums_, scores_;  // (H, kFewQueries, n); n: K in whole vectors; kVector^2; kKeyTile
 };
 
 // Attention of chunks of at most kFewQueries queries.

@@ -9,8 +9,10 @@
 
 namespace megalodon::MEGALODON_ISA {
 
-constexpr int64_t kBlockBytes = 160 << 10;  // of a block's rows of x and their statistics, unless 4 rows take more
-constexpr int64_t kMaxRows = 512;           // most rows of a block
+// Rows of a block. A block of fewer than kMinRows would be correct, too, but blocks wait for each other's carries
+// (relay.h), so that long rows share one. Even without tokens, a block has rows: their number is a divisor.
+constexpr int64_t kMinRows = 4, kMaxRows = 512;
+constexpr int64_t kBlockBytes = 160 << 10;  // of a block's rows of x and their statistics, unless kMinRows take more
 
 // For each lane, the sum of some values, and the sum of their squared deviations from their mean. All lanes have the
 // same number of values. Unlike sums of squares, Moments avoid cancellation; unlike two passes, they need each value
@@ -179,9 +181,9 @@ struct TimestepNormPlan {
   template <class Params>
   static int64_t block_rows(const Params& p, int64_t element_bytes) {
     const int64_t row_bytes = p.channels * element_bytes + p.groups * 3 * static_cast<int64_t>(sizeof(double));
-    const int64_t fitting = smaller(kBlockBytes / row_bytes, kMaxRows), most = fitting < 4 ? 4 : fitting;
+    const int64_t fitting = smaller(kBlockBytes / row_bytes, kMaxRows), most = fitting < kMinRows ? kMinRows : fitting;
     const int64_t tokens = p.sequences.tokens;
-    if (tokens <= most) return tokens < 4 ? 4 : tokens;
+    if (tokens <= most) return tokens < kMinRows ? kMinRows : tokens;
     const int64_t blocks = (tokens + 2 * most - 1) / (2 * most) * 2;  // even, so that two threads take half each
     return (tokens + blocks - 1) / blocks;
   }

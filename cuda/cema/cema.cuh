@@ -40,9 +40,10 @@ namespace cema {
 
 constexpr int kThreads = 128;   // per block, or fewer if there are few channels
 constexpr int kMostModes = 32;  // per launch; more modes are processed in groups
-constexpr int kSpan = 8;        // tiles per thread in the carry
+constexpr int kTilesPerWarp = 8;  // in cema_carry.cuh
 constexpr int64_t kLeastTile = 32, kMostTile = 512;
-static_assert(kLeastTile % kSpan == 0 && (kLeastTile & (kLeastTile - 1)) == 0, "powers of q are taken by squaring");
+static_assert(kLeastTile % kTilesPerWarp == 0 && (kLeastTile & (kLeastTile - 1)) == 0,
+              "powers of q are taken by squaring");
 
 template <class T> constexpr int kBatch = sizeof(T) == 2 ? 8 : 4;   // positions whose inputs are loaded at once
 template <class R> constexpr int kBlocks = sizeof(R) == 4 ? 3 : 1;  // least number per SM

@@ -14,8 +14,8 @@ enum Plane {
   kAlpha, kBeta, kDelta,
   kOutFirst, kOutSecond,  // y = sum of kOutFirst first + kOutSecond second
   kTileMatrix,
-  kSpanMatrix = kTileMatrix + 8,
-  kPlanes = kSpanMatrix + 8,
+  kWarpMatrix = kTileMatrix + 8,
+  kPlanes = kWarpMatrix + 8,
 };
 constexpr int kBasis = 8;      // numbers of a basis
 constexpr int kMmaTile = 128;  // on tensor cores: positions of a tile (cema_mma_scan.cuh), and lags (cema_mma.cuh)

@@ -42,16 +42,16 @@ GPU_INLINE void carry(const Scan& scan, Visit&& visit) {
   const int warp = threadIdx.x / gpu::kWarp, lane = threadIdx.x % gpu::kWarp;
   const int64_t size = scan.lanes * scan.width, index = int64_t{blockIdx.x} * gpu::kWarp + lane;
   const int64_t at = index < size ? index : 0;
-  const Matrix<R> over_tile(scan, kTileMatrix, at), over_span(scan, kSpanMatrix, at);
+  const Matrix<R> over_tile(scan, kTileMatrix, at), over_warp(scan, kWarpMatrix, at);
   Pair<R> round_state{0, 0};  // enters the round
-  for (int64_t round = 0; round < scan.tiles; round += kCarryWarps * kSpan) {
-    const int64_t begin = round + warp * kSpan;
+  for (int64_t round = 0; round < scan.tiles; round += kCarryWarps * kTilesPerWarp) {
+    const int64_t begin = round + warp * kTilesPerWarp;
     const auto tile = [&](int i) { return scan.reverse ? scan.tiles - 1 - (begin + i) : begin + i; };
-    const int count = static_cast<int>(scan.tiles - begin < kSpan ? scan.tiles - begin : kSpan);
-    Pair<R> end[kSpan];
-    bool stops[kSpan];
+    const int count = static_cast<int>(scan.tiles - begin < kTilesPerWarp ? scan.tiles - begin : kTilesPerWarp);
+    Pair<R> end[kTilesPerWarp];
+    bool stops[kTilesPerWarp];
     GPU_UNROLL
-    for (int i = 0; i < kSpan; ++i) {
+    for (int i = 0; i < kTilesPerWarp; ++i) {
       if (i >= count) continue;
       end[i] = index < size ? gpu::ld<Pair<R>>(scan.state<R>(tile(i), at, 0)) : Pair<R>{0, 0};
       stops[i] = scan.stops[tile(i)];
@@ -59,7 +59,7 @@ GPU_INLINE void carry(const Scan& scan, Visit&& visit) {
     Pair<R> z{0, 0};
     bool any_stop = false;
     GPU_UNROLL
-    for (int i = 0; i < kSpan; ++i) {
+    for (int i = 0; i < kTilesPerWarp; ++i) {
       if (i >= count) continue;
       z = stops[i] ? end[i] : over_tile(z, end[i]);
       any_stop = any_stop || stops[i];
@@ -71,18 +71,18 @@ GPU_INLINE void carry(const Scan& scan, Visit&& visit) {
     for (int w = 0; w < kCarryWarps; ++w) {
       if (w == warp) z = round_state;
       const auto end_of_warp = gpu::ld_shared<Pair<R>>(&ends[w * gpu::kWarp + lane]);
-      round_state = stopped[w] ? end_of_warp : over_span(round_state, end_of_warp);
+      round_state = stopped[w] ? end_of_warp : over_warp(round_state, end_of_warp);
     }
-    Pair<R> tile_state[kSpan];
+    Pair<R> tile_state[kTilesPerWarp];
     GPU_UNROLL
-    for (int i = 0; i < kSpan; ++i) {
+    for (int i = 0; i < kTilesPerWarp; ++i) {
       if (i >= count) continue;
       if (index < size) gpu::st(scan.state<R>(tile(i), at, 0), z);
       tile_state[i] = z;
       z = stops[i] ? end[i] : over_tile(z, end[i]);
     }
     GPU_UNROLL
-    for (int i = 0; i < kSpan; ++i)
+    for (int i = 0; i < kTilesPerWarp; ++i)
       if (i < count) visit(tile(i), tile_state[i], end[i]);
     __syncthreads();
   }

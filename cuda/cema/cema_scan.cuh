@@ -106,8 +106,8 @@ __global__ void cema_table_kernel(Scan scan, const R* p, const gpu::Complex<R>* 
   };
   for (int64_t length = 1; length < scan.tile; length *= 2) square();
   store_matrix<R>(scan, kTileMatrix, at, re, v, phase2, shear);
-  for (int length = 1; length < kSpan; length *= 2) square();
-  store_matrix<R>(scan, kSpanMatrix, at, re, v, phase2, shear);
+  for (int length = 1; length < kTilesPerWarp; length *= 2) square();
+  store_matrix<R>(scan, kWarpMatrix, at, re, v, phase2, shear);
   if (scan.powers) store_powers<R>(scan, mode, d, pole.re, phase2, shear);
 }
 

@@ -71,9 +71,8 @@ def nats(model, inputs, targets, **options):
 def test_sizes_are_equal_up_to_half_a_hidden_unit(size):
     config = train.config(size, 64)
     unit = 3 * config.num_layers * config.model_dim  # parameters: a row or column of 3 matrices in each layer
-    llama = Llama.sized_like(config, 8) if size != "4M" else None
-    if llama is not None:
-        assert abs(llama.num_parameters() - config.num_parameters()) <= unit / 2
+    llama = Llama.sized_like(config, window=8)
+    assert abs(llama.num_parameters() - config.num_parameters()) <= unit / 2
     assert hidden_units(config) > config.model_dim
 
 

@@ -140,18 +140,18 @@ def test_logits_that_are_not_finite(name, dtype):
 
 
 def test_errors_of_the_kernel():
-    logits, index, scales = torch.zeros(3, 5), torch.tensor([0, 4, 2]), torch.ones(3)
+    valid = dict(logits=torch.zeros(3, 5), targets=torch.tensor([0, 4, 2]), scales=torch.ones(3), losses=torch.ones(3))
 
-    def refuses(error, argument, *tensors):
-        assert_refuses(error, "cross_entropy", argument, lambda: _C.cross_entropy(*tensors))
+    def refuses(error, argument, **wrong):
+        assert_refuses(error, "cross_entropy", argument, lambda: _C.cross_entropy(*(valid | wrong).values()))
 
-    refuses(ValueError, "logits", logits[0], index, scales, scales)
-    refuses(TypeError, "logits", logits.int(), index, scales, scales)
-    refuses(ValueError, "targets", logits, index[:2], scales, scales)
-    refuses(TypeError, "targets", logits, index.int(), scales, scales)
-    refuses(TypeError, "scales", logits, index, scales.double(), scales)
-    refuses(ValueError, "losses", logits, index, None, scales[:2])
-    refuses(ValueError, "losses", logits, index, scales, None)
+    refuses(ValueError, "logits", logits=valid["logits"][0])
+    refuses(TypeError, "logits", logits=valid["logits"].int())
+    refuses(ValueError, "targets", targets=valid["targets"][:2])
+    refuses(TypeError, "targets", targets=valid["targets"].int())
+    refuses(TypeError, "scales", scales=valid["scales"].double())
+    refuses(ValueError, "losses", scales=None, losses=valid["losses"][:2])
+    refuses(ValueError, "losses", losses=None)
 
 
 def test_float16_gradients_under_a_loss_scale_do_not_vanish(small_blocks):
