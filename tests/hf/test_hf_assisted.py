@@ -118,6 +118,29 @@ def test_crop() -> None:
         plain.crop(-1)
 
 
+@pytest.mark.parametrize("mask", [slice(5, 20), slice(0, 15), slice(18, 20), slice(6, 14)], ids=str)
+def test_crop_of_a_padded_row(mask: slice) -> None:
+    """The layers and then the decoder read the columns where they are, with padding up to the decoder's."""
+    model, ids = build_model(torch.float64), torch.randint(48, (2, 22))
+    ids[1], present, undo = ids[0], torch.zeros(2, 20, dtype=torch.long), 4
+    present[:, mask] = 1
+    tokens = ids[:, [*range(20)][mask]]
+    expected = model(torch.cat([tokens[:, :-1], ids[:, 20:]], 1)).logits[:, -2:]
+    for keep in (0, 1):
+        cache, seen = hf.MegalodonCache(), []
+        cache.renew(undo)
+        hook = model.model.layers[0].register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0].shape[1]))
+        with torch.no_grad(), pytest.warns(UserWarning, match="hooked"):
+            options = dict(past_key_values=cache, use_decoder=True)
+            logits = model(ids[:, :20], attention_mask=present, logits_to_keep=keep, **options).logits
+            hook.remove()
+            close(logits[:, mask] if keep == 0 else logits, model(tokens).logits[:, -(keep or len(tokens[0])) :])
+            begin = max(mask.stop - undo - 1, mask.start) if keep else mask.start
+            assert seen == [begin] * (begin > mask.start) + [mask.stop - begin]
+            cache.crop(-1)
+            close(model(ids[:, 20:], **options).logits, expected)
+
+
 def test_hidden_states_are_those_without_help() -> None:
     """The assistant computes hidden states, too."""
     model, prompt = build_model(torch.float64), torch.randint(48, (1, 21))

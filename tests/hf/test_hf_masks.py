@@ -11,8 +11,10 @@ from hf_models import QUIET, VARIANTS, close, hf, build_model, padded, prompts
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
+from torch._dynamo.testing import CompileCounter
 from torch.utils._pytree import tree_leaves
 
+from megalodon_ops.hf.arguments import read_batch
 from megalodon_ops.hf.cache import CACHE
 
 pytestmark = QUIET
@@ -96,18 +98,59 @@ def test_padding_takes_no_time() -> None:
     assert widths[0] == widths[1] == dense["input_ids"].shape[1] < 24
 
 
+def masks(width: int) -> dict[str, Tensor]:
+    """Masks of three rows (3, width) with padding on each side, on both, amid tokens and nowhere."""
+    column = torch.arange(width)
+    starts, ends = torch.tensor([[0], [7], [width - 1]]), torch.tensor([[width], [width - 3], [9]])
+    found = dict(left=column >= starts, right=column < ends, mixed=(column >= starts.clamp(max=8)) & (column < ends))
+    found |= dict(none=column >= 0 * starts, holes=found["mixed"] & (column % 4 > 0))
+    return {name: mask.long() for name, mask in found.items()}
+
+
 @pytest.mark.slow  # the compiler takes 3 s to start
 def test_masks_compile() -> None:
-    """A compiled program removes padding without knowing where it is; a dense mask takes the same program."""
-    model, (holes, _, _) = build_model(num_layers=1), rows_with_holes()
-    ids, mask = holes["input_ids"].clamp(min=0), holes["attention_mask"]
+    """One program serves all masks. It moves tokens only in rows with holes, behind the row's first token."""
+    model, ids = build_model(num_layers=1), torch.randint(50, (3, 24))
     torch._dynamo.reset()
-    compiled = torch.compile(model, fullgraph=True, backend="eager")
-    with torch.no_grad(), torch._dynamo.config.patch(error_on_recompile=True):
-        for given in (mask, torch.ones_like(mask)):
-            found, expected = (call(ids, attention_mask=given, labels=ids) for call in (compiled, model))
-            close(found.logits[given == 1], expected.logits[given == 1])
-            close(found.loss, expected.loss)
+    graphs = CompileCounter()
+    compiled = torch.compile(model, fullgraph=True, backend=graphs)
+
+    @torch.compile(fullgraph=True, backend="eager")
+    def read(mask: Tensor) -> tuple[Tensor, Tensor]:
+        batch = read_batch(model, ids, mask)
+        return batch.columns, batch.spans
+
+    with every_case() as case, torch.no_grad():
+        for name, mask in masks(24).items():
+            with case(name):
+                expected = model(ids, attention_mask=mask, labels=ids)
+                found = compiled(ids, attention_mask=mask, labels=ids)
+                close(found.logits[mask == 1], expected.logits[mask == 1])
+                close(found.loss, expected.loss)
+                longer = torch.nn.functional.pad(mask, (0, 1), value=1)
+                after = [
+                    model(ids[:, :1], attention_mask=longer, past_key_values=x.get(CACHE)) for x in (found, expected)
+                ]
+                close(after[0].logits, after[1].logits)
+                columns, spans = read(mask)
+                for row, (begin, end) in enumerate((spans - 24 * torch.arange(3)[:, None]).tolist()):
+                    assert columns[row, begin:end].tolist() == mask[row].nonzero()[:, 0].tolist()
+    assert graphs.frame_count == 1
+
+
+@pytest.mark.slow  # the compiler
+def test_generation_by_a_compiled_forward() -> None:
+    """A program for the prompts and one for single tokens; both read no values, which a full graph could not."""
+    model, graphs = build_model(num_layers=1), CompileCounter()
+    batch = padded(prompts(), "left")
+    expected = model.generate(**batch, max_new_tokens=12, do_sample=False)
+    torch._dynamo.reset()
+    model.forward = torch.compile(model.forward, fullgraph=True, backend=graphs)
+    assert torch.equal(model.generate(**batch, max_new_tokens=12, do_sample=False), expected)
+    assert graphs.frame_count == 2
+    packed = dict(position_ids=torch.arange(21).remainder(7)[None], use_cache=True)
+    with torch.no_grad(), pytest.raises(RuntimeError, match="must not be given with packed documents"):
+        model(**padded(prompts(), "left"), **packed)
 
 
 @given(st.data())

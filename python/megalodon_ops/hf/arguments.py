@@ -19,6 +19,7 @@ from .cache import MegalodonCache
 
 IGNORED = -100
 """Label that the loss ignores"""
+_PACKED_CACHE = "`cache` and `use_cache` must not be given with packed documents, which end here"
 
 
 def select(rows: Tensor, columns: Tensor) -> Tensor:
@@ -124,8 +125,8 @@ class Batch:
         Given offsets (S + 1,) in the flattened rows take precedence over `indices` (B, L): a document begins where
         `position_ids` do not increase by one from a column to the next, or where `seq_idx` changes.
 
-        Padding before and after a row's tokens stays where it is. Padding between tokens is left out, as is all padding
-        in compiled programs, which do not read the mask, and for a decoder that can undo.
+        Padding before and after a row's tokens stays where it is; padding between tokens is left out. A compiled program
+        selects columns without reading the mask, so that it serves all masks.
         """
         (B, L), present = self.shape, self.present
         if offsets is not None:
@@ -146,7 +147,10 @@ class Batch:
                 raise ValueError(f"{op}: `{name}` must be {(B, L)} as the tokens, got {tuple(values.shape)}.")
             is_cut = values[:, -L:].expand(B, L).gather(1, last).diff() != (name == "position_ids")
             cut |= is_cut & (tokens[:, :-1] | (name == "seq_idx"))  # `generate` restarts position_ids after padding
-        if indices and bool((cut := cut & tokens[:, 1:]).any()):
+        cut, is_compiling = cut & tokens[:, 1:], torch.compiler.is_compiling()
+        if is_compiling and self.returns_cache and indices:  # such a program holds no packed documents: see read_batch
+            torch._assert_async(~cut.any(), f"{op}: {_PACKED_CACHE}")
+        elif indices and bool(cut.any()):
             if not bool(are_adjacent):
                 raise ValueError(f"{op}: `attention_mask` must have padding only before and after a row's documents.")
             cuts = nn.functional.pad(cut, (1, 0)).flatten().nonzero()[:, 0]
@@ -154,14 +158,18 @@ class Batch:
             return {"spans": torch.stack([torch.cat((edge, cuts)).sort().values for edge in edges], 1)}
         if present is None:
             return {}
-        is_traced = torch.compiler.is_compiling()
-        if not (is_traced or self.cache is not None and self.cache.undo) and bool(are_adjacent):
+        if not is_compiling and bool(are_adjacent):
             self.positions = None if bool(present[:, -1].all()) else last
             return {"lengths": lengths} if not bool(starts.any()) else {"starts": starts, "lengths": lengths}
-        count, width = present.cumsum(1), L if is_traced else max(int(lengths.max()), 1)
-        self.positions = (count - 1).clamp(min=0)
-        self.columns = torch.searchsorted(count, (column[:width] + 1).minimum(lengths[:, None]))
-        return {"lengths": lengths} if is_traced or bool((lengths < width).any()) else {}
+        # Move tokens together: in a compiled program behind their row's first one, which moves no row without holes,
+        # and otherwise to the row's begin, so that the layers read as few columns as possible.
+        width, first = (L, starts[:, None]) if is_compiling else (max(int(lengths.max()), 1), 0)
+        count = present.cumsum(1)
+        self.positions = (first + count - 1).clamp(min=0)
+        self.columns = torch.searchsorted(count, (column[:width] + 1 - first).clamp(min=1).minimum(lengths[:, None]))
+        if is_compiling:
+            return {"starts": starts, "lengths": lengths}
+        return {"lengths": lengths} if bool((lengths < width).any()) else {}
 
     def without_padding(self) -> Tensor:
         """Return the columns of `inputs` that the model reads, (B, W, ...), zero at padding.
@@ -187,12 +195,21 @@ class Batch:
         return (columns + row * (end - begin)).view(self.spans.shape)
 
     @property
+    def token_columns(self) -> tuple[int, int] | None:
+        """Columns [begin, end) of the tokens among those that the model reads; None if rows differ or hold none."""
+        if self.spans is None:
+            return 0, self.width
+        row = torch.arange(self.shape[0], device=self.spans.device)[:, None]
+        (begin, end), *others = (pairs_of(self.spans) - row * self.width).tolist()
+        return (begin, end) if begin < end and all(other == [begin, end] for other in others) else None
+
+    @property
     def is_for_decoder(self) -> bool:
         """True if a decoder can compute the call: tokens without gradients, a single one unless the cache can undo."""
         if self.cache is None or self.holds_embeddings or torch.is_grad_enabled() or torch.compiler.is_compiling():
             return False
         if self.cache.undo:
-            return self.spans is None
+            return self.token_columns is not None
         return self.cache.is_initialized and self.shape[1] == 1 and self.present is None
 
 
@@ -250,7 +267,7 @@ def read_batch(
     where = batch.read_sequences(op, cu_seq_lens_q, position_ids=position_ids, seq_idx=seq_idx)
     batch.is_packed = bool(where) and "lengths" not in where
     if batch.is_packed and batch.returns_cache:
-        raise ValueError(f"{op}: `cache` and `use_cache` must not be given with packed documents, which end here.")
+        raise ValueError(f"{op}: {_PACKED_CACHE}.")
     batch.spans = Sequences.of(op, inputs[:, : batch.width], **where).spans
     if use_cache is None and not batch.is_packed and not model.training:
         batch.returns_cache |= config.use_cache

@@ -249,14 +249,19 @@ class MegalodonForCausalLM(MegalodonCausalModel, GenerationMixin):
         The decoder reads the tokens that may be removed again and those whose logits are wanted. The layers read the
         tokens before them.
         """
-        tokens, columns, before = batch.without_padding(), batch.cache.get_seq_length() + batch.shape[1], 0
+        tokens, columns = batch.without_padding(), batch.cache.get_seq_length() + batch.shape[1]
+        first, end = batch.token_columns
+        begin = first
         if batch.cache.undo and positions is not None:
-            before = max(min(tokens.shape[1] - batch.cache.undo - 1, int(positions.min())), 0)
-        if before:
-            first = dataclasses.replace(batch, inputs=tokens[:, :before], present=None, columns=None, positions=None)
-            self._hidden(first, positions.new_tensor([before - 1]), whole=False)
-        logits = batch.cache.decode(self.megalodon, tokens[:, before:], columns)
-        return logits if positions is None else select(logits, positions - before)
+            begin = max(min(end - batch.cache.undo - 1, int(positions.min())), first)
+        if begin > first:
+            before = dict(inputs=tokens[:, :begin], spans=batch.spans_of(0, begin), present=None, columns=None)
+            last = torch.tensor([begin - 1], device=tokens.device)
+            self._hidden(dataclasses.replace(batch, **before, positions=None), last, whole=False)
+        logits = batch.cache.decode(self.megalodon, tokens[:, begin:end], columns)
+        if positions is None and logits.shape[1] < batch.width:
+            positions = torch.arange(batch.width, device=tokens.device)
+        return logits if positions is None else select(logits, (positions - begin).clamp(0, end - begin - 1))
 
     def _loss(
         self, hidden: Tensor, labels: Tensor, are_shifted: bool, batch: Batch, num_items: int | Tensor | None
