@@ -9,8 +9,8 @@
 
 namespace megalodon::MEGALODON_ISA {
 
-// Rows of a block. A block of fewer than kMinRows would be correct, too, but blocks wait for each other's carries
-// (relay.h), so that long rows share one. Even without tokens, a block has rows: their number is a divisor.
+// Rows of a block. Fewer than kMinRows would be correct, too, but each block waits for the carry of the one before it
+// (relay.h). Even without tokens, a block has rows: their number is a divisor.
 constexpr int64_t kMinRows = 4, kMaxRows = 512;
 constexpr int64_t kBlockBytes = 160 << 10;  // of a block's rows of x and their statistics, unless kMinRows take more
 
