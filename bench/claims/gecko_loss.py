@@ -16,15 +16,15 @@ from .train import Recipe, bits_per_byte, config, estimate, train_on_text
 TITLE = "Gecko's parts in bits per byte"
 RULE = (
     "Models are trained on the standard library's sources in rows of 512 bytes, eight chunks of 64, without a state "
-    "from row to row, with documents cut into parts of four rows. MEGALODON in chunks of 64 runs at two rates with the "
-    "first seed; all models use the rate of its lower training loss, the mean of the last tenth of a run in which no "
-    "text repeats. Held-out text is predicted in windows of 1, 2, 8 and 32 chunks. Each part is compared with "
-    "MEGALODON in chunks of 64 and 128, which shows its gain, and with a control at equal operations: MEGALODON in the "
-    "shortest chunks of 64, 128, 256 and 512 that take at least as many operations a token, or in the longest. All run "
-    "with the first seed. A part whose bits per byte in windows of 8 or 32 chunks are then lower than the control's by "
-    "at least 0.01 runs with two more seeds, as does its control. A part pays (held) if they are lower by as much and "
-    "by more than 3 standard errors over the three seeds. The claim is held if a part pays, and not held if all have "
-    "run and none does."
+    "from row to row. Documents are cut into parts of four rows, and no text repeats in a run. The learning rate: "
+    "MEGALODON in chunks of 64 runs at two rates with the first seed, and all models use the one with the lower "
+    "training loss, the mean of the run's last tenth. Held-out text is predicted in windows of 1, 2, 8 and 32 chunks. "
+    "All models run with the first seed. Each part is compared with MEGALODON in chunks of 64 and 128, which shows its "
+    "gain, and with a control at equal operations. The control is MEGALODON in the shortest chunks of 64, 128, 256 and "
+    "512 that take at least as many operations a token; if none do, in chunks of 512. A part with a lower loss than its "
+    "control, by at least 0.01 bits per byte in windows of 8 or 32 chunks, runs with two more seeds, and its control "
+    "too. The part pays (held) if its loss is lower by more than 0.01 and by more than 3 standard errors over the three "
+    "seeds. The claim is held if a part pays. It is not held if all models have run and no part pays."
 )
 MIN_GAIN = 0.01
 SIZE, TOKENS, CHUNK = "100k", 4_000_000, 64
@@ -32,6 +32,7 @@ QUICK = ("tiny", 20_000)
 LENGTH, ROWS, MAX_DOCUMENT = 512, 16, 2048
 RATES = (8e-3, 16e-3)
 CONTEXTS = [CHUNK * times for times in (1, 2, 8, 32)]
+DECIDING = CONTEXTS[2:]
 MEGALODONS = [Entrant(models.MEGALODON, CHUNK * times) for times in (1, 2, 4, 8)]
 PARTS = [Entrant(name, CHUNK) for name in gecko.PARTS]
 ENTRANTS = [*MEGALODONS, *PARTS]
@@ -54,7 +55,7 @@ def repeated_entrants(found: dict[Entrant, dict[int, list[float]]]) -> list[Entr
         part
         for part in PARTS
         if {part, control(part)} <= found.keys()
-        and any(found[control(part)][context][0] - found[part][context][0] >= MIN_GAIN for context in CONTEXTS[2:])
+        and any(found[control(part)][context][0] - found[part][context][0] >= MIN_GAIN for context in DECIDING)
     ]
     return [*dict.fromkeys([*map(control, parts), *parts])]
 
@@ -81,7 +82,10 @@ def work(
 
 
 def figures(results: list[dict[str, Any]]) -> dict[Entrant, dict[int, list[float]]]:
-    """Bits per byte of the seeds by entrant and context, at the rate with the most seeds, or the better of two."""
+    """Bits per byte by entrant and context, a number for each seed.
+
+    Of an entrant's rates the one with the most seeds counts; of two with as many, that with the lower training loss.
+    """
     by_rate: dict[Entrant, dict[float, list[dict[str, Any]]]] = {}
     for content in results:
         s = content["settings"]
@@ -119,13 +123,14 @@ def verdicts(results: list[dict[str, Any]]) -> dict[str, str]:
         comparisons = [(against_control, control(part), MIN_GAIN)]
         comparisons += [(against_chunks, other, 0.0) for other in MEGALODONS[:2]]
         for outcomes, other, least in comparisons:
-            for context, marker in zip(CONTEXTS[2:], "os", strict=True):
+            for context in DECIDING:
                 ours, theirs = (found.get(entrant, {}).get(context, []) for entrant in (part, other))
                 comparison = f"{part.model}: lower than MEGALODON in chunks of {other.chunk}"
                 comparison += f", by {least:g}" if least else ""
                 outcomes[comparison, f"windows of {context}"] = verdict.decide_lower(ours, theirs, least)
     num_seeds = dict.fromkeys(ENTRANTS, 1) | dict.fromkeys(repeated_entrants(found), verdict.SEEDS)
-    complete = all(len(found.get(entrant, {}).get(LENGTH, [])) >= seeds for entrant, seeds in num_seeds.items())
+    first = CONTEXTS[0]  # every context has as many seeds
+    complete = all(len(found.get(entrant, {}).get(first, [])) >= seeds for entrant, seeds in num_seeds.items())
     held = verdict.HELD in against_control.values()
     claim = verdict.HELD if held else verdict.NOT_HELD if complete else verdict.UNDECIDED
     return {"claim": claim, **verdict.group_by_comparison(against_control | against_chunks)}
@@ -147,7 +152,7 @@ def plot(results: list[dict[str, Any]], figure: Any) -> None:
     axes = figure.add_subplot()
     found = figures(results)
     names = [f"{entrant.model}, {entrant.chunk}" for entrant in found]
-    for context, marker in zip(CONTEXTS[2:], "os", strict=True):
+    for context, marker in zip(DECIDING, "os", strict=True):
         points = [(value, i) for i, by in enumerate(found.values()) for value in by[context]]
         axes.plot(*zip(*points, strict=True), marker, color=INK, fillstyle="none", label=f"windows of {context}")
     axes.set_yticks(range(len(names)), names)

@@ -221,9 +221,9 @@ void scan_sensitivities(Strip<T>& strip, const CemaBwdParams& params, const Segm
   strip.template each_tile<kSensitivityModes>(x, dy, stride, steps, ahead, tile);
   if (params.dstate_out) {
     const R* g = strip.modal_row(params.dstate_out, s);
-    strip.each_mode([&](int64_t i, int64_t vector, int64_t lane) {
-      const R* w = strip.state.get() + (vector * 4 + 2) * lanes + lane;
-      double* sum = sums + vector * kSums * lanes + lane;
+    strip.each_mode([&](int64_t i, int64_t slot, int64_t lane) {
+      const R* w = strip.state.get() + (slot * 4 + 2) * lanes + lane;
+      double* sum = sums + slot * kSums * lanes + lane;
       sum[kSumEndRe * lanes] += double(g[2 * i]) * w[0] - double(g[2 * i + 1]) * w[lanes];
       sum[kSumEndIm * lanes] += double(g[2 * i]) * w[lanes] + double(g[2 * i + 1]) * w[0];
     });

@@ -19,7 +19,8 @@ struct Strip {
   using R = Compute<T>;
   static constexpr int lanes = kLanes<R>;
   static constexpr int64_t kTileSize = kTileSteps * lanes;
-  static constexpr bool kInPlace = std::is_same_v<T, R>;  // passes read and write whole vectors of rows
+  // Passes may read and write the rows themselves instead of copies in the tile, where a vector has all its channels.
+  static constexpr bool kInPlace = std::is_same_v<T, R>;
 
   Strip(const CemaParams& params, const CemaPlan& plan)
       : params(params), width(plan.channels), modes(params.modes), coefs(width * modes * kCoefs), omega(width),
@@ -38,8 +39,8 @@ struct Strip {
       gamma = modal(params.gamma, 2);
     }
     const R sign = conjugated ? -1 : 1;
-    each_mode([&](int64_t i, int64_t vector, int64_t lane) {
-      R* coef = coefs.get() + vector * kCoefs * lanes + lane;
+    each_mode([&](int64_t i, int64_t slot, int64_t lane) {
+      R* coef = coefs.get() + slot * kCoefs * lanes + lane;
       const R scale = folded ? p[i] : 1;
       coef[kQRe * lanes] = q[2 * i];
       coef[kQIm * lanes] = sign * q[2 * i + 1];
@@ -66,8 +67,8 @@ struct Strip {
     return tensor ? static_cast<E*>(tensor) + token * params.channels + first : nullptr;
   }
 
-  // Calls f(i, vector, lane) for each mode: element i of (channels, N) is in lane `lane` of element `vector` of
-  // (vectors, N).
+  // Calls f(i, slot, lane) for each mode of each channel: element i of a tensor (channels, N), and lane `lane` of
+  // element `slot` of the strip's arrays (vectors, N, ..., lanes).
   template <class F>
   MEGALODON_INLINE void each_mode(F&& f) const {
     for (int64_t d = 0; d < channels; ++d)
@@ -76,8 +77,8 @@ struct Strip {
   // Calls f(i, re, im) with the first complex number of each mode's state, which has `size` real numbers.
   template <class F>
   MEGALODON_INLINE void each_state(int size, F&& f) const {
-    each_mode([&](int64_t i, int64_t vector, int64_t lane) {
-      R* at = state.get() + vector * size * lanes + lane;
+    each_mode([&](int64_t i, int64_t slot, int64_t lane) {
+      R* at = state.get() + slot * size * lanes + lane;
       f(i, at[0], at[lanes]);
     });
   }
@@ -90,11 +91,12 @@ struct Strip {
   }
 
   // Scans `steps` rows of input, the first at `from`, and writes the rows of output, the first at `to`. Rows are
-  // `stride` elements apart; the tensor has `ahead` rows from `from` on, which may be prefetched. Without kInput, the
-  // input counts as zero and is not read.
+  // `stride` elements apart, negative in the backward. Each tensor has `ahead` rows from its first one on, which may be
+  // prefetched. Only the adjoint form uses `x_from`, the first row of x, and adds to `sums` (vectors, N, kSums, lanes).
+  // Without kInput, the input counts as zero and is not read.
   template <Form form, bool kOutput = true, bool kInput = true>
   void sweep(const T* from, T* to, const T* x_from, int64_t stride, int64_t steps, int64_t ahead, double* sums) {
-    const T* const fetched = kOutput ? to : from;
+    const T* const fetched = kOutput ? to : from;  // rows to write are prefetched, too
     each_tile<kScanModes>(from, fetched, stride, steps, ahead, [&](int64_t t, int count, int vector, int size) {
       const int64_t at = t * stride + vector * lanes;
       const Tile<R> tile = tile_of(from + at, x_from + at, kOutput ? to + at : nullptr, stride);
@@ -102,10 +104,13 @@ struct Strip {
       const bool in_place = kInPlace && size == lanes;
       if (!in_place) {
         if (kInput) load_rows(from + at, stride, count, size, tile.in);
-        for (int i = 0; kOutput && i < count; ++i)
-          store(tile.out + i * lanes, kInput ? scale * load(tile.in + i * lanes) : zeros<R>());
+        if (kOutput)
+          for (int i = 0; i < count; ++i)
+            store(tile.out + i * lanes, kInput ? scale * load(tile.in + i * lanes) : zeros<R>());
       }
       if (form == Form::adjoint) load_rows(x_from + at, stride, count, size, tile.x);
+      // In place, the first pass reads the rows and the last one writes them. A pass that is both counts as the first:
+      // its output stays in the tile, and is copied to the rows below, as it is if not in place.
       bool in_rows = false;  // the last pass wrote its output to the rows
       for_each_pass<kScanModes>(modes, [&](int64_t n, auto pass_modes) {
         const int64_t mode = vector * modes + n;
@@ -130,17 +135,17 @@ struct Strip {
     else return {nullptr, nullptr, nullptr, stride, in.get(), out.get(), x.get()};
   }
 
-  // Calls f(first position, positions, vector, channels) for every tile of `steps` positions. The passes in f have at
-  // most `max_modes` modes each. They prefetch the next tiles' rows of a and b, row by row: there the hardware
-  // prefetcher helps. In a narrow strip, that prefetcher would run past the strip's end and take cache lines from the
-  // thread about to write them. So strips of more than two lines and less than half a page are prefetched column by
-  // column.
+  // Cuts `steps` positions into tiles and calls f(first position, positions, vector, channels) for each. The passes in
+  // f have at most `max_modes` modes each. They prefetch the rows of a and b at the next tile's positions row by row,
+  // where the hardware prefetcher helps. But in a narrow strip it would run past the strip's end, and take cache lines
+  // from the thread about to write them. So a strip is prefetched column by column, a cache line wide each, if it is a
+  // part of the row, of more than two lines and less than half a page.
   template <int max_modes, class F>
   void each_tile(const T* a, const T* b, int64_t stride, int64_t steps, int64_t ahead, F&& f) {
     constexpr int64_t size = sizeof(T);
     const int64_t row = stride * size, lines = ceil_div(channels * size, kLineBytes);
     const bool by_rows = channels == params.channels || lines <= 2 || lines >= kPageBytes / kLineBytes / 2;
-    fetch.set_pace(vectors * ceil_div(modes, max_modes) / lines);
+    fetch.set_pace(vectors * ceil_div(modes, max_modes) / lines);  // passes per line of a position
     fetch.line_step = by_rows ? kLineBytes : row;
     for (int64_t t = 0; t < steps; t += kTileSteps) {
       const int count = static_cast<int>(std::min<int64_t>(kTileSteps, steps - t));
@@ -149,6 +154,7 @@ struct Strip {
       fetch.b = reinterpret_cast<const char*>(b + (t + count) * stride);
       fetch.count = fetch.left = by_rows ? lines : rows;
       fetch.runs = by_rows ? rows : rows > 0 ? lines : 0;
+      // A run is a row's lines, or a column's rows. From its end to the start of the next one:
       fetch.run_step = by_rows ? row - lines * kLineBytes : kLineBytes - rows * row;
       for (int vector = 0; vector < vectors; ++vector) f(t, count, vector, std::min(lanes, channels - vector * lanes));
     }

@@ -1,6 +1,7 @@
 #include "tensor_view.h"
 
 #include <algorithm>
+#include <array>
 #include <cmath>
 #include <sstream>
 
@@ -24,29 +25,22 @@ const Names& names() {
   return names;
 }
 
-// torch's dtype objects are singletons, so a dtype is identified by its address.
+// In the order of Scalar.
+constexpr const char* kScalarNames[] = {"float32",   "float64",    "bfloat16", "float16",
+                                        "complex64", "complex128", "int64",    "int8",   "uint8", "other"};
+const char* scalar_name(Scalar scalar) { return kScalarNames[static_cast<int>(scalar)]; }
+
+// torch's dtype objects are singletons, so a dtype is identified by its address. The table keeps a reference to each.
 Scalar scalar_of_object(const PyObject* dtype) {
   constexpr int kScalars = static_cast<int>(Scalar::other);
-  static const struct {
-    const PyObject* object;
-    Scalar scalar;
-  }* const table = [] {
+  static const std::array<const PyObject*, kScalars> objects = [] {
     const py::module_ torch = py::module_::import("torch");
-    const auto get = [&](const char* name) { return py::object(torch.attr(name)).release().ptr(); };
-    return new std::remove_pointer_t<decltype(table)>[kScalars]{
-        {get("float32"), Scalar::f32},    {get("bfloat16"), Scalar::bf16}, {get("float16"), Scalar::f16},
-        {get("complex64"), Scalar::c64},  {get("int64"), Scalar::i64},     {get("float64"), Scalar::f64},
-        {get("complex128"), Scalar::c128}, {get("int8"), Scalar::i8},      {get("uint8"), Scalar::u8}};
+    std::array<const PyObject*, kScalars> found;
+    for (int i = 0; i < kScalars; ++i) found[i] = py::object(torch.attr(kScalarNames[i])).release().ptr();
+    return found;
   }();
-  for (int i = 0; i < kScalars; ++i)
-    if (table[i].object == dtype) return table[i].scalar;
-  return Scalar::other;
-}
-
-const char* scalar_name(Scalar scalar) {
-  constexpr const char* scalar_names[] = {"float32",   "float64",    "bfloat16", "float16",
-                                          "complex64", "complex128", "int64",    "int8",   "uint8", "other"};
-  return scalar_names[static_cast<int>(scalar)];
+  const auto at = std::find(objects.begin(), objects.end(), dtype);
+  return static_cast<Scalar>(at - objects.begin());  // Scalar::other, the last, if it is none of these
 }
 
 py::object owned(PyObject* value) {
@@ -244,13 +238,17 @@ void MemoryRanges::add_update(const TensorView& before, const TensorView& after)
 
 void MemoryRanges::check() {
   std::sort(ranges_.begin(), ranges_.end(), [](const Range& a, const Range& b) { return a.begin < b.begin; });
-  const Range *read = nullptr, *written = nullptr;  // of each kind, the range with the largest end so far
+  // Of each kind, the range with the largest end so far.
+  const Range* read = nullptr;
+  const Range* written = nullptr;
   for (const Range& range : ranges_) {
-    const Range* const other = written && range.begin < written->end                 ? written
-                               : range.written && read && range.begin < read->end ? read
-                                                                                    : nullptr;
+    // Nothing may overlap a range that is written, and a range that is written may overlap nothing.
+    const Range* other = nullptr;
+    if (written && range.begin < written->end) other = written;
+    else if (range.written && read && range.begin < read->end) other = read;
     if (other) {
-      const Range &target = range.written ? range : *other, &source = range.written ? *other : range;
+      const Range& target = range.written ? range : *other;
+      const Range& source = range.written ? *other : range;
       throw py::value_error(std::string(target.op) + ": `" + target.name + "`, which is written, must not overlap `" +
                             source.name + "` in memory, got overlapping tensors; pass a copy, .clone().");
     }
@@ -276,25 +274,29 @@ void TensorView::values(int64_t most, const std::string& range) const {
   });
 }
 
-// Raises unless the spans are in order, disjoint and within one row each.
+// Raises unless the spans are in order, disjoint and within one row each. The error names the argument that the caller
+// gave, as the layout of the spans tells it: spans by row are those of `lengths`, offsets in one row of `cu_seqlens`.
 static void check_spans(const Sequences& sequences, const TensorView& spans) {
   const int64_t L = sequences.row_length, stride = sequences.stride;
   const auto refuse = [&](const char* name, const std::string& expected, const std::string& got, int64_t at) {
-    TensorView(spans.op(), name, py::none()).fail(expected + ", got " + got + " at " + std::to_string(at));
+    const TensorView argument(spans.op(), name, py::none());  // only for its message
+    argument.fail(expected + ", got " + got + " at " + std::to_string(at));
   };
   const std::string range = "[0, " + std::to_string(L) + "]";
-  int64_t last = 0;
+  int64_t last = 0;  // end of the span before
   for (int64_t s = 0; s < sequences.count; ++s) {
     const int64_t begin = sequences.spans[s * stride], end = sequences.spans[s * stride + 1];
     const bool ordered = last <= begin && begin <= end && end <= sequences.tokens;
-    if (sequences.by_row ? begin == s * L && ordered && end - begin <= L
-                         : ordered && (begin == end || begin / L == (end - 1) / L)) {
+    const bool begins_row = begin == s * L;
+    const bool fits = sequences.by_row ? begins_row && end - begin <= L : begin == end || begin / L == (end - 1) / L;
+    if (ordered && fits) {
       last = end;
-    } else if (sequences.by_row && begin == s * L) {
+    } else if (sequences.by_row && begins_row) {
       refuse("lengths", "in " + range, std::to_string(end - begin), s);
     } else if (stride == 1 && sequences.tokens == L) {
-      const bool is_first = begin < last;
-      refuse("cu_seqlens", "non-decreasing offsets in " + range, std::to_string(is_first ? begin : end), s + !is_first);
+      const bool begin_is_wrong = begin < last;  // else `end`, which is the next offset
+      refuse("cu_seqlens", "non-decreasing offsets in " + range, std::to_string(begin_is_wrong ? begin : end),
+             begin_is_wrong ? s : s + 1);
     } else {
       refuse("spans", "in order, disjoint and within one row of " + std::to_string(L) + " positions each",
              "[" + std::to_string(begin) + ", " + std::to_string(end) + ")", s);

@@ -15,21 +15,25 @@
 //
 // Bytes: x is read in phases 2 and 4, y is written once; states are 8 N / tile bytes per channel and position.
 //
-// A given state is divided by p (in the adjoint by gamma) and by Im(q). So if states are given, p and gamma count as at
-// least kLeastScale and Im(q) as at least kLeastPhase. This changes p x, gamma and q by less than a rounding error of
-// the state.
+// A given state is divided by p (in the adjoint by gamma) and by Im(q). So if states are given, the size of p and gamma
+// counts as at least kLeastScale, that of Im(q) as at least kLeastPhase. In float32 this changes p x by at most 2^-32
+// |x|, gamma by 2^-32 and q by 2^-44, which is less than the rounding errors of the states.
 //
 // Basis. u = re + i Im(q) v is stored as the pair (first, second) = (re + shear v, v). A step then takes 3
 // multiply-adds instead of 4:
 //
 //   first' = alpha first + beta second + x     second' = first + delta second      alpha, delta = Re(q) +- shear
 //
-// This is the complex product with its imaginary part in units of Im(q). It is as stable as the complex product: each
-// number of the pair is rounded relative to its own size. The eigenvalues are q and conj(q) if alpha + delta = 2 Re(q)
-// and -beta = Im(q)^2 + shear^2. The shear, at most |Im(q)| / 2000, is chosen so that this beta is a float: the rounded
-// coefficients then multiply by q to within 2^-35. (Without a shear, rounding Im(q)^2 would turn q by up to 2^-25, at
-// every position in the same direction.) The multiply-adds are fma: if q is near 1, so are alpha and delta, and the
-// state changes little, so a product with them, rounded alone, would have the same error at many positions.
+// with beta = -(Im(q)^2 + shear^2). This matrix has the eigenvalues q and conj(q): its trace is 2 Re(q), its
+// determinant |q|^2. It is the complex product with the imaginary part in units of Im(q), and as stable: each number of
+// the pair is rounded relative to its own size.
+//
+// Why a shear: without it, beta would be -Im(q)^2 rounded to float, which turns q by up to 2^-25, at every position in
+// the same direction. So beta is rounded first, and the shear, at most |Im(q)| / 2000, makes up for the difference. The
+// rounded coefficients then multiply by q to within 2^-35.
+//
+// Why fma: if q is near 1, so are alpha and delta, and the state changes little from a position to the next. A product
+// that is rounded alone would have nearly the same error each time, and these errors would add up.
 #pragma once
 
 #include "cema_arrays.cuh"
@@ -50,7 +54,8 @@ template <class R> constexpr int kBlocks = sizeof(R) == 4 ? 3 : 1;  // least num
 template <class R> constexpr double kLeastScale = sizeof(R) == 4 ? 0x1p-32 : 0x1p-200;
 template <class R> constexpr double kLeastPhase = sizeof(R) == 4 ? 0x1p-44 : 0x1p-200;
 
-// The positions [begin, end) of one sequence, or of the padding between two; `end` is at most `to`.
+// The positions [begin, end) of one sequence, or of the padding between two. `to` limits `end`; `starts` is of the
+// entire sequence.
 struct Run {
   int64_t end;
   int sequence;  // or -1: padding
@@ -70,7 +75,7 @@ struct Run {
     sequence = first <= begin ? nth_sequence(low) : -1;
     starts = first == begin;
     end = sequence < 0 ? first : scan.sequence_end(sequence);
-    end = end > begin && end < to ? end : to;
+    end = end > begin && end < to ? end : to;  // a run has a position even if spans overlap
   }
   GPU_INLINE bool ends(const Scan& scan) const { return scan.sequence_end(sequence) == end; }
 };
@@ -79,13 +84,14 @@ struct Run {
 struct Place {
   int64_t tile, channel;
   int first_mode, part;  // part: number of the thread's part of the modes
-  bool active, has_second;  // the first channel exists; the second one exists, too
+  bool active;              // the first channel exists
+  bool has_second;          // both channels exist
 };
 
 GPU_INLINE Place place(const Scan& scan, int modes) {
-  const unsigned split = static_cast<unsigned>(scan.lanes / modes);
-  const unsigned blocks = gridDim.x / static_cast<unsigned>(scan.tiles);
-  const unsigned thread = blockIdx.x % blocks * blockDim.x + threadIdx.x;
+  const unsigned split = static_cast<unsigned>(scan.lanes / modes);         // threads of two channels
+  const unsigned blocks = gridDim.x / static_cast<unsigned>(scan.tiles);   // of a tile
+  const unsigned thread = blockIdx.x % blocks * blockDim.x + threadIdx.x;  // of the tile
   const int64_t channel = int64_t{thread / split} * 2;
   const int part = static_cast<int>(thread % split);
   const bool active = channel < scan.width;
@@ -112,16 +118,17 @@ GPU_INLINE void load_rows(Compute<T> (&to)[n][2], const T* from, int64_t step, b
 template <class R>
 struct Basis {
   gpu::Complex<R> q, gamma;
-  R p, shear, phase;  // phase: Im(q), or kLeastPhase if that is larger and states are given
+  R p, shear, phase;  // phase: Im(q), of a size of at least kLeastPhase if states are given
   bool adjoint;
 
-  GPU_INLINE static R* place(const Scan& scan, int64_t mode, int64_t channel) {
+  // Address of a basis in the table.
+  GPU_INLINE static R* address(const Scan& scan, int64_t mode, int64_t channel) {
     return scan.plane<R>(kPlanes) + (mode * scan.width + channel) * kBasis;
   }
   Basis() = default;
   GPU_INLINE Basis(const Scan& scan, int64_t mode, int64_t channel) : adjoint(scan.reverse) {
     R value[kBasis];
-    gpu::load_wide(value, place(scan, mode, channel));
+    gpu::load_wide(value, address(scan, mode, channel));
     q = {value[0], value[1]};
     gamma = {value[2], value[3]};
     p = value[4];
@@ -129,7 +136,7 @@ struct Basis {
     phase = value[6];
   }
   GPU_INLINE void store(const Scan& scan, int64_t mode, int64_t channel) const {
-    R* const to = place(scan, mode, channel);
+    R* const to = address(scan, mode, channel);
     const R low[4] = {q.re, q.im, gamma.re, gamma.im}, high[4] = {p, shear, phase, 0};
     for (int i = 0; i < 4; ++i) {
       to[i] = low[i];
@@ -146,7 +153,9 @@ struct Basis {
     const R second = a_re * b.second + a.second * b_re;
     return {a_re * b_re - (phase * a.second) * (phase * b.second) + shear * second, second};
   }
-  // Returns the initial state at index `at` of (S, D, N) as the pair that Modes::enter adds; zero if `at` is -1.
+  // Returns what the initial state z at index `at` of (S, D, N) adds to a scan's state, as a pair; zero if `at` is -1.
+  //   forward:  z = h. Before the first position (`before_step`) it adds z / p, after it q z / p.
+  //   adjoint:  z = dstate_out, the gradient of the last h. After the first position it adds conj(z) / gamma.
   GPU_INLINE Pair<R> initial(const Scan& scan, int64_t at, bool before_step) const {
     if (at < 0) return {0, 0};
     const auto z = gpu::ld<gpu::Complex<R>>(scan.initial.as<R>() + at);
@@ -160,9 +169,10 @@ struct Basis {
   }
 };
 
-// Calls f(basis, slot, at) for each of the thread's modes and channels. `slot` is the address of the pair of mode m and
-// channel e in shared memory, slots + (2 m + e) kThreads. `at` is the index in an (S, D, N) tensor, or -1 if the tensor
-// has no such mode or channel. The loop is for rare work, so it is not unrolled.
+// Calls f(basis, slot, at) for each of the thread's modes and channels. `at` is the index in an (S, D, N) tensor, or -1
+// if the tensor has no such mode or channel. The work is rare, so the loop is not unrolled. A loop's index cannot
+// address registers, so pairs pass through shared memory: `slot` is that of mode m and channel e, slots + (2 m + e)
+// kThreads.
 template <int modes, class R, class F>
 GPU_INLINE void for_each_slot(const Scan& scan, const Place& place, int64_t sequence, Pair<R>* slots, F&& f) {
 #pragma unroll 1
@@ -214,8 +224,7 @@ struct Modes {
       }
     }
   }
-  // Adds a sequence's initial state h to its states: h / p before its first position (`before_step`), or q h / p after
-  // it. In the adjoint, adds conj(dstate_out) / gamma after the first position.
+  // Adds a sequence's initial state, before its first position (`before_step`) or after it: see Basis::initial.
   GPU_INLINE void enter(const Scan& scan, const Place& place, int64_t sequence, Pair<R>* slots,
                         bool before_step = false) {
     for_each_slot<modes>(scan, place, sequence, slots, [&](const Basis<R>& basis, Pair<R>* slot, int64_t at) {
@@ -305,8 +314,9 @@ void for_each_group(Scan& scan, F&& f) {
 
 // Returns a scan with sizes and tiles, without tensors.
 Scan make_scan(const CemaParams& params);
-// Returns true if tensor cores can compute a scan of the tensor `from` into `to`, or the backward's sums of the two.
-bool takes_mma(const CemaParams& params, const Scan& scan, const void* from, const void* to);
+// Returns true if tensor cores can process two (T, D) tensors: a scan's input and output, or x and dy of the backward's
+// sums.
+bool takes_mma(const CemaParams& params, const Scan& scan, const void* first, const void* second);
 // Returns true if tensor cores are also worth while for a scan's states and output.
 bool takes_mma_output(const Scan& scan);
 // Sets the tiles that the kernels on tensor cores use.

@@ -162,9 +162,12 @@ GPU_INLINE int64_t look_up(const Rows<R>& rows, const TimestepNormParams& p, int
   return seen;
 }
 
-// Two numbers per tile and group, in the workspace. Until the scan they are the tile's own; after it they are those of
-// all tiles before this tile, in the scan's order. `steps` is the number of timesteps of the tile's last sequence so
-// far (backward: 0), or kContinues if one sequence fills the tile and has rows in the tile before it, in that order.
+// Two numbers per tile and group, in the workspace: mean and variance in the forward, u and v in the backward. The
+// forward scans the tiles from first to last, the backward from last to first; "before" is in this order. Until the
+// scan the numbers are the tile's own; after it they are those of all tiles before the tile.
+//
+// A tile continues if one sequence fills it and has rows in the tile before, too; then `steps` is kContinues. Else, in
+// the forward, `steps` is the number of timesteps of the last row's sequence so far, 0 for padding; in the backward 0.
 constexpr int64_t kContinues = -1;
 struct Carries {
   double *first, *second;  // (tiles, G)
@@ -217,9 +220,9 @@ __global__ void __launch_bounds__(kCarryThreads)
 template <class Source>
 void launch_carry(const Source& source, int64_t tiles, int64_t groups, void* stream) {
   const int64_t blocks = (groups + kCarryGroups - 1) / kCarryGroups;
-  const int64_t chunks = kCarryThreads / kCarryGroups, warp_chunks = gpu::kWarp / kCarryGroups;
-  const int64_t most = tiles < chunks ? (tiles + warp_chunks - 1) / warp_chunks * gpu::kWarp : kCarryThreads;
-  const int64_t threads = LAUNCH_SIZE(norm_carry_threads, most);
+  // If there are few tiles, a block has only as many warps as give each tile a thread for each group.
+  const int64_t warp_tiles = gpu::kWarp / kCarryGroups, wanted = (tiles + warp_tiles - 1) / warp_tiles * gpu::kWarp;
+  const int64_t threads = LAUNCH_SIZE(norm_carry_threads, wanted < kCarryThreads ? wanted : kCarryThreads);
   LAUNCH(timestep_norm_carry_kernel<Source>, static_cast<unsigned>(blocks), static_cast<unsigned>(threads), 0, stream,
          source, tiles, groups);
 }

@@ -17,8 +17,8 @@ from ..ops.common.checks import check_integer
 from ..ops.linear_cross_entropy.linear_cross_entropy import has_integers
 
 ReadTokens = Callable[..., MegalodonStateBase]
-"""Function of tokens (B, L) or numbers (B, L, F), of a state, which it may overwrite, and, if rows have different
-numbers of tokens, of their `lengths` (B,). It returns the state after the tokens."""
+"""Function `read(tokens, state, lengths=...)` that returns the state after the tokens (B, L), or numbers (B, L, F).
+It may overwrite `state`. `lengths` (B,) is given only if rows have different numbers of tokens."""
 
 
 @dataclass
@@ -34,7 +34,7 @@ class _Call:
     small: list[Tensor]
     """tensors of :func:`_small_tensors` before the call, each list concatenated"""
     caches: list[list[Tensor]] | None
-    """tensors of :func:`_cache` of each layer before the call; None: no chunk ends in the call"""
+    """tensors of :func:`_cache` of each layer before the call; None: no row's cache becomes full in it"""
 
 
 def check_history(history: History | None) -> History:
@@ -46,31 +46,37 @@ def check_history(history: History | None) -> History:
 class History:
     """The last calls of a decoder, with at least `size` tokens of each row.
 
-    The history keeps the small tensors of the state before each call. Keys and values stay in the decoder's cache, but
-    for a call in which a chunk ends the history keeps the cache before it, too. Tokens are taken back by restoring the
-    state before their call. The call's other tokens are then pending: the next call reads them before its own.
+    The history keeps the small tensors of the state before each call. Keys and values stay in the decoder's cache.
+    Only a call that fills a row's cache drops something, the cache's first chunk: for such a call the history keeps the
+    cache before it, too. Tokens are taken back by restoring the state before their call. The call's other tokens are
+    then pending: the next call reads them before its own.
     """
 
     def __init__(self, config: MegalodonConfig, state: MegalodonStateBase, size: int, most_tokens: int) -> None:
         """most_tokens: most tokens per row in a step."""
         self.size, self._config = size, config
-        self._longest = min(2 * size + 1, most_tokens) if most_tokens > size else 2 * size + 1
+        # Drafts of `size` tokens come in calls of size + 1, of which up to `size` are then pending. A step should take
+        # the last size + 1 tokens of a call, which stay together; if it does, longer calls are split for it.
+        self._longest = 2 * size + 1
         """largest number of tokens per row in a call, pending ones included"""
+        if most_tokens > size:
+            self._longest = min(self._longest, most_tokens)
         self._calls: list[_Call] = []
         self._pending: Tensor | None = None
         """(B, L) tokens or (B, L, F) numbers, right-padded"""
-        self.forget(state)
+        self.forget(state)  # sets `_position`
         self._num_pending = torch.zeros_like(self._position)
 
     def run(self, tokens: Tensor, state: MegalodonStateBase, run: Callable[[Tensor], Tensor]) -> Tensor:
         """Return the logits after `tokens`. run: returns the logits after its argument and updates `state`."""
-        num_pending = 0 if self._pending is None else self._pending.shape[1]
-        # `cat` copies: the caller may change `tokens` later.
-        tokens, logits = torch.cat([tokens] if self._pending is None else [self._pending, tokens], 1), []
+        pending = [] if self._pending is None else [self._pending]
+        num_pending = sum(tokens.shape[1] for tokens in pending)
+        tokens = torch.cat([*pending, tokens], 1)  # a copy, as the caller may change `tokens` later
+        logits = []
         if tokens.shape[1] > self._longest:
             first, tokens = tokens.split([tokens.shape[1] - self.size - 1, self.size + 1], 1)
-            logits = [run(first)]
-            self.forget(state)
+            logits.append(run(first))
+            self.forget(state)  # the other part alone has more than `size` tokens
         call = self._begin(state, tokens, torch.full_like(self._position, tokens.shape[1]))
         logits.append(run(tokens))
         self._end(call)
@@ -80,8 +86,10 @@ class History:
         """Read the pending tokens by a separate call, which updates `state`."""
         if self._pending is None:
             return
-        call, rows = self._begin(state, self._pending, self._num_pending), self._num_pending.nonzero()[:, 0]
-        lengths, index = self._num_pending[rows], rows.to(self._pending.device)
+        call = self._begin(state, self._pending, self._num_pending)
+        rows = self._num_pending.nonzero()[:, 0]  # the others have nothing to read
+        lengths = self._num_pending[rows]
+        index = rows.to(self._pending.device)
         options = {} if bool((lengths == lengths[0]).all()) else {"lengths": lengths.to(index.device)}
         after = read(self._pending[index], state[index], **options)
         for old, new in zip(tree_leaves(state), tree_leaves(after), strict=True):
@@ -90,33 +98,39 @@ class History:
 
     def _begin(self, state: MegalodonStateBase, tokens: Tensor, lengths: Tensor) -> _Call:
         """Return a call with `tokens`, which starts from `state`."""
-        ends_chunk = bool((self._position + lengths >= self._config.num_cached_positions).any())
+        fills_cache = bool((self._position + lengths >= self._config.num_cached_positions).any())
         return _Call(
             tokens=tokens,
             lengths=lengths,
             position=self._position,
             small=[torch.cat(tensors) for tensors in _small_tensors(state)],
-            caches=[[x.clone() for x in _cache(layer)] for layer in state.layers] if ends_chunk else None,
+            caches=[[x.clone() for x in _cache(layer)] for layer in state.layers] if fills_cache else None,
         )
 
     def _end(self, call: _Call) -> None:
-        """Add a call, which has read all pending tokens; drop calls that are too old."""
-        limit, size = self._config.num_cached_positions, self._config.chunk_size
+        """Add a call, which has read all pending tokens; drop calls that are too old.
+
+        A call is too old if in each row the later calls have `size` tokens, or its own tokens were taken back.
+        """
+        cached, chunk = self._config.num_cached_positions, self._config.chunk_size
         position = call.position + call.lengths
-        # When the cache is full, its first chunk is dropped.
-        self._position = position.where(position < limit, limit - size + (position - limit) % size)
-        self._pending, self._num_pending = None, torch.zeros_like(position)
+        # A full cache drops its first chunk.
+        self._position = position.where(position < cached, cached - chunk + (position - cached) % chunk)
+        self._pending = None
+        self._num_pending = torch.zeros_like(position)
         self._calls.append(call)
-        later = sum(call.lengths for call in self._calls)
-        while self._calls and bool(
-            ((later - self._calls[0].lengths >= self.size) | (self._calls[0].lengths == 0)).all()
-        ):
-            later = later - self._calls.pop(0).lengths
+        total = sum(call.lengths for call in self._calls)
+        while self._calls:
+            oldest = self._calls[0].lengths
+            if not bool(((total - oldest >= self.size) | (oldest == 0)).all()):
+                break
+            total = total - oldest
+            self._calls.pop(0)
 
     def forget(self, state: MegalodonStateBase, rows: Tensor | slice = slice(None)) -> None:
-        """Forget the tokens of rows whose sequences were replaced; `state` is the state after the replacement."""
+        """Forget the tokens of `rows` so far: their sequences were replaced, or later tokens suffice. `state`: that of now."""
         for call in self._calls:
-            call.lengths = call.lengths.clone()
+            call.lengths = call.lengths.clone()  # a copy of the history may share it
             call.lengths[rows] = 0
         self._position = state.layers[0].attention.position.to("cpu", copy=True)
 
@@ -133,17 +147,23 @@ class History:
         """
         if not bool(counts.any()):
             return
+        # The first `num_pending` tokens of a row of `sources` stay. Pending tokens are taken back first, then those of
+        # calls, the last call first. If nothing is pending, `sources` only has a place for each row.
         sources = list(self._calls[-1].tokens if self._pending is None else self._pending)
-        num_pending, remaining = (self._num_pending - counts).clamp(min=0), (counts - self._num_pending).clamp(min=0)
+        num_pending = (self._num_pending - counts).clamp(min=0)
+        remaining = (counts - self._num_pending).clamp(min=0)
         for call in reversed(self._calls):
             taken = torch.minimum(remaining, call.lengths)
             if bool((taken > 0).any()):
                 for row in self._restore(state, call, taken > 0):
-                    sources[row], num_pending[row] = call.tokens[row], call.lengths[row] - taken[row]
-                call.lengths, remaining = call.lengths.where(taken == 0, 0), remaining - taken
+                    sources[row] = call.tokens[row]
+                    num_pending[row] = call.lengths[row] - taken[row]
+                call.lengths = call.lengths.where(taken == 0, 0)
+                remaining = remaining - taken
         self._calls = [call for call in self._calls if bool(call.lengths.any())]
         kept = [tokens[:count] for tokens, count in zip(sources, num_pending.tolist(), strict=True)]
-        self._pending, self._num_pending = pad_sequence(kept, True) if bool(num_pending.any()) else None, num_pending
+        self._pending = pad_sequence(kept, batch_first=True) if bool(num_pending.any()) else None
+        self._num_pending = num_pending
         if bool((num_pending != num_pending[0]).any()):
             self.read_pending(state, read)
 
@@ -166,13 +186,13 @@ class History:
 
     def _restore(self, state: MegalodonStateBase, call: _Call, changes: Tensor) -> list[int]:
         """Restore the state before a call in the rows where `changes` (B,) is True, and return these rows."""
-        ended = changes & (call.position + call.lengths >= self._config.num_cached_positions)
+        was_full = changes & (call.position + call.lengths >= self._config.num_cached_positions)
         index = _row_index(changes, state)
         for tensors, before in zip(_small_tensors(state), call.small, strict=True):
             for tensor, old in zip(tensors, before.chunk(len(tensors)), strict=True):
                 tensor[index] = old[index]
-        if bool(ended.any()):
-            index = _row_index(ended, state)
+        if bool(was_full.any()):
+            index = _row_index(was_full, state)
             for layer, before in zip(state.layers, call.caches, strict=True):
                 for tensor, old in zip(_cache(layer), before, strict=True):
                     tensor[index] = old[index]
@@ -188,10 +208,13 @@ def _row_index(is_selected: Tensor, state: MegalodonStateBase) -> Tensor | slice
 def _small_tensors(state: MegalodonStateBase) -> list[list[Tensor]]:
     """Return the state's tensors except those of :func:`_cache`, in lists of tensors of one shape."""
     norms = [*(layer.norm for layer in state.layers), state.norm]
-    layers = [[layer.cema for layer in state.layers], [layer.attention.position for layer in state.layers]]
-    return [*map(list, zip(*norms, strict=True)), *layers, *([x] for x in state.inputs)]
+    counts_and_statistics = [list(tensors) for tensors in zip(*norms, strict=True)]  # all counts, all means, ...
+    cema = [layer.cema for layer in state.layers]
+    positions = [layer.attention.position for layer in state.layers]
+    inputs = [[tensor] for tensor in state.inputs]
+    return [*counts_and_statistics, cema, positions, *inputs]
 
 
 def _cache(layer: tuple) -> tuple[Tensor, ...]:
-    """Return the tensors of a layer's state that must be kept if a chunk ends: keys, values and the memory."""
+    """Return the tensors of a layer's state that change when a full cache drops a chunk: keys, values, the memory."""
     return layer.attention.k, layer.attention.v, *layer[3:]

@@ -14,7 +14,7 @@ from pathlib import Path
 
 CUDA = Path(__file__).parents[3] / "cuda"
 
-# A product of a block's number or the grid's size with another int.
+# A product of blockIdx, gridDim or, as the first factor, blockDim with another int.
 NARROW_PRODUCT = (
     r"\b(?:block|grid)(?:Idx|Dim)\.[xyz]\s*\*\s*(?:k[A-Z]|\d|block|grid|thread|static_cast<int>)"
     r"|(?:\bk[A-Z]\w*|\d|Dim\.[xyz])\s*\*\s*(?:blockIdx|gridDim)\."
@@ -22,6 +22,7 @@ NARROW_PRODUCT = (
 DEVICE_GLOBAL = (
     r"^\s*(?:(?:static|inline|constexpr|const)\s+)*__(?:device|managed|constant)__\s+[\w:<>, ]+[\s*]\w+\s*(?:\[|=|;)"
 )
+# A `static` without constexpr on its line that has `=`, `{`, or a call's parentheses before the semicolon.
 STATIC_AT_RUN_TIME = r"\bstatic\b(?!.*\bconstexpr\b)[^;(){}]*(?:=|\{|\([^)]*\)\s*;)"
 # Patterns allowed only in cuda/common.
 ONLY_IN_COMMON = {
@@ -61,7 +62,7 @@ def _lint_file(file: Path, folder: Path) -> Iterator[str]:
         yield f"{file.name}:{len(lines)}: more than {MAX_LINES} lines"
     for number, stream in _streams("\n".join(lines)):
         if not common and stream != "stream":
-            yield f"{file.name}:{number}: a launch on {stream or 'no stream'}; it is given `stream`"
+            yield f"{file.name}:{number}: a launch on {stream or 'no stream'}; launch on the argument `stream`"
     for number, product in _narrowed_products("\n".join(lines)):
         yield f"{file.name}:{number}: a cast to 32 bits of a product, {product}; keep it in 64"
     for number, line in enumerate(lines, start=1):

@@ -1,4 +1,4 @@
-"""Ops in torch's dispatcher and profiler; results that flags of the schema leave out."""
+"""Ops in torch's dispatcher and profiler; results without the flags `return_stats` and `return_state`."""
 
 from __future__ import annotations
 
@@ -68,7 +68,9 @@ def test_the_output_does_not_depend_on_return_state(case, backend):
     op = getattr(mo, case.op)
 
     def output_alone(*args, return_state, **options):
-        return op(*args, **options), op(*args, **options, return_state=True)[1]
+        y = op(*args, **options)
+        _, state = op(*args, **options, return_state=True)
+        return y, state
 
     def without_state_gradients(function):
         return evaluate(function, case, lambda name, grad: grad if name == "y" else torch.zeros_like(grad))
@@ -79,14 +81,17 @@ def test_the_output_does_not_depend_on_return_state(case, backend):
 
 
 def test_results_that_the_flags_leave_out_are_empty():
-    x, zeros = torch.randn(2, 5, 8), torch.zeros(8)
-    call = partial(ops.timestep_norm_fwd, x, zeros, zeros, 2, 1e-5, *[None] * 5)  # no state, no spans
+    B, L, D, G, N = 2, 5, 8, 4, 3
+    x, zeros = torch.randn(B, L, D), torch.zeros(D)
+    state = dict.fromkeys(("count", "mean", "var", "residual"))
+    call = partial(ops.timestep_norm_fwd, x, zeros, zeros, num_groups=G, eps=1e-5, **state, spans=None)
     y, stats, *state = call(return_stats=False, return_state=False)
     assert y.shape == x.shape and [t.numel() for t in (stats, *state)] == [0] * 5
     _, stats, count, mean, var, residual = call(return_stats=True, return_state=True)
-    assert stats.shape == (3, 2, 5, 2) and count.tolist() == [5, 5] and residual.shape == (2, 2, 2)
-    p, q = torch.rand(8, 3), torch.rand(8, 3).to(torch.complex64)
-    _, state = ops.cema_fwd(x, p, q, q, zeros, None, None, False)
+    assert stats.shape == (3, B, L, G)  # mean, its residual, 1 / sqrt(var + eps)
+    assert count.tolist() == [L] * B and residual.shape == (B, 2, G)
+    p, q = torch.rand(D, N), torch.rand(D, N).to(torch.complex64)
+    _, state = ops.cema_fwd(x, p, q, gamma=q, omega=zeros, state=None, spans=None, return_state=False)
     assert state.numel() == 0
 
 
@@ -99,14 +104,20 @@ def test_a_backward_with_unknown_names_is_refused():
 def test_a_binding_takes_what_it_names_in_its_order(monkeypatch):
     launched = []
     monkeypatch.setattr(definition, "launch", lambda *args: launched.append(args))
+    # A binding that takes three of the op's arguments, in another order.
     monkeypatch.setattr(definition, "binding_names", lambda name: (["spans", "q", "x"], ["y", "state_out"]))
     kernel = definition._default_kernel(ops.cema_fwd.default, lambda *args: ("y", "state"))
-    x, q, spans = torch.ones(2, 3).T, torch.zeros(1), torch.arange(4).unfold(0, 2, 1)
+    x = torch.ones(2, 3).T  # made contiguous
+    spans = torch.arange(4).unfold(0, 2, 1)  # pairs of offsets, passed as they are
+    q = torch.zeros(1)
     for wanted in True, False:
+        # x, p, q, gamma, omega, state, spans, return_state
         assert kernel(x, None, q, None, None, None, spans, wanted) == ("y", "state")
         name, given_spans, given_q, given_x, *results = launched.pop()
         assert name == "cema_fwd" and given_spans is spans and torch.equal(given_q, q)
-        assert torch.equal(given_x, x) and given_x.is_contiguous() and results == ["y", "state" if wanted else None]
+        assert torch.equal(given_x, x) and given_x.is_contiguous()
+        assert results == ["y", "state" if wanted else None]
+    # The names of this binding do not fit layer_norm.
     with pytest.raises(TypeError, match="the binding layer_norm_fwd must take arguments and results of .*layer_norm"):
         definition._default_kernel(ops.layer_norm_fwd.default, None)
 

@@ -30,7 +30,10 @@ def timestep_norm_case(
         options["count"] = count + torch.arange(S)
         halves = torch.stack([tensors["mean"], tensors["var"]], 1) * torch.finfo(real).eps / 2
         options["residual"] = halves * uniform(gen, -1, 1, S, 2, G).to(real)
-    rstd = 1 / max(eps, std**2 / 100 if width > 1 else 0.0) ** 0.5  # at a first position, whose variance may be small
+    # Gradients have the factor 1 / sqrt(var + eps). It is largest at a first position, whose variance is that of
+    # `width` numbers: zero for one, and perhaps a hundredth of std**2 for more.
+    least_var = 0.0 if width == 1 else std**2 / 100
+    rstd = 1 / max(eps, least_var) ** 0.5
     return Case("timestep_norm", tensors, options, dtype, terms=rstd, mean_terms=0.1 * std)
 
 
@@ -72,7 +75,7 @@ def call(function, inputs: list, tensors: Tensors, options: dict[str, Any]) -> T
 
 
 def gradients(backward, case: Case, inputs: list, incoming: Tensors) -> Tensors:
-    """mean and var have no gradient for an empty sequence without a state."""
+    # Gradients of mean and var are not given where they need none: empty sequences without a state.
     given = [incoming.get(name) for name in ("y", "mean", "var")]
     grads = backward(*given, *inputs, **_with_state(case.tensors, case.options))
     return dict(zip(("dx", "dweight", "dbias", "dmean", "dvar"), grads, strict=True))
