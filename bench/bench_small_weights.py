@@ -1,7 +1,7 @@
 """A token of one sequence by weights of 32, 16, 8 and 4 bits, after few and many tokens of a chunk, and reading a prompt.
 
 Bytes: for each decoded token the weights of ours, int8, without the embedding, and the chunk's keys and values so far.
-int8 and int4 compute in bfloat16, prompts by products of integers for the instruction set in use (`MEGALODON_OPS_ISA`
+int8 and int4 have keys and values of 8 bits, as in `generate`. They compute in bfloat16, prompts by products of integers for the instruction set in use (`MEGALODON_OPS_ISA`
 forces one), or, as "kept", with activations in bfloat16. The others do other work, with their own rounding, and are
 shown for comparison; so does a Llama in llama.cpp that reads as many weights for a token, if its packages are installed.
 The plain Llama checks llama.cpp's F32. The first token of each decoder is not timed.
@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 import megalodon_ops as mo
+from megalodon_ops.inference.quantized_layers import new_state
 
 from .bench_model import DECODED, FORWARD_TOLERANCE, QUICK
 from .harness import OURS, Case, Disagreement, Outputs, Path, relative_error
@@ -51,7 +52,8 @@ def cases(quick: bool, gpu: bool) -> Iterator[Case]:
         tokens = torch.randint(config.vocab_size, (1, context + DECODED + 1))
         ours = {name: _Decoding(model, tokens, context) for name, model in models.items()}
         others = {name: _LlamaDecoding(llama, tokens, context) for name, llama in llamas.items()}
-        past = config.num_layers * context * (config.z_dim + config.value_dim) * half.embed.weight.element_size()
+        scales = 2 * config.num_heads * torch.float32.itemsize
+        past = config.num_layers * context * (config.z_dim + config.value_dim + scales)
         yield dataclasses.replace(
             like,
             name=f"decode after {context} tokens, int8",
@@ -106,7 +108,8 @@ class _Decoding:
     @torch.no_grad()
     def __init__(self, model: mo.Megalodon, tokens: Tensor, context: int) -> None:
         self.model, (self.first, *self.new) = model, tokens[:, context:].split(1, 1)
-        _, self.start = model(tokens[:, :context], return_state=True)
+        start = new_state(model, 1, tokens.device)
+        _, self.start = model(tokens[:, :context], state=start, return_state=True)
 
     def restore(self) -> None:
         self.decoder = mo.Decoder(self.model, self.start)

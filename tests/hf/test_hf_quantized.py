@@ -38,6 +38,7 @@ def test_loads_generates_and_saves(kind, activations, variant, dtype, tmp_path):
         assert torch.equal(model(tokens).logits, logits)
         found = model.generate(tokens, attention_mask=mask, max_new_tokens=4, do_sample=False)
         assert_greedy(small, tokens, found, exact=dtype == torch.float32)
+        assert model(tokens, use_cache=True)[CACHE].state.cache_dtype == torch.int8
         model.save_pretrained(tmp_path / name)
         again = mo.Megalodon.load(tmp_path / name)
         assert torch.equal(again(tokens), logits) and again.quantization == kind and again.activations == activations

@@ -105,6 +105,21 @@ def test_generate_keeps_8_bits():
             assert state.num_sequences == 3 and state.cache_dtype == torch.int8
 
 
+@pytest.mark.parametrize("working_memory", [False, True])
+def test_quantised_models_generate_with_8_bits(working_memory):
+    small, prompt = mo.quantize(tiny_model(torch.float32, working_memory=working_memory), "int8"), tokens_of(2, 11)
+    options = dict(max_new_tokens=9, temperature=0, return_state=True)
+    tokens, state = small.generate(prompt, **options)
+    expected = torch.float32 if working_memory else torch.int8
+    assert state.cache_dtype == expected
+    same, after = small.generate(prompt, cache_dtype=expected, **options)
+    assert torch.equal(same, tokens)
+    assert_equal(after, state)
+    _, exact = small.generate(prompt, cache_dtype=torch.float32, **options)
+    _, continued = small.generate(tokens[:, -1:], state=exact, **options)
+    assert exact.cache_dtype == continued.cache_dtype == torch.float32
+
+
 def test_rows_files_and_casts_keep_8_bits(tmp_path):
     model, state = model_and_small_state()
     state.save(tmp_path / "state", model.config)
@@ -154,17 +169,21 @@ def test_what_cannot_have_8_bits_is_refused():
     _, wide = model(prompt, return_state=True)
     _, memory = with_memory(prompt, return_state=True)
     small = dict(cache_dtype=torch.int8)
+    single, eight = tiny_model(torch.float32).eval(), mo.MegalodonState.fresh(model.config, 1, **small)
     calls = {
+        "generate: `cache_dtype` must be torch.int8 or None, as `state` has 8 bits, got torch.float32": lambda: (
+            single.generate(prompt, max_new_tokens=1, state=eight, cache_dtype=torch.float32)
+        ),
         "MegalodonState.quantize_cache: .* float64 activations, got torch.int8": wide.quantize_cache,
         "MegalodonState.quantize_cache: .* a working memory, .* got torch.int8": memory.quantize_cache,
         "MegalodonState.fresh: .* a working memory, .* got torch.int8": lambda: mo.MegalodonState.fresh(
             with_memory.config, 1, **small
         ),
-        "MegalodonState.fresh: `cache_dtype` must be torch.int8 or None, got torch.float16": lambda: (
+        "MegalodonState.fresh: `cache_dtype` must be torch.int8, torch.float32 or None, got torch.float16": lambda: (
             mo.MegalodonState.fresh(model.config, 1, cache_dtype=torch.float16)
         ),
         "generate: .* float64 activations, got torch.int8": lambda: model.generate(prompt, max_new_tokens=1, **small),
-        "generate: `cache_dtype` must be torch.int8 or None, got 'int8'": lambda: model.generate(
+        "generate: `cache_dtype` must be torch.int8, torch.float64 or None, got 'int8'": lambda: model.generate(
             prompt, max_new_tokens=1, cache_dtype="int8"
         ),
     }

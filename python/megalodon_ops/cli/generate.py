@@ -16,6 +16,7 @@ from megalodon_ops.cli.errors import CommandError
 from megalodon_ops.cli.models import precision, trained_model, usable_device
 from megalodon_ops.cli.options import Generate
 from megalodon_ops.inference.generation import check_samples
+from megalodon_ops.inference.quantized_layers import computing_dtype
 from megalodon_ops.tokenizers import Tokenizer
 
 NUM_SAMPLES, SAMPLE_TOKENS = 3, 300
@@ -36,7 +37,8 @@ def run(options: Generate) -> int:
     device = usable_device(options.device)
     prompts = _prompts(options)
     trained = trained_model(options.checkpoint, device, options.tokenizer, options.dtype)
-    cache_dtype = torch.int8 if options.cache_dtype == "int8" else None
+    cache_dtypes = {"int8": torch.int8, "model": computing_dtype(trained.model), None: None}
+    cache_dtype = cache_dtypes[options.cache_dtype]
     try:
         check_samples(trained.model, options.samples, cache_dtype)  # before the model runs
     except ValueError as error:

@@ -201,7 +201,7 @@ class Generate(ModelToRead):
     top_p: Fraction | None = flag(None, "sample from the smallest set of likeliest tokens with total probability X")
     min_p: Fraction | None = flag(None, "sample from tokens at least X times as likely as the likeliest")
     repetition_penalty: Positive | None = flag(None, "above 1, makes tokens of the text so far less likely")
-    cache_dtype: Literal["int8"] | None = flag(None, "dtype of the state's keys and values, on the CPU (the model's)")
+    cache_dtype: Literal["int8", "model"] | None = flag(None, "dtype of keys and values (int8 after `quantize`)")
     seed: Seed = flag(0, "seed of the samples")
 
 

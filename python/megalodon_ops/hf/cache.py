@@ -12,7 +12,7 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from ..inference.decoder import Decoder
 from ..public_models import Megalodon, MegalodonState
-from ..inference.quantized_layers import computing_dtype
+from ..inference.quantized_layers import computing_dtype, new_state
 from ..ops.common.checks import describe
 
 CACHE = next(
@@ -67,8 +67,10 @@ class MegalodonCache(Cache):
         if self._undo and tokens.shape[1] > self._undo + 1:  # num_assistant_tokens has grown
             self.renew(tokens.shape[1] - 1)
         if self._decoder is None:
-            state, new = self.state, dict(dtype=computing_dtype(model), device=tokens.device)
-            state = MegalodonState.fresh(model.config, len(tokens), **new) if state is None else state
+            state = new_state(model, len(tokens), tokens.device) if self.state is None else self.state
+            if state is None:
+                new = dict(dtype=computing_dtype(model), device=tokens.device)
+                state = MegalodonState.fresh(model.config, len(tokens), **new)
             self._decoder, self._state = Decoder(model, state, undo=self._undo), None
         logits = self._decoder(tokens)
         self._columns = columns

@@ -14,6 +14,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutpu
 from transformers.utils import can_return_tuple
 
 from ..inference.captured_step import hooked_module
+from ..inference.quantized_layers import new_state
 from ..model.blocks import at_least_float32
 from ..public_models import Megalodon
 from ..model.megalodon import Wanted
@@ -48,6 +49,8 @@ class MegalodonCausalModel(MegalodonPreTrainedModel):
         op = type(self).__name__
         if not batch.holds_embeddings:
             model._check(op, "input_ids", inputs, state, Sequences(batch.spans))
+        if state is None and batch.returns_cache:
+            state = new_state(model, len(inputs), inputs.device)
         # An exported program has one piece, as its length may be unknown.
         whole = whole or torch.is_grad_enabled() or batch.is_packed or is_exporting()
         size, pieces, selected = model.config.chunk_size, [], None

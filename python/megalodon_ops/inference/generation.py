@@ -16,7 +16,7 @@ from .drafts import Choose, ModelDraft, PromptDraft, check_draft
 from ..model.inputs import check_reads_tokens
 from .sampling import Sampling, check_seeds, numbers_of_seeds
 from ..model.model_state import CallOptions, MegalodonStateBase, check_cache_dtype
-from .quantized_layers import computing_dtype
+from .quantized_layers import computing_dtype, new_state
 from ..model.sequences import Sequences
 from .stops import StopDetector, check_stops
 from ..ops.common.definition import check_runs_now
@@ -263,8 +263,9 @@ def stream(
             a draft, up to rounding, even if they are drawn. All rows keep as many guesses as the row with the fewest.
             A smaller :class:`Megalodon` of the same tokens; or "prompt": what followed the last tokens earlier.
         draft_tokens: number of tokens that the draft guesses at once.
-        cache_dtype: torch.int8: the model's state keeps keys and values in 8 bits, on the CPU, as after
-            :meth:`MegalodonState.quantize_cache`. None: as in `state`, or in the dtype of the activations.
+        cache_dtype: dtype of keys and values in the model's state: torch.int8, on the CPU, as after
+            :meth:`MegalodonState.quantize_cache`, or that of the activations. None: as in `state`; without one, int8
+            for a quantised model, which decodes faster so, and the activations' dtype for all others.
 
     Returns:
         a :class:`TokenStream`, which yields (B * num_samples,) int64 until `max_new_tokens` or until all rows have
@@ -279,10 +280,13 @@ def stream(
     check_reads_tokens("generate", self.config)
     _check_prompt(self, prompt, state)
     if cache_dtype is not None:
-        dtype = computing_dtype(self)
-        check_cache_dtype("generate", cache_dtype, dtype, self.config.working_memory)
-        new = dict(dtype=dtype, device=prompt.device, cache_dtype=cache_dtype)
-        state = self.state_type.fresh(self.config, len(prompt), **new) if state is None else state.quantize_cache()
+        check_cache_dtype("generate", cache_dtype, computing_dtype(self), self.config.working_memory)
+    if state is None:
+        state = new_state(self, len(prompt), prompt.device, cache_dtype)
+    elif cache_dtype == torch.int8:
+        state = state.quantize_cache()
+    elif cache_dtype is not None and state.cache_dtype == torch.int8:
+        raise ValueError(f"generate: `cache_dtype` must be torch.int8 or None, as `state` has 8 bits, got {cache_dtype}.")
     rows = len(prompt) * check_size("generate", "num_samples", num_samples)
     draft_tokens = check_size("generate", "draft_tokens", draft_tokens)
     if prompt.is_cpu:
@@ -290,6 +294,7 @@ def stream(
         if num_samples == 1:
             fewer = f"`prompt` must have fewer rows, got {len(prompt):,}"
         try:
+            cache_dtype = None if state is None else state.cache_dtype
             check_samples(self, rows, cache_dtype, 0 if draft is None else draft_tokens)
         except ValueError as error:
             raise ValueError(f"generate: {fewer}: {error}.") from None

@@ -11,6 +11,7 @@ from ..ops.quantized_linear.quantized_linear import check_activations, check_kin
 from ..ops.quantized_linear.quantized_linear import quantized_linear
 from ..model.config import MegalodonConfig
 from ..model.layers import Embedding
+from ..model.model_state import MegalodonStateBase
 
 METHOD = "megalodon_ops"
 """`quant_method` in the `quantization_config` of a config.json"""
@@ -150,6 +151,22 @@ def replace_layers(model: nn.Module, kind: str, activations: str | None = None) 
             else:
                 continue
             parent.add_module(name, quantised.to(module.weight.dtype))
+
+
+def new_state(
+    model: nn.Module, rows: int, device: torch.device, cache_dtype: torch.dtype | None = None
+) -> MegalodonStateBase | None:
+    """Return the state of new sequences; None, which is as good, if keys and values have the activations' dtype.
+
+    cache_dtype: dtype of keys and values. None: int8 for a quantised model without a working memory, else the
+        activations' dtype.
+    """
+    dtype = computing_dtype(model)
+    if cache_dtype is None:
+        cache_dtype = torch.int8 if getattr(model, "quantization", None) and not model.config.working_memory else dtype
+    if cache_dtype == dtype:
+        return None
+    return model.state_type.fresh(model.config, rows, dtype=dtype, device=device, cache_dtype=cache_dtype)
 
 
 def computing_dtype(model: nn.Module) -> torch.dtype:

@@ -31,9 +31,12 @@ Layout = Iterator[tuple[str, torch.dtype, tuple[int, ...]]]
 
 
 def check_cache_dtype(function: str, cache_dtype: object, activations: torch.dtype, has_memory: bool) -> None:
-    """Raise a ValueError unless `cache_dtype` is int8 and the activations' dtype and the model allow it."""
+    """Raise a ValueError unless `cache_dtype` is the activations' dtype, or int8 and these and the model allow it."""
+    if cache_dtype == activations:
+        return
     if cache_dtype != torch.int8:
-        raise ValueError(f"{function}: `cache_dtype` must be torch.int8 or None, got {short_text(cache_dtype)}.")
+        got = short_text(cache_dtype)
+        raise ValueError(f"{function}: `cache_dtype` must be torch.int8, {activations} or None, got {got}.")
     if activations == torch.float64 or has_memory:
         what = "a working memory, which reads exact values" if has_memory else "float64 activations"
         raise ValueError(f"{function}: keys and values must not have 8 bits beside {what}, got torch.int8.")
