@@ -1,7 +1,5 @@
 """Offsets beyond 2^31 elements in CUDA kernels: sparse tensors of gigabytes, of which only the ends are computed."""
 
-from __future__ import annotations
-
 from functools import partial
 
 import pytest

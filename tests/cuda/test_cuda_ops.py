@@ -1,7 +1,5 @@
 """Every op on emulated CUDA kernels: misaligned tensors, orders of threads, many sequences. See also test_ops.py."""
 
-from __future__ import annotations
-
 import itertools
 
 import pytest

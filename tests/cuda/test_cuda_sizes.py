@@ -3,8 +3,6 @@
 Other tests stay near one unit, without a second slice of V, a third round or a ninth panel.
 """
 
-from __future__ import annotations
-
 import pytest
 import torch
 from assertions import assert_all_close, assert_close, assert_matches_reference

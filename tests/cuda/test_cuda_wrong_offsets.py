@@ -3,8 +3,6 @@
 Kernels never leave their buffers. Offsets beyond a row count as its end, sequences with a wrong position as padding.
 """
 
-from __future__ import annotations
-
 import pytest
 import torch
 from assertions import assert_bit_equal

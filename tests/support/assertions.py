@@ -1,7 +1,5 @@
 """Assertions about the results of an op."""
 
-from __future__ import annotations
-
 import functools
 import re
 import traceback

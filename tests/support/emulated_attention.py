@@ -1,7 +1,5 @@
 """chunked_attention on the emulated device: cases, forward and backward, and the bounds of both."""
 
-from __future__ import annotations
-
 from functools import partial
 
 import pytest

@@ -1,7 +1,5 @@
 """Emulated CUDA kernels of cema: every path and template, orders of threads, bytes moved, bank conflicts."""
 
-from __future__ import annotations
-
 import pytest
 import torch
 from assertions import assert_all_close, assert_as_accurate_as, assert_bit_equal

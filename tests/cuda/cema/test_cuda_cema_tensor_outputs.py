@@ -1,7 +1,5 @@
 """Outputs of cema, and dx, on emulated tensor cores: cuda/cema/cema_mma_scan.cuh."""
 
-from __future__ import annotations
-
 import megalodon_ops as mo
 import pytest
 import torch

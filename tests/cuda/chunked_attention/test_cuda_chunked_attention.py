@@ -1,7 +1,5 @@
 """chunked_attention on emulated CUDA kernels: every kernel and tiling, log-sum-exp, blocks of rows, bytes moved."""
 
-from __future__ import annotations
-
 import pytest
 import torch
 from assertions import assert_all_close, assert_bit_equal, assert_close

@@ -3,8 +3,6 @@
 The forward runs on the CPU.
 """
 
-from __future__ import annotations
-
 import pytest
 import torch
 from assertions import assert_bit_equal

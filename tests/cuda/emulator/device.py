@@ -1,7 +1,5 @@
 """Build and drive the emulated device: memory as torch tensors, launches, reports, counters."""
 
-from __future__ import annotations
-
 import fcntl
 import hashlib
 import importlib.util

@@ -3,8 +3,6 @@
 The public op on these kernels: test_ops.py.
 """
 
-from __future__ import annotations
-
 import pytest
 import torch
 from assertions import assert_all_close, assert_bit_equal, assert_close, assert_matches_reference

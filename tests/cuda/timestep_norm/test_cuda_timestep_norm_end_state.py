@@ -3,8 +3,6 @@
 The public op on these kernels: test_ops.py, test_end_states.py. Orders of threads: test_cuda_ops.py.
 """
 
-from __future__ import annotations
-
 import pytest
 import torch
 from assertions import assert_matches_reference

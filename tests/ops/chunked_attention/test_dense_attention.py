@@ -4,8 +4,6 @@ Only CUDA tensors take these paths. Here they run on the CPU: "products" with th
 torch's flash attention for the CPU, whose results have the layout of CUDA's.
 """
 
-from __future__ import annotations
-
 import importlib.util
 import math
 

@@ -1,7 +1,5 @@
 """Infinities and NaN, and values near the ends of float32's range: right within stated bounds, NaN beyond."""
 
-from __future__ import annotations
-
 import itertools
 from dataclasses import replace
 
