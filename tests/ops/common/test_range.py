@@ -2,7 +2,6 @@
 
 import itertools
 from dataclasses import replace
-
 from functools import partial
 
 import pytest
