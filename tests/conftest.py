@@ -1,7 +1,5 @@
 """Distribution of tests over the workers of pytest-xdist. Fixtures of the workers: shared_fixtures.py."""
 
-from __future__ import annotations
-
 import gc
 import os
 from collections import Counter

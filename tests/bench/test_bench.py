@@ -1,7 +1,5 @@
 """Harness of the benches on the CPU and on a GPU: checks before timing, choice of the best rival, summaries."""
 
-from __future__ import annotations
-
 import dataclasses
 import math
 import time

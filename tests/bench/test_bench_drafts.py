@@ -1,7 +1,5 @@
 """`bench.drafts` counts calls and guesses, and says whether the tokens are the same."""
 
-from __future__ import annotations
-
 import torch
 from models import tiny_model
 

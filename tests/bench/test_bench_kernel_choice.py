@@ -1,7 +1,5 @@
 """`bench.kernel_choice`: each way runs its own kernel, and a slower choice is marked."""
 
-from __future__ import annotations
-
 from dataclasses import replace
 
 import pytest

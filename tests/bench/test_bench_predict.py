@@ -1,7 +1,5 @@
 """Predictions of time: parsing of machine code, a floor computed by hand, growth of floors with shapes."""
 
-from __future__ import annotations
-
 import dataclasses
 
 import pytest

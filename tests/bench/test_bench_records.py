@@ -1,7 +1,5 @@
 """Files of results: records survive interrupted writes and concurrent appends."""
 
-from __future__ import annotations
-
 import resource
 from concurrent.futures import ThreadPoolExecutor
 

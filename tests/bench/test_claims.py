@@ -1,7 +1,5 @@
 """The programs in bench/claims: the Llama, models with a part exchanged, training that resumes, commands."""
 
-from __future__ import annotations
-
 import dataclasses
 import itertools
 import json

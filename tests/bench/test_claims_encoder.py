@@ -1,7 +1,5 @@
 """Claim of the encoder: labels that another program also finds, equal sizes, a run from end to end."""
 
-from __future__ import annotations
-
 import itertools
 import re
 import statistics

@@ -1,7 +1,5 @@
 """Claim of forecasts: errors by hand, no look ahead, a stream that gives the forecasts of whole series."""
 
-from __future__ import annotations
-
 import numpy
 import pytest
 import torch

@@ -4,8 +4,6 @@ tests/data/gecko: outputs of gecko-llm (github XuezheMax/gecko-llm, commit fe04b
 CUDA functions replaced by references in plain torch. They have no document segments: rows start without a state.
 """
 
-from __future__ import annotations
-
 import dataclasses
 import math
 

@@ -1,7 +1,5 @@
 """Generators of the tasks, against answers found by reading the example."""
 
-from __future__ import annotations
-
 import itertools
 import re
 import statistics

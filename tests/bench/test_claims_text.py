@@ -1,7 +1,5 @@
 """Texts of the claims: Debian's documents and the sources of installed packages, and their held-out parts."""
 
-from __future__ import annotations
-
 import gzip
 import importlib.metadata
 import os

@@ -1,7 +1,5 @@
 """Rules that decide the claims, on invented results."""
 
-from __future__ import annotations
-
 import itertools
 import math
 

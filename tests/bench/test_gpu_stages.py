@@ -1,7 +1,5 @@
 """The first day on a GPU, rehearsed without one: stages go on after a failure, and the report has what they found."""
 
-from __future__ import annotations
-
 import json
 import subprocess
 import sys

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import math
 import re
 import shutil
 import sys
@@ -67,9 +68,10 @@ def test_a_run_over_tokens_reports_bits_per_byte(run, bpe, text):
     per_token = sum(map(len, corpus.train)) / sum(len(ids) + 1 for ids in tokenizer.encode_batch(corpus.train))
     assert per_token > 1.3
     for row in curve:
-        assert row["bits_per_byte"] == pytest.approx(row["loss"] / 0.6931471805599453 / per_token)
+        assert row["bits_per_byte"] == pytest.approx(row["loss"] / math.log(2) / per_token)
     assert sum(row["bits_per_byte"] for row in curve[-5:]) / 5 < curve[0]["bits_per_byte"] - 0.5
-    assert (curve[-1]["step"], curve[-1]["tokens"]) == (40, 40 * 3 * 24)  # --batch 3, --length 24
+    steps, batch, length = 40, 3, 24  # as `run` and command_line.TINY say
+    assert (curve[-1]["step"], curve[-1]["tokens"]) == (steps, steps * batch * length)
     held_out = [row["held_out_bits_per_byte"] for row in rows(run) if "held_out_bits_per_byte" in row]
     assert 1 < held_out[-1] < held_out[0] < 8
     folder = load_checkpoint(run).folder
@@ -118,7 +120,7 @@ def test_generate_writes_whole_letters(run, capsys):
         return output(capsys, "generate", "--checkpoint", run, "--prompt", "caf\u00e9 ", *flags)
 
     text = generate("--tokens", 60)
-    assert text.startswith("caf\u00e9 ") and 60 <= len(text) - 5
+    assert text.startswith("caf\u00e9 ") and len(text) >= len("caf\u00e9 ") + 60
     assert generate("--tokens", 60) == text and generate("--tokens", 60, "--seed", 1) != text
     few = generate("--tokens", 7, "--temperature", 0)
     tokenizer, model = load_tokenizer(load_checkpoint(run).folder), trained_model(run, torch.device("cpu")).model

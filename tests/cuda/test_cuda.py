@@ -1,7 +1,5 @@
 """CUDA tensors on a GPU: dispatch, streams, devices, graphs, compilation, the model. Results: test_ops.py."""
 
-from __future__ import annotations
-
 import warnings
 from functools import partial
 

@@ -3,8 +3,6 @@
 Tensors are on the CPU, where functions of torch and of Python are those of CUDA, and kernels run on the emulator.
 """
 
-from __future__ import annotations
-
 from collections import Counter
 
 import pytest

@@ -1,7 +1,5 @@
 """A decoder's CUDA graph on a GPU: what tests/inference/test_captured_step.py cannot see with its stand-in for graphs."""
 
-from __future__ import annotations
-
 import threading
 import warnings
 from collections import Counter

@@ -4,8 +4,6 @@ A wrong kernel may be right at the sizes of other tests. Choices by the sizes of
 by each tensor's address: test_cuda_ops.py; CEMA on tensor cores: test_cuda_cema_tensor*.py.
 """
 
-from __future__ import annotations
-
 import pytest
 import torch
 from assertions import assert_matches_reference, every_case

@@ -1,7 +1,5 @@
 """Drivers that run the CUDA kernels; messages of `info` and of failed launches; kernels that a call loads."""
 
-from __future__ import annotations
-
 import ctypes.util
 import os
 import re

@@ -1,7 +1,5 @@
 """The CUDA emulator finds each planted bug at its line, raises no false alarm, and counts memory traffic."""
 
-from __future__ import annotations
-
 import re
 
 import pytest

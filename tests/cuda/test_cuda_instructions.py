@@ -1,7 +1,5 @@
 """Wrappers of cuda/common on the emulator: instructions follow the PTX manual, conversions round like torch."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 
 import pytest

@@ -1,7 +1,5 @@
 """Planted bugs that tests once missed: the test written for each bug finds it."""
 
-from __future__ import annotations
-
 import pytest
 from emulator.device import ROOT
 from emulator.known_bugs import BUGS, with_known_bugs

@@ -1,7 +1,5 @@
 """Offsets beyond 2^31 elements in CUDA kernels: sparse tensors of gigabytes, of which only the ends are computed."""
 
-from __future__ import annotations
-
 from functools import partial
 
 import pytest
@@ -12,16 +10,15 @@ from test_cuda_smoke import CASES
 BF16, F32, C64 = torch.bfloat16, torch.float32, torch.complex64
 D = 2**16
 T = 2**31 // D + 72  # tokens: the last rows lie beyond 2^31 elements
+APART = 2**33  # bytes between tensors: an offset without its upper half is off by 4 GiB
+A100 = 163 * 1024  # bytes of shared memory of a block; with less, the scan of cema runs
 
 
 @pytest.fixture
 def large(emulator, monkeypatch):
-    """large(*shape): a sparse tensor. Workspaces are sparse, too; only the two ends of each grid run.
-
-    Tensors are far apart, since an offset without its upper half is off by 4 GiB.
-    """
+    """large(*shape): a sparse tensor. Workspaces are sparse, too; only the two ends of each grid run."""
     monkeypatch.setattr(emulator, "empty", lambda *shape, dtype, name: emulator.sparse(*shape, dtype=dtype, name=name))
-    with emulator.only_bounds(apart=2**33, ends=1):
+    with emulator.only_bounds(apart=APART, ends=1):
         yield lambda *shape, dtype=F32: emulator.sparse(*shape, dtype=dtype, name=str(shape))
 
 
@@ -60,7 +57,7 @@ def test_cema_differentiates_on_tensor_cores_at_offsets_beyond_31_bits(emulator,
     channels = 2**22
     x, dy, dx = (large(1, 640, channels, dtype=BF16) for _ in range(3))
     inputs, gradients = cema_parameters(large, channels), cema_gradients(large, channels)
-    emulator.set_order("random", shared_limit=163 * 1024)  # with less, the scan runs
+    emulator.set_order("random", shared_limit=A100)
     with emulator.launch_sizes(cema_tile=128, cema_shares=1):
         emulator.launch("cema_bwd", x=x, **inputs, dy=dy, dx=dx, **gradients)
 
@@ -97,7 +94,7 @@ def test_end_states_of_timestep_norm_at_offsets_beyond_31_bits(emulator, large):
     emulator.launch("timestep_norm_end_state_bwd", x=x, num_groups=GROUPS, **moments, **gradients, dx=dx)
 
 
-def launch_normalized_qk(emulator, large, tokens, heads, K, *, chunk_size, **options):
+def launch_normalized_qk(emulator, large, *, tokens, heads, K, chunk_size, **options):
     z, dz = (large(1, tokens, heads * K, dtype=BF16) for _ in range(2))
     q, k = (large(1, tokens, heads, K, dtype=BF16) for _ in range(2))
     gamma, beta, dgamma, dbeta = (large(2, heads * K) for _ in range(4))
@@ -112,7 +109,7 @@ def test_normalized_qk_at_offsets_beyond_31_bits(emulator, large, K):
     """Kernels by warp and by block; the rotary table has large offsets, too."""
     tokens, C, position = 2**25 // K + 40, 2**32 // K, large(1, dtype=torch.int64)
     position[0] = C - tokens
-    launch_normalized_qk(emulator, large, tokens, 64, K, chunk_size=C, position=position)
+    launch_normalized_qk(emulator, large, tokens=tokens, heads=64, K=K, chunk_size=C, position=position)
 
 
 ATTENTION = {"chunk_size": 256, "causal": True, "scale": 1.0, "dropkey": 0.0}
@@ -143,7 +140,7 @@ def test_states_of_attention_at_offsets_beyond_31_bits(emulator, large, K, L):
     old["position"][-1] = 200
     q, k, v, o = (large(S, L, 1, K, dtype=BF16) for _ in range(4))
     emulator.launch("chunked_attention_fwd", q=q, k=k, v=v, **old, **ATTENTION, o=o, lse=large(S, L, 1))
-    with emulator.only_bounds(apart=2**33, ends=60):  # rows of the last cache from 196 on
+    with emulator.only_bounds(apart=APART, ends=60):  # rows of the last cache from 196 on
         results = {f"{name}_out": tensor for name, tensor in new.items()}
         emulator.launch("chunked_attention_state", k=k, v=v, **old, chunk_size=256, **results)
 
@@ -153,10 +150,10 @@ def test_attention_differentiates_at_offsets_beyond_31_bits(emulator, large):
 
     Offsets of P and dS are 3.6 times as large: without their upper half they are negative.
     """
-    tokens = 58_833 * 256
+    tokens = 58_833 * ATTENTION["chunk_size"]  # of 144 elements: 1 % beyond 2^31
     q, k, v, o, do, dq, dk, dv = (large(1, tokens, 1, 144, dtype=BF16) for _ in range(8))
     inputs = {"q": q, "k": k, "v": v, **ATTENTION, "o": o, "lse": large(1, tokens, 1), "do": do}
-    with emulator.only_bounds(apart=2**33, ends=4), emulator.launch_sizes(attention_panels=tokens // 128 - 2):
+    with emulator.only_bounds(apart=APART, ends=4), emulator.launch_sizes(attention_panels=tokens // 128 - 2):
         emulator.launch("chunked_attention_bwd", **inputs, dq=dq, dk=dk, dv=dv)
 
 
@@ -165,7 +162,7 @@ def test_cema_outputs_on_tensor_cores_at_offsets_beyond_31_bits(emulator, large)
     S, channels, modes = 9, 2**24, 16
     x, y, dx = (large(S, 256, channels, dtype=BF16) for _ in range(3))
     inputs, state = cema_parameters(large, channels, modes), large(S, channels, modes, dtype=C64)
-    emulator.set_order("random", shared_limit=163 * 1024)
+    emulator.set_order("random", shared_limit=A100)
     with emulator.launch_sizes(cema_tile=128):
         emulator.launch("cema_fwd", x=x, **inputs, y=y, state_out=state)
     assert "cema_mma_output_kernel" in set(emulator.module.launched())
@@ -226,7 +223,7 @@ def test_statistics_and_states_of_timestep_norm_at_offsets_beyond_31_bits(emulat
     inputs |= {"count": count, "mean": mean, "var": var, "residual": residual}
     empty = inputs | {"spans": large(rows, 1, 2, dtype=torch.int64)}  # spans of no token
     if rows == 1:  # (T, 2, G) sums are beyond 2^32: blocks in the middle are between 2^31 and 2^32
-        emulator.module.set_bounds(True, 2**33, 1, T // 64 * D // 32 * 3 // 4)
+        emulator.module.set_bounds(True, APART, 1, T // 64 * D // 32 * 3 // 4)
     results = {"y": y, "stats": stats, "count_out": new_count, **new}
     emulator.launch("timestep_norm_fwd", **inputs, **results)
     emulator.launch("timestep_norm_fwd", **empty, **results)
@@ -251,7 +248,7 @@ def test_heads_of_attention_at_offsets_beyond_31_bits(emulator, large, dtype, wi
     if dtype == BF16:
         panels = (2**13 * 2 + 2) * heads  # all in one round, whose last queries are the blocks before `panels`
         with (
-            emulator.only_bounds(apart=2**33, ends=4, middle=panels),
+            emulator.only_bounds(apart=APART, ends=4, middle=panels),
             emulator.launch_sizes(attention_panels=panels),
         ):
             emulator.launch("chunked_attention_bwd", **inputs, do=o, dq=q, dk=k, dv=v)
@@ -264,7 +261,7 @@ def test_heads_of_attention_steps_at_offsets_beyond_31_bits(emulator, large):
     cache_k, cache_v = (large(S, C, heads, 4, dtype=BF16) for _ in range(2))
     state = {"cache_k": cache_k, "cache_v": cache_v, "position": large(S, dtype=torch.int64)}
     inputs = {"q": q, "k": k, "v": v, **state, **ATTENTION, "chunk_size": C}
-    with emulator.launch_sizes(attention_span=64), emulator.only_bounds(apart=2**33, ends=2):  # both spans
+    with emulator.launch_sizes(attention_span=64), emulator.only_bounds(apart=APART, ends=2):  # both spans
         emulator.launch("chunked_attention_fwd", **inputs, o=o, lse=large(S, 1, heads))
 
 
@@ -287,9 +284,9 @@ def test_attention_refuses_more_blocks_than_a_grid_has(emulator, large):
         emulator.launch("chunked_attention_state", k=k, v=v, **old, chunk_size=2**16, **new)
 
     calls = [
-        partial(forward, 2**16, 8, with_state=False),
-        partial(forward, 2**16, 8, with_state=True),
-        partial(forward, 2**15, 136, with_state=True),
+        partial(forward, heads=2**16, width=8, with_state=False),
+        partial(forward, heads=2**16, width=8, with_state=True),
+        partial(forward, heads=2**15, width=136, with_state=True),
         state,
     ]
     for call in calls:
@@ -300,13 +297,14 @@ def test_attention_refuses_more_blocks_than_a_grid_has(emulator, large):
 @pytest.mark.parametrize("K", [6, 258])
 def test_elements_of_normalized_qk_at_offsets_beyond_31_bits(emulator, large, K):
     """K is no multiple of a vector's 8 elements."""
-    launch_normalized_qk(emulator, large, 2**19 // K + 40, 2**12, K, chunk_size=16)
+    launch_normalized_qk(emulator, large, tokens=2**19 // K + 40, heads=2**12, K=K, chunk_size=16)
 
 
 def test_padding_of_normalized_qk_at_offsets_beyond_31_bits(emulator, large):
-    spans = large(1, 1, 2, dtype=torch.int64)  # [0, 0)
+    empty = large(1, 1, 2, dtype=torch.int64)  # the span [0, 0)
     for K in (256, 520):
-        launch_normalized_qk(emulator, large, 2**25 // K + 40, 64, K, chunk_size=16, spans=spans)
+        tokens = 2**25 // K + 40
+        launch_normalized_qk(emulator, large, tokens=tokens, heads=64, K=K, chunk_size=16, spans=empty)
 
 
 @pytest.mark.parametrize("dtype", [BF16, F32], ids=str)
@@ -316,7 +314,7 @@ def test_padding_of_attention_at_offsets_beyond_31_bits(emulator, large, dtype):
     q, k, v, o, do, dq, dk, dv = (large(1, tokens, heads, 8, dtype=dtype) for _ in range(8))
     inputs = {"q": q, "k": k, "v": v, **ATTENTION, "spans": spans, "o": o, "lse": large(1, tokens, heads)}
     emulator.launch("chunked_attention_fwd", **inputs)
-    with emulator.launch_sizes(attention_panels=1 << 20), emulator.only_bounds(apart=2**33, ends=1):
+    with emulator.launch_sizes(attention_panels=1 << 20), emulator.only_bounds(apart=APART, ends=1):
         emulator.launch("chunked_attention_bwd", **inputs, do=do, dq=dq, dk=dk, dv=dv)
 
 
@@ -334,7 +332,7 @@ def test_cema_chooses_kernels_by_size(emulator, large):
     ):
         x, y = large(B, L, channels, dtype=BF16), large(B, L, channels, dtype=BF16)
         emulator.reset()
-        emulator.set_order("random", shared_limit=163 * 1024)
+        emulator.set_order("random", shared_limit=A100)
         emulator.launch("cema_fwd", x=x, **cema_parameters(large, channels, modes), y=y)
         assert kernel in emulator.module.launched(), (B, L, channels, modes)
 
@@ -360,8 +358,9 @@ def test_the_smoke_test_takes_tensor_cores(emulator, large):
 
 
 def test_cema_takes_the_scan_where_a_grid_would_be_too_large(emulator, large):
-    """More than 65,535 groups of 16 tiles of 128 tokens."""
-    for L, expected in ((65535 * 2048, True), (65535 * 2048 + 128, False)):
+    tile, rows_of_a_grid = 128, 65_535
+    longest = rows_of_a_grid * 16 * tile  # a block takes 16 tiles
+    for L, expected in ((longest, True), (longest + tile, False)):
         x, y, inputs = large(1, L, 8, dtype=BF16), large(1, L, 8, dtype=BF16), cema_parameters(large, 8, 5)
         with emulator.launch_sizes(cema_tile=2**13):
             assert takes_tensor_cores(emulator, "fwd", x=x, **inputs, y=y) == expected

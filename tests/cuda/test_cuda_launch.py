@@ -1,7 +1,5 @@
 """Launches from C++ and from Python: cuda/common/launch.cuh against a fake CUDA runtime, and `_launch_cuda`."""
 
-from __future__ import annotations
-
 import contextlib
 import shutil
 import subprocess

@@ -1,7 +1,5 @@
 """Rules of kernel files: kernels obey them, and lint.py finds each breach."""
 
-from __future__ import annotations
-
 import re
 from pathlib import Path
 

@@ -1,7 +1,5 @@
 """Largest elements at each access to global memory: tests/cuda/emulator/magnitude.py, and the table that it checks."""
 
-from __future__ import annotations
-
 import pytest
 import torch
 from emulator import magnitude, reached

@@ -1,14 +1,13 @@
 """Every op on emulated CUDA kernels: misaligned tensors, orders of threads, many sequences. See also test_ops.py."""
 
-from __future__ import annotations
-
 import itertools
 
 import pytest
 import torch
-from assertions import assert_bit_equal, assert_close, assert_matches_reference, every_case
+from assertions import assert_close, assert_matches_reference, every_case
 from calls import OPS, evaluate
 from cases import BUILDERS, WITH_STATE
+from emulated import assert_equal_in_every_order, run_emulated
 from emulator.device import Emulator
 from hypothesis import given, settings
 from strategies import CASES
@@ -16,8 +15,6 @@ from torch import Tensor
 
 import megalodon_ops as mo
 from megalodon_ops import _C
-
-ORDERS = ("forward", "reverse", "random")
 
 
 @pytest.mark.slow
@@ -29,14 +26,8 @@ def test_ops_on_misaligned_memory_in_every_order(emulated_module, op):
     @settings(max_examples=5)
     @given(case=CASES[op]())
     def check(case):
-        results = []
-        for order in ORDERS:
-            emulator.set_order(order)
-            with emulator.replacing(_C, offset=1):
-                results.append(evaluate(getattr(mo, op), case))
-        assert_matches_reference(results[0], case)
-        for result in results[1:]:
-            assert_bit_equal(result, results[0])
+        results = assert_equal_in_every_order(emulator, lambda: run_emulated(emulator, case, offset=1))
+        assert_matches_reference(results, case)
 
     check()
 

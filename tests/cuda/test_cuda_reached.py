@@ -1,7 +1,5 @@
 """Iteration counts of loops by tests/cuda/emulator/reached.py, and the gaps that it finds in them."""
 
-from __future__ import annotations
-
 import shutil
 import subprocess
 

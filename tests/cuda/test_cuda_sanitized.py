@@ -1,7 +1,5 @@
 """Emulated kernels under AddressSanitizer and UndefinedBehaviorSanitizer: local arrays and integers of a thread."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 import pytest

@@ -3,12 +3,10 @@
 Other tests stay near one unit, without a second slice of V, a third round or a ninth panel.
 """
 
-from __future__ import annotations
-
 import pytest
 import torch
 from assertions import assert_all_close, assert_close, assert_matches_reference
-from calls import evaluate, forward
+from calls import forward
 from cases import (
     cema_case,
     cema_end_state_case,
@@ -17,19 +15,15 @@ from cases import (
     timestep_norm_case,
     timestep_norm_end_state_case,
 )
+from emulated import run_emulated
 from emulated_attention import GRADIENTS, arguments_of, assert_accurate, assert_right, scaled_case, update_state
 from emulated_attention import gradients  # noqa: F401, a fixture
 from emulated_attention import run as run_attention
 
 import megalodon_ops as mo
-from megalodon_ops import _C, AttentionState
+from megalodon_ops import AttentionState
 
 BF16, F16, F32, F64 = torch.bfloat16, torch.float16, torch.float32, torch.float64
-
-
-def run_emulated(emulator, case, run=evaluate):
-    with emulator.replacing(_C):
-        return run(getattr(mo, case.op), case)
 
 
 def one_sequence(position=None, **shape):

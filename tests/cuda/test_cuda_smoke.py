@@ -4,8 +4,6 @@ Results and gradients are compared with the CPU's kernels in float64. With MEGAL
 appended to it, one line of JSON for each case, from which bench/gpu.sh makes its table of kernels.
 """
 
-from __future__ import annotations
-
 import json
 import os
 import re

@@ -4,8 +4,6 @@ Without CUDA kernels, or without nvcc for the planted ones, these tests are skip
 are slow ones: nvdisasm takes 18 s for one architecture. static/README.md says how to read and add promises.
 """
 
-from __future__ import annotations
-
 import re
 import shutil
 from collections.abc import Callable

@@ -3,20 +3,17 @@
 Kernels never leave their buffers. Offsets beyond a row count as its end, sequences with a wrong position as padding.
 """
 
-from __future__ import annotations
-
 import pytest
 import torch
 from assertions import assert_bit_equal
-from calls import evaluate
 from cases import BUILDERS, OPS, WITH_STATE, Case
+from emulated import run_emulated as run
 from emulated_attention import update_state
 from emulator.device import Emulator
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-import megalodon_ops as mo
-from megalodon_ops import _C, AttentionState
+from megalodon_ops import AttentionState
 
 BF16, F32, F64 = torch.bfloat16, torch.float32, torch.float64
 SMALL = {name: op.cuda.odd for name, op in OPS.items() if op.cuda}
@@ -36,11 +33,6 @@ def at_positions(case: Case, position: torch.Tensor) -> Case:
         return case.with_options(position=position)
     k, v, _ = (t.nan_to_num() for t in case.options["state"])
     return case.with_options(state=AttentionState(k, v, position))
-
-
-def run(emulator: Emulator, case: Case) -> dict[str, torch.Tensor]:
-    with emulator.replacing(_C):
-        return evaluate(getattr(mo, case.op), case)
 
 
 @st.composite

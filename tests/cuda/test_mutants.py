@@ -1,7 +1,5 @@
 """Mutants of kernels by tests/cuda/emulator/mutate.py, and its reading of test output."""
 
-from __future__ import annotations
-
 import shutil
 import signal
 import subprocess

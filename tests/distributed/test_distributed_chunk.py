@@ -1,7 +1,5 @@
 """Chunk parallel gives what one process gives: logits, losses, gradients, states."""
 
-from __future__ import annotations
-
 from dataclasses import replace
 
 import pytest

@@ -1,7 +1,5 @@
 """Generation after a prompt that ranks of a chunk group read together, evaluation, saving."""
 
-from __future__ import annotations
-
 import itertools
 import re
 from typing import Any

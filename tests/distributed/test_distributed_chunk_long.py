@@ -1,7 +1,5 @@
 """A long sequence on four processes, compared with one."""
 
-from __future__ import annotations
-
 import pytest
 import torch
 from chunk_parallel import Work, compare, worst_error

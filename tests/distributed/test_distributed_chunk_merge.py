@@ -1,7 +1,5 @@
 """The algebra of chunk parallel, in one process: the merged end states of pieces are that of the whole sequence."""
 
-from __future__ import annotations
-
 import math
 from itertools import accumulate
 

@@ -1,7 +1,5 @@
 """Data and chunk parallel together: a mesh of four processes trains, generates and evaluates as one process does."""
 
-from __future__ import annotations
-
 import re
 from typing import Any
 

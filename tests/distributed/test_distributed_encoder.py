@@ -1,7 +1,5 @@
 """An encoder on several ranks that split the rows: training as in one process, folders, errors."""
 
-from __future__ import annotations
-
 import pytest
 import torch
 import torch.distributed as dist

@@ -1,7 +1,5 @@
 """Faults between ranks: different arguments raise the same error on all ranks; a rank that ends ends the others."""
 
-from __future__ import annotations
-
 import contextlib
 import os
 import re

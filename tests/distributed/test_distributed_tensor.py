@@ -1,7 +1,5 @@
 """Tensor parallel gives what one process gives: logits, losses, gradients, states."""
 
-from __future__ import annotations
-
 import logging
 from dataclasses import replace
 

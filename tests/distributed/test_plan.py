@@ -1,7 +1,5 @@
 """Errors of `plan`, and `megalodon-ops plan`."""
 
-from __future__ import annotations
-
 import json
 import re
 import shlex

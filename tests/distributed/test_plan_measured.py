@@ -1,7 +1,5 @@
 """Predictions of `plan` against the bytes that torch saves, allocates and exchanges, and the operations it counts."""
 
-from __future__ import annotations
-
 from collections import Counter
 from dataclasses import replace
 

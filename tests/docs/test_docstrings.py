@@ -1,7 +1,5 @@
 """The docstrings' examples run, and every public name has one."""
 
-from __future__ import annotations
-
 import doctest
 import importlib
 import inspect

@@ -1,7 +1,5 @@
 """`megalodon_ops.evaluation`: losses equal those of one call on each window, whatever the pieces."""
 
-from __future__ import annotations
-
 import json
 import math
 import weakref

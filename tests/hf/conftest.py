@@ -1,7 +1,5 @@
 """The same random numbers for each test of `megalodon_ops.hf`, in whatever order tests run."""
 
-from __future__ import annotations
-
 import pytest
 import torch
 

@@ -1,7 +1,5 @@
 """transformers: weights and folders; results of calls; packed documents."""
 
-from __future__ import annotations
-
 import copy
 import importlib
 import json

@@ -1,7 +1,5 @@
 """peft: virtual tokens before padded text, and adapters in recomputed layers."""
 
-from __future__ import annotations
-
 import copy
 
 import pytest

@@ -1,7 +1,5 @@
 """transformers: an assistant and prompt lookup change how often a model is called, but no token."""
 
-from __future__ import annotations
-
 import copy
 import functools
 

@@ -1,7 +1,5 @@
 """transformers: classes of rows and of tokens by causal models, and of tokens by encoders."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 import pytest

@@ -1,7 +1,5 @@
 """transformers: names and parts by which other programs find their way in a configuration, a model and a folder."""
 
-from __future__ import annotations
-
 import json
 import os
 import re

@@ -1,7 +1,5 @@
 """transformers: the encoder's features, classification, masked-token prediction, folders and losses."""
 
-from __future__ import annotations
-
 import math
 from pathlib import Path
 

@@ -1,7 +1,5 @@
 """transformers: generation by all sampling methods, its cache and its decoder."""
 
-from __future__ import annotations
-
 import copy
 import pickle
 

@@ -1,7 +1,5 @@
 """transformers: attention masks. Rows with padding give what they give without."""
 
-from __future__ import annotations
-
 import itertools
 
 import pytest

@@ -1,7 +1,5 @@
 """Folders with weights of 8 and 4 bits in transformers: loaded, generated from and saved as `Megalodon` does."""
 
-from __future__ import annotations
-
 import pytest
 import torch
 

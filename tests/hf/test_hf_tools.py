@@ -1,7 +1,5 @@
 """Programs for transformers, offline: pipelines, Trainer, PEFT, accelerate, lm-eval."""
 
-from __future__ import annotations
-
 import contextlib
 import json
 import math

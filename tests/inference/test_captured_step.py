@@ -1,7 +1,5 @@
 """A decoder's CUDA graph has the bits of the layers, on CPU tensors and emulated kernels; test_cuda.py needs a GPU."""
 
-from __future__ import annotations
-
 import dataclasses
 import types
 import warnings

@@ -1,7 +1,5 @@
 """`Decoder` has the bits of the layers in every configuration; see test_decoder_changes.py for changed modules."""
 
-from __future__ import annotations
-
 import copy
 import gc
 import threading

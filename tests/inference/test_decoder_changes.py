@@ -1,7 +1,5 @@
 """`Decoder` with wrapped, hooked, quantised or replaced modules: these run, and the rest runs as before."""
 
-from __future__ import annotations
-
 import copy
 import dataclasses
 import warnings

@@ -1,7 +1,5 @@
 """`Decoder(undo=n)` takes tokens back: they leave no trace in states and logits, across the ends of chunks, too."""
 
-from __future__ import annotations
-
 import itertools
 
 import pytest

@@ -1,7 +1,5 @@
 """Generation: prompts, independence of rows, stops, and continuation from a state."""
 
-from __future__ import annotations
-
 import itertools
 import math
 from dataclasses import replace

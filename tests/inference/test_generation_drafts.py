@@ -1,7 +1,5 @@
 """Speculative decoding: a draft changes how often the model is called, but no token, state or end."""
 
-from __future__ import annotations
-
 import itertools
 import math
 

@@ -1,7 +1,5 @@
 """Sampling: filters, draws and random numbers."""
 
-from __future__ import annotations
-
 import itertools
 
 import pytest

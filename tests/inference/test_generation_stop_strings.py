@@ -1,7 +1,5 @@
 """Strings that end a text whose tokens come one by one."""
 
-from __future__ import annotations
-
 import hypothesis.strategies as st
 import pytest
 from assertions import assert_refuses

@@ -1,7 +1,5 @@
 """Models with quantised linear layers, by a tool or by a program, train and decode with these layers."""
 
-from __future__ import annotations
-
 import copy
 import pickle
 

@@ -1,7 +1,5 @@
 """`quantize`: a model with small weights computes, decodes, is saved and loaded as the model with the rounded weights."""
 
-from __future__ import annotations
-
 import json
 
 import pytest

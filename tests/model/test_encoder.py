@@ -3,8 +3,6 @@
 Its parts have tests of their own: test_sequence_norm.py, test_bidirectional_cema.py and test_chunked_attention.py.
 """
 
-from __future__ import annotations
-
 import math
 import pickle
 

@@ -3,8 +3,6 @@
 tests/distributed has them on several ranks, tests/model/test_encoder.py the encoder beside a plain model.
 """
 
-from __future__ import annotations
-
 import copy
 
 import pytest

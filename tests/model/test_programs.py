@@ -1,7 +1,5 @@
 """Models in programs: export, copies, calls with other parameters, transforms, compilation."""
 
-from __future__ import annotations
-
 import copy
 import io
 import pickle

@@ -1,7 +1,5 @@
 """A model's state: selecting, joining and resetting sequences, moving, files."""
 
-from __future__ import annotations
-
 import copy
 import io
 import json

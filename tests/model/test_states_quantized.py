@@ -1,7 +1,5 @@
 """States with keys and values of 8 bits: decoding, generation, rows, files, and models that refuse them."""
 
-from __future__ import annotations
-
 from dataclasses import replace
 
 import pytest

@@ -1,7 +1,5 @@
 """The build: choice of nvcc and architectures by CMake, dispatch of instruction sets, wheels, releases."""
 
-from __future__ import annotations
-
 import importlib.util
 import os
 import re

@@ -1,7 +1,5 @@
 """Files import each other in one direction, in functions and under TYPE_CHECKING too."""
 
-from __future__ import annotations
-
 import ast
 import re
 import sys

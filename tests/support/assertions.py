@@ -1,7 +1,5 @@
 """Assertions about the results of an op."""
 
-from __future__ import annotations
-
 import functools
 import re
 import traceback
@@ -100,10 +98,10 @@ def assert_all_as_accurate_as(
         )
 
 
-def references(case: Case, incoming: Callable[[str, Tensor], Tensor] | None = None) -> tuple[Tensors, Tensors]:
-    """Results and gradients of plain torch, in the case's dtype and in float64."""
+def references(case: Case, run: Callable[..., Tensors] = evaluate) -> tuple[Tensors, Tensors]:
+    """Results of `run` by plain torch, by default with gradients, in the case's dtype and in float64."""
     function = getattr(reference, case.op)
-    return evaluate(function, case, incoming), evaluate(function, case.double(), incoming)
+    return run(function, case), run(function, case.double())
 
 
 def with_references(build: Callable[..., Case]) -> Callable[..., tuple[Case, Tensors, Tensors]]:
@@ -117,16 +115,23 @@ def with_references(build: Callable[..., Case]) -> Callable[..., tuple[Case, Ten
     return built
 
 
-def assert_matches_reference(actual: Tensors, case: Case) -> None:
-    """Assert that the results of `evaluate` are the reference's, within the limits of their dtypes."""
+def assert_matches_reference(
+    actual: Tensors,
+    case: Case,
+    *,
+    run: Callable[..., Tensors] = evaluate,
+    tolerance: float = TOLERANCE,
+    limits: dict[torch.dtype, tuple[float, float]] = LIMITS,
+) -> None:
+    """Assert that the results of `run` are the reference's: in float64 by `tolerance`, else within `limits`."""
     if case.dtype == torch.float64:
-        exact = evaluate(getattr(reference, case.op), case)
-        assert_all_close(actual, exact, tolerance=TOLERANCE, terms=case.terms)
+        exact = run(getattr(reference, case.op), case)
+        assert_all_close(actual, exact, tolerance=tolerance, terms=case.terms)
         return
-    same, exact = references(case)
+    same, exact = references(case, run)
     assert actual.keys() == exact.keys()
     for name, value in actual.items():
-        factor, floor = LIMITS[value.dtype]
+        factor, floor = limits[value.dtype]
         terms = case.terms if name.startswith("d") or name == "memory" else case.mean_terms if name == "mean" else 0.0
         if case.op in ROUNDED_BETWEEN and value.is_floating_point():
             floor = max(

@@ -4,8 +4,6 @@ Tests always pass CPU tensors. On the CUDA backends the bindings of `_C` are rep
 to the device, launch there and move the results back.
 """
 
-from __future__ import annotations
-
 import functools
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext

@@ -1,7 +1,5 @@
 """A page in headless Chromium, driven by its debugging protocol through pipes, as a person would: keys and clicks."""
 
-from __future__ import annotations
-
 import functools
 import http.server
 import json

@@ -1,7 +1,5 @@
 """Run a case on an implementation: with gradients, whole, in pieces or packed."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any

@@ -1,7 +1,5 @@
 """All ops that have a tests/ops/<room>/<op>_case.py, and the functions that build their cases."""
 
-from __future__ import annotations
-
 import importlib
 
 from adaptive_working_memory.adaptive_working_memory_case import adaptive_working_memory_case

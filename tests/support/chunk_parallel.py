@@ -1,7 +1,5 @@
 """Comparison of a model on pieces of a sequence, each in a process of its own, with one process."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from itertools import accumulate

@@ -1,7 +1,5 @@
 """Quick runs of the command line for tests: a text, a finished run, and a run's metrics."""
 
-from __future__ import annotations
-
 import argparse
 import gc
 import multiprocessing

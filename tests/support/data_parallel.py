@@ -1,7 +1,5 @@
 """A small training for tests of data parallel, on several ranks or in one process."""
 
-from __future__ import annotations
-
 import warnings
 
 import torch

@@ -1,7 +1,5 @@
 """Hypothesis strategies of sizes and sequences, for the strategies of cases."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import torch

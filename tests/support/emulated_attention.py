@@ -1,12 +1,10 @@
 """chunked_attention on the emulated device: cases, forward and backward, and the bounds of both."""
 
-from __future__ import annotations
-
 from functools import partial
 
 import pytest
 import torch
-from assertions import assert_all_close, assert_as_accurate_as, assert_close
+from assertions import assert_close, assert_matches_reference
 from calls import evaluate, forward
 from cases import chunked_attention_case
 
@@ -70,13 +68,9 @@ def exact_lse(case):
 
 
 def assert_accurate(actual, case):
-    exact = forward(mo.reference.chunked_attention, case.double())["o"]
-    if case.dtype == F64:
-        assert_close(actual["o"], exact, tolerance=1e-12, name="o")
-    else:
-        same = forward(mo.reference.chunked_attention, case)["o"]
-        factor, floor = (4, 8) if case.dtype == F32 else (2, 0.5)
-        assert_as_accurate_as(actual["o"], same, exact, factor=factor, floor=floor, name="o")
+    """Assert that o and lse are right."""
+    output = lambda function, case: {"o": forward(function, case)["o"]}  # noqa: E731
+    assert_matches_reference({"o": actual["o"]}, case, run=output, tolerance=1e-12)
     lse = exact_lse(case)
     nothing = lse == -torch.inf
     assert torch.equal(actual["lse"] == -torch.inf, nothing)
@@ -99,13 +93,10 @@ def gradients(emulator, monkeypatch):
 
 
 def assert_right(actual, case, incoming=None):
-    exact = evaluate(mo.reference.chunked_attention, case.double(), incoming)
-    if case.dtype == torch.float64:
-        assert_all_close(actual, {name: exact[name] for name in GRADIENTS}, tolerance=1e-10, terms=case.terms)
-        return
-    same = evaluate(mo.reference.chunked_attention, case, incoming)
-    factor, floor = (4, 8) if case.dtype == torch.float32 else (2, 0.5)
-    for name in GRADIENTS:
-        assert_as_accurate_as(
-            actual[name], same[name], exact[name], factor=factor, floor=floor, terms=case.terms, name=name
-        )
+    """Assert that the gradients of q, k and v are right."""
+
+    def run(function, case):
+        results = evaluate(function, case, incoming)
+        return {name: results[name] for name in GRADIENTS}
+
+    assert_matches_reference(actual, case, run=run)

@@ -1,7 +1,5 @@
 """Data made with the released Megalodon code, in float64 (tests/data)."""
 
-from __future__ import annotations
-
 import json
 
 from paths import DATA

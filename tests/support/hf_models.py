@@ -1,7 +1,5 @@
 """Small transformers models and batches for the tests of `megalodon_ops.hf`."""
 
-from __future__ import annotations
-
 import pytest
 import torch
 from torch import Tensor, nn

@@ -1,7 +1,5 @@
 """Simulation of a process that is killed while it writes files."""
 
-from __future__ import annotations
-
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress

@@ -1,7 +1,5 @@
 """Program for torchrun: a command whose rank 0 is killed at its second step."""
 
-from __future__ import annotations
-
 import os
 from typing import Any
 

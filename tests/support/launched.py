@@ -1,7 +1,5 @@
 """`train` in several processes: in the pool of processes, in processes of their own, or by torchrun."""
 
-from __future__ import annotations
-
 import contextlib
 import faulthandler
 import io

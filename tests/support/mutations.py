@@ -1,7 +1,5 @@
 """Ways to corrupt a file: disk damage, cut transfers and malicious edits."""
 
-from __future__ import annotations
-
 import json
 import os
 import random

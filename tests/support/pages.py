@@ -5,8 +5,6 @@ others in between. Words are compared exactly, times (12 ms) not at all, other n
 block: "```text within 20 %". Python's own texts differ by version: "```text within 20 %, 60 % for another Python".
 """
 
-from __future__ import annotations
-
 import contextlib
 import io
 import math

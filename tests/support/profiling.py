@@ -1,7 +1,5 @@
 """Operations and memory of a call, counted by torch."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterable, Iterator
 
 from torch import Tensor

@@ -1,7 +1,5 @@
 """A pool of processes for tests, forked from one process that has imported the packages; tests share the pool."""
 
-from __future__ import annotations
-
 import contextlib
 import multiprocessing
 import tempfile

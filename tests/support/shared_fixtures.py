@@ -1,7 +1,5 @@
 """Shared fixtures of all tests, and settings of hypothesis."""
 
-from __future__ import annotations
-
 import os
 import resource
 import signal

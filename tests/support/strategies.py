@@ -1,7 +1,5 @@
 """Hypothesis strategies: calls of each op with awkward sizes and hard values."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from dataclasses import replace
 

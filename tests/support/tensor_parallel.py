@@ -1,7 +1,5 @@
 """Comparison of a model whose layers are split over processes with one process."""
 
-from __future__ import annotations
-
 import warnings
 from dataclasses import dataclass, field
 from typing import Any

@@ -1,7 +1,5 @@
 """Tokenizers of every kind, small ones, that tests share."""
 
-from __future__ import annotations
-
 import argparse
 import json
 from pathlib import Path

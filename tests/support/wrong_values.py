@@ -1,7 +1,5 @@
 """Wrong values for kinds of arguments, by name; functions turn the right value into a wrong one."""
 
-from __future__ import annotations
-
 import math
 
 import numpy as np

@@ -1,7 +1,5 @@
 """Tokenizers: bytes, the `tokenizers` package's files and sentencepiece models encode text and decode it exactly."""
 
-from __future__ import annotations
-
 import random
 
 import numpy as np

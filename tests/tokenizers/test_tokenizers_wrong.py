@@ -1,7 +1,5 @@
 """Files that are no tokenizer, damaged and mutated files, and wrong calls."""
 
-from __future__ import annotations
-
 import json
 
 import pytest

@@ -1,7 +1,5 @@
 """Mutated checkpoints of every format, and states, are refused in one line or load as valid."""
 
-from __future__ import annotations
-
 import json
 import signal
 from collections.abc import Callable, Iterator

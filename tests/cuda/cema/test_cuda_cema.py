@@ -1,44 +1,31 @@
 """Emulated CUDA kernels of cema: every path and template, orders of threads, bytes moved, bank conflicts."""
 
-from __future__ import annotations
+from functools import partial
 
+import assertions
 import pytest
 import torch
-from assertions import assert_all_close, assert_as_accurate_as, assert_bit_equal
+from assertions import assert_all_close, assert_as_accurate_as, assert_bit_equal, references
 from calls import evaluate, forward
-from cases import cema_case
+from cases import cema_case, generator, randn
+from emulated import assert_equal_in_every_order, assert_no_bank_conflicts, run_emulated
 
 import megalodon_ops as mo
 from megalodon_ops import _C
 
-ORDERS = ("forward", "reverse", "random")
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 MODES = (3, 8, 11, 17)  # for the templates of 4, 8, 16 and 32 modes
-# (factor, floor) of assert_as_accurate_as for results in 32 and in 16 bits.
-LIMITS = {4: (4, 8), 2: (2, 0.5)}
 SCAN = {"cema_table_kernel", "cema_local_kernel", "cema_carry_kernel", "cema_output_kernel"}
 GRADIENTS = {"cema_sums_kernel", "cema_finish_kernel"}
+assert_matches_reference = partial(assertions.assert_matches_reference, tolerance=1e-12)
 
 
-def run_emulated(emulator, case, offset=0):
-    with emulator.replacing(_C, offset=offset):
-        return evaluate(mo.cema, case)
-
-
-def launched_kernels(emulator):
-    return set(emulator.module.traffic())
-
-
-def assert_matches_reference(actual, case, run=evaluate):
-    exact = run(mo.reference.cema, case.double())
-    if case.dtype == torch.float64:
-        assert_all_close(actual, exact, tolerance=1e-12, terms=case.terms)
-        return
-    same = run(mo.reference.cema, case)
-    for name, value in actual.items():
-        factor, floor = LIMITS[2 if value.dtype.itemsize == 2 else 4]
-        terms = case.terms if name.startswith("d") else 0.0
-        assert_as_accurate_as(value, same[name], exact[name], factor=factor, floor=floor, terms=terms, name=name)
+def gradients_of_y(function, case):
+    """The gradients of y alone: no state has one."""
+    leaves = {name: tensor.detach().requires_grad_() for name, tensor in case.tensors.items()}
+    y = function(**leaves, **case.options)
+    dy = randn(generator(1), *y.shape, dtype=case.dtype).to(y.dtype)
+    return {f"d{name}": grad for name, grad in zip(leaves, torch.autograd.grad(y, leaves.values(), dy), strict=True)}
 
 
 @pytest.mark.parametrize("N", MODES)
@@ -48,7 +35,7 @@ def test_every_number_of_modes_and_type(emulator, dtype, N):
     state = (DTYPES.index(dtype) + MODES.index(N)) % 2 == 0
     case = cema_case(B=1, L=67, D=4, N=N, dtype=dtype, state=state)
     actual = run_emulated(emulator, case)
-    assert launched_kernels(emulator) == SCAN | GRADIENTS
+    assert emulator.launched() == SCAN | GRADIENTS
     assert_matches_reference(actual, case)
     assert_bit_equal(run_emulated(emulator, case, offset=1), actual)
 
@@ -69,9 +56,7 @@ def test_more_modes_than_a_launch_takes(emulator, dtype, sequences):
 def test_outputs_of_many_modes_and_tokens_have_room(emulator):
     """The sums of outputs are most of the workspace here."""
     case = cema_case(B=1, L=1200, D=2, N=33)
-    with emulator.replacing(_C):
-        actual = forward(mo.cema, case)
-    assert_matches_reference(actual, case, run=forward)
+    assert_matches_reference(run_emulated(emulator, case, forward), case, run=forward)
 
 
 # A tile has 32 tokens.
@@ -103,31 +88,19 @@ def test_several_blocks_a_tile(emulator):
 def test_the_gradient_of_one_output(emulator, only):
     """Only y, or only the state, has a gradient."""
     case = cema_case(B=2, L=75, D=4, N=4, state=True, dtype=torch.float64)
-    run = lambda function: evaluate(function, case, lambda name, grad: grad * (name == only))  # noqa: E731
-    with emulator.replacing(_C):
-        actual = run(mo.cema)
-    assert_all_close(actual, run(mo.reference.cema), tolerance=1e-12, terms=case.terms)
+    run = partial(evaluate, incoming=lambda name, grad: grad * (name == only))
+    assert_matches_reference(run_emulated(emulator, case, run), case, run=run)
 
 
 def test_the_gradient_of_y_without_states(emulator):
     """Without a state, dp is a sum over y."""
     case = cema_case(B=2, L=75, D=4, N=4, dtype=torch.float64)
-
-    def gradients(function):
-        leaves = {name: tensor.clone().requires_grad_() for name, tensor in case.tensors.items()}
-        y = function(**leaves)
-        dy = torch.linspace(-1, 1, y.numel(), dtype=y.dtype).reshape(y.shape)
-        found = torch.autograd.grad(y, list(leaves.values()), dy)
-        return {f"d{name}": grad for name, grad in zip(leaves, found, strict=True)}
-
-    with emulator.replacing(_C):
-        actual = gradients(mo.cema)
-    assert_all_close(actual, gradients(mo.reference.cema), tolerance=1e-12, terms=case.terms)
+    assert_matches_reference(run_emulated(emulator, case, gradients_of_y), case, run=gradients_of_y)
 
 
 def test_nothing_is_launched_for_no_channels(emulator):
     run_emulated(emulator, cema_case(B=1, L=5, D=0, N=3, state=True))
-    assert not launched_kernels(emulator)
+    assert not emulator.launched()
 
 
 TILES = (32, 64, 128, 256, 512)  # tokens; large tensors take the longer tiles
@@ -136,7 +109,7 @@ TILES = (32, 64, 128, 256, 512)  # tokens; large tensors take the longer tiles
 def test_every_tile_is_as_accurate_as_the_direct_form(emulator):
     """Slow poles on the unit circle: rounding errors of one sign would add up along a tile."""
     case = cema_case(B=1, L=2100, D=2, N=2, radius=(1.0, 1.0), angle=(-0.01, 0.01), state=True)
-    exact, same = evaluate(mo.reference.cema, case.double()), evaluate(mo.reference.cema, case)
+    same, exact = references(case)
     for tile in TILES:
         with emulator.launch_sizes(cema_tile=tile):
             actual = run_emulated(emulator, case)
@@ -176,45 +149,30 @@ def test_few_tokens_take_one_launch(emulator, tokens, N):
     sequences, dtype = FEW_TOKENS[tokens], TYPES[N]
     state = TOKEN_CASES.index((tokens, N)) % 2 == 0
     case = cema_case(**sequences, D=1 if sequences["B"] > 4 else 9, N=N, dtype=dtype, state=state)
-    with emulator.replacing(_C):
-        actual = forward(mo.cema, case)
-    assert launched_kernels(emulator) == {"cema_step_kernel"}
-    exact, same = (forward(mo.reference.cema, c) for c in (case.double(), case))
-    for name, value in actual.items():
-        if dtype == torch.float64:
-            assert_all_close({name: value}, {name: exact[name]}, tolerance=1e-12)
-        else:
-            factor, floor = LIMITS[2 if value.dtype.itemsize == 2 else 4]
-            assert_as_accurate_as(value, same[name], exact[name], factor=factor, floor=floor, name=name)
+    actual = run_emulated(emulator, case, forward)
+    assert emulator.launched() == {"cema_step_kernel"}
+    assert_matches_reference(actual, case, run=forward)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("shape", [(1, 8300, 32), (66_000, 1, 1)], ids=["channels", "sequences"])
-def test_few_tokens_of_more_than_fills_a_gpu(emulator, shape):
+@pytest.mark.parametrize(("B", "D", "N"), [(1, 8300, 32), (66_000, 1, 1)], ids=["channels", "sequences"])
+def test_few_tokens_of_more_than_fills_a_gpu(emulator, B, D, N):
     """More blocks of channels, or sequences, than a grid may have rows."""
-    B, D, N = shape
     case = cema_case(B=B, L=1, D=D, N=N)
     with emulator.replacing(_C):
         y = mo.cema(**case.tensors)
-    assert launched_kernels(emulator) == {"cema_step_kernel"}
+    assert emulator.launched() == {"cema_step_kernel"}
     assert_all_close({"y": y.double()}, {"y": mo.reference.cema(**case.double().tensors)}, tolerance=1e-5)
 
 
 def test_orders_of_threads_give_equal_bits(emulator):
     case = cema_case(B=1, L=130, D=5, N=16, cu_seqlens=[2, 40, 40, 105, 125], state=True)
-    results = []
-    for order in ORDERS:
-        emulator.set_order(order)
-        results.append(evaluate_both_paths(emulator, case))
-    assert_bit_equal(results[1], results[0])
-    assert_bit_equal(results[2], results[0])
+    few = case.tensors | {"x": case.tensors["x"][:, :3], "state": None}
 
+    def both_paths(function, case):
+        return evaluate(function, case) | {"few tokens": function(**few)}
 
-def evaluate_both_paths(emulator, case):
-    results = run_emulated(emulator, case)
-    with emulator.replacing(_C):
-        y = mo.cema(**case.tensors | {"x": case.tensors["x"][:, :3], "state": None})
-    return results | {"few tokens": y}
+    assert_equal_in_every_order(emulator, lambda: run_emulated(emulator, case, both_paths))
 
 
 POLES = {
@@ -228,7 +186,7 @@ POLES = {
 def test_long_memory_is_as_accurate_as_the_direct_form(emulator, poles):
     """Coefficients are rounded once, so that phases do not drift with the length."""
     case = cema_case(B=1, L=1503, D=3, N=4, **poles, state=True)
-    exact, same = evaluate(mo.reference.cema, case.double()), evaluate(mo.reference.cema, case)
+    same, exact = references(case)
     for name, value in run_emulated(emulator, case).items():
         assert_as_accurate_as(value, same[name], exact[name], factor=1, floor=4, name=name)
 
@@ -307,8 +265,7 @@ def test_bytes_moved(emulator, dtype):
 
 def test_bytes_moved_in_decoding(emulator):
     case = cema_case(B=8, L=1, D=64, N=16, dtype=torch.bfloat16, state=True)
-    with emulator.replacing(_C):
-        forward(mo.cema, case)
+    run_emulated(emulator, case, forward)
     traffic = emulator.traffic("cema_step_kernel")
     least = case.tensors["state"].nbytes
     assert traffic["state"]["load_sectors"] * 32 == traffic["state_out"]["store_sectors"] * 32 == least
@@ -317,7 +274,5 @@ def test_bytes_moved_in_decoding(emulator):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
 def test_no_bank_conflicts(emulator, dtype):
     run_emulated(emulator, cema_case(B=1, L=35, D=34, N=16, dtype=dtype, state=True))
-    shared = [site for kernel in SCAN | GRADIENTS for site in emulator.sites(kernel) if site["shared"]]
-    assert {site["kernel"] for site in shared} == (SCAN | GRADIENTS) - {"cema_table_kernel"}
-    for site in shared:
-        assert site["transactions"] == site["ideal"], site
+    assert not [site for site in emulator.sites("cema_table_kernel") if site["shared"]]
+    assert_no_bank_conflicts(emulator, *(SCAN | GRADIENTS) - {"cema_table_kernel"})

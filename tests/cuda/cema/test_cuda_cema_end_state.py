@@ -3,13 +3,12 @@
 The public op on these kernels: test_ops.py, test_end_states.py. Orders of threads: test_cuda_ops.py.
 """
 
-from __future__ import annotations
-
 import pytest
 import torch
 from assertions import assert_bit_equal, assert_matches_reference
-from calls import evaluate, forward
+from calls import forward
 from cases import cema_end_state_case
+from emulated import assert_no_bank_conflicts, run_emulated
 from test_cuda_cema import DTYPES, MANY_MODES, MODES, SEQUENCES, TILES
 
 import megalodon_ops as mo
@@ -19,29 +18,20 @@ FORWARD = {f"cema_{name}_kernel" for name in ("table", "local", "carry", "ends")
 BACKWARD = {f"cema_{name}_kernel" for name in ("table", "local", "carry", "output", "sums", "finish")}
 
 
-def run_emulated(emulator, case, offset=0, run=evaluate):
-    with emulator.replacing(_C, offset=offset):
-        return run(mo.cema_end_state, case)
-
-
-def launched_kernels(emulator):
-    return set(emulator.module.traffic())
-
-
 @pytest.mark.parametrize("N", MODES)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_every_number_of_modes_and_type(emulator, dtype, N):
     """Several tiles; vector and scalar accesses."""
     case = cema_end_state_case(B=1, L=67, D=4, N=N, dtype=dtype)
     actual = run_emulated(emulator, case)
-    assert launched_kernels(emulator) == FORWARD | BACKWARD
+    assert emulator.launched() == FORWARD | BACKWARD
     assert_matches_reference(actual, case)
     assert_bit_equal(run_emulated(emulator, case, offset=1), actual)
 
 
 def test_few_tokens_take_the_scan(emulator):
-    run_emulated(emulator, cema_end_state_case(B=3, L=1, D=4, N=4), run=forward)
-    assert launched_kernels(emulator) == {"cema_table_kernel", "cema_ends_kernel"}
+    run_emulated(emulator, cema_end_state_case(B=3, L=1, D=4, N=4), forward)
+    assert emulator.launched() == {"cema_table_kernel", "cema_ends_kernel"}
 
 
 @pytest.mark.parametrize(("dtype", "sequences"), MANY_MODES.values(), ids=MANY_MODES)
@@ -82,12 +72,12 @@ def test_small_weights_keep_their_gradients(emulator):
 def test_bytes_moved_by_the_forward(emulator, dtype):
     """x is read once, and again in the two of six tiles where sequences end; only states are written."""
     case = cema_end_state_case(B=2, L=96, D=32, N=16, dtype=dtype)
-    run_emulated(emulator, case, run=forward)
+    run_emulated(emulator, case, forward)
     x, state = case.tensors["x"].nbytes, 2 * 32 * 16 * 8
     assert emulator.sectors("cema_local_kernel", "x", "load") == x
     assert emulator.sectors("cema_ends_kernel", "x", "load") == x // 3
     assert emulator.traffic("cema_ends_kernel")["state_out"]["store_bytes"] == state
-    traffic = [item for kernel in launched_kernels(emulator) for item in emulator.traffic(kernel).items()]
+    traffic = [item for kernel in emulator.launched() for item in emulator.traffic(kernel).items()]
     written = {name for name, t in traffic if t["store_bytes"]}
     assert written == {"workspace", "state_out"}
 
@@ -109,8 +99,4 @@ def test_bytes_moved_by_the_backward(emulator):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
 def test_no_bank_conflicts(emulator, dtype):
     run_emulated(emulator, cema_end_state_case(B=1, L=35, D=34, N=16, dtype=dtype))
-    for kernel in FORWARD - {"cema_table_kernel"}:
-        sites = [site for site in emulator.sites(kernel) if site["shared"]]
-        assert sites
-        for site in sites:
-            assert site["transactions"] <= site["ideal"], site
+    assert_no_bank_conflicts(emulator, *FORWARD - {"cema_table_kernel"})

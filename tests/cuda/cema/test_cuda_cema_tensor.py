@@ -1,7 +1,5 @@
 """Sums of cema's backward on emulated tensor cores: cuda/cema/cema_mma.cuh."""
 
-from __future__ import annotations
-
 import pytest
 import torch
 from assertions import assert_all_close, assert_as_accurate_as, assert_bit_equal

@@ -1,12 +1,11 @@
 """chunked_attention on emulated CUDA kernels: every kernel and tiling, log-sum-exp, blocks of rows, bytes moved."""
 
-from __future__ import annotations
-
 import pytest
 import torch
 from assertions import assert_all_close, assert_bit_equal, assert_close
 from calls import forward
 from cases import chunked_attention_case
+from emulated import assert_equal_in_every_order, assert_no_bank_conflicts
 from emulated_attention import assert_accurate, run, scaled_case
 from emulator.device import Emulator
 from hypothesis import given, settings
@@ -17,7 +16,6 @@ from megalodon_ops import _C, AttentionState
 from megalodon_ops.ops.common.reference_helpers import sequences
 
 BF16, F16, F32, F64 = torch.bfloat16, torch.float16, torch.float32, torch.float64
-ORDERS = ("forward", "reverse", "random")
 
 # Shapes by kernel: each tiling and each kind of tail. Sequences, chunks and tiles end at arbitrary rows.
 ON_TENSOR_CORES = {
@@ -79,14 +77,12 @@ def test_every_tiling_matches_the_reference(emulator, kernel, shape, offset):
 @pytest.mark.parametrize("path", ["64-columns", "256-columns", "float-256-columns", "wide", "double"])
 def test_the_order_of_threads_changes_no_bit(emulator, path):
     case = scaled_case(**PATHS[path][1])
-    results = []
-    for order in ORDERS:
-        emulator.set_order(order)
-        results.append(run(emulator, case))
-    finite = [{name: value.nan_to_num(neginf=-1e30) for name, value in result.items()} for result in results]
-    assert all(torch.isfinite(value).all() for result in finite for value in result.values())
-    assert_bit_equal(finite[1], finite[0])
-    assert_bit_equal(finite[2], finite[0])
+
+    def finite():
+        return {name: value.nan_to_num(neginf=-1e30) for name, value in run(emulator, case).items()}
+
+    results = assert_equal_in_every_order(emulator, finite)
+    assert all(value.isfinite().all() for value in results.values())
 
 
 @pytest.mark.parametrize(("dtype", "longest"), [(BF16, 600), (F32, 200)], ids=str)
@@ -285,9 +281,7 @@ def test_values_of_nan_cost_a_few_forwards(emulator, K, V, dtype):
 def test_no_bank_conflicts(emulator, path):
     kernel, shape = PATHS[path]
     run(emulator, scaled_case(**shape))
-    shared = [site for site in emulator.sites(kernel) if site["shared"]]
-    assert shared
-    assert [site for site in shared if site["transactions"] > site["ideal"]] == []
+    assert_no_bank_conflicts(emulator, kernel)
 
 
 def test_pieces_through_every_kernel_give_the_whole(emulator):

@@ -3,13 +3,12 @@
 The forward runs on the CPU.
 """
 
-from __future__ import annotations
-
 import pytest
 import torch
 from assertions import assert_bit_equal
 from calls import evaluate
 from cases import chunked_attention_case
+from emulated import assert_equal_in_every_order
 from emulated_attention import GRADIENTS, arguments_of, assert_right, gradients  # noqa: F401, a fixture
 from emulator.device import ROOT, DeviceTensor
 
@@ -273,11 +272,7 @@ def test_the_order_of_threads_changes_nothing(emulator, gradients, path):
     dtype, offset = PATHS[path]
     sizes = {"B": 1, "L": 40, "H": 1, "K": 24, "V": 40, "C": 48}
     case = chunked_attention_case(**sizes, state=True, dropkey=0.2, dtype=dtype)
-    emulator.set_order("forward")
-    expected = gradients(case, offset)
-    for order in ("reverse", "random"):
-        emulator.set_order(order, seed=2)
-        assert_bit_equal(gradients(case, offset), expected)
+    assert_equal_in_every_order(emulator, lambda: gradients(case, offset))
 
 
 def test_bytes_moved(emulator, gradients):

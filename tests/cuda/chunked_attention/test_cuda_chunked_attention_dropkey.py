@@ -1,7 +1,5 @@
 """DropKey's random words for rows, columns, heads and sequences beyond 16 bits; spans of which all keys are dropped."""
 
-from __future__ import annotations
-
 import pytest
 import torch
 from assertions import assert_close

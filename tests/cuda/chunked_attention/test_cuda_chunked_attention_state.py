@@ -1,7 +1,5 @@
 """States of chunked_attention on emulated CUDA kernels: copied, in place, half in place; bytes moved."""
 
-from __future__ import annotations
-
 import pytest
 import torch
 from assertions import assert_bit_equal

@@ -1,7 +1,5 @@
 """Build and drive the emulated device: memory as torch tensors, launches, reports, counters."""
 
-from __future__ import annotations
-
 import fcntl
 import hashlib
 import importlib.util
@@ -253,6 +251,10 @@ class Emulator:
 
     def _launcher(self, name: str, offset: int | dict[str, int]) -> Callable[..., None]:
         return lambda *arguments: self.call(name, *arguments, offset=offset)
+
+    def launched(self) -> set[str]:
+        """Kernels since the last reset."""
+        return set(self.module.launched())
 
     def traffic(self, kernel: str) -> dict[str, dict[str, int]]:
         """Memory traffic of `kernel` since the last reset, by buffer.

@@ -1,7 +1,5 @@
 """Pytest fixture of the emulated device, built once per session if a source has changed."""
 
-from __future__ import annotations
-
 import os
 from collections.abc import Iterator
 from types import ModuleType

@@ -4,8 +4,6 @@ device.py compiles all of them into every build, turned off; test_cuda_known_bug
 `{on}` is true if the bug is on.
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 

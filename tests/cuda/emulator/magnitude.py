@@ -17,8 +17,6 @@ line counts as reached whatever index it adds. Rules of the source hold there: n
 multiple of one (widened.py), no product is cut to 32 bits (lint.py), and none is cut silently (-Werror=conversion).
 """
 
-from __future__ import annotations
-
 import json
 import re
 import sys

@@ -6,8 +6,6 @@ of mutants that would have changed something]}}. A test that exceeds its seconds
 first answer lists all tests.
 """
 
-from __future__ import annotations
-
 import gc
 import json
 import os

@@ -6,8 +6,6 @@ and `?:` and operands of `&&` and `||` become constants. Loops take one more ite
 A file can be rewritten to contain all of its mutants; a number chooses one at run time.
 """
 
-from __future__ import annotations
-
 import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass

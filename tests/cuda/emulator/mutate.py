@@ -12,8 +12,6 @@ of a kernel, of cuda/common or of the tests, a mutant runs again. The last colum
 harmless, is written by hand.
 """
 
-from __future__ import annotations
-
 import argparse
 import hashlib
 import json

@@ -1,7 +1,5 @@
 """Launch the kernels of planted/wrappers.cu."""
 
-from __future__ import annotations
-
 from torch import Tensor
 
 

@@ -11,8 +11,6 @@ It has the numbers of iterations by type ("16", "wide" or none), where 3 stands 
 there is a gap, a reason. Launches with unchecked results (`only_bounds`) do not count.
 """
 
-from __future__ import annotations
-
 import argparse
 import json
 import os

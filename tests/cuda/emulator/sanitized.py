@@ -7,8 +7,6 @@ They find errors that the emulator misses: accesses past the end of a thread's l
     run(library, "ops", op...)          every kernel of all ops, or of these ops, at small shapes
 """
 
-from __future__ import annotations
-
 import os
 import shutil
 import subprocess

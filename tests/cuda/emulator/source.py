@@ -1,7 +1,5 @@
 """Kernel files as text: comments, parentheses, loops."""
 
-from __future__ import annotations
-
 import re
 from collections.abc import Iterator
 

@@ -8,8 +8,6 @@ A constant multiple counts if its other factor may be a size, as it was cut from
 a loop's iteration is none.
 """
 
-from __future__ import annotations
-
 import re
 from collections.abc import Iterator
 from pathlib import Path

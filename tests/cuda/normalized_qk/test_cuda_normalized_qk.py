@@ -3,23 +3,14 @@
 The public op on these kernels: test_ops.py.
 """
 
-from __future__ import annotations
-
 import pytest
 import torch
-from assertions import assert_bit_equal, assert_matches_reference
-from calls import evaluate, forward
-from cases import Case, normalized_qk_case
-
-import megalodon_ops as mo
-from megalodon_ops import _C
+from assertions import assert_matches_reference
+from calls import forward
+from cases import normalized_qk_case
+from emulated import assert_equal_in_every_order, assert_no_bank_conflicts, run_emulated
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
-
-
-def run(emulator, case: Case, offset: int = 0, run=evaluate):
-    with emulator.replacing(_C, offset=offset):
-        return run(mo.normalized_qk, case)
 
 
 KEY_DIMS = {  # K for vectors of v elements
@@ -35,7 +26,7 @@ KEY_DIMS = {  # K for vectors of v elements
 def test_each_division_of_a_head(emulator, dtype, key_dim):
     """Two parts of the backward; warps and blocks with several tokens, but not full."""
     case = normalized_qk_case(B=1, L=29, H=1, K=key_dim(16 // dtype.itemsize), C=7, dtype=dtype, cu_seqlens=[1, 9, 27])
-    assert_matches_reference(run(emulator, case), case)
+    assert_matches_reference(run_emulated(emulator, case), case)
 
 
 @pytest.mark.parametrize(
@@ -44,18 +35,13 @@ def test_each_division_of_a_head(emulator, dtype, key_dim):
 def test_misaligned_tensors(emulator, dtype, key_dim):
     """Pairs of elements replace the vectors of aligned tensors."""
     case = normalized_qk_case(B=1, L=19, H=2, K=key_dim, C=7, dtype=dtype, position=True, lengths=[18])
-    assert_matches_reference(run(emulator, case, offset=1), case)
+    assert_matches_reference(run_emulated(emulator, case, offset=1), case)
 
 
 @pytest.mark.parametrize("key_dim", [32, 520])
 def test_orders_of_threads_give_equal_bits(emulator, key_dim):
     case = normalized_qk_case(B=3, L=5, H=1, K=key_dim, C=3, lengths=[5, 0, 2], dtype=torch.bfloat16)
-    results = []
-    for order in ("forward", "reverse", "random"):
-        emulator.set_order(order)
-        results.append(run(emulator, case))
-    assert_bit_equal(results[1], results[0])
-    assert_bit_equal(results[2], results[0])
+    assert_equal_in_every_order(emulator, lambda: run_emulated(emulator, case))
 
 
 WIDE = [(torch.bfloat16, 256), (torch.float32, 128), (torch.float32, 64)]
@@ -71,7 +57,7 @@ def assert_moved_once(emulator, kernel: str, nbytes: int, **names: str) -> None:
 @pytest.mark.parametrize(("dtype", "key_dim"), WIDE)
 def test_bytes_moved_by_the_forward(emulator, dtype, key_dim):
     case = normalized_qk_case(B=2, L=40, H=2, K=key_dim, C=16, dtype=dtype)
-    run(emulator, case, run=forward)
+    run_emulated(emulator, case, forward)
     kernel, gamma = "normalized_qk_fwd_warp_kernel", case.tensors["gamma"]
     assert_moved_once(emulator, kernel, case.tensors["z"].nbytes, z="load", q="store", k="store")
     traffic = emulator.traffic(kernel)
@@ -82,7 +68,7 @@ def test_bytes_moved_by_the_forward(emulator, dtype, key_dim):
 def test_bytes_moved_by_the_backward(emulator, dtype, key_dim):
     """Each part of 16 tokens also writes a share of dgamma and dbeta."""
     case = normalized_qk_case(B=2, L=40, H=2, K=key_dim, C=16, dtype=dtype)
-    run(emulator, case)
+    run_emulated(emulator, case)
     kernel, shares = "normalized_qk_bwd_warp_kernel", 80 // 16 * 4 * 2 * key_dim * 4
     assert_moved_once(emulator, kernel, case.tensors["z"].nbytes, z="load", dq="load", dk="load", dz="store")
     assert_moved_once(emulator, kernel, shares, workspace="store")
@@ -91,18 +77,15 @@ def test_bytes_moved_by_the_backward(emulator, dtype, key_dim):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_no_bank_conflicts(emulator, dtype):
-    run(emulator, normalized_qk_case(B=1, L=20, H=1, K=256, dtype=dtype))
-    sites = [site for site in emulator.sites("normalized_qk_bwd_warp_kernel") if site["shared"]]
-    assert sites
-    for site in sites:
-        assert site["transactions"] <= site["ideal"], site
+    run_emulated(emulator, normalized_qk_case(B=1, L=20, H=1, K=256, dtype=dtype))
+    assert_no_bank_conflicts(emulator, "normalized_qk_bwd_warp_kernel")
 
 
 @pytest.mark.parametrize(("dtype", "key_dim", "kernel"), [(torch.float32, 128, "warp"), (torch.bfloat16, 264, "block")])
 def test_the_boundary_between_the_kernels(emulator, dtype, key_dim, kernel):
     case = normalized_qk_case(K=key_dim, dtype=dtype)
-    run(emulator, case, run=forward)
-    assert set(emulator.module.traffic()) == {f"normalized_qk_fwd_{kernel}_kernel"}
+    run_emulated(emulator, case, forward)
+    assert emulator.launched() == {f"normalized_qk_fwd_{kernel}_kernel"}
 
 
 @pytest.mark.parametrize("name", ["z", "gamma", "beta", "rotary", "q", "k", "dq", "dk", "dz"])
@@ -112,17 +95,17 @@ def test_one_unaligned_tensor_leads_to_narrow_accesses(emulator, monkeypatch, na
         emulator, "_allocate", lambda shape, dtype, label, _: allocate(shape, dtype, label, label == name)
     )
     case = normalized_qk_case(K=32, dtype=torch.bfloat16)
-    assert_matches_reference(run(emulator, case), case)
+    assert_matches_reference(run_emulated(emulator, case), case)
 
 
 @pytest.mark.parametrize("sizes", [{"L": 0}, {"B": 0}, {"K": 0}])
 def test_nothing_is_launched_for_no_tokens(emulator, sizes):
     case = normalized_qk_case(dtype=torch.float32, **sizes)
-    assert run(emulator, case, run=forward)["q"].numel() == 0
-    assert emulator.module.traffic() == {}
+    assert run_emulated(emulator, case, forward)["q"].numel() == 0
+    assert not emulator.launched()
 
 
 def test_no_channels_have_no_gradients(emulator):
     case = normalized_qk_case(K=0)
-    assert all(value.numel() == 0 for value in run(emulator, case).values())
-    assert emulator.module.traffic() == {}
+    assert all(value.numel() == 0 for value in run_emulated(emulator, case).values())
+    assert not emulator.launched()

@@ -3,8 +3,6 @@
 Each kernel of cuda/ matches exactly one entry of PROMISES.
 """
 
-from __future__ import annotations
-
 import re
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace

@@ -3,13 +3,12 @@
 The public op on these kernels: test_ops.py.
 """
 
-from __future__ import annotations
-
 import pytest
 import torch
 from assertions import assert_all_close, assert_bit_equal, assert_close, assert_matches_reference
 from calls import evaluate, forward
 from cases import Case, timestep_norm_case
+from emulated import assert_equal_in_every_order, assert_no_bank_conflicts, run_emulated
 from emulator.device import Emulator
 from hypothesis import given
 from hypothesis import strategies as st
@@ -19,11 +18,6 @@ from megalodon_ops import _C
 
 TILE = 64  # tokens of a block
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
-
-
-def run(emulator, case: Case, offset: int = 0, run=evaluate):
-    with emulator.replacing(_C, offset=offset):
-        return run(mo.timestep_norm, case)
 
 
 def vector(dtype: torch.dtype) -> int:
@@ -45,13 +39,13 @@ WIDTHS = {  # channels of a group
 def test_each_division_of_a_row(emulator, dtype, width):
     """Three groups, which leave lanes of a warp idle; two tiles, the second one short."""
     case = timestep_norm_case(B=1, L=TILE + 5, G=3, width=width(vector(dtype)), dtype=dtype, count=2)
-    assert_matches_reference(run(emulator, case), case)
+    assert_matches_reference(run_emulated(emulator, case), case)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_misaligned_tensors(emulator, dtype):
     case = timestep_norm_case(B=1, L=TILE + 5, G=2, width=vector(dtype), dtype=dtype, count=2)
-    assert_matches_reference(run(emulator, case, offset=1), case)
+    assert_matches_reference(run_emulated(emulator, case, offset=1), case)
 
 
 def test_a_state_counts_with_its_residual(emulator):
@@ -78,13 +72,13 @@ def test_a_state_counts_with_its_residual(emulator):
 def test_counts_beyond_32_bits(emulator, before, L):
     """The count passes 2^31 inside the call, or its lower half is small; two tiles enter a third one."""
     case = timestep_norm_case(B=2, L=L, G=2, width=4, count=before, dtype=torch.float64)
-    assert_matches_reference(run(emulator, case), case)
+    assert_matches_reference(run_emulated(emulator, case), case)
 
 
 def test_a_large_mean_beside_a_small_deviation(emulator):
     """Means near 3e5 with deviation 1, over six tiles: a float's spacing there is 1/32. Gradients use the same means."""
     case = timestep_norm_case(B=1, L=5 * TILE + 20, G=2, width=8, mean=3e5, std=1.0)
-    actual = run(emulator, case)
+    actual = run_emulated(emulator, case)
     exact = evaluate(mo.reference.timestep_norm, case.double())
     for name in ("y", "dx", "dweight", "dbias"):
         assert_close(actual[name].double(), exact[name], tolerance=1e-5, name=name)
@@ -111,7 +105,7 @@ def test_a_state_of_count_0_keeps_the_residual_of_a_large_mean(emulator, garbage
 def test_a_state_may_lack_its_residual(emulator):
     case = timestep_norm_case(B=2, L=5, G=3, width=8, count=3)
     zero = case.with_options(residual=torch.zeros_like(case.options["residual"]))
-    assert_bit_equal(run(emulator, case.with_options(residual=None)), run(emulator, zero))
+    assert_bit_equal(run_emulated(emulator, case.with_options(residual=None)), run_emulated(emulator, zero))
 
 
 def test_null_pointers_for_gradients_of_states(emulator):
@@ -126,7 +120,7 @@ def test_null_pointers_for_gradients_of_states(emulator):
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(emulator, "call", record)
-        run(emulator, case)
+        run_emulated(emulator, case)
     *inputs, dx, dweight, dbias, dmean, dvar = launches[-1]
     others = [torch.empty_like(t) for t in (dx, dweight, dbias)]
     emulator.call("timestep_norm_bwd", *inputs, *others, None, None)
@@ -136,8 +130,8 @@ def test_null_pointers_for_gradients_of_states(emulator):
 
 def test_no_channels(emulator):
     case = timestep_norm_case(B=2, L=5, G=1, width=0, count=2)
-    assert run(emulator, case)["y"].numel() == 0
-    assert emulator.module.traffic().keys() == {f"timestep_norm_{way}_empty_kernel" for way in ("fwd", "bwd")}
+    assert run_emulated(emulator, case)["y"].numel() == 0
+    assert emulator.launched() == {f"timestep_norm_{way}_empty_kernel" for way in ("fwd", "bwd")}
 
 
 @pytest.mark.parametrize("L", [0, TILE + 5])
@@ -163,7 +157,7 @@ def test_the_workspace_of_many_channels(emulator):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_more_groups_than_a_warp_holds(emulator, dtype):
     case = timestep_norm_case(B=1, L=TILE + 5, G=37, width=vector(dtype), dtype=dtype)
-    assert_matches_reference(run(emulator, case), case)
+    assert_matches_reference(run_emulated(emulator, case), case)
 
 
 # Multiples of warps and tiles, and their neighbours.
@@ -186,7 +180,7 @@ def test_sequences_that_begin_and_end_anywhere_in_tiles(emulated_module):
     @given(case=tiled_cases(), order=st.sampled_from(["forward", "reverse", "random"]))
     def check(case, order):
         emulator.set_order(order)
-        assert_matches_reference(run(emulator, case), case)
+        assert_matches_reference(run_emulated(emulator, case), case)
 
     check()
 
@@ -198,24 +192,19 @@ def test_more_tiles_than_scan_threads_and_shares(emulator):
     case = timestep_norm_case(
         B=1, L=tokens, G=1, width=1, dtype=torch.float64, count=3, cu_seqlens=[5, 40 * TILE + 3, tokens - 1]
     )
-    assert_all_close(run(emulator, case), evaluate(mo.timestep_norm, case), tolerance=1e-10, terms=case.terms)
+    assert_all_close(run_emulated(emulator, case), evaluate(mo.timestep_norm, case), tolerance=1e-10, terms=case.terms)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_orders_of_threads_give_equal_bits(emulator, dtype):
     case = timestep_norm_case(B=3, L=TILE + 9, G=3, width=16, lengths=[TILE + 9, 0, 30], dtype=dtype, count=2)
-    results = []
-    for order in ("forward", "reverse", "random"):
-        emulator.set_order(order)
-        results.append(run(emulator, case))
-    assert_bit_equal(results[1], results[0])
-    assert_bit_equal(results[2], results[0])
+    assert_equal_in_every_order(emulator, lambda: run_emulated(emulator, case))
 
 
 @pytest.mark.parametrize(("B", "L"), [(70, 1), (3, 32), (1, TILE)])
 def test_one_launch_where_no_sequence_crosses_tiles(emulator, B, L):
     case = timestep_norm_case(B=B, L=L, G=2, width=8, count=5)
-    run(emulator, case, run=forward)
+    run_emulated(emulator, case, forward)
     (traffic,) = emulator.module.traffic().values()
     assert "y" in traffic and "workspace" not in traffic
 
@@ -232,7 +221,7 @@ WIDE = [pytest.param(torch.bfloat16, 64, id="bfloat16-64"), pytest.param(torch.f
 def test_bytes_moved_by_the_forward(emulator, dtype, width):
     """y is written once, x is read once by each of two kernels; other traffic is small."""
     case = timestep_norm_case(B=1, L=6 * TILE, G=8, width=width, dtype=dtype)
-    run(emulator, case, run=forward)
+    run_emulated(emulator, case, forward)
     x, stats = case.tensors["x"].nbytes, 3 * 6 * TILE * 8 * 4
     moments, final, _ = kernels = [f"timestep_norm_{name}_kernel" for name in ("fwd_moments", "fwd", "carry")]
     assert emulator.sectors(moments, "x", "load") == x
@@ -245,7 +234,7 @@ def test_bytes_moved_by_the_forward(emulator, dtype, width):
 def test_bytes_moved_by_the_backward(emulator, dtype, width):
     """dx is written once; x, dy and the statistics are read once by each of two kernels; other traffic is small."""
     case = timestep_norm_case(B=1, L=6 * TILE, G=8, width=width, dtype=dtype)
-    run(emulator, case)
+    run_emulated(emulator, case)
     x, stats = case.tensors["x"].nbytes, 3 * 6 * TILE * 8 * 4
     sums, final, _ = kernels = [f"timestep_norm_{name}_kernel" for name in ("bwd_sums", "bwd", "carry")]
     for kernel in (sums, final):
@@ -258,9 +247,6 @@ def test_bytes_moved_by_the_backward(emulator, dtype, width):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_no_bank_conflicts(emulator, dtype):
-    run(emulator, timestep_norm_case(B=1, L=3 * TILE, G=8, width=32, dtype=dtype))
-    for kernel in ("fwd_moments", "fwd", "bwd_sums", "bwd"):
-        sites = [site for site in emulator.sites(f"timestep_norm_{kernel}_kernel") if site["shared"]]
-        assert sites
-        for site in sites:
-            assert site["transactions"] <= site["ideal"], site
+    run_emulated(emulator, timestep_norm_case(B=1, L=3 * TILE, G=8, width=32, dtype=dtype))
+    names = ("fwd_moments", "fwd", "bwd_sums", "bwd")
+    assert_no_bank_conflicts(emulator, *(f"timestep_norm_{name}_kernel" for name in names))

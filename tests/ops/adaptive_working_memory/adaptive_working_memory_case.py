@@ -1,7 +1,5 @@
 """Calls of adaptive_working_memory."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import torch

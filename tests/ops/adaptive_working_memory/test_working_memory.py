@@ -1,7 +1,5 @@
 """adaptive_working_memory: golden data, recall, models with a working memory. See also test_ops.py."""
 
-from __future__ import annotations
-
 from dataclasses import replace
 from functools import partial
 from itertools import pairwise

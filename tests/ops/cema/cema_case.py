@@ -1,7 +1,5 @@
 """Calls of cema."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import torch

@@ -1,7 +1,5 @@
 """Calls of cema_end_state."""
 
-from __future__ import annotations
-
 from dataclasses import replace
 from typing import Any
 

@@ -1,7 +1,5 @@
 """bidirectional_cema against a convolution, reversal, refusals. See also test_ops.py."""
 
-from __future__ import annotations
-
 import pytest
 import torch
 from assertions import assert_close, assert_refuses

@@ -1,7 +1,5 @@
 """cema: golden data, poles by the unit circle, lazily conjugated inputs, errors. See also test_ops.py."""
 
-from __future__ import annotations
-
 import math
 
 import pytest

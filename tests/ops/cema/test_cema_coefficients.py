@@ -1,7 +1,5 @@
 """cema_coefficients: values, gradients, every angle, numbers of modes and channels, threads, fallback to torch."""
 
-from __future__ import annotations
-
 import itertools
 import math
 

@@ -1,7 +1,5 @@
 """Calls of chunked_attention; states for other attention ops."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import torch

@@ -1,7 +1,5 @@
 """chunked_attention: golden data, whole chunks, DropKey, large scores, the state in place, errors. See also test_ops.py."""
 
-from __future__ import annotations
-
 import itertools
 import math
 

@@ -4,8 +4,6 @@ Only CUDA tensors take these paths. Here they run on the CPU: "products" with th
 torch's flash attention for the CPU, whose results have the layout of CUDA's.
 """
 
-from __future__ import annotations
-
 import importlib.util
 import math
 
@@ -170,20 +168,22 @@ def test_autocast_does_not_change_the_paths(force_path):
 
 def test_the_workspace_does_not_grow_with_the_length(force_path):
     force_path("products", torch.float32)
+    C, H, K, itemsize = 40, 2, 64, 4
 
     def workspace(L: int, backward: bool) -> int:
-        case = case_of("products", torch.float32, B=1, L=L, K=64, V=128)
+        case = case_of("products", torch.float32, B=1, L=L, H=H, K=K, V=128, C=C)
         q, k, v = case.tensors.values()
-        o, lse = module.compute("forward", "products", (q, k, v), chunk_size=40, causal=True, scale=1.0)
+        options = dict(chunk_size=C, causal=True, scale=1.0)
+        o, lse = module.compute("forward", "products", (q, k, v), **options)
         given = ("backward", "products", (o, q, k, v, o, lse)) if backward else ("forward", "products", (q, k, v))
-        kept, peak = allocated(lambda: module.compute(*given, chunk_size=40, causal=True, scale=1.0))
+        kept, peak = allocated(lambda: module.compute(*given, **options))
         return peak - kept
 
-    square = 2 * 40 * 40 * 4  # scores of two chunks
-    extended = 2 * 2 * 40 * (2 * 64 + 8) * 4  # q and k of two chunks with added columns, and their parts
+    square = 2 * C * C * itemsize  # scores of two chunks
+    extended = 2 * 2 * C * (2 * K + 8) * itemsize  # q and k of two chunks with added columns, and their parts
     for backward, matrices in (False, 1), (True, 2):
-        short, long = workspace(160, backward), workspace(1600, backward)
-        columns = (1600 - 160) * 2 * (8 + 3 + 3 + 2) * 4  # a few numbers per row and head
+        short, long = workspace(4 * C, backward), workspace(40 * C, backward)
+        columns = (40 - 4) * C * H * 16 * itemsize  # at most 16 numbers for each row and head
         assert long - short <= columns
         assert square / 5 <= short <= matrices * square + extended + columns, (backward, short)
 

@@ -1,7 +1,5 @@
 """chunked_attention with keys and values of 8 bits in its state: results, rounding, pieces, values that are not finite."""
 
-from __future__ import annotations
-
 from functools import partial
 
 import pytest

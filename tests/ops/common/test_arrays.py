@@ -1,7 +1,5 @@
 """Arrays of other libraries as arguments of the ops: results, memory, errors. CuPy's are in test_arrays_cupy.py."""
 
-from __future__ import annotations
-
 import itertools
 import weakref
 from types import SimpleNamespace

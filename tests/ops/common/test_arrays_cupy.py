@@ -1,7 +1,5 @@
 """CuPy arrays as arguments of the ops: results, and the order of CuPy's and torch's streams."""
 
-from __future__ import annotations
-
 import importlib.util
 from typing import Any
 

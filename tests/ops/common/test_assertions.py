@@ -1,7 +1,5 @@
 """Assertion helpers fail on zeros, NaN, a flipped sign, a wrong scale, shape or dtype."""
 
-from __future__ import annotations
-
 import pytest
 import torch
 from assertions import (

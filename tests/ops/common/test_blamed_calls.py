@@ -1,7 +1,5 @@
 """Plausible mistakes of callers: the error names the wrong argument, not a later consequence."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from typing import Any
 

@@ -3,8 +3,6 @@
 test_ops.py has the promises of every op, and shows that states of pieces merge to the state of the whole.
 """
 
-from __future__ import annotations
-
 import pytest
 import torch
 from assertions import (

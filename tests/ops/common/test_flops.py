@@ -1,7 +1,5 @@
 """Operation counts of torch.utils.flop_counter; names of autograd nodes."""
 
-from __future__ import annotations
-
 import importlib
 import math
 

@@ -1,7 +1,5 @@
 """Processes forked after ops ran on several threads, such as DataLoader workers, may use several threads, too."""
 
-from __future__ import annotations
-
 import ctypes
 import os
 import shutil

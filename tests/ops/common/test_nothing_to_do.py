@@ -1,7 +1,5 @@
 """Calls on empty tensors with very many rows return at once or are refused."""
 
-from __future__ import annotations
-
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager

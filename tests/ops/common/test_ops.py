@@ -1,7 +1,5 @@
 """Promises of every op: accuracy, layouts, sequences in pieces or packed, determinism, autograd, compilation."""
 
-from __future__ import annotations
-
 import itertools
 from dataclasses import replace
 

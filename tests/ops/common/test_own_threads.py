@@ -1,7 +1,5 @@
 """Threads of a decoded token, which are the package's own: bits, life, signals, forks, and a thread that cannot start."""
 
-from __future__ import annotations
-
 import multiprocessing
 import os
 import re

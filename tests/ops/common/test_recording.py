@@ -1,7 +1,5 @@
 """A recorded step has the bits of its module and leaves nothing out, whatever torch computes between kernels."""
 
-from __future__ import annotations
-
 import copy
 import gc
 import itertools

@@ -1,7 +1,5 @@
 """The reference: hand-derived backward against autograd, closed forms, random numbers."""
 
-from __future__ import annotations
-
 import math
 
 import pytest

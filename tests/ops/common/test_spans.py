@@ -1,7 +1,5 @@
 """Spans from each public form, and the errors that name the argument given."""
 
-from __future__ import annotations
-
 import pytest
 import torch
 from torch import tensor

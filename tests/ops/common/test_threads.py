@@ -3,8 +3,6 @@
 Torch's own products and sums make no such promise; kernels that call them are not tested here.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 
 import pytest

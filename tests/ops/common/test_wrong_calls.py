@@ -3,8 +3,6 @@
 The error is neither torch's nor that of a Python attribute or comparison. NumPy numbers are accepted like Python's.
 """
 
-from __future__ import annotations
-
 import copy
 import inspect
 import math

@@ -1,7 +1,5 @@
 """gated_silu: values over all magnitudes, gradients, layouts, threads, fallback to torch."""
 
-from __future__ import annotations
-
 import itertools
 import math
 

@@ -1,7 +1,5 @@
 """layer_norm and rms_norm: values, gradients, hard values, layouts, threads, fallback to torch."""
 
-from __future__ import annotations
-
 import itertools
 
 import pytest

@@ -1,7 +1,5 @@
 """linear: all implementations equal F.linear up to rounding. test_linear_choice.py tests the choice of one."""
 
-from __future__ import annotations
-
 import functools
 import itertools
 

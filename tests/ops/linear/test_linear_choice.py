@@ -1,7 +1,5 @@
 """linear: choice of the implementation, fallback to torch, environment variable."""
 
-from __future__ import annotations
-
 import importlib.util
 import itertools
 from types import SimpleNamespace

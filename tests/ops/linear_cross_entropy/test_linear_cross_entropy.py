@@ -1,7 +1,5 @@
 """linear_cross_entropy: blocks give torch's cross-entropy and never hold all logits."""
 
-from __future__ import annotations
-
 import pytest
 import torch
 import torch.nn.functional as F

@@ -1,7 +1,5 @@
 """Megalodon.loss with a modified output module is the cross-entropy of the model's logits."""
 
-from __future__ import annotations
-
 import pytest
 import torch
 import torch.nn.functional as F

@@ -1,8 +1,5 @@
 """Calls of normalized_attention."""
 
-from __future__ import annotations
-
-
 import torch
 from case import F32, Case, Op, count_sequences, generator, randn
 from drawing import CHANNELS, DTYPES, KINDS, SEEDS, lengths_around, sequences

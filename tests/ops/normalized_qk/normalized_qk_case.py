@@ -1,7 +1,5 @@
 """Calls of normalized_qk."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import torch

@@ -1,7 +1,5 @@
 """normalized_qk: rotary angles far into a chunk, degenerate z, positions, errors. See also test_ops.py."""
 
-from __future__ import annotations
-
 import pytest
 import torch
 from assertions import assert_all_as_accurate_as, assert_close, assert_refuses, with_references

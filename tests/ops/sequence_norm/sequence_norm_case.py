@@ -1,7 +1,5 @@
 """Calls of sequence_norm."""
 
-from __future__ import annotations
-
 from dataclasses import replace
 from typing import Any
 

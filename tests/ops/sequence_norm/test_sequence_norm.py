@@ -1,7 +1,5 @@
 """sequence_norm against torch's group norm, and means that dwarf the spread. See also test_ops.py."""
 
-from __future__ import annotations
-
 import pytest
 import torch
 from assertions import assert_close, assert_matches_reference

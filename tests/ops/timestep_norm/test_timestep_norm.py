@@ -1,7 +1,5 @@
 """timestep_norm: golden data, means that dwarf the spread, streams that do not drift, errors. See also test_ops.py."""
 
-from __future__ import annotations
-
 import pytest
 import torch
 from assertions import (

@@ -1,7 +1,5 @@
 """Calls of timestep_norm_end_state."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import torch
