@@ -5,7 +5,7 @@
 //   dweight = sum_T dy (x - mean) rstd;  dbias = sum_T dy
 //
 // The sum over j is u + 2 v (x_t - m) for an arbitrary pivot m; another pivot m' has u' = u + 2 v (m' - m) and the same
-// v. So sums of neighbouring spans are added once they have the same pivot. The gradient of the end state adds a =
+// v. So sums of neighbouring tiles are added once they have the same pivot. The gradient of the end state adds a =
 // dmean / n and b = dvar / n at the last row. The gradient of the initial state, which has seen n timesteps, is n u for
 // the mean and n v for the variance, about the state's mean.
 //
@@ -138,10 +138,10 @@ GPU_INLINE void store_rows(R* to, const R (&value)[kRows]) {
   }
 }
 
-// Sums u, v of a span of rows, about `pivot`.
+// Sums u, v of consecutive tiles, about `pivot`.
 struct Sums {
   double u, v, pivot;
-  bool closed;  // a sequence ends in the span, so later rows have no influence
+  bool closed;  // a sequence ends in these tiles, so later rows have no influence
 };
 
 GPU_INLINE Sums combine(const Sums& after, const Sums& before) {
