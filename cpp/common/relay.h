@@ -8,8 +8,8 @@
 
 namespace megalodon::MEGALODON_ISA {
 
-// Completion flags of numbered places, such as blocks of rows. A job publishes its place and waits for earlier ones. Jobs
-// start in order or all at once, so a wait always ends.
+// Completion flags of numbered places, such as blocks of rows. A job publishes its place and waits for earlier ones.
+// Jobs start in order or all at once, so a wait always ends.
 class Milestones {
  public:
   explicit Milestones(int64_t places) : done_(places) { forget(places); }

@@ -239,7 +239,8 @@ void backward(const TimestepNormBwdParams& p) {
   const int64_t slots = smaller(plan.blocks, kSlots);
   Scratch<double> sums(slots * 2 * D);
   const double work = 8.0 * static_cast<double>(p.sequences.tokens * D);
-  parallel_jobs<StreamFence>(plan.blocks, work, [&] { return Backward<T>(p, plan, turns, sums.get()); }, Order::backward);
+  const auto make = [&] { return Backward<T>(p, plan, turns, sums.get()); };
+  parallel_jobs<StreamFence>(plan.blocks, work, make, Order::backward);
   for (int64_t slot = 1; slot < slots; ++slot)
     for (int64_t c = 0; c < 2 * D; ++c) sums[c] += sums[slot * 2 * D + c];
   for (int64_t c = 0; c < D; ++c) {
@@ -276,7 +277,8 @@ class EndStateBackward {
   // Loads sequence s: dx = level + slope (x - mean). The level includes the mean's residual.
   void load_sequence(int64_t s) {
     const double factor = 1 / static_cast<double>(p.sequences.length(s) * (D / G));
-    const R *mean = static_cast<const R*>(p.mean_out) + s * G, *residual = static_cast<const R*>(p.residual_out) + 2 * s * G;
+    const R* mean = static_cast<const R*>(p.mean_out) + s * G;
+    const R* residual = static_cast<const R*>(p.residual_out) + 2 * s * G;
     const R *dmean = static_cast<const R*>(p.dmean_out), *dvar = static_cast<const R*>(p.dvar_out);
     for (int64_t g = 0; g < G; ++g) {
       const double slope = dvar ? 2 * factor * dvar[s * G + g] : 0;

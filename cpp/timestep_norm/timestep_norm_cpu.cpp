@@ -1,4 +1,5 @@
-// Timestep norm: group norm with cumulative statistics along time. Derivation: ops/timestep_norm/timestep_norm_reference.py.
+// Timestep norm on the CPU: group norm with cumulative statistics along time. Derivation:
+// ops/timestep_norm/timestep_norm_reference.py.
 //
 //   gm, gv = mean and biased variance of x_t in its group of F = D / G channels;  n' = n + 1, c2 = 1 / n', c1 = 1 - c2
 //   mean' = mean + c2 (gm - mean);  var' = c1 var + c2 (gv + c1 (gm - mean)^2);  rstd = 1 / sqrt(var' + eps)

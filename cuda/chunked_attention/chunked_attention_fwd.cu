@@ -1,3 +1,4 @@
+// Launches attention's forward for its binding: steps, tensor cores, or multiply-adds.
 #include "chunked_attention_fma.cuh"
 #include "chunked_attention_mma.cuh"
 #include "chunked_attention_step.cuh"

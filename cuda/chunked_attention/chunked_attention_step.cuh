@@ -1,4 +1,5 @@
-// Chunked attention, forward, of few tokens per sequence after a cache, as in decoding: memory bound.
+// Chunked attention, forward, of few tokens per sequence after a cache, as in decoding: bound by memory. Launched by
+// chunked_attention_fwd.cu.
 //
 //   s_j = scale q . k_j, for the keys j of the token's chunk so far
 //   o = sum_j exp(s_j) v_j / sum_j exp(s_j);  lse = log sum_j exp(s_j)

@@ -1,3 +1,4 @@
+// Launches timestep norm's forward for its binding.
 #include "timestep_norm_fwd.cuh"
 
 namespace megalodon {
