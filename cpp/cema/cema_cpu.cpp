@@ -163,6 +163,7 @@ void forward(const CemaFwdParams& params) {
   }
   const CemaPlan plan(params, kLanes<R>, num_threads());
   if (!plan.split) return run_forward<T>(params, plan);
+  // Local end states of the segments -> their initial states -> their outputs.
   const Scratch<R> starts(plan.count * params.channels * params.modes * 2);
   CemaFwdParams local = params;
   local.y = nullptr;
@@ -355,6 +356,7 @@ void backward(const CemaBwdParams& params) {
     const bool folded = run_folded_or_direct<T>(params, plan, sums.get(), sums.get(), params.dx);
     return finish<R>(params, plan, folded, sums.get());
   }
+  // Initial states of the segments, then the gradients of their end states, then both phases with these.
   const int64_t states = plan.count * params.channels * params.modes * 2;
   const Scratch<R> starts(states), ends(states);
   CemaFwdParams local_fwd{params, nullptr, starts.get(), true};

@@ -38,7 +38,8 @@ class Backward {
       if (s < 0) return;
       scan(s, a, b, (a - from) * G);
       if (b == p.sequences.end(s)) return deliver(place, s, a);
-      continued_s = s, continued_begin = a;
+      continued_s = s;
+      continued_begin = a;
     });
     if (continued_s >= 0) {
       plan.relay.wait(place - 1);
@@ -99,7 +100,8 @@ class Backward {
     const int64_t size = D / G, offset = a * D;
     const T *x = static_cast<const T*>(p.x), *x_end = x + p.sequences.tokens * D;
     const T *dy = static_cast<const T*>(p.dy), *dy_end = dy + p.sequences.tokens * D;
-    x += offset, dy += offset;
+    x += offset;
+    dy += offset;
     for (int64_t first = 0; first < (b - a) * G; first += lanes, x += lanes * size, dy += lanes * size) {
       const R* gains[lanes];
       for (int64_t i = 0, g = first % G; i < lanes; ++i, g = g + 1 == G ? 0 : g + 1) gains[i] = &plan.gain[g * size];

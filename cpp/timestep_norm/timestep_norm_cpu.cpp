@@ -46,7 +46,8 @@ class Forward {
       if (s < 0) return;
       scan(s, a, b, (a - from) * G);
       if (a == p.sequences.begin(s)) return deliver(block, s, b, (b - 1 - from) * G);
-      continued_s = s, continued_end = b;
+      continued_s = s;
+      continued_end = b;
     });
     if (continued_s >= 0) {
       plan.relay.wait(block - 1);
@@ -81,7 +82,11 @@ class Forward {
         mean[g] = mean0[g] + c2 * d;
         var[g] = c1 * var0[g] + c2 * (row_var[g] + c1 * d * d);
       }
-      mean0 = mean, var0 = var, hi += G, lo += G, row_var += G;
+      mean0 = mean;
+      var0 = var;
+      hi += G;
+      lo += G;
+      row_var += G;
     }
   }
 

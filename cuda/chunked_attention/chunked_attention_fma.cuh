@@ -153,7 +153,10 @@ __global__ void __launch_bounds__(kFmaThreads, 1)
     __syncthreads();  // this slice is complete, and no thread reads the previous one any more
     const R* const stage = shared + stage_number * Tiling::kStage;
     stage_number ^= 1;
-    if (++slice == slices) slice = 0, column += kKeys;
+    if (++slice == slices) {
+      slice = 0;
+      column += kKeys;
+    }
     if (column < window.end) copy(column, slice, shared + stage_number * Tiling::kStage);
     return stage;
   };
