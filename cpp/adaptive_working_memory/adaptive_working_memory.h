@@ -1,4 +1,5 @@
-// Working memory: a matrix per head, written by earlier chunks. Derivation: ops/adaptive_working_memory/adaptive_working_memory_reference.py.
+// Working memory, a matrix per head that earlier chunks wrote: parameters of the kernel, which the binding launches.
+// Derivation: ops/adaptive_working_memory/adaptive_working_memory_reference.py.
 #pragma once
 
 #include "isa.h"

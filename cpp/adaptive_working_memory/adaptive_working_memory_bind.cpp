@@ -18,7 +18,8 @@ MEGALODON_BINDING(working_memory_steps,
   params.sequences = make_sequences(kMemory, q.size(0), q.size(1), spans);
   const int64_t B = q.size(0), L = q.size(1), H = q.size(2), K = q.size(3), C = chunk_size;
   const int64_t V = values.rank("(B, L, H, V)", 4).size(3), S = params.sequences.count;
-  if (C < 1) throw py::value_error(std::string(kMemory) + ": `chunk_size` must be positive, got " + std::to_string(C) + ".");
+  if (C < 1)
+    throw py::value_error(std::string(kMemory) + ": `chunk_size` must be positive, got " + std::to_string(C) + ".");
   params.heads = H;
   params.key_dim = K;
   params.value_dim = V;
@@ -42,8 +43,9 @@ MEGALODON_BINDING(working_memory_steps,
   params.o = TensorView(kMemory, "o", o).like(values).data();
   for (int64_t s = 0; s < S; ++s)
     if (params.position[s] < 0 || params.position[s] > kMaxPositions)
-      throw py::value_error(std::string(kMemory) + ": `state.position` must be in [0, " + std::to_string(kMaxPositions) +
-                            "], got " + std::to_string(params.position[s]) + " at " + std::to_string(s) + ".");
+      throw py::value_error(std::string(kMemory) + ": `state.position` must be in [0, " +
+                            std::to_string(kMaxPositions) + "], got " + std::to_string(params.position[s]) + " at " +
+                            std::to_string(s) + ".");
   MEGALODON_LAUNCH(target, working_memory_steps, params);
 }
 

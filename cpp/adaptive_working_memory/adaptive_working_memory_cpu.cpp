@@ -1,4 +1,5 @@
-// Read and write a working memory at a few positions, as in decoding. Derivation: ops/adaptive_working_memory/adaptive_working_memory_reference.py.
+// Read and write a working memory at a few positions, as in decoding. Derivation:
+// ops/adaptive_working_memory/adaptive_working_memory_reference.py.
 //
 //   o_t = softmax(q_t) M                       read, at each position
 //   M'  = (1 - r) M + r P^T (V - F M)          write, after each chunk; P, F and V are of that chunk or an earlier one

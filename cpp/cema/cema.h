@@ -1,4 +1,6 @@
-// CEMA: h_t = q h_{t-1} + p x_t,  y_t = Re(sum_n gamma_n h_t[n]) + omega x_t. Derivation: ops/cema/cema_reference.py.
+// CEMA: parameters of the kernels, which cema_bind.cpp launches. Derivation: ops/cema/cema_reference.py.
+//
+//   h_t = q h_{t-1} + p x_t,   y_t = Re(sum_n gamma_n h_t[n]) + omega x_t
 #pragma once
 
 #include "isa.h"

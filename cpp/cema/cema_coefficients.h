@@ -1,4 +1,5 @@
-// CEMA's coefficients from its parameters, on the CPU. Derivation: ops/cema/cema_coefficients_reference.py.
+// CEMA's coefficients from its parameters, on the CPU: parameters of the kernels, which cema_coefficients_bind.cpp
+// launches. Derivation: ops/cema/cema_coefficients_reference.py.
 #pragma once
 
 #include "dtype.h"

@@ -64,12 +64,12 @@ template <class T>
 void forward_steps(const CemaFwdParams& params) {
   using R = Compute<T>;
   const Sequences& sequences = params.sequences;
-  const int64_t modes = params.modes, tiles = ceil_div(params.channels, Stepper<T>::kWidth);
-  const int64_t groups = std::clamp<int64_t>(ceil_div(kJobs, tiles), 1, sequences.count);
-  parallel_jobs<FlushDenormals>(tiles * groups, scan_work(params), [&] {
+  const int64_t modes = params.modes, blocks = ceil_div(params.channels, Stepper<T>::kWidth);
+  const int64_t groups = std::clamp<int64_t>(ceil_div(kJobs, blocks), 1, sequences.count);
+  parallel_jobs<FlushDenormals>(blocks * groups, scan_work(params), [&] {
     return [&, stepper = Stepper<T>(modes)](int64_t job) {
-      const int64_t group = job / tiles, end = sequences.count * (group + 1) / groups;
-      const int64_t first = job % tiles * Stepper<T>::kWidth;
+      const int64_t group = job / blocks, end = sequences.count * (group + 1) / groups;
+      const int64_t first = job % blocks * Stepper<T>::kWidth;
       const int64_t channels = std::min(Stepper<T>::kWidth, params.channels - first);
       const auto modal = [&](const void* tensor, int64_t at) { return static_cast<const R*>(tensor) + at; };
       for (int64_t s = sequences.count * group / groups; s < end; ++s) {
@@ -163,6 +163,7 @@ void forward(const CemaFwdParams& params) {
   }
   const CemaPlan plan(params, kLanes<R>, num_threads());
   if (!plan.split) return run_forward<T>(params, plan);
+  // Local end states of the segments -> their initial states -> their outputs.
   const Scratch<R> starts(plan.count * params.channels * params.modes * 2);
   CemaFwdParams local = params;
   local.y = nullptr;
@@ -355,6 +356,7 @@ void backward(const CemaBwdParams& params) {
     const bool folded = run_folded_or_direct<T>(params, plan, sums.get(), sums.get(), params.dx);
     return finish<R>(params, plan, folded, sums.get());
   }
+  // Initial states of the segments, then the gradients of their end states, then both phases with these.
   const int64_t states = plan.count * params.channels * params.modes * 2;
   const Scratch<R> starts(states), ends(states);
   CemaFwdParams local_fwd{params, nullptr, starts.get(), true};

@@ -1,11 +1,8 @@
-// Inner loops of the CEMA kernels. A tile is one vector of channels at up to kTileSteps positions. A pass runs over a
-// tile with the states of a few modes in registers.
-//   coefs (N, kCoefs, lanes): coefficients of the tile's channels
-//   state (N, 2, lanes) in a scan: s or g;  (N, 4, lanes) in a sensitivity pass: u and w
-//
-// If q is near 1, the rounding error of the product Re(q) s is nearly the same at every position. So the product is
-// fused with the following sum. Without a fused instruction, Re(q) is split into an integer, whose product is exact,
-// and a remainder, whose product is small.
+// Inner loops of the CEMA kernels, which cema_tile.h and cema_cpu.cpp call. A tile is one vector of channels at up to
+// kTileSteps positions. A pass runs over a tile with the states of a few modes in registers:
+//   scan_pass          states s or g (enum Form): state (N, 2, lanes)
+//   sensitivity_pass   states u and their derivatives w by q: state (N, 4, lanes)
+// Coefficients of the tile's channels are in coefs (N, kCoefs, lanes).
 #pragma once
 
 #include <algorithm>
@@ -25,21 +22,30 @@ inline constexpr int kSensitivityModes = 2;
 
 enum Coef { kQRe, kQIm, kCRe, kCIm, kP, kCoefs };
 
-// Sums over positions, in double: dy w, dy u, x Re(g), and the end state's gradient times w at the end of a span. A
-// gradient is such a sum times factors that are the same at all positions.
-enum Sum { kSumWRe, kSumWIm, kSumHRe, kSumHIm, kSumP, kSumEndRe, kSumEndIm, kSums };
+// Sums over positions, in double. A gradient is such a sum times factors that are the same at all positions.
+enum Sum {
+  kSumWRe, kSumWIm,      // dy w
+  kSumHRe, kSumHIm,      // dy u
+  kSumP,                 // x Re(g)
+  kSumEndRe, kSumEndIm,  // the end state's gradient times w at the end of a segment
+  kSums
+};
 
-// out = omega in; then for each mode and position:
-// folded:  s = q s + in,    out += Re(c s)
-// direct:  s = q s + p in,  out += Re(c s)
-// adjoint: g = s + c in,    out += p Re(g),  kSumP += x Re(g),  s = q g
+// Step of a scan for each mode and position, after out = omega in.
 // Without kInput, `in` counts as zero and is not read; without kOutput there is no `out`.
-enum class Form { folded, direct, adjoint };
+enum class Form {
+  folded,   // s = q s + in,    out += Re(c s)
+  direct,   // s = q s + p in,  out += Re(c s)
+  adjoint,  // g = s + c in,    out += p Re(g),  kSumP += x Re(g),  s = q g
+};
 
-// The first pass over a tile reads its input from the rows and copies it to the tile; in a scan it applies omega. The
-// last pass of a scan writes its output to the rows. All other input and output stays in the tile. 16-bit rows are
-// copied to the tile before the first pass and from it after the last: no pass is compiled for 16 bits.
-enum class Part { first, inner, last };
+// Input and output of a pass. 16-bit rows are copied to the tile before its first pass and from it after the last,
+// so that all passes are `inner`: no pass is compiled for 16 bits.
+enum class Part {
+  first,  // copies its input from the rows to the tile; in a scan it applies omega
+  inner,  // input and output stay in the tile
+  last,   // of a scan: writes its output to the rows
+};
 
 template <class R>
 struct Tile {
@@ -109,7 +115,9 @@ struct FetchAhead {
 };
 
 // Re(q). times(v, addend) returns Re(q) v + addend. If the addend is a product, wrap it in unfused(): only one of two
-// products can be fused with their sum.
+// products can be fused with their sum. The product with v is fused because, if q is near 1, its rounding error is
+// nearly the same at every position. Without a fused instruction, Re(q) is split into an integer, whose product is
+// exact, and a remainder, whose product is small.
 template <class R>
 struct Factor {
   using V = Vec<R>;

@@ -1,4 +1,5 @@
-// Division of the CEMA kernels' work: segments of tokens, groups of segments, strips of channels.
+// Division of the work of cema_cpu.cpp, whose head defines the parts: segments of tokens, groups of segments, strips of
+// channels.
 #pragma once
 
 #include <unistd.h>
@@ -58,6 +59,7 @@ struct CemaPlan {
       for (; end - begin > longest; begin += longest) segments[i++] = {s, begin, begin + longest};
       segments[i++] = {s, begin, end};
     }
+    // A group is a segment of a split sequence, or the segments that begin in its equal share of the tokens.
     for (int64_t g = 0, i = 0; g <= groups; ++g) {
       const int64_t token = ceil_div(sequences.tokens * g, groups);
       while (i < count && (g == groups || (split ? i < g : segments[i].begin < token))) ++i;
@@ -91,10 +93,10 @@ struct CemaPlan {
     return total;
   }
   int64_t count_groups(const CemaParams& params, int lanes) const {
-    const int64_t tiles = ceil_div(ceil_div(params.channels, lanes), kMinStrip);
+    const int64_t most_strips = ceil_div(ceil_div(params.channels, lanes), kMinStrip);
     if (split) return count;
     const int64_t most = std::min(count, ceil_div(params.sequences.tokens, kMinGroup));
-    return std::clamp<int64_t>(ceil_div(kJobs, tiles), 1, std::max<int64_t>(most, 1));
+    return std::clamp<int64_t>(ceil_div(kJobs, most_strips), 1, std::max<int64_t>(most, 1));
   }
 };
 

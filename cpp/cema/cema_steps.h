@@ -1,4 +1,4 @@
-// CEMA of short sequences, as in decoding: one position at a time.
+// CEMA of short sequences, as in decoding, for cema_cpu.cpp: one position at a time.
 #pragma once
 
 #include "cema_plan.h"
@@ -43,7 +43,9 @@ struct Stepper {
   }
 
   const int64_t modes;
-  Scratch<R> x, y, drive, part, state;
+  Scratch<R> x, y;         // (kWidth)
+  Scratch<R> drive, part;  // (kWidth, N): x of the mode's channel; Re(gamma h)
+  Scratch<R> state;        // (kWidth, N, 2), for a caller without a tensor for states
 };
 
 }  // namespace megalodon::MEGALODON_ISA

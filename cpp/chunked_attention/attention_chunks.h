@@ -1,4 +1,4 @@
-// Shared parts of the forward and backward of chunked attention: the chunks, the rows they read, the masks, and the
+// Shared by the CPU's forward and backward of chunked attention: the chunks, the rows they read, the masks, and the
 // distribution of chunks over threads.
 #pragma once
 

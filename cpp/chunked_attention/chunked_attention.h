@@ -1,4 +1,5 @@
-// Softmax attention inside chunks of C positions. Derivation: ops/chunked_attention/chunked_attention_reference.py.
+// Softmax attention inside chunks of C positions: parameters of the kernels, which chunked_attention_bind.cpp launches.
+// Derivation: ops/chunked_attention/chunked_attention_reference.py.
 #pragma once
 
 #include "isa.h"

@@ -105,7 +105,7 @@ class ChunkBackward {
     PackedMatrix<U> ds_rows;    // dS^T by rows
   };
 
-  // Returns `pairs` if units are pairs, else `elements`.
+  // Returns `pairs` if units (gemm.h) are pairs, else `elements`.
   template <class Pairs, class Elements>
   static const auto& units(const Pairs& pairs, const Elements& elements) {
     if constexpr (kPaired) return pairs;

@@ -1,10 +1,11 @@
-// Attention of a few queries over many keys, as in decoding: each key and value is read once, in place.
+// Attention of a few queries over many keys, as in decoding, for chunked_attention_cpu.cpp: each key and value is read
+// once, in place.
 //
 //   s_ij = scale q_i . k_j;  lse_i = log sum_j exp(s_ij);  o_i = sum_j exp(s_ij - lse_i) v_j
 //
 // A job owns one chunk or, if there are few chunks, one segment of a chunk's keys. It computes all heads, so that it
-// reads contiguous memory. The result of a segment is its max, sum and O; these are merged in order of the segments. A
-// segment is processed in tiles of kKeyTile keys: scores of kVector keys at a time, online softmax, O += p_j v_j.
+// reads contiguous memory. It processes tiles of kKeyTile keys: scores of kVector keys at a time, online softmax,
+// O += p_j v_j. Its result is a partial: max, sum and O. The partials of a chunk's segments are merged in their order.
 // 8-bit rows are converted to float in registers.
 #pragma once
 

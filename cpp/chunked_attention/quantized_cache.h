@@ -1,4 +1,5 @@
-// Keys and values of a state in 8 bits. A row of numbers x_i is stored as one int8 q_i for each, then a float scale s.
+// Keys and values of a state in 8 bits, for the CPU's kernels. A row of numbers x_i is stored as one int8 q_i for each,
+// then a float scale s.
 //
 //   s = max(max_i |x_i| / 127, smallest normal float), NaN if an x_i is not finite;  q_i = round(x_i / s);  x_i ~ s q_i
 //

@@ -1,5 +1,5 @@
-// Rows of channels in groups of arbitrary size: sums over each group, and broadcasts of a group's value to its
-// channels.
+// For the norms on the CPU: rows of channels in groups of arbitrary size, sums over each group, and broadcasts of a
+// group's value to its channels.
 #pragma once
 
 #include <type_traits>
@@ -91,11 +91,11 @@ MEGALODON_INLINE Vec<R> keep_first(Vec<R> v, int64_t n) {
   return lane < lane - lane + static_cast<LaneInt<R>>(n) ? v : zeros<R>();
 }
 
-// Two vectors to be added. Where i has `bit` set, lane i of `kept` is b[i], and lane i of `other` is b[i ^ bit];
-// elsewhere they are a[i] and a[i ^ bit].
+// Two vectors whose sum has, in each lane i, the sum of two lanes of a or, if i has `bit` set, of b.
 template <class R>
 struct LanePairs {
-  Vec<R> kept, other;
+  Vec<R> kept;   // a[i], or b[i]
+  Vec<R> other;  // a[i ^ bit], or b[i ^ bit]
 };
 template <class R, int bit, int... i>
 MEGALODON_INLINE LanePairs<R> pair_crosswise(Vec<R> a, Vec<R> b, std::integer_sequence<int, i...>) {

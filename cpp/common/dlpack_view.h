@@ -1,5 +1,5 @@
-// Reads a torch tensor through DLPack's C exchange API (dmlc/dlpack 1.2, torch 2.10, or later): one call, no Python
-// objects. The structs follow DLPack's ABI.
+// For tensor_view.cpp: reads a torch tensor through DLPack's C exchange API (dmlc/dlpack 1.2, torch 2.10, or later) by
+// one call, without Python objects. The structs follow DLPack's ABI.
 #pragma once
 
 #include <pybind11/pybind11.h>
@@ -50,7 +50,8 @@ inline bool dlpack_view(py::handle object, DlpackTensor& out) {
       parameter = reinterpret_cast<PyTypeObject*>(py::object(torch.attr("nn").attr("Parameter")).release().ptr());
       const py::object capsule = py::getattr(torch.attr("Tensor"), "__dlpack_c_exchange_api__", py::none());
       if (!PyCapsule_IsValid(capsule.ptr(), "dlpack_exchange_api")) return;
-      const auto* found = static_cast<const DlpackExchange*>(PyCapsule_GetPointer(capsule.ptr(), "dlpack_exchange_api"));
+      const auto* found =
+          static_cast<const DlpackExchange*>(PyCapsule_GetPointer(capsule.ptr(), "dlpack_exchange_api"));
       if (found->major == DlpackExchange::kMajor && found->view) exchange = found;
     }
   } torch;

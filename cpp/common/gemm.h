@@ -1,7 +1,8 @@
-// Matrix products on packed panels: the layout, and a micro-kernel that holds a tile of the result in registers.
+// Matrix products on packed panels: the layout, and a micro-kernel that holds a tile of the result in registers. For
+// kernels of attention and linear layers; panels.h packs.
 //
-//   A packed matrix M is cut into panels of kTileColumns columns. A panel stores its rows one after the other, so a
-//   panel is one stream of memory. The micro-kernel computes a tile of kTileRows x kTileColumns: for each index of the
+//   A panel is kTileColumns consecutive columns of a matrix M, or fewer at its end, packed row after row, so it is one
+//   stream of memory. The micro-kernel computes a tile of kTileRows x kTileColumns: for each index of the
 //   depth it loads one row of B as vectors and multiplies it by kTileRows broadcast elements of A. A broadcast costs
 //   the same wherever the element is, so a packed matrix serves as A in two ways:
 //     A = M     rows of the tile are rows of M, the depth runs along its columns (panel after panel)

@@ -31,8 +31,8 @@ constexpr int kIsas = sizeof(kNames) / sizeof(kNames[0]);
 // clang before version 19 does not know these names for __builtin_cpu_supports().
 bool f16c_lzcnt_movbe_supported() {
   unsigned a, b, c, d, extended;
-  return __get_cpuid(1, &a, &b, &c, &d) && __get_cpuid(0x80000001, &a, &b, &extended, &d) && (c & bit_F16C) && (c & bit_MOVBE) &&
-         (extended & bit_LZCNT);
+  return __get_cpuid(1, &a, &b, &c, &d) && __get_cpuid(0x80000001, &a, &b, &extended, &d) && (c & bit_F16C) &&
+         (c & bit_MOVBE) && (extended & bit_LZCNT);
 }
 
 // clang before version 15 and g++ before version 11 do not know this name, either.
@@ -61,8 +61,8 @@ bool supported(int i) {
 #if defined(__x86_64__)
   __builtin_cpu_init();
   const bool v2 = __builtin_cpu_supports("sse4.2") && __builtin_cpu_supports("popcnt");
-  const bool v3 = v2 && __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("bmi") &&
-                  __builtin_cpu_supports("bmi2") && f16c_lzcnt_movbe_supported();
+  const bool v3 = v2 && __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
+                  __builtin_cpu_supports("bmi") && __builtin_cpu_supports("bmi2") && f16c_lzcnt_movbe_supported();
   const bool v4 = v3 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                   __builtin_cpu_supports("avx512cd") && __builtin_cpu_supports("avx512dq") &&
                   __builtin_cpu_supports("avx512vl");
@@ -101,7 +101,8 @@ void set_isa(const std::string& name) {
       active_isa = static_cast<Isa>(i);
       return;
     }
-  throw py::value_error("instruction set `" + (name.empty() ? "any" : name) + "` is not available here; available: " + available_text() + ".");
+  throw py::value_error("instruction set `" + (name.empty() ? "any" : name) +
+                        "` is not available here; available: " + available_text() + ".");
 }
 
 }  // namespace

@@ -1,8 +1,8 @@
-// Packing of rows at arbitrary addresses into the panels of gemm.h, and unpacking.
+// Packing of rows at arbitrary addresses into the panels of gemm.h, and unpacking; for attention and linear layers.
 //
-// row(r) returns the address of row r, of `columns` elements of T, or null for a row of zeros. Packing writes only the
-// rows [begin, end), but pads their columns with zeros as far as products read: to a whole vector or, if the depth runs
-// along the columns, to kDepthStep.
+// A caller passes a function row(r), which returns the address of row r, of `columns` elements of T, or null for a row
+// of zeros. Packing writes only the rows [begin, end), but pads their columns with zeros as far as products read: to a
+// whole vector or, if the depth runs along the columns, to kDepthStep. `watch`, a Finiteness, sees all packed elements.
 #pragma once
 
 #include <utility>
@@ -233,7 +233,8 @@ MEGALODON_INLINE SumOf<U> element_by_columns(PackedLeft<U> matrix, int64_t row, 
 // Adds weight times the row `from` of `columns` elements to row `row` of `sums`, but only in panel `panel`.
 template <class T, class R = Compute<T>>
 void add_to_row(Packed<R> sums, int64_t panel, int64_t row, R weight, const T* from, int64_t columns) {
-  const int64_t first = panel * kTileColumns<R>, n = columns - first < kTileColumns<R> ? columns - first : kTileColumns<R>;
+  const int64_t first = panel * kTileColumns<R>;
+  const int64_t n = columns - first < kTileColumns<R> ? columns - first : kTileColumns<R>;
   R* to = sums.at(panel, row);
   for (int64_t c = 0; c < n; c += kLanes<R>)
     store(to + c, load(static_cast<const R*>(to) + c) + weight * load_first(from + first + c, n - c));
@@ -263,7 +264,8 @@ void unpack_row(Packed<Compute<T>> from, int64_t row, int64_t columns, Compute<T
 // Writes column `column` + i of `from`, times gain[i], to row(i) for i < n, unless row(i) is null. `column` is a
 // multiple of kLanes; n <= kLanes.
 template <class T, class RowAt>
-void unpack_columns(Packed<Compute<T>> from, int64_t column, int64_t n, int64_t rows, Vec<Compute<T>> gain, RowAt&& row) {
+void unpack_columns(Packed<Compute<T>> from, int64_t column, int64_t n, int64_t rows, Vec<Compute<T>> gain,
+                    RowAt&& row) {
   using R = Compute<T>;
   constexpr int kSide = kLanes<R>;
   const R* at = from.at(column / kTileColumns<R>, 0) + column % kTileColumns<R>;

@@ -1,4 +1,4 @@
-// Jobs of one parallel_jobs() that wait for each other and pass a carry along.
+// Jobs of one parallel_jobs() that wait for each other and pass a carry along; for attention's and timestep norm's.
 #pragma once
 
 #include <cstring>
@@ -8,7 +8,8 @@
 
 namespace megalodon::MEGALODON_ISA {
 
-// Completion flags of ordered places. Jobs start in order or all at once, so the wait for an earlier place always ends.
+// Completion flags of numbered places, such as blocks of rows. A job publishes its place and waits for earlier ones.
+// Jobs start in order or all at once, so a wait always ends.
 class Milestones {
  public:
   explicit Milestones(int64_t places) : done_(places) { forget(places); }

@@ -1,4 +1,5 @@
-// Batches of every kind in one form: S sequences in a flat row of T tokens.
+// Batches of every kind in one form, for all kernels: S sequences in a flat row of T tokens. make_sequences() of
+// tensor_view.h fills it.
 #pragma once
 
 #include "dtype.h"

@@ -164,7 +164,9 @@ void backward_row(const LayerNormBwdParams& p, int64_t row, const Compute<T>* ga
   R projection = s.rstd * (totals[3] - s.low * totals[2]) / D;  // the mean of e xn
   if (s.rstd == 0) {
     const WideStatistics<R> wide = wide_statistics<T>(p, x, dy, gain);
-    s = wide.x_statistics, mean_e = wide.mean_e, projection = wide.projection;
+    s = wide.x_statistics;
+    mean_e = wide.mean_e;
+    projection = wide.projection;
   }
   for_each_vector<R>(p.channels, [&](int64_t i, int64_t n) __attribute__((always_inline)) {
     __builtin_prefetch(x + p.channels + i, 0, 2);

@@ -1,4 +1,5 @@
-// Matrix products on the CPU for cases in which torch is slow. Used by python/.../linear.py.
+// Matrix products on the CPU for cases in which torch is slow: parameters of the kernels, which linear_bind.cpp
+// launches for ops/linear/linear.py.
 #pragma once
 
 #include "dtype.h"

@@ -153,6 +153,7 @@ void multiply_square(int64_t steps, const Bf16Pair* x, const Bf16Pair* weight, f
     _tile_dpbf16ps(2, 5, 6);
     _tile_dpbf16ps(3, 5, 7);
   };
+  // a0 b2, a0 b1, a1 b1, a1 b0, a2 b0, a0 b0: each product loads one new part; the largest comes last.
   for (; steps > 0; --steps) {
     load_left(0);
     load_right(2);
@@ -199,29 +200,32 @@ void linear_many_rows_cpu(const LinearManyRowsParams& p) {
   const Matrix weight{static_cast<const float*>(p.weight), p.outputs, p.inputs, p.weight_transposed};
   const float* bias = static_cast<const float*>(p.bias);
   float* y = static_cast<float*>(p.y);
-  // Splits columns into parts until there are enough jobs for the threads.
-  const int64_t blocks = ceil_div(p.rows, kRows), threads = num_threads();
-  int64_t parts = 1;
-  while (blocks * parts < 4 * threads && blocks * parts % threads && parts * 2 * kColumns <= p.outputs) ++parts;
-  const int64_t columns = round_up(ceil_div(p.outputs, parts), kColumns);
+  // Divides the columns until there are enough jobs for the threads.
+  const int64_t row_jobs = ceil_div(p.rows, kRows), threads = num_threads();
+  int64_t column_jobs = 1;
+  while (row_jobs * column_jobs < 4 * threads && row_jobs * column_jobs % threads &&
+         column_jobs * 2 * kColumns <= p.outputs)
+    ++column_jobs;
+  const int64_t columns = round_up(ceil_div(p.outputs, column_jobs), kColumns);
   size_t helper = 0;
-  parallel_jobs<TileRegisters, FlushDenormals>(blocks * parts, static_cast<double>(p.rows * p.inputs * p.outputs), [&] {
+  const double work = static_cast<double>(p.rows * p.inputs * p.outputs);
+  parallel_jobs<TileRegisters, FlushDenormals>(row_jobs * column_jobs, work, [&] {
     return [&, workspace = kept_workspace(helper++)](int64_t job) {
       const auto [left, right, sums] = workspace;
-      const int64_t row = job / parts * kRows, row_end = std::min(row + kRows, p.rows);
-      const int64_t begin = job % parts * columns, end = std::min(begin + columns, p.outputs);
+      const int64_t row = job / column_jobs * kRows, row_end = std::min(row + kRows, p.rows);
+      const int64_t begin = job % column_jobs * columns, end = std::min(begin + columns, p.outputs);
       int64_t first = 0;
       do {  // also once for a depth of 0, which gives the bias
         const int64_t steps = ceil_div(std::min(kDepth, p.inputs - first), kStep), slice = steps * kStepUnits;
         x.pack(row, row_end, first, steps, true, left);
-        for (int64_t panel = begin; panel < end; panel += kColumns) {
-          const int64_t panel_end = std::min(panel + kColumns, end);
-          weight.pack(panel, panel_end, first, steps, false, right);
-          for (int64_t o = panel; o < panel_end; o += kSquare)
+        for (int64_t column = begin; column < end; column += kColumns) {
+          const int64_t column_end = std::min(column + kColumns, end);
+          weight.pack(column, column_end, first, steps, false, right);
+          for (int64_t o = column; o < column_end; o += kSquare)
             for (int64_t t = row; t < row_end; t += kSquare) {
-              multiply_square(steps, left + (t - row) / kSide * slice, right + (o - panel) / kSide * slice, sums);
+              multiply_square(steps, left + (t - row) / kSide * slice, right + (o - column) / kSide * slice, sums);
               const auto put = p.add || first > 0 ? put_square<true> : put_square<false>;
-              put(sums, std::min<int64_t>(kSquare, row_end - t), std::min<int64_t>(kSquare, panel_end - o),
+              put(sums, std::min<int64_t>(kSquare, row_end - t), std::min<int64_t>(kSquare, column_end - o),
                   bias && first == 0 ? bias + o : nullptr, p.outputs, y + t * p.outputs + o);
             }
         }

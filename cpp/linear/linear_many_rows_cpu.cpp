@@ -125,14 +125,16 @@ class Product {
     pack_weights(block, weights);
 
     const int64_t threads = num_threads(), rows = rows_of_job(block.rows, threads);
-    const int64_t panels = ceil_div(block.columns, kWidth), shares = ceil_div(block.rows, rows);
-    const int64_t parts = std::min(panels, ceil_div(threads, shares)), part = ceil_div(panels, parts);
+    // A job has `rows` rows and all panels or, if these are fewer jobs than threads, `job_panels` of the panels.
+    const int64_t panels = ceil_div(block.columns, kWidth), row_jobs = ceil_div(block.rows, rows);
+    const int64_t panel_jobs = std::min(panels, ceil_div(threads, row_jobs)), job_panels = ceil_div(panels, panel_jobs);
     float* const sums = sums_of(block);
     size_t helper = 0;
-    parallel_jobs<FlushDenormals>(shares * parts, static_cast<double>(block.rows * block.depth * block.columns), [&] {
+    const double work = static_cast<double>(block.rows * block.depth * block.columns);
+    parallel_jobs<FlushDenormals>(row_jobs * panel_jobs, work, [&] {
       return [&, x_panels = thread_memory<U, For::x>(kDepth + kWidth, kRows, helper++)](int64_t job) {
-        const int64_t panel = job % parts * part;
-        multiply_share(block, job / parts * rows, rows, x_panels, weights, panel, std::min(panel + part, panels), sums);
+        const int64_t panel = job % panel_jobs * job_panels, last = std::min(panel + job_panels, panels);
+        multiply_some_rows(block, job / panel_jobs * rows, rows, x_panels, weights, panel, last, sums);
       };
     });
   }
@@ -142,18 +144,18 @@ class Product {
     const Panels weights{weight_panels, round_up(block.depth, kRowPadding)};
     for (int64_t begin = 0; begin < num_packed(block); begin += kLanes) pack_weights(block, weights, begin);
     for (int64_t r = 0; r < block.rows; r += kRows)
-      multiply_share(block, r, kRows, x_panels, weights, 0, ceil_div(block.columns, kWidth), sums);
+      multiply_some_rows(block, r, kRows, x_panels, weights, 0, ceil_div(block.columns, kWidth), sums);
   }
 
   // Multiplies at most `rows` rows of the block, from its row r on, by the panels [panel, last) of its columns.
-  void multiply_share(const Block& block, int64_t r, int64_t rows, U* x_panels, Panels weights, int64_t panel,
-                     int64_t last, float* sums) const {
-    Block share = block;
-    share.row += r;
-    share.rows = std::min(rows, block.rows - r);
+  void multiply_some_rows(const Block& block, int64_t r, int64_t rows, U* x_panels, Panels weights, int64_t panel,
+                          int64_t last, float* sums) const {
+    Block some = block;
+    some.row += r;
+    some.rows = std::min(rows, block.rows - r);
     const Panels x{x_panels, p.x_transposed ? round_up(block.depth, kRowPadding) : kRows};
-    pack_x(share, x);
-    multiply_panels(share, x, weights, panel, last, sums ? sums + r * sums_stride(block) : sums);
+    pack_x(some, x);
+    multiply_panels(some, x, weights, panel, last, sums ? sums + r * sums_stride(block) : sums);
   }
 
   // Address of the sums over the depth so far, in y or in a buffer. Null if y is not float and one block is enough.

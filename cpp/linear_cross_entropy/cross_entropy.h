@@ -1,4 +1,4 @@
-// Cross-entropy of logits on the CPU.
+// Cross-entropy of logits on the CPU: loss_t = log sum_v exp(logits_tv) - logits_t[target_t].
 #pragma once
 
 #include "dtype.h"

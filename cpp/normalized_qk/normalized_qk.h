@@ -1,4 +1,5 @@
-// Normalized queries and keys: per-head RMS norm of a shared z, affine, rotary. Derivation: ops/normalized_qk/normalized_qk_reference.py.
+// Normalized queries and keys: RMS norm of a shared z per head, affine, rotary. Parameters of the kernels, which
+// normalized_qk_bind.cpp launches. Derivation: ops/normalized_qk/normalized_qk_reference.py.
 #pragma once
 
 #include "isa.h"

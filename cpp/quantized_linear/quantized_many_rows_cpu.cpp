@@ -11,7 +11,7 @@
 //   s_o = 8 max_g |c_og| / 127,  m_og = round(256 c_og / s_o)
 //   q_oi = floor((r_oi m_og + 128) / 256), in [-127, 127]
 //
-// A word is the operand of one 32-bit lane: neighbouring inputs, kWordInputs of them. A job owns a panel, two vectors
+// A word is the operand of one 32-bit lane: kWordInputs neighbouring inputs. A job has a panel (gemm.h): two vectors
 // of outputs. It packs the panel's weights in its L2, a row of words for each word of the depth, then multiplies it by
 // all rows of x, a tile of kRows rows at a time; sums stay in registers. x is rounded by all threads together, into
 // tiles that store kRows words for each word of the depth. No result depends on the number of threads.

@@ -1,4 +1,4 @@
-// Checks of quantised weights, for the bindings of the op and of the decoder.
+// Checks of quantized weights, for the bindings of the op and of the decoder.
 #pragma once
 
 #include "quantized_linear.h"

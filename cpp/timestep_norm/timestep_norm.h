@@ -1,4 +1,5 @@
-// Timestep norm: group norm with cumulative statistics along time. Derivation: ops/timestep_norm/timestep_norm_reference.py.
+// Timestep norm, group norm with cumulative statistics along time: parameters of the kernels, which
+// timestep_norm_bind.cpp launches. Derivation: ops/timestep_norm/timestep_norm_reference.py.
 #pragma once
 
 #include "isa.h"

@@ -38,7 +38,8 @@ class Backward {
       if (s < 0) return;
       scan(s, a, b, (a - from) * G);
       if (b == p.sequences.end(s)) return deliver(place, s, a);
-      continued_s = s, continued_begin = a;
+      continued_s = s;
+      continued_begin = a;
     });
     if (continued_s >= 0) {
       plan.relay.wait(place - 1);
@@ -99,7 +100,8 @@ class Backward {
     const int64_t size = D / G, offset = a * D;
     const T *x = static_cast<const T*>(p.x), *x_end = x + p.sequences.tokens * D;
     const T *dy = static_cast<const T*>(p.dy), *dy_end = dy + p.sequences.tokens * D;
-    x += offset, dy += offset;
+    x += offset;
+    dy += offset;
     for (int64_t first = 0; first < (b - a) * G; first += lanes, x += lanes * size, dy += lanes * size) {
       const R* gains[lanes];
       for (int64_t i = 0, g = first % G; i < lanes; ++i, g = g + 1 == G ? 0 : g + 1) gains[i] = &plan.gain[g * size];
@@ -239,7 +241,8 @@ void backward(const TimestepNormBwdParams& p) {
   const int64_t slots = smaller(plan.blocks, kSlots);
   Scratch<double> sums(slots * 2 * D);
   const double work = 8.0 * static_cast<double>(p.sequences.tokens * D);
-  parallel_jobs<StreamFence>(plan.blocks, work, [&] { return Backward<T>(p, plan, turns, sums.get()); }, Order::backward);
+  const auto make = [&] { return Backward<T>(p, plan, turns, sums.get()); };
+  parallel_jobs<StreamFence>(plan.blocks, work, make, Order::backward);
   for (int64_t slot = 1; slot < slots; ++slot)
     for (int64_t c = 0; c < 2 * D; ++c) sums[c] += sums[slot * 2 * D + c];
   for (int64_t c = 0; c < D; ++c) {
@@ -276,7 +279,8 @@ class EndStateBackward {
   // Loads sequence s: dx = level + slope (x - mean). The level includes the mean's residual.
   void load_sequence(int64_t s) {
     const double factor = 1 / static_cast<double>(p.sequences.length(s) * (D / G));
-    const R *mean = static_cast<const R*>(p.mean_out) + s * G, *residual = static_cast<const R*>(p.residual_out) + 2 * s * G;
+    const R* mean = static_cast<const R*>(p.mean_out) + s * G;
+    const R* residual = static_cast<const R*>(p.residual_out) + 2 * s * G;
     const R *dmean = static_cast<const R*>(p.dmean_out), *dvar = static_cast<const R*>(p.dvar_out);
     for (int64_t g = 0; g < G; ++g) {
       const double slope = dvar ? 2 * factor * dvar[s * G + g] : 0;

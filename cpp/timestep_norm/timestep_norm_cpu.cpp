@@ -1,4 +1,5 @@
-// Timestep norm: group norm with cumulative statistics along time. Derivation: ops/timestep_norm/timestep_norm_reference.py.
+// Timestep norm on the CPU: group norm with cumulative statistics along time. Derivation:
+// ops/timestep_norm/timestep_norm_reference.py.
 //
 //   gm, gv = mean and biased variance of x_t in its group of F = D / G channels;  n' = n + 1, c2 = 1 / n', c1 = 1 - c2
 //   mean' = mean + c2 (gm - mean);  var' = c1 var + c2 (gv + c1 (gm - mean)^2);  rstd = 1 / sqrt(var' + eps)
@@ -45,7 +46,8 @@ class Forward {
       if (s < 0) return;
       scan(s, a, b, (a - from) * G);
       if (a == p.sequences.begin(s)) return deliver(block, s, b, (b - 1 - from) * G);
-      continued_s = s, continued_end = b;
+      continued_s = s;
+      continued_end = b;
     });
     if (continued_s >= 0) {
       plan.relay.wait(block - 1);
@@ -80,7 +82,11 @@ class Forward {
         mean[g] = mean0[g] + c2 * d;
         var[g] = c1 * var0[g] + c2 * (row_var[g] + c1 * d * d);
       }
-      mean0 = mean, var0 = var, hi += G, lo += G, row_var += G;
+      mean0 = mean;
+      var0 = var;
+      hi += G;
+      lo += G;
+      row_var += G;
     }
   }
 

@@ -1,3 +1,4 @@
+// Launches CEMA's backward for its binding: cema_bwd.cuh, or cema_mma.cuh on tensor cores.
 #include "cema_mma.cuh"
 
 namespace megalodon {

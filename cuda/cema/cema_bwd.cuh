@@ -16,7 +16,8 @@
 //
 // Grid of cema_sums_kernel: as the scan's (cema_scan.cuh); a thread has two channels and 4 modes of a tile.
 //   1. For each run of a sequence in the tile: load or clear u, set w = 0. For each kRows rows: load x and dy, advance
-//      u and w, add up the sums. 2. At the run's end add K w. 3. Store the tile's sums.
+//      u and w, add up the sums. At the run's end add K w.
+//   2. Store the tile's sums.
 // Grid of cema_finish_kernel: x over 32 channels, y over modes and, last, omega. Each of 8 warps adds an eighth of the
 // tiles in double; then the first warp adds the warps' sums and applies the factors. Sizes alone fix the order of sums.
 //

@@ -1,4 +1,4 @@
-// End states of sequences without an output: phase 4 of cema.cuh without y.
+// End states of sequences without an output: phase 4 of cema.cuh without y, launched by cema_scan.cu.
 //
 // Grid: as the scan's (cema_scan.cuh); a thread has two channels and some modes of a tile. It scans the sequences that
 // end in the tile, each from its start or from the state that enters the tile, and stores their last states.

@@ -1,3 +1,4 @@
+// Launches CEMA's forward for its binding: the phases of cema.cuh, or cema_step.cuh for short sequences.
 #include "cema.cuh"
 #include "cema_step.cuh"
 

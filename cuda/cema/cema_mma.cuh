@@ -1,4 +1,5 @@
-// The backward's sums on tensor cores, for bf16 without states: replaces the local scans and cema_sums_kernel.
+// The backward's sums on tensor cores, for bf16 without states: replaces the local scans and cema_sums_kernel. Launched
+// by cema_bwd.cu.
 //
 // These are computed for each tile from its x_0 .. x_127 and dy_0 .. dy_127, which are exact as operands:
 //
@@ -17,15 +18,6 @@
 //   3. the output's kernel: dx from k, by cema_mma_scan.cuh where it can
 //      cema_finish_kernel:  adds P(q) and P'(q), by Horner's rule
 //
-// Lags. c_(i+16j) = sum_t dy_(t+i) x_(t-16j). For each 16 positions t this is one product of A[i][t] = dy_(t+i), 16 x
-// 16, and B[t][j] = x_(t-16j), 16 x 8, zero for positions outside the tile. A lane has 4 of the 128 lags.
-// Ends. A has 16 positions of 8 tiles: 8 rows of x, then 8 rows of dy, the last position first. B has q^j and j q^j, j
-// = 15 .. 0, as pairs (cema.cuh) of 4 modes, in three parts of bf16 that sum to a float. Earlier positions' sums, times
-// q^16, are added in float, because tensor cores truncate. A lane has all ends and slopes of a tile and mode.
-// Words. A word of shared memory holds x, or dy, of channels 2p and 2p + 1 at one position; a register joins halves of
-// two words. Rows k = 2t, 2t + 1, 2t + 8, 2t + 9 of a product are positions t, t + 4, t + 8, t + 12, so that four lanes
-// read neighbouring words.
-//
 // Grid of cema_tiles_kernel: x over 16 channels, y over shares; a block takes 8 tiles at once, a warp two channels.
 // Grid of cema_cross_kernel: the carry's; each of warps 0 to 3 adds up one kind of the warps' sums.
 // Registers: at most 128 (16 warps per SM). Shared memory: 90.3 KB, and 12.1 KB in cema_cross_kernel.
@@ -35,6 +27,17 @@
 //   cross      102 MB, 30 us
 //   backward   at least 113 us (bench.predict), and 75 MB of workspace
 // Example: L = 256, T = 512: 4 tiles, one group of 8; u = 0 in tiles 0 and 2, k = 0 in tiles 1 and 3.
+//
+// Operands of the products:
+//   lags    c_(i+16j) = sum_t dy_(t+i) x_(t-16j). For each 16 positions t this is one product of A[i][t] = dy_(t+i), 16
+//           x 16, and B[t][j] = x_(t-16j), 16 x 8, zero for positions outside the tile. A lane has 4 of the 128 lags.
+//   ends    A has 16 positions of 8 tiles: 8 rows of x, then 8 rows of dy, the last position first. B has q^j and j
+//           q^j, j = 15 .. 0, as pairs (cema.cuh) of 4 modes, in three parts of bf16 that sum to a float. Earlier
+//           positions' sums, times q^16, are added in float, because tensor cores truncate. A lane has all ends and
+//           slopes of a tile and mode.
+//   words   A word of shared memory holds x, or dy, of channels 2p and 2p + 1 at one position; a register joins halves
+//           of two words. Rows k = 2t, 2t + 1, 2t + 8, 2t + 9 of a product are positions t, t + 4, t + 8, t + 12, so
+//           that four lanes read neighbouring words.
 #pragma once
 
 #include "cema_bwd.cuh"

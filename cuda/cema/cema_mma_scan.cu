@@ -1,3 +1,4 @@
+// Launches the kernels of cema_mma_scan.cuh, for cema_scan.cu.
 #include "cema_mma_scan.cuh"
 
 namespace megalodon {

@@ -1,4 +1,5 @@
-// Phases 2 and 4 of cema.cuh on tensor cores, for bf16 and 5 to 16 modes: the outputs of the forward, and dx.
+// Phases 2 and 4 of cema.cuh on tensor cores, for bf16 and 5 to 16 modes: the outputs of the forward, and dx. Launched
+// by cema_mma_scan.cu.
 //
 // For a block of 16 positions of a tile, with v, the state before the block, and c = gamma p:
 //
@@ -12,16 +13,6 @@
 //   OutputOperands  16 positions x 8 positions: k_(i-j); pairs of 8 modes x 8 positions: the two factors of a pair of v
 //                   in Re(c q^(i+1) v)
 //
-// Each number of OutputOperands, and of v in its products, is a sum of two bf16. These have 16 bits; y keeps 8. The
-// carried v is summed in float outside of tensor cores, because tensor cores truncate sums. D of the product for e has
-// the layout of A, so v needs no shuffle. B has zeros where j > i, but zero times NaN is NaN: if any x of a block is
-// not finite, each y_i is computed with zeros instead of the later x.
-//
-// A word of shared memory holds x of channels 2p and 2p + 1 at one position; a register of A joins halves of two words.
-// Rows k = 2t, 2t + 1, 2t + 8, 2t + 9 of B are positions t, t + 4, t + 8, t + 12, so that four lanes read neighbouring
-// words. Columns of OutputOperands, and so of y, have the same order. y replaces x in shared memory. The adjoint's scan
-// stores its tiles there in reverse.
-//
 // Grid: x over 16 channels, y over 16 tiles; a warp takes two channels, one after the other.
 // Registers: at most 128 (16 warps per SM). Shared memory: 67.7 KB, and 1 KB in phase 4.
 // H100, (B 8, L 2048, D 1024, N 16), minimum times:
@@ -30,6 +21,16 @@
 //             1.8 M products 16 us
 //   forward   41 us (bench.predict), 17 MB of states, 5 MB of coefficients
 // Example: L = 256, T = 512: 4 tiles in the rows of A, and 12 rows of zeros. Tiles 0 and 2 begin a row: v = 0 there.
+//
+// NaN and infinity: B has zeros where j > i, but zero times NaN is NaN. So if any x of a block is not finite, each y_i
+// is computed with zeros instead of the later x.
+// Rounding: each number of OutputOperands, and of v in its products, is a sum of two bf16. These have 16 bits; y keeps
+// 8. The carried v is summed in float outside of tensor cores, because tensor cores truncate sums.
+// Layout: D of the product for e has the layout of A, so v needs no shuffle. A word of shared memory holds x of
+// channels 2p and 2p + 1 at one position; a register of A joins halves of two words. Rows k = 2t, 2t + 1, 2t + 8 and
+// 2t + 9 of B are positions t, t + 4, t + 8 and t + 12, so that four lanes read neighbouring words. Columns of
+// OutputOperands, and so of y, have the same order. y replaces x in shared memory. The adjoint's scan stores its tiles
+// there in reverse.
 #pragma once
 
 #include "cema_mma_parts.cuh"

@@ -1,3 +1,4 @@
+// Sizes of a scan, its parts of the workspace, and its launches, for cema_fwd.cu and cema_bwd.cu.
 #include "cema_scan.cuh"
 
 #include "cema_ends.cuh"

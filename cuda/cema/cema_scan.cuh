@@ -1,4 +1,4 @@
-// The kernels of phases 1, 2 and 4 of cema.cuh; phase 3 is in cema_carry.cuh.
+// The kernels of phases 1, 2 and 4 of cema.cuh, launched by cema_scan.cu; phase 3 is in cema_carry.cuh.
 //
 // Grid of phases 2 and 4: blocks of at most 128 threads; the blocks of a tile are neighbours. A thread takes two
 // neighbouring channels and 4 or 8 modes; it keeps states and coefficients in registers. The lanes that take the other
@@ -11,8 +11,8 @@
 // Multiply-adds per mode and position: 3 in phase 2, 5 in phase 4, two more with products.
 // If only end states are wanted, cema_ends_kernel of cema_ends.cuh replaces phase 4.
 // H100, (B 8, L 2048, D 1024, N 16) bf16, tile 128: at least 124 us, by issue (bench.predict).
-// 2.1 G multiply-adds are 64 us at 67 TFLOP/s. Bytes: x 33.5 MB twice, y 33.5 MB, and states of 17 MB four times, which
-// stay in L2: 30 us at 3.35 TB/s.
+//   multiply-adds   2.1 G, 64 us at 67 TFLOP/s
+//   memory          x 33.5 MB twice, y 33.5 MB: 30 us at 3.35 TB/s; states of 17 MB four times, which stay in L2
 // Example: T = 300, tile 32: 10 tiles; the last has 12 positions. Two sequences start at tokens 0 and 100, in tiles 0
 // and 3. So the states that enter tiles 1 .. 3 sum up from token 0, those that enter tiles 4 .. 9 from token 100.
 #pragma once

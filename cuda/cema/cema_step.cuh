@@ -1,4 +1,5 @@
-// CEMA of short sequences, as in decoding: ops/cema/cema_reference.py, in one launch and without a workspace.
+// CEMA of short sequences, as in decoding, in one launch of cema_fwd.cu and without a workspace. Derivation:
+// ops/cema/cema_reference.py.
 //
 //   h_t = q h_{t-1} + p x_t      y_t = Re(sum_n gamma_n h_t[n]) + omega x_t
 //

@@ -1,3 +1,4 @@
+// Launches attention's backward for its binding: the phases of chunked_attention_bwd.cuh, in rounds.
 #include "chunked_attention_bwd.cuh"
 
 namespace megalodon {
@@ -37,7 +38,8 @@ int64_t make_plan(const ChunkedAttentionBwdParams& p, BwdPlan& plan) {
   };
   const int64_t sums = plan.rounds > 1 ? plan.blocks * edge * p.key_dim * static_cast<int64_t>(sizeof(R)) : 0;
   plan.tiles = take(plan.panels * panel_bytes);
-  plan.factors = take(TileFactors<Product>::kNeeded ? plan.panels * plan.blocks * static_cast<int64_t>(sizeof(float)) : 0);
+  const int64_t factors = TileFactors<Product>::kNeeded ? plan.panels * plan.blocks : 0;
+  plan.factors = take(factors * static_cast<int64_t>(sizeof(float)));
   for (void*& buffer : plan.dq_sums) buffer = take(sums);
   plan.delta = plan.blocks > 1 ? take(sequences.tokens * p.heads * static_cast<int64_t>(sizeof(R))) : nullptr;
   return bytes;

@@ -13,7 +13,7 @@
 // Phases: 1. prepare, a warp for each token and head: delta, and zeros in the gradients of padding;
 //         2. scores, a block for each tile: S = q k^T, dP = do v^T; P from S, dS from P and dP;
 //         3. products, a block for each kEdge rows by kEdge channels of dq, dk or dv: sums over a row of tiles
-//            (dq = dS k), or over a column of tiles, called a panel here (dk = dS^T q, dv = P^T do).
+//            (dq = dS k), or over a panel, a column of tiles (dk = dS^T q, dv = P^T do).
 // Phases 2 and 3 run in rounds, each of which completes dk and dv of its panels. A round has as many panels, of 2 kEdge
 // C elements, as fit into kTileBytes or an eighth of the tensors' bytes, whichever is more, but at least one.
 // Exceptions:
@@ -38,9 +38,9 @@
 // (`add_products`): three times as many products in a call that overflowed, but no loop over the rows per element.
 // Bytes: q, k, v and do twice, o, dq, dk and dv once. From L2, operands are read more often: 4 kEdge (K + V) elements
 // for each tile; a tile of P is read V / kEdge times, one of dS 2 K / kEdge times.
-// H100, (B 8, L 2048, H 1, K 256, V 2048, C 2048) bf16: at least 397 us, by issue and L2 (bench.predict). 173 GFLOP,
-// 10 of them above the diagonal, 175 us at 990 TFLOP/s; 302 MB of tensors, 90 us at 3.35 TB/s; 2.7 GB from L2.
-// Workspace 64 MiB.
+// H100, (B 8, L 2048, H 1, K 256, V 2048, C 2048) bf16: at least 397 us, by issue and L2 (bench.predict); workspace 64
+// MiB. 173 GFLOP, 10 of them above the diagonal, are 175 us at 990 TFLOP/s; 302 MB of tensors are 90 us at 3.35 TB/s;
+// 2.7 GB come from L2.
 // Example: kEdge 2, C 5: three panels, of the tiles (0,0) (1,0) (2,0), then (1,1) (2,1), then (2,2). If the first round
 // takes two panels, it finishes rows 0-3 of dq, dk and dv, and passes row 4 of dq to the second round.
 #pragma once

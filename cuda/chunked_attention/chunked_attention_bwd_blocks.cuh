@@ -19,7 +19,7 @@ struct BwdPlan {
   int64_t most_rows;  // maximum rows of a chunk
   int64_t blocks;     // blocks of kEdge rows in most_rows
   int64_t total;      // how many block numbers there are, over all sequences and heads
-  int64_t panels;     // per round
+  int64_t panels;     // per round; a panel is a column of tiles of P and of dS
   int64_t rounds;
   int64_t query_blocks;  // that a round's panels see: from its first panel or, if not causal, `blocks - 1` before it
   void* delta;        // (T, H), R; null if every chunk is one block

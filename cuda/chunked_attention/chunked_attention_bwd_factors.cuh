@@ -1,11 +1,10 @@
-// Factors of the tiles of dS in chunked attention's backward (chunked_attention_bwd.cuh).
+// Factors of the tiles of dS in chunked attention's backward (chunked_attention_bwd.cuh), for fp16 alone.
 //
-// dS = P (dP - delta) may be larger than 65504, the largest fp16, where dq and dk are not. So a tile of fp16 is stored
-// times its factor: 1 or, if an element is 2^15 or more, a power of two that makes the largest one less than that. A sum
-// over tiles has the factor of the last tile; its terms are scaled from tile to tile in float, without rounding.
-// Other types need no factors: bf16 has float's range.
-// Example: tiles with largest elements 10 and 1e6 have the factors 1 and 2^-5; the sum over the first tile is multiplied
-// by 2^-5 before the second tile is added, and the result by 2^5.
+// dS = P (dP - delta) may be larger than 65504, the largest fp16, where dq and dk are not. So a tile is stored times
+// its factor: 1 or, if an element is 2^15 or more, a power of two that makes the largest one less than that. A sum over
+// tiles has the factor of the last tile; its terms are scaled from tile to tile in float, without rounding.
+// Example: tiles with largest elements 10 and 1e6 have the factors 1 and 2^-5. The sum over the first tile is
+// multiplied by 2^-5 before the second tile is added, and the result by 2^5.
 #pragma once
 
 #include "block_product.cuh"
@@ -46,7 +45,8 @@ struct TileFactors {
         most = size > most && size < INFINITY ? size : most;
       }
       most = gpu::block_max(most);
-      const float factor = most < 0x1p15f ? 1 : gpu::bit_cast<float>((268 - (gpu::bit_cast<uint32_t>(most) >> 23)) << 23);
+      const uint32_t exponent = gpu::bit_cast<uint32_t>(most) >> 23;  // biased by 127: 142 for 2^15
+      const float factor = most < 0x1p15f ? 1 : gpu::bit_cast<float>((268 - exponent) << 23);
       if (threadIdx.x == 0) of(row) = factor;
       if (factor != 1) scale_by<Product>(ds, factor);
     }

@@ -1,4 +1,5 @@
 // Chunked attention, forward, without tensor cores: float32, float64, and 16-bit types with K > 256; arbitrary K and V.
+// chunked_attention_fwd.cu chooses between this file and chunked_attention_mma.cuh.
 //
 //   s_ij = scale q_i . k_j,  for j in the chunk of i and, if causal, j <= i
 //   lse_i = log sum_j exp(s_ij)      o_i = sum_j exp(s_ij - lse_i) v_j
@@ -15,9 +16,11 @@
 //   3. output, in slices of 16 KiB of values: a thread adds to kColumns / 32 x 8 sums of O, which it has scaled by f
 // A slice is copied into one of two stages while the other stage is in use.
 // The block ends with o = O / l, lse = m + log l. If every score is dropped, l = 0 and o = 0. NaN as in
-// chunked_attention_mma.cuh. Columns of V beyond kColumns go to other blocks, which recompute the scores: for K = 256,
-// V = 2048, a score takes 4 * 256 + 2048 products with kColumns 512 (float), 8 * 256 + 2048 with 256 (double), not
-// 2304.
+// chunked_attention_mma.cuh. Columns of V beyond kColumns go to other blocks, which recompute the scores. For K = 256,
+// V = 2048, a score takes
+//   4 * 256 + 2048 products with kColumns 512 (float)
+//   8 * 256 + 2048 products with kColumns 256 (double)
+// instead of 256 + 2048.
 //
 // Shared memory: two stages, P and 3 numbers per row: 50 KiB for float, 66 KiB for double. Units of slices are permuted
 // and rows of P padded by 16 bytes, so accesses have no bank conflicts.
@@ -150,7 +153,10 @@ __global__ void __launch_bounds__(kFmaThreads, 1)
     __syncthreads();  // this slice is complete, and no thread reads the previous one any more
     const R* const stage = shared + stage_number * Tiling::kStage;
     stage_number ^= 1;
-    if (++slice == slices) slice = 0, column += kKeys;
+    if (++slice == slices) {
+      slice = 0;
+      column += kKeys;
+    }
     if (column < window.end) copy(column, slice, shared + stage_number * Tiling::kStage);
     return stage;
   };

@@ -1,3 +1,4 @@
+// Launches attention's forward for its binding: steps, tensor cores, or multiply-adds.
 #include "chunked_attention_fma.cuh"
 #include "chunked_attention_mma.cuh"
 #include "chunked_attention_step.cuh"
@@ -54,7 +55,7 @@ void launch_steps(const ChunkedAttentionFwdParams& p, void* stream) {
   const StepPlan plan = plan_steps<Compute<T>>(p);
   check_step<Compute<T>, kWidth>(p, plan);
   const int64_t items = p.sequences.tokens * p.heads, splits = ceil_div(p.value_dim, kStepColumns<kWidth>);
-  const unsigned blocks = grid_size(items * plan.spans * splits);
+  const unsigned blocks = grid_size(items * plan.tiles * splits);
   const unsigned merge_blocks = grid_size(items * ceil_div(p.value_dim, kStepThreads));
   LAUNCH((chunked_attention_step_kernel<T, kWidth>), blocks, kStepThreads,
          (step_shared_bytes<Compute<T>, kWidth>(p, plan)), stream, p, plan);

@@ -22,8 +22,8 @@
 //   NaN outputs                        recomputed (`repair`), as a later NaN must not reach them
 //
 // Columns of V beyond kColumns go to other blocks, which recompute the scores: for K = 256, V = 2048, a score takes 8 *
-// 256 + 2048 products instead of 2304, 1.8 times as many. More columns per block would save products, but a block of 64
-// rows instead of 128 would read keys and values twice as often from L2, 40 bytes per clock and SM: L2 is slower.
+// 256 + 2048 products instead of 256 + 2048. More columns per block would save products, but leave registers for only
+// 64 rows. The block would read keys and values twice as often, at 40 bytes per clock and SM: L2 is slower.
 //
 // Shared memory: Q (or the output), a tile of keys, one of values, K padded to a multiple of 64; 96 KiB at K = 256,
 // kColumns = 256. Registers: O takes kColumns / 2, S kKeys / 2; at most 128 for kColumns 64 (two blocks per SM), else

@@ -1,4 +1,5 @@
-// The state after a call: keys and values of each sequence's unfinished chunk, and the position in it.
+// Launches attention's state for its binding: the state after a call has the keys and values of each sequence's
+// unfinished chunk, and the position in it.
 //
 //   k (T, H, K); v (T, H, V):             keys and values of this call
 //   caches (S, C, H, K) and (S, C, H, V): keys and values of the old and of the new state

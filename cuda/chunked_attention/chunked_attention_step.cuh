@@ -1,4 +1,5 @@
-// Chunked attention, forward, of few tokens per sequence after a cache, as in decoding: memory bound.
+// Chunked attention, forward, of few tokens per sequence after a cache, as in decoding: bound by memory. Launched by
+// chunked_attention_fwd.cu.
 //
 //   s_j = scale q . k_j, for the keys j of the token's chunk so far
 //   o = sum_j exp(s_j) v_j / sum_j exp(s_j);  lse = log sum_j exp(s_j)
@@ -7,23 +8,23 @@
 //   cache_k (S, C, H, K); cache_v (S, C, H, V):  the same; only the rows in use are read
 //   lse (T, H):                                  R, double for float64, else float
 //
-// 1. step_kernel: an item is a token and a head. A block takes span i of an item, which has `span` keys, and
-//    kStepColumns columns of V.
+// 1. step_kernel: an item is a token and a head. A block takes tile i of an item's keys and kStepColumns
+//    columns of V.
 //    a. scores: a group of lanes, a power of two, takes kKeysInFlight keys at a time, 16 bytes of each per lane
 //    b. m_i = max S, P = exp(S - m_i), l_i = sum P
 //    c. c_i = sum P v: n threads share a vector of columns; each takes every n-th key, kKeysInFlight keys at a time;
 //       their sums are added through shared memory
 //    m_i, l_i and the columns c_i go to the workspace.
-// 2. merge_kernel: a thread takes a column of an item and merges the spans in their order:
+// 2. merge_kernel: a thread takes a column of an item and merges the tiles in their order:
 //    m = max_i m_i;  o = sum_i exp(m_i - m) c_i / sum_i exp(m_i - m) l_i.
 //
-// Spans have 64 keys, so that the cache of a single sequence is spread over all SMs; more if there are many items.
-// Shared memory: about K + span + 1024 numbers of R. Registers: at most 128; no spills.
+// Tiles have 64 keys, so that the cache of a single sequence is spread over all SMs; more if there are many items.
+// Shared memory: about K + tile_keys + 1024 numbers of R. Registers: at most 128; no spills.
 // Bytes: keys and values in use come once from memory. From L2, keys come again for each further kStepColumns columns,
-// and keys and values for each further token of the sequence. The workspace has V + 2 numbers per span, written and
-// read: 6 % of the cache at span 64, K 256, V 2048, bf16, less with longer spans.
+// and keys and values for each further token of the sequence. The workspace has V + 2 numbers per tile, written and
+// read: 6 % of the cache with tiles of 64 keys, K 256, V 2048, bf16, less with longer tiles.
 // H100 (3.35 TB/s), S 8, H 1, K 256, V 2048, 2048 cached, bf16: 75.5 MB, 22.5 us.
-// Example: 100 cached keys, L = 1: rows 0 .. 99 of the cache and the token itself are 101 keys, spans of 64 and 37.
+// Example: 100 cached keys, L = 1: rows 0 .. 99 of the cache and the token itself are 101 keys, tiles of 64 and 37.
 #pragma once
 
 #include "chunked_attention_fwd.cuh"
@@ -37,19 +38,19 @@ constexpr int kStepThreads = 128;
 constexpr int kMostStepColumns = 512;
 template <int kWidth>
 constexpr int kStepColumns = kStepThreads * kWidth < kMostStepColumns ? kStepThreads * kWidth : kMostStepColumns;
-constexpr int kKeysInFlight = 4, kSpansInFlight = 8;
-constexpr int kLeastSpan = 64, kMostSpan = 2048;
+constexpr int kKeysInFlight = 4, kTilesInFlight = 8;
+constexpr int kLeastTileKeys = 64, kMostTileKeys = 2048;
 constexpr int64_t kManyBlocks = 2048;  // enough to fill any GPU several times
 
 struct StepPlan {
-  int span;       // keys
-  int64_t spans;  // per item
-  void* sums;     // (T, H, spans, V) R
-  void* stats;    // (T, H, spans, 2) R: max and sum
+  int tile_keys;
+  int64_t tiles;  // per item
+  void* sums;     // (T, H, tiles, V) R
+  void* stats;    // (T, H, tiles, 2) R: max and sum
 
   template <class R>
   int64_t bytes(const ChunkedAttentionParams& p) const {
-    return p.sequences.tokens * p.heads * spans * (p.value_dim + 2) * static_cast<int64_t>(sizeof(R));
+    return p.sequences.tokens * p.heads * tiles * (p.value_dim + 2) * static_cast<int64_t>(sizeof(R));
   }
 };
 
@@ -59,12 +60,13 @@ inline bool takes_steps(const ChunkedAttentionParams& p) {
 
 template <class R>
 inline StepPlan plan_steps(const ChunkedAttentionParams& p) {
-  StepPlan plan{kLeastSpan, 0, p.workspace, nullptr};
+  StepPlan plan{kLeastTileKeys, 0, p.workspace, nullptr};
   const int64_t items = p.sequences.tokens * p.heads, blocks = items * ceil_div(p.value_dim, kMostStepColumns);
-  while (plan.span < kMostSpan && blocks * ceil_div(p.chunk_size, 2 * plan.span) >= kManyBlocks) plan.span *= 2;
-  plan.span = LAUNCH_SIZE(attention_span, plan.span);
-  plan.spans = ceil_div(p.chunk_size, plan.span);
-  plan.stats = static_cast<R*>(p.workspace) + items * plan.spans * p.value_dim;
+  while (plan.tile_keys < kMostTileKeys && blocks * ceil_div(p.chunk_size, 2 * plan.tile_keys) >= kManyBlocks)
+    plan.tile_keys *= 2;
+  plan.tile_keys = LAUNCH_SIZE(attention_tile, plan.tile_keys);
+  plan.tiles = ceil_div(p.chunk_size, plan.tile_keys);
+  plan.stats = static_cast<R*>(p.workspace) + items * plan.tiles * p.value_dim;
   return plan;
 }
 
@@ -108,7 +110,7 @@ template <class R, int kWidth>
 inline size_t step_shared_bytes(const ChunkedAttentionParams& p, const StepPlan& plan) {
   using Vectors = Planes<R, kWidth>;
   const int vectors = static_cast<int>(ceil_div(p.key_dim, kWidth));
-  return static_cast<size_t>(Vectors::size(vectors) + Vectors::size(kStepThreads) + plan.span) * sizeof(R);
+  return static_cast<size_t>(Vectors::size(vectors) + Vectors::size(kStepThreads) + plan.tile_keys) * sizeof(R);
 }
 
 // Refuses a K that leaves no room for the sums and the scores.
@@ -116,7 +118,7 @@ template <class R, int kWidth>
 inline void check_step(const ChunkedAttentionParams& p, const StepPlan& plan) {
   using Vectors = Planes<R, kWidth>;
   const auto numbers = static_cast<int64_t>(gpu::max_shared_bytes() / sizeof(R));
-  const int64_t most = Vectors::most_vectors(numbers - Vectors::size(kStepThreads) - plan.span) * kWidth;
+  const int64_t most = Vectors::most_vectors(numbers - Vectors::size(kStepThreads) - plan.tile_keys) * kWidth;
   if (p.key_dim > most)
     gpu::refuse("chunked_attention: `q` must have at most " + std::to_string(most) +
                 " channels per head (K) in a call of few tokens with a state, because this device's shared memory "
@@ -131,14 +133,16 @@ __global__ void __launch_bounds__(kStepThreads, 4)
   constexpr bool kWhole = kWidth > 1;
   constexpr int kColumns = kStepColumns<kWidth>;
   const int64_t splits = ceil_div(p.value_dim, kColumns), column = blockIdx.x % splits * kColumns;
-  const int64_t span = blockIdx.x / splits % plan.spans, item = blockIdx.x / (splits * plan.spans);
+  const int64_t tile = blockIdx.x / splits % plan.tiles, item = blockIdx.x / (splits * plan.tiles);
   const int64_t token = item / p.heads, head = item % p.heads;
   const int64_t s = find_live_sequence(p, token);
   if (s < 0) return;
   const RowBlock block{s, p.position[s], p.sequences.begin(s), token, 1, 1};
-  const int64_t row = block.row(), origin = row - row % p.chunk_size + span * plan.span;
-  const int keys = row < origin ? 0 : row - origin < plan.span ? static_cast<int>(row - origin + 1) : plan.span;
-  R* const stats = static_cast<R*>(plan.stats) + (item * plan.spans + span) * 2;
+  const int64_t row = block.row(), origin = row - row % p.chunk_size + tile * plan.tile_keys;
+  const int keys = row < origin                    ? 0
+                   : row - origin < plan.tile_keys ? static_cast<int>(row - origin + 1)
+                                                   : plan.tile_keys;
+  R* const stats = static_cast<R*>(plan.stats) + (item * plan.tiles + tile) * 2;
   const int thread = threadIdx.x, lane = thread % gpu::kWarp;
   if (keys == 0) {
     if (column == 0 && thread == 0) stats[0] = -kInfinity<R>, stats[1] = 0;
@@ -218,7 +222,7 @@ __global__ void __launch_bounds__(kStepThreads, 4)
   }
   partial.store(total, thread);
   __syncthreads();
-  R* const sums = static_cast<R*>(plan.sums) + (item * plan.spans + span) * p.value_dim + column;
+  R* const sums = static_cast<R*>(plan.sums) + (item * plan.tiles + tile) * p.value_dim + column;
   for (int c = thread; c < columns; c += kStepThreads) {
     R column_sum = 0;
     for (int i = 0; i < turns; ++i) column_sum += partial.at(i * lanes + c / kWidth, c % kWidth);
@@ -233,23 +237,23 @@ __global__ void __launch_bounds__(kStepThreads)
   const int64_t blocks = ceil_div(p.value_dim, kStepThreads), item = blockIdx.x / blocks;
   const int64_t column = blockIdx.x % blocks * kStepThreads + threadIdx.x;
   const bool live = find_live_sequence(p, item / p.heads) >= 0;
-  const R* const stats = static_cast<const R*>(plan.stats) + item * plan.spans * 2;
-  const R* const sums = static_cast<const R*>(plan.sums) + item * plan.spans * p.value_dim + column;
+  const R* const stats = static_cast<const R*>(plan.stats) + item * plan.tiles * 2;
+  const R* const sums = static_cast<const R*>(plan.sums) + item * plan.tiles * p.value_dim + column;
   R max = -kInfinity<R>, sum = 0, total = 0;
-  for (int64_t i = 0; live && i < plan.spans; ++i) max = fmax(max, stats[2 * i]);
-  for (int64_t first = 0; live && first < plan.spans; first += kSpansInFlight) {
-    R weight[kSpansInFlight] = {}, part[kSpansInFlight] = {};
+  for (int64_t i = 0; live && i < plan.tiles; ++i) max = fmax(max, stats[2 * i]);
+  for (int64_t first = 0; live && first < plan.tiles; first += kTilesInFlight) {
+    R weight[kTilesInFlight] = {}, part[kTilesInFlight] = {};
     GPU_UNROLL
-    for (int j = 0; j < kSpansInFlight; ++j) {
+    for (int j = 0; j < kTilesInFlight; ++j) {
       const int64_t i = first + j;
-      const R span_sum = i < plan.spans ? stats[2 * i + 1] : 0;
-      if (span_sum == 0) continue;  // no keys, or all dropped
+      const R tile_sum = i < plan.tiles ? stats[2 * i + 1] : 0;
+      if (tile_sum == 0) continue;  // no keys, or all dropped
       weight[j] = exponential(stats[2 * i] - max);
-      sum += weight[j] * span_sum;
+      sum += weight[j] * tile_sum;
       if (column < p.value_dim) part[j] = sums[i * p.value_dim];
     }
     GPU_UNROLL
-    for (int j = 0; j < kSpansInFlight; ++j) total += weight[j] * part[j];
+    for (int j = 0; j < kTilesInFlight; ++j) total += weight[j] * part[j];
   }
   if (column < p.value_dim)
     static_cast<T*>(p.o)[item * p.value_dim + column] = gpu::from_real<T>(sum == 0 ? 0 : total / sum);

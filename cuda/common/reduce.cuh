@@ -24,7 +24,6 @@ GPU_INLINE R warp_max(R value) {
 }
 
 // Every thread of a one-dimensional block of whole warps gets the sum over the block. All threads call it.
-// The second barrier lets the next call reuse the partial sums.
 template <class R>
 GPU_INLINE R block_sum(R value) {
   SMEM_ARRAY(R, partial, kWarp);
@@ -33,7 +32,7 @@ GPU_INLINE R block_sum(R value) {
   if (lane == 0) partial[threadIdx.x / kWarp] = value;
   __syncthreads();
   value = warp_sum(lane < warps ? partial[lane] : R{0});
-  __syncthreads();
+  __syncthreads();  // the next call may reuse the partial sums
   return value;
 }
 

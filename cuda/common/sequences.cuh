@@ -1,4 +1,4 @@
-// Functions for kernels: they find a token's sequence and the position of a sequence's state. They are safe for
+// For kernels of all ops: find a token's sequence, and the position of a sequence's state. The functions are safe for
 // arbitrary values in the caller's tensors (cpp/common/sequences.h).
 #pragma once
 

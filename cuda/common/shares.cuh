@@ -1,5 +1,5 @@
-// Gradients of parameters to which all blocks contribute: each block stores its sums (a share), and a kernel adds
-// the shares.
+// For backwards: gradients of parameters to which all blocks contribute. Each block stores its sums (a share), and
+// sum_shares() launches a kernel that adds the shares.
 #pragma once
 
 #include "portable.cuh"

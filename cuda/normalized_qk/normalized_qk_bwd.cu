@@ -1,3 +1,4 @@
+// Launches the backward of normalized queries and keys for its binding.
 #include "normalized_qk_bwd.cuh"
 
 #include <cmath>

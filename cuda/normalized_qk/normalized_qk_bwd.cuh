@@ -10,13 +10,15 @@
 // Grid: a part is kLeastTokens or more neighbouring tokens; there are at most kMaxParts. A block takes a part's head.
 //   K <= 32 kVectors vectors: a warp takes every kWarps-th token, a lane the vectors lane, lane + 32, ...
 //   larger K:                 a block takes a token at a time, a thread the vectors thread, thread + 256, ...
-// Phases of a warp: 1. Lanes find the rows of the rotary table for the warp's next kTokens tokens. Then for each token:
-//   2. compute e and dzn and, by shuffles, the sums of z^2 and of dzn z; 3. compute dz, and add e and e zn to the
-//   lane's sums in registers, while the next token's vectors are loaded. At the end:
-//   4. add the warps' sums in order: the part's sums.
-// Phases of a block, for each kTokens tokens: 1. Lanes find the tokens' rows. 2. The block computes the two sums of
-//   each token. 3. It reads the vectors again, from L1 or L2, stores dz, and adds the sums of e and e zn over these
-//   tokens to the part's sums.
+// Phases of a warp:
+//   1. Lanes find the rows of the rotary table for the warp's next kTokens tokens. Then for each token:
+//   2. compute e and dzn and, by shuffles, the sums of z^2 and of dzn z;
+//   3. compute dz, and add e and e zn to the lane's sums in registers, while the next token's vectors are loaded.
+//   4. At the end, the warps' sums are added in order: the part's sums.
+// Phases of a block, for each kTokens tokens:
+//   1. Lanes find the tokens' rows.
+//   2. The block computes the two sums of each token.
+//   3. It reads the vectors again, from L1 or L2, stores dz, and adds the sums of e and e zn to the part's sums.
 // Then gpu::sum_shares adds the parts' sums in order.
 //
 // Shared memory: 9 KB. Registers: at most 128, two blocks per SM (f64: 150, one block); no spills.

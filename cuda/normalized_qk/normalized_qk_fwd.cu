@@ -1,3 +1,4 @@
+// Launches the forward of normalized queries and keys for its binding.
 #include "normalized_qk_fwd.cuh"
 
 namespace megalodon {

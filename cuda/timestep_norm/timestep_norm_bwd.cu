@@ -1,3 +1,4 @@
+// Launches timestep norm's backward for its binding.
 #include "timestep_norm_bwd.cuh"
 
 namespace megalodon {

@@ -4,19 +4,15 @@
 //   dx_t = dy rstd (1 + weight) + (sum over j >= t of [a_j + 2 b_j (x_t - mean_j)]) / F
 //   dweight = sum_T dy (x - mean) rstd;  dbias = sum_T dy
 //
-// The sum over j is u + 2 v (x_t - m) for an arbitrary pivot m; another pivot m' has u' = u + 2 v (m' - m) and the same
-// v. So sums of neighbouring spans are added once they have the same pivot. The gradient of the end state adds a =
-// dmean / n and b = dvar / n at the last row. The gradient of the initial state, which has seen n timesteps, is n u for
-// the mean and n v for the variance, about the state's mean.
-//
 //   x, dy, dx (T, D):                                           the call's dtype
 //   weight, dweight, dbias (D); stats (3, T, G); states (S, G): R, float or double
 //
 // Launches and phases:
 //   timestep_norm_bwd_sums, a block for each tile and slice (timestep_norm.cuh):
-//     1. A warp reduces the F channels of its rows to db and ds. 2. It sums a and b from its last row to its first, in
-//     each row about the row's own mean. 3. A thread per group passes the sums from warp to warp, the last warp first,
-//     in double. 4. A warp adds the sums that enter it and stores u and v of each row, as if its tile were the last.
+//     1. A warp reduces the F channels of its rows to db and ds.
+//     2. It sums a and b from its last row to its first: u and v of each row, about the row's own mean.
+//     3. A thread per group passes the sums from warp to warp, the last warp first, in double.
+//     4. A warp adds the sums that enter it and stores u and v of each row, as if its tile were the last.
 //   timestep_norm_carry scans the tiles' carries, in double; skipped if no sequence continues from tile to tile.
 //   timestep_norm_bwd, a block for some tiles and 32 vectors of a row; a lane takes one vector, a warp kRows rows of a
 //     tile. It adds the carry that enters the tile, writes dx, sums dweight and dbias over the block's rows and stores
@@ -31,6 +27,11 @@
 // Shares, written and read: at most 2% of x, dy and dx. 7 of 8 warps read gains from L1.
 // H100, (B 8, L 2048, D 1024, G 32) bf16: 101 + 6.3 MB, 32 us at 3.35 TB/s; 55 us if all is read twice from memory.
 // Example: T = 100 in one sequence: tile 1 has rows 64 .. 99, whose sums enter tile 0, about the mean of row 64.
+//
+// The sum over j is u + 2 v (x_t - m) for an arbitrary pivot m; another pivot m' has u' = u + 2 v (m' - m) and the same
+// v. So sums of neighbouring tiles are added once they have the same pivot. The gradient of the end state adds a =
+// dmean / n and b = dvar / n at the last row. The gradient of the initial state, which has seen n timesteps, is n u for
+// the mean and n v for the variance, about the state's mean.
 #pragma once
 
 #include "shares.cuh"
@@ -138,10 +139,10 @@ GPU_INLINE void store_rows(R* to, const R (&value)[kRows]) {
   }
 }
 
-// Sums u, v of a span of rows, about `pivot`.
+// Sums u, v of consecutive tiles, about `pivot`.
 struct Sums {
   double u, v, pivot;
-  bool closed;  // a sequence ends in the span, so later rows have no influence
+  bool closed;  // a sequence ends in these tiles, so later rows have no influence
 };
 
 GPU_INLINE Sums combine(const Sums& after, const Sums& before) {

@@ -1,3 +1,4 @@
+// Launches timestep norm's backward of end states for its binding.
 #include "timestep_norm_end_state_bwd.cuh"
 
 namespace megalodon {

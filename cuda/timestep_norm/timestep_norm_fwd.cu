@@ -1,3 +1,4 @@
+// Launches timestep norm's forward for its binding.
 #include "timestep_norm_fwd.cuh"
 
 namespace megalodon {
@@ -12,7 +13,7 @@ void launch_tiles(const TimestepNormFwdParams& p, const Layout& layout, void* st
   const Carries carries(p.workspace, count, p.groups);
   if (tiles_depend(p)) {
     LAUNCH((timestep_norm_fwd_moments_kernel<T, kWidth, kHeld>), blocks, kThreads, 0, stream, p, layout, carries);
-    launch_carry(SpanSource{carries, p.groups}, count, p.groups, stream);
+    launch_carry(TileMomentsSource{carries, p.groups}, count, p.groups, stream);
   }
   if (p.ends_only)
     LAUNCH((timestep_norm_end_state_kernel<T, kWidth, kHeld>), blocks, kThreads, 0, stream, p, layout, carries);

@@ -227,31 +227,31 @@ __global__ void __launch_bounds__(kThreads, 2)
   else carries.steps[place.tile] = initial_count(p, s) + place.first + kTile - p.sequences.begin(s);
 }
 
-// Moments of a span of neighbouring tiles.
-struct Span {
+// Moments of consecutive tiles.
+struct TileMoments {
   double steps, mean, var;
-  bool closed;  // the span's last sequence begins in the span, so earlier tiles have no influence
+  bool closed;  // the last sequence begins in these tiles, so earlier tiles have no influence
 };
 
-GPU_INLINE Span combine(const Span& before, const Span& after) {
+GPU_INLINE TileMoments combine(const TileMoments& before, const TileMoments& after) {
   if (after.closed) return after;
   const double steps = before.steps + after.steps, weight = after.steps / steps, d = after.mean - before.mean;
   return {steps, before.mean + weight * d, before.var + weight * ((after.var - before.var) + (1 - weight) * (d * d)),
           before.closed};
 }
 
-struct SpanSource {
-  using Element = Span;
+struct TileMomentsSource {
+  using Element = TileMoments;
   Carries carries;
   int64_t groups;
-  GPU_INLINE Span load(int64_t tile, int64_t group) const {
+  GPU_INLINE TileMoments load(int64_t tile, int64_t group) const {
     const int64_t steps = carries.steps[tile], at = tile * groups + group;
     const bool closed = steps != kContinues;
     return {static_cast<double>(closed ? steps : kTile), carries.first[at], carries.second[at], closed};
   }
-  GPU_INLINE void store(int64_t tile, int64_t group, const Span& span) const {
-    carries.first[tile * groups + group] = span.mean;
-    carries.second[tile * groups + group] = span.var;
+  GPU_INLINE void store(int64_t tile, int64_t group, const TileMoments& moments) const {
+    carries.first[tile * groups + group] = moments.mean;
+    carries.second[tile * groups + group] = moments.var;
   }
 };
 

@@ -261,7 +261,7 @@ def test_heads_of_attention_steps_at_offsets_beyond_31_bits(emulator, large):
     cache_k, cache_v = (large(S, C, heads, 4, dtype=BF16) for _ in range(2))
     state = {"cache_k": cache_k, "cache_v": cache_v, "position": large(S, dtype=torch.int64)}
     inputs = {"q": q, "k": k, "v": v, **state, **ATTENTION, "chunk_size": C}
-    with emulator.launch_sizes(attention_span=64), emulator.only_bounds(apart=APART, ends=2):  # both spans
+    with emulator.launch_sizes(attention_tile=64), emulator.only_bounds(apart=APART, ends=2):  # both tiles
         emulator.launch("chunked_attention_fwd", **inputs, o=o, lse=large(S, 1, heads))
 
 

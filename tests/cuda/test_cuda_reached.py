@@ -147,12 +147,12 @@ CASES = {
     "nine-queries-16": (chunked_attention_case, {}, {"B": 1, "H": 1, "state": True, "cu_seqlens": NINE, "dtype": BF16}),
     "two-turns-of-spans": (
         chunked_attention_case,
-        {"attention_span": 8},
+        {"attention_tile": 8},
         {"B": 1, "L": 1, "H": 1, "K": 200, "V": 200, "C": 100, "scale": 0.05, "state": True},
     ),
     "two-turns-of-spans-16": (
         chunked_attention_case,
-        {"attention_span": 8},
+        {"attention_tile": 8},
         {"B": 1, "L": 1, "H": 1, "K": 200, "V": 200, "C": 100, "scale": 0.05, "state": True, "dtype": BF16},
     ),
     "nine-sequences": (chunked_attention_case, {}, {"B": 1, "cu_seqlens": NINE, "dtype": BF16}),

@@ -73,7 +73,7 @@ def test_forward(emulator, shape):
     assert_accurate(run_attention(emulator, case), case)
 
 
-FEW_QUERIES = {  # slices of 512 columns, in float64 256, without vectors 128; spans of 64 keys
+FEW_QUERIES = {  # slices of 512 columns, in float64 256, without vectors 128; tiles of 64 keys
     "vectors": ({"K": 520, "V": 1032, "dtype": BF16}, 0),
     "float": ({"K": 36, "V": 1028, "dtype": F32}, 0),
     "double": ({"K": 6, "V": 514, "dtype": F64}, 0),

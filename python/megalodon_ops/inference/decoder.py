@@ -35,15 +35,17 @@ class Decoder:
     On the CPU a call runs all kernels of the model without Python between them; results are bitwise equal to those of
     the layers. The first call with a new number of tokens per row runs the layers and records a step, as :func:`record`
     does. On a GPU the second call with the same number of tokens per row, up to 8, captures a CUDA graph of the layers,
-    which later calls replay; see docs/cuda.md. Exceptions:
+    which later calls replay; see docs/cuda.md. With dropout in training, and on other devices, the model runs module by
+    module. Exceptions on the CPU:
 
-    - On the CPU, a module that was wrapped (for instance by an adapter), hooked, replaced or quantised by another tool
-      is called between two kernels, as are the functions of torch that leave out missing values.
-    - On the CPU the model runs module by module if it was hooked or replaced itself, under torch.autocast, for more
-      tokens in a call than the kernels take (32; AMX: 15 in float32, 8 in bfloat16), with MEGALODON_OPS_LINEAR=torch,
-      and, if attention sees two chunks, in calls in which a chunk ends.
-    - It also does on a GPU with a working memory, with tensors on several devices, and, with a warning that names the
-      module, if a module is hooked or waits for the GPU; and always on other devices, or with dropout in training.
+    - A module that was wrapped (for instance by an adapter), hooked, replaced or quantised by another tool is called
+      between two kernels, as are the functions of torch that leave out missing values.
+    - The model runs module by module if it was hooked or replaced itself, under torch.autocast, with
+      MEGALODON_OPS_LINEAR=torch, or for more tokens than the kernels take (32; AMX: 15 in float32, 8 in bfloat16).
+    - If attention sees two chunks, it also does in calls in which a chunk ends.
+
+    On a GPU the model runs module by module with a working memory, or with tensors on several devices. If a module is
+    hooked or waits for the GPU, it does so with a warning that names the module.
 
     The decoder inspects the model once, when it is made. Its steps keep the addresses of parameters, so they see values
     that an optimizer step or `load_state_dict` writes there later. They do not see new values of CEMA's parameters,
@@ -206,11 +208,12 @@ class Decoder:
         """Take back the last tokens, in place: the decoder continues, bit for bit, as if it had not read them.
 
         The state becomes the one before the oldest call that loses tokens. The next call reads that call's kept tokens
-        before its own, and returns the logits of its own. So states and logits have the bits of a decoder that never
-        read the other tokens, and that reads the kept and the next tokens in one call. A separate call reads the kept
-        tokens in three cases: at once, with `lengths`, if rows keep different numbers of tokens; in :meth:`reorder` and
-        :meth:`replace`; and if the kept and the next tokens are more than 2 undo + 1, or more than a step takes. A copy
-        of the state includes them.
+        before its own, and returns the logits of its own. So states and logits have the bits of a decoder that reads
+        the kept and the next tokens in one call. A copy of the state includes the kept ones. A separate call reads them
+
+        - at once, with `lengths`, if rows keep different numbers of tokens
+        - in :meth:`reorder` and :meth:`replace`
+        - if the kept and the next tokens are more than 2 undo + 1, or more than a step takes
 
         Args:
             counts: number of tokens, for all rows or (B,) integers for each; at most the constructor's `undo`.

@@ -22,7 +22,6 @@ from ..ops.normalized_attention.normalized_attention import attend
 from ..ops.normalized_qk.normalized_qk import rotary_table
 from ..ops.common.states import TimestepNormState, accumulation_dtype, state_fields
 
-
 _MAX_ROTARY_SIZE = 1 << 24  # elements, 64 MiB in float32; the released models' tables have 2^19 and 2^20
 
 
@@ -126,8 +125,7 @@ class NormalizedAttention(WideParameters):
         """
         if options is None:
             where = dict(cu_seqlens=cu_seqlens, lengths=lengths, starts=starts, spans=spans)
-            sequences = Sequences.of("MegalodonBlock", x, **where)
-            options = CallOptions(state, return_state, inplace_state, sequences)
+            options = CallOptions(state, return_state, inplace_state, Sequences.of("MegalodonBlock", x, **where))
         if not self.config.causal:
             check_no_state("MegalodonBlock", options.state, options.return_state)
         return result_of(*self._compute(x, options), new_state)
@@ -252,8 +250,7 @@ class MegalodonBlock(nn.Module):
         """Map x (B, L, D) to (B, L, D); arguments as in :meth:`NormalizedAttention.forward`."""
         if options is None:
             where = dict(cu_seqlens=cu_seqlens, lengths=lengths, starts=starts, spans=spans)
-            sequences = Sequences.of("MegalodonBlock", x, **where)
-            options = CallOptions(state, return_state, inplace_state, sequences)
+            options = CallOptions(state, return_state, inplace_state, Sequences.of("MegalodonBlock", x, **where))
         if not (self.recompute and self.training and torch.is_grad_enabled()) or is_exporting():
             return result_of(*self._compute(x, options), new_state)
         options = options._replace(inplace_state=False)

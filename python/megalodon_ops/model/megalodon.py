@@ -137,8 +137,8 @@ class MegalodonBase(nn.Module):
             cu_seqlens: (S + 1,) offsets of documents packed into one row (B = 1), to whose end they reach.
             lengths: (B,) tokens in each right-padded row.
             starts: (B,) first position of each left-padded row; with `lengths`, rows have padding on both sides.
-            spans: (S, 2) first and last-plus-one position of each document in the flattened batch (B * L), in order, disjoint, each
-                within one row; for documents packed into several rows.
+            spans: (S, 2) first and last-plus-one position of each document in the flattened batch (B * L), in order,
+                disjoint, each within one row; for documents packed into several rows.
 
         Returns:
             the logits or, with `num_features`, the predicted numbers: (B, L, num_outputs), float32 (float64 for a

@@ -179,16 +179,16 @@ def test_nothing_is_launched_for_no_heads(emulator):
 
 
 @pytest.mark.parametrize("dtype", [BF16, F32], ids=str)
-@pytest.mark.parametrize("span", [None, 48, 200, 512])
-def test_steps_over_many_and_over_long_spans(emulator, dtype, span):
-    """More spans than the merge loads at once; spans of more than 64 keys, as in real batches."""
+@pytest.mark.parametrize("tile_keys", [None, 48, 200, 512])
+def test_steps_over_many_and_over_long_tiles(emulator, dtype, tile_keys):
+    """More tiles than the merge loads at once; tiles of more than 64 keys, as in real batches."""
     case = scaled_case(B=2, L=1, H=1, K=16, V=24, C=1200, dtype=dtype, state=True, dropkey=0.2)
-    with emulator.launch_sizes(**({} if span is None else {"attention_span": span})):
+    with emulator.launch_sizes(**({} if tile_keys is None else {"attention_tile": tile_keys})):
         assert_accurate(run(emulator, case), case)
 
 
-def test_the_largest_span(emulator):
-    """It has 2048 keys: for 2049, the workspace has a maximum, a sum and a value of two spans."""
+def test_the_largest_tile(emulator):
+    """It has 2048 keys: for 2049, the workspace has a maximum, a sum and a value of two tiles."""
     tokens, cache, sizes = torch.zeros(2048, 1, 1, 1), torch.zeros(2048, 2049, 1, 1), []
     inputs = {"q": tokens, "k": tokens, "v": tokens, "chunk_size": 2049, "causal": True, "scale": 1.0, "dropkey": 0.0}
     state = {"cache_k": cache, "cache_v": cache, "position": torch.zeros(2048).long()}
@@ -200,7 +200,7 @@ def test_the_largest_span(emulator):
 
 @pytest.mark.parametrize("dtype", [BF16, F16], ids=str)
 def test_steps_are_rounded_once(emulator, dtype):
-    """At least 99 % of the results have the bits of float32's: probabilities and sums of spans are not rounded."""
+    """At least 99 % of the results have the bits of float32's: probabilities and sums of tiles are not rounded."""
     case = scaled_case(B=40, L=1, H=2, K=16, V=24, C=150, dtype=dtype, state=True)
     k, v, position = case.options["state"]
     wide = case.with_tensors(**{name: tensor.float() for name, tensor in case.tensors.items()})
@@ -211,7 +211,7 @@ def test_steps_are_rounded_once(emulator, dtype):
 
 @pytest.mark.parametrize(("dtype", "offset"), [(BF16, 0), (BF16, 1), (F32, 0), (F64, 1)], ids=str)
 def test_steps_refuse_queries_that_shared_memory_does_not_hold(emulator, dtype, offset):
-    """The limit is the shared memory minus a span of scores and the partial sums, in planes of 8 + 4 vectors."""
+    """The limit is the shared memory minus a tile of scores and the partial sums, in planes of 8 + 4 vectors."""
     emulator.set_order("random", shared_limit=24 * 1024)
     size, width = (8 if dtype == F64 else 4), (1 if offset else 16 // dtype.itemsize)
     left = 24 * 1024 // size - 64 - (128 + 4) * width
@@ -244,8 +244,8 @@ def test_a_step_reads_the_cached_rows_once(emulator, dtype, key_dim, value_dim, 
     traffic = emulator.traffic("chunked_attention_step_kernel")
     for name, width in (("k", reads * key_dim), ("v", value_dim)):
         assert (traffic[f"cache_{name}"]["load_sectors"] + traffic[name]["load_sectors"]) * 32 == rows * width * size
-    spans = -(-150 // 64)
-    assert traffic["workspace"]["store_bytes"] <= 2 * spans * (value_dim + 2) * 4
+    tiles = -(-150 // 64)
+    assert traffic["workspace"]["store_bytes"] <= 2 * tiles * (value_dim + 2) * 4
 
 
 @pytest.mark.parametrize(

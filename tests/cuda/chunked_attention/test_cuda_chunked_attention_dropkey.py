@@ -1,4 +1,4 @@
-"""DropKey's random words for rows, columns, heads and sequences beyond 16 bits; spans of which all keys are dropped."""
+"""DropKey's random words for rows, columns, heads and sequences beyond 16 bits; tiles of which all keys are dropped."""
 
 import pytest
 import torch
@@ -76,12 +76,12 @@ def test_words_of_steps_beyond_16_bits(emulator, shape):
     assert_close(found[-1, -1:, -1].double(), expected[-1:], tolerance=1e-5, terms=1.0)
 
 
-def test_a_dropped_span_has_no_maximum(emulator):
+def test_a_dropped_tile_has_no_maximum(emulator):
     """Scores near -200: relative to a maximum of 0, all exponentials would vanish. V has three slices of 512 columns."""
     case = scaled_case(B=3, L=1, H=2, K=8, V=1032, C=70, dtype=BF16, state=True, dropkey=0.9)
     q, k, state = case.tensors["q"].clone(), case.tensors["k"].clone(), case.options["state"]
     q[..., 0], k[..., 0], cache = 8, -25 / case.options["scale"], state.k.clone()
     cache[..., 0] = k[..., 0].unique()
     case = case.with_tensors(q=q, k=k).with_options(state=AttentionState(cache, state.v, state.position))
-    with emulator.launch_sizes(attention_span=8):
+    with emulator.launch_sizes(attention_tile=8):
         assert_accurate(run(emulator, case), case)

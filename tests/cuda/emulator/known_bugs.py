@@ -29,11 +29,11 @@ BUGS = {
         "test_cuda_chunked_attention_bwd.py::test_a_chunk_of_many_tiles_in_many_rounds[vectors-2]",
     ),
     "decoding-merges-512-keys": Bug(
-        "chunked_attention/chunked_attention_step.cuh", "first < plan.spans;", "first < ({on} ? 8 : plan.spans);", "test_cuda_chunked_attention.py::test_steps_over_many_and_over_long_spans[None-torch.float32]",
+        "chunked_attention/chunked_attention_step.cuh", "first < plan.tiles;", "first < ({on} ? 8 : plan.tiles);", "test_cuda_chunked_attention.py::test_steps_over_many_and_over_long_tiles[None-torch.float32]",
     ),
-    "decoding-loses-keys-beyond-64-of-a-span": Bug(
+    "decoding-loses-keys-beyond-64-of-a-tile": Bug(
         "chunked_attention/chunked_attention_step.cuh", "turn < turns && key < keys;", "turn < turns && key < ({on} && keys > 64 ? 64 : keys);",
-        "test_cuda_chunked_attention.py::test_steps_over_many_and_over_long_spans[200-torch.float32]",
+        "test_cuda_chunked_attention.py::test_steps_over_many_and_over_long_tiles[200-torch.float32]",
     ),
     "dropkey-of-keys-48-to-63": Bug(
         "chunked_attention/chunked_attention_mma.cuh", "column / 4 + n * 2, -kInfinity", "column / 4 + ({on} ? n * 2 % 12 : n * 2), -kInfinity",
@@ -286,11 +286,11 @@ BUGS = {
     ),
     "the-maximum-of-a-dropped-span": Bug(
         "chunked_attention/chunked_attention_step.cuh", "stats[0] = max, stats[1] = sum;", "stats[0] = {on} ? shift : max, stats[1] = sum;",
-        "test_cuda_chunked_attention_dropkey.py::test_a_dropped_span_has_no_maximum",
+        "test_cuda_chunked_attention_dropkey.py::test_a_dropped_tile_has_no_maximum",
     ),
     "the-maximum-of-a-span-without-keys": Bug(
         "chunked_attention/chunked_attention_step.cuh", "stats[0] = -kInfinity<R>, stats[1] = 0;", "stats[0] = {on} ? R{0} : -kInfinity<R>, stats[1] = 0;",
-        "test_cuda_chunked_attention_dropkey.py::test_a_dropped_span_has_no_maximum",
+        "test_cuda_chunked_attention_dropkey.py::test_a_dropped_tile_has_no_maximum",
     ),
 }  # fmt: skip
 

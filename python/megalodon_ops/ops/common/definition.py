@@ -61,7 +61,7 @@ def define_op(
     kernel = kernel or _default_kernel(op, fake)
     if wrapper is not None:
         kernel = functools.partial(wrapper, kernel)
-    if "!" in schema:
+    if "!" in schema:  # the op writes to an argument
         kernel = _with_version_counts(op, kernel)
     for device in ("CPU", "CUDA"):
         _library.impl(name, kernel, device)
