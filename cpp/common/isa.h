@@ -5,9 +5,10 @@
 
 // The names are also namespaces. x86-64 levels: v2 = SSE4.2, v3 = AVX2 + FMA, v3_vnni adds AVX-VNNI, v4 = v3 + AVX-512,
 // v4_vnni adds AVX512-VNNI, v4_bf16 adds AVX512-BF16, v4_amx adds AMX to v4_bf16. 64-bit Arm: generic = NEON,
-// neon_bf16 adds BF16. Every kernel is compiled for the lowest level and for the other levels that CMakeLists.txt lists
-// for it. Levels above MEGALODON_HIGHEST_ISA_FOR_ALL_DTYPES add products of bfloat16 and rounding to bfloat16. Code for
-// these levels is compiled for bfloat16 alone, except in linear_amx_cpu.cpp.
+// neon_dot adds DotProd, neon_i8mm adds I8MM, neon_bf16 adds BF16. Every kernel is compiled for the lowest level and for
+// the other levels that CMakeLists.txt lists for it. Levels above MEGALODON_HIGHEST_ISA_FOR_ALL_DTYPES add products of
+// bfloat16 and rounding to bfloat16. Code for these levels is compiled for bfloat16 alone, except in
+// linear_amx_cpu.cpp.
 #if defined(__x86_64__)
 #define MEGALODON_LOWEST_ISA v2
 #define MEGALODON_FOR_EACH_HIGHER_ISA(X, ...) \
@@ -17,11 +18,13 @@
 #else
 #define MEGALODON_LOWEST_ISA generic
 #if defined(__aarch64__)
-#define MEGALODON_FOR_EACH_HIGHER_ISA(X, ...) X(neon_bf16, __VA_ARGS__)
+#define MEGALODON_FOR_EACH_HIGHER_ISA(X, ...) \
+  X(neon_dot, __VA_ARGS__) X(neon_i8mm, __VA_ARGS__) X(neon_bf16, __VA_ARGS__)
+#define MEGALODON_HIGHEST_ISA_FOR_ALL_DTYPES neon_i8mm
 #else
 #define MEGALODON_FOR_EACH_HIGHER_ISA(X, ...)
-#endif
 #define MEGALODON_HIGHEST_ISA_FOR_ALL_DTYPES generic
+#endif
 #endif
 
 namespace megalodon {
