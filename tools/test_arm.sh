@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Test the 64-bit Arm wheel on an x86-64 machine with Debian 13: cross-build the wheel for Python 3.13 and run tests with
-# torch's own Arm wheel in qemu, as a processor with the extension BF16 and as one without. Arguments go to pytest in place of
-# the tests below, which take hours. Tests that start a process, such as torch.compile, cannot run.
+# torch's own Arm wheel in qemu, as a processor with all extensions and as one without BF16 and I8MM. Arguments go to
+# pytest in place of the tests below, which take hours. Tests that start a process, such as torch.compile, cannot run.
 #
 #     apt-get install g++-aarch64-linux-gnu mmdebstrap qemu-user python3-venv
 #     bash tools/test_arm.sh
@@ -9,7 +9,7 @@ set -euo pipefail
 cd "$(dirname "$0")/.."
 arm=$PWD/build/arm
 tests=(tests/ops/{cema,timestep_norm,chunked_attention,normalized_qk,normalized_attention,linear,layer_norm,gated_silu,sequence_norm}
-       tests/ops/linear_cross_entropy/test_linear_cross_entropy.py
+       tests/ops/quantized_linear tests/ops/linear_cross_entropy/test_linear_cross_entropy.py
        tests/ops/common/test_{ops,range,end_states,nothing_to_do,threads,wrong_calls}.py
        tests/model/test_{states,layers,model,encoder}.py tests/inference/test_{decoder,generation}.py)
 

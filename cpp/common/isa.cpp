@@ -71,7 +71,10 @@ bool supported(int i) {
   const bool supported[] = {v2, v3, v3 && avx_vnni_supported(), v4, v4_vnni, v4_bf16, v4_bf16 && amx_supported()};
   return supported[i];
 #elif defined(__aarch64__) && defined(__linux__)
-  return static_cast<Isa>(i) == Isa::generic || (getauxval(AT_HWCAP2) & HWCAP2_BF16);
+  // Every processor with BF16 that GCC 14 knows has I8MM, and Armv8.6 requires both.
+  const bool dot = getauxval(AT_HWCAP) & HWCAP_ASIMDDP, i8mm = dot && getauxval(AT_HWCAP2) & HWCAP2_I8MM;
+  const bool supported[] = {true, dot, i8mm, i8mm && getauxval(AT_HWCAP2) & HWCAP2_BF16};
+  return supported[i];
 #else
   return i == 0;
 #endif

@@ -8,7 +8,8 @@
 //                v3        v2, AVX2, FMA      v3_vnni    v3, AVX-VNNI
 //                v4        v3, AVX-512        v4_vnni    v4, AVX512-VNNI
 //                v4_bf16   v4, AVX512-BF16    v4_amx     v4_bf16, AVX512-VNNI, AMX
-//   64-bit Arm   generic   NEON               neon_bf16  NEON, BF16
+//   64-bit Arm   generic   NEON               neon_dot   NEON, DotProd
+//                neon_i8mm neon_dot, I8MM     neon_bf16  neon_i8mm, BF16
 //   others       generic
 // Every kernel is compiled for the lowest level and for the other levels that CMakeLists.txt lists for it. Levels above
 // MEGALODON_HIGHEST_ISA_FOR_ALL_DTYPES add products of bfloat16 and rounding to bfloat16. Code for these levels is
@@ -22,11 +23,13 @@
 #else
 #define MEGALODON_LOWEST_ISA generic
 #if defined(__aarch64__)
-#define MEGALODON_FOR_EACH_HIGHER_ISA(X, ...) X(neon_bf16, __VA_ARGS__)
+#define MEGALODON_FOR_EACH_HIGHER_ISA(X, ...) \
+  X(neon_dot, __VA_ARGS__) X(neon_i8mm, __VA_ARGS__) X(neon_bf16, __VA_ARGS__)
+#define MEGALODON_HIGHEST_ISA_FOR_ALL_DTYPES neon_i8mm
 #else
 #define MEGALODON_FOR_EACH_HIGHER_ISA(X, ...)
-#endif
 #define MEGALODON_HIGHEST_ISA_FOR_ALL_DTYPES generic
+#endif
 #endif
 
 namespace megalodon {

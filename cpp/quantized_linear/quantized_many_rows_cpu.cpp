@@ -11,19 +11,22 @@
 //   s_o = 8 max_g |c_og| / 127,  m_og = round(256 c_og / s_o)
 //   q_oi = floor((r_oi m_og + 128) / 256), in [-127, 127]
 //
-// A word is the operand of one 32-bit lane: kWordInputs neighbouring inputs. A job has a panel (gemm.h): two vectors
-// of outputs. It packs the panel's weights in its L2, a row of words for each word of the depth, then multiplies it by
-// all rows of x, a tile of kRows rows at a time; sums stay in registers. x is rounded by all threads together, into
-// tiles that store kRows words for each word of the depth. No result depends on the number of threads.
+// A word is the operand of one lane: neighbouring inputs, kWordInputs of them. A lane has 32 bits; SMMLA's have 64, two
+// in a vector. A job has a panel (gemm.h): two vectors of outputs. It packs the panel's weights in its L2, a row of
+// words for each word of the depth, then multiplies it by all rows of x, a tile of kRows rows at a time; sums stay in
+// registers. x is rounded by all threads together, into tiles that store kRows words for each word of the depth. No
+// result depends on the number of threads.
 //
 //   instruction set      word            product of two words            tile
 //   v4_amx               4 of 8 bits     TDPBSUD, 16 x 16 x 16 words     32 rows x 2 vectors
 //   v4_vnni, v3_vnni     4 of 8 bits     VPDPBUSD                        12 x 2, 6 x 2
 //   v4, v3, v2           2 of 16 bits    VPMADDWD and VPADDD             12 x 2, 6 x 2
+//   neon_i8mm            8 of 8 bits     SMMLA, 2 x 2 words              12 x 2
+//   neon_dot             4 of 8 bits     SDOT                            12 x 2
 //   others               2 of 16 bits    two multiply-adds               12 x 2
 //
-// VPDPBUSD and TDPBSUD here multiply unsigned by signed integers. The weights are stored as q + 128, and each sum
-// starts from -128 sum_i p_ti.
+// VPDPBUSD and TDPBSUD here multiply unsigned by signed integers. The weights are stored as q + 128, and
+// -128 sum_i p_ti is added to each sum.
 
 #include "quantized_linear.h"
 
@@ -40,7 +43,15 @@ constexpr int64_t kPartInputs = 1 << 16;           // 127 * 255 * 2^16 < 2^31
 constexpr int64_t kBlockBytes = int64_t{4} << 20;  // of rounded rows of x; they share the last-level cache
 using Ints = VecOf<int32_t, kFloats>::type;
 
-#if defined(__AVX512VNNI__) || defined(__AVXVNNI__)
+#if defined(__ARM_FEATURE_MATMUL_INT8)
+using Lane = double;  // as wide as a word
+#else
+using Lane = float;
+#endif
+#if defined(__ARM_FEATURE_DOTPROD)
+using Integer = int8_t;
+constexpr int kOffset = 0;
+#elif defined(__AVX512VNNI__) || defined(__AVXVNNI__)
 using Integer = int8_t;
 constexpr int kOffset = 128;
 #if defined(__AVX512VNNI__)
@@ -72,13 +83,57 @@ MEGALODON_INLINE Ints add_products(Ints sum, Bits weight, Bits x) {
 }
 #endif
 
-constexpr int kIntegerBytes = sizeof(Integer), kWordInputs = 4 / kIntegerBytes;
+constexpr int kIntegerBytes = sizeof(Integer), kWordInputs = sizeof(Lane) / kIntegerBytes;
+constexpr int kVectors = kPanel / kLanes<Lane>;  // of words, in a row of a panel
 #if defined(__AMX_INT8__)
 constexpr int kRows = 32;
 constexpr int64_t kDepthPadding = 64;
 #else
 constexpr int kRows = kRegisters == 32 ? 12 : 6;
 constexpr int64_t kDepthPadding = kFloats * kWordInputs;
+
+// Adds the products of a word of each row of x and a panel's row of words. With SMMLA, sums[r][j] and sums[r + 1][j], r
+// even, are each a square of these two rows and two outputs.
+MEGALODON_INLINE void add_row_of_words(Ints (&sums)[kRows][2], const Bits* weights, const Integer* x) {
+#if defined(__ARM_FEATURE_DOTPROD)
+  constexpr int kStep = kVectorBytes / sizeof(Lane);  // rows in a vector of x
+  int8x16_t weight[kVectors];
+#pragma GCC unroll 4
+  for (int v = 0; v < kVectors; ++v) weight[v] = bit_cast<int8x16_t>(weights[v]);
+#pragma GCC unroll 6
+  for (int r = 0; r < kRows; r += kStep) {
+    const auto rows = load_raw<int8x16_t>(x + r * kWordInputs);
+#pragma GCC unroll 4
+    for (int v = 0; v < kVectors; ++v) {
+#if defined(__ARM_FEATURE_MATMUL_INT8)
+      Ints& sum = sums[r + v % 2][v / 2];
+      sum = bit_cast<Ints>(vmmlaq_s32(bit_cast<int32x4_t>(sum), rows, weight[v]));
+#else
+      const auto add = [&](Ints& sum, auto lane) __attribute__((always_inline)) {
+        sum = bit_cast<Ints>(vdotq_laneq_s32(bit_cast<int32x4_t>(sum), weight[v], rows, decltype(lane)::value));
+      };
+      add(sums[r][v], std::integral_constant<int, 0>{});
+      add(sums[r + 1][v], std::integral_constant<int, 1>{});
+      add(sums[r + 2][v], std::integral_constant<int, 2>{});
+      add(sums[r + 3][v], std::integral_constant<int, 3>{});
+#endif
+    }
+#if defined(__ARM_FEATURE_MATMUL_INT8)
+    if (r % 4 == 2) asm volatile("" ::: "memory");  // else GCC loads all rows first, and sums leave the registers
+#endif
+  }
+#else
+  const Bits low = weights[0], high = weights[1];
+#pragma GCC unroll 12
+  for (int r = 0; r < kRows; ++r) {
+    uint32_t word;
+    std::memcpy(&word, x + r * kWordInputs, sizeof word);
+    const Bits factors = Bits{} + word;
+    sums[r][0] = add_products(sums[r][0], low, factors);
+    sums[r][1] = add_products(sums[r][1], high, factors);
+  }
+#endif
+}
 #endif
 
 // Sizes of the depth: `inputs` padded to `depth`, in parts of kPartInputs inputs; the last may be shorter. `factors` is
@@ -99,13 +154,13 @@ struct Depth {
 struct RoundedRows {
   Integer* integers;  // (rows / kRows, depth / kWordInputs, kRows, kWordInputs); with AMX (rows, depth)
   float* scales;      // (rows)
-  int32_t* starts;    // (rows, parts): of the sums
+  int32_t* starts;    // (rows, parts): what is added to the sums
 
   static int64_t place(int64_t r, int64_t i, int64_t depth) {
 #if defined(__AMX_INT8__)
     return r * depth + i;
 #else
-    return r / kRows * kRows * depth + (i / kWordInputs * kRows + r % kRows) * kWordInputs;
+    return r / kRows * kRows * depth + (i / kWordInputs * kRows + r % kRows) * kWordInputs + i % kWordInputs;
 #endif
   }
 };
@@ -144,11 +199,11 @@ void round_row(const T* x, const Depth& size, int64_t row, const RoundedRows& to
 #if defined(__AMX_INT8__)
       store_raw(to.integers + RoundedRows::place(row, i, size.depth), narrow);
 #else
-      constexpr int kWords = kFloats / kWordInputs;
-      uint32_t words[kWords];
-      std::memcpy(words, &narrow, sizeof words);
+      constexpr int kPart = std::min(kFloats, kWordInputs), kParts = kFloats / kPart;  // of words
+      Integer parts[kParts][kPart];
+      std::memcpy(parts, &narrow, sizeof parts);
       Integer* place = to.integers + RoundedRows::place(row, i, size.depth);
-      for (int w = 0; w < kWords; ++w, place += kRows * kWordInputs) std::memcpy(place, words + w, sizeof words[w]);
+      for (int w = 0; w < kParts; ++w, place += kRows * kWordInputs) std::memcpy(place, parts[w], sizeof parts[w]);
 #endif
     }
     int32_t total = 0;
@@ -194,8 +249,8 @@ MEGALODON_INLINE void round_int4(const char* block, const int16_t* factors, int8
 }
 
 MEGALODON_INLINE Bits load_words(const int8_t* from) {
-#if defined(__AVX512VNNI__) || defined(__AVXVNNI__)
-  return load_raw<Bits>(from) ^ 0x80808080;
+#if defined(__AVX512VNNI__) || defined(__AVXVNNI__) || defined(__ARM_FEATURE_DOTPROD)
+  return load_raw<Bits>(from) ^ kOffset * 0x01010101u;
 #else
   using Narrow = VecOf<int8_t, 2 * kFloats>::type;
   using Wide = VecOf<int16_t, 2 * kFloats>::type;
@@ -205,7 +260,8 @@ MEGALODON_INLINE Bits load_words(const int8_t* from) {
 
 // Packs the panel of outputs from `output` on; outputs beyond the last one are zero.
 void pack(const QuantizedWeight& p, const Depth& size, int64_t output, const Panel& to) {
-  constexpr int64_t kStep = kFloats * kWordInputs;  // inputs of a square
+  constexpr int kSide = kLanes<Lane>;
+  constexpr int64_t kStep = kSide * kWordInputs;  // inputs of a square of words
   static_assert(kInt4Block % kStep == 0);
   const int64_t step = p.is_int4 ? kInt4Block : kStep, row_bytes = p.is_int4 ? size.depth / 2 : p.inputs;
   for (int o = 0; o < kPanel; ++o) {
@@ -213,28 +269,28 @@ void pack(const QuantizedWeight& p, const Depth& size, int64_t output, const Pan
     if (p.is_int4 && output + o < p.outputs)
       row_factors(p, size, output + o, to.scales[o], to.factors + o * size.factors);
   }
-  for (int half = 0; half < 2; ++half)
+  for (int vector = 0; vector < kVectors; ++vector)
     for (int64_t i = 0; i < size.depth; i += step) {
-      int8_t buffer[kFloats][kInt4Block];
-      const int8_t* rows[kFloats];
-      for (int o = 0; o < kFloats; ++o) {
-        const int64_t row = output + half * kFloats + o, left = p.inputs - i;
+      int8_t buffer[kSide][kInt4Block];
+      const int8_t* rows[kSide];
+      for (int o = 0; o < kSide; ++o) {
+        const int64_t row = output + vector * kSide + o, left = p.inputs - i;
         const char* from = static_cast<const char*>(p.weight) + row * row_bytes + (p.is_int4 ? i / 2 : i);
         rows[o] = buffer[o];
         if (row >= p.outputs) std::fill_n(buffer[o], step, int8_t{});
         else if (p.is_int4)
-          round_int4(from, to.factors + (half * kFloats + o) * size.factors + i / kInt4Group, buffer[o]);
+          round_int4(from, to.factors + (vector * kSide + o) * size.factors + i / kInt4Group, buffer[o]);
         else if (left >= step) rows[o] = reinterpret_cast<const int8_t*>(from);
         else std::fill(std::copy_n(from, std::max<int64_t>(left, 0), buffer[o]), buffer[o] + step, int8_t{});
       }
       for (int64_t at = 0; at < step; at += kStep) {
-        Vec<float> square[kFloats];
+        Vec<Lane> square[kSide];
 #pragma GCC unroll 16
-        for (int o = 0; o < kFloats; ++o) square[o] = bit_cast<Vec<float>>(load_words(rows[o] + at));
-        transpose<float>(square);
-        Bits* words = to.words + (i + at) / kWordInputs * 2 + half;
+        for (int o = 0; o < kSide; ++o) square[o] = bit_cast<Vec<Lane>>(load_words(rows[o] + at));
+        transpose<Lane>(square);
+        Bits* words = to.words + (i + at) / kWordInputs * kVectors + vector;
 #pragma GCC unroll 16
-        for (int w = 0; w < kFloats; ++w) words[2 * w] = bit_cast<Bits>(square[w]);
+        for (int w = 0; w < kSide; ++w) words[kVectors * w] = bit_cast<Bits>(square[w]);
       }
     }
 }
@@ -251,8 +307,9 @@ __attribute__((noinline)) void multiply_tile(const Depth& size, const RoundedRow
     // y += a_t s_o times the integers.
     const auto finish = [&](int r, Ints low, Ints high) __attribute__((always_inline)) {
       const Vec<float> factor = splat(x.scales[row + r]);
-      const Vec<float> a = __builtin_convertvector(low, Vec<float>) * scale[0] * factor;
-      const Vec<float> b = __builtin_convertvector(high, Vec<float>) * scale[1] * factor;
+      const int32_t start = starts[r * size.parts];
+      const Vec<float> a = __builtin_convertvector(low + start, Vec<float>) * scale[0] * factor;
+      const Vec<float> b = __builtin_convertvector(high + start, Vec<float>) * scale[1] * factor;
       store(tile[r], part > 0 ? load(static_cast<const float*>(tile[r])) + a : a);
       store(tile[r] + kFloats, part > 0 ? load(static_cast<const float*>(tile[r]) + kFloats) + b : b);
     };
@@ -279,25 +336,21 @@ __attribute__((noinline)) void multiply_tile(const Depth& size, const RoundedRow
     _tile_stored(1, sums[0] + kFloats, kStride);
     _tile_stored(2, sums[16], kStride);
     _tile_stored(3, sums[16] + kFloats, kStride);
-    for (int r = 0; r < kRows; ++r) {
-      const int32_t start = starts[r * size.parts];
-      finish(r, load_raw<Ints>(sums[r]) + start, load_raw<Ints>(sums[r] + kFloats) + start);
-    }
+    for (int r = 0; r < kRows; ++r) finish(r, load_raw<Ints>(sums[r]), load_raw<Ints>(sums[r] + kFloats));
 #else
-    Ints sums[kRows][2];
+    Ints sums[kRows][2] = {};
+    for (; words > 0; --words, weights += kVectors, integers += kRows * kWordInputs)
+      add_row_of_words(sums, weights, integers);
+#if defined(__ARM_FEATURE_MATMUL_INT8)
 #pragma GCC unroll 12
-    for (int r = 0; r < kRows; ++r) sums[r][0] = sums[r][1] = Ints{} + starts[r * size.parts];
-    for (; words > 0; --words, weights += 2, integers += kRows * kWordInputs) {
-      const Bits low = weights[0], high = weights[1];
-#pragma GCC unroll 12
-      for (int r = 0; r < kRows; ++r) {
-        uint32_t word;
-        std::memcpy(&word, integers + r * kWordInputs, sizeof word);
-        const Bits factors = Bits{} + word;
-        sums[r][0] = add_products(sums[r][0], low, factors);
-        sums[r][1] = add_products(sums[r][1], high, factors);
-      }
+    for (int i = 0; i < kRows; ++i) {  // the rows of each square
+      Ints &even = sums[i / 2 * 2][i % 2], &odd = sums[i / 2 * 2 + 1][i % 2];
+      Vec<Lane> square[2] = {bit_cast<Vec<Lane>>(even), bit_cast<Vec<Lane>>(odd)};
+      transpose<Lane>(square);
+      even = bit_cast<Ints>(square[0]);
+      odd = bit_cast<Ints>(square[1]);
     }
+#endif
 #pragma GCC unroll 12
     for (int r = 0; r < kRows; ++r) finish(r, sums[r][0], sums[r][1]);
 #endif
@@ -353,7 +406,7 @@ void quantized_many_rows(const QuantizedLinearParams& p) {
     size_t helper = 0;
     parallel_jobs<TileRegisters>(panels * shares, static_cast<double>(rows * p.inputs * p.outputs), [&] {
       ++helper;
-      const Panel panel{kept_memory<Bits>(size.depth / kWordInputs * 2, helper),
+      const Panel panel{kept_memory<Bits>(size.depth / kWordInputs * kVectors, helper),
                         kept_memory<float>(kPanel, helper),
                         kept_memory<int16_t>(kPanel * size.factors, helper)};
       return [&, panel](int64_t job) {

@@ -19,9 +19,10 @@ from megalodon_ops import _C
 from megalodon_ops.ops.common import definition as library
 
 DEFAULT_ISA = _C.active_isa()
-# Only products of integers have kernels for VNNI; tests of other ops skip it, unless this processor has nothing above.
-VNNI_ISAS = [name for name in _C.available_isas() if name.endswith("_vnni") and name != DEFAULT_ISA]
-ISAS = [name for name in _C.available_isas() if name not in VNNI_ISAS]
+# Only products of integers have kernels for these; tests of other ops skip them, unless one is this processor's best.
+_ENDINGS = "_vnni", "_dot", "_i8mm"
+INTEGER_ISAS = [name for name in _C.available_isas() if name.endswith(_ENDINGS) and name != DEFAULT_ISA]
+ISAS = [name for name in _C.available_isas() if name not in INTEGER_ISAS]
 HAS_GPU = library.has_cuda_kernels() and torch.cuda.is_available()
 FAST = ["cpu"] + ["cuda"] * HAS_GPU
 DEVICES = ["cpu", "cuda-emulated", *FAST[1:]]

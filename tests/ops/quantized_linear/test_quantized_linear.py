@@ -10,17 +10,18 @@ import torch.nn.functional as F
 from assertions import every_case
 
 import megalodon_ops as mo
-from backends import EMULATED_AMX, ISA_PARAMS, ISAS, VNNI_ISAS, each_isa, isa
+from backends import EMULATED_AMX, INTEGER_ISAS, ISA_PARAMS, each_isa, isa
 from megalodon_ops.ops.common.definition import launch
 from megalodon_ops.ops.quantized_linear import quantized_linear as module
 from megalodon_ops.ops.quantized_linear.quantized_linear import dequantize, dequantize_fwd, quantized_linear_fwd
 from megalodon_ops.ops.quantized_linear.quantized_linear_reference import dequantize as exact_weight
 from megalodon_ops.ops.quantized_linear.quantized_linear_reference import int4_to_int8, round_activations
 
+GAINING = [name for name in module._C.available_isas() if module.gains_from_rounding(name)]
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 SIZES = [(1, 1), (7, 0), (7, 3), (64, 100), (128, 17), (300, 61), (1031, 5)]
 each_kind = pytest.mark.parametrize("kind", ["int8", "int4"])
-each_isa_of_integers = pytest.mark.parametrize("name", [*ISA_PARAMS, *VNNI_ISAS, *EMULATED_AMX])
+each_isa_of_integers = pytest.mark.parametrize("name", [*ISA_PARAMS, *INTEGER_ISAS, *EMULATED_AMX])
 
 
 def inputs(rows, I=300, O=61, kind="int8", dtype=torch.float32):  # noqa: E741
@@ -168,18 +169,18 @@ def test_error_of_int4_rounded_to_8_bits():
     assert ((integers * scale[:, None] - one_scale).abs() <= 0.501 * scale[:, None]).all()
 
 
-@pytest.mark.parametrize("name, gains", [("v4_vnni", True), ("v4", False), ("generic", False), ("v4_amx", True)])
-def test_choice_of_the_product_of_integers(name, gains):
+def test_choice_of_the_product_of_integers():
     """More rows than the kernel for few takes are rounded, where that is faster."""
-    assert module.gains_from_rounding(name) == gains
+    names = "generic neon_dot neon_i8mm neon_bf16 v2 v3 v3_vnni v4 v4_vnni v4_bf16 v4_amx".split()
+    assert [name for name in names if not module.gains_from_rounding(name)] == ["generic", "v4"]
 
 
 @each_kind
-@pytest.mark.skipif("v2" not in ISAS, reason="integers gain nothing on this processor")
+@pytest.mark.skipif(not GAINING, reason="integers gain nothing on this processor")
 def test_activations(kind):
     """x is rounded if it has more rows than the kernel for few rows takes, and if the caller allows it."""
     x, *others = inputs(65, kind=kind)
-    with isa(VNNI_ISAS[-1] if VNNI_ISAS else "v2"):
+    with isa(GAINING[-1]):
         rounded, kept = mo.quantized_linear(x, *others, activations="int8"), mo.quantized_linear(x, *others)
         assert torch.equal(rounded, many_rows(x, *others)) and not torch.equal(rounded, kept)
         reference = mo.reference.quantized_linear(x, *others, activations="int8")

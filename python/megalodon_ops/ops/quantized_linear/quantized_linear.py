@@ -116,9 +116,9 @@ def check_activations(caller: str, activations: object) -> None:
 def gains_from_rounding(isa: str) -> bool:
     """Return True if products of integers are faster with this instruction set than those of floating point.
 
-    AVX-512 without VNNI and Arm's NEON multiply integers no faster than float32.
+    AVX-512 without VNNI and NEON without dot products multiply integers no faster than float32.
     """
-    return isa in ("v2", "v3", "v3_vnni", "v4_vnni", "v4_bf16", "v4_amx")
+    return isa not in ("v4", "generic")
 
 
 def _check_dtype(op: str, argument: str, tensor: Tensor) -> None:
