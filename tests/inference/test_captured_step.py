@@ -6,6 +6,7 @@ import dataclasses
 import types
 import warnings
 from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -61,6 +62,22 @@ def test_a_warm_up_runs_on_a_side_stream(fake_graphs):
     first = next(i for i, event in enumerate(fake_graphs) if event == ("wait", side, default))
     last = next(i for i, event in enumerate(fake_graphs) if event == ("wait", default, side))
     assert any(event[0] == "launch" for event in fake_graphs[first:last])
+
+
+def test_a_graph_has_a_workspace_of_its_own(monkeypatch):
+    """Others free theirs, also on a stream on which two graphs were captured, and also in a thread without a handle."""
+    stream = torch.cuda.Stream()
+    monkeypatch.setattr(torch.cuda, "Stream", lambda: stream)
+    model, state = model_and_state()
+    decoders, pieces = [mo.Decoder(model, state) for _ in range(2)], tokens_of(1, 4).split(1, 1)
+    for decoder in decoders:
+        decoder(pieces[0])
+        with ThreadPoolExecutor(1) as pool:
+            pool.submit(decoder, pieces[1]).result()
+        assert decoder.fused
+    torch._C._cuda_clearCublasWorkspaces()
+    assert_equal(*[by_decoder(decoder, pieces[2:]) for decoder in decoders])
+    assert count("replay") == 6
 
 
 def is_capturing():

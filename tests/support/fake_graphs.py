@@ -7,12 +7,14 @@ same memory. Reading a value during a capture raises an error, and invalidates i
 from __future__ import annotations
 
 import contextlib
+import threading
 from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from emulator.device import Emulator, bindings
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
@@ -53,6 +55,7 @@ class FakeGraph(TorchDispatchMode):
         self._calls: list[Callable[[], None]] = []
         self._before: dict[int, tuple[Tensor, Tensor]] = {}
         self._own: dict[int, torch.UntypedStorage] = {}
+        self._workspaces: set[Workspace] = set()
         self._is_valid = True
 
     def capture_begin(self, capture_error_mode: str) -> None:
@@ -73,6 +76,7 @@ class FakeGraph(TorchDispatchMode):
 
     def replay(self) -> None:
         assert FakeGraph.capturing is None
+        assert all(workspace.graph is self or not workspace.is_freed for workspace in self._workspaces)
         self.log.append(("replay",))
         with torch.no_grad():
             for call in self._calls:
@@ -116,6 +120,34 @@ class FakeGraph(TorchDispatchMode):
         return results
 
 
+class Workspace:
+    """cuBLAS's workspace of a thread and a stream, in the pool of `graph`, or in torch's if it is None."""
+
+    kept: dict[tuple[int, FakeStream], Workspace] = {}
+    threads: set[int] = set()  # those that have a handle
+
+    def __init__(self) -> None:
+        self.graph, self.is_freed = FakeGraph.capturing, False
+
+    @staticmethod
+    def use() -> None:
+        thread, graph = threading.get_ident(), FakeGraph.capturing
+        if graph is not None and thread not in Workspace.threads:
+            graph.refuse()
+        Workspace.threads.add(thread)
+        key = thread, torch.cuda.current_stream()
+        workspace = Workspace.kept[key] = Workspace.kept.get(key) or Workspace()
+        if graph is not None:
+            graph._workspaces.add(workspace)
+        assert graph is not None or workspace.graph is None, "a replay may write to it at the same time"
+
+    @staticmethod
+    def clear() -> None:
+        for workspace in Workspace.kept.values():
+            workspace.is_freed = True
+        Workspace.kept.clear()
+
+
 class FakeStream:
     """torch.cuda.Stream. The log has who waits for whom; `stack` has the current streams."""
 
@@ -150,7 +182,7 @@ def count(event: str) -> int:
 def fake_graphs(emulator: Emulator, monkeypatch: pytest.MonkeyPatch) -> Iterator[list[tuple]]:
     """Decoders capture graphs of CPU tensors, which take the paths of CUDA tensors; the value is FakeGraph's log."""
 
-    bindings_of_cpu, tolist = bindings(_C), Tensor.tolist
+    bindings_of_cpu, tolist, torch_linear = bindings(_C), Tensor.tolist, F.linear
 
     def read(tensor: Tensor) -> list:
         """Tensor.tolist, which no dispatch mode sees on the CPU."""
@@ -165,6 +197,10 @@ def fake_graphs(emulator: Emulator, monkeypatch: pytest.MonkeyPatch) -> Iterator
                 kernel(*args)
 
         return launch
+
+    def multiply(*args: Any) -> Tensor:
+        Workspace.use()
+        return torch_linear(*args)
 
     for module in cema_coefficients, layer_norm, gated_silu:
         monkeypatch.setattr(module, "has_cpu_kernel", lambda x: False)
@@ -181,8 +217,11 @@ def fake_graphs(emulator: Emulator, monkeypatch: pytest.MonkeyPatch) -> Iterator
     monkeypatch.setattr(torch.cuda, "current_stream", lambda device=None: [DEFAULT_STREAM, *FakeStream.stack][-1])
     monkeypatch.setattr(torch.cuda, "CUDAGraph", FakeGraph)
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: FakeGraph.capturing is not None)
+    monkeypatch.setattr(F, "linear", multiply)
+    monkeypatch.setattr(torch.cuda, "current_blas_handle", Workspace.use)
+    monkeypatch.setattr(torch._C, "_cuda_clearCublasWorkspaces", Workspace.clear, raising=False)
     monkeypatch.setattr(decoder, "may_capture", lambda model, state: not model.config.working_memory)
-    FakeGraph.log.clear()
+    FakeGraph.log.clear(), Workspace.kept.clear(), Workspace.threads.clear()
     with stack:
         yield FakeGraph.log
         monkeypatch.undo()

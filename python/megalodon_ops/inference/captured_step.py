@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import threading
 import traceback
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from types import FrameType
 from typing import Any
 
@@ -25,7 +26,7 @@ class CapturedStep:
 
     The first call runs the function on a side stream, as torch requires before a capture: kernels are loaded, and
     libraries allocate their workspaces. The second call captures a graph, and later ones replay it. All memory that the
-    function allocates lies in the graph's own pool.
+    function allocates lies in the graph's own pool, cuBLAS's workspaces included.
 
     Attributes:
         problem: reason why a graph cannot repeat the function, with a module's name; every call then runs the function
@@ -68,7 +69,7 @@ class CapturedStep:
         graph, error = torch.cuda.CUDAGraph(), None
         try:
             # torch.cuda.graph would also collect garbage and free cached memory, which takes 0.1 s and more.
-            with _CAPTURING, torch.cuda.stream(self._stream):
+            with _CAPTURING, torch.cuda.stream(self._stream), _new_blas_workspaces():
                 graph.capture_begin(capture_error_mode="thread_local")
                 try:
                     self._result = function(self._tokens)
@@ -85,6 +86,23 @@ class CapturedStep:
             frames = [frame for frame, _ in traceback.walk_tb(error.__traceback__)]
             name, message = _calling_module(reversed(frames), self._model), str(error).partition("\n")[0]
             self.problem = f"`{name}` cannot be captured by a CUDA graph ({type(error).__name__}: {message})"
+
+
+@contextlib.contextmanager
+def _new_blas_workspaces() -> Iterator[None]:
+    """Let a capture allocate cuBLAS's workspaces in its graph's pool, for this graph alone; torch.compile does the same.
+
+    torch keeps a workspace for each thread and stream, and returns one of 32 streams. A workspace from before the capture
+    lies outside of the pool: a replay would write to it after torch frees it, for all streams when torch.compile captures,
+    or, in some versions, for a stream when another graph captured there ends (pytorch issue 193402). One that torch
+    keeps after the capture would serve other work on the stream, during replays.
+    """
+    torch.cuda.current_blas_handle()  # creates this thread's handle, which a capture forbids
+    torch._C._cuda_clearCublasWorkspaces()
+    try:
+        yield
+    finally:
+        torch._C._cuda_clearCublasWorkspaces()
 
 
 def may_capture(model: nn.Module, state: MegalodonStateBase) -> bool:
