@@ -55,7 +55,6 @@ class FakeGraph(TorchDispatchMode):
         self._calls: list[Callable[[], None]] = []
         self._before: dict[int, tuple[Tensor, Tensor]] = {}
         self._own: dict[int, torch.UntypedStorage] = {}
-        self._workspaces: set[Workspace] = set()
         self._is_valid = True
 
     def capture_begin(self, capture_error_mode: str) -> None:
@@ -76,7 +75,6 @@ class FakeGraph(TorchDispatchMode):
 
     def replay(self) -> None:
         assert FakeGraph.capturing is None
-        assert all(workspace.graph is self or not workspace.is_freed for workspace in self._workspaces)
         self.log.append(("replay",))
         with torch.no_grad():
             for call in self._calls:
@@ -120,34 +118,6 @@ class FakeGraph(TorchDispatchMode):
         return results
 
 
-class Workspace:
-    """cuBLAS's workspace of a thread and a stream, in the pool of `graph`, or in torch's if it is None."""
-
-    kept: dict[tuple[int, FakeStream], Workspace] = {}
-    threads: set[int] = set()  # those that have a handle
-
-    def __init__(self) -> None:
-        self.graph, self.is_freed = FakeGraph.capturing, False
-
-    @staticmethod
-    def use() -> None:
-        thread, graph = threading.get_ident(), FakeGraph.capturing
-        if graph is not None and thread not in Workspace.threads:
-            graph.refuse()
-        Workspace.threads.add(thread)
-        key = thread, torch.cuda.current_stream()
-        workspace = Workspace.kept[key] = Workspace.kept.get(key) or Workspace()
-        if graph is not None:
-            graph._workspaces.add(workspace)
-        assert graph is not None or workspace.graph is None, "a replay may write to it at the same time"
-
-    @staticmethod
-    def clear() -> None:
-        for workspace in Workspace.kept.values():
-            workspace.is_freed = True
-        Workspace.kept.clear()
-
-
 class FakeStream:
     """torch.cuda.Stream. The log has who waits for whom; `stack` has the current streams."""
 
@@ -172,6 +142,20 @@ def use_stream(stream: FakeStream) -> Iterator[None]:
         yield
     finally:
         FakeStream.stack.pop()
+
+
+WORKSPACES: dict[tuple[int, FakeStream], FakeGraph | None] = {}
+"""cuBLAS's, by thread and stream, with the graph in whose pool they lie."""
+HANDLES: set[int] = set()  # threads
+
+
+def use_workspace() -> None:
+    """A graph uses only workspaces in its pool, which nobody else frees; nobody else uses them, as a replay may do so."""
+    thread, graph = threading.get_ident(), FakeGraph.capturing
+    if graph is not None and thread not in HANDLES:
+        graph.refuse()
+    HANDLES.add(thread)
+    assert WORKSPACES.setdefault((thread, torch.cuda.current_stream()), graph) is graph
 
 
 def count(event: str) -> int:
@@ -199,7 +183,7 @@ def fake_graphs(emulator: Emulator, monkeypatch: pytest.MonkeyPatch) -> Iterator
         return launch
 
     def multiply(*args: Any) -> Tensor:
-        Workspace.use()
+        use_workspace()
         return torch_linear(*args)
 
     for module in cema_coefficients, layer_norm, gated_silu:
@@ -218,10 +202,10 @@ def fake_graphs(emulator: Emulator, monkeypatch: pytest.MonkeyPatch) -> Iterator
     monkeypatch.setattr(torch.cuda, "CUDAGraph", FakeGraph)
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: FakeGraph.capturing is not None)
     monkeypatch.setattr(F, "linear", multiply)
-    monkeypatch.setattr(torch.cuda, "current_blas_handle", Workspace.use)
-    monkeypatch.setattr(torch._C, "_cuda_clearCublasWorkspaces", Workspace.clear, raising=False)
+    monkeypatch.setattr(torch.cuda, "current_blas_handle", use_workspace)
+    monkeypatch.setattr(torch._C, "_cuda_clearCublasWorkspaces", WORKSPACES.clear, raising=False)
     monkeypatch.setattr(decoder, "may_capture", lambda model, state: not model.config.working_memory)
-    FakeGraph.log.clear(), Workspace.kept.clear(), Workspace.threads.clear()
+    FakeGraph.log.clear(), WORKSPACES.clear(), HANDLES.clear()
     with stack:
         yield FakeGraph.log
         monkeypatch.undo()

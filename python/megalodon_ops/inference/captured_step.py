@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import contextlib
 import threading
 import traceback
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from types import FrameType
 from typing import Any
 
@@ -69,7 +68,11 @@ class CapturedStep:
         graph, error = torch.cuda.CUDAGraph(), None
         try:
             # torch.cuda.graph would also collect garbage and free cached memory, which takes 0.1 s and more.
-            with _CAPTURING, torch.cuda.stream(self._stream), _new_blas_workspaces():
+            with _CAPTURING, torch.cuda.stream(self._stream):
+                # torch keeps a workspace of cuBLAS for each thread and stream, and has 32 streams. The graph needs one of its
+                # own, in its pool: torch frees others for torch.compile, or (pytorch issue 193402) when a graph ends.
+                torch.cuda.current_blas_handle()  # creates this thread's handle, which a capture forbids
+                torch._C._cuda_clearCublasWorkspaces()
                 graph.capture_begin(capture_error_mode="thread_local")
                 try:
                     self._result = function(self._tokens)
@@ -78,6 +81,8 @@ class CapturedStep:
                 graph.capture_end()
         except RuntimeError as raised:
             error = error or raised
+        finally:  # other work on this stream must not use the graph's workspace
+            torch._C._cuda_clearCublasWorkspaces()
         if error is None:
             self._graph = graph
         elif not isinstance(error, Exception):
@@ -86,23 +91,6 @@ class CapturedStep:
             frames = [frame for frame, _ in traceback.walk_tb(error.__traceback__)]
             name, message = _calling_module(reversed(frames), self._model), str(error).partition("\n")[0]
             self.problem = f"`{name}` cannot be captured by a CUDA graph ({type(error).__name__}: {message})"
-
-
-@contextlib.contextmanager
-def _new_blas_workspaces() -> Iterator[None]:
-    """Let a capture allocate cuBLAS's workspaces in its graph's pool, for this graph alone; torch.compile does the same.
-
-    torch keeps a workspace for each thread and stream, and returns one of 32 streams. A workspace from before the capture
-    lies outside of the pool: a replay would write to it after torch frees it, for all streams when torch.compile captures,
-    or, in some versions, for a stream when another graph captured there ends (pytorch issue 193402). One that torch
-    keeps after the capture would serve other work on the stream, during replays.
-    """
-    torch.cuda.current_blas_handle()  # creates this thread's handle, which a capture forbids
-    torch._C._cuda_clearCublasWorkspaces()
-    try:
-        yield
-    finally:
-        torch._C._cuda_clearCublasWorkspaces()
 
 
 def may_capture(model: nn.Module, state: MegalodonStateBase) -> bool:
@@ -114,8 +102,8 @@ def may_capture(model: nn.Module, state: MegalodonStateBase) -> bool:
 
 def hooked_module(model: nn.Module) -> str | None:
     """Return the name of the first module with hooks of its forward, or None."""
-    hooked = (name for name, part in model.named_modules() if part._forward_hooks or part._forward_pre_hooks)
-    return next((name or "model" for name in hooked), None)
+    parts = model.named_modules()
+    return next((name or "model" for name, part in parts if part._forward_hooks or part._forward_pre_hooks), None)
 
 
 class _HostWork(TorchDispatchMode):
