@@ -56,6 +56,7 @@ LOADED = re.compile(r"(?!.*\bwarp$)(?:\*|MEM|[a-z_]\w*\.[a-z]|\w+(?:\(D\))?->)[^
 CUT = re.compile(r"\((?:unsigned )?int\) (\S+)$")
 NAME = re.compile(r"[a-zA-Z_][\w.]*(?:\(D\))?")
 PLACE = re.compile(r"\[\S+:\d+:\d+\] ")
+VERSION = re.compile(r"(?<=.)_\d+(?:\(D\))?$")  # a temporary is only that
 MERGED = re.compile(r"^  # (\S+) = PHI <(.*)>$", re.MULTILINE)  # values from before a loop and from its iterations
 COMPARED = re.compile(r"[ (]([\w.]+(?:\(D\))?) (?:[<>]=?|!=) ([\w.]+(?:\(D\))?)[;)]")
 WIDENED = re.compile(r"\((?:long int|long unsigned int|u?int64_t|size_t|s?sizetype)\) (\S+)$")
@@ -69,16 +70,11 @@ def widened_products(build: Path, kernels: Path) -> dict[tuple[str, int], str]:
     return {(file, line): texts[file][line - 1].strip() for file, line in sorted(places) if file in texts}
 
 
-def base(name: str) -> str:
-    """A variable's name without the number of its version; a temporary has no other name."""
-    return re.sub(r"(?<=.)_\d+(?:\(D\))?$", "", name)
-
-
-def _origins(name: str, operands: dict[str, set[str]]) -> set[str]:
-    """All variables of which this one is a sum, with values of earlier iterations of its loop: also itself, then."""
+def _origins(name: str, terms: dict[str, set[str]]) -> set[str]:
+    """All variables of which this one is a sum; in a loop also itself."""
     found, left = set(), [name]
     while left:
-        new = operands.get(left.pop(), set()) - found
+        new = terms.get(left.pop(), set()) - found
         found |= new
         left += new
     return found
@@ -88,45 +84,32 @@ def _places(text: str) -> Iterator[tuple[str, int]]:
     """File and line of each conversion to 64 bits of a product, of a sum of products or of a 64-bit loop's counter."""
     for function in text.split("\n;; Function ")[1:]:
         head, _, body = function.partition("\n{\n")
-        declarations = [
-            *head.rpartition("\n")[2].strip(")").split(", "),
-            *re.findall(r"^  (\w.*);$", body, re.MULTILINE),
-        ]
-        matches = (DECLARED.search(declaration) for declaration in declarations)
+        arguments = head.rpartition("\n")[2].strip(")").split(", ")
+        matches = map(DECLARED.search, [*arguments, *re.findall(r"^  (\w.*);$", body, re.MULTILINE)])
         declared = {match[2] for match in matches if match and match[1] in NARROW}
+        narrow = {name for name in NAME.findall(body) if {name, VERSION.sub("", name)} & declared}
         assigned = [(file, line, to, PLACE.sub("", source)) for file, line, to, source in ASSIGNED.findall(body)]
-        sums = {to: source for _, _, to, source in assigned if SUM.match(source)} | dict(MERGED.findall(body))
-        operands = {
-            to: set(NAME.findall(PLACE.sub("", source))) for to, source in sums.items() if {to, base(to)} & declared
-        }
+        sums = {to: source for *_, to, source in assigned if SUM.match(source)} | dict(MERGED.findall(body))
+        terms = {to: set(NAME.findall(PLACE.sub("", sums[to]))) for to in sums.keys() & narrow}
+        loops = {name: {other for other in _origins(name, terms) if name in _origins(other, terms)} for name in terms}
         comparisons = COMPARED.findall(body)
         limited = {name for pair in comparisons for name in pair}
-        in_64_bits = {name for pair in comparisons if all(map(NAME.match, pair)) for name in pair}
+        limits = {name for pair in comparisons if all(map(NAME.match, pair)) for name in pair}
+        counters = {name for name, loop in loops.items() if loop and not loop & limited}
         sizes, products = set(), set()  # of 32 bits
-
-        def loop_of(name: str) -> set[str]:
-            """The variables of an unlimited loop in which this one grows."""
-            loop = {other for other in _origins(name, operands) if name in _origins(other, operands)}
-            return set() if loop & limited else loop
-
         for _ in range(2):  # a loop's sum may come before the size
             for file, line, to, source in assigned:
-                if {to, base(to)} & declared:
-                    names = set(NAME.findall(source))
-                    if LOADED.match(source) or (
-                        (match := CUT.match(source)) and not {match[1], base(match[1])} & declared
-                    ):
-                        sizes.add(to)
-                    elif (
-                        PRODUCT.match(source)
-                        or (MULTIPLE.search(source) and names & (sizes | products))
-                        or (SUM.match(source) and names & products)
-                    ):
-                        products.add(to)
-                    elif SUM.match(source) and names & sizes:
-                        sizes.add(to)
-                elif (match := WIDENED.match(source)) and (
-                    match[1] in products or (to in in_64_bits and loop_of(match[1]))
+                names = set(NAME.findall(source))
+                if to not in narrow:
+                    match = WIDENED.match(source)
+                    if match and (match[1] in products or (match[1] in counters and to in limits)):
+                        yield Path(file).name, int(line)
+                elif LOADED.match(source) or ((match := CUT.match(source)) and match[1] not in narrow):
+                    sizes.add(to)
+                elif PRODUCT.match(source) or (
+                    names & products if SUM.match(source) else MULTIPLE.search(source) and names & (sizes | products)
                 ):
-                    yield Path(file).name, int(line)
-            products |= {other for name in operands if operands[name] & sizes for other in loop_of(name)}
+                    products.add(to)
+                elif SUM.match(source) and names & sizes:
+                    sizes.add(to)
+            products |= {other for name in counters if terms[name] & sizes for other in loops[name]}
