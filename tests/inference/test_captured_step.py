@@ -4,6 +4,7 @@ import dataclasses
 import types
 import warnings
 from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -59,6 +60,19 @@ def test_a_warm_up_runs_on_a_side_stream(fake_graphs):
     first = next(i for i, event in enumerate(fake_graphs) if event == ("wait", side, default))
     last = next(i for i, event in enumerate(fake_graphs) if event == ("wait", default, side))
     assert any(event[0] == "launch" for event in fake_graphs[first:last])
+
+
+def test_a_graph_has_a_workspace_of_its_own(monkeypatch):
+    """Also on a stream on which another graph was captured, and in a thread without a handle of cuBLAS."""
+    stream = torch.cuda.Stream()
+    monkeypatch.setattr(torch.cuda, "Stream", lambda: stream)
+    model, state = model_and_state()
+    for _ in range(2):
+        decoder, token = mo.Decoder(model, state), tokens_of(1, 1)
+        decoder(token)
+        with ThreadPoolExecutor(1) as pool:
+            pool.submit(decoder, token).result()
+        assert decoder.fused
 
 
 def is_capturing():

@@ -7,12 +7,14 @@ same memory. Reading a value during a capture raises an error, and invalidates i
 from __future__ import annotations
 
 import contextlib
+import threading
 from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from emulator.device import Emulator, bindings
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
@@ -142,6 +144,20 @@ def use_stream(stream: FakeStream) -> Iterator[None]:
         FakeStream.stack.pop()
 
 
+WORKSPACES: dict[tuple[int, FakeStream], FakeGraph | None] = {}
+"""cuBLAS's, by thread and stream, with the graph in whose pool they lie."""
+HANDLES: set[int] = set()  # threads
+
+
+def use_workspace() -> None:
+    """A graph uses only workspaces in its pool, which nobody else frees; nobody else uses them, as a replay may do so."""
+    thread, graph = threading.get_ident(), FakeGraph.capturing
+    if graph is not None and thread not in HANDLES:
+        graph.refuse()
+    HANDLES.add(thread)
+    assert WORKSPACES.setdefault((thread, torch.cuda.current_stream()), graph) is graph
+
+
 def count(event: str) -> int:
     return sum(entry[0] == event for entry in FakeGraph.log)
 
@@ -150,7 +166,7 @@ def count(event: str) -> int:
 def fake_graphs(emulator: Emulator, monkeypatch: pytest.MonkeyPatch) -> Iterator[list[tuple]]:
     """Decoders capture graphs of CPU tensors, which take the paths of CUDA tensors; the value is FakeGraph's log."""
 
-    bindings_of_cpu, tolist = bindings(_C), Tensor.tolist
+    bindings_of_cpu, tolist, torch_linear = bindings(_C), Tensor.tolist, F.linear
 
     def read(tensor: Tensor) -> list:
         """Tensor.tolist, which no dispatch mode sees on the CPU."""
@@ -165,6 +181,10 @@ def fake_graphs(emulator: Emulator, monkeypatch: pytest.MonkeyPatch) -> Iterator
                 kernel(*args)
 
         return launch
+
+    def multiply(*args: Any) -> Tensor:
+        use_workspace()
+        return torch_linear(*args)
 
     for module in cema_coefficients, layer_norm, gated_silu:
         monkeypatch.setattr(module, "has_cpu_kernel", lambda x: False)
@@ -181,8 +201,11 @@ def fake_graphs(emulator: Emulator, monkeypatch: pytest.MonkeyPatch) -> Iterator
     monkeypatch.setattr(torch.cuda, "current_stream", lambda device=None: [DEFAULT_STREAM, *FakeStream.stack][-1])
     monkeypatch.setattr(torch.cuda, "CUDAGraph", FakeGraph)
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: FakeGraph.capturing is not None)
+    monkeypatch.setattr(F, "linear", multiply)
+    monkeypatch.setattr(torch.cuda, "current_blas_handle", use_workspace)
+    monkeypatch.setattr(torch._C, "_cuda_clearCublasWorkspaces", WORKSPACES.clear, raising=False)
     monkeypatch.setattr(decoder, "may_capture", lambda model, state: not model.config.working_memory)
-    FakeGraph.log.clear()
+    FakeGraph.log.clear(), WORKSPACES.clear(), HANDLES.clear()
     with stack:
         yield FakeGraph.log
         monkeypatch.undo()

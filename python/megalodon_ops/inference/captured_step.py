@@ -25,7 +25,7 @@ class CapturedStep:
 
     The first call runs the function on a side stream, as torch requires before a capture: kernels are loaded, and
     libraries allocate their workspaces. The second call captures a graph, and later ones replay it. All memory that the
-    function allocates lies in the graph's own pool.
+    function allocates lies in the graph's own pool, cuBLAS's workspaces included.
 
     Attributes:
         problem: reason why a graph cannot repeat the function, with a module's name; every call then runs the function
@@ -69,6 +69,10 @@ class CapturedStep:
         try:
             # torch.cuda.graph would also collect garbage and free cached memory, which takes 0.1 s and more.
             with _CAPTURING, torch.cuda.stream(self._stream):
+                # torch keeps a workspace of cuBLAS for each thread and stream, and has 32 streams. The graph needs one of its
+                # own, in its pool: torch frees others for torch.compile, or (pytorch issue 193402) when a graph ends.
+                torch.cuda.current_blas_handle()  # creates this thread's handle, which a capture forbids
+                torch._C._cuda_clearCublasWorkspaces()
                 graph.capture_begin(capture_error_mode="thread_local")
                 try:
                     self._result = function(self._tokens)
@@ -77,6 +81,8 @@ class CapturedStep:
                 graph.capture_end()
         except RuntimeError as raised:
             error = error or raised
+        finally:  # other work on this stream must not use the graph's workspace
+            torch._C._cuda_clearCublasWorkspaces()
         if error is None:
             self._graph = graph
         elif not isinstance(error, Exception):
@@ -96,8 +102,8 @@ def may_capture(model: nn.Module, state: MegalodonStateBase) -> bool:
 
 def hooked_module(model: nn.Module) -> str | None:
     """Return the name of the first module with hooks of its forward, or None."""
-    hooked = (name for name, part in model.named_modules() if part._forward_hooks or part._forward_pre_hooks)
-    return next((name or "model" for name in hooked), None)
+    parts = model.named_modules()
+    return next((name or "model" for name, part in parts if part._forward_hooks or part._forward_pre_hooks), None)
 
 
 class _HostWork(TorchDispatchMode):

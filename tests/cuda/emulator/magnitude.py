@@ -13,8 +13,8 @@ Bounds show an offset that becomes negative in 32 bits, between 2^31 and 2^32 el
 only a comparison of values shows it.
 
 Elements count from the start of their buffer, as an access has one address. A pointer may begin beyond 2^31, so that the
-line counts as reached whatever index it adds. Rules of the source hold there: no index is a product of 32-bit sizes, or a
-multiple of one (widened.py), no product is cut to 32 bits (lint.py), and none is cut silently (-Werror=conversion).
+line counts as reached whatever index it adds. Rules of the source hold there: no index is a product of 32-bit sizes, a
+multiple or a loop's sum of one (widened.py), no product is cut to 32 bits (lint.py), and none is cut silently (-Werror=conversion).
 """
 
 import json

@@ -6,13 +6,17 @@ and `pointer + product` converts the product.
 
 A constant multiple counts if its other factor may be a size, as it was cut from 64 bits or loaded. A number of a thread or of
 a loop's iteration is none.
+
+Loops multiply, too. A sum to which each iteration adds a size counts as a product, and a counter that is compared with a
+64-bit number is listed, unless a comparison in 32 bits limits the variable.
 """
 
 import re
 from collections.abc import Iterator
 from pathlib import Path
 
-SHARED, LANE, CHANNEL = "an index of shared memory", "a number of a lane or of its mode", "a channel of a head, below V"
+SHARED, LANE = "an index of shared memory", "a number of a lane or of its mode"
+ROW, CHANNEL = "a row of a chunk", "a channel of a head"
 EXCEPTIONS = {
     "return data_ + row * pitch_ + u / 8 * kBlock + (u % 8 ^ r % 8) * kUnit;": SHARED,
     "return data[i / kPart * plane(vectors) + vector * kPart + i % kPart];": SHARED,
@@ -23,6 +27,12 @@ EXCEPTIONS = {
     "if (column < window.end) copy(column, slice, shared + stage_number * Tiling::kStage);": SHARED,
     "return reinterpret_cast<const gpu::bf16*>(words + i * kRowPitch + block * kBlock + step_of(k)) + e;": SHARED,
     "channel = first_channel + half * 8;": LANE,
+    "for (int mode = 0; mode < scan.lanes; mode += 4 * groups) {": LANE,
+    "const int64_t at = (block.token + my_row - block.cached) * p.heads + block.head;": ROW,
+    "const uint64_t dropped = drop ? dropped_scores<Product>(drop, block.start + query, block.start + key) : 0;": ROW,
+    "T* const tile = typed<T>(plan.tiles) + (2 * panel * plan.blocks * kEdge + query) * kEdge;": ROW,
+    "for (int c = threadIdx.x; c < p.key_dim; c += kThreads) {": CHANNEL,
+    "const R* const key_scores = scores + first_row * Tiling::kScorePitch + (slice - products) * Tiling::kSliceKeys;": SHARED,
     "const auto plane = [&](int index) { return scan.plane<float>(index)[(4 * n + t) * scan.width + channel]; };": LANE,
     "while (1 << layout.log_lanes < gpu::kWarp && 1 << layout.log_lanes < layout.vectors) ++layout.log_lanes;": LANE,
     "if (layout.vectors > 1 << layout.log_lanes)": LANE,
@@ -42,6 +52,11 @@ SUM = re.compile(r"[\w.()]+(?: [+/-] [\w.()]+)?$|\((?:unsigned )?int\) [\w.()]+$
 MULTIPLE = re.compile(r" (?:\*|<<) ")
 LOADED = re.compile(r"(?!.*\bwarp$)(?:\*|MEM|[a-z_]\w*\.[a-z]|\w+(?:\(D\))?->)[^(]*$")
 CUT = re.compile(r"\((?:unsigned )?int\) (\S+)$")
+NAME = re.compile(r"[a-zA-Z_][\w.]*(?:\(D\))?")
+PLACE = re.compile(r"\[\S+:\d+:\d+\] ")
+VERSION = re.compile(r"(?<=.)_\d+(?:\(D\))?$")  # a temporary is only that
+MERGED = re.compile(r"^  # (\S+) = PHI <(.*)>$", re.MULTILINE)  # values from before a loop and from its iterations
+COMPARED = re.compile(r"[ (]([\w.]+(?:\(D\))?) (?:[<>]=?|!=) ([\w.]+(?:\(D\))?)[;)]")
 WIDENED = re.compile(r"\((?:long int|long unsigned int|u?int64_t|size_t|s?sizetype)\) (\S+)$")
 
 
@@ -53,35 +68,46 @@ def widened_products(build: Path, kernels: Path) -> dict[tuple[str, int], str]:
     return {(file, line): texts[file][line - 1].strip() for file, line in sorted(places) if file in texts}
 
 
-def base(name: str) -> str:
-    """A variable's name without the number of its version; a temporary has no other name."""
-    return re.sub(r"(?<=.)_\d+(?:\(D\))?$", "", name)
+def _origins(name: str, terms: dict[str, set[str]]) -> set[str]:
+    """All variables of which this one is a sum; in a loop also itself."""
+    found, left = set(), [name]
+    while left:
+        new = terms.get(left.pop(), set()) - found
+        found |= new
+        left += new
+    return found
 
 
 def _places(text: str) -> Iterator[tuple[str, int]]:
-    """File and line of each conversion to 64 bits of a product, or of a sum of products, by function."""
+    """File and line of each conversion to 64 bits of a product, of a sum of products or of a 64-bit loop's counter."""
     for function in text.split("\n;; Function ")[1:]:
         head, _, body = function.partition("\n{\n")
-        declarations = [
-            *head.rpartition("\n")[2].strip(")").split(", "),
-            *re.findall(r"^  (\w.*);$", body, re.MULTILINE),
-        ]
-        matches = (DECLARED.search(declaration) for declaration in declarations)
-        narrow = {match[2] for match in matches if match and match[1] in NARROW}
+        arguments = head.rpartition("\n")[2].strip(")").split(", ")
+        matches = map(DECLARED.search, [*arguments, *re.findall(r"^  (\w.*);$", body, re.MULTILINE)])
+        declared = {match[2] for match in matches if match and match[1] in NARROW}
+        narrow = {name for name in NAME.findall(body) if {name, VERSION.sub("", name)} & declared}
+        assigned = [(file, line, to, PLACE.sub("", source)) for file, line, to, source in ASSIGNED.findall(body)]
+        sums = {to: source for *_, to, source in assigned if SUM.match(source)} | dict(MERGED.findall(body))
+        terms = {to: set(NAME.findall(PLACE.sub("", sums[to]))) for to in sums.keys() & narrow}
+        loops = {name: {other for other in _origins(name, terms) if name in _origins(other, terms)} for name in terms}
+        comparisons = COMPARED.findall(body)
+        limited = {name for pair in comparisons for name in pair}
+        limits = {name for pair in comparisons if all(map(NAME.match, pair)) for name in pair}
+        counters = {name for name, loop in loops.items() if loop and not loop & limited}
         sizes, products = set(), set()  # of 32 bits
-        for file, line, to, source in ASSIGNED.findall(body):
-            source = re.sub(r"\[\S+:\d+:\d+\] ", "", source)
-            if base(to) in narrow:
-                operands = set(re.findall(r"[a-zA-Z_][\w.]*(?:\(D\))?", source))
-                if LOADED.match(source) or ((match := CUT.match(source)) and base(match[1]) not in narrow):
+        for _ in range(2):  # a loop's sum may come before the size
+            for file, line, to, source in assigned:
+                names = set(NAME.findall(source))
+                if to not in narrow:
+                    match = WIDENED.match(source)
+                    if match and (match[1] in products or (match[1] in counters and to in limits)):
+                        yield Path(file).name, int(line)
+                elif LOADED.match(source) or ((match := CUT.match(source)) and match[1] not in narrow):
                     sizes.add(to)
-                elif (
-                    PRODUCT.match(source)
-                    or (MULTIPLE.search(source) and operands & (sizes | products))
-                    or (SUM.match(source) and operands & products)
+                elif PRODUCT.match(source) or (
+                    names & products if SUM.match(source) else MULTIPLE.search(source) and names & (sizes | products)
                 ):
                     products.add(to)
-                elif SUM.match(source) and operands & sizes:
+                elif SUM.match(source) and names & sizes:
                     sizes.add(to)
-            elif (match := WIDENED.match(source)) and match[1] in products:
-                yield Path(file).name, int(line)
+            products |= {other for name in counters if terms[name] & sizes for other in loops[name]}

@@ -223,11 +223,19 @@ void run_bounded(float* out, int threads, bool as_template) {
   else LAUNCH(bounded_kernel, 1, threads, 0, nullptr, out);
 }
 
-// For widened.py: a multiple of a size becomes an address; a multiple of a warp's number is small.
+// For widened.py, which finds the lines that end in "found". A warp's number is small; a comparison limits `column`.
 struct Rows {
   int first, warp;
+  int64_t channels, tokens;
 };
-const float* multiple_of_a_size(const float* p, const Rows& rows) { return p + (rows.first + 1) * 128; }
+const float* multiple_of_a_size(const float* p, const Rows& rows) { return p + (rows.first + 1) * 128; }  // found
 const float* multiple_of_a_warp(const float* p, const Rows& rows) { return p + rows.warp * 128; }
+const float* loops(const float* p, const Rows& rows) {
+  int row = 0, column = 0;
+  for (int i = 0; i < rows.tokens; ++i) row += static_cast<int>(rows.channels);  // found
+  while (column < rows.warp) column += static_cast<int>(rows.channels);
+  p += column;
+  return p + row;  // found
+}
 
 }  // namespace planted
