@@ -286,7 +286,9 @@ def stream(
     elif cache_dtype == torch.int8:
         state = state.quantize_cache()
     elif cache_dtype is not None and state.cache_dtype == torch.int8:
-        raise ValueError(f"generate: `cache_dtype` must be torch.int8 or None, as `state` has 8 bits, got {cache_dtype}.")
+        raise ValueError(
+            f"generate: `cache_dtype` must be torch.int8 or None, as `state` has 8 bits, got {cache_dtype}."
+        )
     rows = len(prompt) * check_size("generate", "num_samples", num_samples)
     draft_tokens = check_size("generate", "draft_tokens", draft_tokens)
     if prompt.is_cpu:
