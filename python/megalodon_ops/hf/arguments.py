@@ -73,12 +73,12 @@ def targets_of(op: str, labels: Tensor, are_shifted: bool, config: MegalodonConf
 def map_columns(head: nn.Module, hidden: Tensor, positions: Tensor | None) -> Tensor:
     """Return head(hidden) (B, K, num_outputs) at `positions` (K,) or (B, K); None: all. hidden: (B, W, D).
 
-    If there are more positions than tokens, the head maps the tokens before the selection, so that padding does not
-    change its rounding.
+    If there are as many positions as tokens, or more, the head maps the tokens before the selection: padding then has
+    the bits of the token before it, which a product of equal rows may not give.
     """
     if positions is None:
         return head(hidden)
-    if hidden.shape[1] < positions.shape[-1]:
+    if hidden.shape[1] <= positions.shape[-1]:
         return select(head(hidden), positions)
     return head(select(hidden, positions))
 

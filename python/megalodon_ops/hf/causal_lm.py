@@ -231,7 +231,7 @@ class MegalodonForCausalLM(MegalodonCausalModel, GenerationMixin):
                 layers = self.model(output_hidden_states=True, batch=past, return_dict=True).hidden_states
             logits = self._decode(batch, positions)
         else:
-            selects = labels is None and positions is not None and positions.shape[-1] <= batch.width
+            selects = labels is None and positions is not None and positions.shape[-1] < batch.width
             read = dict(batch=batch, positions=positions if selects else None, return_dict=True)
             output = self.model(output_hidden_states=output_hidden_states, **read)
             hidden, layers = output.last_hidden_state, output.hidden_states
