@@ -18,6 +18,7 @@ from megalodon_ops import _C
 
 TILE = 64  # tokens of a block
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
+EIGHT_SEQUENCES = [1, 4, 4, 10, 31, TILE, TILE + 1, TILE + 2, TILE + 4]
 
 
 def vector(dtype: torch.dtype) -> int:
@@ -44,7 +45,8 @@ def test_each_division_of_a_row(emulator, dtype, width):
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_misaligned_tensors(emulator, dtype):
-    case = timestep_norm_case(B=1, L=TILE + 5, G=2, width=vector(dtype), dtype=dtype, count=2)
+    sizes = dict(B=1, L=TILE + 5, G=2, width=vector(dtype), dtype=dtype, count=2)
+    case = timestep_norm_case(**sizes, cu_seqlens=EIGHT_SEQUENCES)
     assert_matches_reference(run_emulated(emulator, case, offset=1), case)
 
 

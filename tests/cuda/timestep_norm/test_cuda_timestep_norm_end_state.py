@@ -12,16 +12,17 @@ from emulated import assert_no_bank_conflicts, run_emulated
 from emulator.device import Emulator
 from hypothesis import given
 from hypothesis import strategies as st
-from test_cuda_timestep_norm import DTYPES, TILE, WIDE, WIDTHS, footprint, tiled_cases, vector
+from test_cuda_timestep_norm import DTYPES, EIGHT_SEQUENCES, TILE, WIDE, WIDTHS, footprint, tiled_cases, vector
 
 
 @pytest.mark.parametrize("width", WIDTHS.values(), ids=WIDTHS)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_each_division_of_a_row(emulator, dtype, width):
-    """Three groups, which leave lanes of a warp idle; two tiles, the second one short."""
-    case = timestep_norm_end_state_case(B=1, L=TILE + 5, G=3, width=width(vector(dtype)), dtype=dtype)
-    actual = run_emulated(emulator, case)
-    assert_matches_reference(actual, case)
+    """Three groups, which leave lanes of a warp idle; two tiles, the second one short; one sequence, then eight."""
+    sizes = dict(B=1, L=TILE + 5, G=3, width=width(vector(dtype)), dtype=dtype)
+    case = timestep_norm_end_state_case(**sizes)
+    assert_matches_reference(run_emulated(emulator, case), case)
+    case = timestep_norm_end_state_case(**sizes, cu_seqlens=EIGHT_SEQUENCES)
     assert_matches_reference(run_emulated(emulator, case, offset=1), case)
 
 
