@@ -3,8 +3,6 @@
 Partial and quick runs have other file names, so they never overwrite a full one.
 """
 
-from __future__ import annotations
-
 import argparse
 import datetime
 import gc

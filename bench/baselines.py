@@ -3,8 +3,6 @@
 Tensor names and letters are those of `megalodon_ops`. Models in plain torch are in plain_models.py.
 """
 
-from __future__ import annotations
-
 import functools
 
 import torch

@@ -10,8 +10,6 @@ normalized_qk, an element of z:
     backward  flops 24 (rotations 6, gains 4, dgamma and dbeta 6, norm 8)      bytes: z, dq, dk in, dz out
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Sequence
 from functools import partial
 

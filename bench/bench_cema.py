@@ -7,8 +7,6 @@ Work per element of x: 6 multiply-adds for each of N states (4 to update a compl
 Coefficients and states are D N numbers and are not counted.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Sequence
 
 import torch

@@ -10,8 +10,6 @@ the bytes that a rank sends per layer, in the forward and for gradients.
 The exit status is 1 if the loss or the gradients differ from those of one process. Writes a page and a JSON file.
 """
 
-from __future__ import annotations
-
 import argparse
 import datetime
 import json

@@ -5,8 +5,6 @@ value in both passes, and writes dvalue in the backward. Flops are not counted: 
 bf16 data in the cache is bound by conversions and exponentials.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterator
 
 import torch

@@ -10,8 +10,6 @@ plain Mamba grows with the square of the length: 12 s for 1,024 positions of 2 l
 skipped beyond its length in LONGEST, where a call would take many minutes or more memory than most machines have.
 """
 
-from __future__ import annotations
-
 import importlib.util
 from collections.abc import Callable, Iterator
 

@@ -5,8 +5,6 @@ x, the weights and y, backward x, the weights, dy and two gradients; the logits 
 rows, as in decoding, reading the weights is the limit: see the cold results.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterator
 
 import torch

@@ -4,8 +4,6 @@ The model is that of `megalodon-ops train`, and mega200M. onnxruntime writes key
 into a second buffer, as in docs/elsewhere.md, with as many threads as torch. Needs the extra `onnx`.
 """
 
-from __future__ import annotations
-
 import importlib.util
 import json
 import tempfile

@@ -3,8 +3,6 @@
 Sizes are those of a tiny model. `torch.add`, one of the cheapest calls of torch, is shown for comparison.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterator
 from functools import partial
 

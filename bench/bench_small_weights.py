@@ -7,8 +7,6 @@ shown for comparison; so does a Llama in llama.cpp that reads as many weights fo
 The plain Llama checks llama.cpp's F32. The first token of each decoder is not timed.
 """
 
-from __future__ import annotations
-
 import dataclasses
 import sys
 from collections.abc import Callable, Iterator

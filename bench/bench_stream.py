@@ -8,8 +8,6 @@ float32 inputs and coefficients. Each state of CEMA is compared by itself, becau
 Work per element: that of `bench_timestep_norm` and `bench_cema`. `stream_memory` measures the memory of a stream.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from functools import partial
 

@@ -5,8 +5,6 @@ Flops per element: forward 8 (sum, squared distance from the group's mean: 4; su
 14 (two sums with gains: 6; dbias and dweight: 3; dx: 5). The op is bound by memory bandwidth.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from functools import partial
 

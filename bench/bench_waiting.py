@@ -7,8 +7,6 @@ reads its wait policy once, when it is loaded, so each setting runs in its own p
 Both cases need all of the machine's processors.
 """
 
-from __future__ import annotations
-
 import os
 import subprocess
 import sys

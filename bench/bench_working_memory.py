@@ -6,8 +6,6 @@ are compared with the memory before, 2 C K V flops each; the op compares by matr
     bytes: q, k, v in, o out; with gradients q, k, v twice, do in, dq, dk, dv out
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from functools import partial
 

@@ -6,8 +6,6 @@ sequence, calls of the decoder for each token, and the share of the guesses that
 each prompt, so that a busy machine slows them alike; rates are of the prompts' median.
 """
 
-from __future__ import annotations
-
 import argparse
 import itertools
 import statistics

@@ -1,7 +1,5 @@
 """The GPU: description, limits, timing, cache flushing and peak memory. The counterpart of machine.py."""
 
-from __future__ import annotations
-
 import subprocess
 from collections.abc import Callable, Sequence
 

@@ -4,8 +4,6 @@ A stage that fails does not stop the next ones. Standard library only: the packa
 second stage makes.
 """
 
-from __future__ import annotations
-
 import argparse
 import datetime
 import functools

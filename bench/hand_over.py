@@ -4,8 +4,6 @@ The method of the released code, with this package's ops, as hooks, for comparis
 back through the line in the same way.
 """
 
-from __future__ import annotations
-
 from typing import Any
 
 import torch

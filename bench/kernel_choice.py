@@ -7,8 +7,6 @@ and more, in the type itself and in bfloat16 under autocast. Prints the millisec
 the choice takes 5 % more than the fastest way. A way whose results differ by more than rounding is no rival.
 """
 
-from __future__ import annotations
-
 import argparse
 import statistics
 from collections.abc import Callable, Iterator

@@ -3,8 +3,6 @@
 Every matrix has the file's type, the norms are F32. llama.cpp keeps keys and values in float16.
 """
 
-from __future__ import annotations
-
 import ctypes
 import importlib.util
 import tempfile

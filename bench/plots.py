@@ -1,7 +1,5 @@
 """Colours and ticks of all plots: blue is MEGALODON, orange a Transformer, grey the same work in plain torch."""
 
-from __future__ import annotations
-
 from typing import Any
 
 INK, GREY, LIGHT = "#24292f", "#8c959f", "#eaeef2"

@@ -5,8 +5,6 @@ rest once. Blocks for DropKey or unaligned elements are not counted. A floor is 
 largest floor is the bound. bench/README.md says how to read the tables.
 """
 
-from __future__ import annotations
-
 import argparse
 import json
 import math

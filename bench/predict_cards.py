@@ -1,7 +1,5 @@
 """Public figures of cards, for the predictions of predict.py."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass, field
 
 

@@ -1,7 +1,5 @@
 """Predicted cost of the launches of a decoded token, with Python between them and in a CUDA graph. For predict.py."""
 
-from __future__ import annotations
-
 from collections import Counter
 from typing import Any
 

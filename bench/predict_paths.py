@@ -1,7 +1,5 @@
 """Paths of the CUDA kernels: launches, with their grids and loops, by sizes. For predict.py."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass, field

@@ -10,8 +10,6 @@ other texts are Debian's packages perl-doc and wordnet-base. Results go to bench
 docs/training.md draws the conclusions.
 """
 
-from __future__ import annotations
-
 import argparse
 import datetime
 import glob

@@ -1,7 +1,5 @@
 """Files of results: JSON Lines, one run a line, to which several processes append."""
 
-from __future__ import annotations
-
 import fcntl
 import json
 import warnings

@@ -1,7 +1,5 @@
 """Write results as JSON, as tables in Markdown, and as a plot for each bench."""
 
-from __future__ import annotations
-
 import dataclasses
 import json
 import statistics

@@ -3,8 +3,6 @@
 `python -m bench.sass` prints a table of the installed package's kernels.
 """
 
-from __future__ import annotations
-
 import functools
 import importlib.util
 import os

@@ -1,7 +1,5 @@
 """Loops of a kernel, and blocks that a call skips, from its machine code."""
 
-from __future__ import annotations
-
 import functools
 import re
 import tempfile

@@ -5,8 +5,6 @@ chunk, then of tokens decoded one by one. A stream's memory must not grow: the e
 than 2 % above that at 1k tokens. Prints a table; with --out also writes a plot and the numbers.
 """
 
-from __future__ import annotations
-
 import argparse
 import json
 import os

@@ -3,8 +3,6 @@
 All figures are of one processor and one date. A full run of `python -m bench` prints the tables of its own page.
 """
 
-from __future__ import annotations
-
 import re
 from pathlib import Path
 from typing import NamedTuple

@@ -1,7 +1,5 @@
 """Process of `bench_waiting`: for each number of steps on standard input, take them and print their losses."""
 
-from __future__ import annotations
-
 import sys
 from collections.abc import Iterator
 from pathlib import Path

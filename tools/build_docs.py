@@ -3,8 +3,6 @@
 python tools/build_docs.py [folder]
 """
 
-from __future__ import annotations
-
 import subprocess
 import sys
 from pathlib import Path

@@ -11,8 +11,6 @@ wheel is installed, with its extra `test`, into a new environment for each versi
 tests it there, without a compiler on the PATH.
 """
 
-from __future__ import annotations
-
 import argparse
 import os
 import platform

@@ -6,8 +6,6 @@ Only the workflow that builds a release knows the address. Changes both files in
 which do not work on a package index, become absolute, and the package's metadata gets its links.
 """
 
-from __future__ import annotations
-
 import re
 import sys
 from pathlib import Path

@@ -7,8 +7,6 @@ installed versions. clients/conftest.py gives PEFT's tests our models. clients/e
 with reasons: it is an error if another case fails, if one of these passes, or if a line names no case.
 """
 
-from __future__ import annotations
-
 import os
 import shutil
 import subprocess

@@ -5,8 +5,6 @@
 Skips tests that read or compile sources, those of benches and pages, and CUDA kernels in the emulator.
 """
 
-from __future__ import annotations
-
 import os
 import re
 import shutil

@@ -6,8 +6,6 @@ FOLDER takes the environment, some GB with torch's libraries of CUDA, and is kep
 default and the slow tier, or, if there are arguments, pytest with these. Run it before a release.
 """
 
-from __future__ import annotations
-
 import re
 import shutil
 import subprocess

@@ -4,8 +4,6 @@ An interrupted call resumes where it was; `--hours` stops a call. Results go to 
 a line.
 """
 
-from __future__ import annotations
-
 import argparse
 import signal
 from functools import partial

@@ -1,7 +1,5 @@
 """Claim f: each part of the architecture helps: without it the loss is higher."""
 
-from __future__ import annotations
-
 from typing import Any
 
 from bench.plots import BLUE, GREY

@@ -1,7 +1,5 @@
 """Claim c: the loss of a model trained on carried states falls as the context grows, far beyond a training row."""
 
-from __future__ import annotations
-
 import math
 from pathlib import Path
 from statistics import fmean

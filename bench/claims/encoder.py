@@ -4,8 +4,6 @@ python -m bench.claims.encoder --task listops    # one run; prints its results
 python -m bench.claims encoder                   # all runs; an interrupted call resumes
 """
 
-from __future__ import annotations
-
 import argparse
 import itertools
 import statistics

@@ -3,8 +3,6 @@
 pip install statsmodels aeon river statsforecast neuralforecast, then python -m bench.claims forecast --threads 1
 """
 
-from __future__ import annotations
-
 import math
 import statistics
 import time

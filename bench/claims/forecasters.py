@@ -1,7 +1,5 @@
 """Forecasters of the claim `forecast`: quantiles (S, origins, horizon, levels) of a panel, and their cost."""
 
-from __future__ import annotations
-
 import time
 import warnings
 from typing import Any

@@ -8,8 +8,6 @@ After github XuezheMax/gecko-llm, commit fe04b3b (MIT); tests/bench/test_claims_
 that of ifm-ai/xllm's `gekko`. Letters: B rows, L tokens, H heads, S and V channels of a head's keys and values, C chunk, G groups.
 """
 
-from __future__ import annotations
-
 import dataclasses
 import math
 from dataclasses import dataclass

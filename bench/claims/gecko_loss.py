@@ -1,7 +1,5 @@
 """Gains of Gecko's parts in bits per byte, by the length of the context."""
 
-from __future__ import annotations
-
 import itertools
 from pathlib import Path
 from typing import Any

@@ -1,7 +1,5 @@
 """Gains of Gecko's parts on tasks that need tokens from before the last chunk."""
 
-from __future__ import annotations
-
 import itertools
 import statistics
 from typing import Any

@@ -1,7 +1,5 @@
 """Claim a by longer runs: 60 MB of sources as tokens, documents cut into parts, each model's best optimizer and rate."""
 
-from __future__ import annotations
-
 import itertools
 import statistics
 from collections.abc import Callable

@@ -8,8 +8,6 @@ A task returns inputs, lengths (B,) and labels (B,) as torch tensors; inputs are
 numbers (B, L, 1). `random` determines the examples.
 """
 
-from __future__ import annotations
-
 import itertools
 import random as python_random
 

@@ -1,7 +1,5 @@
 """Claim a: run_key on the same text, MEGALODON has a lower loss than a Transformer with as many parameters."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, NamedTuple

@@ -4,8 +4,6 @@ Each figure comes from its own process, `python -m bench.claims.memory --model M
 resident bytes beyond those before the work (Linux).
 """
 
-from __future__ import annotations
-
 import argparse
 import json
 import subprocess

@@ -4,8 +4,6 @@ Each exchange leaves the rest unchanged. "no ema" has more hidden units in the f
 parameters. "ema" keeps the unused parameters of angles and imaginary parts, 1 % of the 1M model's.
 """
 
-from __future__ import annotations
-
 import dataclasses
 from collections.abc import Callable
 from typing import Any

@@ -1,7 +1,5 @@
 """Figure at the head of docs/claims.md: speed, memory and loss, compared with a Transformer's."""
 
-from __future__ import annotations
-
 from typing import Any
 
 from . import loss, memory, models, speed

@@ -1,7 +1,5 @@
 """Tables, verdicts and plots of the claims, from the results on disk alone."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path

@@ -4,8 +4,6 @@ OUT/<claim>.jsonl                   one run a line: settings, result, seconds, m
 OUT/<claim>-unfinished/<run>.pt     progress of a run; removed at its end
 """
 
-from __future__ import annotations
-
 import datetime
 import json
 import os

@@ -1,7 +1,5 @@
 """Claim b: tokens a second of training in rows of 1k to 64k tokens, compared with a Transformer with full attention."""
 
-from __future__ import annotations
-
 import statistics
 from functools import partial
 from pathlib import Path

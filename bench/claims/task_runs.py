@@ -1,7 +1,5 @@
 """Claim d: on tasks that need memory or state tracking, MEGALODON is as good as a Transformer, or better."""
 
-from __future__ import annotations
-
 import itertools
 from collections.abc import Iterator, Sequence
 from pathlib import Path

@@ -10,8 +10,6 @@ A task returns tokens (B, L) and targets (B, L), int64 below 257; -100 means no 
     listops            a nested expression of MIN, MAX, MED and SM (sum modulo 10); target at its end: its value (Long Range Arena)
 """
 
-from __future__ import annotations
-
 import itertools
 import random as python_random
 from collections.abc import Callable

@@ -1,7 +1,5 @@
 """Text for the claims: files as documents, files joined to long documents, and packages' sources as tokens."""
 
-from __future__ import annotations
-
 import glob
 import gzip
 import hashlib

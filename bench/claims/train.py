@@ -6,8 +6,6 @@ The models differ in their context: MEGALODON continues from each row's state af
 tokens of its row, at most `length`.
 """
 
-from __future__ import annotations
-
 import argparse
 import json
 import math

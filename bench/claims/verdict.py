@@ -5,8 +5,6 @@ smallest difference that matters. Fewer than 3 seeds each decide nothing. With 3
 standard errors in 1 of 25 comparisons (Student's t, 4 degrees of freedom), by 5, for many comparisons, in 1 of 130.
 """
 
-from __future__ import annotations
-
 import math
 import statistics
 from collections.abc import Mapping, Sequence

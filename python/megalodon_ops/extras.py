@@ -1,7 +1,5 @@
 """Import packages of the extras where they are needed."""
 
-from __future__ import annotations
-
 import importlib
 import importlib.metadata
 import json

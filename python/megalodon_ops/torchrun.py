@@ -1,7 +1,5 @@
 """Commands as processes of torchrun: the error file from which it reports the rank that failed first."""
 
-from __future__ import annotations
-
 import json
 import os
 import re

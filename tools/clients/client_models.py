@@ -1,7 +1,5 @@
 """Small random models of every class for transformers, each in a folder of the class's name with a tokenizer."""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 

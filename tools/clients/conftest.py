@@ -1,7 +1,5 @@
 """Gives PEFT's tests our models, and its tables our layers; leaves out cases of other models; marks those that fail."""
 
-from __future__ import annotations
-
 import re
 from pathlib import Path
 from typing import Any

@@ -1,7 +1,5 @@
 """transformers' own tests of models, training and configurations, for every class."""
 
-from __future__ import annotations
-
 import unittest
 from typing import Any
 

@@ -1,7 +1,5 @@
 """Short programs as people write them: trl's trainers, sentence-transformers, `transformers serve`."""
 
-from __future__ import annotations
-
 import json
 import socket
 import subprocess

@@ -1,7 +1,5 @@
 """The command line. Each command is a module with `run(options)`; all but `info` need the extra `train`."""
 
-from __future__ import annotations
-
 import importlib
 import io
 import logging

@@ -1,7 +1,5 @@
 """Find text files and load their documents."""
 
-from __future__ import annotations
-
 import codecs
 import dataclasses
 import os

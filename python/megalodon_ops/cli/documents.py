@@ -11,8 +11,6 @@ All but .parquet may be compressed, as .gz or .zst. The division depends only on
 documents depend only on its bytes, so units may be read in any order.
 """
 
-from __future__ import annotations
-
 import bisect
 import codecs
 import csv

@@ -1,7 +1,5 @@
 """`eval`: perplexity and bits per byte by context length, in constant memory."""
 
-from __future__ import annotations
-
 import json
 import lzma
 import zlib

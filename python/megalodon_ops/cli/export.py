@@ -1,7 +1,5 @@
 """`export`: write a model as ONNX files, and with --web a page that runs it in a browser."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 import torch

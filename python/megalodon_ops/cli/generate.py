@@ -1,7 +1,5 @@
 """`generate`: sample text and print it token by token."""
 
-from __future__ import annotations
-
 import codecs
 import itertools
 import os

@@ -1,7 +1,5 @@
 """Bits per byte of held-out text during a run and at its end."""
 
-from __future__ import annotations
-
 import logging
 import math
 import os

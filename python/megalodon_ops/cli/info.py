@@ -1,7 +1,5 @@
 """`info`: the build, the machine and the versions in use."""
 
-from __future__ import annotations
-
 import os
 import platform
 

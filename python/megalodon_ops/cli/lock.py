@@ -1,7 +1,5 @@
 """A lock that lets one command at a time write in a folder."""
 
-from __future__ import annotations
-
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager

@@ -3,8 +3,6 @@
 The first line of a class's docstring is the command's summary; the others are examples in its help.
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal

@@ -1,7 +1,5 @@
 """`plan`: memory, operations and exchanged bytes of a training step, for devices that you need not have."""
 
-from __future__ import annotations
-
 import dataclasses
 import functools
 import json

@@ -1,7 +1,5 @@
 """`plot`: draw the metrics of a run, or of several to compare."""
 
-from __future__ import annotations
-
 from megalodon_ops.cli.errors import CommandError
 from megalodon_ops.cli.options import CURVE, METRICS, Plot
 from megalodon_ops.training import draw_metrics, read_metrics

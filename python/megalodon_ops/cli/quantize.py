@@ -1,7 +1,5 @@
 """`quantize`: write a model with weights of 8 or 4 bits, and print its size, errors and speed beside the old ones."""
 
-from __future__ import annotations
-
 import statistics
 import time
 

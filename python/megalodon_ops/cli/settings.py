@@ -1,7 +1,5 @@
 """Settings of a run of `train`, new or resumed; on a resume, some flags may change."""
 
-from __future__ import annotations
-
 import time
 from collections.abc import Sequence
 from dataclasses import fields, replace

@@ -4,8 +4,6 @@ Depth grows with width as from preset to preset, from 43 channels a layer to 128
 strongly on the number of parameters, and very weakly on depth against width (Kaplan et al., arXiv 2001.08361, section 3).
 """
 
-from __future__ import annotations
-
 import bisect
 import dataclasses
 import math

@@ -1,7 +1,5 @@
 """`tokenize`: encode text or JSON lines into shards of tokens; after a kill, the same command continues."""
 
-from __future__ import annotations
-
 import hashlib
 import os
 import shlex

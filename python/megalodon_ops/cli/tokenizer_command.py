@@ -1,7 +1,5 @@
 """`tokenizer`: train a byte-level BPE on text, or measure a tokenizer on text."""
 
-from __future__ import annotations
-
 import time
 from collections.abc import Sequence
 

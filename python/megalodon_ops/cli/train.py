@@ -3,8 +3,6 @@
 `run` reads from top to bottom; the functions below it follow in the order of the calls.
 """
 
-from __future__ import annotations
-
 import dataclasses
 import hashlib
 import json

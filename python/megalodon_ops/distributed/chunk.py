@@ -6,8 +6,6 @@ rank computes the end state of its piece from zero, sends it to all ranks, and m
 (shard_memory.py). If attention sees two chunks, each rank sends the keys and values of its last chunk to the next rank.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial

@@ -4,8 +4,6 @@ Every rank of the group must call every function, in the same order. The results
 The backward of an exchange needs the backward of the next exchange, so backwards, too, have one order on all ranks.
 """
 
-from __future__ import annotations
-
 import torch
 import torch.distributed as dist
 from torch import Tensor

@@ -1,7 +1,5 @@
 """Data parallel by FSDP2: sharding, initialisation of the shards, and gathering of the whole model."""
 
-from __future__ import annotations
-
 import contextlib
 
 import torch

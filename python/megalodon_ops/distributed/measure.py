@@ -3,8 +3,6 @@
 Tensors on the device `meta` have no memory and take the code paths of a GPU; fake tensors take those of the CPU.
 """
 
-from __future__ import annotations
-
 import contextlib
 import dataclasses
 import math

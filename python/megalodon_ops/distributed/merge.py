@@ -12,8 +12,6 @@ which starts from the state before the sequence, or from zero. Powers and sums a
 dtype of the states. Gradients flow to end states, poles and the state before the sequence.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 
 import torch

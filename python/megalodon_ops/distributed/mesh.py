@@ -1,7 +1,5 @@
 """Meshes of processes: the ranks that split the batch, the sequence and the model."""
 
-from __future__ import annotations
-
 import math
 import os
 import re

@@ -1,7 +1,5 @@
 """`ParallelMegalodon`: a model on several ranks, which split its batch, its sequence, its layers or its parameters."""
 
-from __future__ import annotations
-
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager

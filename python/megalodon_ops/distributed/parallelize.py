@@ -1,7 +1,5 @@
 """`parallelize`: a model over the processes of a mesh."""
 
-from __future__ import annotations
-
 import copy
 
 import torch

@@ -1,7 +1,5 @@
 """Positions of whole sequences in the ranks' pieces, as integers."""
 
-from __future__ import annotations
-
 import reprlib
 from collections.abc import Sequence
 from dataclasses import dataclass

@@ -1,7 +1,5 @@
 """Memory, operations and exchanged bytes of a training step; docs/plan.md has the accuracy of each."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace

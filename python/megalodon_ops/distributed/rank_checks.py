@@ -1,7 +1,5 @@
 """Comparison of values that must be equal on several ranks. If they are, each rank sends only two integers."""
 
-from __future__ import annotations
-
 import zlib
 from collections.abc import Mapping
 from typing import Any

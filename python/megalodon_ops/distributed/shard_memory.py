@@ -11,8 +11,6 @@ its op; its final memory is B, with A = 0. Meanwhile every other piece writes a 
 to (B | A), and runs its op after the second exchange. The last rank skips (B | A), which no rank needs.
 """
 
-from __future__ import annotations
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor

@@ -1,7 +1,5 @@
 """Conversion between the states of whole sequences, equal on all ranks, and those of a rank's piece."""
 
-from __future__ import annotations
-
 from functools import partial
 
 import torch

@@ -1,7 +1,5 @@
 """`split`: this rank's part of a batch."""
 
-from __future__ import annotations
-
 from bisect import bisect_right
 from collections.abc import Sequence
 

@@ -1,7 +1,5 @@
 """Start and end of the processes of a group."""
 
-from __future__ import annotations
-
 import atexit
 import functools
 import os

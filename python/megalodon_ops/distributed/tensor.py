@@ -13,8 +13,6 @@ rank standardises all input features and maps them to its own channels. For logi
 last hidden states are gathered, and each of n ranks computes 1/n of the tokens, so every loss is exact.
 """
 
-from __future__ import annotations
-
 import logging
 from collections.abc import Callable
 from dataclasses import replace

@@ -1,7 +1,5 @@
 """Layers of a model under tensor parallel, each with its rank's own part; see tensor.py."""
 
-from __future__ import annotations
-
 import contextlib
 from collections.abc import Iterator
 from typing import Any, ClassVar

@@ -1,7 +1,5 @@
 """Run a model over the windows of documents."""
 
-from __future__ import annotations
-
 import dataclasses
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any

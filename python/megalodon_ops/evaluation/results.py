@@ -1,7 +1,5 @@
 """Figures of an evaluation, and the sums behind them."""
 
-from __future__ import annotations
-
 import dataclasses
 import math
 import sys

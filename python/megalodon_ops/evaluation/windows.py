@@ -1,7 +1,5 @@
 """Documents, their windows, and the segments of windows that one call of the model reads."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 

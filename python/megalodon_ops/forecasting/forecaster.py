@@ -1,7 +1,5 @@
 """`Forecaster`: quantiles of future values, their loss, and samples from them."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 
 import torch

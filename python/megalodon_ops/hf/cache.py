@@ -1,7 +1,5 @@
 """Cache of `generate`: a `MegalodonState`, or a decoder that has taken over the state."""
 
-from __future__ import annotations
-
 import dataclasses
 from typing import Any
 

@@ -1,7 +1,5 @@
 """`MegalodonForCausalLM` and `MegalodonModel`, for the Auto classes."""
 
-from __future__ import annotations
-
 import dataclasses
 import math
 from typing import Any

@@ -1,7 +1,5 @@
 """Models that classify rows (causal models) or tokens (causal models and encoders)."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import torch

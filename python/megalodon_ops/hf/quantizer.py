@@ -1,7 +1,5 @@
 """Folders with weights of 8 or 4 bits, as `from_pretrained` loads them."""
 
-from __future__ import annotations
-
 from typing import Any
 
 from transformers import PreTrainedModel

@@ -1,7 +1,5 @@
 """`CapturedStep`: a call on a GPU as a CUDA graph, which runs all of its kernels without Python between them."""
 
-from __future__ import annotations
-
 import threading
 import traceback
 from collections.abc import Callable, Iterable

@@ -1,7 +1,5 @@
 """`Decoder`: logits after each of the next tokens, from a model and an initial state."""
 
-from __future__ import annotations
-
 import threading
 from typing import NoReturn
 

@@ -1,7 +1,5 @@
 """`decoding_model`: a decoder's copy of its model, with constant CEMA coefficients and wrapped changed modules."""
 
-from __future__ import annotations
-
 import copy
 from typing import Any
 

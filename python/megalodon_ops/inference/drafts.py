@@ -1,7 +1,5 @@
 """Drafts for `generate`: guesses of next tokens. The model reads them in one call and keeps those before an error."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 
 import torch

@@ -1,7 +1,5 @@
 """Parameters of a model as a whole: a model without values, its values, and the check that they are plain tensors."""
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Mapping
 from typing import TypeVar
 

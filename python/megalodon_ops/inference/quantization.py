@@ -1,7 +1,5 @@
 """`quantize`: a model with weights of 8 or 4 bits, for inference."""
 
-from __future__ import annotations
-
 import torch
 
 from ..ops.common.checks import describe

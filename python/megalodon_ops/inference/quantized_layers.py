@@ -1,7 +1,5 @@
 """Layers with weights of 8 or 4 bits, and the replacement of a model's layers by these."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 
 import torch

@@ -1,7 +1,5 @@
 """Sampling: filters of logits, and reproducible random numbers that draw tokens."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 

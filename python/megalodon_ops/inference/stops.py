@@ -1,7 +1,5 @@
 """Ends of texts: sequences of tokens that stop a row, and strings that stop its text."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterable, Sequence
 
 import torch

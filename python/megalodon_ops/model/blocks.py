@@ -1,7 +1,5 @@
 """The blocks of MEGALODON. Parameter names are those of the released checkpoints."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from typing import Any
 

@@ -1,7 +1,5 @@
 """MEGALODON as an encoder: embedding or linear map, bidirectional blocks, features, a classification head."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from typing import Any, ClassVar
 

@@ -6,8 +6,6 @@ times as large as Gecko's, with which no model learned retrieval. With `config.v
 the previous chunk, and rotary positions continue from chunk to chunk.
 """
 
-from __future__ import annotations
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn

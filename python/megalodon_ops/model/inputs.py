@@ -1,7 +1,5 @@
 """Checks and embeddings of a model's inputs, tokens or numbers."""
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor, nn
 

@@ -1,7 +1,5 @@
 """Layers of MEGALODON's blocks. Parameter names are those of the released checkpoints."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable
 from functools import partial

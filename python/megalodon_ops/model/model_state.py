@@ -1,7 +1,5 @@
 """States that a call of a model passes to the next: of a block and of a model; their tensors by name."""
 
-from __future__ import annotations
-
 import dataclasses
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -315,7 +313,8 @@ class MegalodonStateBase:
             return (high if low is None else high + low).unbind(1)
 
         layers = (
-            (*norm(s.norm), s.cema.real, s.cema.imag, *(x.transpose(1, 2) for x in s.attention[:2])) for s in self.layers
+            (*norm(s.norm), s.cema.real, s.cema.imag, *(x.transpose(1, 2) for x in s.attention[:2]))
+            for s in self.layers
         )
         return (self.norm.count, *(tensor for layer in layers for tensor in layer), *norm(self.norm))
 

@@ -1,7 +1,5 @@
 """Standardisation of numbers by the statistics of their own sequence, with or without missing values."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from typing import NamedTuple
 

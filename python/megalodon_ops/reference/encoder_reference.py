@@ -2,8 +2,6 @@
 
 An encoder has a norm by statistics of the whole row, CEMA in both directions and attention to the whole chunk."""
 
-from __future__ import annotations
-
 import math
 from typing import Any
 

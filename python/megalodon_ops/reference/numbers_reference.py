@@ -1,7 +1,5 @@
 """A model of numbers in plain PyTorch: inputs are standardized by running statistics, then come the layers of a text's."""
 
-from __future__ import annotations
-
 import dataclasses
 from typing import Any
 

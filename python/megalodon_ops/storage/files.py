@@ -4,8 +4,6 @@ Only regular files are opened. A missing file raises a FileNotFoundError. Anothe
 message is one line and begins with the file's path. Writing follows symbolic links and replaces their targets.
 """
 
-from __future__ import annotations
-
 import ctypes
 import errno
 import fcntl

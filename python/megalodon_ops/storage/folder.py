@@ -7,8 +7,6 @@
 A faulty file raises a FileError of one line that begins with the file's path, or a FileNotFoundError.
 """
 
-from __future__ import annotations
-
 import dataclasses
 import json
 import os

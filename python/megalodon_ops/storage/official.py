@@ -1,7 +1,5 @@
 """Checkpoints of the released code: config.json and a `.pth` file, or one `.pth` file per rank (read only)."""
 
-from __future__ import annotations
-
 import json
 import os
 import re

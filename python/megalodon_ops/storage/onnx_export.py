@@ -1,7 +1,5 @@
 """Models as ONNX files, which run without this package and without PyTorch."""
 
-from __future__ import annotations
-
 import json
 import logging
 import os

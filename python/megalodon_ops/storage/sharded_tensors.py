@@ -7,8 +7,6 @@ holds, without communication. No code in a file is run: `.metadata` is unpickled
 and tensors with `weights_only=True`.
 """
 
-from __future__ import annotations
-
 import pickle
 from collections.abc import Callable
 from pathlib import Path

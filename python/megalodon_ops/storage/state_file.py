@@ -1,7 +1,5 @@
 """The file of a :class:`MegalodonState`: safetensors, with the model's configuration in its metadata."""
 
-from __future__ import annotations
-
 import json
 import math
 from pathlib import Path

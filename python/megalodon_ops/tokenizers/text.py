@@ -1,7 +1,5 @@
 """Windows of text, and checks of arguments that are text."""
 
-from __future__ import annotations
-
 import re
 from collections.abc import Iterable, Iterator
 from typing import NamedTuple

@@ -13,8 +13,6 @@ Processes share a batch by rows. Each tracks the position of all rows, from the 
 the text of its own rows. So positions are equal in all processes, and a run may resume in any number of processes.
 """
 
-from __future__ import annotations
-
 import hashlib
 from collections.abc import Iterator, Sequence
 from typing import Annotated, Any, Literal, NamedTuple, Protocol

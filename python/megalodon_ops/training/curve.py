@@ -1,7 +1,5 @@
 """Plot of a run's metrics."""
 
-from __future__ import annotations
-
 import itertools
 import os
 from typing import Any

@@ -1,7 +1,5 @@
 """The paper's AdamW, and Muon: parameter groups, and the number of threads of an optimizer step."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any

@@ -1,7 +1,5 @@
 """A model that reads consecutive batches."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 
 import torch

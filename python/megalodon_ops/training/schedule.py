@@ -7,8 +7,6 @@ With `steps`, progress is step / steps. With `minutes`, progress is a line from 
 after a resume are those of the uninterrupted run.
 """
 
-from __future__ import annotations
-
 from typing import Any
 
 import msgspec

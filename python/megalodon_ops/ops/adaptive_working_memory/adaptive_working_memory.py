@@ -1,7 +1,5 @@
 """`adaptive_working_memory`: each position reads a matrix per head that summarizes all earlier chunks."""
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor
 

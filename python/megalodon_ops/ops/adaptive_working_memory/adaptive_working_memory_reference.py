@@ -16,8 +16,6 @@ dtypes: q, k, v, o and the state's k and v float32, float64, bfloat16 or float16
 float64).
 """
 
-from __future__ import annotations
-
 from typing import NamedTuple
 
 import torch

@@ -1,7 +1,5 @@
 """The order in which `adaptive_working_memory` processes its sequences' chunks, and the places of their tokens."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from itertools import accumulate
 

@@ -1,7 +1,5 @@
 """`bidirectional_cema`: CEMA in both directions of time, for encoders."""
 
-from __future__ import annotations
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor

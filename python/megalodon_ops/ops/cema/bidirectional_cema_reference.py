@@ -9,8 +9,6 @@ original code of the encoders of arXiv 2404.08801, section 4.5. dtypes as in cem
 dtype of x.
 """
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor
 

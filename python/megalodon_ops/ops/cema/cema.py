@@ -3,8 +3,6 @@
 `cema_end_state`: the final state of the recurrence, without its output.
 """
 
-from __future__ import annotations
-
 from torch import Tensor
 
 from ..common.arrays import call_with_arrays

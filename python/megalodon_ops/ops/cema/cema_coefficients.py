@@ -1,7 +1,5 @@
 """`cema_coefficients`: the coefficients for :func:`megalodon_ops.cema`, from the trained parameters."""
 
-from __future__ import annotations
-
 import math
 
 import torch

@@ -9,8 +9,6 @@
 dtypes: all real tensors float32 and complex ones complex64, or float64 and complex128.
 """
 
-from __future__ import annotations
-
 import math
 
 import torch

@@ -16,8 +16,6 @@ dtypes: x and y float32, float64, bfloat16 or float16; p, q, gamma, omega, the s
 or float64 (complex128) for float64 x.
 """
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor
 

@@ -1,7 +1,5 @@
 """Floating-point operations of attention: two for each multiply-add of a pair of a query and a key that it sees."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 
 from torch import Tensor

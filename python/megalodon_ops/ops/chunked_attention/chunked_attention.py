@@ -1,7 +1,5 @@
 """`chunked_attention`: softmax attention inside chunks of C positions, causal or over whole chunks."""
 
-from __future__ import annotations
-
 from functools import partial
 
 import torch

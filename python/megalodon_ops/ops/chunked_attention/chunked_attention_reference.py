@@ -26,8 +26,6 @@ dtypes: q, k, v, o and the state float32, float64, bfloat16 or float16; scores, 
 for float64.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 
 import torch

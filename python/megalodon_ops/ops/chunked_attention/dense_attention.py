@@ -18,8 +18,6 @@ and backward may take different paths.
 docs/cuda.md has the estimates of time and memory.
 """
 
-from __future__ import annotations
-
 import math
 import os
 from collections.abc import Iterator, Sequence

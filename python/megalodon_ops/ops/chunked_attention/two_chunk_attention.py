@@ -13,8 +13,6 @@ are full, the last complete chunk moves to the front. Calls whose positions fit 
 windows.
 """
 
-from __future__ import annotations
-
 import contextlib
 import threading
 from collections.abc import Iterator

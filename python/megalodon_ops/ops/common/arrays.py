@@ -17,8 +17,6 @@ Example:
     array([[4.]], dtype=float32)
 """
 
-from __future__ import annotations
-
 import sys
 from collections.abc import Callable
 from functools import partial

@@ -1,7 +1,5 @@
 """`Attributes`: what a module or function holds before a call, to see afterwards what the call has changed."""
 
-from __future__ import annotations
-
 import functools
 from collections import deque
 from collections.abc import Iterable

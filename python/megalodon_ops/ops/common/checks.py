@@ -1,7 +1,5 @@
 """Checks of values from a caller or a file, and texts of values for errors."""
 
-from __future__ import annotations
-
 import difflib
 import math
 import re

@@ -5,8 +5,6 @@ runtimes of its own major version and of older ones. With an older driver, the r
 runs (docs/cuda.md).
 """
 
-from __future__ import annotations
-
 _FIRST_DRIVERS = {11: 450, 12: 525, 13: 580}  # Linux driver for each major version of CUDA
 _FIRST_NVCC = 11  # the oldest major version that compiles the kernels
 

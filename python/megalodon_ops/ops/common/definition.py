@@ -1,7 +1,5 @@
 """Registration of the ops with torch (schema, kernels, fake kernel, autograd), and the launch of kernels."""
 
-from __future__ import annotations
-
 import functools
 import importlib
 import importlib.util

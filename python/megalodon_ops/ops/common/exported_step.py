@@ -1,7 +1,5 @@
 """`record`: a call of a user's module as a step. torch.export lists its calls, and plain calls check the replays."""
 
-from __future__ import annotations
-
 import copy
 import warnings
 from collections.abc import Callable

@@ -16,8 +16,6 @@ Example:
     192
 """
 
-from __future__ import annotations
-
 import importlib.util
 import inspect
 import sys

@@ -1,7 +1,5 @@
 """Memory for tensors on the CPU: its limit, huge pages, and the reuse of freed memory."""
 
-from __future__ import annotations
-
 import ctypes
 import mmap
 import os

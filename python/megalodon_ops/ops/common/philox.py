@@ -4,8 +4,6 @@ The four words of a counter depend on the counter and the key alone. So a mask i
 number of threads and every tiling, and the backward recomputes the mask instead of storing it.
 """
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor
 

@@ -1,7 +1,5 @@
 """Rows of 8-bit integers with one scale each, for weights and for keys and values of a state."""
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor
 

@@ -1,7 +1,5 @@
 """`Recorder`: notes the launches of kernels and the functions of torch in a call, and keeps their tensors."""
 
-from __future__ import annotations
-
 import contextlib
 import functools
 import math

@@ -1,7 +1,5 @@
 """`Step`: a call as a list of kernels, which are replayed without Python between them."""
 
-from __future__ import annotations
-
 import contextlib
 import threading
 from collections.abc import Callable

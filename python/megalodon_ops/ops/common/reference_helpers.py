@@ -1,7 +1,5 @@
 """Helpers of the references: sequences of a batch, dtypes of sums, inverse RMS."""
 
-from __future__ import annotations
-
 from torch import Tensor
 
 from .spans import pairs_of

@@ -9,8 +9,6 @@ spans, and kernels distinguish them:
     (S, 2)      all others
 """
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor
 

@@ -1,7 +1,5 @@
 """States, which a call of an op passes to the next call: tuples of tensors with one row per sequence."""
 
-from __future__ import annotations
-
 from typing import NamedTuple
 
 import torch

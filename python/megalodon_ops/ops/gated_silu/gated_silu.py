@@ -1,7 +1,5 @@
 """`gated_silu`: SiLU of a tensor, optionally times another tensor."""
 
-from __future__ import annotations
-
 import torch.nn.functional as F
 from torch import Tensor
 

@@ -4,8 +4,6 @@ The op is elementwise. dtypes: all tensors float32, float64, bfloat16 or float16
 float64 x.
 """
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor
 

@@ -1,7 +1,5 @@
 """`layer_norm` and `rms_norm`: each row normalized by itself, with a gain of 1 + weight."""
 
-from __future__ import annotations
-
 import torch.nn.functional as F
 from torch import Tensor
 

@@ -10,8 +10,6 @@ Means are over a row. Weights are stored as offsets: zeros give a gain of 1.
 dtypes: x and y float32, float64, bfloat16 or float16; the rest float32, or float64 for float64 x.
 """
 
-from __future__ import annotations
-
 from torch import Tensor
 
 from megalodon_ops.ops.common.reference_helpers import inverse_rms

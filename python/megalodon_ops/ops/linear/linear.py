@@ -1,7 +1,5 @@
 """`linear`: x weight^T + bias by torch or by one of two kernels, the fastest on the processor."""
 
-from __future__ import annotations
-
 import os
 from pathlib import Path
 from typing import NamedTuple

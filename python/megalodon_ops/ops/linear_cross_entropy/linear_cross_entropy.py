@@ -1,7 +1,5 @@
 """Cross-entropy of logits from a matrix or another function, without the logits of all tokens in memory at once."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 
 import torch

@@ -1,7 +1,5 @@
 """`normalized_attention`: attention over normalized queries and keys that share one z."""
 
-from __future__ import annotations
-
 from torch import Tensor
 
 from ..common.arrays import call_with_arrays

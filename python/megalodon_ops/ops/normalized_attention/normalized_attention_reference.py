@@ -6,8 +6,6 @@ q and k are rounded to the dtype of z. The rotary position of a token is its ind
 starts its own chunks and rotary positions, at the position of its state if it has one.
 """
 
-from __future__ import annotations
-
 from torch import Tensor
 
 from megalodon_ops.ops.chunked_attention.chunked_attention_reference import chunked_attention, chunked_attention_bwd

@@ -1,7 +1,5 @@
 """`normalized_qk`: the queries and keys of normalized attention, from one shared z."""
 
-from __future__ import annotations
-
 import functools
 
 import torch

@@ -18,8 +18,6 @@ dtypes: z, q and k float32, float64, bfloat16 or float16; gamma, beta, the angle
 float64 z.
 """
 
-from __future__ import annotations
-
 import math
 
 import torch

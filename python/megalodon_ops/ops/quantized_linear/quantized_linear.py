@@ -1,7 +1,5 @@
 """`quantized_linear`: x w^T + bias for weights of 8 or 4 bits, for inference."""
 
-from __future__ import annotations
-
 import math
 from typing import NamedTuple
 

@@ -8,8 +8,6 @@ With activations of 8 bits, x_ti is a_t p_ti with p = round(x_ti / a_t), ties to
 weights of 4 bits are rounded to 8, and the sums of p q are exact.
 """
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor
 

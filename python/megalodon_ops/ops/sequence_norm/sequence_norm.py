@@ -1,7 +1,5 @@
 """`sequence_norm`: group norm with the statistics of a whole sequence, for encoders."""
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor
 

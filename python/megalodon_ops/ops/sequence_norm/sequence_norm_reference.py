@@ -11,8 +11,6 @@ dtypes: x and y float32, float64, bfloat16 or float16; weight and bias float32, 
 float64.
 """
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor
 

@@ -3,8 +3,6 @@
 `timestep_norm_end_state`: only the statistics after the last position.
 """
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor
 

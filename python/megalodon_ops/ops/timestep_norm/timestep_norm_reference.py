@@ -22,8 +22,6 @@ would stop changing once c2 (gm - mean) is below half a unit in its last place. 
 on return.
 """
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor
 
