@@ -170,7 +170,7 @@ def test_error_of_int4_rounded_to_8_bits():
 
 
 def test_choice_of_the_product_of_integers():
-    """More rows than the kernel for few takes are rounded, where that is faster."""
+    """17 or more rows are rounded, where that is faster."""
     names = "generic neon_dot neon_i8mm neon_bf16 v2 v3 v3_vnni v4 v4_vnni v4_bf16 v4_amx".split()
     assert [name for name in names if not module.gains_from_rounding(name)] == ["generic", "v4"]
 
@@ -178,15 +178,15 @@ def test_choice_of_the_product_of_integers():
 @each_kind
 @pytest.mark.skipif(not GAINING, reason="integers gain nothing on this processor")
 def test_activations(kind):
-    """x is rounded if it has more rows than the kernel for few rows takes, and if the caller allows it."""
-    x, *others = inputs(65, kind=kind)
+    """x is rounded if it has 17 or more rows, and if the caller allows it."""
+    x, *others = inputs(17, kind=kind)
     with isa(GAINING[-1]):
         rounded, kept = mo.quantized_linear(x, *others, activations="int8"), mo.quantized_linear(x, *others)
         assert torch.equal(rounded, many_rows(x, *others)) and not torch.equal(rounded, kept)
         reference = mo.reference.quantized_linear(x, *others, activations="int8")
         torch.testing.assert_close(rounded, reference, rtol=1e-5, atol=1e-4)
-        few = mo.quantized_linear(x[:64], *others, activations="int8")
-        assert torch.equal(few, mo.quantized_linear(x[:64], *others))
+        few = mo.quantized_linear(x[:16], *others, activations="int8")
+        assert torch.equal(few, mo.quantized_linear(x[:16], *others))
     with pytest.raises(ValueError, match="quantized_linear: `activations` must be None or \"int8\", got 'int4'"):
         mo.quantized_linear(x, *others, activations="int4")
 

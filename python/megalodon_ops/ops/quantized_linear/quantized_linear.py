@@ -17,8 +17,9 @@ _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _GROUP, _BLOCK = 32, 128
 """int4: inputs per scale, and inputs per block of 64 bytes"""
 _MAX_KERNEL_ROWS = {torch.float32: 64, torch.bfloat16: 32, torch.float16: 32}
-"""Maximum rows of x for the kernel that reads the integers without rounding x; with more, the others are faster.
-:class:`Decoder` never has more, so that its results are bit-equal to the layers'"""
+"""Maximum rows of x for the kernel that reads the integers without rounding x; with more, a dequantised copy is faster"""
+_FEWEST_ROUNDED_ROWS = 17
+"""Fewest rows of x for products of integers, where they gain and the caller allows them (times: docs/cpu.md)"""
 _COPY = 1 << 22
 """Maximum elements of the dequantised copy"""
 
@@ -136,8 +137,8 @@ def quantized_linear(
     More rows, and other devices, use a product with a dequantised copy of the weights in the dtype of x, or in float32
     for float16, at most 16 MiB at a time. Under torch.autocast, x and bias are cast first.
 
-    With `activations="int8"`, more rows on the CPU are rounded to 8 bits where sums of integers are faster, with a scale
-    :math:`a_t` for each row of x, its largest absolute value / 127. Weights of 4 bits are then rounded to 8, with a
+    With `activations="int8"`, 17 or more rows on the CPU are rounded to 8 bits where sums of integers are faster. Each
+    row of x has a scale :math:`a_t`, its largest absolute value / 127. Weights of 4 bits are then rounded to 8, with a
     scale for each row. A row of x with NaN or an infinity gives NaN.
 
     .. math:: y_{to} = a_t s_o \sum_i \mathrm{round}(x_{ti} / a_t) \, q_{oi} + b_o
@@ -224,9 +225,9 @@ def _fwd(x, weight, scale, bias, activations):
     y = _fwd_fake(x, weight, scale, bias, activations)
     count = math.prod(x.shape[:-1])
     rows, outputs = x.reshape(count, x.shape[-1]).contiguous(), y.view(count, y.shape[-1])
-    few = len(rows) <= _MAX_KERNEL_ROWS[x.dtype]
-    if has_cpu_kernel(x) and (few or (activations and gains_from_rounding(_C.active_isa()))):
-        kernel = "quantized_linear" if few else "quantized_many_rows"
+    rounds = activations is not None and count >= _FEWEST_ROUNDED_ROWS and gains_from_rounding(_C.active_isa())
+    if has_cpu_kernel(x) and (rounds or count <= _MAX_KERNEL_ROWS[x.dtype]):
+        kernel = "quantized_many_rows" if rounds else "quantized_linear"
         launch(kernel, rows, weight.contiguous(), scale.contiguous(), contiguous_or_none(bias), outputs)
         return y
     dtype = torch.float32 if x.dtype == torch.float16 else x.dtype  # float16 does not hold every weight
