@@ -21,18 +21,19 @@ class Card:
     """TFLOP/s of flash attention by K = V, forward and backward; None: not published"""
 
 
-# NVIDIA does not publish the L2 rate of Hopper: 5120 is the A100's, unverified on an H100. There it is 9.0 TB/s, so
-# times by L2 are too short if the card reaches less.
-_HOPPER = "H100 white paper; mma.sync reaches 0.62 of the peak's 4096 (arXiv 2402.13499); L2: the A100's, unverified"
+# L2 rates are those that the L2 benchmark of github.com/te42kyfo/gpu-benches read with 512 KB a block, for all sets of
+# 12 to 25 MB: 5.4 TB/s on an A100 (white paper: 7.2), 6.9 on an H100 PCIe, 9.7 to 9.9 on an H200 (here 9.0, for a clock
+# of 1.755 GHz instead of up to 1.98), 5.2 on an L40. Of the others the rate of the nearest is taken.
+_HOPPER = "H100 white paper; mma.sync reaches 0.62 of the peak's 4096 (arXiv 2402.13499); L2: gpu-benches"
 _FLASH = {64: (262, 264), 128: (298, 291), 256: (278, None)}
 """arXiv 2407.08608, figures 5 (causal, C 2048) and 6 (not causal), H100"""
-_BLACKWELL = "data sheet of the DGX: 75 TFLOP/s in fp32, 8 TB/s; mma.sync, L2: the H100's and the A100's, unverified"
-_ADA = "Ada white paper; L2 5 TB/s, as chipsandcheese.com found on the 4090"
+_BLACKWELL = "data sheet of the DGX: 75 TFLOP/s in fp32, 8 TB/s; mma.sync, L2: the H100's, unverified"
+_ADA = "Ada white paper; L2 5 TB/s, as chipsandcheese.com found on the 4090 and gpu-benches on the L40"
 CARDS = {
-    "A100": Card(80, 108, 1.41, 2039, 5120, 2048, 64, 164, 64, "A100 white paper, 80 GB SXM"),
-    "A100 40GB": Card(80, 108, 1.41, 1555, 5120, 2048, 64, 164, 64, "A100 white paper, 40 GB"),
+    "A100": Card(80, 108, 1.41, 2039, 3840, 2048, 64, 164, 64, "A100 white paper, 80 GB SXM; L2: gpu-benches"),
+    "A100 40GB": Card(80, 108, 1.41, 1555, 3840, 2048, 64, 164, 64, "A100 white paper, 40 GB; L2: gpu-benches"),
     "H100": Card(90, 132, 1.755, 3352, 5120, 2540, 128, 228, 64, _HOPPER, _FLASH),
-    "H100 PCIe": Card(90, 114, 1.755, 2039, 5120, 2540, 128, 228, 64, f"data sheet: 51 TFLOP/s in fp32; {_HOPPER}"),
+    "H100 PCIe": Card(90, 114, 1.755, 2039, 3930, 2540, 128, 228, 64, f"data sheet: 51 TFLOP/s in fp32; {_HOPPER}"),
     "H100 NVL": Card(90, 132, 1.785, 3938, 5120, 2540, 128, 228, 64, f"data sheet: 60 TFLOP/s in fp32; {_HOPPER}"),
     "H200": Card(90, 132, 1.755, 4800, 5120, 2540, 128, 228, 64, f"H200 data sheet; {_HOPPER}", _FLASH),
     "L40S": Card(89, 142, 2.52, 864, 2048, 1024, 128, 100, 48, f"data sheet: 91.6 and 362 TFLOP/s; {_ADA}"),
