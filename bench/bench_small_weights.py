@@ -1,9 +1,11 @@
 """A token of one sequence by weights of 32, 16, 8 and 4 bits, after few and many tokens of a chunk, and reading a prompt.
 
 Bytes: for each decoded token the weights of ours, int8, without the embedding, and the chunk's keys and values so far.
-int8 and int4 have keys and values of 8 bits, as in `generate`. They compute in bfloat16, prompts by products of integers for the instruction set in use (`MEGALODON_OPS_ISA`
-forces one), or, as "kept", with activations in bfloat16. The others do other work, with their own rounding, and are
-shown for comparison; so does a Llama in llama.cpp that reads as many weights for a token, if its packages are installed.
+int8 and int4 compute in bfloat16, with keys and values of 8 bits, as in `generate`. They read prompts by products of
+integers for the instruction set in use (`MEGALODON_OPS_ISA` forces one), or, as "kept", with activations in bfloat16.
+
+The others do other work, with their own rounding, and are shown for comparison: this package's models in bfloat16 and
+float32, and a Llama in llama.cpp that reads as many weights for a token, if its packages are installed.
 The plain Llama checks llama.cpp's F32. The first token of each decoder is not timed.
 """
 
