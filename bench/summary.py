@@ -139,7 +139,7 @@ class Page:
         ]
         for name, rates in found.items():
             cells = [
-                f"{1000 / rates[label]:.1f}" if unit == "ms" else f"{rates[label]:,.0f}"
+                "" if label not in rates else f"{1000 / rates[label]:.1f}" if unit == "ms" else f"{rates[label]:,.0f}"
                 for label, unit in zip(labels, units)
             ]
             lines.append(f"| {name} | {' | '.join(cells)} |")
