@@ -1,4 +1,4 @@
-// Layer norm and RMS norm of rows on the CPU. Derivation: ops/layer_norm/layer_norm_reference.py.
+// Layer norm and RMS norm of rows. Parameters of the kernels, which layer_norm_bind.cpp launches. Derivation: ops/layer_norm/layer_norm_reference.py.
 #pragma once
 
 #include "dtype.h"
@@ -15,6 +15,7 @@ struct LayerNormParams {
   bool is_rms_norm;    // RMS norm: the mean is not subtracted
   const void* x;       // (T, D)
   const void* weight;  // (D) R, or null for zeros; the gain is 1 + weight
+  void* workspace;     // scratch memory of a CUDA kernel, 256-byte aligned; null on the CPU
 };
 
 struct LayerNormFwdParams : LayerNormParams {
@@ -31,5 +32,7 @@ struct LayerNormBwdParams : LayerNormParams {
 
 MEGALODON_CPU_KERNEL(layer_norm_fwd_cpu, LayerNormFwdParams)
 MEGALODON_CPU_KERNEL(layer_norm_bwd_cpu, LayerNormBwdParams)
+MEGALODON_CUDA_KERNEL(layer_norm_fwd_cuda, LayerNormFwdParams)
+MEGALODON_CUDA_KERNEL(layer_norm_bwd_cuda, LayerNormBwdParams)
 
 }  // namespace megalodon

@@ -1,6 +1,8 @@
 // Reductions over a warp and over a block, in an order fixed by lane numbers, so results repeat bit for bit.
 #pragma once
 
+#include <cmath>
+
 #include "portable.cuh"
 
 namespace gpu {
@@ -47,6 +49,17 @@ GPU_INLINE R block_max(R value) {
   value = warp_max(lane < warps ? partial[lane] : R{0});
   __syncthreads();
   return value;
+}
+
+// Returns the factor by which numbers are multiplied before their squares are added. The factor is 1 unless `mean`, which
+// is the mean of the squares plus eps, shows an overflow or underflow. With the factor, no square of a normal number
+// overflows or underflows.
+template <class R>
+GPU_INLINE R square_scale(R mean) {
+  constexpr bool kFloat = sizeof(R) == 4;
+  constexpr R kLeast = static_cast<R>(kFloat ? 0x1p-80 : 0x1p-900);
+  if (mean >= kLeast && mean < static_cast<R>(INFINITY)) return 1;
+  return static_cast<R>(mean < kLeast ? (kFloat ? 0x1p64 : 0x1p520) : (kFloat ? 0x1p-70 : 0x1p-560));
 }
 
 }  // namespace gpu

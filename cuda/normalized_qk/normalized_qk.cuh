@@ -1,8 +1,6 @@
 // Shared by the kernels of normalized_qk: the row of the rotary table for a token.
 #pragma once
 
-#include <cmath>
-
 #include "normalized_qk.h"
 #include "sequences.cuh"
 
@@ -16,16 +14,6 @@ GPU_INLINE int64_t table_row(const NormalizedQkParams& p, int64_t token) {
   return position < 0 ? -1 : (position + token - p.sequences.begin(s)) % p.chunk_size;
 }
 
-// Returns the factor by which z is multiplied before its squares are added. The factor is 1 unless `mean`, which is the
-// mean of the squares plus eps, shows an overflow or underflow. With the factor, no square of a normal number overflows
-// or underflows.
-template <class R>
-GPU_INLINE R square_scale(R mean) {
-  constexpr bool kFloat = sizeof(R) == 4;
-  constexpr R kLeast = static_cast<R>(kFloat ? 0x1p-80 : 0x1p-900);
-  if (mean >= kLeast && mean < static_cast<R>(INFINITY)) return 1;
-  return static_cast<R>(mean < kLeast ? (kFloat ? 0x1p64 : 0x1p520) : (kFloat ? 0x1p-70 : 0x1p-560));
-}
 template <class R, int n>
 GPU_INLINE void add_squares(R& sum, const R (&z)[n], R scale) {
   GPU_UNROLL

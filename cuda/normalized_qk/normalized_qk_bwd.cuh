@@ -146,7 +146,7 @@ struct Scales {
 template <class R, class SumScaled>
 GPU_INLINE Scales<R> make_scales(const NormalizedQkBwdParams& p, const Sums<R>& sums, SumScaled&& sum_scaled) {
   const R size = static_cast<R>(p.key_dim), mean = sums.squares / size + static_cast<R>(p.eps);
-  const R scale = square_scale(mean), r = scale == 1 ? rsqrt(mean) : inverse_rms(p, sum_scaled(scale), scale);
+  const R scale = gpu::square_scale(mean), r = scale == 1 ? rsqrt(mean) : inverse_rms(p, sum_scaled(scale), scale);
   return {r, r * (sums.products / size)};
 }
 

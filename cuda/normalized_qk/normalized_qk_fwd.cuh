@@ -101,7 +101,7 @@ __global__ void __launch_bounds__(kWarpsPerBlock* gpu::kWarp) normalized_qk_fwd_
     GPU_UNROLL
     for (int e = 0; e < kWidth; ++e) squares += z[e] * z[e];
     const R mean = gpu::warp_sum(squares) / static_cast<R>(p.key_dim) + static_cast<R>(p.eps);
-    const R scale = square_scale(mean);
+    const R scale = gpu::square_scale(mean);
     R r = rsqrt(mean);
     if (scale != 1) {  // the whole warp has one scale
       squares = 0;
@@ -134,7 +134,7 @@ __global__ void __launch_bounds__(kMaxThreads) normalized_qk_fwd_block_kernel(No
       for (int j = 0; j < kWidth; ++j) squares += z[j] * z[j];
     }
     const R mean = gpu::block_sum(squares) / static_cast<R>(p.key_dim) + static_cast<R>(p.eps);
-    const R scale = square_scale(mean);
+    const R scale = gpu::square_scale(mean);
     R r = rsqrt(mean);
     if (scale != 1) {  // the whole block has one scale
       squares = 0;

@@ -7,7 +7,6 @@ from collections import Counter
 
 import pytest
 import torch
-import torch.nn.functional as F
 from decoding import by_decoder, by_layers, model_and_state
 from models import tokens_of
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
@@ -16,7 +15,6 @@ import megalodon_ops as mo
 from megalodon_ops import _C
 from megalodon_ops.ops.cema import cema_coefficients
 from megalodon_ops.ops.gated_silu import gated_silu
-from megalodon_ops.ops.layer_norm import layer_norm
 from megalodon_ops.ops.linear import linear
 
 _CPU = torch._C.DispatchKeySet(torch._C.DispatchKey.CPU)
@@ -43,7 +41,7 @@ class _TorchLaunches(TorchDispatchMode):
 @pytest.fixture
 def cuda(emulator, monkeypatch):
     """Within the test, tensors take the paths of CUDA tensors; returns the emulator."""
-    for module in cema_coefficients, layer_norm, gated_silu:
+    for module in cema_coefficients, gated_silu:
         monkeypatch.setattr(module, "has_cpu_kernel", lambda x: False)
     monkeypatch.setattr(linear, "CHOICES", {})
     monkeypatch.setattr(mo.Decoder, "_may_record", lambda self, autocast: False)
@@ -75,17 +73,14 @@ def test_launches_of_a_decoded_token(cuda):
         timestep_norm_fwd_kernel=1,
         cema_step_kernel=1,
         normalized_qk_fwd_warp_kernel=1,
+        layer_norm_fwd_kernel=2,
         chunked_attention_step_kernel=1,
         chunked_attention_merge_kernel=1,
         chunked_attention_state_kernel=1,
     )
     assert one - (two - one) == Counter(timestep_norm_fwd_kernel=1)
-    x = torch.ones(4)
-    with _TorchLaunches() as rms_norm:  # several functions on the CPU, one on CUDA since torch 2.9
-        F.rms_norm(x, x.shape, x, 1e-5)
-    gains_and_residuals, norms_of_float32, gates = 2 + 3, 2 * 2, {"silu": 3, "mul": 1}
-    in_layer = Counter(addmm=4, mm=3, native_layer_norm=1, add=gains_and_residuals, _to_copy=norms_of_float32, **gates)
-    assert two_torch - one_torch == in_layer + rms_norm.counts
+    residuals, gates = 3, {"silu": 3, "mul": 1}
+    assert two_torch - one_torch == Counter(addmm=4, mm=3, add=residuals, **gates)
     outside = Counter(embedding=1, mm=1, _to_copy=1, _foreach_copy_=2)  # logits are float32; states of two dtypes
     assert one_torch - (two_torch - one_torch) == outside
 

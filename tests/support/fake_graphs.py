@@ -25,7 +25,6 @@ from megalodon_ops.inference import decoder
 from megalodon_ops.model import inputs
 from megalodon_ops.ops.cema import cema_coefficients
 from megalodon_ops.ops.gated_silu import gated_silu
-from megalodon_ops.ops.layer_norm import layer_norm
 from megalodon_ops.ops.linear import linear
 
 _CPU = torch._C.DispatchKeySet(torch._C.DispatchKey.CPU)
@@ -186,7 +185,7 @@ def fake_graphs(emulator: Emulator, monkeypatch: pytest.MonkeyPatch) -> Iterator
         use_workspace()
         return torch_linear(*args)
 
-    for module in cema_coefficients, layer_norm, gated_silu:
+    for module in cema_coefficients, gated_silu:
         monkeypatch.setattr(module, "has_cpu_kernel", lambda x: False)
     monkeypatch.setattr(linear, "CHOICES", {})
     monkeypatch.setattr(Tensor, "tolist", read)

@@ -345,6 +345,11 @@ def has_cpu_kernel(x: Tensor) -> bool:
     return x.is_cpu and x.is_floating_point()
 
 
+def has_kernel(x: Tensor) -> bool:
+    """The same for an op with CUDA kernels that torch's functions replace in a build without them."""
+    return (x.is_cpu or (x.is_cuda and _HAS_CUDA_KERNELS)) and x.is_floating_point()
+
+
 class _Observer(threading.local):
     """The recorder of this thread's step, which sees each launch on the CPU before it runs."""
 
@@ -363,8 +368,11 @@ def launch(name: str, *args) -> None:
     getattr(_C, name)(*args)
 
 
+_HAS_CUDA_KERNELS = importlib.util.find_spec("megalodon_ops._cuda") is not None
+
+
 def has_cuda_kernels() -> bool:
-    return importlib.util.find_spec("megalodon_ops._cuda") is not None
+    return _HAS_CUDA_KERNELS
 
 
 @functools.cache

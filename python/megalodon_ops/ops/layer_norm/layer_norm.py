@@ -3,17 +3,18 @@
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..common.definition import call, define_op, has_cpu_kernel
+from ..common.definition import call, define_op, has_kernel
 from ..common.states import accumulation_dtype
 from ..common.checks import check_device, check_number, check_optional_tensor, check_tensor
 
 
 def layer_norm(x: Tensor, weight: Tensor | None = None, bias: Tensor | None = None, *, eps: float = 1e-5) -> Tensor:
-    r"""Layer norm over the last dimension. On the CPU, forward and backward each read memory once.
+    r"""Layer norm over the last dimension. Forward and backward each read memory once.
 
     .. math:: y = (x - \mathrm{mean}(x)) / \sqrt{\mathrm{var}(x) + \epsilon} \cdot (1 + \mathrm{weight}) + \mathrm{bias}
 
-    Statistics are float32 (float64 for float64); the result is rounded once. On other devices torch computes the norm.
+    Statistics are float32 (float64 for float64); the result is rounded once. On devices without
+    kernels torch computes the norm.
 
     Args:
         x: (..., D) float32, float64, bfloat16 or float16, arbitrary strides.
@@ -25,7 +26,7 @@ def layer_norm(x: Tensor, weight: Tensor | None = None, bias: Tensor | None = No
 
     Raises:
         ValueError: a shape or a value is wrong. TypeError: a dtype is wrong. NotImplementedError: second derivatives
-        are not supported on the CPU.
+        are not supported by the kernels.
 
     x and weight are kept for the backward, which is deterministic.
 
@@ -62,7 +63,7 @@ def _norm(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, is_
     eps = check_number(op, "eps", eps, "a finite number of at least 0", 0.0)
     if not x.is_floating_point():
         raise TypeError(f"{op}: `x` must be floating point, got {x.dtype}; convert it with .to(torch.float32).")
-    if has_cpu_kernel(x):
+    if has_kernel(x):
         return call(layer_norm_fwd, x, weight, bias, eps, is_rms_norm)
     for name, parameter in ("weight", weight), ("bias", bias):
         if parameter is not None:

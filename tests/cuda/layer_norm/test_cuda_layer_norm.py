@@ -1,0 +1,148 @@
+"""Emulated CUDA kernels of layer_norm and rms_norm: every path, shares, orders of threads, bytes moved."""
+
+import pytest
+import torch
+from assertions import assert_bit_equal
+from emulated import assert_equal_in_every_order
+from layer_norm.test_layer_norm import DTYPES, assert_matches_the_reference, each_norm, inputs, results
+
+from megalodon_ops import _C
+from megalodon_ops.ops.layer_norm import layer_norm as module
+
+WIDTHS = {  # D for vectors of v elements
+    "idle-lanes": lambda v: 3 * v,
+    "two-warps": lambda v: 33 * v,
+    "two-vectors-a-thread": lambda v: 257 * v,
+    "three-vectors-a-thread": lambda v: 513 * v,
+    "elements": lambda v: 3 * v + 1,
+    "elements-of-two-warps": lambda v: 35,
+    "three-elements-a-thread": lambda v: 515,
+}
+BF16 = torch.bfloat16
+
+
+def gradients(norm, tensors, dy):
+    return results(getattr(module, norm), tensors, dy)
+
+
+@each_norm
+@pytest.mark.parametrize("width", WIDTHS.values(), ids=WIDTHS)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_each_division_of_a_row(emulator, norm, dtype, width):
+    """Seven rows: blocks of the forward and shares of the backward have three, two and two, or three and one."""
+    tensors, dy = inputs(norm, 7, width(16 // dtype.itemsize), dtype=dtype)
+    with emulator.replacing(_C), emulator.launch_sizes(norm_blocks=3, norm_share=3):
+        assert_matches_the_reference(norm, tensors, dy, terms=4.0)
+    with emulator.replacing(_C, offset=1):  # elements replace the vectors of aligned tensors
+        assert_matches_the_reference(norm, tensors, dy, terms=4.0)
+
+
+@each_norm
+def test_sums_of_rows_too_wide_for_shared_memory(emulator, norm):
+    for width in (64, 65):
+        tensors, dy = inputs(norm, 5, width, dtype=BF16)
+        with emulator.replacing(_C):
+            narrow = gradients(norm, tensors, dy)
+            with emulator.launch_sizes(norm_sums=0):
+                assert_bit_equal(gradients(norm, tensors, dy), narrow)
+
+
+@each_norm
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_squares_out_of_range(emulator, norm, dtype):
+    """With eps 0, rows whose squares overflow or vanish give the results of the same rows in range."""
+    (x, *parameters), dy = inputs(norm, 2, 40, dtype=dtype, mean=0.1)
+    with emulator.replacing(_C):
+        function = getattr(module, norm)
+        expected = results(lambda *tensors: function(*tensors, eps=0.0), [x, *parameters], dy)
+        power = 2.0 ** (100 if dtype == torch.float32 else 900)
+        for scale in (power, 1 / power):
+            found = results(lambda *tensors: function(*tensors, eps=0.0), [x * scale, *parameters], dy)
+            found["dx"] = found["dx"] * scale
+            for name, value in expected.items():
+                torch.testing.assert_close(found[name], value, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("width", [77, 1024])
+def test_a_mean_that_dwarfs_the_spread(emulator, width):
+    """A mean rounded to float32 is off by 5e-4 here, a twentieth of the spread."""
+    (x, weight, bias), dy = inputs("layer_norm", 3, width, dtype=torch.float32, mean=1e4 + 1 / 3, std=1e-2)
+    with emulator.replacing(_C):
+        found = gradients("layer_norm", (x, weight, bias), dy)
+    exact = results(module.layer_norm, (x.double(), weight.double(), bias.double()), dy.double())
+    for name, expected in exact.items():
+        error = (found[name].double() - expected).abs().max() / expected.abs().max()
+        assert error <= 1e-5, f"{name}: {error:.1e}"
+
+
+@each_norm
+def test_special_values(emulator, norm):
+    """A row with NaN or an infinity is its own; constant rows are 0 before gain and bias."""
+    tensors, _ = inputs(norm, 4, 50, dtype=torch.float32)
+    x = tensors[0]
+    x[0], x[1], x[2, 3], x[3, 4] = 0, 3, torch.nan, torch.inf
+    with emulator.replacing(_C):
+        y = getattr(module, norm)(*tensors)
+    bias = tensors[2] if norm == "layer_norm" else torch.zeros(50)
+    torch.testing.assert_close(y[0], bias)
+    assert y[2].isnan().all() and y[3, 4].isnan()
+    if norm == "layer_norm":
+        torch.testing.assert_close(y[1], bias)
+
+
+def test_without_parameters(emulator):
+    """Each of weight and bias may be missing; then its gradient is not computed."""
+    (x, weight, bias), dy = inputs("layer_norm", 5, 33, dtype=torch.float32)
+    with emulator.replacing(_C):
+        all_three = gradients("layer_norm", (x, torch.zeros(33), torch.zeros(33)), dy)
+        emulator.module.reset_counters()
+        alone = gradients("layer_norm", (x,), dy)
+        assert "sum_shares_kernel" not in emulator.launched()
+        only_bias = results(lambda x, bias: module.layer_norm(x, None, bias), (x, bias), dy)
+        only_weight = results(lambda x, weight: module.layer_norm(x, weight), (x, torch.zeros(33)), dy)
+    assert_bit_equal(alone, {name: all_three[name] for name in ("y", "dx")})
+    assert torch.equal(only_bias["dweight"], all_three["dbias"])  # the second input, which is the bias
+    assert torch.equal(only_weight["dweight"], all_three["dweight"])
+
+
+@each_norm
+def test_orders_of_threads_give_equal_bits(emulator, norm):
+    for width in (64, 2080):
+        tensors, dy = inputs(norm, 9, width, dtype=BF16)
+        with emulator.replacing(_C):
+            assert_equal_in_every_order(emulator, lambda: gradients(norm, tensors, dy))
+
+
+@pytest.mark.parametrize(("dtype", "width"), [(BF16, 256), (torch.float32, 128)], ids=str)
+def test_bytes_moved(emulator, dtype, width):
+    """x, y, dy and dx once, in whole sectors; sums for the parameters' gradients from each share."""
+    tensors, dy = inputs("layer_norm", 40, width, dtype=dtype)
+    with emulator.replacing(_C):
+        gradients("layer_norm", tensors, dy)
+    forward, backward = (emulator.traffic(f"layer_norm_{name}_kernel") for name in ("fwd", "bwd"))
+    for traffic, names in (forward, {"x": "load", "y": "store"}), (backward, {"x": "load", "dy": "load", "dx": "store"}):
+        for name, access in names.items():
+            assert traffic[name][f"{access}_footprint"] == dy.nbytes, name
+    for traffic, name in (forward, "y"), (backward, "dx"):
+        assert traffic[name]["store_sectors"] * 32 == dy.nbytes
+    shares = 5 * 2 * width * 4
+    assert backward["workspace"]["store_footprint"] == shares
+    assert emulator.traffic("sum_shares_kernel")["workspace"]["load_sectors"] * 32 == shares
+
+
+def test_no_bank_conflicts(emulator):
+    tensors, dy = inputs("layer_norm", 3, 512, dtype=BF16)
+    with emulator.replacing(_C):
+        gradients("layer_norm", tensors, dy)
+    sites = [site for site in emulator.sites("layer_norm_bwd_kernel") if site["shared"]]
+    assert sites and all(site["transactions"] <= site["ideal"] for site in sites)
+
+
+@pytest.mark.parametrize("shape", [(0, 5), (3, 0)], ids=str)
+def test_nothing_to_do(emulator, shape):
+    tensors, dy = inputs("layer_norm", *shape, dtype=torch.float32)
+    with emulator.replacing(_C):
+        found = gradients("layer_norm", tensors, dy)
+    assert found["y"].shape == found["dx"].shape == shape
+    assert torch.equal(found["dweight"], torch.zeros(shape[-1]))
+    assert not emulator.launched() & {"layer_norm_fwd_kernel", "layer_norm_bwd_kernel"}
