@@ -14,7 +14,8 @@ from megalodon_ops.model.model_state import as_real
 from .predict_cards import Card
 
 # Kernels of an op for one token of each sequence, in a chunk of more than 64 keys.
-OPS = dict.fromkeys("timestep_norm_fwd cema_fwd normalized_qk_fwd chunked_attention_state_ linear_fwd".split(), 1)
+ONE = "timestep_norm_fwd cema_fwd normalized_qk_fwd chunked_attention_state_ linear_fwd layer_norm_fwd"
+OPS = dict.fromkeys(ONE.split(), 1)
 OPS["chunked_attention_fwd"] = 2
 BY_PYTHON, GRAPH, IN_GRAPH = (4.0, 8.0), 10.0, (1.0, 1.5)
 """Microseconds, assumed: a launch with Python before it; the launch of a graph with its copies; a kernel in a graph"""
@@ -39,8 +40,7 @@ class _Launches(TorchDispatchMode):
 def launches_of_a_token(config: mo.MegalodonConfig) -> Counter[str]:
     """Launches of a call of a Decoder's model in bfloat16 with one token, and of the copies into its state.
 
-    Tensors are on the device meta, where functions of torch are those of CUDA, but for RMS norms: six functions instead of
-    the one launch of torch 2.9 and newer.
+    Tensors are on the device meta, where functions of torch are those of CUDA.
     """
     with torch.device("meta"), torch.no_grad():
         model = mo.Megalodon(config).to(torch.bfloat16).eval()

@@ -24,8 +24,8 @@ void choose_vectors(const LayerNormParams& p, std::initializer_list<const void*>
 }
 
 unsigned threads_for(int64_t channels, int n) {
-  const int64_t warps = ceil_div(ceil_div(channels, n), gpu::kWarp), most = kMaxThreads / gpu::kWarp;
-  return static_cast<unsigned>((warps < most ? warps : most) * gpu::kWarp);
+  const int64_t threads = round_up(ceil_div(channels, n), gpu::kWarp);
+  return static_cast<unsigned>(threads < kMaxThreads ? threads : kMaxThreads);
 }
 
 int64_t real_bytes(const LayerNormParams& p) { return p.dtype == DType::f64 ? 8 : 4; }

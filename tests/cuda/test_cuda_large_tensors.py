@@ -112,6 +112,18 @@ def test_normalized_qk_at_offsets_beyond_31_bits(emulator, large, K):
     launch_normalized_qk(emulator, large, tokens=tokens, heads=64, K=K, chunk_size=C, position=position)
 
 
+@pytest.mark.parametrize("channels", [D, D - 1, 2**12, 2**12 - 1])
+def test_layer_norm_at_offsets_beyond_31_bits(emulator, large, channels):
+    """Vectors and elements; sums of the parameters' gradients in global memory, and, of narrow rows, in shared memory."""
+    rows = 2**31 // channels + 72
+    x, y, dy, dx = (large(rows, channels, dtype=BF16) for _ in range(4))
+    weight, bias, dweight, dbias = (large(channels) for _ in range(4))
+    options = {"eps": 1e-5, "is_rms_norm": False}
+    emulator.launch("layer_norm_fwd", x=x, weight=weight, bias=bias, **options, y=y)
+    with emulator.launch_sizes(norm_share=2):
+        emulator.launch("layer_norm_bwd", x=x, weight=weight, **options, dy=dy, dx=dx, dweight=dweight, dbias=dbias)
+
+
 ATTENTION = {"chunk_size": 256, "causal": True, "scale": 1.0, "dropkey": 0.0}
 
 

@@ -155,6 +155,32 @@ CHOICES = [
 ]
 
 
+# Norms of rows: widths of vectors, of elements, and of rows whose sums do not fit shared memory.
+NORMS = {"vectors": (16384, 1024), "elements": (4096, 771), "wide": (512, 16384)}
+
+
+def norm_results(rows: int, width: int, dtype: torch.dtype, device: str) -> dict:
+    """Results and gradients of layer_norm and, from them, of rms_norm."""
+    gen = generator(0)
+    x, dy = (randn(gen, rows, width, dtype=F64).to(dtype).to(device) for _ in range(2))
+    weight, bias = (randn(gen, width, dtype=F64).to(F64 if dtype == F64 else F32).to(device) for _ in range(2))
+    leaves = {"x": x, "weight": weight, "bias": bias}
+    for leaf in leaves.values():
+        leaf.requires_grad_()
+    y = mo.rms_norm(mo.layer_norm(x, weight, bias), weight)
+    return {"y": y.detach()} | dict(zip(leaves, torch.autograd.grad(y, [*leaves.values()], dy), strict=True))
+
+
+@needs_gpu
+@pytest.mark.parametrize("dtype", TYPES, ids=str)
+@pytest.mark.parametrize("sizes", NORMS.values(), ids=NORMS)
+def test_norms_at_real_sizes(sizes, dtype):
+    found, right = to("cpu", norm_results(*sizes, dtype, "cuda")), norm_results(*sizes, dtype, "cpu")
+    for name, value in found.items():
+        tolerance = TOLERANCE[value.dtype if value.dtype in (BF16, F16) else dtype]
+        assert_all_close({name: value}, {name: right[name]}, tolerance=tolerance, terms=1.0)
+
+
 @needs_gpu
 @pytest.mark.parametrize(("name", "dtype", "libraries"), CHOICES, ids=str)
 def test_at_real_sizes(name, dtype, libraries, monkeypatch):
@@ -200,4 +226,7 @@ def test_the_cases_launch_every_kernel(emulator):
     for name, (op, types, sizes, small) in CASES.items():
         case = BUILDERS[op](dtype=types[0], **{**sizes, **small})
         launched |= check(name, case, lambda case: emulated(emulator, case))
+    with emulator.replacing(_C):
+        norm_results(9, 40, BF16, "cpu")
+    launched |= emulator.launched()
     assert launched >= KERNELS, KERNELS - launched

@@ -47,7 +47,9 @@ def test_every_page_is_in_the_menu():
     assert {*PAGES} - index_entries() == {ROOT / "docs" / "index.md"}
 
 
-@pytest.mark.parametrize("module", ["", ".distributed", ".evaluation", ".forecasting", ".hf", ".tokenizers", ".training"])
+@pytest.mark.parametrize(
+    "module", ["", ".distributed", ".evaluation", ".forecasting", ".hf", ".tokenizers", ".training"]
+)
 def test_every_public_name_has_a_page(module):
     try:
         public = importlib.import_module(f"megalodon_ops{module}").__all__

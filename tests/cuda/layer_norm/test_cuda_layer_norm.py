@@ -29,11 +29,13 @@ def gradients(norm, tensors, dy):
 @pytest.mark.parametrize("width", WIDTHS.values(), ids=WIDTHS)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_each_division_of_a_row(emulator, norm, dtype, width):
-    """Seven rows: blocks of the forward and shares of the backward have three, two and two, or three and one."""
-    tensors, dy = inputs(norm, 7, width(16 // dtype.itemsize), dtype=dtype)
+    """Eight rows, of which blocks and shares take two or three; then one row, with elements instead of vectors."""
+    width = width(16 // dtype.itemsize)
+    tensors, dy = inputs(norm, 8, width, dtype=dtype)
     with emulator.replacing(_C), emulator.launch_sizes(norm_blocks=3, norm_share=3):
         assert_matches_the_reference(norm, tensors, dy, terms=4.0)
-    with emulator.replacing(_C, offset=1):  # elements replace the vectors of aligned tensors
+    tensors, dy = inputs(norm, 1, width, dtype=dtype)
+    with emulator.replacing(_C, offset=1):
         assert_matches_the_reference(norm, tensors, dy, terms=4.0)
 
 
@@ -120,7 +122,10 @@ def test_bytes_moved(emulator, dtype, width):
     with emulator.replacing(_C):
         gradients("layer_norm", tensors, dy)
     forward, backward = (emulator.traffic(f"layer_norm_{name}_kernel") for name in ("fwd", "bwd"))
-    for traffic, names in (forward, {"x": "load", "y": "store"}), (backward, {"x": "load", "dy": "load", "dx": "store"}):
+    for traffic, names in (
+        (forward, {"x": "load", "y": "store"}),
+        (backward, {"x": "load", "dy": "load", "dx": "store"}),
+    ):
         for name, access in names.items():
             assert traffic[name][f"{access}_footprint"] == dy.nbytes, name
     for traffic, name in (forward, "y"), (backward, "dx"):

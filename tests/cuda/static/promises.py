@@ -53,7 +53,9 @@ PROMISES = (
     Promise(r"normalized_qk_bwd_(warp|block)_kernel<(bf16|fp16|float), .*, true>", 128, uses=(LOAD_128, STORE_128)),
     Promise(r"normalized_qk_bwd_(warp|block)_kernel<double, .*, true>", 160, uses=(LOAD_128, STORE_128)),
     Promise(r"normalized_qk_bwd_(warp|block)_kernel<.*, false>", 160),
-    Promise(r"layer_norm_fwd_kernel<(bf16|fp16|float), \d, true>", 64, uses=(LOAD_128, STORE_128), avoids=(NOT_STORE_128,)),
+    Promise(
+        r"layer_norm_fwd_kernel<(bf16|fp16|float), \d, true>", 64, uses=(LOAD_128, STORE_128), avoids=(NOT_STORE_128,)
+    ),
     Promise(r"layer_norm_fwd_kernel<double, \d, true>", 80, uses=(LOAD_128, STORE_128), avoids=(NOT_STORE_128,)),
     Promise(r"layer_norm_fwd_kernel<.*, false>", 64),
     Promise(r"layer_norm_bwd_kernel<(bf16|fp16|float), \d, true>", 96, uses=(LOAD_128, STORE_128)),

@@ -347,7 +347,7 @@ def has_cpu_kernel(x: Tensor) -> bool:
 
 def has_kernel(x: Tensor) -> bool:
     """The same for an op with CUDA kernels that torch's functions replace in a build without them."""
-    return (x.is_cpu or (x.is_cuda and _HAS_CUDA_KERNELS)) and x.is_floating_point()
+    return x.is_floating_point() and (x.is_cpu or x.is_meta or (x.is_cuda and _HAS_CUDA_KERNELS))
 
 
 class _Observer(threading.local):
