@@ -7,14 +7,14 @@ from style import BLUE, GREEN, GREY, ORANGE, RED, panels
 
 torch.manual_seed(3)
 layer = mo.ComplexEMA(512, ndim=16)
-order = layer.theta.flatten().argsort()
+order = layer.theta.flatten().argsort()  # channels by their angle
 with torch.no_grad():
     q = layer.coefficients()[1]
 
 figure, axes = panels(6.4, 3.6)
 axes.add_patch(plt.Circle((0, 0), 1, facecolor="none", edgecolor=GREY))
-for place, colour in zip((0.05, 0.5, 0.8, 0.97), (BLUE, ORANGE, GREEN, RED)):
-    channel = order[int(place * len(order))]
+for quantile, colour in zip((0.05, 0.5, 0.8, 0.97), (BLUE, ORANGE, GREEN, RED)):
+    channel = order[int(quantile * len(order))]
     label = f"{layer.theta[channel].sigmoid().item():.2g} turns"
     axes.plot(q[channel].real, q[channel].imag, "o", color=colour, markersize=5, label=label)
 axes.axhline(0, color=GREY, linewidth=0.6)

@@ -17,7 +17,7 @@ PICTURES = ("chunks", "against_llama")
 
 
 def draw(name: str, folder: Path = HERE) -> Path:
-    """Run a picture's script and save the picture, on white for dark pages."""
+    """Run a picture's script and save the picture on white, with the script's `rates` as its description."""
     sys.path.insert(0, str(HERE))
     try:
         import matplotlib.pyplot as plt

@@ -1,4 +1,4 @@
-"""Style of the pictures: ink, colours, and axes without a frame."""
+"""Style of the pictures: colours, axes without a frame, boxes and arrows."""
 
 from __future__ import annotations
 
@@ -47,15 +47,11 @@ def box(axes: Axes, x: float, y: float, text: str, width: float, height: float =
 
 def arrow(axes: Axes, *points: tuple[float, float], colour: str = INK, width: float = 1.3) -> None:
     """Draw a line through the points, with a head at the last."""
-    *before, last = points
-    axes.plot(*zip(*before, last), color=colour, linewidth=width, zorder=2, solid_capstyle="round")
-    axes.annotate(
-        "",
-        last,
-        before[-1],
-        zorder=2,
-        arrowprops={"arrowstyle": "-|>", "color": colour, "linewidth": width, "shrinkB": 0},
-    )
+    x = [point[0] for point in points]
+    y = [point[1] for point in points]
+    axes.plot(x, y, color=colour, linewidth=width, zorder=2, solid_capstyle="round")
+    style = {"arrowstyle": "-|>", "color": colour, "linewidth": width, "shrinkB": 0}
+    axes.annotate("", xy=points[-1], xytext=points[-2], zorder=2, arrowprops=style)
 
 
 def node(axes: Axes, x: float, y: float, text: str) -> None:
