@@ -152,10 +152,10 @@ def api_of_references() -> str:
 
 
 def _sections(directives: dict[str, list[str]]) -> str:
-    """Return Markdown with a heading and a block of Sphinx directives for each title."""
+    """Return Markdown: a heading and a block of directives for each title."""
     parts = []
     for title, lines in directives.items():
-        parts.append("\n".join([f"## {title}", "", "```{eval-rst}", *lines, "```", ""]))
+        parts += [f"## {title}\n", "```{eval-rst}", *lines, "```\n"]
     return "\n".join(parts)
 
 
