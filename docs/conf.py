@@ -31,7 +31,7 @@ extensions = [
     "sphinx.ext.mathjax",
     "sphinx.ext.napoleon",
     "sphinx.ext.viewcode",
-    "sphinx-mathjax-offline",  # MathJax in the site: formulas without a network
+    "sphinx-mathjax-offline",
     "sphinx_copybutton",
 ]
 
@@ -139,7 +139,7 @@ def api_of_ops() -> str:
 
 
 def api_of_references() -> str:
-    """Return a section of the models, and one for each module of references, with its docstring and functions."""
+    """Return a section of the models, and one for each module of references."""
     reference = importlib.import_module("megalodon_ops.reference")
     models = {"Megalodon": "forward, fresh", "MegalodonOfNumbers": "forward, fresh", "MegalodonEncoder": "forward"}
     sections = {"megalodon": []}

@@ -1,7 +1,6 @@
 """Tokens a second at 25M parameters, from the newest page of bench/results: this package, plain torch, and a Llama."""
 
-from matplotlib.patches import Patch
-from style import BLUE, GREY, ORANGE, panels
+from style import BLUE, GREY, ORANGE, legend_below, panels
 
 from bench.summary import MODELS, Page, newest, tokens_a_second
 
@@ -44,8 +43,5 @@ rates = measured()  # readme.py stores them in the picture
 figure, (left, right) = panels(6.8, 3.6, columns=2)
 draw(left, TRAINING, title="training", xlabel="length of a row")
 draw(right, DECODING, title="decoding", xlabel="context")
-patches = [Patch(color=colour) for colour in PATHS.values()]
-names = ["this package", "MEGALODON in plain torch", "Llama"]
-figure.legend(patches, names, loc="lower left", bbox_to_anchor=(0, 0.06), ncols=3, handlelength=1, columnspacing=1.2)
-figure.text(0.015, 0.02, f"25M parameters, float32, two cores of an {PAGE.processor}", color=GREY, fontsize=10)
-figure.tight_layout(rect=(0, 0.16, 1, 1))
+names = {"this package": BLUE, "MEGALODON in plain torch": GREY, "Llama": ORANGE}
+legend_below(figure, names, f"25M parameters, float32, two cores of an {PAGE.processor}")

@@ -1,7 +1,6 @@
 """Decoded tokens a second by weights of 4, 8 and 16 bits, from bench/results: mega200M and a Llama in llama.cpp."""
 
-from matplotlib.patches import Patch
-from style import BLUE, GREY, ORANGE, panels
+from style import BLUE, ORANGE, legend_below, panels
 
 from bench.summary import LLAMA_CPP, newest_page_with
 
@@ -27,10 +26,6 @@ for axes, (bits, paths) in zip(three, WEIGHTS.items()):
     axes.set_ylim(0, 1.08 * highest)
     axes.set(title=f"weights of {bits}", xlabel="tokens before", ylabel="tokens a second")
     axes.title.set(fontsize=11)
-patches = [Patch(color=colour) for colour in (BLUE, ORANGE)]
-names = ["mega200M, this package", "Llama, llama.cpp"]
-figure.legend(patches, names, loc="lower left", bbox_to_anchor=(0, 0.06), ncols=2, handlelength=1, columnspacing=1.2)
+names = {"mega200M, this package": BLUE, "Llama, llama.cpp": ORANGE}
 cores = {"2": "two"}.get(PAGE.cores, PAGE.cores)
-note = f"187M weights read for each token, {cores} cores of an {PAGE.processor}"
-figure.text(0.015, 0.02, note, color=GREY, fontsize=10)
-figure.tight_layout(rect=(0, 0.16, 1, 1))
+legend_below(figure, names, f"187M weights read for each token, {cores} cores of an {PAGE.processor}")

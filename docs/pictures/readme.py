@@ -1,6 +1,6 @@
 """Draw the README's pictures into SVG files in this folder: python docs/pictures/readme.py
 
-The site draws them by the same scripts. A file's description holds the figures that it shows.
+The site draws them by the same scripts.
 """
 
 from __future__ import annotations
