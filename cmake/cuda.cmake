@@ -67,8 +67,8 @@ function(flags_of_architectures flags architectures)
   set(${flags} "${result}" PARENT_SCOPE)
 endfunction()
 
-# Set `architectures` to those of this machine's GPUs, from 80 on. A GPU that is newer than nvcc gets nvcc's newest
-# architecture, and compiles its PTX.
+# Set `architectures` to those of this machine's GPUs, from 80 on. A GPU newer than nvcc gets nvcc's newest architecture,
+# and compiles its PTX.
 function(_architectures_of_gpus architectures nvcc)
   execute_process(COMMAND nvidia-smi --query-gpu=compute_cap --format=csv,noheader
       OUTPUT_VARIABLE capabilities ERROR_QUIET RESULT_VARIABLE failed)

@@ -105,8 +105,8 @@ def stream_table() -> list[tuple[str, ...]]:
         return state, state.mean
 
     def cema(x, state):
-        wide = [widened(tensor) for tensor in coefficients]
-        _, state = mo.cema(x, *(wide if x.dtype == torch.float64 else coefficients), state=state, return_state=True)
+        like_x = [widened(t) for t in coefficients] if x.dtype == torch.float64 else coefficients
+        _, state = mo.cema(x, *like_x, state=state, return_state=True)
         return state, state
 
     rows = []
