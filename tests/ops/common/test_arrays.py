@@ -57,18 +57,13 @@ KINDS = {  # function that arranges an array, type of the results
     "package": (Packaged, np.ndarray),
     "neither": (Bare, Tensor),
 }
-ERRORS = {  # argument of cema, function that spoils it, error
+ERRORS = {  # argument of cema, function that spoils it, error, beginning of its message after the argument
     "flipped": ("x", lambda x: x[:, ::-1], ValueError, r".* can read .* numpy.ndarray of float32 \(.* neg.*\); pass a"),
     "byte order": ("x", lambda x: x.astype(">f4"), TypeError, r".* can read .* numpy.ndarray of >f4 \(.*\); pass a"),
     "objects": ("x", lambda x: x.astype(object), TypeError, ".* can read .* of object"),
     "wide": ("p", lambda p: p.astype(float), TypeError, "must be torch.float32 .* convert it to float32"),
     "list": ("x", lambda x: x.tolist(), TypeError, r"must be .* tensor, got list; .*\(numpy.asarray in a call on arr"),
-    "tensor": (
-        "state",
-        torch.from_numpy,
-        TypeError,
-        r"must be an array .* got torch.Tensor .*\(a call .* `x` is an ar",
-    ),
+    "tensor": ("state", torch.from_numpy, TypeError, r"must be an array .* got torch.Tensor .*\(a call .* `x` is an a"),
 }
 
 
