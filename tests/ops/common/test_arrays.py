@@ -157,5 +157,6 @@ def test_calls_on_tensors_take_no_arrays():
             for name, value in getattr(case.converted(Tensor.numpy), part).items():
                 if isinstance(value, (np.ndarray, tuple)) and name != OPS[op].tokens[0]:
                     match = rf"^{op}: `(state\.)?({name}|k)` must be a torch tensor, got numpy.ndarray; make it one"
+                    replace_by = case.with_tensors if part == "tensors" else case.with_options
                     with every(op, name), pytest.raises(TypeError, match=match):
-                        forward(getattr(mo, op), getattr(case, f"with_{part}")(**{name: value}))
+                        forward(getattr(mo, op), replace_by(**{name: value}))

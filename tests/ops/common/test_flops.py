@@ -62,11 +62,11 @@ EXPECTED = {  # sizes of a case, operations of the forward, of the backward
     "timestep_norm_end_state": (dict(G=G, width=WIDTH), TOKENS * G * WIDTH * 4, TOKENS * G * WIDTH * 3),
     "normalized_qk": (dict(H=H, K=6), TOKENS * H * 6 * 13, TOKENS * H * 6 * 23),
     "chunked_attention": (dict(H=H, K=K, V=V, C=C), PAIRS * 2 * (K + V), PAIRS * 2 * (3 * K + 2 * V)),
-    # For each of four memories of 3 x 5, nine positions read and eight, in two chunks, write.
+    # Each of the 2 H memories, K x V matrices, is read by nine positions and written by two chunks, eight positions.
     "adaptive_working_memory": (
         dict(H=H, K=K, V=V, C=C),
-        2 * 4 * (9 * 15 + 8 * (15 + 9) + 2 * 9 * 5),
-        2 * 4 * (2 * 9 * 15 + 3 * 8 * (15 + 9) + 3 * 2 * 9 * 5),
+        2 * 2 * H * (9 * K * V + 8 * K * (K + V) + 2 * K * K * V),
+        2 * 2 * H * (2 * 9 * K * V + 3 * 8 * K * (K + V) + 3 * 2 * K * K * V),
     ),
 }
 

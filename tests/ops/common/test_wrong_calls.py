@@ -36,7 +36,7 @@ class Call:
     function: Callable[..., Any]
     arguments: dict[str, Any]
     wrong: dict[str, dict[str, Any]]
-    name: str = ""
+    name: str = ""  # of the function in its errors, if another than `__name__`
     inner_names: tuple[str, ...] = ()  # ops called by the function, whose name an error may give
     numbers: dict[str, Any] = field(default_factory=dict)  # arguments as NumPy numbers
 
@@ -70,6 +70,7 @@ def without(wrong: dict[str, Any], *kinds: str) -> dict[str, Any]:
     return {kind: value for kind, value in wrong.items() if kind not in kinds}
 
 
+# Wrong arguments are in capitals: values, and functions that spoil the right value, by kind (see wrong_values.py).
 LAST_AXIS = without(TENSOR, "one axis more", "one axis less")  # of a tensor (..., D)
 NO_EPS = {**NO_NUMBER, **NEGATIVE}
 NOT_POSITIVE = {**NO_NUMBER, **NEGATIVE, **ZERO}
@@ -87,7 +88,6 @@ NO_MODEL_STATE = {
     # A few tokens more would overflow int64.
     "endless": lambda s: replace(s, norm=s.norm._replace(count=torch.full_like(s.norm.count, 2**63 - 3))),
 }
-
 # Of an argument that takes a token or several
 NO_TOKENS = {"bool": True, "string": "12", "float": 2.0, "negative": -1, "beyond": 31, "dictionary": {1: 2}}
 NO_TOKENS |= {"of floats": [1.0], "of strings": ["1"], "of bools": [True], "with one beyond": [1, 31]}
