@@ -123,7 +123,8 @@ def test_a_module_that_waits_for_the_gpu_runs_all_modules_one_by_one():
 
 def test_hooks_are_called_for_every_token():
     model, state = model_and_state()
-    expected, seen = by_decoder(mo.Decoder(model, state), tokens_of(1, 4).split(1, 1)), []
+    expected = by_decoder(mo.Decoder(model, state), tokens_of(1, 4).split(1, 1))
+    seen = []
     model.layers[0].mega.wz.register_forward_hook(lambda module, args, y: seen.append(y))
     with pytest.warns(UserWarning, match="Decoder: `layers.0.mega.wz` has hooks, so modules run one by one"):
         decoder = mo.Decoder(model, state)
@@ -227,7 +228,8 @@ def tensor_on(place, tensor):
 
 
 def test_copies_between_devices_wait():
-    aten, gpu, cpu = torch.ops.aten, tensor_on("cuda:0", torch.ones(2)), torch.ones(2)
+    aten = torch.ops.aten
+    gpu, cpu = tensor_on("cuda:0", torch.ones(2)), torch.ones(2)
     assert _waits(aten._to_copy.default, [gpu], cpu) and _waits(aten.copy_.default, [gpu, cpu], gpu)
     assert _waits(aten.lift_fresh.default, [gpu], gpu) and not _waits(aten.lift_fresh.default, [cpu], cpu)
     assert not _waits(aten.add.Tensor, [gpu, torch.tensor(1.0)], gpu)  # a number

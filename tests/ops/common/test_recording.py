@@ -38,7 +38,8 @@ class Network(nn.Module):
         self.norm = mo.TimestepNorm(config.model_dim, config.norm_num_groups)
 
     def forward(self, x, state=(None, None, None)):
-        h, after = self.input(x), []
+        h = self.input(x)
+        after = []
         for block, before in zip(self.blocks, state):
             h, new = block(h, state=before, return_state=True)
             after.append(new)
