@@ -14,6 +14,7 @@ from types import ModuleType
 import megalodon_ops as mo
 import pytest
 from pages import PAGES, ROOT, name_of
+from paths import load_module
 
 from megalodon_ops.cli.flags import parse
 from megalodon_ops.cli.options import COMMANDS
@@ -21,10 +22,7 @@ from megalodon_ops.cli.options import COMMANDS
 
 def load(script: str) -> ModuleType:
     """Load a script of docs/ as a module."""
-    spec = importlib.util.spec_from_file_location(Path(script).stem, ROOT / "docs" / script)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return load_module(ROOT / "docs" / script)
 
 
 def index_entries() -> set[str]:
@@ -47,7 +45,9 @@ def test_every_page_is_in_the_menu():
     assert {*PAGES} - index_entries() == {ROOT / "docs" / "index.md"}
 
 
-@pytest.mark.parametrize("module", ["", ".distributed", ".evaluation", ".forecasting", ".hf", ".tokenizers", ".training"])
+@pytest.mark.parametrize(
+    "module", ["", ".distributed", ".evaluation", ".forecasting", ".hf", ".tokenizers", ".training"]
+)
 def test_every_public_name_has_a_page(module):
     try:
         public = importlib.import_module(f"megalodon_ops{module}").__all__

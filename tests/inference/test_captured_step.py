@@ -10,7 +10,7 @@ import pytest
 import torch
 from assertions import every_case
 from decoding import Wrapped, assert_decodes, assert_equal, by_decoder, by_layers, model_and_state
-from fake_graphs import count, described, fake_graphs  # noqa: F401
+from fake_graphs import count, described, fake_graphs, tensor_on  # noqa: F401
 from models import tiny_model, tokens_of
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map, tree_map_only
@@ -211,20 +211,6 @@ class _Functions(TorchDispatchMode):
         results = func(*args, **(kwargs or {}))
         self.calls.append((func, tree_map(described, (args, kwargs, results))))
         return results
-
-
-class TensorOn(torch.Tensor):
-    """A tensor that says to be on `place`."""
-
-    device = property(lambda self: self.place)
-    is_cuda = property(lambda self: self.place.type == "cuda")
-    is_cpu = property(lambda self: self.place.type == "cpu")
-
-
-def tensor_on(place, tensor):
-    tensor = tensor.detach().as_subclass(TensorOn)
-    tensor.place = torch.device(place)
-    return tensor
 
 
 def test_copies_between_devices_wait():

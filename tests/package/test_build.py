@@ -1,6 +1,5 @@
 """The build: choice of nvcc and architectures by CMake, dispatch of instruction sets, wheels, releases."""
 
-import importlib.util
 import os
 import re
 import shutil
@@ -12,7 +11,7 @@ from types import ModuleType
 
 import pybind11
 import pytest
-from paths import ROOT
+from paths import ROOT, load_module
 
 from megalodon_ops.ops.common import cuda_driver
 
@@ -224,10 +223,7 @@ def test_a_kernel_that_the_lowest_instruction_set_lacks_does_not_link(tmp_path):
 
 def tool(name: str) -> ModuleType:
     """A program in tools/, as a module."""
-    spec = importlib.util.spec_from_file_location(name, ROOT / "tools" / f"{name}.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return load_module(ROOT / "tools" / f"{name}.py")
 
 
 @needs_x86

@@ -31,6 +31,20 @@ from megalodon_ops.ops.linear import linear
 _CPU = torch._C.DispatchKeySet(torch._C.DispatchKey.CPU)
 
 
+class TensorOn(Tensor):
+    """A CPU tensor that says to be on `place`."""
+
+    device = property(lambda self: self.place)
+    is_cuda = property(lambda self: self.place.type == "cuda")
+    is_cpu = property(lambda self: self.place.type == "cpu")
+
+
+def tensor_on(place: str, tensor: Tensor) -> TensorOn:
+    tensor = tensor.detach().as_subclass(TensorOn)
+    tensor.place = torch.device(place)
+    return tensor
+
+
 def tensors_in(*values: Any) -> list[Tensor]:
     return [leaf for leaf in tree_leaves(values) if isinstance(leaf, Tensor)]
 
