@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from ..ops.timestep_norm.timestep_norm import timestep_norm_end_state
 from ..ops.common.checks import short_text
-from ..ops.common.spans import as_spans, num_sequences, read_spans, token_sequences
+from ..ops.common.spans import as_spans, num_sequences, pairs_of, read_spans, token_sequences
 
 
 def pooled(op: str, features: Tensor, pool: str | None, options: dict[str, Any]) -> Tensor:
@@ -72,7 +72,7 @@ class Sequences:
         if how != "last":
             raise ValueError(f'{op}: `pool` must be "mean", "max", "last" or None, got {short_text(how)}.')
         ends = torch.arange(1, B + 1, device=x.device) * L
-        begins, ends = (ends - L, ends) if self.spans is None else self.spans.reshape(-1, 2).unbind(1)
+        begins, ends = (ends - L, ends) if self.spans is None else pairs_of(self.spans).unbind(1)
         return flat[(ends - 1).clamp(min=0)].where((begins < ends)[:, None], 0)
 
     def norm_state(self, norm: Any, x: Tensor, given: Any) -> Any:
