@@ -275,7 +275,7 @@ def at_least_float32(logits: Tensor) -> Tensor:
 
 
 def result_of(y: Tensor, state: Any, new_state: StateSlot | None) -> Tensor | tuple[Tensor, Any]:
-    """Put the state into the slot `new_state` and return y; without a slot, return (y, state), or y if it is None."""
+    """Put the state into the slot `new_state` and return y. Without a slot return (y, state), or y without a state."""
     if new_state is None:
         return y if state is None else (y, state)
     new_state.state = state

@@ -96,12 +96,14 @@ class CEMA(nn.Module):
         within, into, out, leaps = blocks
         T = within.shape[1]
         M, last, r = -(-L // T) + 1, L // T, L % T  # one block more, as torch.export wants M > 1
-        rows = F.pad(x, (0, 0, 0, M * T - L)).reshape(B, M, T, D).permute(3, 0, 1, 2).contiguous()
+        rows = F.pad(x, (0, 0, 0, M * T - L)).reshape(B, M, T, D).permute(3, 0, 1, 2).contiguous()  # (D, B, M, T)
         added = (rows.flatten(1, 2) @ into).unflatten(1, (B, M)).permute(1, 0, 3, 2).chunk(2, 2)  # (B, D, N, M)
+        # h before each block: first that before x, then each block's own part, to which the loop adds the earlier ones
         h = [torch.cat((s[..., None], a[..., :-1]), -1) for s, a in zip(h, added, strict=True)]
         for reach, power in leaps:
             h = [s + e for s, e in zip(h, _product(power, [F.pad(s, (reach, 0))[..., :M] for s in h]), strict=True)]
         y = rows.flatten(1, 2) @ within + torch.cat(h, 2).permute(1, 0, 3, 2).flatten(1, 2) @ out
+        # h after x, from h before the last block and the last block's r positions
         t, at = torch.arange(T, device=x.device), torch.full((1,), last, device=x.device)
         added = rows.index_select(2, at).squeeze(2) @ F.pad(into, (0, 0, 0, T))[:, T - r + t]  # (D, B, 2 N)
         decayed = _product([e[..., r + t[:1]] for e in powers], [s.index_select(-1, at) for s in h])

@@ -99,15 +99,19 @@ def adaptive_working_memory_bwd(
                 P, F = (chunk.k - w).exp(), chunk.k.softmax(-1)
                 U = chunk.v - torch.einsum("thk,hkv->thv", F, M)
                 N = torch.einsum("thk,thv->hkv", P, U)
-                dN, dr = r[..., None] * G, (G * (N - M)).sum(-1)
-                dP, dU = torch.einsum("thv,hkv->thk", U, dN), torch.einsum("thk,hkv->thv", P, dN)
+                dN = r[..., None] * G
+                dr = (G * (N - M)).sum(-1)
+                dP = torch.einsum("thv,hkv->thk", U, dN)
+                dU = torch.einsum("thk,hkv->thv", P, dN)
                 dF = -torch.einsum("thv,hkv->thk", dU, M)
-                dw, g = dr * r * (1 - r) + g * r, -dr * r * (1 - r) + g * (1 - r)
+                dw = dr * r * (1 - r) + g * r
+                g = -dr * r * (1 - r) + g * (1 - r)
                 G = (1 - r)[..., None] * G - torch.einsum("thk,thv->hkv", F, dU)
                 grads[1][rows] = P * (dP - (P * dP).sum(0) + dw) + F * (dF - (F * dF).sum(-1, keepdim=True))
                 grads[2][rows] = dU
             rows = slice(number * chunk_size, number * chunk_size + len(read.q))
-            Q, do_c = read.q.softmax(-1), do_s[rows]
+            Q = read.q.softmax(-1)
+            do_c = do_s[rows]
             dQ = torch.einsum("thv,hkv->thk", do_c, M)
             grads[0][rows] = Q * (dQ - (Q * dQ).sum(-1, keepdim=True))
             G = G + torch.einsum("thk,thv->hkv", Q, do_c)

@@ -154,20 +154,22 @@ class Plan:
             self.writes = ChunkCopies(num_writers, writes, C, like=q)
         self.turns = [*zip(num_readers, self.reads.turns, num_writers, self.writes.turns)]
         self._shape = len(pairs), H
-        # (index, sequence, first cache row) of writes that may begin in the cache. Row < 0: there is no such chunk.
-        cached = [
-            (index, s, (min(seen[s] // C, lag) + turn - lag) * C)
-            for turn, sequences in enumerate(writers[:visible] if position is not None else [])
-            for index, s in enumerate(sequences, sum(num_writers[:turn]))
-        ]
-        self._cached = [chunk for chunk in cached if chunk[2] >= 0]
-        absent = [index for index, _, first in cached if first < 0]
+        self._cached = []  # writes that may begin in the cache: (index, sequence, first cache row)
+        absent = []
+        first_writes = [(turn, s) for turn, sequences in enumerate(writers[:visible]) for s in sequences]
+        for index, (turn, s) in enumerate([] if from_empty else first_writes):
+            first_row = (min(seen[s] // C, lag) + turn - lag) * C
+            if first_row >= 0:
+                self._cached.append((index, s, first_row))
+            else:
+                absent.append(index)
         self.absent = torch.tensor(absent, dtype=torch.int64, device=q.device)
         self._order = torch.tensor(order, dtype=torch.int64, device=q.device)
 
         def has_written(counts: list[int]) -> Tensor:
             """Return (S, 1, 1) bools, True where a chunk has been written after so many positions."""
-            return torch.tensor([count >= visible * C for count in counts], device=q.device)[:, None, None]
+            has_chunk = [count >= visible * C for count in counts]
+            return torch.tensor(has_chunk, dtype=torch.bool, device=q.device)[:, None, None]
 
         self._is_written = has_written(seen)
         self._will_be_written = has_written([count // C * C + end for count, end in zip(seen, ends)])

@@ -31,7 +31,7 @@ def chunked_attention(
         q, k: (B, L, H, K) float32, float64, bfloat16 or float16.
         v: (B, L, H, V) in q's dtype; V may differ from K.
         chunk_size: C. Chunks are counted from each sequence's start; a call with a state first completes its chunk.
-        visible_chunks: 1, or 2: a position also sees the previous chunk, as in Gecko (arXiv 2601.06463). With 2
+        visible_chunks: 1, or 2: a position also sees the previous chunk, as in Gecko (arXiv 2601.06463). With 2:
 
             - attention must be causal and without `dropkey`, and rotary positions must not restart with each chunk
             - the state has 2 C rows

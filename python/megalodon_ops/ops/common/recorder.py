@@ -228,7 +228,10 @@ def _is_whole(tensor: Tensor) -> bool:
 
 
 def as_kernel(call: Call) -> tuple | None:
-    """Return name and arguments of a kernel that computes the same as a call of torch; None if there is none."""
+    """Return name and arguments of a kernel that computes the same as a call of torch; None if there is none.
+
+    The kernel "elementwise" computes x <operation> b or, for the operation "=", scale x + shift.
+    """
     function, args = call.function, call.args
     if function not in _WITH_KERNEL:
         return None

@@ -203,7 +203,7 @@ def _cross_entropy(logits: Tensor, index: Tensor, scales: Tensor | None = None) 
     log_probabilities = torch.log_softmax(logits, -1, dtype=accumulation_dtype(logits.dtype))
     losses = F.nll_loss(log_probabilities, index, reduction="none")
     if scales is not None:
-        # scale (probabilities - onehot), in the memory of the log-probabilities
+        # scale (p - onehot), in the memory of log p; at the target p - 1 = expm1(-loss)
         dlogits = log_probabilities.exp_().scatter_(1, index[:, None], torch.expm1(-losses)[:, None])
         logits.copy_(dlogits.mul_(scales[:, None]))
     return losses

@@ -51,8 +51,10 @@ def timestep_norm(
     real = accumulation_dtype(x.dtype)
     gain, bias = 1 + weight.to(real), bias.to(real)
     slices = sequences(x, as_spans("timestep_norm", x, cu_seqlens, lengths, starts, spans))
-    y, counts, means, variances = torch.zeros_like(x), [], [], []
-    for (row, tokens), (n, mean, var) in zip(slices, _initial(state, len(slices), num_groups, x.device), strict=True):
+    initial_states = _initial(state, len(slices), num_groups, x.device)
+    y = torch.zeros_like(x)
+    counts, means, variances = [], [], []  # after each sequence
+    for (row, tokens), (n, mean, var) in zip(slices, initial_states, strict=True):
         x_s = x[row, tokens].double().unflatten(-1, (num_groups, -1))  # (l, G, F)
         count, mean, var, _ = _statistics(x_s, n, mean, var)
         normalized = (x_s - mean[1:, :, None]) * _rstd(var[1:, :, None], eps, real)
