@@ -211,14 +211,16 @@ def test_features_are_pooled_over_each_sequence(kind):
     pools = {"mean": lambda x: x.mean(0), "max": lambda x: x.amax(0), "last": lambda x: x[-1]}
     ragged = {"lengths": torch.tensor([9, 4, 1]), "starts": torch.tensor([0, 2, 8])}
     packed = {"spans": torch.tensor([[1, 6], [9, 18], [20, 21], [21, 27]])}
-    for rows, spans in (
-        ({}, [[0, 9], [9, 18], [18, 27]]),
-        (ragged, [[0, 9], [11, 15], [26, 27]]),
-        (packed, packed["spans"]),
+    offsets = {"cu_seqlens": torch.tensor([0, 9, 11, 27])}
+    for inputs, rows, spans in (
+        (tokens, {}, [[0, 9], [9, 18], [18, 27]]),
+        (tokens, ragged, [[0, 9], [11, 15], [26, 27]]),
+        (tokens, packed, packed["spans"]),
+        (tokens.view(1, 27), offsets, [[0, 9], [9, 11], [11, 27]]),
     ):
-        features = model.features(tokens, **rows).flatten(0, 1)
+        features = model.features(inputs, **rows).flatten(0, 1)
         for pool, reduce in pools.items():
-            vectors = model.features(tokens, pool=pool, **rows)
+            vectors = model.features(inputs, pool=pool, **rows)
             assert_close(vectors, torch.stack([reduce(features[a:b]) for a, b in spans]), tolerance=1e-12)
             vectors.square().sum().backward()
     assert all(parameter.grad.isfinite().all() for parameter in model.parameters() if parameter.grad is not None)

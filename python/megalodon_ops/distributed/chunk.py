@@ -41,11 +41,11 @@ class ShardedSequences(Sequences):
     pieces: Pieces
     group: ProcessGroup
 
-    def norm_state(self, norm: Any, x: Tensor, given: TimestepNormState | None) -> TimestepNormState:
+    def norm_state(self, num_groups: int, x: Tensor, given: TimestepNormState | None) -> TimestepNormState:
         """Return a norm's initial state over the piece x; every rank sends its end state and waits for the others'."""
         pieces, dtype = self.pieces, accumulation_dtype(x.dtype)
         part, options = self._carried_part(x)
-        ends = timestep_norm_end_state(part, num_groups=norm.num_groups, **options)
+        ends = timestep_norm_end_state(part, num_groups=num_groups, **options)
         start, count = (None, None) if given is None else (norm_in_float64(given), given.count)
         ends, start, work = send_to_all(norm_in_float64(ends), start, self.group)
         work.wait()

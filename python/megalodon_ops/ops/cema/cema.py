@@ -13,19 +13,10 @@ from ..common.spans import as_spans, num_sequences
 
 
 def cema(
-    x: Tensor,
-    p: Tensor,
-    q: Tensor,
-    gamma: Tensor,
-    omega: Tensor,
-    *,
-    state: Tensor | None = None,
-    return_state: bool = False,
-    cu_seqlens: Tensor | None = None,
-    lengths: Tensor | None = None,
-    starts: Tensor | None = None,
-    spans: Tensor | None = None,
-) -> Tensor | tuple[Tensor, Tensor]:
+    x: Tensor, p: Tensor, q: Tensor, gamma: Tensor, omega: Tensor,
+    *, state: Tensor | None = None, return_state: bool = False, cu_seqlens: Tensor | None = None,
+    lengths: Tensor | None = None, starts: Tensor | None = None, spans: Tensor | None = None,
+) -> Tensor | tuple[Tensor, Tensor]:  # fmt: skip
     r"""Complex exponential moving average of `x` along time.
 
     .. math:: h_t = q\, h_{t-1} + p\, x_t, \qquad y_t = \mathrm{Re} \sum_n \gamma_n h_{t,n} + \omega x_t
@@ -42,8 +33,8 @@ def cema(
         starts: (B,) int64 or int32, first position of each left-padded row; with `lengths`, rows have padding on both
             sides.
         spans: (S, 2) int64 or int32, first and last-plus-one position of each sequence in the flattened batch (B * L),
-            in order, disjoint, each within one row. (B, 1, 2): one in each row, from the row's first position. (S + 1,): offsets, as
-            `cu_seqlens`, in one or several rows.
+            in order, disjoint, each within one row. Also (B, 1, 2), one in each row, from the row's first position; or
+            (S + 1,), offsets as `cu_seqlens`, in one or several rows.
 
     Returns:
         y (B, L, D) in x's dtype, zero at tokens in no sequence; with `return_state` also the state (S, D, N). States
@@ -77,15 +68,10 @@ def cema(
 
 
 def cema_end_state(
-    x: Tensor,
-    p: Tensor,
-    q: Tensor,
-    *,
-    cu_seqlens: Tensor | None = None,
-    lengths: Tensor | None = None,
-    starts: Tensor | None = None,
+    x: Tensor, p: Tensor, q: Tensor,
+    *, cu_seqlens: Tensor | None = None, lengths: Tensor | None = None, starts: Tensor | None = None,
     spans: Tensor | None = None,
-) -> Tensor:
+) -> Tensor:  # fmt: skip
     r"""The state of :func:`cema` after each sequence that starts from zeros; y is not computed.
 
     .. math:: h_L = \sum_{t=1}^{L} q^{L-t}\, p\, x_t
@@ -126,7 +112,7 @@ def cema_end_state(
 
 
 def _fwd_fake(x, p, q, gamma, omega, state, spans, return_state):
-    """Without `return_state`, the state has no elements, as torch's schemas have no optional results."""
+    """Return y and the state; without `return_state` it has no elements, as torch's schemas have no optional results."""
     shape = (num_sequences(x.shape[0], spans), *q.shape) if return_state else (0,)
     return empty_like(x), q.new_empty(shape)
 

@@ -9,8 +9,8 @@ Unrolled from h_0, this is a convolution with a kernel that decays as |q|^j:
 
     y_t = sum_{j=0}^{t-1} Re( sum_n gamma_n p_n q_n^j ) x_{t-j} + Re( sum_n gamma_n q_n^t h_0[n] ) + omega x_t
 
-c positions map h to q^c h plus the end state that they give from h = 0. So a sequence can be split into spans that are
-scanned in parallel.
+c positions map h to q^c h plus the end state that they give from h = 0. So parts of a sequence can be scanned in
+parallel.
 
 dtypes: x and y float32, float64, bfloat16 or float16; p, q, gamma, omega, the state and all sums float32 (complex64),
 or float64 (complex128) for float64 x.
@@ -61,14 +61,9 @@ def cema(
 def cema_bwd(
     dy: Tensor,  # (B, L, D)
     dstate: Tensor | None,  # (S, D, N) complex, gradient of the last h
-    x: Tensor,
-    p: Tensor,
-    q: Tensor,
-    gamma: Tensor,
-    omega: Tensor,
-    state: Tensor | None = None,
+    x: Tensor, p: Tensor, q: Tensor, gamma: Tensor, omega: Tensor, state: Tensor | None = None,
     spans: Tensor | None = None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """Scan backwards in time: the adjoint of `cema`. Returns dx, dp, dq, dgamma, domega, dstate.
 
     The gradient of a real loss with respect to a complex z is dz = dloss/dRe z + i dloss/dIm z (torch's
@@ -135,11 +130,8 @@ def cema_end_state(
 
 def cema_end_state_bwd(
     dstate: Tensor,  # (S, D, N) complex
-    x: Tensor,
-    p: Tensor,
-    q: Tensor,
-    spans: Tensor | None = None,
-) -> tuple[Tensor, Tensor, Tensor]:
+    x: Tensor, p: Tensor, q: Tensor, spans: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """Apply the adjoint of `cema` to `dstate` alone, with dy = 0. Returns dx, dp, dq.
 
     g_L = dstate,    g_t = conj(q) g_{t+1}                          t = L-1 .. 1

@@ -42,21 +42,15 @@ def chunked_attention(
     q: Tensor,  # (B, L, H, K)
     k: Tensor,  # (B, L, H, K)
     v: Tensor,  # (B, L, H, V)
-    *,
-    chunk_size: int,
-    visible_chunks: int = 1,
-    causal: bool = True,
-    scale: float = 1.0,
-    state: AttentionState | None = None,
-    return_state: bool = False,
-    inplace_state: bool = False,
+    *, chunk_size: int, visible_chunks: int = 1, causal: bool = True, scale: float = 1.0,
+    state: AttentionState | None = None, return_state: bool = False, inplace_state: bool = False,
     dropkey: float = 0.0,
     dropkey_seed: Tensor | None = None,  # (1,) int64
     cu_seqlens: Tensor | None = None,  # (S + 1,)
     lengths: Tensor | None = None,  # (B,)
     starts: Tensor | None = None,  # (B,)
     spans: Tensor | None = None,  # (S, 2)
-) -> Tensor | tuple[Tensor, AttentionState]:
+) -> Tensor | tuple[Tensor, AttentionState]:  # fmt: skip
     """Attend inside each chunk: o_i = sum_j softmax_j(scale q_i . k_j) v_j over the columns j that row i sees.
 
     Returns o (B, L, H, V) and, with `return_state`, the state after each sequence's last position.
@@ -83,7 +77,8 @@ def chunked_attention(
         ends.append(_kept_rows(*new, state, s))
     if not return_state:
         return o
-    new = _end_state(*((k, v) if state is None else state[:2]), ends, chunk_size, visible_chunks)
+    like = (k, v) if state is None else state[:2]
+    new = _end_state(*like, ends, chunk_size, visible_chunks)
     if inplace_state:
         for old, value in zip(state, new, strict=True):
             old.copy_(value)
@@ -93,19 +88,11 @@ def chunked_attention(
 
 def chunked_attention_bwd(
     do: Tensor,  # (B, L, H, V)
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    *,
-    chunk_size: int,
-    visible_chunks: int = 1,
-    causal: bool = True,
-    scale: float = 1.0,
-    state: AttentionState | None = None,
-    dropkey: float = 0.0,
-    dropkey_seed: Tensor | None = None,
+    q: Tensor, k: Tensor, v: Tensor,
+    *, chunk_size: int, visible_chunks: int = 1, causal: bool = True, scale: float = 1.0,
+    state: AttentionState | None = None, dropkey: float = 0.0, dropkey_seed: Tensor | None = None,
     spans: Tensor | None = None,
-) -> tuple[Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """Recompute the probabilities of each chunk and differentiate the softmax. Returns dq, dk, dv.
 
         o_i = sum_j P_ij v_j                   ->   dv_j = sum_i P_ij do_i         dP_ij = do_i . v_j
@@ -155,9 +142,11 @@ def _kept_rows(k: Tensor, v: Tensor, state: AttentionState | None, s: int) -> tu
     """Return the cached and the n new keys and values, in the state's format, (position + n, H, ...)."""
     if state is None:
         return k.detach(), v.detach()
-    pairs = ((state.k, k.detach()), (state.v, v.detach()))
-    new = (pack_rows(x) if cache.dtype == torch.int8 else x for cache, x in pairs)
-    return tuple(torch.cat([cache[s, : state.position[s]], x]) for (cache, _), x in zip(pairs, new))
+    kept = []
+    for cache, new in ((state.k, k.detach()), (state.v, v.detach())):
+        rows = pack_rows(new) if cache.dtype == torch.int8 else new
+        kept.append(torch.cat([cache[s, : state.position[s]], rows]))
+    return tuple(kept)
 
 
 def _chunks(position: int, total: int, chunk_size: int, visible: int) -> Iterator[tuple[slice, slice]]:

@@ -19,22 +19,15 @@ def normalized_attention(
     v: Tensor,  # (B, L, H * V)
     gamma: Tensor,  # (2, H * K)
     beta: Tensor,  # (2, H * K)
-    *,
-    num_heads: int,
-    chunk_size: int,
-    causal: bool = True,
-    rope_base: float = 10000.0,
-    eps: float = 1e-5,
-    state: AttentionState | None = None,
-    return_state: bool = False,
-    inplace_state: bool = False,
+    *, num_heads: int, chunk_size: int, causal: bool = True, rope_base: float = 10000.0, eps: float = 1e-5,
+    state: AttentionState | None = None, return_state: bool = False, inplace_state: bool = False,
     dropkey: float = 0.0,
     dropkey_seed: Tensor | None = None,  # (1,) int64
     cu_seqlens: Tensor | None = None,  # (S + 1,)
     lengths: Tensor | None = None,  # (B,)
     starts: Tensor | None = None,  # (B,)
     spans: Tensor | None = None,  # (S, 2)
-) -> Tensor | tuple[Tensor, AttentionState]:
+) -> Tensor | tuple[Tensor, AttentionState]:  # fmt: skip
     """Attend inside chunks with queries and keys from z: chunked_attention(*normalized_qk(z, gamma, beta), v).
 
     Returns o (B, L, H * V) and, with `return_state`, the rotated keys, values and position of the unfinished chunks.
@@ -51,26 +44,19 @@ def normalized_attention(
     masks = dict(causal=causal, dropkey=dropkey, dropkey_seed=dropkey_seed, spans=spans)
     states = dict(state=state, return_state=return_state, inplace_state=inplace_state)
     result = chunked_attention(q, k, v.unflatten(-1, (num_heads, -1)), chunk_size=chunk_size, **masks, **states)
-    return (result[0].flatten(-2), result[1]) if return_state else result.flatten(-2)
+    if not return_state:
+        return result.flatten(-2)
+    o, state = result
+    return o.flatten(-2), state
 
 
 def normalized_attention_bwd(
     do: Tensor,  # (B, L, H * V)
-    z: Tensor,
-    v: Tensor,
-    gamma: Tensor,
-    beta: Tensor,
-    *,
-    num_heads: int,
-    chunk_size: int,
-    causal: bool = True,
-    rope_base: float = 10000.0,
-    eps: float = 1e-5,
-    state: AttentionState | None = None,
-    dropkey: float = 0.0,
-    dropkey_seed: Tensor | None = None,
+    z: Tensor, v: Tensor, gamma: Tensor, beta: Tensor,
+    *, num_heads: int, chunk_size: int, causal: bool = True, rope_base: float = 10000.0, eps: float = 1e-5,
+    state: AttentionState | None = None, dropkey: float = 0.0, dropkey_seed: Tensor | None = None,
     spans: Tensor | None = None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """Apply the chain rule to both parts: do -> dq, dk, dv -> dz, dgamma, dbeta. Returns dz, dv, dgamma, dbeta."""
     position = None if state is None else state.position
     normalized = dict(num_heads=num_heads, rope_base=rope_base, eps=eps, position=position, spans=spans)

@@ -48,14 +48,9 @@ def sequence_norm(
 
 def sequence_norm_bwd(
     dy: Tensor,  # (B, L, D)
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor,
-    *,
-    num_groups: int,
-    eps: float = 1e-5,
-    spans: Tensor | None = None,
-) -> tuple[Tensor, Tensor, Tensor]:
+    x: Tensor, weight: Tensor, bias: Tensor,
+    *, num_groups: int, eps: float = 1e-5, spans: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """Differentiate through the statistics. Returns dx, dweight, dbias.
 
     Let xn_t = (x_t - mean) rstd and g = dy (1 + weight), with means over the positions and channels of a group. As

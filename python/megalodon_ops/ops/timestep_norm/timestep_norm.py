@@ -15,19 +15,11 @@ from ..common.checks import check_flag, check_number, check_rank, check_size, ch
 
 
 def timestep_norm(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor,
-    *,
-    num_groups: int,
-    eps: float = 1e-5,
-    state: TimestepNormState | None = None,
-    return_state: bool = False,
-    cu_seqlens: Tensor | None = None,
-    lengths: Tensor | None = None,
-    starts: Tensor | None = None,
+    x: Tensor, weight: Tensor, bias: Tensor,
+    *, num_groups: int, eps: float = 1e-5, state: TimestepNormState | None = None, return_state: bool = False,
+    cu_seqlens: Tensor | None = None, lengths: Tensor | None = None, starts: Tensor | None = None,
     spans: Tensor | None = None,
-) -> Tensor | tuple[Tensor, TimestepNormState]:
+) -> Tensor | tuple[Tensor, TimestepNormState]:  # fmt: skip
     r"""Normalize each position by the mean and the variance of its group over all positions up to and including it.
 
     .. math:: y_t = (x_t - \mu_t) / \sqrt{\sigma^2_t + \epsilon} \cdot (1 + \mathrm{weight}) + \mathrm{bias}
@@ -79,13 +71,9 @@ def timestep_norm(
 
 def timestep_norm_end_state(
     x: Tensor,
-    *,
-    num_groups: int,
-    cu_seqlens: Tensor | None = None,
-    lengths: Tensor | None = None,
-    starts: Tensor | None = None,
+    *, num_groups: int, cu_seqlens: Tensor | None = None, lengths: Tensor | None = None, starts: Tensor | None = None,
     spans: Tensor | None = None,
-) -> TimestepNormState:
+) -> TimestepNormState:  # fmt: skip
     r"""The statistics of :func:`timestep_norm` after each sequence without an initial state; y is not computed.
 
     .. math:: \mu = \frac{1}{L F} \sum x, \qquad \sigma^2 = \frac{1}{L F} \sum (x - \mu)^2
@@ -133,10 +121,11 @@ def _new_state(x, num_groups, spans, wanted=True):
 
     The count is the last result, because torch's opcheck adds up all results in the dtype of the first.
     """
-    S, new, real = num_sequences(x.shape[0], spans), x.new_empty, accumulation_dtype(x.dtype)
-    row, groups, pairs = ((S,), (S, num_groups), (S, 2, num_groups)) if wanted else ((0,),) * 3
-    count = new(row, dtype=torch.int64)
-    return new(groups, dtype=real), new(groups, dtype=real), new(pairs, dtype=real), count
+    S, real = num_sequences(x.shape[0], spans), accumulation_dtype(x.dtype)
+    mean = x.new_empty((S, num_groups) if wanted else (0,), dtype=real)
+    residual = x.new_empty((S, 2, num_groups) if wanted else (0,), dtype=real)
+    count = x.new_empty((S,) if wanted else (0,), dtype=torch.int64)
+    return mean, torch.empty_like(mean), residual, count
 
 
 def _fwd_fake(x, weight, bias, num_groups, eps, count, mean, var, residual, spans, return_stats, return_state):
