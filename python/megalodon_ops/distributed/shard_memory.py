@@ -33,13 +33,12 @@ def memory_of_piece(
     """Run :func:`read_write_and_keep` on a piece, with the memory of earlier pieces, to the end of the piece.
 
     Args:
-        q, k, v, spans: those of the piece. If attention sees two chunks, they include the chunk before
-            the piece, if there is one.
-        state: initial state of the sequences that begin in the piece; the row of a sequence that began in an earlier
-            piece is arbitrary. None: empty.
+        q, k, v, spans: those of the piece; if attention sees two chunks, with the chunk before it, if there is one.
+        state: initial state of the sequences that begin in the piece, with arbitrary rows for others. None: empty.
         to_end: ignored; the op always runs to the end.
     """
-    rows, added = visible_chunks * chunk_size, (visible_chunks - 1) * chunk_size if pieces.sources else 0
+    rows = visible_chunks * chunk_size
+    added = (visible_chunks - 1) * chunk_size if pieces.sources else 0
     if state is None:
         state = _empty(k, v, rows, pieces.num_sequences if pieces.is_packed else len(k))
     chunks = (chunk_size, visible_chunks)
