@@ -42,7 +42,8 @@ def memory_of_piece(
     if state is None:
         state = _empty(k, v, rows, pieces.num_sequences if pieces.is_packed else len(k))
     chunks = (chunk_size, visible_chunks)
-    begin, end = (added + column for column in pieces.tail or (0, k.shape[1] - added))
+    begin, end = pieces.tail or (0, k.shape[1] - added)
+    begin, end = added + begin, added + end
     open_state = WorkingMemoryState(*(x[-1:] for x in state)) if pieces.is_packed else state
     is_new = pieces.open_sequence_is_new() and len(open_state.mass) > 0
     if not is_new:
@@ -52,7 +53,7 @@ def memory_of_piece(
     mass = torch.cat([torch.full_like(masses[:1], EMPTY_MASS), masses[[*pieces.sources]]]).logsumexp(0)
     if not pieces.sources:
         o, *after = read_write_and_keep(q, k, v, *chunks, state, spans, True, inplace)
-        memory = after[0][-1:].sum(0, keepdim=True) if pieces.is_packed else after[0]
+        memory = after[0][-1:].sum(0, keepdim=True) if pieces.is_packed else after[0]  # without a sequence 0
         maps = _gather(F.pad(memory, (0, k.shape[3])), group)
         return o + (masses[:0].sum() + maps[:0].sum()), *after  # all ranks take part in the backward of exchanges
     if is_new:

@@ -137,7 +137,7 @@ class MegalodonEncoderForSequenceClassification(MegalodonEncoderPreTrainedModel)
             attention_mask: (B, L): 1 for a position, 0 for padding, in arbitrary columns.
             input_values: (B, L, F) floating-point numbers instead of `input_ids`, for a model with `num_features`.
             labels: (B,) integers, each row's class; or (B, num_labels) floating-point numbers, 1 for each class of
-                the row; or, with one label, values to regress. `config.problem_type` or the first labels select one.
+                the row; or, with one label, values to regress. `config.problem_type` or else the first labels decide.
             output_hidden_states: also return `hidden_states`, num_layers + 1 tensors (B, L, D): each layer's input, and
                 the features.
             arguments: `inputs_embeds` (B, L, D), from `get_input_embeddings()`, instead of the inputs; `cu_seq_lens_q`,

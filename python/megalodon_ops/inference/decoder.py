@@ -84,10 +84,9 @@ class Decoder:
         if not hasattr(model, "_reference"):
             raise TypeError(f"Decoder: `model` must be a Megalodon, got {describe(model)}.")
         if not isinstance(state, MegalodonStateBase) or len(state.layers) != model.config.num_layers:
-            raise ValueError(
-                f"Decoder: `state` must be a MegalodonState of {model.config.num_layers} layers, as the model returns it, "
-                f"got {f'one of {len(state.layers)}' if isinstance(state, MegalodonStateBase) else describe(state)}."
-            )
+            got = f"one of {len(state.layers)}" if isinstance(state, MegalodonStateBase) else describe(state)
+            expected = f"a MegalodonState of {model.config.num_layers} layers, as the model returns it"
+            raise ValueError(f"Decoder: `state` must be {expected}, got {got}.")
         self._model, self._state = model, contiguous_copy(complete(state))
         self._like = self._state.layers[0].attention.v
         self._dtype = computing_dtype(model) if self._like.dtype == torch.int8 else self._like.dtype
@@ -157,7 +156,7 @@ class Decoder:
             self._longest = None
             targets, sources = targets.to(self._like.device), sources.to(self._like.device)
             for layer in self._state.layers:
-                k, v, position, *memory = *layer.attention, *layer[3:]
+                k, v, position, *memory = *layer.attention, *layer[3:]  # from 3 on: the working memory
                 ends = position[sources].cpu()
                 new = slice(int((ends - since_divergence).clamp(min=0).min()), int(ends.max()))
                 for tensor in (*layer.norm, layer.cema, k[:, new], v[:, new], position, *memory):

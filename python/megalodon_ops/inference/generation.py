@@ -205,10 +205,11 @@ def _prompt_state(model: nn.Module, prompts: _Prompts, state: MegalodonStateBase
     size, tokens = model.config.chunk_size, prompts.tokens
     for begin in range(start, max(stop, start + 1), size):
         piece = tokens[:, begin : min(begin + size, stop)]
-        first, last = ((edge - begin).clamp(0, piece.shape[1]) for edge in (prompts.starts, prompts.ends - 1))
+        first = (prompts.starts - begin).clamp(0, piece.shape[1])
+        last = (prompts.ends - 1 - begin).clamp(0, piece.shape[1])
         where = {"lengths": last - first} | ({"starts": first} if prompts.padding == "left" else {})
         sequences = Sequences.of("generate", piece, **where)
-        options = CallOptions(state, True, inplace_state=begin > start, sequences=sequences)
+        options = CallOptions(state, return_state=True, inplace_state=begin > start, sequences=sequences)
         _, state = model._hidden(model._embed(piece), options)
     return state[prompts.samples] if len(prompts.samples) > len(tokens) else state
 

@@ -181,7 +181,9 @@ def _read_shard(path: Path) -> dict[str, Tensor]:
             try:
                 content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
             except Exception as error:  # torch's text explains how to run the code in the file
-                raise ValueError("holds something else than tensors, or is damaged: torch refuses it") from error
+                raise ValueError(
+                    "holds something else than tensors, or is damaged: weights_only=True refuses it"
+                ) from error
         if not isinstance(content, dict) or not all(isinstance(name, str) for name in content):
             raise ValueError(f"must hold a dictionary of tensors by name, got {short_text(content)}")
         content = {name: value for name, value in content.items() if not _BUFFERS.fullmatch(name)}

@@ -149,7 +149,7 @@ class Batches:
         pieces = [self._pieces(row) for row in range(self.batch)]
         if not any(pieces):
             return None
-        tokens: list[Any] = [[]]
+        tokens: list[Any] = [[]]  # parts, of which numpy needs at least one
         targets: list[Any] = [[]]
         bounds, carry, last = [0], [], []
         for row, number in enumerate(self.rows):

@@ -110,7 +110,8 @@ class Shards:
         shard = int(numpy.searchsorted(self._first, number, side="right")) - 1
         tokens, table = self._open_cached(shard)
         row = number - int(self._first[shard])
-        return tokens[int(table[row - 1, TOKENS]) if row else 0 : int(table[row, TOKENS])]
+        begin = int(table[row - 1, TOKENS]) if row else 0
+        return tokens[begin : int(table[row, TOKENS])]
 
     def hold_out(self, validation: Iterable[bytes] | None = None) -> Corpus:
         """Hold out a twentieth of the text, and at most 8 MiB, as :func:`hold_out` does; duplicates are removed.
