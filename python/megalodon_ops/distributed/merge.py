@@ -44,14 +44,9 @@ def merged_cema(
 
 
 def merged_norm(
-    ends: Tensor,
-    pieces: Sequence[int],
-    lengths: Sequence[int],
-    start: Tensor | None = None,
-    count: Tensor | None = None,
-    *,
-    dtype: torch.dtype = torch.float32,
-) -> TimestepNormState:
+    ends: Tensor, pieces: Sequence[int], lengths: Sequence[int], start: Tensor | None = None,
+    count: Tensor | None = None, *, dtype: torch.dtype = torch.float32,
+) -> TimestepNormState:  # fmt: skip
     """State of `timestep_norm` after consecutive pieces.
 
     Args:

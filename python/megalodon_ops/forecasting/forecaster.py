@@ -39,14 +39,9 @@ class Forecaster(nn.Module):
     """
 
     def __init__(
-        self,
-        model: Megalodon,
-        *,
-        horizons: Sequence[int],
-        levels: Sequence[float],
-        num_targets: int = 1,
+        self, model: Megalodon, *, horizons: Sequence[int], levels: Sequence[float], num_targets: int = 1,
         burn_in: int = 24,
-    ) -> None:
+    ) -> None:  # fmt: skip
         super().__init__()
         self.model, self.burn_in = model, burn_in
         self.horizons = [check_size("Forecaster", "horizons", horizon) for horizon in horizons]
@@ -82,7 +77,8 @@ class Forecaster(nn.Module):
             x: (B, L, F), NaN where a value is missing or hidden.
             values: (B, N, T) with N >= L, the series to forecast; None: the first T columns of x.
         """
-        T, known = self._shape[0], True
+        T = self._shape[0]
+        known = True
         future = self.future(x[..., :T] if values is None else values)[:, : x.shape[1]]
         mean, deviation = self._scale(x, state)
         if state is None:

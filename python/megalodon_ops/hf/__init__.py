@@ -5,7 +5,7 @@
 
     model = AutoModelForCausalLM.from_pretrained(folder)    # a folder of `Megalodon.save` or of `save_pretrained`
 
-B batch, L length, D model dim, as in the rest of the package.
+B batch, L length, D model dim.
 """
 
 from .. import extras
@@ -43,15 +43,8 @@ for _names in (MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, MODEL_FOR_MULTIMODAL_LM_MAPPIN
 AutoModelForMultimodalLM.register(MegalodonHFConfig, MegalodonForCausalLM, exist_ok=True)
 
 __all__ = [
-    "MegalodonCache",
-    "MegalodonEncoderForMaskedLM",
-    "MegalodonEncoderForSequenceClassification",
-    "MegalodonEncoderForTokenClassification",
-    "MegalodonEncoderHFConfig",
-    "MegalodonEncoderModel",
-    "MegalodonForCausalLM",
-    "MegalodonForSequenceClassification",
-    "MegalodonForTokenClassification",
-    "MegalodonHFConfig",
-    "MegalodonModel",
-]
+    "MegalodonCache", "MegalodonEncoderForMaskedLM", "MegalodonEncoderForSequenceClassification",
+    "MegalodonEncoderForTokenClassification", "MegalodonEncoderHFConfig", "MegalodonEncoderModel",
+    "MegalodonForCausalLM", "MegalodonForSequenceClassification", "MegalodonForTokenClassification",
+    "MegalodonHFConfig", "MegalodonModel",
+]  # fmt: skip

@@ -42,14 +42,9 @@ class MegalodonForSequenceClassification(MegalodonCausalModel):
 
     @can_return_tuple
     def forward(
-        self,
-        input_ids: Tensor | None = None,
-        attention_mask: Tensor | None = None,
-        labels: Tensor | None = None,
-        use_cache: bool = False,
-        output_hidden_states: bool | None = None,
-        **arguments: Any,
-    ) -> SequenceClassifierOutputWithPast:
+        self, input_ids: Tensor | None = None, attention_mask: Tensor | None = None, labels: Tensor | None = None,
+        use_cache: bool = False, output_hidden_states: bool | None = None, **arguments: Any,
+    ) -> SequenceClassifierOutputWithPast:  # fmt: skip
         """Return class logits (B, num_labels) of every row, and the loss.
 
         Args:
@@ -57,8 +52,7 @@ class MegalodonForSequenceClassification(MegalodonCausalModel):
             attention_mask: (B, L): 1 for a token, 0 for padding. `pad_token_id` does not mark padding.
             labels: as in :meth:`MegalodonEncoderForSequenceClassification.forward`.
             use_cache: return a cache.
-            output_hidden_states, arguments: as in :meth:`MegalodonForCausalLM.forward`. Each document of a
-                packed row is classified.
+            output_hidden_states, arguments: as in :meth:`MegalodonForCausalLM.forward`; a packed document is a row.
 
         Raises:
             ValueError: a row without a token. Otherwise as :meth:`MegalodonForCausalLM.forward`.
@@ -94,14 +88,9 @@ class _TokenClassification(MegalodonPreTrainedModel):
 
     @can_return_tuple
     def forward(
-        self,
-        input_ids: Tensor | None = None,
-        attention_mask: Tensor | None = None,
-        input_values: Tensor | None = None,
-        labels: Tensor | None = None,
-        output_hidden_states: bool | None = None,
-        **arguments: Any,
-    ) -> TokenClassifierOutput:
+        self, input_ids: Tensor | None = None, attention_mask: Tensor | None = None, input_values: Tensor | None = None,
+        labels: Tensor | None = None, output_hidden_states: bool | None = None, **arguments: Any,
+    ) -> TokenClassifierOutput:  # fmt: skip
         """Return class logits (B, L, num_labels) of every token, and the mean cross-entropy.
 
         Args:

@@ -34,13 +34,9 @@ class MegalodonEncoderPreTrainedModel(MegalodonPreTrainedModel):
         self.main_input_name = "input_ids" if config.num_features is None else "input_values"
 
     def _read(
-        self,
-        input_ids: Tensor | None,
-        attention_mask: Tensor | None,
-        input_values: Tensor | None = None,
+        self, input_ids: Tensor | None, attention_mask: Tensor | None, input_values: Tensor | None = None,
         **arguments: Any,
-    ) -> Batch:
-        """Check the arguments and return them as a :class:`Batch`."""
+    ) -> Batch:  # fmt: skip
         inputs = dict(input_ids=input_ids, input_values=input_values)
         return read_batch(self, inputs.pop(self.main_input_name), attention_mask, **inputs, **arguments)
 
@@ -67,14 +63,9 @@ class MegalodonEncoderModel(MegalodonEncoderPreTrainedModel):
 
     @can_return_tuple
     def forward(
-        self,
-        input_ids: Tensor | None = None,
-        attention_mask: Tensor | None = None,
-        input_values: Tensor | None = None,
-        output_hidden_states: bool | None = None,
-        batch: Batch | None = None,
-        **arguments: Any,
-    ) -> BaseModelOutput:
+        self, input_ids: Tensor | None = None, attention_mask: Tensor | None = None, input_values: Tensor | None = None,
+        output_hidden_states: bool | None = None, batch: Batch | None = None, **arguments: Any,
+    ) -> BaseModelOutput:  # fmt: skip
         """Return features (B, L, D), zero at padding.
 
         Arguments are those of :meth:`MegalodonEncoderForSequenceClassification.forward`.
@@ -136,33 +127,25 @@ class MegalodonEncoderForSequenceClassification(MegalodonEncoderPreTrainedModel)
 
     @can_return_tuple
     def forward(
-        self,
-        input_ids: Tensor | None = None,
-        attention_mask: Tensor | None = None,
-        input_values: Tensor | None = None,
-        labels: Tensor | None = None,
-        output_hidden_states: bool | None = None,
-        **arguments: Any,
-    ) -> SequenceClassifierOutput:
+        self, input_ids: Tensor | None = None, attention_mask: Tensor | None = None, input_values: Tensor | None = None,
+        labels: Tensor | None = None, output_hidden_states: bool | None = None, **arguments: Any,
+    ) -> SequenceClassifierOutput:  # fmt: skip
         """Return class logits (B, num_labels) of every row, and the loss.
 
         Args:
             input_ids: (B, L) integers.
             attention_mask: (B, L): 1 for a position, 0 for padding, in arbitrary columns.
-            input_values: (B, L, F) floating-point numbers instead of `input_ids`, if the configuration has
-                `num_features`.
+            input_values: (B, L, F) floating-point numbers instead of `input_ids`, for a model with `num_features`.
             labels: (B,) integers, each row's class; or (B, num_labels) floating-point numbers, 1 for each class of
-                the row; or, with one label, values to regress. `config.problem_type` selects the kind; if it is not
-                set, the first labels do.
-            output_hidden_states: also return `hidden_states`, num_layers + 1 tensors (B, L, D): the input of each
-                layer, and the features.
+                the row; or, with one label, values to regress. `config.problem_type` or else the first labels decide.
+            output_hidden_states: also return `hidden_states`, num_layers + 1 tensors (B, L, D): each layer's input, and
+                the features.
             arguments: `inputs_embeds` (B, L, D), from `get_input_embeddings()`, instead of the inputs; `cu_seq_lens_q`,
                 `position_ids` or `seq_idx`, for S sequences packed into one row, which are classified one by one; and
                 the arguments that :class:`MegalodonForCausalLM` ignores.
 
         Raises:
-            ValueError: an empty row; a state, requested by `use_cache`, `cache` or `past_key_values`. TypeError: an
-                unknown argument.
+            ValueError: an empty row; a state (`use_cache`, `cache`, `past_key_values`). TypeError: an unknown argument.
         """
         batch = self._read(input_ids, attention_mask, input_values, **arguments)
         output = self.model(batch=batch, output_hidden_states=output_hidden_states, return_dict=True)
@@ -175,8 +158,7 @@ class MegalodonEncoderForMaskedLM(MegalodonEncoderPreTrainedModel):
     """An encoder for masked-token prediction: `AutoModelForMaskedLM`.
 
     Logits are products of features and embeddings, so the head has no parameters of its own. With
-    `tie_word_embeddings=False` in the configuration, the head has a matrix, `output.weight`, which the other classes do
-    not load.
+    `tie_word_embeddings=False`, the head has a matrix, `output.weight`, which the other classes do not load.
 
     Example:
         >>> import torch, megalodon_ops.hf as hf
@@ -214,14 +196,9 @@ class MegalodonEncoderForMaskedLM(MegalodonEncoderPreTrainedModel):
 
     @can_return_tuple
     def forward(
-        self,
-        input_ids: Tensor | None = None,
-        attention_mask: Tensor | None = None,
-        labels: Tensor | None = None,
-        output_hidden_states: bool | None = None,
-        num_items_in_batch: int | Tensor | None = None,
-        **arguments: Any,
-    ) -> MaskedLMOutput:
+        self, input_ids: Tensor | None = None, attention_mask: Tensor | None = None, labels: Tensor | None = None,
+        output_hidden_states: bool | None = None, num_items_in_batch: int | Tensor | None = None, **arguments: Any,
+    ) -> MaskedLMOutput:  # fmt: skip
         """Return logits (B, L, vocab_size) of the token at every position, and the loss.
 
         Args:

@@ -18,12 +18,9 @@ Shapes = Iterable[tuple[str, tuple[int, ...]]]
 
 
 def empty_model(
-    kind: type[Model],
-    config: MegalodonConfig,
-    dtype: torch.dtype,
-    quantization: str | None = None,
+    kind: type[Model], config: MegalodonConfig, dtype: torch.dtype, quantization: str | None = None,
     activations: str | None = None,
-) -> Model:
+) -> Model:  # fmt: skip
     """Build a model on the device meta."""
     with torch.device("meta"):
         model = kind(config).to(dtype)
@@ -69,5 +66,4 @@ def plain_tensors(
 
 
 def allowed_dtypes(name: str, dtypes: Mapping[str, torch.dtype]) -> tuple[torch.dtype, ...]:
-    """Return the dtypes that the parameter `name` may have."""
     return (dtypes[name],) if name in dtypes else WEIGHT_DTYPES

@@ -59,15 +59,9 @@ except ModuleNotFoundError as error:
     raise ImportError('this model needs megalodon_ops: pip install "megalodon_ops[hf]"') from error
 '''
 TOKENIZER_FILES = (
-    "tokenizer.json",
-    "tokenizer.model",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab.json",
-    "merges.txt",
-    "chat_template.jinja",
-)
+    "tokenizer.json", "tokenizer.model", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json",
+    "vocab.json", "merges.txt", "chat_template.jinja",
+)  # fmt: skip
 """Files of a tokenizer, of this package or of transformers; saving another tokenizer replaces all of them"""
 DISTRIBUTED = "distributed"
 """Subfolder of tensors that several processes have written"""
@@ -102,13 +96,9 @@ def write_model(
 
 
 def write_config(
-    config: MegalodonConfig,
-    dtype: torch.dtype,
-    folder: Path,
-    tokenizer: Any,
-    quantization: str | None = None,
+    config: MegalodonConfig, dtype: torch.dtype, folder: Path, tokenizer: Any, quantization: str | None = None,
     activations: str | None = None,
-) -> None:
+) -> None:  # fmt: skip
     """Write `config.json` of a model that computes in this dtype, and the tokenizer's files."""
     fields = {
         "model_type": config.model_type,
@@ -135,7 +125,6 @@ def auto_map(model_type: str) -> dict[str, str]:
 
 
 def write_module(folder: Path) -> None:
-    """Write the module that `auto_map` names."""
     (folder / f"{_MODULE}.py").write_text(_MODULE_TEXT)
 
 
@@ -227,7 +216,7 @@ def read_model_files(
     quantization, activations = read_quantization(folder / CONFIG)
     dtype = dtype or stored or (torch.float32 if quantization else None)
     with reading(folder / CONFIG):
-        bits = 8 * (dtype or torch.bfloat16).itemsize if quantization is None else {"int8": 8, "int4": 4}[quantization]
+        bits = {"int8": 8, "int4": 4, None: 8 * (dtype or torch.bfloat16).itemsize}[quantization]
         check_fits(config.num_parameters() * bits // 8, "a model of this configuration", machine_memory())
     shapes, quantised_dtypes = stored_shapes(config, quantization)
     weights = stored_tensors(folder)
@@ -247,15 +236,9 @@ def read_model(kind: type[Model], folder: Path, dtype: torch.dtype | None, devic
 
 
 def model_of(
-    kind: type[Model],
-    config: MegalodonConfig,
-    dtype: torch.dtype,
-    weights: StoredTensors,
-    quantization: str | None = None,
-    activations: str | None = None,
-    *,
-    device: torch.device,
-) -> Model:
+    kind: type[Model], config: MegalodonConfig, dtype: torch.dtype, weights: StoredTensors,
+    quantization: str | None = None, activations: str | None = None, *, device: torch.device,
+) -> Model:  # fmt: skip
     """Build a model from checked weights, in evaluation mode."""
     model = empty_model(kind, config, dtype, quantization, activations)
     values = {name: weights.get(name, parameter.dtype, device) for name, parameter in model.named_parameters()}
@@ -304,6 +287,4 @@ def check_dtype(caller: str, dtype: object) -> None:
     """Raise unless the value is None or a dtype that weights can have."""
     if dtype is not None and dtype not in WEIGHT_DTYPES:
         fix = f"; use torch.{dtype}." if isinstance(dtype, str) and dtype in _DTYPES else "."
-        raise ValueError(
-            f"{caller}: `dtype` must be a torch dtype of 16 bits or more, or None, got {short_text(dtype)}{fix}"
-        )
+        raise ValueError(f"{caller}: `dtype` must be a dtype of 16 bits or more, or None, got {short_text(dtype)}{fix}")
