@@ -108,9 +108,10 @@ def exported(english, tmp_path_factory):
 
 @pytest.mark.slow
 def test_greedy_bytes_are_those_of_generate(english, exported):
-    """The values of each token's state stand in place of the old ones, keys and values in one buffer."""
+    """Steps read one set of buffers and write the other, in turn; both sets share the keys and values."""
     onnxruntime = pytest.importorskip("onnxruntime")
-    model, state = session(exported, "step"), fresh(exported, 1)
+    model = session(exported, "step")
+    state = fresh(exported, 1)
     prompt = [256, *b"import json\n"]
     buffers = [{n: onnxruntime.OrtValue.ortvalue_from_numpy(x.copy()) for n, x in state.items()} for _ in range(2)]
     buffers[1] |= {name: value for name, value in buffers[0].items() if ".attention." in name}
@@ -217,9 +218,7 @@ def test_refused_models(tmp_path):
         export_onnx(tiny_model(torch.float32, num_features=3), out, web=True)
     with pytest.raises(ValueError, match="`tokenizer` must be of bytes or byte-level BPE"):
         export_onnx(model, out, web=True)
-    with pytest.raises(
-        FileError, match="must be the folder `dist` of the npm package onnxruntime-web, got no ort.wasm"
-    ):
+    with pytest.raises(FileError, match="the folder `dist` of the npm package onnxruntime-web, got no ort.wasm"):
         export_onnx(model, out, web=True, tokenizer=ByteTokenizer(), onnxruntime_web=tmp_path)
     adapted = tiny_model(torch.float32)
     adapted.layers[0].mega.wv = torch.nn.Sequential(adapted.layers[0].mega.wv)
