@@ -85,9 +85,12 @@ class _EncodedDocument:
 
 
 def as_documents(
-    documents: Sequence[Document], tokenizer: Tokenizer, read: Callable[[int], object] = lambda _: None, *,
+    documents: Sequence[Document],
+    tokenizer: Tokenizer,
+    read: Callable[[int], object] = lambda _: None,
+    *,
     ends: bool = False,
-) -> list[evaluation.Document]:  # fmt: skip
+) -> list[evaluation.Document]:
     """Return documents for `evaluate`, longest first; `ends`: with end tokens; `read` is told each read's bytes."""
     longest_first = sorted(documents, key=len, reverse=True)
     return [evaluation.Document(_EncodedDocument(each, tokenizer, read, ends), len(each)) for each in longest_first]

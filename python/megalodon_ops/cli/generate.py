@@ -79,9 +79,15 @@ def _print_as_it_comes(prompt: bytes, texts: Iterator[bytes]) -> None:
 
 
 def continue_prompt(
-    model: Megalodon, tokenizer: Tokenizer, prompt: bytes, *, num_tokens: int, stops: Sequence[str] = (),
-    samples: int = 1, **sampling: Any,
-) -> Iterator[tuple[int, bytes]]:  # fmt: skip
+    model: Megalodon,
+    tokenizer: Tokenizer,
+    prompt: bytes,
+    *,
+    num_tokens: int,
+    stops: Sequence[str] = (),
+    samples: int = 1,
+    **sampling: Any,
+) -> Iterator[tuple[int, bytes]]:
     """Continue a document that begins with `prompt`; yield (sample, its next bytes).
 
     A sample ends before one of `stops`, at the document's end, or after `num_tokens`.

@@ -71,9 +71,13 @@ def eval_sample(documents: Sequence[bytes]) -> list[bytes]:
 
 
 def bits_per_byte(
-    model: Megalodon, tokenizer: Tokenizer, documents: Sequence[bytes], autocast: AbstractContextManager,
-    processes: Processes, read: Callable[[int], object] = lambda _: None,
-) -> float:  # fmt: skip
+    model: Megalodon,
+    tokenizer: Tokenizer,
+    documents: Sequence[bytes],
+    autocast: AbstractContextManager,
+    processes: Processes,
+    read: Callable[[int], object] = lambda _: None,
+) -> float:
     """Return the bits per byte of documents, which the processes share; `read` is told the bytes of each read."""
     nats = 0.0
     if own := as_documents(document_share(documents, processes), tokenizer, read):

@@ -44,9 +44,14 @@ def merged_cema(
 
 
 def merged_norm(
-    ends: Tensor, pieces: Sequence[int], lengths: Sequence[int], start: Tensor | None = None,
-    count: Tensor | None = None, *, dtype: torch.dtype = torch.float32,
-) -> TimestepNormState:  # fmt: skip
+    ends: Tensor,
+    pieces: Sequence[int],
+    lengths: Sequence[int],
+    start: Tensor | None = None,
+    count: Tensor | None = None,
+    *,
+    dtype: torch.dtype = torch.float32,
+) -> TimestepNormState:
     """State of `timestep_norm` after consecutive pieces.
 
     Args:

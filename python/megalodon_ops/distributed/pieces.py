@@ -42,10 +42,16 @@ class Pieces:
 
 
 def pieces_of(
-    rank: int, piece_lengths: Sequence[int], *, rows: int, chunk_size: int,
-    cu_seqlens: Sequence[int] | None = None, lengths: Sequence[int] | None = None,
-    spans: Sequence[tuple[int, int]] | None = None, positions: Sequence[int] | None = None,
-) -> Pieces:  # fmt: skip
+    rank: int,
+    piece_lengths: Sequence[int],
+    *,
+    rows: int,
+    chunk_size: int,
+    cu_seqlens: Sequence[int] | None = None,
+    lengths: Sequence[int] | None = None,
+    spans: Sequence[tuple[int, int]] | None = None,
+    positions: Sequence[int] | None = None,
+) -> Pieces:
     """Return the piece of `rank`.
 
     Args:
@@ -89,9 +95,12 @@ def pieces_of(
 
 
 def _spans(
-    rows: int, total: int, cu_seqlens: Sequence[int] | None, lengths: Sequence[int] | None,
+    rows: int,
+    total: int,
+    cu_seqlens: Sequence[int] | None,
+    lengths: Sequence[int] | None,
     spans: Sequence[tuple[int, int]] | None,
-) -> tuple[tuple[int, int], ...]:  # fmt: skip
+) -> tuple[tuple[int, int], ...]:
     """Return the columns [begin, end) of each sequence."""
     if lengths is None and (spans is not None or cu_seqlens is not None):
         name, expected, given = "spans", f"in order, disjoint and in one row of {total} positions", spans

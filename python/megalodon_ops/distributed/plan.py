@@ -38,10 +38,17 @@ class Plan:
 
 
 def plan(
-    config: MegalodonConfig, mesh: Mapping[str, int], *, context: int, batch: int | None = None, device: str = "cpu",
-    dtype: torch.dtype = torch.bfloat16, autocast: bool = False, param_dtype: torch.dtype = torch.float32,
+    config: MegalodonConfig,
+    mesh: Mapping[str, int],
+    *,
+    context: int,
+    batch: int | None = None,
+    device: str = "cpu",
+    dtype: torch.dtype = torch.bfloat16,
+    autocast: bool = False,
+    param_dtype: torch.dtype = torch.float32,
     data: str = "shard",
-) -> Plan:  # fmt: skip
+) -> Plan:
     """Predict the memory, the operations and the exchanged bytes of a training step with AdamW.
 
     Args:

@@ -17,9 +17,13 @@ _UNLIMITED = 2**62  # more tokens than any window holds
 
 @torch.no_grad()
 def evaluate(
-    model: Megalodon, documents: Iterable[Any], *, contexts: Sequence[Context] = ("all",), rows: int = 8,
+    model: Megalodon,
+    documents: Iterable[Any],
+    *,
+    contexts: Sequence[Context] = ("all",),
+    rows: int = 8,
     piece: int = 2048,
-) -> list[Evaluation]:  # fmt: skip
+) -> list[Evaluation]:
     """Return the losses of the documents' tokens, each predicted from the tokens before it in its window.
 
     Args:

@@ -39,9 +39,14 @@ class Forecaster(nn.Module):
     """
 
     def __init__(
-        self, model: Megalodon, *, horizons: Sequence[int], levels: Sequence[float], num_targets: int = 1,
+        self,
+        model: Megalodon,
+        *,
+        horizons: Sequence[int],
+        levels: Sequence[float],
+        num_targets: int = 1,
         burn_in: int = 24,
-    ) -> None:  # fmt: skip
+    ) -> None:
         super().__init__()
         self.model, self.burn_in = model, burn_in
         self.horizons = [check_size("Forecaster", "horizons", horizon) for horizon in horizons]

@@ -43,8 +43,15 @@ for _names in (MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, MODEL_FOR_MULTIMODAL_LM_MAPPIN
 AutoModelForMultimodalLM.register(MegalodonHFConfig, MegalodonForCausalLM, exist_ok=True)
 
 __all__ = [
-    "MegalodonCache", "MegalodonEncoderForMaskedLM", "MegalodonEncoderForSequenceClassification",
-    "MegalodonEncoderForTokenClassification", "MegalodonEncoderHFConfig", "MegalodonEncoderModel",
-    "MegalodonForCausalLM", "MegalodonForSequenceClassification", "MegalodonForTokenClassification",
-    "MegalodonHFConfig", "MegalodonModel",
-]  # fmt: skip
+    "MegalodonCache",
+    "MegalodonEncoderForMaskedLM",
+    "MegalodonEncoderForSequenceClassification",
+    "MegalodonEncoderForTokenClassification",
+    "MegalodonEncoderHFConfig",
+    "MegalodonEncoderModel",
+    "MegalodonForCausalLM",
+    "MegalodonForSequenceClassification",
+    "MegalodonForTokenClassification",
+    "MegalodonHFConfig",
+    "MegalodonModel",
+]

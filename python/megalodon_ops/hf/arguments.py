@@ -217,12 +217,19 @@ class Batch:
 
 
 def read_batch(
-    model: PreTrainedModel, inputs: Tensor | None = None, attention_mask: Tensor | None = None,
-    position_ids: Tensor | None = None, cache: MegalodonCache | None = None,
-    past_key_values: MegalodonCache | None = None, inputs_embeds: Tensor | None = None, use_cache: bool | None = None,
-    output_attentions: bool | None = None, cu_seq_lens_q: Tensor | None = None, seq_idx: Tensor | None = None,
+    model: PreTrainedModel,
+    inputs: Tensor | None = None,
+    attention_mask: Tensor | None = None,
+    position_ids: Tensor | None = None,
+    cache: MegalodonCache | None = None,
+    past_key_values: MegalodonCache | None = None,
+    inputs_embeds: Tensor | None = None,
+    use_cache: bool | None = None,
+    output_attentions: bool | None = None,
+    cu_seq_lens_q: Tensor | None = None,
+    seq_idx: Tensor | None = None,
     **others: Any,
-) -> Batch:  # fmt: skip
+) -> Batch:
     """Check the arguments of a model's call; `inputs` is the argument that `model.main_input_name` names."""
     op, config = type(model).__name__, model.config
     is_causal = model._core_class.config_type.causal

@@ -103,10 +103,14 @@ class MegalodonModel(MegalodonCausalModel):
 
     @can_return_tuple
     def forward(
-        self, input_ids: Tensor | None = None, attention_mask: Tensor | None = None,
-        output_hidden_states: bool | None = None, batch: Batch | None = None, positions: Tensor | None = None,
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        output_hidden_states: bool | None = None,
+        batch: Batch | None = None,
+        positions: Tensor | None = None,
         **arguments: Any,
-    ) -> BaseModelOutputWithPast:  # fmt: skip
+    ) -> BaseModelOutputWithPast:
         """Return the final norm's output (B, L, D), zero at padding.
 
         Arguments are those of :meth:`MegalodonForCausalLM.forward`.
@@ -155,13 +159,23 @@ class MegalodonForCausalLM(MegalodonCausalModel, GenerationMixin):
 
     @can_return_tuple
     def forward(
-        self, input_ids: Tensor | None = None, attention_mask: Tensor | None = None, position_ids: Tensor | None = None,
-        cache: MegalodonCache | None = None, past_key_values: MegalodonCache | None = None,
-        inputs_embeds: Tensor | None = None, labels: Tensor | None = None, use_cache: bool | None = None,
-        output_attentions: bool | None = None, output_hidden_states: bool | None = None,
-        logits_to_keep: int | Tensor | None = None, cu_seq_lens_q: Tensor | None = None,
-        num_items_in_batch: int | Tensor | None = None, use_decoder: bool = False, **others: Any,
-    ) -> CausalLMOutputWithPast:  # fmt: skip
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        cache: MegalodonCache | None = None,
+        past_key_values: MegalodonCache | None = None,
+        inputs_embeds: Tensor | None = None,
+        labels: Tensor | None = None,
+        use_cache: bool | None = None,
+        output_attentions: bool | None = None,
+        output_hidden_states: bool | None = None,
+        logits_to_keep: int | Tensor | None = None,
+        cu_seq_lens_q: Tensor | None = None,
+        num_items_in_batch: int | Tensor | None = None,
+        use_decoder: bool = False,
+        **others: Any,
+    ) -> CausalLMOutputWithPast:
         """Return logits (B, K, vocab_size) of the next token at K positions, by default all, and the loss.
 
         Tokens that the model reads but never predicts, from `output_size` on, have the logit -inf.

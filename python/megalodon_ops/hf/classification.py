@@ -42,9 +42,14 @@ class MegalodonForSequenceClassification(MegalodonCausalModel):
 
     @can_return_tuple
     def forward(
-        self, input_ids: Tensor | None = None, attention_mask: Tensor | None = None, labels: Tensor | None = None,
-        use_cache: bool = False, output_hidden_states: bool | None = None, **arguments: Any,
-    ) -> SequenceClassifierOutputWithPast:  # fmt: skip
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        labels: Tensor | None = None,
+        use_cache: bool = False,
+        output_hidden_states: bool | None = None,
+        **arguments: Any,
+    ) -> SequenceClassifierOutputWithPast:
         """Return class logits (B, num_labels) of every row, and the loss.
 
         Args:
@@ -88,9 +93,14 @@ class _TokenClassification(MegalodonPreTrainedModel):
 
     @can_return_tuple
     def forward(
-        self, input_ids: Tensor | None = None, attention_mask: Tensor | None = None, input_values: Tensor | None = None,
-        labels: Tensor | None = None, output_hidden_states: bool | None = None, **arguments: Any,
-    ) -> TokenClassifierOutput:  # fmt: skip
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        input_values: Tensor | None = None,
+        labels: Tensor | None = None,
+        output_hidden_states: bool | None = None,
+        **arguments: Any,
+    ) -> TokenClassifierOutput:
         """Return class logits (B, L, num_labels) of every token, and the mean cross-entropy.
 
         Args:

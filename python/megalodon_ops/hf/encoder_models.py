@@ -34,9 +34,12 @@ class MegalodonEncoderPreTrainedModel(MegalodonPreTrainedModel):
         self.main_input_name = "input_ids" if config.num_features is None else "input_values"
 
     def _read(
-        self, input_ids: Tensor | None, attention_mask: Tensor | None, input_values: Tensor | None = None,
+        self,
+        input_ids: Tensor | None,
+        attention_mask: Tensor | None,
+        input_values: Tensor | None = None,
         **arguments: Any,
-    ) -> Batch:  # fmt: skip
+    ) -> Batch:
         inputs = dict(input_ids=input_ids, input_values=input_values)
         return read_batch(self, inputs.pop(self.main_input_name), attention_mask, **inputs, **arguments)
 
@@ -63,9 +66,14 @@ class MegalodonEncoderModel(MegalodonEncoderPreTrainedModel):
 
     @can_return_tuple
     def forward(
-        self, input_ids: Tensor | None = None, attention_mask: Tensor | None = None, input_values: Tensor | None = None,
-        output_hidden_states: bool | None = None, batch: Batch | None = None, **arguments: Any,
-    ) -> BaseModelOutput:  # fmt: skip
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        input_values: Tensor | None = None,
+        output_hidden_states: bool | None = None,
+        batch: Batch | None = None,
+        **arguments: Any,
+    ) -> BaseModelOutput:
         """Return features (B, L, D), zero at padding.
 
         Arguments are those of :meth:`MegalodonEncoderForSequenceClassification.forward`.
@@ -127,9 +135,14 @@ class MegalodonEncoderForSequenceClassification(MegalodonEncoderPreTrainedModel)
 
     @can_return_tuple
     def forward(
-        self, input_ids: Tensor | None = None, attention_mask: Tensor | None = None, input_values: Tensor | None = None,
-        labels: Tensor | None = None, output_hidden_states: bool | None = None, **arguments: Any,
-    ) -> SequenceClassifierOutput:  # fmt: skip
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        input_values: Tensor | None = None,
+        labels: Tensor | None = None,
+        output_hidden_states: bool | None = None,
+        **arguments: Any,
+    ) -> SequenceClassifierOutput:
         """Return class logits (B, num_labels) of every row, and the loss.
 
         Args:
@@ -196,9 +209,14 @@ class MegalodonEncoderForMaskedLM(MegalodonEncoderPreTrainedModel):
 
     @can_return_tuple
     def forward(
-        self, input_ids: Tensor | None = None, attention_mask: Tensor | None = None, labels: Tensor | None = None,
-        output_hidden_states: bool | None = None, num_items_in_batch: int | Tensor | None = None, **arguments: Any,
-    ) -> MaskedLMOutput:  # fmt: skip
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        labels: Tensor | None = None,
+        output_hidden_states: bool | None = None,
+        num_items_in_batch: int | Tensor | None = None,
+        **arguments: Any,
+    ) -> MaskedLMOutput:
         """Return logits (B, L, vocab_size) of the token at every position, and the loss.
 
         Args:

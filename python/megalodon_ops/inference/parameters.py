@@ -18,9 +18,12 @@ Shapes = Iterable[tuple[str, tuple[int, ...]]]
 
 
 def empty_model(
-    kind: type[Model], config: MegalodonConfig, dtype: torch.dtype, quantization: str | None = None,
+    kind: type[Model],
+    config: MegalodonConfig,
+    dtype: torch.dtype,
+    quantization: str | None = None,
     activations: str | None = None,
-) -> Model:  # fmt: skip
+) -> Model:
     """Build a model on the device meta."""
     with torch.device("meta"):
         model = kind(config).to(dtype)

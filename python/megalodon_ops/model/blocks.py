@@ -105,12 +105,19 @@ class NormalizedAttention(WideParameters):
         self._update_rotary()  # assign=True may bring parameters of another device or dtype
 
     def forward(
-        self, x: Tensor,
-        *, state: BlockState | MemoryBlockState | None = None, return_state: bool = False,
-        inplace_state: bool = False, cu_seqlens: Tensor | None = None, lengths: Tensor | None = None,
-        starts: Tensor | None = None, spans: Tensor | None = None, options: CallOptions | None = None,
+        self,
+        x: Tensor,
+        *,
+        state: BlockState | MemoryBlockState | None = None,
+        return_state: bool = False,
+        inplace_state: bool = False,
+        cu_seqlens: Tensor | None = None,
+        lengths: Tensor | None = None,
+        starts: Tensor | None = None,
+        spans: Tensor | None = None,
+        options: CallOptions | None = None,
         new_state: StateSlot | None = None,
-    ) -> Tensor | tuple[Tensor, BlockState | MemoryBlockState]:  # fmt: skip
+    ) -> Tensor | tuple[Tensor, BlockState | MemoryBlockState]:
         """Map x (B, L, D) to y (B, L, D); options as in :func:`normalized_attention`, `state` is the whole block's.
 
         A model passes `options`, all options as one value, and `new_state`, a place for the new state; then the result
@@ -232,12 +239,19 @@ class MegalodonBlock(nn.Module):
         reset_all_parameters(self)
 
     def forward(
-        self, x: Tensor,
-        *, state: BlockState | MemoryBlockState | None = None, return_state: bool = False,
-        inplace_state: bool = False, cu_seqlens: Tensor | None = None, lengths: Tensor | None = None,
-        starts: Tensor | None = None, spans: Tensor | None = None, options: CallOptions | None = None,
+        self,
+        x: Tensor,
+        *,
+        state: BlockState | MemoryBlockState | None = None,
+        return_state: bool = False,
+        inplace_state: bool = False,
+        cu_seqlens: Tensor | None = None,
+        lengths: Tensor | None = None,
+        starts: Tensor | None = None,
+        spans: Tensor | None = None,
+        options: CallOptions | None = None,
         new_state: StateSlot | None = None,
-    ) -> Tensor | tuple[Tensor, BlockState | MemoryBlockState]:  # fmt: skip
+    ) -> Tensor | tuple[Tensor, BlockState | MemoryBlockState]:
         """Map x (B, L, D) to (B, L, D); arguments as in :meth:`NormalizedAttention.forward`."""
         if options is None:
             where = dict(cu_seqlens=cu_seqlens, lengths=lengths, starts=starts, spans=spans)

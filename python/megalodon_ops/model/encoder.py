@@ -120,10 +120,17 @@ class MegalodonEncoderBase(nn.Module):
         return sum(parameter.numel() for parameter in self.parameters())
 
     def forward(
-        self, inputs: Tensor,
-        *, features: bool = False, state: None = None, return_state: bool = False, cu_seqlens: Tensor | None = None,
-        lengths: Tensor | None = None, starts: Tensor | None = None, spans: Tensor | None = None,
-    ) -> Tensor:  # fmt: skip
+        self,
+        inputs: Tensor,
+        *,
+        features: bool = False,
+        state: None = None,
+        return_state: bool = False,
+        cu_seqlens: Tensor | None = None,
+        lengths: Tensor | None = None,
+        starts: Tensor | None = None,
+        spans: Tensor | None = None,
+    ) -> Tensor:
         """Compute the class logits of every row; with `features` or without a head, the features of every position.
 
         Args:
@@ -173,9 +180,12 @@ class MegalodonEncoderBase(nn.Module):
     @staticmethod
     def pool(
         x: Tensor,
-        *, cu_seqlens: Tensor | None = None, lengths: Tensor | None = None, starts: Tensor | None = None,
+        *,
+        cu_seqlens: Tensor | None = None,
+        lengths: Tensor | None = None,
+        starts: Tensor | None = None,
         spans: Tensor | None = None,
-    ) -> Tensor:  # fmt: skip
+    ) -> Tensor:
         """Mean (S, D) of x (B, L, D) over each sequence, summed in float64; zero for an empty sequence."""
         check_rank("MegalodonEncoder.pool", "x", x, "(B, L, D)", 3)
         where = dict(cu_seqlens=cu_seqlens, lengths=lengths, starts=starts, spans=spans)

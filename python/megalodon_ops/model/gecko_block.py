@@ -63,16 +63,29 @@ def attend_with_gecko_parts(
     else:
         rows, position = config.chunk_size, None if past.attention is None else past.attention[2]
     q, k = rotated_queries_and_keys(
-        z, block.gamma[:2], block.beta[:2], rotary,
-        num_heads=config.num_heads, chunk_size=rows, rope_base=config.rotary_base, eps=config.norm_eps,
-        position=position, spans=sequences.spans,
-    )  # fmt: skip
+        z,
+        block.gamma[:2],
+        block.beta[:2],
+        rotary,
+        num_heads=config.num_heads,
+        chunk_size=rows,
+        rope_base=config.rotary_base,
+        eps=config.norm_eps,
+        position=position,
+        spans=sequences.spans,
+    )
     a = sequences.carry(
-        chunked_attention, q, k, v,
-        chunk_size=config.chunk_size, visible_chunks=config.visible_chunks, state=past.attention,
-        return_state=options.return_state, inplace_state=options.inplace_state,
+        chunked_attention,
+        q,
+        k,
+        v,
+        chunk_size=config.chunk_size,
+        visible_chunks=config.visible_chunks,
+        state=past.attention,
+        return_state=options.return_state,
+        inplace_state=options.inplace_state,
         dropkey=config.attention_dropout if block.training else 0.0,
-    )  # fmt: skip
+    )
     a, state = a if options.return_state else (a, None)
     return a.flatten(-2), read, (state, *memory)
 
@@ -83,15 +96,26 @@ def _read_and_write(
     """Return the working memory's output (B, L, H * V) and its fields of the new state."""
     config, sequences, inplace = block.config, options.sequences, options.inplace_state
     q, k = normalized_qk(
-        z, block.gamma[2:], block.beta[2:], num_heads=config.num_heads, eps=config.norm_eps, spans=sequences.spans,
+        z,
+        block.gamma[2:],
+        block.beta[2:],
+        num_heads=config.num_heads,
+        eps=config.norm_eps,
+        spans=sequences.spans,
         chunk_size=1,  # every position is the first of its chunk, where rotary angles are 0
-    )  # fmt: skip
+    )
     read, *memory = sequences.carry(
-        read_write_and_keep, q, k, v,
-        chunk_size=config.chunk_size, visible_chunks=config.visible_chunks,
-        state=None if past.memory is None else past.working_memory(), to_end=options.return_state, inplace=inplace,
+        read_write_and_keep,
+        q,
+        k,
+        v,
+        chunk_size=config.chunk_size,
+        visible_chunks=config.visible_chunks,
+        state=None if past.memory is None else past.working_memory(),
+        to_end=options.return_state,
+        inplace=inplace,
         cached_rows=past.attention[2] if inplace and past.attention is not None else None,
-    )  # fmt: skip
+    )
     return read.flatten(-2), *memory
 
 

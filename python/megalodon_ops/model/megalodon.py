@@ -106,12 +106,21 @@ class MegalodonBase(nn.Module):
         return sum(parameter.numel() for parameter in self.parameters())
 
     def forward(
-        self, tokens: Tensor, targets: Tensor | None = None,
-        *, features: bool = False, reduction: str = "mean", ignore_index: int = -100,
-        state: MegalodonStateBase | None = None, return_state: bool = False, inplace_state: bool = False,
-        cu_seqlens: Tensor | None = None, lengths: Tensor | None = None, starts: Tensor | None = None,
+        self,
+        tokens: Tensor,
+        targets: Tensor | None = None,
+        *,
+        features: bool = False,
+        reduction: str = "mean",
+        ignore_index: int = -100,
+        state: MegalodonStateBase | None = None,
+        return_state: bool = False,
+        inplace_state: bool = False,
+        cu_seqlens: Tensor | None = None,
+        lengths: Tensor | None = None,
+        starts: Tensor | None = None,
         spans: Tensor | None = None,
-    ) -> Tensor | tuple[Tensor, MegalodonStateBase]:  # fmt: skip
+    ) -> Tensor | tuple[Tensor, MegalodonStateBase]:
         """Compute the logits of the next token at every position; with `targets`, the loss, as :meth:`loss` does.
 
         Args:
@@ -277,9 +286,13 @@ class MegalodonBase(nn.Module):
         return blockwise_cross_entropy(hidden, output, targets, width=self.config.num_outputs, **options)
 
     def _check(
-        self, op: str, argument: str, tokens: Tensor, state: MegalodonStateBase | None,
+        self,
+        op: str,
+        argument: str,
+        tokens: Tensor,
+        state: MegalodonStateBase | None,
         sequences: Sequences = Sequences(),
-    ) -> None:  # fmt: skip
+    ) -> None:
         """Raise an error, naming `op` and `argument`, unless `tokens` and the initial state fit the model."""
         check_inputs(op, argument, tokens, self, sequences)
         if state is not None:

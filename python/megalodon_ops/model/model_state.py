@@ -169,10 +169,14 @@ class MegalodonStateBase:
 
     @classmethod
     def fresh(
-        cls, config: MegalodonConfig, num_sequences: int,
-        *, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu",
+        cls,
+        config: MegalodonConfig,
+        num_sequences: int,
+        *,
+        dtype: torch.dtype = torch.float32,
+        device: torch.device | str = "cpu",
         cache_dtype: torch.dtype | None = None,
-    ) -> Self:  # fmt: skip
+    ) -> Self:
         """Return the state of sequences that have not begun, equivalent to state=None.
 
         Args:

@@ -35,10 +35,16 @@ class Sequences:
 
     @classmethod
     def of(
-        cls, op: str, x: Tensor,
-        *, cu_seqlens: Tensor | None = None, lengths: Tensor | None = None, starts: Tensor | None = None,
-        spans: Tensor | None = None, is_piece: bool = False,
-    ) -> Sequences:  # fmt: skip
+        cls,
+        op: str,
+        x: Tensor,
+        *,
+        cu_seqlens: Tensor | None = None,
+        lengths: Tensor | None = None,
+        starts: Tensor | None = None,
+        spans: Tensor | None = None,
+        is_piece: bool = False,
+    ) -> Sequences:
         """Return the sequences of x (B, L, ...) from the arguments of `op`.
 
         Values on the CPU are checked here, so that errors name `op`, unless x is a piece of the sequences.

@@ -59,9 +59,15 @@ except ModuleNotFoundError as error:
     raise ImportError('this model needs megalodon_ops: pip install "megalodon_ops[hf]"') from error
 '''
 TOKENIZER_FILES = (
-    "tokenizer.json", "tokenizer.model", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json",
-    "vocab.json", "merges.txt", "chat_template.jinja",
-)  # fmt: skip
+    "tokenizer.json",
+    "tokenizer.model",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "merges.txt",
+    "chat_template.jinja",
+)
 """Files of a tokenizer, of this package or of transformers; saving another tokenizer replaces all of them"""
 DISTRIBUTED = "distributed"
 """Subfolder of tensors that several processes have written"""
@@ -96,9 +102,13 @@ def write_model(
 
 
 def write_config(
-    config: MegalodonConfig, dtype: torch.dtype, folder: Path, tokenizer: Any, quantization: str | None = None,
+    config: MegalodonConfig,
+    dtype: torch.dtype,
+    folder: Path,
+    tokenizer: Any,
+    quantization: str | None = None,
     activations: str | None = None,
-) -> None:  # fmt: skip
+) -> None:
     """Write `config.json` of a model that computes in this dtype, and the tokenizer's files."""
     fields = {
         "model_type": config.model_type,
@@ -236,9 +246,15 @@ def read_model(kind: type[Model], folder: Path, dtype: torch.dtype | None, devic
 
 
 def model_of(
-    kind: type[Model], config: MegalodonConfig, dtype: torch.dtype, weights: StoredTensors,
-    quantization: str | None = None, activations: str | None = None, *, device: torch.device,
-) -> Model:  # fmt: skip
+    kind: type[Model],
+    config: MegalodonConfig,
+    dtype: torch.dtype,
+    weights: StoredTensors,
+    quantization: str | None = None,
+    activations: str | None = None,
+    *,
+    device: torch.device,
+) -> Model:
     """Build a model from checked weights, in evaluation mode."""
     model = empty_model(kind, config, dtype, quantization, activations)
     values = {name: weights.get(name, parameter.dtype, device) for name, parameter in model.named_parameters()}

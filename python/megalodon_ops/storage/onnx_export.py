@@ -37,9 +37,14 @@ _SHORTEST = 3
 
 
 def export_onnx(
-    model: nn.Module, folder: str | os.PathLike, *, dtype: torch.dtype = torch.float32, tokenizer: Any = None,
-    web: bool = False, onnxruntime_web: str | os.PathLike | None = None,
-) -> None:  # fmt: skip
+    model: nn.Module,
+    folder: str | os.PathLike,
+    *,
+    dtype: torch.dtype = torch.float32,
+    tokenizer: Any = None,
+    web: bool = False,
+    onnxruntime_web: str | os.PathLike | None = None,
+) -> None:
     """Write a model as ONNX files that `onnxruntime` runs without this package and without PyTorch.
 
     The folder gets `config.json`, a README with a program, the tokenizer's files, and:

@@ -88,9 +88,14 @@ def key_of(digest: Any) -> int:
 
 
 def split(
-    document: Callable[[int], Any], keys: numpy.ndarray, sizes: numpy.ndarray, lengths: numpy.ndarray,
-    text_of: Callable[[Any], bytes], max_held_out: int | None = None, validation: Iterable[bytes] | None = None,
-) -> Corpus:  # fmt: skip
+    document: Callable[[int], Any],
+    keys: numpy.ndarray,
+    sizes: numpy.ndarray,
+    lengths: numpy.ndarray,
+    text_of: Callable[[Any], bytes],
+    max_held_out: int | None = None,
+    validation: Iterable[bytes] | None = None,
+) -> Corpus:
     """Hold out `validation`, or a twentieth of the text and at most `max_held_out` bytes, as :func:`hold_out` does.
 
     Args:

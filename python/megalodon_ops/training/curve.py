@@ -19,9 +19,12 @@ AXES = {"step": ("optimizer step", "step", 1), "tokens": ("tokens", "tokens", 1)
 
 
 def draw_metrics(
-    path: str | os.PathLike, rows: list[dict[str, Any]] | dict[str, list[dict[str, Any]]],
-    references: dict[str, float] | None = None, *, by: str = "step",
-) -> None:  # fmt: skip
+    path: str | os.PathLike,
+    rows: list[dict[str, Any]] | dict[str, list[dict[str, Any]]],
+    references: dict[str, float] | None = None,
+    *,
+    by: str = "step",
+) -> None:
     """Plot bits per byte against steps, in training and on held-out text, as a PNG file.
 
     rows: rows of `read_metrics`, with `bits_per_byte` or `held_out_bits_per_byte`, and `final` if the figure is that of

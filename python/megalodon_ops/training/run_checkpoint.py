@@ -181,9 +181,11 @@ def save_checkpoint(
 
 
 def training_tensors(
-    model: nn.Module, optimizer: torch.optim.Optimizer | None, state: MegalodonState | None,
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer | None,
+    state: MegalodonState | None,
     mesh: DeviceMesh | None = None,
-) -> dict[str, dict[str, Tensor]]:  # fmt: skip
+) -> dict[str, dict[str, Tensor]]:
     """Return the states of the optimizer, the rows (of this process) and the random generators, by kind and name."""
     names = {parameter: name for name, parameter in model.named_parameters()}
     kinds: dict[str, dict[str, Tensor]] = {"random": {"cpu": torch.get_rng_state()}}

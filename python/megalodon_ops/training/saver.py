@@ -57,10 +57,16 @@ class Saver:
             (self._token,) = tokens
 
     def save(
-        self, step: int, model: Megalodon, *, optimizer: torch.optim.Optimizer | None = None,
-        state: MegalodonState | None = None, tokenizer: Any = None, record: dict[str, Any] | None = None,
+        self,
+        step: int,
+        model: Megalodon,
+        *,
+        optimizer: torch.optim.Optimizer | None = None,
+        state: MegalodonState | None = None,
+        tokenizer: Any = None,
+        record: dict[str, Any] | None = None,
         best: bool = False,
-    ) -> None:  # fmt: skip
+    ) -> None:
         """Write a checkpoint; arguments as in :func:`save_checkpoint`. `state` holds this process's own rows.
 
         In several processes, `tokenizer` and `record` of rank 0 are written.

@@ -18,11 +18,19 @@ _FEW_TOKENS = 32
 
 
 def adaptive_working_memory(
-    q: Tensor, k: Tensor, v: Tensor,
-    *, chunk_size: int, visible_chunks: int = 1, state: WorkingMemoryState | None = None, return_state: bool = False,
-    cu_seqlens: Tensor | None = None, lengths: Tensor | None = None, starts: Tensor | None = None,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    chunk_size: int,
+    visible_chunks: int = 1,
+    state: WorkingMemoryState | None = None,
+    return_state: bool = False,
+    cu_seqlens: Tensor | None = None,
+    lengths: Tensor | None = None,
+    starts: Tensor | None = None,
     spans: Tensor | None = None,
-) -> Tensor | tuple[Tensor, WorkingMemoryState]:  # fmt: skip
+) -> Tensor | tuple[Tensor, WorkingMemoryState]:
     r"""Read a memory of earlier chunks; each chunk writes the part of its values that the memory did not predict.
 
     .. math::

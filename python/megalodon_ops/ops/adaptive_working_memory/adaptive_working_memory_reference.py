@@ -30,12 +30,16 @@ def adaptive_working_memory(
     q: Tensor,  # (B, L, H, K)
     k: Tensor,  # (B, L, H, K)
     v: Tensor,  # (B, L, H, V)
-    *, chunk_size: int, visible_chunks: int = 1, state: WorkingMemoryState | None = None, return_state: bool = False,
+    *,
+    chunk_size: int,
+    visible_chunks: int = 1,
+    state: WorkingMemoryState | None = None,
+    return_state: bool = False,
     cu_seqlens: Tensor | None = None,  # (S + 1,)
     lengths: Tensor | None = None,  # (B,)
     starts: Tensor | None = None,  # (B,)
     spans: Tensor | None = None,  # (S, 2)
-) -> Tensor | tuple[Tensor, WorkingMemoryState]:  # fmt: skip
+) -> Tensor | tuple[Tensor, WorkingMemoryState]:
     """Read M and write to it, chunk by chunk. Returns o (B, L, H, V) and, with `return_state`, the state.
 
     >>> q = torch.zeros(1, 4, 1, 1)
@@ -62,9 +66,15 @@ def adaptive_working_memory_bwd(
     do: Tensor,  # (B, L, H, V)
     dmemory: Tensor | None,  # (S, H, K, V)
     dmass: Tensor | None,  # (S, H, K)
-    q: Tensor, k: Tensor, v: Tensor,
-    *, chunk_size: int, visible_chunks: int = 1, state: WorkingMemoryState | None = None, spans: Tensor | None = None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    chunk_size: int,
+    visible_chunks: int = 1,
+    state: WorkingMemoryState | None = None,
+    spans: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Process the chunks in reverse with the gradients G of M' and g of z'. Returns dq, dk, dv, dmemory, dmass.
 
         M' = (1 - r) M + r N,  N = P^T U    ->   dN = r G      dr = sum_v G (N - M)      dM = (1 - r) G

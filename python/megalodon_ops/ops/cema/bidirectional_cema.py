@@ -11,10 +11,17 @@ from ..common.spans import as_spans, num_sequences, pairs_of, token_sequences
 
 
 def bidirectional_cema(
-    x: Tensor, p: Tensor, q: Tensor, gamma: Tensor, omega: Tensor,
-    *, cu_seqlens: Tensor | None = None, lengths: Tensor | None = None, starts: Tensor | None = None,
+    x: Tensor,
+    p: Tensor,
+    q: Tensor,
+    gamma: Tensor,
+    omega: Tensor,
+    *,
+    cu_seqlens: Tensor | None = None,
+    lengths: Tensor | None = None,
+    starts: Tensor | None = None,
     spans: Tensor | None = None,
-) -> Tensor:  # fmt: skip
+) -> Tensor:
     r"""Complex exponential moving averages of `x` in both directions of time.
 
     .. math::

@@ -47,9 +47,14 @@ def bidirectional_cema(
 
 def bidirectional_cema_bwd(
     dy: Tensor,  # (B, L, D)
-    x: Tensor, p: Tensor, q: Tensor, gamma: Tensor, omega: Tensor,
-    *, spans: Tensor | None = None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    x: Tensor,
+    p: Tensor,
+    q: Tensor,
+    gamma: Tensor,
+    omega: Tensor,
+    *,
+    spans: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Add cema_bwd of both directions. Returns dx, dp, dq, dgamma, domega.
 
     The forward adds the output z_t of the reversed CEMA to y_{t-1}, so dz_t = dy_{t-1}.

@@ -13,10 +13,19 @@ from ..common.spans import as_spans, num_sequences
 
 
 def cema(
-    x: Tensor, p: Tensor, q: Tensor, gamma: Tensor, omega: Tensor,
-    *, state: Tensor | None = None, return_state: bool = False, cu_seqlens: Tensor | None = None,
-    lengths: Tensor | None = None, starts: Tensor | None = None, spans: Tensor | None = None,
-) -> Tensor | tuple[Tensor, Tensor]:  # fmt: skip
+    x: Tensor,
+    p: Tensor,
+    q: Tensor,
+    gamma: Tensor,
+    omega: Tensor,
+    *,
+    state: Tensor | None = None,
+    return_state: bool = False,
+    cu_seqlens: Tensor | None = None,
+    lengths: Tensor | None = None,
+    starts: Tensor | None = None,
+    spans: Tensor | None = None,
+) -> Tensor | tuple[Tensor, Tensor]:
     r"""Complex exponential moving average of `x` along time.
 
     .. math:: h_t = q\, h_{t-1} + p\, x_t, \qquad y_t = \mathrm{Re} \sum_n \gamma_n h_{t,n} + \omega x_t
@@ -68,10 +77,15 @@ def cema(
 
 
 def cema_end_state(
-    x: Tensor, p: Tensor, q: Tensor,
-    *, cu_seqlens: Tensor | None = None, lengths: Tensor | None = None, starts: Tensor | None = None,
+    x: Tensor,
+    p: Tensor,
+    q: Tensor,
+    *,
+    cu_seqlens: Tensor | None = None,
+    lengths: Tensor | None = None,
+    starts: Tensor | None = None,
     spans: Tensor | None = None,
-) -> Tensor:  # fmt: skip
+) -> Tensor:
     r"""The state of :func:`cema` after each sequence that starts from zeros; y is not computed.
 
     .. math:: h_L = \sum_{t=1}^{L} q^{L-t}\, p\, x_t

@@ -61,9 +61,14 @@ def cema(
 def cema_bwd(
     dy: Tensor,  # (B, L, D)
     dstate: Tensor | None,  # (S, D, N) complex, gradient of the last h
-    x: Tensor, p: Tensor, q: Tensor, gamma: Tensor, omega: Tensor, state: Tensor | None = None,
+    x: Tensor,
+    p: Tensor,
+    q: Tensor,
+    gamma: Tensor,
+    omega: Tensor,
+    state: Tensor | None = None,
     spans: Tensor | None = None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Scan backwards in time: the adjoint of `cema`. Returns dx, dp, dq, dgamma, domega, dstate.
 
     The gradient of a real loss with respect to a complex z is dz = dloss/dRe z + i dloss/dIm z (torch's
@@ -130,8 +135,11 @@ def cema_end_state(
 
 def cema_end_state_bwd(
     dstate: Tensor,  # (S, D, N) complex
-    x: Tensor, p: Tensor, q: Tensor, spans: Tensor | None = None,
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    x: Tensor,
+    p: Tensor,
+    q: Tensor,
+    spans: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
     """Apply the adjoint of `cema` to `dstate` alone, with dy = 0. Returns dx, dp, dq.
 
     g_L = dstate,    g_t = conj(q) g_{t+1}                          t = L-1 .. 1

@@ -17,12 +17,24 @@ from ..common.checks import LARGEST_BELOW_1, check_flag, check_number, check_siz
 
 
 def chunked_attention(
-    q: Tensor, k: Tensor, v: Tensor,
-    *, chunk_size: int, visible_chunks: int = 1, causal: bool = True, scale: float = 1.0,
-    state: AttentionState | None = None, return_state: bool = False, inplace_state: bool = False,
-    dropkey: float = 0.0, dropkey_seed: Tensor | None = None, cu_seqlens: Tensor | None = None,
-    lengths: Tensor | None = None, starts: Tensor | None = None, spans: Tensor | None = None,
-) -> Tensor | tuple[Tensor, AttentionState]:  # fmt: skip
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    chunk_size: int,
+    visible_chunks: int = 1,
+    causal: bool = True,
+    scale: float = 1.0,
+    state: AttentionState | None = None,
+    return_state: bool = False,
+    inplace_state: bool = False,
+    dropkey: float = 0.0,
+    dropkey_seed: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
+    lengths: Tensor | None = None,
+    starts: Tensor | None = None,
+    spans: Tensor | None = None,
+) -> Tensor | tuple[Tensor, AttentionState]:
     r"""Softmax attention inside chunks: a position sees its chunk up to itself or, if not causal, its whole chunk.
 
     .. math:: o_i = \sum_{j \le i} \mathrm{softmax}_j(\mathrm{scale}\; q_i^\top k_j)\, v_j, \qquad i, j \text{ in one chunk}

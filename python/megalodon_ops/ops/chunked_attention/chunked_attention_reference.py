@@ -42,15 +42,21 @@ def chunked_attention(
     q: Tensor,  # (B, L, H, K)
     k: Tensor,  # (B, L, H, K)
     v: Tensor,  # (B, L, H, V)
-    *, chunk_size: int, visible_chunks: int = 1, causal: bool = True, scale: float = 1.0,
-    state: AttentionState | None = None, return_state: bool = False, inplace_state: bool = False,
+    *,
+    chunk_size: int,
+    visible_chunks: int = 1,
+    causal: bool = True,
+    scale: float = 1.0,
+    state: AttentionState | None = None,
+    return_state: bool = False,
+    inplace_state: bool = False,
     dropkey: float = 0.0,
     dropkey_seed: Tensor | None = None,  # (1,) int64
     cu_seqlens: Tensor | None = None,  # (S + 1,)
     lengths: Tensor | None = None,  # (B,)
     starts: Tensor | None = None,  # (B,)
     spans: Tensor | None = None,  # (S, 2)
-) -> Tensor | tuple[Tensor, AttentionState]:  # fmt: skip
+) -> Tensor | tuple[Tensor, AttentionState]:
     """Attend inside each chunk: o_i = sum_j softmax_j(scale q_i . k_j) v_j over the columns j that row i sees.
 
     Returns o (B, L, H, V) and, with `return_state`, the state after each sequence's last position.
@@ -88,11 +94,19 @@ def chunked_attention(
 
 def chunked_attention_bwd(
     do: Tensor,  # (B, L, H, V)
-    q: Tensor, k: Tensor, v: Tensor,
-    *, chunk_size: int, visible_chunks: int = 1, causal: bool = True, scale: float = 1.0,
-    state: AttentionState | None = None, dropkey: float = 0.0, dropkey_seed: Tensor | None = None,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    chunk_size: int,
+    visible_chunks: int = 1,
+    causal: bool = True,
+    scale: float = 1.0,
+    state: AttentionState | None = None,
+    dropkey: float = 0.0,
+    dropkey_seed: Tensor | None = None,
     spans: Tensor | None = None,
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+) -> tuple[Tensor, Tensor, Tensor]:
     """Recompute the probabilities of each chunk and differentiate the softmax. Returns dq, dk, dv.
 
         o_i = sum_j P_ij v_j                   ->   dv_j = sum_i P_ij do_i         dP_ij = do_i . v_j

@@ -25,9 +25,14 @@ OWN_TYPES = (Tensor, torch.nn.Parameter)
 
 def define_op(
     schema: str,
-    *, kernel: Callable | None = None, wrapper: Callable | None = None, fake: Callable | None = None,
-    backward: Callable | None = None, setup_context: Callable | None = None, flops: Callable[..., int],
-) -> Callable:  # fmt: skip
+    *,
+    kernel: Callable | None = None,
+    wrapper: Callable | None = None,
+    fake: Callable | None = None,
+    backward: Callable | None = None,
+    setup_context: Callable | None = None,
+    flops: Callable[..., int],
+) -> Callable:
     """Define `megalodon_ops::<schema>` and return the op.
 
     Args:

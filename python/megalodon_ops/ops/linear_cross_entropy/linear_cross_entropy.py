@@ -87,9 +87,14 @@ def _linear_cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor, reduc
 
 
 def blockwise_cross_entropy(
-    hidden: Tensor, logits_of: Callable[[Tensor], Tensor], targets: Tensor,
-    *, width: int, reduction: str = "mean", ignore_index: int = -100,
-) -> Tensor:  # fmt: skip
+    hidden: Tensor,
+    logits_of: Callable[[Tensor], Tensor],
+    targets: Tensor,
+    *,
+    width: int,
+    reduction: str = "mean",
+    ignore_index: int = -100,
+) -> Tensor:
     """Cross-entropy of the logits that an arbitrary function computes from `hidden`, a block of positions at a time.
 
     Every tensor that the function reads has a gradient. With several blocks, the backward calls the function again. A

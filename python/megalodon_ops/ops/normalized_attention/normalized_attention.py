@@ -12,12 +12,26 @@ from ..common.spans import as_spans
 
 
 def normalized_attention(
-    z: Tensor, v: Tensor, gamma: Tensor, beta: Tensor,
-    *, num_heads: int, chunk_size: int, causal: bool = True, rope_base: float = 10000.0, eps: float = 1e-5,
-    state: AttentionState | None = None, return_state: bool = False, inplace_state: bool = False,
-    dropkey: float = 0.0, dropkey_seed: Tensor | None = None, cu_seqlens: Tensor | None = None,
-    lengths: Tensor | None = None, starts: Tensor | None = None, spans: Tensor | None = None,
-) -> Tensor | tuple[Tensor, AttentionState]:  # fmt: skip
+    z: Tensor,
+    v: Tensor,
+    gamma: Tensor,
+    beta: Tensor,
+    *,
+    num_heads: int,
+    chunk_size: int,
+    causal: bool = True,
+    rope_base: float = 10000.0,
+    eps: float = 1e-5,
+    state: AttentionState | None = None,
+    return_state: bool = False,
+    inplace_state: bool = False,
+    dropkey: float = 0.0,
+    dropkey_seed: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
+    lengths: Tensor | None = None,
+    starts: Tensor | None = None,
+    spans: Tensor | None = None,
+) -> Tensor | tuple[Tensor, AttentionState]:
     r"""Attention inside chunks; queries and keys are two affine maps of one normalized z.
 
     .. math:: q, k = \mathrm{normalized\_qk}(z, \gamma, \beta), \qquad o = \mathrm{chunked\_attention}(q, k, v)
@@ -68,11 +82,24 @@ def normalized_attention(
 
 
 def attend(
-    z: Tensor, v: Tensor, gamma: Tensor, beta: Tensor, rotary: Tensor | None,
-    *, num_heads: int, chunk_size: int, causal: bool = True, rope_base: float, eps: float,
-    state: AttentionState | None, return_state: bool, inplace_state: bool, dropkey: float,
-    dropkey_seed: Tensor | None = None, spans: Tensor | None = None,
-) -> Tensor | tuple[Tensor, AttentionState]:  # fmt: skip
+    z: Tensor,
+    v: Tensor,
+    gamma: Tensor,
+    beta: Tensor,
+    rotary: Tensor | None,
+    *,
+    num_heads: int,
+    chunk_size: int,
+    causal: bool = True,
+    rope_base: float,
+    eps: float,
+    state: AttentionState | None,
+    return_state: bool,
+    inplace_state: bool,
+    dropkey: float,
+    dropkey_seed: Tensor | None = None,
+    spans: Tensor | None = None,
+) -> Tensor | tuple[Tensor, AttentionState]:
     """Compute :func:`normalized_attention` with a rotary table, as :func:`rotated_queries_and_keys` takes it."""
     z, v = autocast(z, v)
     num_heads = check_size("normalized_attention", "num_heads", num_heads)

@@ -19,15 +19,22 @@ def normalized_attention(
     v: Tensor,  # (B, L, H * V)
     gamma: Tensor,  # (2, H * K)
     beta: Tensor,  # (2, H * K)
-    *, num_heads: int, chunk_size: int, causal: bool = True, rope_base: float = 10000.0, eps: float = 1e-5,
-    state: AttentionState | None = None, return_state: bool = False, inplace_state: bool = False,
+    *,
+    num_heads: int,
+    chunk_size: int,
+    causal: bool = True,
+    rope_base: float = 10000.0,
+    eps: float = 1e-5,
+    state: AttentionState | None = None,
+    return_state: bool = False,
+    inplace_state: bool = False,
     dropkey: float = 0.0,
     dropkey_seed: Tensor | None = None,  # (1,) int64
     cu_seqlens: Tensor | None = None,  # (S + 1,)
     lengths: Tensor | None = None,  # (B,)
     starts: Tensor | None = None,  # (B,)
     spans: Tensor | None = None,  # (S, 2)
-) -> Tensor | tuple[Tensor, AttentionState]:  # fmt: skip
+) -> Tensor | tuple[Tensor, AttentionState]:
     """Attend inside chunks with queries and keys from z: chunked_attention(*normalized_qk(z, gamma, beta), v).
 
     Returns o (B, L, H * V) and, with `return_state`, the rotated keys, values and position of the unfinished chunks.
@@ -52,11 +59,21 @@ def normalized_attention(
 
 def normalized_attention_bwd(
     do: Tensor,  # (B, L, H * V)
-    z: Tensor, v: Tensor, gamma: Tensor, beta: Tensor,
-    *, num_heads: int, chunk_size: int, causal: bool = True, rope_base: float = 10000.0, eps: float = 1e-5,
-    state: AttentionState | None = None, dropkey: float = 0.0, dropkey_seed: Tensor | None = None,
+    z: Tensor,
+    v: Tensor,
+    gamma: Tensor,
+    beta: Tensor,
+    *,
+    num_heads: int,
+    chunk_size: int,
+    causal: bool = True,
+    rope_base: float = 10000.0,
+    eps: float = 1e-5,
+    state: AttentionState | None = None,
+    dropkey: float = 0.0,
+    dropkey_seed: Tensor | None = None,
     spans: Tensor | None = None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Apply the chain rule to both parts: do -> dq, dk, dv -> dz, dgamma, dbeta. Returns dz, dv, dgamma, dbeta."""
     position = None if state is None else state.position
     normalized = dict(num_heads=num_heads, rope_base=rope_base, eps=eps, position=position, spans=spans)

@@ -18,11 +18,20 @@ _MAX_KERNEL_ROWS = 32
 
 
 def normalized_qk(
-    z: Tensor, gamma: Tensor, beta: Tensor,
-    *, num_heads: int, chunk_size: int, rope_base: float = 10000.0, eps: float = 1e-5, position: Tensor | None = None,
-    cu_seqlens: Tensor | None = None, lengths: Tensor | None = None, starts: Tensor | None = None,
+    z: Tensor,
+    gamma: Tensor,
+    beta: Tensor,
+    *,
+    num_heads: int,
+    chunk_size: int,
+    rope_base: float = 10000.0,
+    eps: float = 1e-5,
+    position: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
+    lengths: Tensor | None = None,
+    starts: Tensor | None = None,
     spans: Tensor | None = None,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
+) -> tuple[Tensor, Tensor]:
     r"""Per-head RMS norm of `z`, one affine map for queries and one for keys, rotary position embedding.
 
     .. math::
@@ -69,9 +78,18 @@ def normalized_qk(
 
 
 def rotated_queries_and_keys(
-    z: Tensor, gamma: Tensor, beta: Tensor, rotary: Tensor | None,
-    *, num_heads: int, chunk_size: int, rope_base: float, eps: float, position: Tensor | None, spans: Tensor | None,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
+    z: Tensor,
+    gamma: Tensor,
+    beta: Tensor,
+    rotary: Tensor | None,
+    *,
+    num_heads: int,
+    chunk_size: int,
+    rope_base: float,
+    eps: float,
+    position: Tensor | None,
+    spans: Tensor | None,
+) -> tuple[Tensor, Tensor]:
     """Compute :func:`normalized_qk` with a table from :func:`rotary_table`; None: the op makes its own."""
     check_rank("normalized_qk", "z", z, "(B, L, H * K)", 3)
     num_heads = check_size("normalized_qk", "num_heads", num_heads)

@@ -32,13 +32,17 @@ def normalized_qk(
     z: Tensor,  # (B, L, H * K)
     gamma: Tensor,  # (2, H * K)
     beta: Tensor,  # (2, H * K)
-    *, num_heads: int, chunk_size: int, rope_base: float = 10000.0, eps: float = 1e-5,
+    *,
+    num_heads: int,
+    chunk_size: int,
+    rope_base: float = 10000.0,
+    eps: float = 1e-5,
     position: Tensor | None = None,  # (S,) index inside the chunk of each sequence's first token
     cu_seqlens: Tensor | None = None,  # (S + 1,)
     lengths: Tensor | None = None,  # (B,)
     starts: Tensor | None = None,  # (B,)
     spans: Tensor | None = None,  # (S, 2)
-) -> tuple[Tensor, Tensor]:  # fmt: skip
+) -> tuple[Tensor, Tensor]:
     """Normalize z per head, scale and shift it into queries and keys, and rotate both. Returns q, k (B, L, H, K).
 
     >>> z, zeros = torch.tensor([[[3.0, 3.0]]]), torch.zeros(2, 2)
@@ -63,10 +67,17 @@ def normalized_qk(
 def normalized_qk_bwd(
     dq: Tensor,  # (B, L, H, K)
     dk: Tensor,  # (B, L, H, K)
-    z: Tensor, gamma: Tensor, beta: Tensor,
-    *, num_heads: int, chunk_size: int, rope_base: float = 10000.0, eps: float = 1e-5, position: Tensor | None = None,
+    z: Tensor,
+    gamma: Tensor,
+    beta: Tensor,
+    *,
+    num_heads: int,
+    chunk_size: int,
+    rope_base: float = 10000.0,
+    eps: float = 1e-5,
+    position: Tensor | None = None,
     spans: Tensor | None = None,
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+) -> tuple[Tensor, Tensor, Tensor]:
     """Rotate the gradients back, then differentiate the affine maps and the RMS norm. Returns dz, dgamma, dbeta.
 
     A rotation is orthogonal, so its gradient is rotated by the opposite angle; the rest is elementwise except one mean:

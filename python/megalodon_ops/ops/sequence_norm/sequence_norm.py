@@ -14,10 +14,17 @@ _COUNT = 2**62
 
 
 def sequence_norm(
-    x: Tensor, weight: Tensor, bias: Tensor,
-    *, num_groups: int, eps: float = 1e-5, cu_seqlens: Tensor | None = None, lengths: Tensor | None = None,
-    starts: Tensor | None = None, spans: Tensor | None = None,
-) -> Tensor:  # fmt: skip
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    *,
+    num_groups: int,
+    eps: float = 1e-5,
+    cu_seqlens: Tensor | None = None,
+    lengths: Tensor | None = None,
+    starts: Tensor | None = None,
+    spans: Tensor | None = None,
+) -> Tensor:
     r"""Normalize each position by the mean and the variance of its group over all positions of its sequence.
 
     .. math:: y_t = (x_t - \mu) / \sqrt{\sigma^2 + \epsilon} \cdot (1 + \mathrm{weight}) + \mathrm{bias}

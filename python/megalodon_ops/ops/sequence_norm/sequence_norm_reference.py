@@ -48,9 +48,14 @@ def sequence_norm(
 
 def sequence_norm_bwd(
     dy: Tensor,  # (B, L, D)
-    x: Tensor, weight: Tensor, bias: Tensor,
-    *, num_groups: int, eps: float = 1e-5, spans: Tensor | None = None,
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    *,
+    num_groups: int,
+    eps: float = 1e-5,
+    spans: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
     """Differentiate through the statistics. Returns dx, dweight, dbias.
 
     Let xn_t = (x_t - mean) rstd and g = dy (1 + weight), with means over the positions and channels of a group. As

@@ -15,11 +15,19 @@ from ..common.checks import check_flag, check_number, check_rank, check_size, ch
 
 
 def timestep_norm(
-    x: Tensor, weight: Tensor, bias: Tensor,
-    *, num_groups: int, eps: float = 1e-5, state: TimestepNormState | None = None, return_state: bool = False,
-    cu_seqlens: Tensor | None = None, lengths: Tensor | None = None, starts: Tensor | None = None,
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    *,
+    num_groups: int,
+    eps: float = 1e-5,
+    state: TimestepNormState | None = None,
+    return_state: bool = False,
+    cu_seqlens: Tensor | None = None,
+    lengths: Tensor | None = None,
+    starts: Tensor | None = None,
     spans: Tensor | None = None,
-) -> Tensor | tuple[Tensor, TimestepNormState]:  # fmt: skip
+) -> Tensor | tuple[Tensor, TimestepNormState]:
     r"""Normalize each position by the mean and the variance of its group over all positions up to and including it.
 
     .. math:: y_t = (x_t - \mu_t) / \sqrt{\sigma^2_t + \epsilon} \cdot (1 + \mathrm{weight}) + \mathrm{bias}
@@ -71,9 +79,13 @@ def timestep_norm(
 
 def timestep_norm_end_state(
     x: Tensor,
-    *, num_groups: int, cu_seqlens: Tensor | None = None, lengths: Tensor | None = None, starts: Tensor | None = None,
+    *,
+    num_groups: int,
+    cu_seqlens: Tensor | None = None,
+    lengths: Tensor | None = None,
+    starts: Tensor | None = None,
     spans: Tensor | None = None,
-) -> TimestepNormState:  # fmt: skip
+) -> TimestepNormState:
     r"""The statistics of :func:`timestep_norm` after each sequence without an initial state; y is not computed.
 
     .. math:: \mu = \frac{1}{L F} \sum x, \qquad \sigma^2 = \frac{1}{L F} \sum (x - \mu)^2

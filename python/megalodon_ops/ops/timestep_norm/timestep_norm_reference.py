@@ -33,12 +33,16 @@ def timestep_norm(
     x: Tensor,  # (B, L, D)
     weight: Tensor,  # (D,)
     bias: Tensor,  # (D,)
-    *, num_groups: int, eps: float = 1e-5, state: TimestepNormState | None = None, return_state: bool = False,
+    *,
+    num_groups: int,
+    eps: float = 1e-5,
+    state: TimestepNormState | None = None,
+    return_state: bool = False,
     cu_seqlens: Tensor | None = None,  # (S + 1,)
     lengths: Tensor | None = None,  # (B,)
     starts: Tensor | None = None,  # (B,)
     spans: Tensor | None = None,  # (S, 2)
-) -> Tensor | tuple[Tensor, TimestepNormState]:  # fmt: skip
+) -> Tensor | tuple[Tensor, TimestepNormState]:
     """Normalize by the statistics of positions 1 .. t: y_t = (x_t - mean_t) / sqrt(var_t + eps) (1 + weight) + bias.
 
     Returns y (B, L, D) and, with `return_state`, each sequence's count (S,), mean, var (S, G) and residual (S, 2, G).
@@ -75,9 +79,15 @@ def timestep_norm_bwd(
     dy: Tensor,  # (B, L, D)
     dmean: Tensor | None,  # (S, G), gradient of the returned mean
     dvar: Tensor | None,  # (S, G), gradient of the returned var
-    x: Tensor, weight: Tensor, bias: Tensor,
-    *, num_groups: int, eps: float = 1e-5, state: TimestepNormState | None = None, spans: Tensor | None = None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    *,
+    num_groups: int,
+    eps: float = 1e-5,
+    state: TimestepNormState | None = None,
+    spans: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Walk back through time with the gradients of mean and var. Returns dx, dweight, dbias, dmean, dvar.
 
     Let w = 1 + weight and r = rstd_t. Let U and V be the gradients of mean_t and var_t from position t + 1 or, at the
