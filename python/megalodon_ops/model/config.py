@@ -197,7 +197,9 @@ class MegalodonConfig:
             >>> f"{mo.MegalodonConfig.preset('mega7.1B', vocab_size=32000).num_parameters():,}"
             '7,117,381,632'
         """
-        return sum(math.prod(shape) for _, shape in self.parameter_shapes())
+        layer, others = self._layer_shapes(), self._input_shapes() | self._output_shapes()
+        layer_size, other_size = (sum(map(math.prod, shapes.values())) for shapes in (layer, others))
+        return self.num_layers * layer_size + other_size  # in no time even for a typo of 10^12 layers
 
     @property
     def input_width(self) -> int:
