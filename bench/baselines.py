@@ -11,7 +11,7 @@ from torch import Tensor
 
 
 def onednn_linear(x: Tensor, weight: Tensor) -> Tensor:
-    """F.linear by oneDNN, which torch includes but F.linear may not use."""
+    """F.linear computed by oneDNN, also where F.linear itself would use another library."""
     return torch.ops.mkldnn._linear_pointwise(x, weight, None, "none", [], "")
 
 
@@ -48,18 +48,21 @@ def cema_blocks(x: Tensor, p: Tensor, q: Tensor, gamma: Tensor, omega: Tensor, b
 
     y = T x + Re(gamma q^(j+1) h) inside a block, with T the block's Toeplitz matrix and h the state before it.
     """
-    (B, L, _), N = x.shape, q.shape[1]
+    B, L, _ = x.shape
+    N = q.shape[1]
     blocks = -(-L // block)
     wide = F.pad(x.to(p.dtype), (0, 0, 0, blocks * block - L))
     rows = wide.unflatten(1, (blocks, block)).permute(3, 1, 0, 2).flatten(1, 2)  # (D, blocks B, block)
     power = _powers(q, torch.arange(block + 1))  # (D, N, block + 1)
     kernel = _real_product((gamma * p)[:, None], power[..., :block]).squeeze(1)  # (D, block)
-    kernel = torch.cat((kernel[:, :1] + omega[:, None], kernel[:, 1:]), 1)
+    kernel = torch.cat((kernel[:, :1] + omega[:, None], kernel[:, 1:]), 1)  # omega x_t: lag 0
     t = torch.arange(block)
     toeplitz = F.pad(kernel, (block - 1, 0))[:, t - t[:, None] + block - 1]  # (D, from, to)
     into = _re_im(power[..., :block].flip(-1).mT * p[:, None])  # (D, block, 2 N)
-    added = torch.view_as_complex((rows @ into).unflatten(-1, (N, 2))).unflatten(1, (blocks, B))  # (D, blocks, B, N)
-    h, states = torch.zeros_like(added[:, 0]), []
+    # What each block adds to the state, (D, blocks, B, N).
+    added = torch.view_as_complex((rows @ into).unflatten(-1, (N, 2))).unflatten(1, (blocks, B))
+    h = torch.zeros_like(added[:, 0])
+    states = []
     for added_m in added.unbind(1):
         states.append(h)
         h = power[:, None, :, block] * h + added_m
@@ -70,7 +73,7 @@ def cema_blocks(x: Tensor, p: Tensor, q: Tensor, gamma: Tensor, omega: Tensor, b
 
 
 def bidirectional_cema(x: Tensor, p: Tensor, q: Tensor, gamma: Tensor, omega: Tensor) -> Tensor:
-    """cema of the row, plus that of the reversed row, moved by one position."""
+    """cema with the first D coefficients, plus a cema of the later positions (the reversed row, shifted by one)."""
     D = x.shape[-1]
     after = cema_blocks(x.flip(1), p[D:], q[D:], gamma[D:], torch.zeros_like(omega)).flip(1)
     return cema_blocks(x, p[:D], q[:D], gamma[:D], omega) + F.pad(after[:, 1:], (0, 0, 0, 1))
@@ -130,7 +133,8 @@ def normalized_qk(
     heads = z.float().unflatten(-1, (num_heads, -1))  # (B, L, H, K)
     K = heads.shape[-1]
     zn = heads * (heads.square().mean(-1, keepdim=True) + eps).rsqrt()
-    gain, offset = (t.unflatten(-1, (num_heads, K)) for t in ((1 + gamma) * K**-0.5, beta))  # (2, H, K)
+    gain = ((1 + gamma) * K**-0.5).unflatten(-1, (num_heads, K))  # (2, H, K): of q, of k
+    offset = beta.unflatten(-1, (num_heads, K))
     cos, sin = rotary
 
     def rotated(t: Tensor) -> Tensor:
@@ -168,13 +172,17 @@ def attention_sdpa(q: Tensor, k: Tensor, v: Tensor, *, chunk_size: int, causal: 
 
 
 def working_memory(q: Tensor, k: Tensor, v: Tensor, *, chunk_size: int) -> Tensor:
-    """Loop over chunks, all rows and heads at once; softmaxes and the memory in float32."""
-    chunks = [t.transpose(1, 2).split(chunk_size, 2) for t in (q, k, v)]  # each (B, H, C, ...)
-    memory, mass, outputs = None, None, []
-    for number, (queries, keys, values) in enumerate(zip(*chunks, strict=True)):
+    """Loop over chunks, all rows and heads at once; softmaxes and the memory in float32.
+
+    `memory` (B, H, K, V) is a mean of values per key channel, `mass` (B, H, K) the logarithm of its total weight.
+    """
+    all_queries, all_keys, all_values = (t.transpose(1, 2).split(chunk_size, 2) for t in (q, k, v))  # (B, H, C, ...)
+    memory = mass = None
+    outputs = []
+    for number, (queries, keys, values) in enumerate(zip(all_queries, all_keys, all_values, strict=True)):
         outputs.append(torch.zeros_like(values) if memory is None else queries.float().softmax(-1) @ memory)
-        if number == len(chunks[0]) - 1:
-            break
+        if number == len(all_keys) - 1:
+            break  # nothing reads what the last chunk would write
         logits = keys.float()
         written = logits.logsumexp(2)  # (B, H, K)
         values = values.float() if memory is None else values.float() - logits.softmax(-1) @ memory

@@ -21,6 +21,8 @@ from . import baselines
 from .harness import DTYPES, OURS, Case, Path, way
 
 TOLERANCE = {torch.float32: 2e-5, torch.bfloat16: 3e-2}
+FAST_RIVALS = ("row blocks", "sdpa")
+RIVALS = ("masked", *FAST_RIVALS)
 
 
 def cases(quick: bool, gpu: bool) -> Iterator[Case]:
@@ -28,7 +30,7 @@ def cases(quick: bool, gpu: bool) -> Iterator[Case]:
     L, C = 8192 // short, 2048 // short
     if gpu:
         for H in (1, 4):  # heads of the presets, from 200M to 7B
-            wide = dict(C=C, K=256, V=2048 // short, H=H, dtype=torch.bfloat16, rivals=("masked", "row blocks", "sdpa"))
+            wide = dict(C=C, K=256, V=2048 // short, H=H, dtype=torch.bfloat16, rivals=RIVALS)
             for backward in (False, True):
                 yield _attention(2 * L // H, **wide, backward=backward)
         for K, V, H in ((64, 512, 4), (64, 64, 8)):
@@ -38,10 +40,9 @@ def cases(quick: bool, gpu: bool) -> Iterator[Case]:
         for backward in (False, True):
             yield _qk(2 * L, Z=256, H=1, C=C, dtype=torch.bfloat16, backward=backward, compiled=True)
         return
-    rivals = ("masked", "row blocks", "sdpa")
     for dtype in DTYPES:
         wide = dict(C=C, K=256, V=2048 // short, H=1, dtype=dtype)
-        yield _attention(L, **wide, rivals=(*rivals, "compiled") if dtype == torch.float32 else rivals)
+        yield _attention(L, **wide, rivals=(*RIVALS, "compiled") if dtype == torch.float32 else RIVALS)
         yield _attention(L, **wide, backward=True)
     for dtype in DTYPES:
         yield _attention(L, C=C, K=64, V=512 // short, H=4, dtype=dtype, backward=True)
@@ -54,9 +55,6 @@ def cases(quick: bool, gpu: bool) -> Iterator[Case]:
             yield _qk(L, Z=256, H=1, C=C, dtype=dtype, backward=backward, compiled=dtype == torch.float32 and backward)
 
 
-RIVALS = ("row blocks", "sdpa")
-
-
 def _attention(
     L: int,
     *,
@@ -66,7 +64,7 @@ def _attention(
     H: int,
     dtype: torch.dtype,
     backward: bool = False,
-    rivals: Sequence[str] = RIVALS,
+    rivals: Sequence[str] = FAST_RIVALS,
 ) -> Case:
     torch.manual_seed(0)
     q, k = (torch.randn(1, L, H, K, dtype=dtype) * K**-0.25 for _ in range(2))  # scores of variance 1
@@ -81,7 +79,7 @@ def _attention(
         "sdpa": Path("SDPA", call(baselines.attention_sdpa)),
         "compiled": Path("masked, torch.compile", call(torch.compile(baselines.attention_masked)), compiled=True),
     }
-    pairs, rows, size = L // C * C * (C + 1) // 2 * H, L * H, q.element_size()
+    pairs = (L // C) * (C * (C + 1) // 2) * H
     return Case(
         name="chunked_attention " + ("forward + backward" if backward else "forward"),
         shape=f"L {L} C {C} K {K} V {V} H {H}",
@@ -91,7 +89,7 @@ def _attention(
         tolerance=TOLERANCE[dtype],
         units=L * H * V,
         flops=pairs * ((8 * K + 6 * V) if backward else (2 * K + 2 * V)),
-        bytes=rows * size * ((6 * K + 6 * V) if backward else (2 * K + 2 * V)),
+        bytes=L * H * q.element_size() * ((6 * K + 6 * V) if backward else (2 * K + 2 * V)),
         cold=False,
         fewer_threads=H == 1 and not backward,
     )

@@ -23,6 +23,7 @@ TOLERANCE = {torch.float32: 2e-5, torch.bfloat16: 1e-2}
 def cases(quick: bool, gpu: bool) -> Iterator[Case]:
     short = 32 if quick else 1
     f32, bf16 = torch.float32, torch.bfloat16
+    # Each case: rows, positions, channels, dtype.
     if gpu:
         rivals = ("blocks", "compiled", "fft")
         for batch, length, dim in ((8, 2048, 1024), (1, 4096, 4096), (4, 4096, 2048)):

@@ -1,11 +1,14 @@
 """`python -m bench.bench_distributed`: chunk parallel against handing states from rank to rank, on local processes.
 
-A training step of one long row, cut into equal pieces for P processes. The processes share the machine's cores, so wall
-time would depend on the number of cores. Instead each process records its processor time at every exchange, and the
-critical path is computed from these times, as if each rank had its own core and messages took no time. "In step" means
-that no rank begins a block before the others, as when parameters are sharded: otherwise rank 0 could run some blocks
-ahead of the last rank. A network adds the cost of the last columns: the number of sequential exchanges in a step, and
-the bytes that a rank sends per layer, in the forward and for gradients.
+Each case is a training step of one long row, cut into equal pieces for P processes. The columns of the table:
+
+- forward s, step s: critical path, as if each rank had its own core and messages took no time. Each process records its
+  processor time at every exchange, and the path is computed from these times: the processes share the machine's cores,
+  so wall time would depend on the number of cores.
+- in step s: the same if no rank begins a block before the others, as when parameters are sharded. Otherwise rank 0 may
+  run some blocks ahead of the last rank.
+- exchanges in a row, KiB a layer: what a network adds. These are the sequential exchanges of a step, and the bytes that
+  a rank sends per layer in the forward and the backward.
 
 The exit status is 1 if the loss or the gradients differ from those of one process. Writes a page and a JSON file.
 """
@@ -38,7 +41,7 @@ CONFIG |= dict(chunk_size=512, vocab_size=256, norm_num_groups=32)
 QUICK = CONFIG | dict(num_layers=2, model_dim=64, z_dim=32, value_dim=64, ffn_hidden_dim=64, chunk_size=128)
 
 
-def cut(model: mo.Megalodon, before: int) -> mo.Megalodon:
+def chunk_parallel(model: mo.Megalodon, before: int) -> mo.Megalodon:
     return ParallelMegalodon(model, Ranks(batch=dist.group.WORLD, chunk=dist.group.WORLD))
 
 
@@ -47,7 +50,7 @@ def hand_over(model: mo.Megalodon, before: int) -> mo.Megalodon:
     return model
 
 
-WAYS = {"chunk parallel": cut, "hand-over": hand_over}
+WAYS = {"chunk parallel": chunk_parallel, "hand-over": hand_over}
 TOLERANCE = 1e-4
 
 
@@ -88,7 +91,8 @@ class Trace:
         originals = {name: getattr(dist, name) for name in ("all_to_all_single", "all_reduce", "send", "recv")}
 
         def traced_gather(out: torch.Tensor, value: torch.Tensor, **options: Any) -> Any:
-            key, asynchronous = self.key("gather"), options.get("async_op", False)
+            key = self.key("gather")
+            asynchronous = options.get("async_op", False)
             self.note("start" if asynchronous else "all", key, value.nbytes * (ranks - 1))
             work = gather(out, value, **options)
             return _Work(work, lambda: self.note("wait", key)) if asynchronous else work
@@ -109,7 +113,8 @@ class Trace:
             self.note("recv", self.key(f"{other} to {rank}"))
             return originals["recv"](value, other)
 
-        dist.all_to_all_single, dist.all_reduce, dist.send, dist.recv = all_to_all_single, all_reduce, send, recv
+        for function in (all_to_all_single, all_reduce, send, recv):
+            setattr(dist, function.__name__, function)
         exchange.all_gather = rank_checks.all_gather = traced_gather
         self._last = time.thread_time()
         try:
@@ -133,13 +138,15 @@ class _Work:
 def critical_path(traces: list[list[Event]], *, in_step: bool = False) -> tuple[float, int]:
     """Seconds until the last rank ends, and the number of sequential exchanges until then.
 
-    With `in_step`, no rank begins a block before the others, as when parameters are sharded. A rank's clock advances by its
-    own computation, and at a wait to the latest time at which the awaited data was sent. The number of exchanges is the
-    length of the same path when each exchange counts 1 and computation 0.
+    A rank's clock advances by its own computation, and at a wait to the latest time at which the awaited data was sent.
+    Its depth is the same when each exchange counts 1 and computation 0. With `in_step`, no rank begins a block before the
+    others, as when parameters are sharded.
     """
     ranks = range(len(traces))
-    clocks, depths, num_done = [0.0 for _ in ranks], [0 for _ in ranks], [0 for _ in ranks]
-    sent: dict[str, dict[int, tuple[float, int]]] = {}
+    clocks = [0.0 for _ in ranks]
+    depths = [0 for _ in ranks]
+    num_done = [0 for _ in ranks]  # events
+    sent: dict[str, dict[int, tuple[float, int]]] = {}  # key of the exchange -> sender -> its clock and depth
     waiting: set[int] = set()  # ranks whose clock already includes the computation before their event
     while any(num_done[rank] < len(traces[rank]) for rank in ranks):
         for rank in ranks:
@@ -152,22 +159,33 @@ def critical_path(traces: list[list[Event]], *, in_step: bool = False) -> tuple[
                         sent.setdefault(event.key, {})[rank] = clocks[rank], depths[rank]
                 if is_barrier or event.kind in ("wait", "recv"):
                     arrived = sent.get(event.key, {})
-                    if len(arrived) < (1 if event.kind == "recv" else len(traces)):
+                    num_senders = 1 if event.kind == "recv" else len(traces)
+                    if len(arrived) < num_senders:
                         waiting.add(rank)
                         break
+                    hops = 0 if event.kind == "block" else 1
                     clocks[rank] = max(clocks[rank], *(clock for clock, _ in arrived.values()))
-                    depths[rank] = max(
-                        depths[rank], *(depth + (event.kind != "block") for _, depth in arrived.values())
-                    )
+                    depths[rank] = max(depths[rank], *(depth + hops for _, depth in arrived.values()))
                 waiting.discard(rank)
                 num_done[rank] += 1
     return max(clocks), max(depths)
 
 
+class RankResult(NamedTuple):
+    """The training steps of one rank; times are the smallest of all steps."""
+
+    rank: int
+    forward: list[Event]
+    backward: list[Event]
+    exchange_seconds: float
+    loss: float
+    norms: list[float]
+
+
 def run_rank(
     rank: int, ranks: int, way: str, config: dict[str, Any], tokens: int, steps: int, store: str, out: Any
 ) -> None:
-    """Run `steps` training steps on one rank; put traces with the smallest times, the loss and gradient norms into `out`."""
+    """Run `steps` training steps on one rank, and put its `RankResult` into the queue `out`."""
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=ranks)
     in_exchanges = _time_exchanges()
@@ -177,25 +195,26 @@ def run_rank(
     piece = slice(rank * tokens // ranks, (rank + 1) * tokens // ranks)
     if ranks > 1:
         model = WAYS[way](model, piece.start)
-    forwards, backwards, shares, now = [], [], [], Trace()
+    forwards, backwards, exchange_seconds = [], [], []
+    now = Trace()  # of the pass that runs
     for block in model.layers:
         block.register_forward_pre_hook(lambda *_: now.note("block", now.key("block")))
         block.register_full_backward_pre_hook(lambda *_: now.note("block", now.key("block")))
     for _ in range(steps):
         model.zero_grad()
-        now = forward = Trace()
+        now = Trace()
         in_exchanges[0] = 0.0
-        with forward.recording():
+        with now.recording():
             if way == "hand-over" or ranks == 1:
                 loss = model.loss(row[:, piece], targets[:, piece], reduction="sum") / tokens
             else:
                 loss = model.loss(row[:, piece], targets[:, piece])
-        shares.append(in_exchanges[0])
-        now = backward = Trace()
-        with backward.recording():
+        exchange_seconds.append(in_exchanges[0])
+        forwards.append(now.events)
+        now = Trace()
+        with now.recording():
             loss.backward()
-        forwards.append(forward.events)
-        backwards.append(backward.events)
+        backwards.append(now.events)
     total = loss.detach().clone()
     grads = [parameter.grad for parameter in model.parameters()]
     for tensor in (total, *grads):
@@ -205,7 +224,7 @@ def run_rank(
         for grad in grads:
             grad /= ranks
     norms = [grad.norm().item() for grad in grads]
-    out.put((rank, [_fastest(forwards), _fastest(backwards)], min(shares), total.item(), norms))
+    out.put(RankResult(rank, _fastest(forwards), _fastest(backwards), min(exchange_seconds), total.item(), norms))
     dist.barrier()
     dist.destroy_process_group()
 
@@ -265,18 +284,37 @@ def measure(ranks: int, way: str, config: dict[str, Any], tokens: int, steps: in
         processes = [context.Process(target=run_rank, args=(rank, *args)) for rank in range(ranks)]
         for process in processes:
             process.start()
-        results = sorted(out.get(timeout=900) for _ in processes)
+        results = sorted((out.get(timeout=900) for _ in processes), key=lambda result: result.rank)
         for process in processes:
             process.join()
-    traces = [[result[1][part] for result in results] for part in (0, 1)]
-    (forward, depth), (backward, depth_back) = map(critical_path, traces)
-    in_step = sum(critical_path(part, in_step=True)[0] for part in traces)
-    processors = [sum(event.seconds for trace in part for event in trace) for part in traces]
-    sent = [max(sum(event.bytes for event in trace) for trace in part) / config["num_layers"] for part in traces]
-    exchanges = sum(result[2] for result in results) / processors[0]
-    times = forward, forward + backward, in_step, sum(processors)
-    name = way if ranks > 1 else "one process"
-    return Row(ranks, name, *times, exchanges, depth + depth_back, *sent, results[0][3], results[0][4])
+    forwards = [result.forward for result in results]
+    backwards = [result.backward for result in results]
+    forward, forward_depth = critical_path(forwards)
+    backward, backward_depth = critical_path(backwards)
+    forward_processors = _processor_seconds(forwards)
+    return Row(
+        ranks=ranks,
+        way=way if ranks > 1 else "one process",
+        forward=forward,
+        step=forward + backward,
+        in_step=critical_path(forwards, in_step=True)[0] + critical_path(backwards, in_step=True)[0],
+        processors=forward_processors + _processor_seconds(backwards),
+        exchanges=sum(result.exchange_seconds for result in results) / forward_processors,
+        depth=forward_depth + backward_depth,
+        bytes_forward=_most_bytes(forwards) / config["num_layers"],
+        bytes_backward=_most_bytes(backwards) / config["num_layers"],
+        loss=results[0].loss,
+        norms=results[0].norms,
+    )
+
+
+def _processor_seconds(traces: list[list[Event]]) -> float:
+    return sum(event.seconds for trace in traces for event in trace)
+
+
+def _most_bytes(traces: list[list[Event]]) -> int:
+    """Bytes sent by the rank that sends the most."""
+    return max(sum(event.bytes for event in trace) for trace in traces)
 
 
 def agrees(row: Row, single: Row) -> bool:
@@ -292,8 +330,13 @@ def table(rows: list[Row]) -> str:
     head += " | exchange, of a forward | exchanges in a row | KiB a layer, forward | backward"
     lines = [head, " | ".join(["---"] * (head.count("|") + 1))]
     for row in rows:
-        times = (row.forward, single.forward), (row.step, single.step), (row.in_step, single.step)
-        cells = [str(row.ranks), row.way, *(f"{cell:.2f}" for own, one in times for cell in (own, one / own))]
+        cells = [str(row.ranks), row.way]
+        for seconds, one_process in (
+            (row.forward, single.forward),
+            (row.step, single.step),
+            (row.in_step, single.step),
+        ):
+            cells += [f"{seconds:.2f}", f"{one_process / seconds:.2f}"]
         exchanges = f"{100 * row.exchanges:.1f} %" if row.way == "chunk parallel" else ""
         sent = (f"{count / 1024:.0f}" if row.ranks > 1 else "" for count in (row.bytes_forward, row.bytes_backward))
         lines.append(" | ".join([*cells, f"{row.processors:.2f}", exchanges, str(row.depth or ""), *sent]))

@@ -1,13 +1,16 @@
 """The encoder: features of one long row of numbers and the gradients of its parameters, from 16k to 256k positions.
 
-Flops per position: 6 per weight of every linear layer, (8 K + 6 V) C per layer for attention to a chunk of C, and twice those
-of `bench_cema`, for two directions. Bytes: the weights three times. Other work on activations is not counted.
+Flops per position: 6 per weight of every linear layer, (8 K + 6 V) C per layer for attention to a chunk of C, and twice
+those of `bench_cema`, for two directions. Bytes: the weights three times. Other work on activations is not counted.
 
-The rival is the same encoder in plain torch. Two models of about the same size that do other work are shown for comparison:
-torch's Transformer encoder, with attention to all positions, and, if mambapy is installed, its Mamba: a selective scan in plain
-torch, in one direction. (flash-linear-attention's plain versions cannot be imported without triton; the time of transformers'
-plain Mamba grows with the square of the length: 12 s for 1,024 positions of 2 layers on one thread, 0.8 s for 256.) A path is
-skipped beyond its length in LONGEST, where a call would take many minutes or more memory than most machines have.
+The rival is the same encoder in plain torch. Two models of about the same size do other work and are shown for
+comparison:
+
+- torch's Transformer encoder, with attention to all positions;
+- mambapy's Mamba, if it is installed: a selective scan in plain torch, in one direction.
+
+A path is skipped beyond its length in LONGEST, where a call would take many minutes or more memory than most machines
+have.
 """
 
 import importlib.util
@@ -53,7 +56,7 @@ def _case(length: int, names: list[str]) -> Case:
 
     def path(name: str) -> Path:
         model, call = calls[name]
-        same = model is encoder
+        same = model is encoder  # else other work, whose results cannot be compared
 
         def run() -> Outputs:
             features = call(x)
@@ -66,9 +69,18 @@ def _case(length: int, names: list[str]) -> Case:
     weights = sum(m.weight.numel() for m in encoder.modules() if isinstance(m, nn.Linear))
     attention = (8 * CONFIG.z_dim + 6 * CONFIG.value_dim) * CONFIG.chunk_size
     cema = 2 * (48 * CONFIG.cema_ndim + 6) * CONFIG.model_dim
-    work = "encoder forward + backward", f"{encoder.num_parameters() / 1e3:.0f}k L {length}", "fp32"
-    expected = paths["plain torch"].call if "plain torch" in paths else None
-    flops = length * (6 * weights + CONFIG.num_layers * (attention + cema))
-    cost = dict(units=length, unit="token", flops=flops, bytes=12 * weights)
-    timed = dict(cold=False, fewer_threads=False, all_peaks=True)
-    return Case(*work, [*paths.values()], expected, TOLERANCE, **cost, **timed)
+    return Case(
+        name="encoder forward + backward",
+        shape=f"{encoder.num_parameters() / 1e3:.0f}k L {length}",
+        dtype="fp32",
+        paths=list(paths.values()),
+        expected=paths["plain torch"].call if "plain torch" in paths else None,
+        tolerance=TOLERANCE,
+        units=length,
+        unit="token",
+        flops=length * (6 * weights + CONFIG.num_layers * (attention + cema)),
+        bytes=3 * 4 * weights,
+        cold=False,
+        fewer_threads=False,
+        all_peaks=True,
+    )

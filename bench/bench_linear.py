@@ -1,8 +1,10 @@
 """The products of linear layers at shapes of the 25M model and of the 200M preset, and the loss of the output matrix.
 
-Flops: 2 T I O forward, and as many for the gradient of x and for that of the weights. Bytes: each matrix once, forward
-x, the weights and y, backward x, the weights, dy and two gradients; the logits of the loss need not be written. With few
-rows, as in decoding, reading the weights is the limit: see the cold results.
+T rows, I inputs, O outputs. With few rows, as in decoding, reading the weights is the limit: see the cold results.
+
+    forward   flops 2 T I O     bytes: x, weights in, y out
+    backward  flops 4 T I O     bytes: x, weights, dy in, dx and dweights out
+    loss      the same, but its logits y need not be written
 """
 
 from collections.abc import Callable, Iterator
@@ -22,7 +24,7 @@ FEW_ROWS = ((1, torch.float32), (8, torch.float32), (32, torch.float32), (1, tor
 
 
 def cases(quick: bool, gpu: bool) -> Iterator[Case]:
-    if gpu:  # torch's own function
+    if gpu:  # there `mo.linear` calls torch's own function
         return
     rows = 256 if quick else 2048
     for backward in (False, True):
@@ -37,7 +39,8 @@ def cases(quick: bool, gpu: bool) -> Iterator[Case]:
 def _case(
     rows: int, inputs: int, outputs: int, dtype: torch.dtype, *, backward: bool = False, cold: bool = False
 ) -> Case:
-    x, weight = torch.randn(rows, inputs, dtype=dtype), (torch.randn(outputs, inputs) * inputs**-0.5).to(dtype)
+    x = torch.randn(rows, inputs, dtype=dtype)
+    weight = (torch.randn(outputs, inputs) * inputs**-0.5).to(dtype)
     dy = torch.randn(rows, outputs, dtype=dtype)
 
     def call(op, tensors=(x, weight), dy=dy):

@@ -6,9 +6,11 @@ each decoded token the weights and the chunk's keys and values. Other work on ac
 
 Our training step uses `Megalodon.loss`, rivals use torch's cross-entropy of their logits.
 
-The rival is MEGALODON in plain torch with the same weights. A Llama with as many parameters, which attends to the whole
-past, does other work and is shown for comparison. "Linear layers alone", of the 200M model, and "weights read once" are
-lower bounds of our time. Where plain torch would take minutes, only its loss is compared, not the gradients.
+The rival is MEGALODON in plain torch with the same weights. Where plain torch would take minutes, only its loss is
+compared, not the gradients. Shown beside it:
+
+- a Llama with as many parameters, which attends to the whole past: other work, for comparison;
+- "linear layers alone", of the 200M model, and "weights read once": lower bounds of our time.
 """
 
 from __future__ import annotations
@@ -200,7 +202,8 @@ def _packed(model: _Model, length: int, documents: int) -> Case:
         Path(OURS, partial(step, partial(model.ours.loss, cu_seqlens=offsets))),
         _other("megalodon_ops, one document", partial(step, model.ours.loss)),
     ]
-    expected, name = partial(step, _cross_entropy(unpacked)), f"training step, {documents} packed documents"
+    name = f"training step, {documents} packed documents"
+    expected = partial(step, _cross_entropy(unpacked))
     case = model.case(name, length, paths, expected, training=True)
     case.flops = documents * model.flops(length // documents, training=True)
     return case
@@ -216,11 +219,12 @@ def _forward(model: _Model, length: int, llama: bool = True) -> Case:
 
 
 def _decode(model: _Model, context: int, llama: bool = True) -> Case:
-    """Decode `DECODED` tokens, one call each, after `context` tokens, in a nearly full chunk. First calls find cold caches."""
+    """Decode `DECODED` tokens, one call each, after `context` tokens that nearly fill a chunk."""
     C = model.config.chunk_size
     tokens = model.tokens(context + DECODED)
     new = tokens[:, context:].split(1, 1)
-    start, decoder = None, None
+    start = None  # state after the context
+    decoder = None
     caches = model.llama.caches(context + DECODED) if llama else []
 
     @torch.no_grad()
@@ -265,9 +269,8 @@ def _decode(model: _Model, context: int, llama: bool = True) -> Case:
     case = model.case(name, DECODED, paths, expected, training=False)
     case.fewer_threads = True
     config = model.config
-    cached = (
-        context % C * config.num_layers * (config.z_dim + config.value_dim)
-    )  # numbers in the cached keys and values
+    # Numbers in the cached keys and values.
+    cached = context % C * config.num_layers * (config.z_dim + config.value_dim)
     case.shape = model.name
     case.flops = DECODED * (model.flops(1, training=False) + 2 * cached)
     case.bytes = DECODED * (model.weights + cached) * model.size

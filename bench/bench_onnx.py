@@ -46,11 +46,14 @@ class Session:
             zeros = torch.zeros([1, *shape[1:]], dtype=getattr(torch, dtype))
             return onnxruntime.OrtValue.ortvalue_from_numpy(zeros.numpy())
 
-        buffers = [{entry["name"]: value(entry["shape"], entry["dtype"]) for entry in state} for _ in range(2)]
-        buffers[1] |= {name: kept for name, kept in buffers[0].items() if ".attention." in name}
-        self.buffers, self.token, self.turn = buffers, value([1, 1], "int64"), 0
+        # Steps read one set of states and write the other, in turn; both sets share the keys and values.
+        even, odd = ({entry["name"]: value(entry["shape"], entry["dtype"]) for entry in state} for _ in range(2))
+        odd |= {name: shared for name, shared in even.items() if ".attention." in name}
+        self.initial_state = even
+        self.token = value([1, 1], "int64")
+        self.turn = 0
         self.bindings = []
-        for old, new in (buffers, buffers[::-1]):
+        for old, new in ((even, odd), (odd, even)):
             binding = session.io_binding()
             binding.bind_ortvalue_input("tokens", self.token)
             for name in old:
@@ -62,7 +65,7 @@ class Session:
 
     def set_state(self, state: mo.MegalodonState) -> None:
         self.turn = 0
-        for value, tensor in zip(self.buffers[0].values(), state.to_reference(), strict=True):
+        for value, tensor in zip(self.initial_state.values(), state.to_reference(), strict=True):
             value.update_inplace(tensor.contiguous().numpy())
 
     def __call__(self, token: Tensor) -> Tensor:

@@ -15,7 +15,7 @@ import megalodon_ops as mo
 from . import baselines
 from .harness import OURS, Case, Path, forward, forward_backward
 
-L, D, N, G, H, C = 2, 64, 16, 4, 2, 16
+L, D, N, G, H, C = 2, 64, 16, 4, 2, 16  # positions, channels, states of cema, groups, heads, chunk size
 TOLERANCE = 1e-4
 
 
@@ -25,19 +25,21 @@ def cases(quick: bool, gpu: bool) -> Iterator[Case]:
     coefficients = [t.detach() for t in mo.ComplexEMA(D, N).coefficients()]
     affine = torch.randn(2, D)
     qkv = [torch.randn(1, L, H, D // H) for _ in range(3)]
-    norm, qk, attention = dict(num_groups=G), dict(num_heads=H, chunk_size=C), dict(chunk_size=C)
     yield from _both("cema", mo.cema, baselines.cema_loop, (x, *coefficients))
     yield from _both(
-        "timestep_norm", partial(mo.timestep_norm, **norm), partial(baselines.timestep_norm, **norm), (x, ones, ones)
+        "timestep_norm",
+        partial(mo.timestep_norm, num_groups=G),
+        partial(baselines.timestep_norm, num_groups=G),
+        (x, ones, ones),
     )
     yield from _both(
         "normalized_qk",
-        partial(mo.normalized_qk, **qk),
+        partial(mo.normalized_qk, num_heads=H, chunk_size=C),
         partial(baselines.normalized_qk, num_heads=H, rotary=baselines.rotary(L, C, D // H, x.device)),
         (x, affine, affine),
     )
     sdpa = partial(baselines.attention_sdpa, chunk_size=L)
-    yield from _both("chunked_attention", partial(mo.chunked_attention, **attention), sdpa, qkv)
+    yield from _both("chunked_attention", partial(mo.chunked_attention, chunk_size=C), sdpa, qkv)
     yield _appending([t[:, :1] for t in qkv])
     if not gpu:
         yield from _both("layer_norm", mo.layer_norm, baselines.layer_norm, (x, ones, ones))
@@ -59,14 +61,14 @@ def _both(name: str, ours: Callable, plain: Callable, inputs: tuple[Tensor, ...]
 def _appending(qkv: list[Tensor]) -> Case:
     """One token a call, appended to a chunk's keys and values; a new chunk starts every C tokens."""
     q, k, v = qkv
-    caches = [torch.zeros(1, C, H, D // H) for _ in range(4)]
-    state = mo.AttentionState(*caches[:2], torch.zeros(1, dtype=torch.int64))
+    keys, values, our_keys, our_values = (torch.zeros(1, C, H, D // H) for _ in range(4))
+    state = mo.AttentionState(our_keys, our_values, torch.zeros(1, dtype=torch.int64))
     position = 0
 
     def plain() -> Tensor:
         nonlocal position
-        keys, values = caches[2:]
-        keys[:, position], values[:, position] = k[:, 0], v[:, 0]
+        keys[:, position] = k[:, 0]
+        values[:, position] = v[:, 0]
         visible = [t[:, : position + 1].transpose(1, 2) for t in (keys, values)]
         position = (position + 1) % C
         return F.scaled_dot_product_attention(q.transpose(1, 2), *visible, scale=1.0).transpose(1, 2)
@@ -77,7 +79,7 @@ def _appending(qkv: list[Tensor]) -> Case:
 
 
 def _recorded() -> Case:
-    """The first token of a decoder, which records a step, as each call of `generate` does; eager: the model's layers."""
+    """A new decoder's first token, for which it records a step, as each call of `generate` does; eager: the layers."""
     config = mo.MegalodonConfig(
         num_layers=2, model_dim=D, z_dim=D, value_dim=D, ffn_hidden_dim=D, chunk_size=C, vocab_size=D, norm_num_groups=G
     )

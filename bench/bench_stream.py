@@ -36,9 +36,17 @@ def _case(length: int, piece: int) -> Case:
     poles = torch.polar(radius, torch.rand(DIM, N) * torch.logspace(0, -4, N))
     coefficients = (1 - radius, poles, torch.randn(DIM, N, dtype=torch.complex64), torch.ones(DIM))
     run = partial(_stream, length, piece, coefficients)
-    work = f"{length:,} positions in pieces of {piece}", f"D {DIM} G {GROUPS} N {N}", "fp32"
-    paths, expected = [Path(OURS, partial(run, torch.float32))], partial(run, torch.float64)
-    return Case(*work, paths, expected, TOLERANCE, units=length * DIM, cold=False, fewer_threads=False)
+    return Case(
+        name=f"{length:,} positions in pieces of {piece}",
+        shape=f"D {DIM} G {GROUPS} N {N}",
+        dtype="fp32",
+        paths=[Path(OURS, partial(run, torch.float32))],
+        expected=partial(run, torch.float64),
+        tolerance=TOLERANCE,
+        units=length * DIM,
+        cold=False,
+        fewer_threads=False,
+    )
 
 
 @torch.no_grad()
@@ -47,10 +55,10 @@ def _stream(length: int, piece: int, coefficients: tuple[Tensor, ...], dtype: to
     wide = {torch.float32: torch.complex64, torch.float64: torch.complex128}[dtype]
     coefficients = [c.to(wide if c.is_complex() else dtype) for c in coefficients]
     weight = bias = torch.zeros(DIM, dtype=dtype)
-    norm, h = None, None
+    norm = h = None
     for x in _values(length, piece):
         x = x.to(dtype)
-        t, norm = mo.timestep_norm(x, weight, bias, num_groups=GROUPS, state=norm, return_state=True)
+        _, norm = mo.timestep_norm(x, weight, bias, num_groups=GROUPS, state=norm, return_state=True)
         _, h = mo.cema(x, *coefficients, state=h, return_state=True)
     return (norm.mean, norm.var, *h.unbind(-1))
 

@@ -1,8 +1,10 @@
 """timestep_norm: forward and backward.
 
-Bytes per element: forward x in, y out; backward x and dy in, dx out. Statistics, G numbers a position, are not counted.
-Flops per element: forward 8 (sum, squared distance from the group's mean: 4; subtract, scale, gain, bias: 4), backward
-14 (two sums with gains: 6; dbias and dweight: 3; dx: 5). The op is bound by memory bandwidth.
+Work per element. The op is bound by memory bandwidth; statistics, G numbers a position, are not counted.
+    forward   flops 8 (sum, squared distance from the group's mean: 4; subtract, scale, gain, bias: 4)
+              bytes: x in, y out
+    backward  flops 14 (two sums with gains: 6; dbias and dweight: 3; dx: 5)
+              bytes: x and dy in, dx out
 """
 
 from collections.abc import Iterator
@@ -20,6 +22,7 @@ TOLERANCE = {torch.float32: 2e-5, torch.bfloat16: 1e-2}
 
 def cases(quick: bool, gpu: bool) -> Iterator[Case]:
     length = 1024 if quick else 8192
+    # Each case: rows, positions, channels, groups, dtype.
     if gpu:
         for batch, dim, groups in ((8, 1024, 32), (1, 4096, 64), (4, 2048, 64)):
             for backward in (False, True):

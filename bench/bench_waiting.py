@@ -1,9 +1,10 @@
 """Wait policies of OpenMP's threads: the default training run on idle cores, and beside two busy processes.
 
 A training step has hundreds of parallel regions of tens of microseconds, each ended by a barrier. Spinning threads
-continue at once on idle cores; beside other work they take the processor from the threads that they wait for. OpenMP
-reads its wait policy once, when it is loaded, so each setting runs in its own process: the command line's
-(`GOMP_SPINCOUNT`), OpenMP's default, and `OMP_WAIT_POLICY=passive`. The losses must equal those of OpenMP's default.
+continue at once on idle cores; beside other work they take the processor from the threads that they wait for.
+
+Settings: the command line's (`GOMP_SPINCOUNT`), OpenMP's default, and `OMP_WAIT_POLICY=passive`. Each runs in its own
+process, because OpenMP reads its wait policy once, when it is loaded. The losses must equal those of OpenMP's default.
 Both cases need all of the machine's processors.
 """
 
@@ -34,10 +35,18 @@ def cases(quick: bool, gpu: bool) -> Iterator[Case]:
     try:
         for name, busy in {"idle": 0, f"beside {BUSY} busy processes": BUSY}.items():
             paths = [Path(label, run.next_steps(steps, busy), before=run.restart) for label, run in runs.items()]
-            work = f"steps of the default run, {name}", f"0.67M, {steps} steps", "fp32"
-            expected = runs["OpenMP's default"].first_steps(steps)
-            timed = dict(units=steps * 64 * 64, unit="token", cold=False, fewer_threads=False)
-            yield Case(*work, paths, expected, tolerance=1e-6, **timed)
+            yield Case(
+                name=f"steps of the default run, {name}",
+                shape=f"0.67M, {steps} steps",
+                dtype="fp32",
+                paths=paths,
+                expected=runs["OpenMP's default"].first_steps(steps),
+                tolerance=1e-6,
+                units=steps * 64 * 64,
+                unit="token",
+                cold=False,
+                fewer_threads=False,
+            )
     finally:
         for run in runs.values():
             run.end()
@@ -49,10 +58,8 @@ class _Run:
     def __init__(self, variables: dict[str, str]):
         ours = ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY")
         environment = {name: value for name, value in os.environ.items() if name not in ours} | variables
-        command, pipes = (
-            [sys.executable, "-m", "bench.waiting_run"],
-            dict(stdin=subprocess.PIPE, stdout=subprocess.PIPE),
-        )
+        command = [sys.executable, "-m", "bench.waiting_run"]
+        pipes = dict(stdin=subprocess.PIPE, stdout=subprocess.PIPE)
         self.process = subprocess.Popen(command, env=environment, text=True, bufsize=1, **pipes)
 
     def restart(self) -> None:

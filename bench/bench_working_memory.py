@@ -1,7 +1,8 @@
 """adaptive_working_memory: forward and backward.
 
-Of n chunks of C positions, per head and without a state, n - 1 read the memory, n - 1 are written, and n - 2 of these
-are compared with the memory before, 2 C K V flops each; the op compares by matrices (K, K) and needs fewer.
+Work per head for n chunks of C positions, without an initial state. Each of these takes 2 C K V flops:
+    forward   n - 1 reads of the memory, n - 1 writes, and n - 2 comparisons of a chunk with the memory before its write
+              (the op compares by matrices (K, K) and needs fewer)
     backward  twice the flops of reads, and three times those of writes and comparisons
     bytes: q, k, v in, o out; with gradients q, k, v twice, do in, dq, dk, dv out
 """
@@ -30,7 +31,7 @@ def cases(quick: bool, gpu: bool) -> Iterator[Case]:
 
 def _rows(B: int, L: int, *, C: int, K: int, V: int, dtype: torch.dtype, backward: bool) -> Case:
     torch.manual_seed(0)
-    q, k = (3 * torch.randn(B, L, 1, K).to(dtype) for _ in range(2))  # their size in a new model
+    q, k = (3 * torch.randn(B, L, 1, K).to(dtype) for _ in range(2))  # standard deviation as in a new model
     v, do = (torch.randn(B, L, 1, V).to(dtype) for _ in range(2))
 
     def call(op, tensors=(q, k, v), do=do):

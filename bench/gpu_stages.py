@@ -35,13 +35,13 @@ PYTEST = ("-m", "pytest", "-p", "no:cacheprovider", "-q", "--durations=5")
 
 @dataclass
 class Step:
-    """A command of a stage: its words, the limit of its minutes, what it adds to the environment variables."""
+    """A command of a stage."""
 
     name: str
     command: list[str]
-    minutes: float
-    variables: dict[str, str] = field(default_factory=dict)
-    tool: str = ""  # that must be on the PATH
+    minutes: float  # then it is stopped
+    variables: dict[str, str] = field(default_factory=dict)  # added to the environment
+    tool: str = ""  # program that must be on the PATH
     faults: str = ""  # the step also fails if a line of its output matches this pattern
 
 
@@ -91,7 +91,7 @@ def stages(python: str, folder: Path, here: bool) -> dict[str, list[Step]]:
 
 
 def sanitizer(tool: str, command: list[str], variables: dict[str, str]) -> Step:
-    """A tool of compute-sanitizer, for our kernels alone.
+    """A run of `command` under a tool of compute-sanitizer, which checks our kernels alone.
 
     initcheck runs on all kernels, as it must see what torch's kernels write for ours; only its reports on ours count.
     """
@@ -126,7 +126,8 @@ def query(fields: str) -> list[str] | None:
 
 def preflight() -> tuple[dict[str, str], list[str]]:
     """Facts about the machine, and what is missing."""
-    facts, problems = {"Python": platform.python_version(), "system": platform.platform()}, []
+    facts = {"Python": platform.python_version(), "system": platform.platform()}
+    problems = []
     card = query(CARD_QUERY)
     if card:
         facts |= dict(zip(("card", "driver", "compute capability", "memory", "free", "power limit", "clock"), card))
@@ -148,8 +149,10 @@ def preflight() -> tuple[dict[str, str], list[str]]:
 
 @contextmanager
 def sampled_load(into: dict[str, str], seconds: float = 1.0) -> Iterator[None]:
-    """Sample power, clocks and temperature in a thread; `into` gets least, median and most of each."""
-    names, samples, done = LOAD_QUERY.split(","), [], threading.Event()
+    """Sample power, clocks and temperature in a thread; `into` gets minimum, maximum and median of each."""
+    names = LOAD_QUERY.split(",")
+    samples: list[list[str]] = []
+    done = threading.Event()
 
     def sample() -> None:
         while not done.wait(seconds):
@@ -170,8 +173,10 @@ def sampled_load(into: dict[str, str], seconds: float = 1.0) -> Iterator[None]:
 
 
 def run_step(stage: str, step: Step, folder: Path) -> Outcome:
-    """Run a step with its output in a file of its own; never raises for what the step does."""
-    log, load, begin = folder / f"{stage}-{step.name}.log", {}, time.monotonic()
+    """Run a step with its output in a file of its own. A step that fails raises nothing: its outcome says so."""
+    log = folder / f"{stage}-{step.name}.log"
+    load: dict[str, str] = {}
+    begin = time.monotonic()
     if step.tool and not shutil.which(step.tool):
         return Outcome(step.name, f"not run: {step.tool} was not found", 0, load, [])
     with log.open("w") as output, sampled_load(load):
@@ -200,7 +205,7 @@ def kernel_rows(record: Path) -> list[tuple[str, ...]]:
     """Kernels by the smoke test's record: cases that passed and failed, and the first error."""
     rows = [json.loads(line) for line in record.read_text().splitlines()] if record.exists() else []
     table = []
-    for kernel in kernels_of_the_source() if rows else []:
+    for kernel in kernels_of_the_source() if rows else []:  # no record: no table
         own = [row for row in rows if kernel in row["kernels"]]
         if not own:
             table.append((kernel, "not launched", "", "", ""))
@@ -208,15 +213,14 @@ def kernel_rows(record: Path) -> list[tuple[str, ...]]:
         failed = [row for row in own if row["error"]]
         types = sorted({row["dtype"].removeprefix("torch.") for row in own})
         first = f"{failed[0]['case']}, {failed[0]['dtype']}: {failed[0]['error']}" if failed else ""
-        table.append(
-            (kernel, "FAIL" if failed else "pass", f"{len(own) - len(failed)} of {len(own)}", ", ".join(types), first)
-        )
+        verdict = "FAIL" if failed else "pass"
+        table.append((kernel, verdict, f"{len(own) - len(failed)} of {len(own)}", ", ".join(types), first))
     unseen = [row for row in rows if row["error"] and not row["kernels"]]
     return table + [("(before a launch)", "FAIL", "", row["dtype"], f"{row['case']}: {row['error']}") for row in unseen]
 
 
 def time_rows(record: Path) -> list[tuple[str, ...]]:
-    """Times of `bench.predict --measure --json`: measured beside the floor and the library's."""
+    """Times of `bench.predict --measure --json`: our kernels' and the library's beside the floor."""
     return [tuple(map(str, row)) for row in json.loads(record.read_text())] if record.exists() else []
 
 
@@ -232,9 +236,7 @@ def report(folder: Path, facts: dict[str, str], problems: list[str], outcomes: d
     kernels = kernel_rows(folder / "smoke.jsonl")
     info = folder / "environment-info.log"
     versions = "\n".join(info.read_text(errors="replace").splitlines()[1:]) if info.exists() else "not built"
-    verdict = (
-        "Everything passed." if not (failed or problems) else "\n".join(f"- {line}" for line in [*problems, *failed])
-    )
+    verdict = "\n".join(f"- {line}" for line in [*problems, *failed]) or "Everything passed."
     steps = [(stage, o.step, o.status, f"{o.minutes:.1f}", "; ".join(o.last_lines[-1:])) for stage, o in all_steps]
     loads = [(stage, o.step, name, value) for stage, o in all_steps for name, value in o.load.items()]
     head = ("shape", "path", "floor", "kernels", "library", "library, predicted")

@@ -1,7 +1,7 @@
-"""Pieces of a sequence on ranks in a line: each rank waits for its predecessor's state and sends its own to the next.
+"""Hand-over: ranks hold consecutive pieces of a sequence; each waits for the state of the rank before and sends its own on.
 
-The method of the released code, with this package's ops, as hooks, for comparison with chunk parallel. Gradients travel
-back through the line in the same way.
+This is the method of the paper's released code, here as hooks around this package's ops, for comparison with chunk
+parallel. Gradients travel back from rank to rank in the same way.
 """
 
 from typing import Any
@@ -18,7 +18,9 @@ class HandOver:
     """Hooks of a model whose piece begins at position `before` of a row of one sequence."""
 
     def __init__(self, model: mo.Megalodon, before: int) -> None:
-        self.rank, self.ranks, self.before = dist.get_rank(), dist.get_world_size(), before
+        self.rank = dist.get_rank()
+        self.ranks = dist.get_world_size()
+        self.before = before
         for norm in (*(block.mega.timenorm for block in model.layers), model.output.final_norm):
             norm.register_forward_pre_hook(self.before_norm, with_kwargs=True)
             norm.register_forward_hook(self.after_norm)
@@ -29,11 +31,12 @@ class HandOver:
     def before_norm(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple | None:
         if self.rank == 0:
             return None
-        x, groups = args[0], module.num_groups
-        wide = _Receive.apply(x, x.new_empty((len(x), 2, groups), dtype=torch.float64))
+        x = args[0]
+        wide = _Receive.apply(x, x.new_empty((len(x), 2, module.num_groups), dtype=torch.float64))
         mean, var = wide.float().unbind(1)
+        rounding = (wide - wide.float()).float().detach()
         count = torch.full((len(x),), self.before)
-        return args, kwargs | {"state": mo.TimestepNormState(count, mean, var, (wide - wide.float()).float().detach())}
+        return args, kwargs | {"state": mo.TimestepNormState(count, mean, var, rounding)}
 
     def after_norm(self, module: nn.Module, args: tuple, output: tuple) -> tuple | None:
         if self.rank == self.ranks - 1:
@@ -44,7 +47,8 @@ class HandOver:
     def before_cema(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple | None:
         if self.rank == 0:
             return None
-        x, (D, N, _) = args[0], module.alpha.shape
+        x = args[0]
+        D, N, _ = module.alpha.shape
         h = _Receive.apply(x, x.new_empty((len(x), D, N, 2), dtype=torch.float32))
         return args, kwargs | {"state": torch.view_as_complex(h)}
 
@@ -56,6 +60,8 @@ class HandOver:
 
 
 class _Receive(torch.autograd.Function):
+    """Receive a state; `x` only connects it to the graph, so that the backward runs and sends its gradient."""
+
     @staticmethod
     def forward(ctx, x: Tensor, into: Tensor) -> Tensor:
         dist.recv(into, dist.get_rank() - 1)
@@ -68,6 +74,8 @@ class _Receive(torch.autograd.Function):
 
 
 class _Send(torch.autograd.Function):
+    """Send a state and return `y`; the backward of `y` receives the state's gradient."""
+
     @staticmethod
     def forward(ctx, y: Tensor, state: Tensor) -> Tensor:
         ctx.like = state

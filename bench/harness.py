@@ -176,9 +176,11 @@ def _measure(bench: str, case: Case, threads: int, effort: Effort, *, memory: bo
     torch.set_num_threads(threads)
     timings = [Timing(path.name, path.rival and path is not case.paths[0]) for path in case.paths]
     active = _check(case, timings, memory)
-    memory_returned = memory and any([*(runner.read_memory() for runner in active), case.all_peaks])
+    memory_returned = case.all_peaks
+    for runner in active if memory else ():
+        memory_returned |= runner.read_memory()
     for runner in active:
-        runner.warm_up(2 if runner.seconds < _CACHE_MATTERS else int(memory_returned))
+        runner.warm_up(2 if runner.seconds < _CACHE_MATTERS else int(memory and memory_returned))
     gc.collect()
     gc.disable()
     try:
@@ -194,7 +196,8 @@ def _take_samples(runners: list[_Runner], case: Case, threads: int, effort: Effo
     for _ in range(effort.attempts):
         for runner in runners:
             runner.timing.warm, runner.timing.cold = [], []
-        start, undisturbed = time.perf_counter(), hardware.has_its_cores(threads)
+        start = time.perf_counter()
+        undisturbed = hardware.has_its_cores(threads)
         _take_turns(runners, effort, warm=True)
         if case.cold:
             _take_turns([runner for runner in runners if runner.seconds < _CACHE_MATTERS], effort, warm=False)
@@ -261,7 +264,7 @@ def _check(case: Case, timings: list[Timing], memory: bool) -> list[_Runner]:
         if path.before:
             path.before()
         in_use = hardware.reset_peak_memory() if all_peaks or (ours and memory) else None
-        known = path.call is case.expected
+        known = path.call is case.expected  # this path has run: its outputs are those expected
         try:
             seconds, outputs = (expected_seconds, expected) if known else hardware.timed(path.call)
         except Exception as error:
@@ -280,12 +283,14 @@ def _check(case: Case, timings: list[Timing], memory: bool) -> list[_Runner]:
                 timing.note = "misses the tolerance"
         del outputs
         if seconds > _SLOW and not ours and not path.compiled:
-            warmed = seconds <= _VERY_SLOW
-            if warmed:
+            note = "one call, no warm-up"
+            if seconds <= _VERY_SLOW:
+                note = "one call"
                 if path.before:
                     path.before()
                 seconds, _ = hardware.timed(path.call)
-            timing.warm, timing.note = [seconds], timing.note or ("one call" if warmed else "one call, no warm-up")
+            timing.warm = [seconds]
+            timing.note = timing.note or note
         else:
             active.append(_Runner(path, timing, seconds))
     return active
@@ -312,15 +317,16 @@ def _nan_is_worst(value: float) -> float:
 def _take_turns(runners: list[_Runner], effort: Effort, *, warm: bool) -> None:
     """Sample A B A B until each path has enough samples or has used up its seconds."""
     flush = None if warm else hardware.cache_flusher()
-    spent = dict.fromkeys(range(len(runners)), 0.0)
-    samples = 0
+    spent = dict.fromkeys(range(len(runners)), 0.0)  # seconds of each path that is still sampled
+    samples = 0  # of each such path
     while spent and samples < effort.samples:
         for index in list(spent):
             start = time.perf_counter()
             runners[index].sample(flush)
             spent[index] += time.perf_counter() - start
             enough = samples > 0 or runners[index].seconds > _LONG
-            if enough and spent[index] > effort.seconds * (1 if samples >= 2 else 3):
+            limit = effort.seconds if samples >= 2 else 3 * effort.seconds
+            if enough and spent[index] > limit:
                 del spent[index]
         samples += 1
 

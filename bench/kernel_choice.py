@@ -1,10 +1,14 @@
 """`python -m bench.kernel_choice`: products for which `KernelChoice` is not the fastest way on this machine.
 
-`mo.linear` is timed as it chooses, then with each way forced by another choice: the kernel for few rows, `linear_fwd`
-with the kernel for many rows, and torch alone. Without gradients x has 1 to 2,048 rows, around which choices change,
-and the cache is empty, as a model's weights are read from memory; with gradients, forward and backward, x has 128 rows
-and more, in the type itself and in bfloat16 under autocast. Prints the milliseconds of each product, and a mark where
-the choice takes 5 % more than the fastest way. A way whose results differ by more than rounding is no rival.
+`mo.linear` is timed as it chooses, then with each way forced by another choice: the kernel for few rows ("few"), the
+kernel for many rows ("many"), and torch alone. Two kinds of calls:
+
+- without gradients: x has 1 to 2,048 rows, around which choices change; the cache is empty, as when a model's weights
+  are read from memory;
+- with gradients (forward and backward): x has 128 rows and more, in each type and in bfloat16 under autocast.
+
+Prints the milliseconds of each product, and a mark where the choice takes at least 5 % more than the fastest way. A way
+whose results differ by more than rounding is no rival.
 """
 
 import argparse
@@ -26,7 +30,7 @@ ROWS = (1, 8, 15, 16, 32, 63, 64, 128, 129, 512, 2048)
 TRAINING_ROWS = (128, 512, 2048)
 TOLERANCES = {torch.float32: 1e-5, torch.bfloat16: 2e-2, torch.float16: 2e-3}
 SLOWER = 1.05
-ALL = 1 << 40
+ALL = 1 << 40  # more rows than any x has
 WAYS = {
     "few": KernelChoice(ALL),
     "many": KernelChoice(0, 1, training_from=1, casts_here=True),
@@ -71,7 +75,8 @@ def case(
     dtype: torch.dtype, rows: int, inputs: int, outputs: int, *, backward: bool = False, autocast: bool = False
 ) -> Case:
     own = torch.float32 if autocast else dtype
-    x, weight = torch.randn(rows, inputs).to(own), (torch.randn(outputs, inputs) * inputs**-0.5).to(own)
+    x = torch.randn(rows, inputs).to(own)
+    weight = (torch.randn(outputs, inputs) * inputs**-0.5).to(own)
     dy = torch.randn(rows, outputs).to(dtype)
 
     def forced(choice: dict[torch.dtype, KernelChoice]) -> Callable[[], Outputs]:
@@ -104,7 +109,8 @@ def case(
 
 def chosen_way(case: Case) -> str:
     """Name of the way that `mo.linear` chooses; "" if forward and backward run different kernels."""
-    launch, kernels = linear_module.launch, set()
+    launch = linear_module.launch
+    kernels = set()
 
     def note(name: str, *args) -> None:
         kernels.add(name)

@@ -27,11 +27,13 @@ class LlamaCpp:
             path = Path(folder) / "model.gguf"
             _write(llama, kind, context, path)
             self.model = llama_cpp.Llama(str(path), n_ctx=context, flash_attn=True, verbose=False)
-        self.library, self.num_logits = llama_cpp, llama.output.out_features
+        self.library = llama_cpp
+        self.num_logits = llama.output.out_features
 
     def read(self, tokens: Tensor, past: int) -> Tensor:
         """Logits (1, 1, vocab) of the last of the tokens (1, L) after the first `past` tokens read before."""
-        threads, self.model.n_tokens = torch.get_num_threads(), past
+        self.model.n_tokens = past
+        threads = torch.get_num_threads()
         self.library.llama_set_n_threads(self.model.ctx, threads, threads)
         self.model.eval(tokens[0].tolist())
         first = self.library.llama_get_logits(self.model.ctx).contents
@@ -42,7 +44,8 @@ class LlamaCpp:
 def _write(llama: Llama, kind: str, context: int, path: Path) -> None:
     import gguf
 
-    layers, (vocab, dim) = llama.layers, llama.embed.weight.shape
+    layers = llama.layers
+    vocab, dim = llama.embed.weight.shape
     writer = gguf.GGUFWriter(path, "llama")
     writer.add_tokenizer_model("none")
     writer.add_vocab_size(vocab)

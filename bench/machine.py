@@ -49,8 +49,11 @@ class Limits:
 
     def best(self, other: Limits) -> Limits:
         """The higher value of each rate, as other load only lowers rates."""
-        pairs = zip(vars(self).values(), vars(other).values(), strict=True)
-        return Limits(*(max((v for v in pair if v is not None), default=None) for pair in pairs))
+        best = {}
+        for name, rate in vars(self).items():
+            known = [r for r in (rate, getattr(other, name)) if r is not None]
+            best[name] = max(known, default=None)
+        return Limits(**best)
 
 
 def describe() -> dict[str, str]:
@@ -119,7 +122,7 @@ _measured_peaks: dict[int, float] = {}
 
 
 def has_its_cores(threads: int) -> bool:
-    """Return True if multiply-adds run at over 4/5 of the measured peak; virtual processors may share a core for a while."""
+    """Return True if multiply-adds run at over 4/5 of the measured peak: no other load shares the cores."""
     if threads not in _measured_peaks:
         return True
     time.sleep(0.01)  # until OpenMP's threads no longer spin

@@ -1,4 +1,4 @@
-"""Models in plain torch for comparison: MEGALODON from the same parameters, its encoder, a Llama and a Transformer encoder of its size."""
+"""Models in plain torch: MEGALODON and its encoder with our parameters; a Llama and a Transformer encoder of their size."""
 
 from __future__ import annotations
 
@@ -74,7 +74,7 @@ class Llama(nn.Module):
         return cls(config.vocab_size, config.model_dim, config.num_layers, 64 * round(hidden / 64))
 
     def forward(self, tokens: Tensor, caches: list[tuple[Tensor, Tensor]] | None = None, past: int = 0) -> Tensor:
-        """Logits of tokens (B, L) after `past` cached ones; caches: keys and values (B, H, room, 64) of each layer."""
+        """Logits of tokens (B, L) after `past` cached ones; caches: keys and values (B, H, capacity, 64) per layer."""
         x = self.embed(tokens)
         position = torch.arange(past, past + tokens.shape[1], dtype=torch.float32)
         angle = position[:, None] * 10000.0 ** (torch.arange(0, self.head_dim, 2) / -self.head_dim)
@@ -83,9 +83,10 @@ class Llama(nn.Module):
             x = layer(x, cos, sin, None if caches is None else caches[index], past)
         return self.output(self.norm(x)).float()
 
-    def caches(self, room: int) -> list[tuple[Tensor, Tensor]]:
+    def caches(self, capacity: int) -> list[tuple[Tensor, Tensor]]:
+        """Keys and values of `capacity` positions for each layer, with random values."""
         weight = self.embed.weight
-        pair = (2, 1, weight.shape[1] // self.head_dim, room, self.head_dim)
+        pair = (2, 1, weight.shape[1] // self.head_dim, capacity, self.head_dim)
         return [torch.randn(pair, dtype=weight.dtype).unbind() for _ in self.layers]
 
 
@@ -126,7 +127,7 @@ class TransformerEncoder(nn.Module):
     """torch's Transformer encoder with the parameter count, inputs and outputs of a MEGALODON encoder of `config`.
 
     Positions are encoded by sines; a row is classified by a linear layer of its mean over positions. `patch` positions of
-    continuous input become one, the usual remedy for rows that are too long for full attention.
+    continuous input are joined into one, as is usual for rows that are too long for full attention.
     """
 
     def __init__(self, config: mo.MegalodonEncoderConfig, *, heads: int = 4, patch: int = 1) -> None:

@@ -7,7 +7,7 @@ BLUE, ORANGE, GREEN, RED = "#2f6fb0", "#d9822b", "#3a8f5c", "#b5433f"
 
 
 def plain_ticks(*axes: Any) -> None:
-    """Label logarithmic axes (matplotlib's `Axis`) by plain numbers: powers of ten; of few, also 2 and 5 times them."""
+    """Label logarithmic axes (matplotlib's `Axis`) with plain numbers: powers of ten; on short axes also 2 and 5 times them."""
     from matplotlib.ticker import LogLocator, NullFormatter
 
     for axis in axes:

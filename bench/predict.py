@@ -22,7 +22,7 @@ from megalodon_ops.ops.chunked_attention import dense_attention
 from . import gpu, predict_decoding, sass
 from . import sass_loops as loops
 from .predict_cards import CARDS, Card, card_of
-from .predict_paths import ATTENTION, KERNELS, SHAPES, SIZES, Launch
+from .predict_paths import ATTENTION, KERNELS, SHAPES, Launch, Sizes
 
 
 SPECIAL = 16  # lanes per SM for MUFU
@@ -36,20 +36,21 @@ def library(path: str, card: Card, T: int, C: int, K: int, V: int, H: int) -> tu
     rate. Flash attention: C / 2 pairs a row; its backward has 2.5 times the products of its forward.
     """
     forward = path == "attention forward"
-    rate = card.flash.get(K, (None, None))[not forward] if K == V else None
-    if rate:
+    forward_rate, backward_rate = card.flash.get(K, (None, None)) if K == V else (None, None)
+    if rate := forward_rate if forward else backward_rate:
         return "flash attention", (1 if forward else 2.5) * 2 * T * H * C / 2 * (K + V) / rate / 1e6
     if V < 2048:
         return None
     peak = card.sms * card.ghz * (4096 if card.architecture == 90 else card.tensor) / 1e3  # TFLOP/s
-    pairs, width = T * H * C / 2 * 9 / 8, K + 8 + V if forward else 3 * K + 8 + 2 * V
-    return "products", 2 * pairs * width / (0.6 * peak) / 1e6 + pairs * (4 if forward else 18) / (
-        0.75 * card.memory
-    ) / 1e3
+    pairs = T * H * C / 2 * 9 / 8
+    width = K + 8 + V if forward else 3 * K + 8 + 2 * V
+    products = 2 * pairs * width / (0.6 * peak) / 1e6
+    moves = pairs * (4 if forward else 18) / (0.75 * card.memory) / 1e3
+    return "products", products + moves
 
 
 def instructions(code: loops.Code, launch: Launch) -> Counter[str]:
-    """Instructions that a warp runs, by opcode."""
+    """Instructions that a warp runs, by opcode. A launch gives a loop's trips, or how often its opcode runs."""
     outside, bodies = code.bodies(AVOID)
     total = Counter({opcode: count * launch.once for opcode, count in outside.items()})
     for counts, are_trips in ((launch.trips, True), (launch.work, False)):
@@ -77,7 +78,8 @@ def access_bytes(opcode: str) -> int:
 
 def floors(code: loops.Code, launch: Launch, card: Card) -> dict[str, float]:
     """Microseconds that each resource is busy, if no SM waits for another one."""
-    counts, warps = instructions(code, launch), launch.blocks * launch.threads / 32
+    counts = instructions(code, launch)
+    warps = launch.blocks * launch.threads / 32
 
     def count(pattern: str) -> float:
         return count_matching(counts, pattern)
@@ -99,9 +101,10 @@ def floors(code: loops.Code, launch: Launch, card: Card) -> dict[str, float]:
 
 def blocks_at_once(code: loops.Code, launch: Launch, card: Card) -> int:
     """Blocks that fit on one SM, by its warps, registers (65,536) and shared memory."""
-    warps, kernel = launch.threads // 32, code.kernel
-    registers = 65536 // (warps * math.ceil(kernel.registers / 8) * 8 * 32)
-    return max(1, min(card.warps // warps, registers, (card.shared << 10) // (launch.shared + kernel.shared + 1024)))
+    warps = launch.threads // 32
+    registers = warps * 32 * math.ceil(code.kernel.registers / 8) * 8  # allotted in units of 8 per thread
+    shared = launch.shared + code.kernel.shared + 1024  # 1 KiB is reserved per block
+    return max(1, min(card.warps // warps, 65536 // registers, (card.shared << 10) // shared))
 
 
 Times = dict[tuple[str, str], tuple[float, float | None]]
@@ -137,14 +140,18 @@ def rows_of(codes: dict[str, loops.Code], card: Card, shapes: Iterable[str], mea
                 cells = (f"{times[name]:.0f}" for name in names)
                 rows.append((f"`{kernel}`", f"{launch.blocks:.0f}", f"{waves:.1f}", *cells, binding))
             other = library(path, card, **sizes) if path in ATTENTION else None
-            times = (f"{us:.1f}" if us else "" for us in measured.get((shape, path), (None, None)))
+            times = map(_us, measured.get((shape, path), (None, None)))
             path_rows.append((shape, path, f"{least:.1f}", *times, "{} {:.0f}".format(*other) if other else ""))
     return rows, path_rows
 
 
 def times_without_floors(measured: Times) -> Rows:
     """Rows of the second table for a card that CARDS lacks."""
-    return [(*place, "", *(f"{us:.1f}" if us else "" for us in times), "") for place, times in measured.items()]
+    return [(shape, path, "", _us(ours), _us(library), "") for (shape, path), (ours, library) in measured.items()]
+
+
+def _us(time: float | None) -> str:
+    return f"{time:.1f}" if time else ""
 
 
 def _markdown(rows: list[tuple[str, ...]]) -> str:
@@ -155,18 +162,20 @@ def _markdown(rows: list[tuple[str, ...]]) -> str:
 def measure(shapes: Iterable[str], device: str = "cuda") -> Times:
     """Time each path's call on the current GPU, best of 20, by kernels and by the libraries of its shape.
 
-    Each call finds nothing of its tensors in the L2 cache, as floors assume. Libraries are timed in both directions, also where the kernels are chosen in one.
+    Each call finds nothing of its tensors in the L2 cache, as floors assume. Libraries are timed in both directions, also
+    where the op uses the kernels in one of them.
     """
     with torch.device(device):
         flush = gpu.cache_flusher() if device == "cuda" else lambda: None
-    found, libraries = {}, [row._replace(directions=dense_attention.DIRECTIONS) for row in dense_attention.TABLE]
+    found = {}
+    libraries = [row._replace(directions=dense_attention.DIRECTIONS) for row in dense_attention.TABLE]
     for shape in shapes:
         sizes, paths = SHAPES[shape]
         for path in paths:
             if path.endswith("by scans"):  # not used at these sizes
                 continue
             times = []
-            for table in ((), libraries)[: 1 + (path in ATTENTION)]:
+            for table in ((), libraries) if path in ATTENTION else ((),):  # an empty table: kernels
                 with patch.object(dense_attention, "TABLE", table), torch.set_grad_enabled("a token" not in path):
                     call, inputs = _call(sizes, device)
                     out = call()
@@ -175,18 +184,24 @@ def measure(shapes: Iterable[str], device: str = "cuda") -> Times:
                         douts = [torch.randn_like(o) for o in outs]
                         call = partial(torch.autograd.grad, outs, inputs, douts, retain_graph=True)
                     gpu.timed(call, 3)
-                    times.append(1e6 * min((flush(), gpu.timed(call, 1)[0])[1] for _ in range(20)))
+                    seconds = []
+                    for _ in range(20):
+                        flush()
+                        seconds.append(gpu.timed(call, 1)[0])
+                    times.append(1e6 * min(seconds))
             found[shape, path] = times[0], times[1] if len(times) > 1 else None
     return found
 
 
-def _call(sizes: SIZES, device: str) -> tuple[Callable[[], object], list[torch.Tensor]]:
+def _call(sizes: Sizes, device: str) -> tuple[Callable[[], object], list[torch.Tensor]]:
     """A call of the op at these sizes, and its inputs."""
 
     def new(*size: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
         return torch.rand(size, dtype=dtype, device=device).requires_grad_()
 
-    bf16, T, D, N, H = torch.bfloat16, sizes["T"], sizes.get("D", 0), sizes.get("N", 0), sizes.get("H", 0)
+    bf16 = torch.bfloat16
+    T = sizes["T"]
+    D, N, H = (sizes.get(name, 0) for name in "DNH")  # 0: a size that the op lacks
     if "cached" in sizes:
         C = sizes["cached"]
         inputs = [new(T, 1, H, sizes[width], dtype=bf16) for width in "KKV"]
@@ -228,8 +243,9 @@ def main() -> int:
             if options.json:
                 options.json.write_text(json.dumps(rows))
             return 0
-    paths = [(path, *SHAPES[shape]) for shape in options.shape for path in SHAPES[shape][1]]
-    names = {launch.kernel for path, sizes, _ in paths for launch in KERNELS[path](**sizes)}
+    names = set()
+    for sizes, paths in map(SHAPES.get, options.shape):
+        names |= {launch.kernel for path in paths for launch in KERNELS[path](**sizes)}
     for name in cards:
         card = CARDS[name]
         codes = loops.codes_of(sass.installed(), names, card.architecture)

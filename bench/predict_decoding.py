@@ -17,8 +17,10 @@ from .predict_cards import Card
 ONE = "timestep_norm_fwd cema_fwd normalized_qk_fwd chunked_attention_state_ linear_fwd layer_norm_fwd"
 OPS = dict.fromkeys(ONE.split(), 1)
 OPS["chunked_attention_fwd"] = 2
-BY_PYTHON, GRAPH, IN_GRAPH = (4.0, 8.0), 10.0, (1.0, 1.5)
-"""Microseconds, assumed: a launch with Python before it; the launch of a graph with its copies; a kernel in a graph"""
+# Assumed microseconds; a pair is a range.
+BY_PYTHON = (4.0, 8.0)  # a launch with Python before it
+GRAPH = 10.0  # the launch of a graph, with its copies
+IN_GRAPH = (1.0, 1.5)  # a kernel in a graph
 
 
 class _Launches(TorchDispatchMode):
@@ -40,7 +42,7 @@ class _Launches(TorchDispatchMode):
 def launches_of_a_token(config: mo.MegalodonConfig) -> Counter[str]:
     """Launches of a call of a Decoder's model in bfloat16 with one token, and of the copies into its state.
 
-    Tensors are on the device meta, where functions of torch are those of CUDA.
+    Tensors are on the device meta, which runs the functions of torch that CUDA would run.
     """
     with torch.device("meta"), torch.no_grad():
         model = mo.Megalodon(config).to(torch.bfloat16).eval()
@@ -61,13 +63,14 @@ def launches_of_a_token(config: mo.MegalodonConfig) -> Counter[str]:
 def rows(preset: str, cards: dict[str, Card]) -> list[tuple[str, ...]]:
     """Rows of a table: milliseconds of a token's launches beside those that its weights take."""
     config = mo.MegalodonConfig.preset(preset)
-    count, weights = launches_of_a_token(config).total(), 2 * config.num_parameters()
+    count = launches_of_a_token(config).total()
+    weights = 2 * config.num_parameters()  # bytes
 
-    def span(low: float, high: float) -> str:
+    def range_of(low: float, high: float) -> str:
         return f"{low / 1e3:.2f} to {high / 1e3:.2f}"
 
     head = ("card", "launches", "one by one ms", "in a graph ms", "reading the weights ms")
-    by_python = span(*(count * us for us in BY_PYTHON))
-    in_graph = span(*(GRAPH + count * us for us in IN_GRAPH))
+    by_python = range_of(*(count * us for us in BY_PYTHON))
+    in_graph = range_of(*(GRAPH + count * us for us in IN_GRAPH))
     times = ((name, f"{weights / card.memory / 1e6:.2f}") for name, card in cards.items())
     return [head, *((name, str(count), by_python, in_graph, time) for name, time in times)]

@@ -4,8 +4,9 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
-SIZES = dict[str, int]
-VALUE_LOADS, SCORE_LOADS = r"LDSM\S*\.MT88", r"LDSM\S*\.M88"  # transposed loads of values, loads of queries and keys
+Sizes = dict[str, int]
+VALUE_LOADS = r"LDSM\S*\.MT88"  # transposed loads of values
+SCORE_LOADS = r"LDSM\S*\.M88"  # loads of queries and keys
 
 
 @dataclass
@@ -25,62 +26,86 @@ class Launch:
 # Paths: sizes -> launches. Dense bf16 batches of T tokens in whole chunks or long rows, aligned, without a state.
 def attention_fwd(T: int, C: int, K: int, V: int, H: int) -> Iterator[Launch]:
     """chunked_attention_mma.cuh; a warp of 16 rows skips the tiles of keys that its rows do not see."""
-    columns, keys = (256, 32) if V > 128 else (128, 32 if K > 128 else 64) if V > 64 or K > 128 else (64, 48)
-    depth, rows = math.ceil(K / 64) * 64, range(0, C, 128)
+    if V > 128:
+        columns, keys = 256, 32
+    elif K > 128:
+        columns, keys = 128, 32
+    else:
+        columns, keys = (128, 64) if V > 64 else (64, 48)
+    depth = math.ceil(K / 64) * 64
+    rows = range(0, C, 128)  # first rows of the blocks
     tiles = sum(math.ceil((row + 128) / keys) for row in rows) / len(rows)
     visible = sum((row + 16 * warp + 15) // keys + 1 for row in rows for warp in range(8)) / len(rows) / 8
-    kernel = f"chunked_attention_fwd_mma_kernel<bf16, {columns}, {keys}>"
-    blocks, shared = T / 128 * H * math.ceil(V / columns), 2 * (128 * max(depth, columns) + keys * (depth + columns))
-    trips = {VALUE_LOADS: visible, SCORE_LOADS: visible * depth / 64}
-    work = {"LDGSTS": tiles * keys * (depth + columns) / 2048}
-    yield Launch(kernel, blocks, 256, 4 * T * H * (K + V), shared, trips, work)
+    yield Launch(
+        kernel=f"chunked_attention_fwd_mma_kernel<bf16, {columns}, {keys}>",
+        blocks=T / 128 * H * math.ceil(V / columns),
+        threads=256,
+        memory=4 * T * H * (K + V),
+        shared=2 * (128 * max(depth, columns) + keys * (depth + columns)),
+        trips={VALUE_LOADS: visible, SCORE_LOADS: visible * depth / 64},
+        work={"LDGSTS": tiles * keys * (depth + columns) / 2048},
+    )
 
 
 def attention_bwd(T: int, C: int, K: int, V: int, H: int) -> Iterator[Launch]:
     """chunked_attention_bwd.cuh, all rounds as one: n (n + 1) / 2 tiles of a chunk are on or below the diagonal."""
-    n, chunks = math.ceil(C / 128), T / C * H
+    n = math.ceil(C / 128)
+    chunks = T / C * H
     tiles = chunks * n * (n + 1) / 2
-    k_tiles, v_tiles, tile_bytes = math.ceil(K / 128), math.ceil(V / 128), 2 * 2 * 128 * 128  # P and dS
+    tile_bytes = 2 * 2 * 128 * 128  # P and dS
 
-    def launch(name: str, blocks: float, slabs: float, memory: float, once: float, **trips: float) -> Launch:
-        work, trips = {"HMMA": 64 * slabs, "LDGSTS": 8 * slabs}, {"DEPBAR": slabs} | trips
-        kernel = f"chunked_attention_bwd_{name}_kernel<TensorProduct<bf16, true>>"
-        return Launch(kernel, blocks, 256, memory + tiles * tile_bytes, 2 * 6 * 128 * 64, trips, work, once)
+    def launch(name: str, *, blocks: float, slabs: float, memory: float, once: float, **trips: float) -> Launch:
+        return Launch(
+            kernel=f"chunked_attention_bwd_{name}_kernel<TensorProduct<bf16, true>>",
+            blocks=blocks,
+            threads=256,
+            memory=memory + tiles * tile_bytes,
+            shared=2 * 6 * 128 * 64,
+            trips={"DEPBAR": slabs} | trips,
+            work={"HMMA": 64 * slabs, "LDGSTS": 8 * slabs},
+            once=once,
+        )
 
-    yield launch("scores", tiles, math.ceil(K / 64) + math.ceil(V / 64), 4 * T * H * (K + V), 1)
-    # A block multiplies for keys or for queries.
-    yield launch("products", chunks * n * (2 * k_tiles + v_tiles), n + 1, 4 * T * H * (2 * K + V), 0.5, SHFL=1)
+    slabs = math.ceil(K / 64) + math.ceil(V / 64)
+    yield launch("scores", blocks=tiles, slabs=slabs, memory=4 * T * H * (K + V), once=1)
+    blocks = chunks * n * (2 * math.ceil(K / 128) + math.ceil(V / 128))
+    # A block multiplies for keys or for queries: half of the code.
+    yield launch("products", blocks=blocks, slabs=n + 1, memory=4 * T * H * (2 * K + V), once=0.5, SHFL=1)
 
 
 def _cema(T: int, D: int, N: int, backward: bool, by_products: bool = False) -> Iterator[Launch]:
     """cema_scan.cuh, up to 32 modes; by products cema_mma_scan.cuh and cema_mma.cuh. Omits table, carry and finish."""
     tile = next(t for t in (32, 64, 128, 256, 512) if t == 512 or T * D * N >> 16 < t * t)
     lanes = max(4, 1 << (N - 1).bit_length())
-    max_modes, scans = 4 if lanes == 4 else 8, 1 + backward
-    tensor, states = 2 * T * D, T / tile * lanes * D * 8
+    max_modes = 4 if lanes == 4 else 8
+    scans = 2 if backward else 1
+    tensor = 2 * T * D  # bytes
+    states = T / tile * lanes * D * 8
 
     def launch(name: str, modes: int, memory: float, unroll: int, runs: int = 0, scans: int = 1) -> Launch:
         blocks = T / tile * math.ceil(D / 2 * lanes / modes / 128) * scans
         return Launch(name, blocks, 128, memory, trips={"FFMA": tile / unroll, r"LDG\.E\.64": runs})
 
     def launch_products(phase: str, memory: float, **stored: float) -> Launch:
-        groups, columns = math.ceil(T / 2048), math.ceil(D / 16)
+        groups = math.ceil(T / 2048)
+        columns = math.ceil(D / 16)
         trips = {"HMMA": 2 * 8, r"LDG\.E\.64": 2, r"LDG\.E\.128": 2, **stored}
         kernel = f"cema_mma_{phase}_kernel<{lanes // 4}>"
-        return Launch(kernel, columns * groups, 256, memory, 67712, trips)
+        return Launch(kernel, columns * groups, 256, memory, shared=67712, trips=trips)
 
     if by_products:
-        tile, states = 128, T / 128 * lanes * D * 8
+        states = T / 128 * lanes * D * 8
     if by_products and not backward:
         yield launch_products("local", tensor + states)
     elif by_products:
-        groups, columns = math.ceil(T / 1024), math.ceil(D / 16)
+        groups = math.ceil(T / 1024)
+        columns = math.ceil(D / 16)
         shares = min(groups, max(1, 264 // columns))
         rounds = groups / shares
         modes = rounds * math.ceil(lanes / 8)
         trips = {"HMMA": rounds * 8, "FFMA": 2 * 8 * modes, r"LDG\.E\.64": modes, r"LDG\.E\.128": rounds}
         kernel = f"cema_tiles_kernel<{1 if lanes == 4 else 2}>"
-        yield Launch(kernel, columns * shares, 256, 2 * tensor + 4 * states, 92416, trips)
+        yield Launch(kernel, columns * shares, 256, 2 * tensor + 4 * states, shared=92416, trips=trips)
         yield Launch("cema_cross_kernel<float>", D * lanes / 32, 512, 5 * states)
     else:
         yield launch(f"cema_local_kernel<bf16, {max_modes}>", max_modes, scans * (tensor + states), 8, scans=scans)
@@ -102,11 +127,14 @@ def timestep_norm_fwd(T: int, D: int, G: int) -> Iterator[Launch]:
 
 def timestep_norm_bwd(T: int, D: int, G: int) -> Iterator[Launch]:
     """timestep_norm_bwd.cuh, groups of at most 256 channels. Omits the carry and the sums of the shares."""
-    slices, tiles, sums = math.ceil(D / 256), T / 64, 8 * T * G
-    most = min(max(2**18 // D, 32), 256)
-    per_share = math.ceil(tiles / most)
+    slices = math.ceil(D / 256)
+    tiles = T / 64
+    sums = 8 * T * G
+    max_shares = min(max(2**18 // D, 32), 256)
+    per_share = math.ceil(tiles / max_shares)
     yield Launch("timestep_norm_bwd_sums_kernel<bf16, 8, true>", tiles * slices, 256, 4 * T * D + 12 * T * G + sums)
-    blocks, trips = tiles / per_share * slices, {r"LDG\.E\.128": 2 * per_share}
+    blocks = tiles / per_share * slices
+    trips = {r"LDG\.E\.128": 2 * per_share}
     yield Launch("timestep_norm_bwd_kernel<bf16, 8>", blocks, 256, 6 * T * D + 12 * T * G + sums, trips=trips)
 
 
@@ -125,9 +153,14 @@ def normalized_qk_bwd(T: int, C: int, K: int, H: int) -> Iterator[Launch]:
 
 def attention_step(T: int, cached: int, K: int, V: int, H: int) -> Iterator[Launch]:
     """chunked_attention_step.cuh: T sequences of one token, each with `cached` keys, K from 256. Omits the merge."""
-    blocks, memory = T * H * math.ceil(cached / 64) * math.ceil(V / 512), 2 * T * H * cached * (K + V)
-    trips = {r"LDS\.128": 4 * math.ceil(K / 256), "CS2R": 8}
-    yield Launch("chunked_attention_step_kernel<bf16, 8>", blocks, 128, memory, 4 * (K + 1024 + 64), trips)
+    yield Launch(
+        kernel="chunked_attention_step_kernel<bf16, 8>",
+        blocks=T * H * math.ceil(cached / 64) * math.ceil(V / 512),
+        threads=128,
+        memory=2 * T * H * cached * (K + V),
+        shared=4 * (K + 1024 + 64),
+        trips={r"LDS\.128": 4 * math.ceil(K / 256), "CS2R": 8},
+    )
 
 
 def cema_step(T: int, D: int, N: int, steps: int) -> Iterator[Launch]:
@@ -153,7 +186,7 @@ KERNELS = {
 }
 _CEMA = ("cema forward", "cema forward by scans", "cema backward", "cema backward by scans")
 ATTENTION = ("attention forward", "attention backward")
-SHAPES: dict[str, tuple[SIZES, tuple[str, ...]]] = {
+SHAPES: dict[str, tuple[Sizes, tuple[str, ...]]] = {
     "200M": ({"T": 16384, "C": 2048, "K": 256, "V": 2048, "H": 1}, ATTENTION),
     "7B": ({"T": 16384, "C": 4096, "K": 256, "V": 2048, "H": 4}, ATTENTION),
     "small heads": ({"T": 16384, "C": 2048, "K": 64, "V": 64, "H": 8}, ATTENTION),

@@ -53,15 +53,15 @@ class Run:
 def write(stem: Path, results: Sequence[Result], failures: Sequence[str], run: Run) -> None:
     """Write `stem`.json, `stem`.md and the plots `stem`-<bench>.png."""
     stem.parent.mkdir(parents=True, exist_ok=True)
-    machine, limits = run.machine, run.limits
+    limits = run.limits
     record = dataclasses.asdict(run) | dict(failures=list(failures), results=[*map(dataclasses.asdict, results)])
     stem.with_name(stem.name + ".json").write_text(json.dumps(record, indent=1) + "\n")
     quick_note = "\n\nSmall shapes and few samples: a test of the benches, not a measurement." if run.quick else ""
     rows = [[name, *(_number(getattr(limits[t], key)) for t in limits)] for key, name in _LIMIT_NAMES.items()]
     parts = [
         _HEAD.format(
-            title=_title(machine, [result.bench for result in results], run.date),
-            machine="\n".join(f"- {key}: {value}" for key, value in machine.items()),
+            title=_title(run.machine, [result.bench for result in results], run.date),
+            machine="\n".join(f"- {key}: {value}" for key, value in run.machine.items()),
             limits=_table(["", *(_threads(t) for t in limits)], rows),
             minutes=run.seconds / 60,
             quick=quick_note,
@@ -79,9 +79,10 @@ def write(stem: Path, results: Sequence[Result], failures: Sequence[str], run: R
 
 def _title(machine: dict[str, str], benches: Iterable[str], date: str) -> str:
     """Title of a page: processor or card, benches and date."""
-    device = (
-        machine["card"].partition(",")[0] if "card" in machine else f"{machine['processor']}, {machine['cores']} cores"
-    )
+    if "card" in machine:
+        device = machine["card"].partition(",")[0]
+    else:
+        device = f"{machine['processor']}, {machine['cores']} cores"
     names = list(dict.fromkeys(benches))
     return f"{device}: times of {' and '.join(names) if len(names) < 3 else 'all ops and of models'}, {date}"
 
@@ -112,13 +113,14 @@ def paths_table(results: Sequence[Result]) -> str:
     """All paths at the largest number of threads."""
     all_threads = max(r.threads for r in results)
     rows = []
-    for r, t in ((r, t) for r in results if r.threads == all_threads for t in r.timings):
-        times = (_milliseconds(statistics.median(samples)) if samples else "" for samples in (t.warm, t.cold))
-        ratio, error = f"{t.median / r.ours.median:.3g}" if t.warm else "", "" if t.error is None else f"{t.error:.0e}"
-        peak = "" if t.peak_memory is None else f"{t.peak_memory / 2**20:,.0f}"
-        rows.append(
-            [r.case, r.shape, r.dtype, t.path, *times, _spread(t.warm), str(len(t.warm)), ratio, error, peak, t.note]
-        )
+    for r in results:
+        for t in r.timings if r.threads == all_threads else ():
+            warm, cold = (_milliseconds(statistics.median(samples)) if samples else "" for samples in (t.warm, t.cold))
+            ratio = f"{t.median / r.ours.median:.3g}" if t.warm else ""
+            error = "" if t.error is None else f"{t.error:.0e}"
+            peak = "" if t.peak_memory is None else f"{t.peak_memory / 2**20:,.0f}"
+            cells = [r.case, r.shape, r.dtype, t.path, warm, cold, _spread(t.warm), str(len(t.warm))]
+            rows.append([*cells, ratio, error, peak, t.note])
     head = "work|shape|type|path|warm ms|cold ms|±|n|time / ours|error|peak MiB|note"
     return _table(head.split("|"), rows)
 
@@ -140,10 +142,12 @@ def plot(results: Sequence[Result], path: Path) -> None:
     all_threads = max(r.threads for r in results)
     results = [r for r in results if r.threads == all_threads]
     figure, axes = plt.subplots(figsize=(11, 1.2 + 0.34 * sum(len(r.timings) + 1 for r in results)))
-    y, ticks = 0.0, []
+    y = 0.0
+    positions, labels = [], []
     for r in results:
         bars = [t for t in r.timings if t.warm]
-        ticks.append((y + (len(bars) - 1) / 2, f"{r.case}\n{r.shape}, {r.dtype}"))
+        positions.append(y + (len(bars) - 1) / 2)
+        labels.append(f"{r.case}\n{r.shape}, {r.dtype}")
         for t in bars:
             low, middle, high = (1e3 * q for q in np.percentile(t.warm, (25, 50, 75)))
             axes.plot((low, high), (y, y), color=_colour(t), linewidth=1.5)
@@ -153,7 +157,7 @@ def plot(results: Sequence[Result], path: Path) -> None:
             y += 1
         y += 1
     axes.set(xscale="log", xlabel=f"milliseconds, {_threads(all_threads)}, warm; less is better")
-    axes.set_yticks(*zip(*ticks, strict=True), fontsize=7)
+    axes.set_yticks(positions, labels, fontsize=7)
     axes.invert_yaxis()
     axes.margins(x=0.12, y=0.01)
     plain_ticks(axes.xaxis)
@@ -162,7 +166,9 @@ def plot(results: Sequence[Result], path: Path) -> None:
 
 
 def _colour(timing: Timing) -> str:
-    return BLUE if timing.path == OURS else GREY if timing.rival else ORANGE
+    if timing.path == OURS:
+        return BLUE
+    return GREY if timing.rival else ORANGE
 
 
 def _table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
@@ -194,7 +200,9 @@ def _milliseconds(seconds: float) -> str:
 
 
 def _number(value: float | None) -> str:
-    return "" if value is None else f"{value:,.0f}" if value >= 100 else f"{value:.2g}"
+    if value is None:
+        return ""
+    return f"{value:,.0f}" if value >= 100 else f"{value:.2g}"
 
 
 def _percent(value: float | None, limit: float | None) -> str:

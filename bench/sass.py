@@ -108,9 +108,12 @@ def assembly(source: Path) -> dict[str, str]:
 
 
 def _assembly_of(body: str) -> str:
+    """Inline PTX of a kernel's body, with its registers named after the parameters that they hold (see `assembly`)."""
     inline = r"// begin inline asm\s+(.*?);?\s+// end inline asm"
-    code, registers, address = re.sub(inline, "", body), r"(\{.*?\}|%\w+)", r"\[?(%?\w+)(?:\+(\d+))?\]?"
-    operands: dict[str, str] = {}
+    registers = r"(\{.*?\}|%\w+)"
+    address = r"\[?(%?\w+)(?:\+(\d+))?\]?"
+    code = re.sub(inline, "", body)
+    operands: dict[str, str] = {}  # register -> name
 
     def name(found: str, source: str, first: int | None) -> None:
         for i, register in enumerate(re.findall(r"%\w+", found)):
@@ -152,7 +155,8 @@ def _kernels_of_cubin(cubin: Path) -> list[Kernel]:
     kernels = _resources(cubin)
     _parse_listing(_run([tool("nvdisasm"), "-c", "-g", str(cubin)]).stdout, kernels)
     for kernel, name in zip(kernels.values(), demangle(list(kernels)), strict=True):
-        kernel.name, kernel.calls = name, demangle(kernel.calls)
+        kernel.name = name
+        kernel.calls = demangle(kernel.calls)
     return list(kernels.values())
 
 
@@ -160,15 +164,17 @@ def _parse_listing(listing: str, kernels: dict[str, Kernel]) -> None:
     """Count the opcodes of `nvdisasm -c -g`, section by section."""
     for line in listing.splitlines():
         if found := re.match(r"\s*\.section\s+\.text\.([\w$]+)", line):
-            kernel, location = kernels[found[1]], ""
+            kernel = kernels[found[1]]
+            location = ""
         elif found := re.match(r'\s*//## File "([^"]+)", line (\d+)', line):
             location = f"{Path(found[1]).name}:{found[2]}"
         elif found := re.match(r"\s*/\*[0-9a-f]{4,}\*/\s+\{?\s*(?:@!?U?P\w+\s+)?([A-Z][\w.]*)", line):
             count, first = kernel.opcodes.get(found[1], (0, location))
             kernel.opcodes[found[1]] = (count + 1, first)
             # nvcc's own routines, such as division, have other names.
-            if called := re.search(r"CALL\S*\s.*\$(_Z\w+)", line):
-                kernel.calls += [called[1]] if called[1] not in kernel.calls else []
+            called = re.search(r"CALL\S*\s.*\$(_Z\w+)", line)
+            if called and called[1] not in kernel.calls:
+                kernel.calls.append(called[1])
 
 
 def demangle(names: list[str]) -> list[str]:

@@ -42,7 +42,8 @@ class Code:
                 before[target].append(i)
         loops: dict[int, set[int]] = {}
         for last, targets in enumerate(following):
-            for head in targets:  # code that can be entered past its head was moved to the end: no loop
+            for head in targets:
+                # A backward branch from code that is reached without passing `head` is no loop: nvcc moved that code.
                 if head <= last and last not in _reachable(0, following, head):
                     loops.setdefault(head, {head}).update(_reachable(last, before, head))
         return list(loops.values())
@@ -62,18 +63,24 @@ class Code:
     @functools.cache
     def bodies(self, avoid: str) -> tuple[Counter[str], list[Counter[str]]]:
         """Opcodes outside of all loops, and those of each loop without its inner loops."""
-        counted, loops = self.instructions_without(avoid), self.loops()
+        counted = self.instructions_without(avoid)
+        loops = self.loops()
 
         def opcodes(instructions: set[int]) -> Counter[str]:
             return Counter(self.lines[i].split()[0] for i in instructions & counted)
 
         outside = set(range(len(self.lines))).difference(*loops)
-        return opcodes(outside), [opcodes(loop.difference(*(o for o in loops if o < loop))) for loop in loops]
+        bodies = []
+        for loop in loops:
+            inner = [other for other in loops if other < loop]
+            bodies.append(opcodes(loop.difference(*inner)))
+        return opcodes(outside), bodies
 
 
 def _reachable(start: int, edges: list[list[int]], stop: int) -> set[int]:
     """Instructions reachable from `start` without passing `stop`."""
-    found, ahead = {start} - {stop}, [start] if start != stop else []
+    found = {start} - {stop}
+    ahead = list(found)
     while ahead:
         new = {other for other in edges[ahead.pop()] if other != stop and other not in found}
         found |= new
@@ -86,10 +93,8 @@ def codes_of(library: Path, names: Iterable[str], newest: int) -> dict[str, Code
 
     The code is that of the newest architecture up to `newest` (90 for sm_90) in the library, or else of the oldest.
     """
-    available = {
-        int(a)
-        for a in re.findall(r"sm_(\d+)\S*\.cubin", sass._run([sass.tool("cuobjdump"), "-lelf", str(library)]).stdout)
-    }
+    listed = sass._run([sass.tool("cuobjdump"), "-lelf", str(library)]).stdout
+    available = {int(a) for a in re.findall(r"sm_(\d+)\S*\.cubin", listed)}
     architecture = max((a for a in available if a <= newest), default=min(available))
     return _codes_of(library, frozenset(names), architecture)
 
@@ -110,7 +115,8 @@ def parse(listing: str, kernels: dict[str, sass.Kernel]) -> dict[str, Code]:
     """Parse these kernels, by name, from the output of `nvdisasm -c`."""
     sections = re.findall(r"\.section\s+\.text\.([\w$]+)", listing)
     short = dict(zip(sections, sass.demangle(sections), strict=True))
-    found, code = {}, None
+    found: dict[str, Code] = {}
+    code = None  # of the section, if it is one of `kernels`
     for line in listing.splitlines():
         if section := re.match(r"\s*\.section\s+\.text\.([\w$]+)", line):
             name = short[section[1]]

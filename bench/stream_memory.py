@@ -33,7 +33,8 @@ def main() -> int:
     options = parser.parse_args()
     torch.manual_seed(0)
     model = mo.Megalodon(mo.MegalodonConfig(**CONFIG)).eval()
-    streams, begin = {}, time.monotonic()
+    streams = {}
+    begin = time.monotonic()
     for name, stream in {"reading": read, "decoding": decode}.items():
         streams[name] = sample(stream(model, options.tokens), options.tokens)
         print(f"{time.monotonic() - begin:4.0f} s  {name}", file=sys.stderr)
@@ -48,7 +49,9 @@ def main() -> int:
 @torch.no_grad()
 def read(model: mo.Megalodon, tokens: int) -> Iterator[int]:
     """Read a stream in pieces; yield the number of tokens so far."""
-    state, random, size = None, torch.Generator().manual_seed(0), model.config.chunk_size
+    state = None
+    random = torch.Generator().manual_seed(0)
+    size = model.config.chunk_size
     for start in range(0, tokens, size):
         piece = torch.randint(model.config.vocab_size, (1, min(size, tokens - start)), generator=random)
         _, state = model(piece, state=state, return_state=True, inplace_state=state is not None)
@@ -63,7 +66,8 @@ def decode(model: mo.Megalodon, tokens: int) -> Iterator[int]:
 
 def sample(counts: Iterator[int], tokens: int) -> Samples:
     """Resident memory at about 1,000, 2,000, 4,000, ... tokens, and at the end."""
-    samples, mark = [], 1000
+    samples = []
+    mark = 1000  # tokens at the next sample
     for count in counts:
         if count >= mark or count == tokens:
             samples.append((count, resident_bytes()))
@@ -99,7 +103,8 @@ def plot(streams: dict[str, Samples], path: Path) -> None:
 
     figure, axes = plt.subplots(figsize=(7, 4))
     for name, samples in streams.items():
-        axes.plot(*zip(*((count, size / 2**20) for count, size in samples), strict=True), marker="o", label=name)
+        counts = [count for count, _ in samples]
+        axes.plot(counts, [size / 2**20 for _, size in samples], marker="o", label=name)
     axes.set(xscale="log", xlabel="tokens", ylabel="resident memory, MiB", ylim=(0, None))
     plain_ticks(axes.xaxis)
     axes.legend(loc="lower right")

@@ -1,4 +1,4 @@
-# Lists of the files cpp/<op>/<name>_bind.cpp. cuda: those with CUDA kernels, cuda/<op>/<name>*.cu. cpu: the others.
+# Set `cuda` to the files cpp/<op>/<name>_bind.cpp that have CUDA kernels cuda/<op>/<name>*.cu, `cpu` to the others.
 function(find_bindings root cuda cpu)
   file(GLOB files CONFIGURE_DEPENDS ${root}/cpp/*/*_bind.cpp)
   file(GLOB kernels CONFIGURE_DEPENDS ${root}/cuda/*/*.cu)

@@ -1,5 +1,5 @@
-# Fails if an object compiled for one instruction set exports a symbol outside that set's namespace: the linker keeps
-# one copy of every inline function, and a copy with AVX-512 code would crash processors of the other sets.
+# Fail if an object compiled for one instruction set exports a symbol outside that set's namespace. The linker keeps one
+# copy of an inline function: a copy with AVX-512 would crash processors without it.
 foreach(object IN LISTS OBJECTS)
   string(REGEX MATCH "kernels_([a-z0-9_]+)\\.dir" _ "${object}")
   set(isa "${CMAKE_MATCH_1}")

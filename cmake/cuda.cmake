@@ -1,6 +1,6 @@
-# Questions about CUDA before the build enables the language.
+# nvcc and GPU architectures, found before the build enables the language CUDA.
 
-# nvcc: the compiler that CMake would use. version: its version, "" if there is no nvcc.
+# Set `nvcc` to the compiler that CMake would use, `version` to its version ("" without nvcc).
 function(find_nvcc nvcc version)
   set(program "${CMAKE_CUDA_COMPILER}")
   if(NOT program AND NOT "$ENV{CUDACXX}" STREQUAL "")
@@ -21,18 +21,17 @@ function(find_nvcc nvcc version)
   set(${version} "${CMAKE_MATCH_1}" PARENT_SCOPE)
 endfunction()
 
-# The architectures for the value `wanted` of MEGALODON_OPS_ARCHITECTURES: 80 is machine code and PTX, 90-real machine
-# code alone.
+# Set `architectures` to those for `wanted`, a value of MEGALODON_OPS_ARCHITECTURES. As in CMake, 80 is machine code and
+# PTX, 90-real machine code alone.
 function(choose_architectures architectures wanted nvcc version)
   if(wanted STREQUAL "all")
-    # PTX of 100 is for the cards between and after the listed ones, such as 110. Blackwell needs nvcc 12.8.
+    # Other cards, such as 110, compile the PTX of 100. Blackwell needs nvcc 12.8.
     set(chosen 80 90-real)
     if(version VERSION_GREATER_EQUAL 12.8)
       list(APPEND chosen 100 120-real)
     endif()
   elseif(wanted STREQUAL "AUTO")
-    # Without a GPU, 80 is chosen: cards of compute capability 8.x run its machine code, and later cards compile its PTX
-    # at the first launch.
+    # Cards 8.x run the machine code of 80; later cards compile its PTX at the first launch.
     _architectures_of_gpus(chosen "${nvcc}")
     if(NOT chosen)
       set(chosen 80)
@@ -43,8 +42,8 @@ function(choose_architectures architectures wanted nvcc version)
   set(${architectures} "${chosen}" PARENT_SCOPE)
 endfunction()
 
-# nvcc's flags for a list of architectures. nvcc 13 generates the same PTX for 80 and 90, and for 100 and 120, except
-# the line that names the architecture. So each pair shares its PTX, which takes 60 % of the time of an architecture.
+# Set `flags` to nvcc's flags for a list of architectures. 80 and 90 share their PTX, as do 100 and 120: nvcc 13
+# generates the same except its architecture's name, in 60 % of an architecture's time.
 function(flags_of_architectures flags architectures)
   foreach(architecture IN LISTS architectures)
     string(REGEX MATCH "^[0-9]+" number "${architecture}")
@@ -68,8 +67,8 @@ function(flags_of_architectures flags architectures)
   set(${flags} "${result}" PARENT_SCOPE)
 endfunction()
 
-# The architectures of this machine's GPUs that the kernels run on. A GPU that is newer than nvcc gets nvcc's newest
-# architecture, whose PTX is compiled for that GPU.
+# Set `architectures` to those of this machine's GPUs, from 80 on. A GPU newer than nvcc gets nvcc's newest architecture,
+# and compiles its PTX.
 function(_architectures_of_gpus architectures nvcc)
   execute_process(COMMAND nvidia-smi --query-gpu=compute_cap --format=csv,noheader
       OUTPUT_VARIABLE capabilities ERROR_QUIET RESULT_VARIABLE failed)
@@ -92,8 +91,8 @@ function(_architectures_of_gpus architectures nvcc)
   set(${architectures} "${chosen}" PARENT_SCOPE)
 endfunction()
 
-# The CUDA version of the torch in `folder`, such as 12.8; "" without torch or with a CPU build. torch's version.py is
-# read as text, since importing torch takes seconds.
+# Set `cuda` to the CUDA version of the torch in `folder`, such as 12.8 ("" without torch or CUDA). version.py is read
+# as text, since importing torch takes seconds.
 function(find_torch_cuda cuda folder)
   set(lines "")
   if(EXISTS "${folder}/torch/version.py")
@@ -103,7 +102,7 @@ function(find_torch_cuda cuda folder)
   set(${cuda} "${CMAKE_MATCH_1}" PARENT_SCOPE)
 endfunction()
 
-# Warns if nvcc's major version is later than that of torch's CUDA: the driver that runs torch may then be too old.
+# Warn if nvcc's major version is later than torch's CUDA: the driver that runs torch may then be too old.
 function(compare_with_torch version folder)
   find_torch_cuda(torch_cuda "${folder}")
   string(REGEX MATCH "^[0-9]+" major "${version}")

@@ -1,7 +1,6 @@
 """Sphinx configuration of the pages: `python tools/build_docs.py` builds them.
 
-The source directory is the repository, so that links between docs/, the README and the benches are links between pages
-here as on a forge. `include_patterns` lists the pages.
+The source directory is the repository, so that links between docs/, the README and the benches work here as on a forge.
 """
 
 from __future__ import annotations
@@ -32,7 +31,7 @@ extensions = [
     "sphinx.ext.mathjax",
     "sphinx.ext.napoleon",
     "sphinx.ext.viewcode",
-    "sphinx-mathjax-offline",  # MathJax in the site: formulas without a network
+    "sphinx-mathjax-offline",
     "sphinx_copybutton",
 ]
 
@@ -46,7 +45,7 @@ html_show_sourcelink = False
 pygments_style = "friendly"
 
 myst_enable_extensions = ["dollarmath", "amsmath"]
-myst_fence_as_directive = ["math"]  # what forges draw as a formula
+myst_fence_as_directive = ["math"]  # as on forges
 myst_heading_anchors = 3
 myst_links_external_new_tab = False
 
@@ -70,11 +69,15 @@ _SECTION = re.compile(r"^(Args|Attributes|Example|Raises|Returns|Yields):$")
 
 
 def keep_formulas_as_written(app, what, name, obj, options, lines: list[str]) -> None:
-    """Turn indented formulas between the paragraphs of a docstring into literal blocks."""
+    """Turn a docstring's indented formulas into literal blocks, and escape | and * in references' text.
+
+    The text ends at the first section, such as `Args:`.
+    """
     if lines and lines[0].startswith("Alias for field number"):  # default docstring of a named tuple's field
         lines.clear()
-    plain = ".reference." in name or name.endswith("_reference")  # the others mark up their text
-    result, in_block = [], False
+    is_plain_text = ".reference." in name or name.endswith("_reference")
+    result = []
+    in_block = False
     for i, line in enumerate(lines):
         if _SECTION.match(line):
             result += lines[i:]
@@ -85,7 +88,7 @@ def keep_formulas_as_written(app, what, name, obj, options, lines: list[str]) ->
                 result += [".. code-block:: text", ""]
                 in_block = True
             in_block = in_block and indented
-            if plain and not in_block and not line.startswith((">>>", "...")):
+            if is_plain_text and not in_block and not line.startswith((">>>", "...")):
                 line = re.sub(r"([|*])", r"\\\1", line)
         result.append(line)
     lines[:] = result
@@ -101,7 +104,7 @@ _attributes: dict[str, list[str]] = {}
 
 
 def hide_attribute(app, what, name, obj, options, lines: list[str]) -> None:
-    """Hide an attribute's docstring from napoleon, which would read words before a colon as a type."""
+    """Hide an attribute's docstring from napoleon, which reads words before a colon as a type."""
     if what == "attribute":
         _attributes[name] = list(lines)
 
@@ -112,45 +115,48 @@ def restore_attribute(app, what, name, obj, options, lines: list[str]) -> None:
 
 
 def functions_by_module(package: ModuleType) -> dict[str, list[str]]:
-    """The public functions of a package that come from megalodon_ops/ops/<room>/, by the module that defines them."""
+    """Return a package's public functions defined in megalodon_ops/ops/<op>/, by module, sorted by the op's name."""
     found = defaultdict(list)
     for name in package.__all__:
         value = getattr(package, name)
         if inspect.isfunction(value) and re.match(r"megalodon_ops\.ops\.(?!common\.)", value.__module__):
             found[value.__module__].append(name)
-    return dict(sorted(found.items(), key=lambda item: item[0].rpartition(".")[2].removesuffix("_reference")))
+    return {module: found[module] for module in sorted(found, key=_op_name)}
+
+
+def _op_name(module: str) -> str:
+    """Return the last part of a module's name, without the suffix of references."""
+    return module.rpartition(".")[2].removesuffix("_reference")
 
 
 def api_of_ops() -> str:
-    """A section for each room, of its public functions."""
-    rooms = defaultdict(list)
+    """Return a section for each folder of ops, with its public functions."""
+    sections = defaultdict(list)
     for module, names in functions_by_module(megalodon_ops).items():
-        rooms[module.split(".")[2]] += [f".. autofunction:: megalodon_ops.{name}" for name in names]
-    return _sections(rooms)
+        folder = module.split(".")[2]
+        sections[folder] += [f".. autofunction:: megalodon_ops.{name}" for name in names]
+    return _sections(sections)
 
 
 def api_of_references() -> str:
-    """A section for each module of references, with its docstring and its functions."""
+    """Return a section of the models, and one for each module of references."""
     reference = importlib.import_module("megalodon_ops.reference")
-    sections = {}
+    models = {"Megalodon": "forward, fresh", "MegalodonOfNumbers": "forward, fresh", "MegalodonEncoder": "forward"}
+    sections = {"megalodon": []}
+    for name, members in models.items():
+        sections["megalodon"] += [f".. autoclass:: megalodon_ops.reference.{name}", f"   :members: {members}", ""]
     for module, names in functions_by_module(reference).items():
         functions = [f".. autofunction:: megalodon_ops.reference.{name}" for name in names]
-        title = module.rpartition(".")[2].removesuffix("_reference")
-        sections[title] = [f".. automodule:: {module}", "   :no-members:", *functions]
-    models = (
-        line
-        for name, members in dict(
-            Megalodon="forward, fresh", MegalodonOfNumbers="forward, fresh", MegalodonEncoder="forward"
-        ).items()
-        for line in (f".. autoclass:: megalodon_ops.reference.{name}", f"   :members: {members}", "")
-    )
-    return _sections({"megalodon": [*models], **sections})
+        sections[_op_name(module)] = [f".. automodule:: {module}", "   :no-members:", *functions]
+    return _sections(sections)
 
 
 def _sections(directives: dict[str, list[str]]) -> str:
-    return "\n".join(
-        f"## {title}\n\n```{{eval-rst}}\n" + "\n".join(lines) + "\n```\n" for title, lines in directives.items()
-    )
+    """Return Markdown: a heading and a block of directives for each title."""
+    parts = []
+    for title, lines in directives.items():
+        parts += [f"## {title}\n", "```{eval-rst}", *lines, "```\n"]
+    return "\n".join(parts)
 
 
 GENERATED = {
@@ -160,7 +166,7 @@ GENERATED = {
 
 
 def insert_lists(app, docname: str, source: list[str]) -> None:
-    """Fill in the lists of ops, which follow from what the package exports."""
+    """Fill in the lists of exported ops."""
     if docname in GENERATED:
         place, generate = GENERATED[docname]
         before, after = source[0].split(place)

@@ -4,8 +4,7 @@
     python docs/error_tables.py --write    # write them into the page
 
 An error is max |got - expected| / max |expected| over a tensor. Expected values come from `megalodon_ops.reference` in
-float64, on inputs rounded to the measured type; "plain torch" is the reference in that type. Inputs have fixed seeds, so a
-processor's figures are the same on every run.
+float64, on inputs rounded to the measured dtype; "plain torch" is the reference in that dtype. Seeds are fixed.
 """
 
 from __future__ import annotations
@@ -23,7 +22,6 @@ from torch import Tensor
 
 PAGE = Path(__file__).parent / "numerics.md"
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
-LENGTH, CHUNK, STREAM = 600, 256, 1_000_000
 
 
 def widened(tensor: Tensor) -> Tensor:
@@ -44,34 +42,41 @@ def forward_backward(op: Callable, inputs: list[Tensor], weight: Tensor) -> list
 
 def cases(dtype: torch.dtype) -> Iterator[tuple[str, Callable, Callable, list[Tensor]]]:
     """Yield name, our op, plain torch and inputs: activations in `dtype`, parameters in float32."""
-    L, D, N, G, H, K, V = LENGTH, 64, 16, 4, 2, 32, 64
+    L, D, N, G, H, K, V = 600, 64, 16, 4, 2, 32, 64  # letters of docs/ops/index.md
+    chunk = 256
+    vocabulary = 5000
+
+    def both(name: str, **options) -> tuple[Callable, Callable]:
+        """Return our op and its reference, with the same options."""
+        return partial(getattr(mo, name), **options), partial(getattr(mo.reference, name), **options)
+
     x = torch.randn(1, L, D).to(dtype)
-    yield "cema", mo.cema, mo.reference.cema, [x, *mo.ComplexEMA(D, N).coefficients()]
+    yield "cema", *both("cema"), [x, *mo.ComplexEMA(D, N).coefficients()]
     affine = [0.1 * torch.randn(D), 0.1 * torch.randn(D)]
-    norms = [partial(op, num_groups=G) for op in (mo.timestep_norm, mo.reference.timestep_norm)]
+    norms = both("timestep_norm", num_groups=G)
     yield "timestep_norm", *norms, [x, *affine]
     yield "timestep_norm, mean 100 times the spread", *norms, [(x.float() + 100).to(dtype), *affine]
     z, v = torch.randn(1, L, H * K).to(dtype), torch.randn(1, L, H * V).to(dtype)
     qk_affine = [0.1 * torch.randn(2, H * K), 0.1 * torch.randn(2, H * K)]
-    both = (mo.normalized_attention, mo.reference.normalized_attention)
-    yield "normalized_attention", *(partial(op, num_heads=H, chunk_size=CHUNK) for op in both), [z, v, *qk_affine]
+    attention = both("normalized_attention", num_heads=H, chunk_size=chunk)
+    yield "normalized_attention", *attention, [z, v, *qk_affine]
     q, k = (torch.randn(1, L, H, K).to(dtype) for _ in range(2))
-    both = (mo.chunked_attention, mo.reference.chunked_attention)
-    qkv = [q, k, v.unflatten(-1, (H, V))]
-    yield "chunked_attention", *(partial(op, chunk_size=CHUNK, scale=K**-0.5) for op in both), qkv
-    yield "layer_norm", mo.layer_norm, mo.reference.layer_norm, [x, *affine]
-    yield "gated_silu", mo.gated_silu, mo.reference.gated_silu, [x, torch.randn(1, L, D).to(dtype)]
-    hidden, matrix = torch.randn(4 * L, D).to(dtype), (torch.randn(5000, D) * D**-0.5).to(dtype)
-    targets = torch.randint(5000, (4 * L,))
+    attention = both("chunked_attention", chunk_size=chunk, scale=K**-0.5)
+    yield "chunked_attention", *attention, [q, k, v.unflatten(-1, (H, V))]
+    yield "layer_norm", *both("layer_norm"), [x, *affine]
+    yield "gated_silu", *both("gated_silu"), [x, torch.randn(1, L, D).to(dtype)]
+    hidden, matrix = torch.randn(4 * L, D).to(dtype), (torch.randn(vocabulary, D) * D**-0.5).to(dtype)
+    targets = torch.randint(vocabulary, (4 * L,))
 
     def plain_loss(x, weight):
-        return F.cross_entropy(F.linear(x, weight).to(torch.promote_types(x.dtype, torch.float32)), targets)
+        logits = F.linear(x, weight)
+        return F.cross_entropy(logits.to(torch.promote_types(x.dtype, torch.float32)), targets)
 
     yield "linear_cross_entropy", lambda x, w: mo.linear_cross_entropy(x, w, targets), plain_loss, [hidden, matrix]
 
 
 def op_table() -> list[tuple[str, ...]]:
-    """Rows of each op: "error of the output, largest error of a gradient", by dtype, ours and plain torch."""
+    """Return a row for each op: by dtype, our errors, then plain torch's, as "output, largest of a gradient"."""
     rows = {}
     for dtype in DTYPES.values():
         torch.manual_seed(0)
@@ -86,10 +91,10 @@ def op_table() -> list[tuple[str, ...]]:
 
 
 def stream_table() -> list[tuple[str, ...]]:
-    """Rows of errors after 1,000,000 positions, in one call and in calls of 1,000, against one call in float64."""
+    """Return rows of errors at the end of a stream, read in one call and in calls of 1,000 positions."""
     torch.manual_seed(0)
-    D, N, piece = 8, 4, 1000
-    x = torch.randn(1, STREAM, D) + 10
+    D, N = 8, 4
+    x = torch.randn(1, 1_000_000, D) + 10
     q = torch.polar(torch.full((D, N), 1 - 1e-5), torch.rand(D, N))
     p, gamma = torch.full((D, N), 1e-2), torch.ones(D, N, dtype=torch.complex64)
     coefficients = (p, q, gamma, torch.zeros(D))
@@ -100,7 +105,7 @@ def stream_table() -> list[tuple[str, ...]]:
         return state, state.mean
 
     def cema(x, state):
-        like_x = map(widened, coefficients) if x.dtype == torch.float64 else coefficients
+        like_x = [widened(t) for t in coefficients] if x.dtype == torch.float64 else coefficients
         _, state = mo.cema(x, *like_x, state=state, return_state=True)
         return state, state
 
@@ -109,8 +114,8 @@ def stream_table() -> list[tuple[str, ...]]:
         _, expected = call(x.double(), None)
         _, whole = call(x, None)
         state = None
-        for start in range(0, STREAM, piece):
-            state, in_pieces = call(x[:, start : start + piece], state)
+        for part in x.split(1000, dim=1):
+            state, in_pieces = call(part, state)
         rows.append((name, f"{error(whole, expected):.0e}", f"{error(in_pieces, expected):.0e}"))
     return rows
 
@@ -120,7 +125,7 @@ def markdown(header: tuple[str, ...], rows: list[tuple[str, ...]]) -> str:
 
 
 def tables() -> dict[str, str]:
-    """Tables by their names, which mark their places in the page."""
+    """Return the tables by the names that mark their places in the page."""
     header = ("op", *(title for label in DTYPES for title in (label, f"plain torch, {label}")))
     return {
         "ops": markdown(header, op_table()),

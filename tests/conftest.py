@@ -14,7 +14,7 @@ os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 
 LONG = "distributed cuda_known_bugs cuda_sanitized readme hf_tools docs corrupt_checkpoints memory_limits fork"
-"""Files that start first, because each keeps a worker busy for long"""
+"""Beginnings of the names of files that start first, because each keeps a worker busy for long"""
 
 
 @pytest.hookimpl(tryfirst=True)
@@ -38,5 +38,6 @@ def pytest_collection() -> Iterator[None]:
 @pytest.hookimpl(trylast=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Sort tests: long files first, then files with many tests."""
-    counts, long = Counter(item.path.name for item in items), tuple(f"test_{name}" for name in LONG.split())
+    counts = Counter(item.path.name for item in items)
+    long = tuple(f"test_{name}" for name in LONG.split())
     items.sort(key=lambda i: (not i.path.name.startswith(long), -counts[i.path.name], i.path.name))

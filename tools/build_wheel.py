@@ -4,11 +4,12 @@
     python tools/build_wheel.py --torch 2.5.1 2.15   # tested with each of these versions of torch
     python tools/build_wheel.py --cuda               # CUDA kernels too, for all cards from sm_80; needs nvcc
 
-1. pip builds the wheel in build/<tag> with the tools of build/wheel-tools, so an interrupted build resumes. (pip's own build
-environment is new each time, so CMake would start from scratch.) 2. auditwheel gives it the oldest manylinux tag that its
-symbols allow. libgomp stays outside: torch brings one, and a second one in the process would have its own threads. 3. The
-wheel is installed, with its extra `test`, into a new environment for each version of torch, and tools/test_installed.py
-tests it there, without a compiler on the PATH.
+1. pip builds the wheel in build/<tag> with the tools of build/wheel-tools. In pip's own environment, which is new each time,
+   CMake would start from scratch; here an interrupted build resumes.
+2. auditwheel gives the wheel the oldest manylinux tag that its symbols allow. libgomp stays outside: torch brings one, and a
+   second one in the process would have its own threads.
+3. For each version of torch, the wheel is installed with its extra `test` into a new environment, where
+   tools/test_installed.py tests it without a compiler on the PATH.
 """
 
 import argparse
@@ -77,9 +78,11 @@ def check_instructions(folder: Path) -> None:
         return  # uses_avx() only knows x86-64
     everywhere, higher = [], []
     for path in folder.rglob("*.o"):
-        dispatched = "kernels_v" in str(path) and "kernels_v2.dir" not in str(path)
-        (higher if dispatched else everywhere).append(path)
-    assert not (found := [path for path in everywhere if uses_avx(path)]), f"AVX outside of the kernels for it: {found}"
+        is_dispatched = "kernels_v" in str(path) and "kernels_v2.dir" not in str(path)
+        group = higher if is_dispatched else everywhere
+        group.append(path)
+    found = [path for path in everywhere if uses_avx(path)]
+    assert not found, f"AVX outside of the kernels for it: {found}"
     assert any(uses_avx(path) for path in higher), f"{folder} must have kernels with AVX, or this check finds nothing"
 
 
@@ -91,7 +94,8 @@ def uses_avx(path: Path) -> bool:
 
 def check(wheel: Path, tools: Path, largest: int) -> None:
     """Check the wheel's size, tag, contents and metadata."""
-    size, names = wheel.stat().st_size, zipfile.ZipFile(wheel).namelist()
+    size = wheel.stat().st_size
+    names = zipfile.ZipFile(wheel).namelist()
     assert size <= largest, f"{wheel.name} has {size:,} bytes, more than {largest:,}"
     tags = [tuple(map(int, tag)) for tag in re.findall(r"manylinux_(\d+)_(\d+)", wheel.name)]
     glibc = tuple(map(int, platform.libc_ver()[1].split(".")))
@@ -106,7 +110,9 @@ def prove(wheel: Path, torch: str) -> None:
     """Run the tests that need no checkout on the installed wheel, with a version of torch and without a compiler."""
     folder = BUILD / f"proof-{torch or 'torch'}"
     python = environment(folder / "venv", ["pip>=24"]) / "python"
-    pinned = f"torch=={torch}.*" if torch.count(".") == 1 else f"torch=={torch}" if torch else "torch"
+    pinned = f"torch=={torch}" if torch else "torch"
+    if torch.count(".") == 1:  # 2.5: any 2.5.x
+        pinned += ".*"
     run(python, "-m", "pip", "install", "--quiet", "--upgrade", pinned)
     run(python, "-m", "pip", "install", "--quiet", "--force-reinstall", "--no-deps", wheel)
     run(python, "-m", "pip", "install", "--quiet", f"{wheel}[test]", pinned)

@@ -1,5 +1,6 @@
 """Claim c: the loss of a model trained on carried states falls as the context grows, far beyond a training row."""
 
+import itertools
 import math
 from pathlib import Path
 from statistics import fmean
@@ -21,17 +22,23 @@ RULE = (
     "and by more than 0.0005 bits per byte; otherwise undecided."
 )
 MIN_RISE = 5e-4
-CHUNK, LENGTH, ROWS, LR, PIECE = 128, 512, 16, 1e-2, 4096
+CHUNK = 128
+LENGTH, ROWS = 512, 16  # shape of a batch
+LR = 1e-2
+PIECE = 4096  # tokens of held-out text that a call reads
 SIZE, TOKENS, LONGEST = "1M", 12_000_000, 1 << 20
 QUICK = ("100k", 60_000, 1 << 14)
 SHORTEST = 1 << 10
 
 
+def contexts_up_to(longest: int) -> list[int]:
+    return [SHORTEST << i for i in range(round(math.log2(longest / SHORTEST)) + 1)]
+
+
 def run(session: Session, data: list[str] | None) -> None:
     size, tokens, longest = QUICK if session.quick else (SIZE, TOKENS, LONGEST)
-    contexts = round(math.log2(longest / SHORTEST)) + 1
-    sources = len(data or text.LONG)
-    reading = sources * contexts * estimate(size, CHUNK, models.MEGALODON, longest, LENGTH, training=False)
+    passes = len(data or text.LONG) * len(contexts_up_to(longest))
+    reading = passes * estimate(size, CHUNK, models.MEGALODON, longest, LENGTH, training=False)
     estimated = estimate(size, CHUNK, models.MEGALODON, tokens, LENGTH) + reading
     for seed in session.seeds():
         session.run(f"seed={seed}", work, estimated, size=size, tokens=tokens, longest=longest, seed=seed, data=data)
@@ -40,8 +47,9 @@ def run(session: Session, data: list[str] | None) -> None:
 def work(scratch: Path, *, size: str, tokens: int, longest: int, seed: int, data: list[str] | None) -> dict[str, Any]:
     long = text.long_text(data, longest, ROWS)
     model = models.build(models.MEGALODON, config(size, CHUNK), LENGTH, seed)
-    result = train_on_text(model, Recipe(tokens, ROWS, LENGTH, LR), long.train, scratch, seed=seed, carries=True)
-    contexts = [SHORTEST << i for i in range(round(math.log2(longest / SHORTEST)) + 1)]
+    recipe = Recipe(tokens=tokens, rows=ROWS, length=LENGTH, lr=LR)
+    result = train_on_text(model, recipe, long.train, scratch, seed=seed, carries=True)
+    contexts = contexts_up_to(longest)
     by_source = {
         name: evaluate(model, text.to_evaluate([document]), contexts=contexts, rows=1, piece=PIECE)
         for name, document in long.held_out.items()
@@ -63,7 +71,7 @@ def by_position(found: list[Evaluation]) -> list[list[float]]:
     size = -(-len(bins) // MAX_POINTS)
     rows = []
     for i in range(0, len(bins), size):
-        stretch = [bin for bins_at in bins[i : i + size] for bin in bins_at]
+        stretch = [*itertools.chain.from_iterable(bins[i : i + size])]
         count = sum(bin.tokens for bin in stretch)
         bits = math.fsum(bin.nats for bin in stretch) / count / math.log(2)
         rows.append([stretch[-1].last, round(bits, 5), count])

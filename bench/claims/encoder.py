@@ -41,7 +41,8 @@ RULE = (
     "shown, without deciding, and added after the figures of the first seed's words had been read: the Transformer trained on words "
     "for 25 times the steps, which take it about as long as MEGALODON's."
 )
-MEGALODON, TRANSFORMER = MODELS = models.MEGALODON, "transformer"
+MEGALODON, TRANSFORMER = models.MEGALODON, "transformer"
+MODELS = (MEGALODON, TRANSFORMER)
 LONG_TRANSFORMER = "transformer, longer"
 COLOURS = {MEGALODON: BLUE, TRANSFORMER: ORANGE}
 GROWTH_PART = 0.6
@@ -117,7 +118,8 @@ def run(session: Session, data: list[str] | None) -> None:
 
 
 def work(scratch: Path, *, task: str, model: str, steps: int, asked: int, lr: float, seed: int) -> dict[str, Any]:
-    spec, step = TASKS[task], 0
+    spec = TASKS[task]
+    step = 0
     in_use = machine.reset_peak_memory()
     torch.manual_seed(seed)
     net = build(spec, model)
@@ -128,17 +130,15 @@ def work(scratch: Path, *, task: str, model: str, steps: int, asked: int, lr: fl
         loss = F.cross_entropy(net(inputs, lengths=lengths), labels)
         step += 1
         if step % max(1, steps // 20) == 0:
-            print(
-                f"step {step} of {steps}: {len(labels)} rows of up to {inputs.shape[1]:,} positions, loss {loss:.3f}",
-                flush=True,
-            )
+            rows = f"{len(labels)} rows of up to {inputs.shape[1]:,} positions"
+            print(f"step {step} of {steps}: {rows}, loss {loss:.3f}", flush=True)
         return loss
 
     def seek(position: dict[str, Any]) -> None:
         nonlocal step
         step = position["step"]
 
-    recipe = Recipe(steps, 1, 1, lr, warmup=steps // 20)
+    recipe = Recipe(tokens=steps, rows=1, length=1, lr=lr, warmup=steps // 20)  # only the number of steps counts
     result = train(net, recipe, next_loss, scratch, position=lambda: {"step": step}, seek=seek, clock=time.process_time)
     peak = machine.peak_memory_since(in_use)
     lengths = (spec.max_length, *spec.other_lengths)
@@ -195,25 +195,25 @@ def table(results: list[dict[str, Any]]) -> list[str]:
             if not runs:
                 continue
             peak = max((run["peak_bytes"] or 0 for run in runs)) / 2**20
-            training_cells = [
-                f"{statistics.fmean(run['train_seconds'] for run in runs):.0f}",
-                f"{peak:,.0f}",
-                str(len(runs)),
-            ]
+            seconds = statistics.fmean(run["train_seconds"] for run in runs)
+            training_cells = [f"{seconds:.0f}", f"{peak:,.0f}", str(len(runs))]
             for index, longest in enumerate((spec.max_length, *spec.other_lengths)):
                 found = [[run, *run["beside"]][index] for run in runs]
-                right, guess = verdict.spread([a["right"] for a in found]), statistics.fmean(a["guess"] for a in found)
+                right = verdict.spread([a["right"] for a in found])
+                guess = statistics.fmean(a["guess"] for a in found)
                 cells = [task, f"{longest:,}", model, f"{runs[0]['parameters']:,}", right, f"{guess:.4f}"]
-                lines.append(f"| {' | '.join(cells + (training_cells if not index else [''] * 3))} |")
+                cells += training_cells if index == 0 else [""] * len(training_cells)
+                lines.append(f"| {' | '.join(cells)} |")
     return lines
 
 
 def plot(results: list[dict[str, Any]], figure: Any) -> None:
     for axes, task in zip(figure.subplots(1, len(TASKS)), TASKS):
         found = by_model(results, task)
-        for model, runs in ((model, found[model]) for model in MODELS):
-            for run in runs:
-                axes.plot(*zip(*run["curve"]), color=COLOURS[model], label=model if run is runs[0] else None)
+        for model in MODELS:
+            for i, run in enumerate(found[model]):
+                steps, losses = zip(*run["curve"], strict=True)
+                axes.plot(steps, losses, color=COLOURS[model], label=None if i else model)
         axes.set(title=task, xlabel="optimizer step", ylabel="loss")
     figure.axes[-1].legend()
 

@@ -40,7 +40,8 @@ RULE = (
     "it takes only 35 steps in that time."
 )
 MEGALODON, NHITS = models.MEGALODON, "NHITS"
-LONG_NHITS, LONGER = "NHITS, longer", 10
+LONG_NHITS = "NHITS, longer"
+LONGER = 10  # factor of its training time
 NAIVE = "SeasonalNaive"
 CLASSICAL = (NAIVE, "AutoETS", "AutoARIMA")
 OTHERS = (*CLASSICAL, NHITS)
@@ -48,6 +49,7 @@ RATES = {MEGALODON: 1e-3, NHITS: 1e-3}
 NEURAL = {MEGALODON: forecasters.megalodon, NHITS: forecasters.nhits, LONG_NHITS: forecasters.nhits}
 FIGURES = {"MASE": "mase", "WQL": "wql"}
 COLOURS = {MEGALODON: plots.BLUE, NHITS: plots.INK, "AutoETS": plots.GREEN, "AutoARIMA": plots.RED, NAIVE: plots.GREY}
+STREAM_COLOURS = COLOURS | {"MEGALODON": plots.BLUE}
 ESTIMATES = {NAIVE: 1, "AutoETS": 3, "AutoARIMA": 40}
 """Seconds for a panel"""
 COUNTS, QUICK_COUNTS = (1_000, 10_000, 100_000), (100, 200)
@@ -91,7 +93,8 @@ def errors(panel: Panel, quantiles: numpy.ndarray) -> dict[str, Any]:
 
 
 def classical_work(scratch: Path, *, panel: str, model: str, is_inside: bool = False) -> dict[str, Any]:
-    loaded, begin = load(panel, is_inside), time.process_time()
+    loaded = load(panel, is_inside)
+    begin = time.process_time()
     quantiles = forecasters.classical(loaded, model)
     return {**errors(loaded, quantiles), "seconds": time.process_time() - begin, "package": _package(model)}
 
@@ -99,7 +102,8 @@ def classical_work(scratch: Path, *, panel: str, model: str, is_inside: bool = F
 def neural_work(
     scratch: Path, *, panel: str, model: str, train_seconds: float, lr: float, seed: int, is_inside: bool = False
 ) -> dict[str, Any]:
-    loaded, begin = load(panel, is_inside), time.process_time()
+    loaded = load(panel, is_inside)
+    begin = time.process_time()
     found = NEURAL[model](loaded, seed=seed, seconds=train_seconds, lr=lr)
     figures = errors(loaded, found.pop("quantiles"))
     return {**figures, **found, "seconds": time.process_time() - begin, "package": _package(model)}
@@ -161,6 +165,7 @@ def nhits_stream(values: numpy.ndarray) -> tuple[Callable[[], Any], int]:
     return forecast, 100
 
 
+# Functions of the values so far, the last of which is new: the call that takes it, and how often to time the call.
 STREAMS = {
     "MEGALODON, Decoder": megalodon_stream,
     "NHITS, its window": nhits_stream,
@@ -208,11 +213,11 @@ def relative(results: list[dict[str, Any]], field: str) -> dict[str, list[float]
 def verdicts(results: list[dict[str, Any]]) -> dict[str, str]:
     decisive, single = {}, {}
     for label, field in FIGURES.items():
-        means, found = relative(results, field), by_model(results, field)
+        means = relative(results, field)
+        found = by_model(results, field)
         for other in OTHERS:
-            decisive[f"{label}, all panels: lower than {other}"] = verdict.decide_lower(
-                means[MEGALODON], means[other], MIN_DIFFERENCE
-            )
+            outcome = verdict.decide_lower(means[MEGALODON], means[other], MIN_DIFFERENCE)
+            decisive[f"{label}, all panels: lower than {other}"] = outcome
             for panel in SOURCES:
                 ours, theirs = (found[model].get(panel, []) for model in (MEGALODON, other))
                 theirs = theirs * (verdict.SEEDS if other in CLASSICAL else 1)
@@ -254,8 +259,9 @@ def table(results: list[dict[str, Any]]) -> list[str]:
 def plot(results: list[dict[str, Any]], figure: Any) -> None:
     left, right = figure.subplots(1, 2)
     found = by_model(results, "mase")
-    for model, by_panel in ((model, found[model]) for model in (MEGALODON, *OTHERS)):
-        ratios = [(panel, value / found[NAIVE][panel][0]) for panel, values in by_panel.items() for value in values]
+    for model in (MEGALODON, *OTHERS):
+        naive = {panel: values[0] for panel, values in found[NAIVE].items()}
+        ratios = [(panel, value / naive[panel]) for panel, values in found[model].items() for value in values]
         if ratios:
             left.plot(*zip(*ratios), "o", color=COLOURS[model], fillstyle="none", label=model)
     left.set(yscale="log", ylabel=f"MASE relative to {NAIVE}", xlabel="panel")
@@ -270,15 +276,11 @@ def plot(results: list[dict[str, Any]], figure: Any) -> None:
             times.setdefault(content["settings"]["method"], []).append(point)
     for method, points in times.items():
         style = "--" if method.endswith("anew") else "-"
-        right.plot(*zip(*sorted(points)), style, marker="o", color=COLOURS[_model_of(method)], label=method)
+        model, _, _ = method.partition(",")
+        right.plot(*zip(*sorted(points)), style, marker="o", color=STREAM_COLOURS[model], label=method)
     right.set(
         xscale="log", yscale="log", ylim=(0.03, 1e7), xlabel="observations so far", ylabel="one more observation, ms"
     )
     right.set_xticks([1_000, 10_000, 100_000], ["1,000", "10,000", "100,000"])
     plots.plain_ticks(right.yaxis)
     right.legend(fontsize="small", loc="upper right")
-
-
-def _model_of(method: str) -> str:
-    name = method.partition(",")[0]
-    return MEGALODON if name == "MEGALODON" else name

@@ -46,15 +46,17 @@ def mase(panel: Panel, quantiles: ndarray) -> float:
     quantiles: (S, origins, horizon, levels). Both errors are means over a series; the result is their mean.
     """
     before = panel.values[:, : panel.num_training]
-    scale = abs(before[:, panel.season :] - before[:, : -panel.season]).mean(1)
-    return float((abs(quantiles[..., MEDIAN] - panel.targets()).mean((1, 2)) / scale).mean())
+    scales = abs(before[:, panel.season :] - before[:, : -panel.season]).mean(1)
+    errors = abs(quantiles[..., MEDIAN] - panel.targets()).mean((1, 2))
+    return float((errors / scales).mean())
 
 
 def weighted_quantile_loss(panel: Panel, quantiles: ndarray) -> float:
     """Twice the quantile losses' sum over the targets' absolute sum; mean over series and levels."""
     error = panel.targets()[..., None] - quantiles
     losses = 2 * numpy.maximum(LEVELS * error, (LEVELS - 1) * error)
-    return float((losses.mean(-1).sum((1, 2)) / abs(panel.targets()).sum((1, 2))).mean())
+    sizes = abs(panel.targets()).sum((1, 2))
+    return float((losses.mean(-1).sum((1, 2)) / sizes).mean())
 
 
 def _statsmodels(name: str, *columns: str) -> ndarray:
@@ -105,7 +107,7 @@ class Source(NamedTuple):
     step: int
 
     def load(self) -> Panel:
-        return Panel(self.read(), *self[2:])
+        return Panel(self.read(), season=self.season, horizon=self.horizon, origins=self.origins, step=self.step)
 
 
 SOURCES = {  # the numbers: season, horizon, origins, step

@@ -26,7 +26,9 @@ class TimeLimit:
     """Decays an optimizer's learning rate linearly, to zero at the end of a time of this process on the processor."""
 
     def __init__(self, seconds: float, rate: float) -> None:
-        self.seconds, self.rate, self.begin = seconds, rate, time.process_time()
+        self.seconds = seconds
+        self.rate = rate
+        self.begin = time.process_time()
 
     @property
     def spent(self) -> float:
@@ -69,7 +71,7 @@ class Forecaster(nn.Module):
         return self.quantiles(self.model(torch.stack([values, *changes], -1)), values, naive, changes[1], scale)
 
     def quantiles(self, outputs: Tensor, last: Tensor, naive: Tensor, change: Tensor, scale: Tensor) -> Tensor:
-        """Return quantiles (..., horizon, levels) from outputs (..., O), seasonal naive forecasts (..., horizon) and (...)."""
+        """Return quantiles (..., horizon, levels) for outputs (..., O) and naive (..., horizon); the others are (...)."""
         *offsets, towards_naive, change_share = outputs.unflatten(-1, (self.horizon, -1)).unbind(-1)
         last, change, scale = last[..., None], change[..., None], scale[..., None, None]
         middle = last + towards_naive.sigmoid() * (naive - last) + change_share.sigmoid() * change
@@ -85,16 +87,20 @@ class ForecastStream:
         x = values.double()
         changes = [torch.cat([x[:lag] * 0, x[lag:] - x[:-lag]]) for lag in (1, net.season)]
         _, state = net.model(torch.stack([x, *changes], -1)[None], return_state=True)
-        self.net, self.decoder = net, mo.Decoder(net.model, state)
+        self.net = net
+        self.decoder = mo.Decoder(net.model, state)
         self.recent = x[-net.season :].tolist()
-        self.count, self.squares = len(x), float(changes[1].square().sum())
+        self.count = len(x)
+        self.squares = float(changes[1].square().sum())
 
     @torch.no_grad()
     def __call__(self, value: float) -> Tensor:
         """Return quantiles (horizon, levels) after one more observation."""
-        change, step = value - self.recent[0], value - self.recent[-1]
+        change = value - self.recent[0]
+        step = value - self.recent[-1]
         self.recent = [*self.recent[1:], value]
-        self.count, self.squares = self.count + 1, self.squares + change**2
+        self.count += 1
+        self.squares += change**2
         outputs = self.decoder(torch.tensor([[[value, step, change]]], dtype=torch.float64))[0, 0]
         naive = torch.tensor([self.recent[-1 - lag] for lag in self.net.lags], dtype=torch.float64)
         numbers = torch.tensor([value, change, (self.squares / self.count) ** 0.5], dtype=torch.float64)
@@ -106,12 +112,16 @@ def megalodon(panel: Panel, *, seed: int, seconds: float, lr: float) -> dict[str
     torch.manual_seed(seed)
     random = numpy.random.default_rng(seed)
     net = Forecaster(panel.season, panel.horizon)
-    values, end = torch.from_numpy(panel.values), panel.num_training - panel.horizon
+    values = torch.from_numpy(panel.values)
+    end = panel.num_training - panel.horizon
     size = (values[:, panel.season : end] - values[:, : end - panel.season]).abs().mean(1)
-    optimizer, limit, steps = training.adamw(net, lr=lr), TimeLimit(seconds, lr), 0
+    optimizer = training.adamw(net, lr=lr)
+    limit = TimeLimit(seconds, lr)
+    steps = 0
     while limit.set_rate(optimizer):
         length = int(end * random.uniform(0.5, 1))
-        rows, starts = random.integers(len(values), size=ROWS), random.integers(end - length + 1, size=ROWS)
+        rows = random.integers(len(values), size=ROWS)
+        starts = random.integers(end - length + 1, size=ROWS)
         x = torch.stack([values[row, start : start + length + panel.horizon] for row, start in zip(rows, starts)])
         targets = x.unfold(1, panel.horizon, 1)[:, 1:]
         error = (targets[..., None] - net(x[:, :length])) / size[rows, None, None, None]

@@ -70,8 +70,10 @@ PARTS |= {
 def cost(config: mo.MegalodonConfig, parts: Parts, length: int) -> tuple[float, int]:
     """Mean operations a token in rows of `length`, and numbers in a state, of a layer's attention and memory."""
     S, V, C = config.z_dim, config.value_dim, min(config.chunk_size, length)
-    keys = sum(max(0.0, C / 2 if i == 0 else C * (1 - i * C / length)) for i in range(parts.visible_chunks))
-    operations, numbers = 2 * (S + V) * keys, parts.visible_chunks * config.chunk_size * (S + V)
+    # Mean keys of a query: half of its own chunk, and all of each earlier one, which the first chunks of a row lack.
+    keys = C / 2 + sum(max(0.0, C * (1 - i * C / length)) for i in range(1, parts.visible_chunks))
+    operations = 2 * (S + V) * keys
+    numbers = parts.visible_chunks * config.chunk_size * (S + V)
     if parts.memory is not None:
         matrix = S * V // config.num_heads
         operations += 6 * matrix + (C * (2 * S + V) if parts.memory == "delta" else 0)
@@ -89,21 +91,22 @@ def timestep_decay_norm(
     eps: float = 1e-5,
     state: tuple[Tensor, Tensor, Tensor] | None = None,  # count (B,), mean and variance (B, G), both uncorrected
 ) -> tuple[Tensor, tuple[Tensor, Tensor, Tensor]]:
-    """y = (x - M) R (1 + weight) + bias, and the state after the last position. With a position's mean u and variance s,
+    """Normalize by decaying means of the positions' means and variances; return y and the state after the last position.
+
+    With a position's mean u and variance s, y = (x - M) R (1 + weight) + bias, where
 
     m_t = b1 m_{t-1} + (1 - b1) u_t    v_t = b2 v_{t-1} + (1 - b2) s_t
     M_t = m_t / (1 - b1^n_t)           R_t = 1 / sqrt(v_t / (1 - b2^n_t) + eps)      n_t: positions up to t
     """
     groups = x.unflatten(-1, (num_groups, -1))  # (B, L, G, D / G)
     if state is None:
-        count, zeros = torch.zeros(len(x), dtype=torch.int64), torch.zeros(len(x), num_groups, dtype=torch.float64)
-        state = count, zeros, zeros
+        zeros = torch.zeros(len(x), num_groups, dtype=torch.float64)
+        state = torch.zeros(len(x), dtype=torch.int64), zeros, zeros
     positions = torch.arange(1, x.shape[1] + 1, dtype=torch.float64)
     counts = state[0][:, None, None] + positions[:, None]  # (B, L, 1)
+    own_variance, own_mean = torch.var_mean(groups.double(), -1, correction=0)
     corrected, ends = [], []
-    for own, before, beta in zip(
-        torch.var_mean(groups.double(), -1, correction=0)[::-1], state[1:], betas, strict=True
-    ):
+    for own, before, beta in zip((own_mean, own_variance), state[1:], betas, strict=True):
         power = (positions * math.log(beta)).exp()[:, None]  # (L, 1); not too small for some thousand positions
         means = power * (before[:, None] + (1 - beta) * (own / power).cumsum(1))  # (B, L, G)
         corrected.append(means / -torch.expm1(counts * math.log(beta)))
@@ -178,13 +181,15 @@ def working_memory(
     A chunk reads first; then the oldest of its `visible_chunks` is written, complete or not.
     """
     write, read_weights = WRITE[kind]
-    memory = q.new_zeros(*q.shape[:2], q.shape[-1], v.shape[-1]), q.new_full((*q.shape[:2], q.shape[-1]), -torch.inf)
-    chunks = [*zip(*(t.split(chunk_size, 2) for t in (q, k, v)), strict=True)]
+    B, H, _, S = q.shape
+    memory = q.new_zeros(B, H, S, v.shape[-1]), q.new_full((B, H, S), -torch.inf)
+    keys, values = k.split(chunk_size, 2), v.split(chunk_size, 2)
     found = []
-    for number, (queries, _, _) in enumerate(chunks):
+    for number, queries in enumerate(q.split(chunk_size, 2)):
         found.append(read_weights(queries) @ memory[0])
-        if number >= visible_chunks - 1:
-            memory = write(memory, *chunks[number - visible_chunks + 1][1:])
+        oldest = number - visible_chunks + 1
+        if oldest >= 0:
+            memory = write(memory, keys[oldest], values[oldest])
     return torch.cat(found, 2), memory
 
 
@@ -214,13 +219,15 @@ class Attention(mo.NormalizedAttention):
         self.wg = Linear(config.model_dim, config.num_heads) if parts.memory_gate else None
 
     def forward(self, x: Tensor, **_: Any) -> Tensor:
-        config, parts, heads = self.config, self.parts, self.config.num_heads
+        config, parts = self.config, self.parts
+        heads = config.num_heads
         t = self.timenorm(x)
         m = self.rmsnorm(self.cema(t))
         v = F.silu(self.wv(t)).unflatten(-1, (heads, -1)).transpose(1, 2)  # (B, H, L, V)
         z = self.wz(m).unflatten(-1, (heads, -1))
         z = z * (z.square().mean(-1, keepdim=True) + config.norm_eps).rsqrt()
-        gain, offset = (t.unflatten(-1, (heads, -1)) for t in ((1 + self.gamma) * z.shape[-1] ** -0.5, self.beta))
+        gain = ((1 + self.gamma) * z.shape[-1] ** -0.5).unflatten(-1, (heads, -1))
+        offset = self.beta.unflatten(-1, (heads, -1))
         q, k, *own = (z[:, :, None] * gain + offset).permute(2, 0, 3, 1, 4)  # each (B, H, L, S)
         q, k = rotate(q, config.rotary_base), rotate(k, config.rotary_base)
         a = chunk_attention(q, k, v, chunk_size=config.chunk_size, visible_chunks=parts.visible_chunks)
@@ -252,8 +259,10 @@ class Gecko(mo.Megalodon):
         for layer in self.layers:
             layer.mega = Attention(config, parts)
         if parts.decay_norm:
-            for owner, name in [*((layer.mega, "timenorm") for layer in self.layers), (self.output, "final_norm")]:
-                setattr(owner, name, DecayNorm(config.model_dim, config.norm_num_groups, config.norm_eps))
+            sizes = (config.model_dim, config.norm_num_groups, config.norm_eps)
+            for layer in self.layers:
+                layer.mega.timenorm = DecayNorm(*sizes)
+            self.output.final_norm = DecayNorm(*sizes)
 
     def loss(self, tokens: Tensor, targets: Tensor, *, cu_seqlens: Tensor | None = None, **options: Any) -> Tensor:
         if cu_seqlens is None:

@@ -1,14 +1,15 @@
 """Gains of Gecko's parts in bits per byte, by the length of the context."""
 
 import itertools
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from bench.plots import INK
 
-from . import gecko, loss, models, runs, text, verdict
+from . import gecko, loss, models, runs, task_runs, text, verdict
 from .runs import Session
-from .task_runs import Entrant
+from .task_runs import SIZE, Entrant
 from .train import Recipe, bits_per_byte, config, estimate, train_on_text
 
 TITLE = "Gecko's parts in bits per byte"
@@ -25,36 +26,39 @@ RULE = (
     "seeds. The claim is held if a part pays. It is not held if all models have run and no part pays."
 )
 MIN_GAIN = 0.01
-SIZE, TOKENS, CHUNK = "100k", 4_000_000, 64
+TOKENS = 4_000_000
 QUICK = ("tiny", 20_000)
-LENGTH, ROWS, MAX_DOCUMENT = 512, 16, 2048
+CHUNK = 64
+LENGTH, ROWS = 512, 16
+MAX_DOCUMENT = 2048
 RATES = (8e-3, 16e-3)
 CONTEXTS = [CHUNK * times for times in (1, 2, 8, 32)]
 DECIDING = CONTEXTS[2:]
 MEGALODONS = [Entrant(models.MEGALODON, CHUNK * times) for times in (1, 2, 4, 8)]
+control = partial(task_runs.control, length=LENGTH, megalodons=MEGALODONS)
 PARTS = [Entrant(name, CHUNK) for name in gecko.PARTS]
 ENTRANTS = [*MEGALODONS, *PARTS]
 
 
 def run(session: Session, data: list[str] | None) -> None:
     first = session.seed
-    losses = {rate: train_once(session, MEGALODONS[0], data, rate, first) for rate in RATES}
+    losses = {rate: train_once(session, MEGALODONS[0], data, lr=rate, seed=first) for rate in RATES}
     rate = min(RATES, key=lambda rate: loss.as_figure((losses[rate] or {}).get("train_loss")))
     for entrant in ENTRANTS:
-        train_once(session, entrant, data, rate, first)
+        train_once(session, entrant, data, lr=rate, seed=first)
     repeated = repeated_entrants(figures([*runs.results(session.path).values()]))
     for seed, entrant in itertools.product([*session.seeds()][1:], repeated):
-        train_once(session, entrant, data, rate, seed)
+        train_once(session, entrant, data, lr=rate, seed=seed)
 
 
 def repeated_entrants(found: dict[Entrant, dict[int, list[float]]]) -> list[Entrant]:
     """Entrants with more seeds: parts whose first seed is better than the control's by MIN_GAIN, and their controls."""
-    parts = [
-        part
-        for part in PARTS
-        if {part, control(part)} <= found.keys()
-        and any(found[control(part)][context][0] - found[part][context][0] >= MIN_GAIN for context in DECIDING)
-    ]
+
+    def is_promising(part: Entrant) -> bool:
+        ours, theirs = found.get(part), found.get(control(part))
+        return bool(ours and theirs) and any(theirs[n][0] - ours[n][0] >= MIN_GAIN for n in DECIDING)
+
+    parts = [part for part in PARTS if is_promising(part)]
     return [*dict.fromkeys([*map(control, parts), *parts])]
 
 
@@ -73,7 +77,7 @@ def work(
 ) -> dict[str, Any]:
     corpus = text.documents(data)
     net = models.build(model, config(size, chunk), chunk, seed)
-    recipe = Recipe(tokens, ROWS, LENGTH, lr)
+    recipe = Recipe(tokens=tokens, rows=ROWS, length=LENGTH, lr=lr)
     result = train_on_text(net, recipe, corpus.train, scratch, seed=seed, carries=False, context_length=MAX_DOCUMENT)
     bits = bits_per_byte(net, text.to_evaluate(corpus.held_out), CONTEXTS, CONTEXTS[-1])
     return result | {"bits_per_byte": bits, "parameters": net.num_parameters(), "text": corpus.fingerprint}
@@ -92,26 +96,11 @@ def figures(results: list[dict[str, Any]]) -> dict[Entrant, dict[int, list[float
     def preferred(seeds: list[dict[str, Any]]) -> tuple[int, float]:
         return len(seeds), -loss.as_figure(seeds[0]["train_loss"])
 
-    return {
-        entrant: {
-            context: [
-                loss.as_figure(result["bits_per_byte"][str(context)]) for result in max(rates.values(), key=preferred)
-            ]
-            for context in CONTEXTS
-        }
-        for entrant, rates in by_rate.items()
-    }
-
-
-def costs(entrant: Entrant) -> tuple[float, int]:
-    """Operations a token and numbers in a state, of a layer's attention and memory."""
-    return gecko.cost(config(SIZE, entrant.chunk), gecko.PARTS.get(entrant.model, gecko.Parts()), LENGTH)
-
-
-def control(entrant: Entrant) -> Entrant:
-    """MEGALODON at equal operations."""
-    candidates = [other for other in MEGALODONS if costs(other)[0] >= costs(entrant)[0]]
-    return [*candidates, MEGALODONS[-1]][0]
+    found: dict[Entrant, dict[int, list[float]]] = {}
+    for entrant, rates in by_rate.items():
+        seeds = [result["bits_per_byte"] for result in max(rates.values(), key=preferred)]
+        found[entrant] = {context: [loss.as_figure(bits[str(context)]) for bits in seeds] for context in CONTEXTS}
+    return found
 
 
 def verdicts(results: list[dict[str, Any]]) -> dict[str, str]:
@@ -129,8 +118,9 @@ def verdicts(results: list[dict[str, Any]]) -> dict[str, str]:
     num_seeds = dict.fromkeys(ENTRANTS, 1) | dict.fromkeys(repeated_entrants(found), verdict.SEEDS)
     first = CONTEXTS[0]  # every context has as many seeds
     complete = all(len(found.get(entrant, {}).get(first, [])) >= seeds for entrant, seeds in num_seeds.items())
-    held = verdict.HELD in against_control.values()
-    claim = verdict.HELD if held else verdict.NOT_HELD if complete else verdict.UNDECIDED
+    claim = verdict.NOT_HELD if complete else verdict.UNDECIDED
+    if verdict.HELD in against_control.values():
+        claim = verdict.HELD
     return {"claim": claim, **verdict.group_by_comparison(against_control | against_chunks)}
 
 
@@ -140,7 +130,7 @@ def table(results: list[dict[str, Any]]) -> list[str]:
         "|" + " --- |" * (4 + len(CONTEXTS)),
     ]
     for entrant, by_context in figures(results).items():
-        operations, numbers = costs(entrant)
+        operations, numbers = task_runs.costs(entrant, LENGTH)
         cells = [entrant.model, str(entrant.chunk), f"{operations:,.0f}", f"{numbers:,}"]
         lines.append("| " + " | ".join([*cells, *map(verdict.spread, by_context.values())]) + " |")
     return lines

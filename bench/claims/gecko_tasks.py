@@ -2,15 +2,16 @@
 
 import itertools
 import statistics
+from collections.abc import Iterator
+from functools import partial
 from typing import Any
 
 from bench.plots import BLUE, GREEN, GREY, INK, RED, plain_ticks
 
 from . import gecko, models, runs, task_runs, verdict
 from .runs import Session
-from .task_runs import SIZE, Entrant
+from .task_runs import Entrant, costs
 from .tasks import TASKS
-from .train import config
 
 TITLE = "Gecko's parts on tasks"
 RULE = (
@@ -33,22 +34,24 @@ RATES = {"mqar": 4e-3, "selective copying": 16e-3, "needle": 1e-3}
 """Rates of MEGALODON in the claim of tasks, in chunks of 32; for MQAR, which it only learned in those, of 128"""
 CHUNK = 32
 MEGALODONS = [Entrant(models.MEGALODON, CHUNK * times) for times in (1, 2, 4)]
+control = partial(task_runs.control, megalodons=MEGALODONS)
 TWO_CHUNKS_WITH_MEMORY = [Entrant(f"two chunks with memory{form}, logits of 3", CHUNK) for form in ("", " of all")]
 LONG_CHUNK_MEMORY = Entrant("memory, logits of 3", 2 * CHUNK)
 PARTS = [*(Entrant(name, CHUNK) for name in gecko.PARTS), LONG_CHUNK_MEMORY]
 ENTRANTS = [*MEGALODONS, *PARTS]
-FULL_TASK, COMMON_PARTS = "mqar", ("two chunks", "decay norm", *gecko.MEMORIES, "all with memory, logits of 3")
-"""The task of all entrants, and the parts that also run on the others"""
+FULL_TASK = "mqar"  # the task of all entrants
+COMMON_PARTS = ("two chunks", "decay norm", *gecko.MEMORIES, "all with memory, logits of 3")
+"""Parts that also run on the other tasks"""
 
 
 def run(session: Session, data: list[str] | None) -> None:
     first, *more = session.seeds()
     for task, rate in RATES.items():
         for entrant in entrants_of(task):
-            task_runs.train_once(session, task, entrant, data, rate, first)
+            task_runs.train_once(session, task, entrant, data, lr=rate, seed=first)
         found = task_runs.cells([*runs.results(session.path).values()], ENTRANTS)
         for entrant, seed in itertools.product(repeated_entrants(found, task), more):
-            task_runs.train_once(session, task, entrant, data, rate, seed)
+            task_runs.train_once(session, task, entrant, data, lr=rate, seed=seed)
 
 
 def entrants_of(task: str) -> list[Entrant]:
@@ -59,16 +62,15 @@ def entrants_of(task: str) -> list[Entrant]:
 
 def repeated_entrants(found: task_runs.Shares, task: str) -> list[Entrant]:
     """Entrants with more seeds: MEGALODON, and parts whose first seed is better than the control's by MIN_GAIN."""
-    promising_parts = [
-        part
-        for part in PARTS
-        if "delta" not in part.model
-        and any(
-            name == task and {part, other} <= shares.keys() and shares[part][0] - shares[other][0] > MIN_GAIN
-            for (name, setting), shares in found.items()
-            for other in [control(part, length_of(setting))]
-        )
-    ]
+
+    def gains(part: Entrant) -> Iterator[float]:
+        for (name, setting), shares in found.items():
+            other = control(part, length_of(setting))
+            if name == task and {part, other} <= shares.keys():
+                yield shares[part][0] - shares[other][0]
+
+    candidates = [part for part in PARTS if "delta" not in part.model]
+    promising_parts = [part for part in candidates if max(gains(part), default=0.0) > MIN_GAIN]
     return [MEGALODONS[0], MEGALODONS[-1], *promising_parts]
 
 
@@ -76,20 +78,10 @@ def length_of(setting: str) -> int:
     return int(setting.split()[1].strip(","))
 
 
-def costs(entrant: Entrant, length: int) -> tuple[float, int]:
-    """Operations a token and numbers in a state, of a layer's attention and memory."""
-    return gecko.cost(config(SIZE, entrant.chunk), gecko.PARTS.get(entrant.model, gecko.Parts()), length)
-
-
-def control(entrant: Entrant, length: int) -> Entrant:
-    """MEGALODON at equal operations."""
-    candidates = [other for other in MEGALODONS if costs(other, length)[0] >= costs(entrant, length)[0]]
-    return [*candidates, MEGALODONS[-1]][0]
-
-
 def label(entrant: Entrant) -> str:
-    name = "MEGALODON" if entrant in MEGALODONS else entrant.model
-    return name if entrant.chunk == CHUNK and name != "MEGALODON" else f"{name} in chunks of {entrant.chunk}"
+    if entrant in MEGALODONS:
+        return f"MEGALODON in chunks of {entrant.chunk}"
+    return entrant.model if entrant.chunk == CHUNK else f"{entrant.model} in chunks of {entrant.chunk}"
 
 
 def verdicts(results: list[dict[str, Any]]) -> dict[str, str]:
@@ -104,26 +96,20 @@ def verdicts(results: list[dict[str, Any]]) -> dict[str, str]:
             ours, theirs = shares.get(part, []), shares.get(other, [])
             outcome = verdict.decide_higher(ours, theirs, MIN_GAIN, verdict.MANY_COMPARISONS)
             outcomes[f"{task}, {label(part)}: better than {label(other)}{note}", setting] = outcome
-    num_seeds = {
-        task: dict.fromkeys(entrants_of(task), 1) | dict.fromkeys(repeated_entrants(found, task), verdict.SEEDS)
-        for task in RATES
-    }
-    complete = {task for task, _ in found} == RATES.keys() and all(
-        len(shares.get(entrant, [])) >= seeds
-        for (task, _), shares in found.items()
-        for entrant, seeds in num_seeds[task].items()
-    )
-    held = verdict.HELD in against_control.values()
-    claim = verdict.HELD if held else verdict.NOT_HELD if complete else verdict.UNDECIDED
+    complete = {task for task, _ in found} == RATES.keys()
+    for (task, _), shares in found.items():
+        required = dict.fromkeys(entrants_of(task), 1)
+        required |= dict.fromkeys(repeated_entrants(found, task), verdict.SEEDS)
+        complete &= all(len(shares.get(entrant, [])) >= seeds for entrant, seeds in required.items())
+    claim = verdict.NOT_HELD if complete else verdict.UNDECIDED
+    if verdict.HELD in against_control.values():
+        claim = verdict.HELD
     return {"claim": claim, **verdict.group_by_comparison(against_control | against_others)}
 
 
 def table(results: list[dict[str, Any]]) -> list[str]:
     found = task_runs.cells(results, ENTRANTS)
-    lines = [
-        "Shares of right answers; with three seeds, mean ± standard deviation.",
-        "",
-    ]
+    lines = ["Shares of right answers; with three seeds, mean ± standard deviation.", ""]
     for task in RATES:
         settings = [setting for name, setting in found if name == task]
         lines += [

@@ -1,10 +1,9 @@
 """The Transformer for comparison: transformers' LlamaForCausalLM with the calls of `Megalodon`.
 
-A call without a state starts each sequence with an empty context, and a token attends to all earlier tokens of its sequence
-in that call. A state holds the last `window` tokens of each sequence. A call with a state reads these tokens again before
-its own, so a token sees at least `window` earlier tokens, if there are as many, and at most `window` and those of its call.
-This is evaluation by a sliding window, and costs (window + n) / n times as much for calls of n tokens. Positions count from
-the first token that a call reads, so they stay below window + n.
+- Without a state, a token attends to all earlier tokens of its sequence in the call.
+- A state holds the last `window` tokens of each sequence. A call with a state reads them again before its own n tokens: the
+  evaluation by a sliding window, which costs (window + n) / n times as much. A token sees these tokens and those of its call.
+- Positions count from the first token that a call reads, so they stay below window + n.
 
 Sequences of a packed row become rows of padded batches whose lengths differ by a factor of 2 at most, so SDPA needs only the
 causal mask, its fastest path on the CPU.
@@ -107,7 +106,9 @@ class Llama(nn.Module):
                 result.flatten(0, 1), targets.flatten(), reduction=reduction, ignore_index=ignore_index
             )
             result = result.view(targets.shape) if reduction == "none" else result
-        return (result, WindowState(ids[max(0, len(ids) - self.window) :] for ids in whole)) if return_state else result
+        if not return_state:
+            return result
+        return result, WindowState(ids[max(0, len(ids) - self.window) :] for ids in whole)
 
     def loss(self, tokens: Tensor, targets: Tensor, **options: Any) -> Any:
         return self(tokens, targets, **options)

@@ -84,7 +84,8 @@ def run(session: Session, data: list[str] | None) -> None:
     shortest, *longer = ROWS
     best = []
     for model in loss.MODELS:
-        keys = [best_rate(RunKey(size, shortest, model, optimizer, 0.0)) for optimizer in OPTIMIZERS]
+        first_key = RunKey(size=size, length=shortest, model=model, optimizer="", lr=0.0)
+        keys = [best_rate(first_key._replace(optimizer=optimizer)) for optimizer in OPTIMIZERS]
         best.append(best_rate(best_of(keys), loss.EXTRA_RATES + 1))
     for seed, key in itertools.product(session.seeds(), best):
         bits(key, seed)
@@ -127,7 +128,7 @@ def work(
             part: bits_per_byte(net, documents, [length], PIECE)[str(length)] for part, documents in held_out.items()
         }
 
-    recipe = Recipe(tokens, rows, length, lr, optimizer=optimizer)
+    recipe = Recipe(tokens=tokens, rows=rows, length=length, lr=lr, optimizer=optimizer)
     reading = dict(seed=seed, carries=carries, start=corpus.tokenizer.start, context_length=2 * length)
     result = train_on_text(net, recipe, corpus.train, scratch, evaluation=evaluation, **reading)
     whole = bits_per_byte(net, corpus.test, ["all"], PIECE if carries else length // 2)
@@ -179,24 +180,15 @@ def verdicts(results: list[dict[str, Any]]) -> dict[str, str]:
 
 def table(results: list[dict[str, Any]]) -> list[str]:
     keys = chosen_keys(results).values()
-    parameters = {
-        (content["settings"]["size"], content["settings"]["model"]): content["result"]["parameters"]
-        for content in results
-    }
+    parameters = {(c["settings"]["size"], c["settings"]["model"]): c["result"]["parameters"] for c in results}
     found = [figures(results, pick) for pick in FIGURES.values()]
     lines = ["Bits per byte, in windows of a row except for whole documents.", ""]
     lines.append(f"| text | row | model | parameters | optimizer, rate | seeds | {' | '.join(FIGURES)} |")
     lines.append("|" + " --- |" * (6 + len(FIGURES)))
     for key in found[0]:
         rate = f"{key.optimizer}, {key.lr:g}" + (", chosen" if key in keys else "")
-        cells = [
-            key.language,
-            str(key.length),
-            key.model,
-            f"{parameters[key.size, key.model]:,}",
-            rate,
-            str(len(found[0][key])),
-        ]
+        count, seeds = f"{parameters[key.size, key.model]:,}", str(len(found[0][key]))
+        cells = [key.language, str(key.length), key.model, count, rate, seeds]
         lines.append("| " + " | ".join([*cells, *(verdict.spread(by_key[key]) for by_key in found)]) + " |")
     return lines
 

@@ -35,9 +35,9 @@ def listops(random: Generator, count: int, longest: int) -> Examples:
 
 
 SIDE = 32
-CURVE_LENGTH, MIN_DISTANCE, BEND = 24, 3, 0.3
-"""Length of a curve in moves of one pixel, its least distance from other curves and from its own distant parts, and the standard
-deviation of a move's turn in radians"""
+CURVE_LENGTH = 24  # moves of one pixel
+MIN_DISTANCE = 3  # of a curve from other curves and from its own distant parts
+BEND = 0.3  # standard deviation of a move's turn, in radians
 Curve = list[tuple[int, int]]
 
 
@@ -66,10 +66,12 @@ def _curve(random: Generator, occupied: numpy.ndarray) -> Curve | None:
     """A curve in free pixels, marked in `occupied` with its margin; None if it meets a border, another curve or itself."""
     headings = random.uniform(0, 2 * numpy.pi) + random.normal(0, BEND, size=CURVE_LENGTH).cumsum()
     path = random.uniform(2, SIDE - 2, size=2) + numpy.stack((numpy.cos(headings), numpy.sin(headings)), 1).cumsum(0)
-    pixels = numpy.array([*dict.fromkeys(map(tuple, numpy.rint(path).astype(int).tolist()))])
+    different = dict.fromkeys(map(tuple, numpy.rint(path).astype(int).tolist()))  # in the path's order
+    pixels = numpy.array([*different])
     if pixels.min() < 1 or pixels.max() > SIDE - 2 or occupied[tuple(pixels.T)].any():
         return None
-    far = numpy.subtract.outer(*[numpy.arange(len(pixels))] * 2) > 2 * MIN_DISTANCE
+    index = numpy.arange(len(pixels))
+    far = index[:, None] - index > 2 * MIN_DISTANCE  # along the curve
     if (abs(pixels[:, None] - pixels).max(-1) < MIN_DISTANCE)[far].any():
         return None
     for y, x in pixels:
@@ -104,7 +106,9 @@ def words(random: Generator, count: int, longest: int = RATE) -> Examples:
 
 def _word(random: Generator, word: tuple[str, ...], samples: int) -> numpy.ndarray:
     sound = random.normal(0, 0.03, size=samples)
-    begin, pitch, loudness = int(samples * random.uniform(0.02, 0.2)), random.uniform(90, 250), random.uniform(0.4, 1)
+    begin = int(samples * random.uniform(0.02, 0.2))
+    pitch = random.uniform(90, 250)  # Hz
+    loudness = random.uniform(0.4, 1)
     for vowel in word:
         length = int(samples * random.uniform(0.25, 0.38))
         angle = numpy.arange(length) * 2 * numpy.pi / RATE  # of 1 Hz

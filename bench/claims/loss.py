@@ -1,4 +1,4 @@
-"""Claim a: run_key on the same text, MEGALODON has a lower loss than a Transformer with as many parameters."""
+"""Claim a: trained on the same text, MEGALODON has a lower loss than a Transformer with as many parameters."""
 
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -74,8 +74,10 @@ def sweep(loss: Callable[[float], float | None], rates: tuple[float, ...], extra
         return rates[len(rates) // 2]
     for _ in range(extra):
         best = min(found, key=found.get)
-        further = best / 2 if best == min(found) else 2 * best if best == max(found) else None
-        figure = None if further is None else loss(further)
+        if min(found) < best < max(found):
+            break
+        further = best / 2 if best == min(found) else 2 * best
+        figure = loss(further)
         if figure is None:
             break
         found[further] = figure
@@ -92,7 +94,8 @@ HELD_OUT = 600_000
 
 def seconds(tokens: int, *, model: str, size: str, chunk: int, data: Any, held_out: bool = False) -> float:
     """Estimate for training and for held-out text in windows of a row and as a whole; the Llama reads the latter twice."""
-    reading = HELD_OUT * (3 if model == models.LLAMA else 2) * held_out
+    passes = (3 if model == models.LLAMA else 2) if held_out else 0
+    reading = HELD_OUT * passes
     return estimate(size, chunk, model, tokens, LENGTH) + estimate(size, chunk, model, reading, LENGTH, training=False)
 
 
@@ -103,7 +106,8 @@ def work(
     corpus = text.documents(data)
     net = models.build(model, config(size, chunk), LENGTH // 2, seed)
     carries = model != models.LLAMA
-    result = train_on_text(net, Recipe(tokens, ROWS, LENGTH, lr), corpus.train, scratch, seed=seed, carries=carries)
+    recipe = Recipe(tokens=tokens, rows=ROWS, length=LENGTH, lr=lr)
+    result = train_on_text(net, recipe, corpus.train, scratch, seed=seed, carries=carries)
     result |= {"parameters": net.num_parameters(), "text": corpus.fingerprint}
     if held_out:
         documents = text.to_evaluate(corpus.held_out)

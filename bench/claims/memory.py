@@ -34,7 +34,9 @@ SIZE, CHUNK, LENGTHS = "1M", 1024, [1 << i for i in range(10, 17)]
 STREAMS = {models.MEGALODON: 1_000_000, models.LLAMA: 32_000}
 QUICK = ("tiny", 64, [256, 512, 1024, 2048])
 QUICK_STREAMS = {models.MEGALODON: 4_000, models.LLAMA: 2_000}
-MAX_RATIO, PIECE, START_SECONDS = 1.1, 512, 8.0
+MAX_RATIO = 1.1
+PIECE = 512  # tokens of a stream that a call reads
+START_SECONDS = 8.0
 
 
 def run(session: Session, data: list[str] | None) -> None:
@@ -117,10 +119,13 @@ def streams(results: list[dict[str, Any]]) -> dict[str, stream_memory.Samples]:
 
 
 def verdicts(results: list[dict[str, Any]]) -> dict[str, str]:
-    ours, stream = peaks(results).get(models.MEGALODON, {}), streams(results).get(models.MEGALODON)
-    by_comparison, longest = {}, max(ours, default=0)
+    ours = peaks(results).get(models.MEGALODON, {})
+    stream = streams(results).get(models.MEGALODON)
+    longest = max(ours, default=0)
+    by_comparison = {}
     if ours.get(longest) and ours.get(longest // 8):
-        ratio = ours[longest] / longest / (ours[longest // 8] / (longest // 8))
+        bytes_a_token = {length: ours[length] / length for length in (longest, longest // 8)}
+        ratio = bytes_a_token[longest] / bytes_a_token[longest // 8]
         by_comparison["training: bytes a token do not grow"] = verdict.from_bool(ratio <= MAX_RATIO)
     if stream:
         growth = stream_memory.growth(stream)

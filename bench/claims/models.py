@@ -37,11 +37,10 @@ def build(name: str, config: mo.MegalodonConfig, window: int, seed: int) -> nn.M
     if name not in ABLATIONS:
         raise ValueError(f"no model {name!r}: {', '.join((MEGALODON, LLAMA, *ABLATIONS, *gecko.PARTS))}")
     if name == NO_EMA:
-        freed = config.model_dim * (4 * config.cema_ndim + 2)
-        config = dataclasses.replace(
-            config,
-            ffn_hidden_dim=config.ffn_hidden_dim + round(freed / ((3 if config.swiglu else 2) * config.model_dim)),
-        )
+        freed = config.model_dim * (4 * config.cema_ndim + 2)  # parameters of CEMA
+        of_a_hidden_unit = (3 if config.swiglu else 2) * config.model_dim
+        hidden = config.ffn_hidden_dim + round(freed / of_a_hidden_unit)
+        config = dataclasses.replace(config, ffn_hidden_dim=hidden)
     return ABLATIONS[name](mo.Megalodon(config))
 
 

@@ -57,7 +57,8 @@ class Session:
         scratch = self.path.with_name(f"{self.path.stem}-unfinished") / (re.sub(r"[^\w.=-]+", "_", name) + ".pt")
         scratch.parent.mkdir(parents=True, exist_ok=True)
         print(f"{self.claim}: {name}, about {duration(seconds)}", flush=True)
-        load, begin = os.getloadavg()[0], time.monotonic()
+        load, _, _ = os.getloadavg()
+        begin = time.monotonic()
         result = work(scratch, **settings)
         took = result.pop("seconds", None) or time.monotonic() - begin
         date = datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")

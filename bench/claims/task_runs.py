@@ -11,7 +11,7 @@ from torch import nn
 
 from bench.plots import GREY
 
-from . import loss, models, text, verdict
+from . import gecko, loss, models, text, verdict
 from .runs import Session
 from .tasks import NONE, TASKS
 from .train import Recipe, config, estimate, train
@@ -24,8 +24,10 @@ RULE = (
     "MEGALODON is worse nowhere and better somewhere, and not held if it is worse anywhere. MEGALODON's chunk is the trained "
     "length. Also shown, without deciding: MEGALODON in chunks of a quarter of that length."
 )
-SIZE, BATCH, RATES, MIN_DIFFERENCE = "100k", 32, (1e-3, 4e-3, 16e-3), 0.05
-STEPS, NUM_EVALUATED = 3000, 512
+BATCH = 32
+RATES = (1e-3, 4e-3, 16e-3)
+MIN_DIFFERENCE = 0.05
+SIZE, STEPS, NUM_EVALUATED = "100k", 3000, 512
 QUICK = ("tiny", 12, 32)
 TIMES = (1, 2, 4, 8)
 GENERATION_SECONDS = {"listops": 0.05}
@@ -46,37 +48,54 @@ class Entrant(NamedTuple):
         return self.model if self in DECIDING else f"{self.model} chunk={self.chunk}"
 
 
-OURS, THEIRS = DECIDING = Entrant(models.MEGALODON, 128), Entrant(models.LLAMA, 128)
+OURS = Entrant(models.MEGALODON, 128)
+THEIRS = Entrant(models.LLAMA, 128)
+DECIDING = (OURS, THEIRS)
 SHORT_CHUNKS = Entrant(models.MEGALODON, 32)
 ENTRANTS = (*DECIDING, SHORT_CHUNKS)
 
 
+def costs(entrant: Entrant, length: int) -> tuple[float, int]:
+    """Operations a token and numbers in a state, of a layer's attention and memory, in rows of `length`."""
+    return gecko.cost(config(SIZE, entrant.chunk), gecko.PARTS.get(entrant.model, gecko.Parts()), length)
+
+
+def control(entrant: Entrant, length: int, *, megalodons: Sequence[Entrant]) -> Entrant:
+    """MEGALODON at equal operations: the first that takes at least as many as `entrant`, or else the last."""
+    operations, _ = costs(entrant, length)
+    return next((other for other in megalodons if costs(other, length)[0] >= operations), megalodons[-1])
+
+
 def run(session: Session, data: list[str] | None) -> None:
-    for task, entrant in [*itertools.product(TASKS, DECIDING), *itertools.product(TASKS, (SHORT_CHUNKS,))]:
+    for task, entrant in itertools.product(TASKS, DECIDING):
         train_by_sweep(session, task, entrant, data)
+    for task in TASKS:
+        train_by_sweep(session, task, SHORT_CHUNKS, data)
 
 
 def train_by_sweep(session: Session, task: str, entrant: Entrant, data: list[str] | None) -> None:
     """Run the first seed at each rate, then the others at the rate of the lowest training loss."""
     first, *others = session.seeds()
-    found = {rate: train_once(session, task, entrant, data, rate, first) for rate in RATES}
+    found = {rate: train_once(session, task, entrant, data, lr=rate, seed=first) for rate in RATES}
     losses = {rate: loss.as_figure(result["train_loss"]) for rate, result in found.items() if result is not None}
     rate = min(losses, key=losses.get) if losses else RATES[0]
     for seed in others:
-        train_once(session, task, entrant, data, rate, seed)
+        train_once(session, task, entrant, data, lr=rate, seed=seed)
 
 
 def train_once(
     session: Session, task: str, entrant: Entrant, data: list[str] | None, lr: float, seed: int
 ) -> dict[str, Any] | None:
     size, steps, asked = QUICK if session.quick else (SIZE, STEPS, NUM_EVALUATED)
-    data, estimated = data if TASKS[task].needs_text else None, seconds(size, entrant, task, steps, asked)
+    data = data if TASKS[task].needs_text else None
+    estimated = seconds(size, entrant, task, steps, asked)
     settings = dict(task=task, **entrant._asdict(), size=size, steps=steps, asked=asked, data=data, lr=lr, seed=seed)
     return session.run(f"{task} {entrant.label} lr={lr:g} seed={seed}", work, estimated, **settings)
 
 
 def seconds(size: str, entrant: Entrant, task: str, steps: int, asked: int) -> float:
-    length, (model, chunk) = TASKS[task].length, entrant
+    length = TASKS[task].length
+    model, chunk = entrant
     training = estimate(size, chunk, model, steps * BATCH * length, length) + steps * GENERATION_SECONDS.get(task, 0.0)
     return training + sum(
         estimate(size, chunk, model, asked * length * times, length * times, training=False) for times in TIMES
@@ -105,7 +124,7 @@ def work(
         nonlocal step
         step = position["step"]
 
-    recipe = Recipe(steps * BATCH * spec.length, BATCH, spec.length, lr)
+    recipe = Recipe(tokens=steps * BATCH * spec.length, rows=BATCH, length=spec.length, lr=lr)
     result = train(net, recipe, next_loss, scratch, position=lambda: {"step": step}, seek=seek)
     rows = []
     for length, settings in evaluation_settings(task):
@@ -134,7 +153,8 @@ def accuracy(
             targets[:, : -spec.last] = NONE
         is_target = targets != NONE
         hits = (model(tokens).argmax(-1) == targets) & is_target
-        right, total = right + int(hits.sum()), total + int(is_target.sum())
+        right += int(hits.sum())
+        total += int(is_target.sum())
         rows += int((hits.sum(1) == is_target.sum(1)).sum())
     return {"targets": right / total, "rows": rows / count}
 
@@ -177,9 +197,12 @@ def verdicts(results: list[dict[str, Any]]) -> dict[str, str]:
         for (task, _), shares in found.items()
         if all(len(shares.get(entrant, [])) >= verdict.SEEDS for entrant in DECIDING)
     }
-    worse, better = (outcome in by_comparison.values() for outcome in (verdict.NOT_HELD, verdict.HELD))
-    held = better and complete == TASKS.keys()
-    return {"claim": verdict.NOT_HELD if worse else verdict.HELD if held else verdict.UNDECIDED, **by_comparison}
+    claim = verdict.UNDECIDED
+    if verdict.NOT_HELD in by_comparison.values():
+        claim = verdict.NOT_HELD
+    elif verdict.HELD in by_comparison.values() and complete == TASKS.keys():
+        claim = verdict.HELD
+    return {"claim": claim, **by_comparison}
 
 
 def table(results: list[dict[str, Any]]) -> list[str]:

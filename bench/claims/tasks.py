@@ -21,14 +21,15 @@ import torch
 from torch import Tensor
 
 NONE = -100
+KEYS = 32  # of mqar
+LETTERS, QUERY, COPIES = 16, 17, 8  # of selective copying: numbers of letters, the query's id, letters of a row
+DIGITS = 5  # of a needle's code
+PERMUTATIONS = list(itertools.permutations(range(5)))  # s5
 Examples = tuple[numpy.ndarray, numpy.ndarray]
 
 
 def _blank(count: int, length: int) -> Examples:
     return numpy.zeros((count, length), numpy.int64), numpy.full((count, length), NONE, numpy.int64)
-
-
-KEYS = 32
 
 
 def mqar(random: numpy.random.Generator, count: int, length: int, pairs: int = 8) -> Examples:
@@ -43,18 +44,17 @@ def mqar(random: numpy.random.Generator, count: int, length: int, pairs: int = 8
     for row in range(count):
         keys = 1 + random.permutation(KEYS)[:pairs]
         values = 1 + KEYS + random.integers(KEYS, size=pairs)
-        tokens[row, 0 : 2 * pairs : 2], tokens[row, 1 : 2 * pairs : 2] = keys, values
+        tokens[row, 0 : 2 * pairs : 2] = keys
+        tokens[row, 1 : 2 * pairs : 2] = values
         queries = random.integers(pairs, size=length - begin)
-        tokens[row, begin:], targets[row, begin:] = keys[queries], values[queries]
+        tokens[row, begin:] = keys[queries]
+        targets[row, begin:] = values[queries]
     return tokens, targets
 
 
 def parity(random: numpy.random.Generator, count: int, length: int) -> Examples:
     bits = random.integers(2, size=(count, length))
     return bits, numpy.bitwise_xor.accumulate(bits, axis=1)
-
-
-PERMUTATIONS = list(itertools.permutations(range(5)))
 
 
 def _products() -> numpy.ndarray:
@@ -68,10 +68,8 @@ PRODUCTS = _products()
 
 def s5(random: numpy.random.Generator, count: int, length: int) -> Examples:
     """Indices of PERMUTATIONS, and the index of the product up to each position."""
-    tokens, targets = (
-        random.integers(len(PERMUTATIONS), size=(count, length)),
-        numpy.empty((count, length), numpy.int64),
-    )
+    tokens = random.integers(len(PERMUTATIONS), size=(count, length))
+    targets = numpy.empty((count, length), numpy.int64)
     product = tokens[:, 0]
     targets[:, 0] = product
     for t in range(1, length):
@@ -80,20 +78,16 @@ def s5(random: numpy.random.Generator, count: int, length: int) -> Examples:
     return tokens, targets
 
 
-LETTERS, QUERY, COPIES = 16, 17, 8
-
-
 def selective_copying(random: numpy.random.Generator, count: int, length: int) -> Examples:
     """8 letters 1..16 at random positions among zeros, then 8 tokens 17, whose targets are the letters in order."""
     tokens, targets = _blank(count, length)
     for row in range(count):
         positions = numpy.sort(random.permutation(length - COPIES)[:COPIES])
         letters = 1 + random.integers(LETTERS, size=COPIES)
-        tokens[row, positions], tokens[row, -COPIES:], targets[row, -COPIES:] = letters, QUERY, letters
+        tokens[row, positions] = letters
+        tokens[row, -COPIES:] = QUERY
+        targets[row, -COPIES:] = letters
     return tokens, targets
-
-
-DIGITS = 5
 
 
 def needle(random: numpy.random.Generator, count: int, length: int, text: bytes) -> Examples:
@@ -102,7 +96,8 @@ def needle(random: numpy.random.Generator, count: int, length: int, text: bytes)
     for row in range(count):
         name = bytes((97 + random.integers(26, size=4)).tolist())
         code = b"%0*d" % (DIGITS, random.integers(10**DIGITS))
-        sentence, question = b"\nThe code of %s is %s.\n" % (name, code), b"\nThe code of %s is " % name
+        sentence = b"\nThe code of %s is %s.\n" % (name, code)
+        question = b"\nThe code of %s is " % name
         hay = length - len(sentence) - len(question) - DIGITS + 1
         begin, depth = random.integers(len(text) - hay), random.integers(hay + 1)
         straw = text[begin : begin + hay]
@@ -112,10 +107,13 @@ def needle(random: numpy.random.Generator, count: int, length: int, text: bytes)
     return tokens, targets
 
 
-OPERATORS, CLOSE, VALUES = {"MIN": 11, "MAX": 12, "MED": 13, "SM": 14}, 15, 10
+OPERATORS = {"MIN": 11, "MAX": 12, "MED": 13, "SM": 14}
+CLOSE = 15
 """Ids; the digit d has 1 + d, and 0 is padding. As in Long Range Arena, an operator includes its opening bracket, and there are
 no parentheses"""
+VALUES = 10
 DEPTH, ARGUMENTS, NESTED = 10, 10, 0.25
+"""Maximum depth, maximum arguments of an operator, probability of an operator"""
 
 
 def listops(random: numpy.random.Generator, count: int, length: int) -> Examples:
@@ -132,7 +130,8 @@ def listops(random: numpy.random.Generator, count: int, length: int) -> Examples
             ids, value = expression(draw, length)
             if length // 2 < len(ids) <= length:
                 break
-        tokens[row, : len(ids)], targets[row, len(ids) - 1] = ids, 1 + value
+        tokens[row, : len(ids)] = ids
+        targets[row, len(ids) - 1] = 1 + value
     return tokens, targets
 
 
@@ -165,7 +164,8 @@ def expression(draw: python_random.Random, limit: int) -> tuple[list[int], int]:
 
 
 def value_of(name: str, values: list[int]) -> int:
-    ordered, middle = sorted(values), len(values) // 2
+    ordered = sorted(values)
+    middle = len(values) // 2
     median = ordered[middle] if len(values) % 2 else (ordered[middle - 1] + ordered[middle]) // 2
     return {"MIN": ordered[0], "MAX": ordered[-1], "MED": median, "SM": sum(values) % 10}[name]
 

@@ -119,13 +119,13 @@ def tokens(folder: Path, vocabulary: int, paths: list[str] | None, language: str
         draft.replace(cache)
     tokenizer = load_tokenizer(tokenizer_folder)
     found = dict(numpy.load(cache))
-    held_out = {
-        part: [
-            Document([tokenizer.start, *ids.tolist()], int(size))
-            for ids, size in zip(_documents(found, part), found[f"{part} bytes"], strict=True)
+    held_out = {}
+    for part in ("validation", "test"):
+        sizes = found[f"{part} bytes"].tolist()
+        ids_of_documents = [ids.tolist() for ids in _documents(found, part)]
+        held_out[part] = [
+            Document([tokenizer.start, *ids], size) for ids, size in zip(ids_of_documents, sizes, strict=True)
         ]
-        for part in ("validation", "test")
-    }
     facts = {f"{part} sha256": found[f"{part} text"].tobytes().hex() for part in ("train", *held_out)}
     facts |= {"train bytes": int(found["train bytes"].sum()), "train tokens": len(found["train ids"])}
     return Tokens(_documents(found, "train"), **held_out, tokenizer=tokenizer, facts=facts)
@@ -153,10 +153,10 @@ def _read_packages(language: str) -> dict[str, list[bytes]]:
             raise SystemExit(f"{PACKAGES[language].name}: the files of {name} {version} differ here; reinstall it")
         parts.setdefault(part, []).extend(documents)
     seen: set[bytes] = set()
-    return {
-        part: [document for document in documents if not (document in seen or seen.add(document))]
-        for part, documents in parts.items()
-    }
+    for part, documents in parts.items():
+        parts[part] = [document for document in dict.fromkeys(documents) if document not in seen]
+        seen.update(documents)
+    return parts
 
 
 def sources(name: str, version: str) -> list[bytes]:
@@ -176,11 +176,13 @@ def sources(name: str, version: str) -> list[bytes]:
 
 def documentation(name: str, version: str) -> list[bytes]:
     """Texts of a Debian package, without translations, sorted by file name and cut into pieces of a MiB."""
+
+    def query(*options: str) -> str:
+        return subprocess.run(["dpkg-query", *options, name], capture_output=True, text=True).stdout
+
     try:
-        installed, files = (
-            subprocess.run(["dpkg-query", *query, name], capture_output=True, text=True).stdout
-            for query in (["--show", "--showformat", "${Version}"], ["--listfiles"])
-        )
+        installed = query("--show", "--showformat", "${Version}")
+        files = query("--listfiles")
     except FileNotFoundError:
         raise SystemExit(f"no text of {name}: it is a package of Debian, and dpkg-query is not here") from None
     if installed != version:

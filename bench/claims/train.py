@@ -82,16 +82,19 @@ def train(
     """
     optimizer = OPTIMIZERS[recipe.optimizer](model, lr=recipe.lr, weight_decay=WEIGHT_DECAY)
     schedule = Schedule(recipe.lr, recipe.warmup, recipe.steps)
-    step, losses, spent, evaluations = 0, [], 0.0, {}
+    step, spent = 0, 0.0
+    losses, evaluations = [], {}
     marks = {round(part * recipe.steps): f"{part:g}" for part in EVALUATION_POINTS if evaluation is not None}
     if scratch.exists():
         saved = torch.load(scratch, weights_only=True)
         model.load_state_dict(saved["model"])
         optimizer.load_state_dict(saved["optimizer"])
         seek(saved["position"])
-        step, losses, spent, evaluations = saved["step"], saved["losses"], saved["seconds"], saved["looks"]
+        step, spent = saved["step"], saved["seconds"]
+        losses, evaluations = saved["losses"], saved["looks"]
     model.train()
-    begin = saved_at = clock()
+    begin = clock()
+    saved_at = begin
     while step < recipe.steps:
         schedule.apply(optimizer, step)
         loss = next_loss()
@@ -221,7 +224,7 @@ def main(arguments: list[str] | None = None) -> None:
     options.out.mkdir(parents=True, exist_ok=True)
     corpus = text.documents(options.data)
     model = models.build(options.model, config(options.size, options.chunk), options.length // 2, options.seed)
-    recipe = Recipe(options.tokens, options.rows, options.length, options.lr)
+    recipe = Recipe(tokens=options.tokens, rows=options.rows, length=options.length, lr=options.lr)
     carries = options.model != models.LLAMA
     scratch = options.out / "unfinished.pt"
     result = train_on_text(model, recipe, corpus.train, scratch, seed=options.seed, carries=carries)

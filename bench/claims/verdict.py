@@ -44,9 +44,11 @@ def decide_falling(curves: Sequence[Figures], least: float = 0.0) -> str:
     if len(curves) < SEEDS:
         return UNDECIDED
     verdict = HELD
-    for before, after in zip(list(zip(*curves, strict=True)), list(zip(*curves, strict=True))[1:]):
+    points = list(zip(*curves, strict=True))  # at each, a figure of every seed
+    for before, after in zip(points, points[1:]):
         rises = [b - a for a, b in zip(before, after, strict=True)]
-        mean, error = statistics.fmean(rises), statistics.stdev(rises) / math.sqrt(len(rises))
+        mean = statistics.fmean(rises)
+        error = statistics.stdev(rises) / math.sqrt(len(rises))
         if mean > max(least, STANDARD_ERRORS * error):
             return NOT_HELD
         if mean >= 0:

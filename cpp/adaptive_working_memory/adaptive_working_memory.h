@@ -1,4 +1,4 @@
-// Working memory, a matrix per head that earlier chunks wrote: parameters of the kernel, which the binding launches.
+// Working memory, a matrix per head to which chunks are written: parameters of the kernel, which the binding launches.
 // Derivation: ops/adaptive_working_memory/adaptive_working_memory_reference.py.
 #pragma once
 

@@ -1,5 +1,5 @@
 #include "adaptive_working_memory.h"
-#include "target.h"
+#include "target.h"  // MEGALODON_BINDING, which declares `target`
 #include "tensor_view.h"
 
 namespace megalodon {

@@ -1,11 +1,14 @@
 // Read and write a working memory at a few positions, as in decoding. Derivation:
 // ops/adaptive_working_memory/adaptive_working_memory_reference.py.
 //
-//   o_t = softmax(q_t) M                       read, at each position
-//   M'  = (1 - r) M + r P^T (V - F M)          write, after each chunk; P, F and V are of that chunk or an earlier one
+//   o_t = softmax(q_t) M                      read, at each position
+//   N = P^T (V - F M),  M' = (1 - r) M + r N  write, when a chunk is complete: of the one `visible` - 1 chunks earlier
+//
+// V (C, V) has the values of the chunk that is written. Its keys give F, by a softmax over the K channels of each
+// position, and P, by a softmax over the C positions for each channel. r (K) is the weight of N: merge().
 //
 // A job owns one head of one sequence; its M (K, V) fits into the L1 or L2. A read passes over M once. A write takes
-// kRows positions at a time: it computes their rows of V - F M, then adds their part of N = P^T (V - F M).
+// kRows positions at a time: it computes their rows of V - F M, then adds their part of N.
 
 #include "adaptive_working_memory.h"
 
@@ -25,14 +28,13 @@ namespace {
 template <class T>
 class Head {
   using R = Compute<T>;
-  static constexpr int64_t kLane = kLanes<R>;
-  static constexpr int kRows = 4;
+  static constexpr int kRows = 4;  // positions that a write takes at a time
 
  public:
   explicit Head(const WorkingMemoryStepsParams& params)
       : p_(params),
-        key_width_(round_up(params.key_dim, kLane)),
-        value_width_(round_up(params.value_dim, kLane)),
+        key_width_(round_up(params.key_dim, kLanes<R>)),
+        value_width_(round_up(params.value_dim, kLanes<R>)),
         read_weights_(kRows * key_width_),
         write_weights_(kRows * key_width_),
         max_(key_width_),
@@ -42,18 +44,18 @@ class Head {
 
   // Runs head h over all positions of sequence s.
   void run(int64_t s, int64_t h) {
-    const int64_t C = p_.chunk_size, visible = p_.visible * C, steps = p_.sequences.length(s);
-    const int64_t begin = p_.sequences.begin(s), head = s * p_.heads + h;
+    const int64_t C = p_.chunk_size, visible = p_.visible * C;  // positions of a chunk and of the visible chunks
+    const int64_t begin = p_.sequences.begin(s), steps = p_.sequences.length(s), head = s * p_.heads + h;
     const int64_t initial_position = p_.position[s];
-    const int64_t cached = std::min(initial_position, visible - C + initial_position % C);
+    const int64_t cached = std::min(initial_position, visible - C + initial_position % C);  // rows in use of a cache
     memory_ = static_cast<R*>(p_.memory) + head * p_.key_dim * p_.value_dim;
     mass_ = static_cast<R*>(p_.mass) + head * p_.key_dim;
     if (initial_position < visible) std::fill(mass_, mass_ + p_.key_dim, R{0});
     for (int64_t t = 0; t < steps; ++t) {
       read(begin + t, h);
       const int64_t position = initial_position + t + 1;
-      if (position % C == 0 && position >= visible)
-        write(s, h, begin + t + 1 - visible, begin, cached, position == visible);
+      const int64_t first = begin + t + 1 - visible;
+      if (position % C == 0 && position >= visible) write(s, h, first, begin, cached, position == visible);
     }
   }
 
@@ -79,8 +81,8 @@ class Head {
     });
   }
 
-  // Writes the chunk that starts at token `first` to M. Its tokens before `begin` are the last of the cache's `cached`
-  // rows.
+  // Writes the chunk that starts at token `first` to M. Its tokens before `begin`, the first of this call, are the last
+  // of the cache's `cached` rows.
   void write(int64_t s, int64_t h, int64_t first, int64_t begin, int64_t cached, bool is_first_chunk) {
     const int64_t C = p_.chunk_size, K = p_.key_dim, V = p_.value_dim;
     const auto chunk_row = [&](const void* cache, const void* tokens, int64_t j, int64_t width) {
@@ -132,22 +134,23 @@ class Head {
   void add_rows() {
     const int64_t K = p_.key_dim, V = p_.value_dim;
     for_each_vector<R>(V, [&](int64_t c, int64_t n) {
-      Vec<R> u[kRows];
-      for (int i = 0; i < kRows; ++i) u[i] = load(static_cast<const R*>(&residual_[i * value_width_ + c]));
+      Vec<R> residual[kRows];
+      for (int i = 0; i < kRows; ++i) residual[i] = load(static_cast<const R*>(&residual_[i * value_width_ + c]));
       for (int64_t k = 0; k < K; ++k) {
         const Vec<R> m = load_first(static_cast<const R*>(memory_) + k * V + c, n);
-        for (int i = 0; i < kRows; ++i) u[i] -= read_weights_[i * key_width_ + k] * m;
+        for (int i = 0; i < kRows; ++i) residual[i] -= read_weights_[i * key_width_ + k] * m;
       }
       for (int64_t k = 0; k < K; ++k) {
         R* at = &update_[k * value_width_ + c];
         Vec<R> sum = load(static_cast<const R*>(at));
-        for (int i = 0; i < kRows; ++i) sum += write_weights_[i * key_width_ + k] * u[i];
+        for (int i = 0; i < kRows; ++i) sum += write_weights_[i * key_width_ + k] * residual[i];
         store(at, sum);
       }
     });
   }
 
-  // z' = log(exp(z) + exp(w)),  r = exp(w - z'),  M += r (N - M); mass_ holds z, and w = max_ + log(sum).
+  // For each key channel, z = mass_ is the log of the weight of the chunks in M, and w = log sum_j exp(k_j) that of the
+  // chunk that is written:  z' = log(exp(z) + exp(w)),  r = exp(w - z'),  M += r (N - M).
   void merge(bool is_first_chunk) {
     for (int64_t k = 0; k < p_.key_dim; ++k) {
       const R w = max_[k] - std::log(inverse_sum_[k]);

@@ -25,7 +25,7 @@
 // Phase 1 stores nothing per position: scratch is O(D N) per group. Sums are added in double after each tile.
 //
 // Exceptions:
-//   tiny p                  the direct form runs if an initial state would be divided by it
+//   tiny p                  the direct form, which computes h itself, runs if a state would be divided by a tiny p
 //   overflow                u may overflow where h does not, and then stays infinite or NaN. If a segment's last u, g
 //                           or a sum is not finite, the call is recomputed in the direct form
 //   states in the backward  with an initial state or the gradient of an end state, both phases run in the direct form,
@@ -93,7 +93,7 @@ template <class T>
 bool forward_job(Strip<T>& strip, const CemaFwdParams& params, const CemaPlan& plan, bool folded, int64_t job) {
   bool finite = true;
   using R = Compute<T>;
-  strip.select(job % plan.strips, folded, false);
+  strip.select(job % plan.strips, folded, /*conjugated=*/false);
   const R* p = strip.modal(params.p);
   const int64_t group = job / plan.strips, stride = params.channels;
   for (int64_t s = plan.group_begin[group]; s < plan.group_begin[group + 1]; ++s) {
@@ -109,6 +109,7 @@ bool forward_job(Strip<T>& strip, const CemaFwdParams& params, const CemaPlan& p
     const T* x = strip.row(params.x, segment.begin);
     T* y = strip.row(params.y, segment.begin);
     const int64_t steps = segment.end - segment.begin, ahead = params.sequences.tokens - segment.begin;
+    // sweep<form, kOutput, kInput>
     if (y && folded) strip.template sweep<Form::folded>(x, y, x, stride, steps, ahead, nullptr);
     else if (y) strip.template sweep<Form::direct>(x, y, x, stride, steps, ahead, nullptr);
     else if (folded) strip.template sweep<Form::folded, false>(x, y, x, stride, steps, ahead, nullptr);
@@ -170,7 +171,7 @@ void forward(const CemaFwdParams& params) {
   local.state = nullptr;
   local.state_out = starts.get();
   run_forward<T>(local, plan);
-  merge(params, plan, false, params.state, starts.get(), params.state_out);
+  merge(params, plan, /*conjugated=*/false, params.state, starts.get(), params.state_out);
   if (params.ends_only) return;
   local = params;
   local.state = starts.get();
@@ -274,8 +275,9 @@ bool run_backward(const CemaBwdParams& params, const CemaPlan& plan, bool folded
   parallel_jobs<FlushDenormals>(plan.strips * plan.groups, 3 * scan_work(params), [&] {
     return [&, strip = Strip<T>(params, plan)](int64_t job) mutable {
       const int64_t group = job / plan.strips, begin = plan.group_begin[group], end = plan.group_begin[group + 1];
-      strip.select(job % plan.strips, folded, true);
-      double *sum = sums ? sums + job * size : nullptr, total = 0;
+      strip.select(job % plan.strips, folded, /*conjugated=*/true);
+      double* const sum = sums ? sums + job * size : nullptr;
+      double total = 0;
       if (sums) {
         std::fill_n(sum, size, 0.0);
         const auto with_dy = folded ? scan_sensitivities<true, true, T> : scan_sensitivities<false, true, T>;
@@ -359,17 +361,18 @@ void backward(const CemaBwdParams& params) {
   // Initial states of the segments, then the gradients of their end states, then both phases with these.
   const int64_t states = plan.count * params.channels * params.modes * 2;
   const Scratch<R> starts(states), ends(states);
-  CemaFwdParams local_fwd{params, nullptr, starts.get(), true};
+  CemaFwdParams local_fwd{params, /*y=*/nullptr, /*state_out=*/starts.get(), /*ends_only=*/true};
   local_fwd.state = nullptr;
   run_forward<T>(local_fwd, plan);
-  merge(params, plan, false, params.state, starts.get(), nullptr);
+  merge(params, plan, /*conjugated=*/false, params.state, starts.get(), nullptr);
   CemaBwdParams local = params;
-  local.state = local.dstate_out = nullptr;
+  local.state = nullptr;
+  local.dstate_out = nullptr;
   local.dx = nullptr;
   local.dstate = ends.get();
   if (params.dy) run_folded_or_direct<T>(local, plan, nullptr, sums.get(), params.dx);
   else std::fill_n(ends.get(), states, R(0));
-  merge(params, plan, true, params.dstate_out, ends.get(), params.dstate);
+  merge(params, plan, /*conjugated=*/true, params.dstate_out, ends.get(), params.dstate);
   local = params;
   local.state = starts.get();
   local.dstate_out = ends.get();

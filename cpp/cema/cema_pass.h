@@ -1,6 +1,6 @@
 // Inner loops of the CEMA kernels, which cema_tile.h and cema_cpu.cpp call. A tile is one vector of channels at up to
 // kTileSteps positions. A pass runs over a tile with the states of a few modes in registers:
-//   scan_pass          states s or g (enum Form): state (N, 2, lanes)
+//   scan_pass          states s of enum Form: state (N, 2, lanes)
 //   sensitivity_pass   states u and their derivatives w by q: state (N, 4, lanes)
 // Coefficients of the tile's channels are in coefs (N, kCoefs, lanes).
 #pragma once
@@ -25,7 +25,7 @@ enum Coef { kQRe, kQIm, kCRe, kCIm, kP, kCoefs };
 // Sums over positions, in double. A gradient is such a sum times factors that are the same at all positions.
 enum Sum {
   kSumWRe, kSumWIm,      // dy w
-  kSumHRe, kSumHIm,      // dy u
+  kSumHRe, kSumHIm,      // dy u; u = h in the direct form
   kSumP,                 // x Re(g)
   kSumEndRe, kSumEndIm,  // the end state's gradient times w at the end of a segment
   kSums

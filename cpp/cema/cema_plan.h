@@ -16,7 +16,7 @@ namespace megalodon::MEGALODON_ISA {
 
 inline constexpr int64_t kSplitBelow = 4;  // split sequences if vectors of channels times sequences is less
 inline constexpr int64_t kSplitJobs = 16;  // target for segments times vectors of channels after a split
-inline constexpr int64_t kMinSegment = 16 * kTileSteps;
+inline constexpr int64_t kMinSegment = 16 * kTileSteps;    // positions
 inline constexpr int64_t kMinStrip = 256 / kVectorBytes;   // vectors; fewer if threads need more strips
 inline constexpr int64_t kJobs = 32;                       // target for strips times groups
 inline constexpr int64_t kMinGroup = 4 * kTileSteps;       // tokens

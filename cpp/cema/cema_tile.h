@@ -13,7 +13,8 @@
 
 namespace megalodon::MEGALODON_ISA {
 
-// Coefficients and states of a strip's channels, one channel per lane, and one tile.
+// A strip's coefficients and states, with a channel in each lane, and memory for one tile. Slot v N + n of the arrays
+// is mode n of vector v.
 template <class T>
 struct Strip {
   using R = Compute<T>;
@@ -67,8 +68,8 @@ struct Strip {
     return tensor ? static_cast<E*>(tensor) + token * params.channels + first : nullptr;
   }
 
-  // Calls f(i, slot, lane) for each mode of each channel: element i of a tensor (channels, N), and lane `lane` of
-  // element `slot` of the strip's arrays (vectors, N, ..., lanes).
+  // Calls f(i, slot, lane) for each mode of each channel: element i of a tensor (channels, N), and lane `lane` of slot
+  // `slot` of the strip's arrays.
   template <class F>
   MEGALODON_INLINE void each_mode(F&& f) const {
     for (int64_t d = 0; d < channels; ++d)
@@ -90,10 +91,11 @@ struct Strip {
     return is_finite<R>(sum);
   }
 
-  // Scans `steps` rows of input, the first at `from`, and writes the rows of output, the first at `to`. Rows are
-  // `stride` elements apart, negative in the backward. Each tensor has `ahead` rows from its first one on, which may be
-  // prefetched. Only the adjoint form uses `x_from`, the first row of x, and adds to `sums` (vectors, N, kSums, lanes).
-  // Without kInput, the input counts as zero and is not read.
+  // Scans `steps` rows of input and writes the rows of output.
+  //   from, to      the first rows of input and output. Without kInput, the input counts as zero and is not read
+  //   x_from, sums  for the adjoint form alone: the first row of x, and (vectors, N, kSums, lanes), to which it adds
+  //   stride        elements from row to row, negative in the backward
+  //   ahead         rows that each tensor has from its first one on, which may be prefetched
   template <Form form, bool kOutput = true, bool kInput = true>
   void sweep(const T* from, T* to, const T* x_from, int64_t stride, int64_t steps, int64_t ahead, double* sums) {
     const T* const fetched = kOutput ? to : from;  // rows to write are prefetched, too
@@ -109,8 +111,8 @@ struct Strip {
             store(tile.out + i * lanes, kInput ? scale * load(tile.in + i * lanes) : zeros<R>());
       }
       if (form == Form::adjoint) load_rows(x_from + at, stride, count, size, tile.x);
-      // In place, the first pass reads the rows and the last one writes them. A pass that is both counts as the first:
-      // its output stays in the tile, and is copied to the rows below, as it is if not in place.
+      // In place, the first pass reads the rows, and the last one writes them unless it is also the first. Otherwise
+      // the output stays in the tile until store_rows().
       bool in_rows = false;  // the last pass wrote its output to the rows
       for_each_pass<kScanModes>(modes, [&](int64_t n, auto pass_modes) {
         const int64_t mode = vector * modes + n;
@@ -136,10 +138,10 @@ struct Strip {
   }
 
   // Cuts `steps` positions into tiles and calls f(first position, positions, vector, channels) for each. The passes in
-  // f have at most `max_modes` modes each. They prefetch the rows of a and b at the next tile's positions row by row,
-  // where the hardware prefetcher helps. But in a narrow strip it would run past the strip's end, and take cache lines
-  // from the thread about to write them. So a strip is prefetched column by column, a cache line wide each, if it is a
-  // part of the row, of more than two lines and less than half a page.
+  // f have at most `max_modes` modes each, and prefetch the rows of a and b at the next tile's positions.
+  // Prefetches go row by row, where the hardware prefetcher helps, if a strip has at most two cache lines, at least
+  // half a page or the entire row. In other strips the hardware would run past the strip's end, and take lines from the
+  // thread about to write them: there they go column by column, a cache line wide each.
   template <int max_modes, class F>
   void each_tile(const T* a, const T* b, int64_t stride, int64_t steps, int64_t ahead, F&& f) {
     constexpr int64_t size = sizeof(T);

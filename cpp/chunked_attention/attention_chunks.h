@@ -45,8 +45,8 @@ inline std::vector<Chunk> list_chunks(const ChunkedAttentionParams& p) {
   return chunks;
 }
 
-// Rows of one head of a chunk, as a function for panels.h: null for a row past the end, or for a cached row if `cache`
-// is null.
+// Rows of one head of a chunk, as a function for panels.h: the address of a row; null for a row past the end, and for a
+// cached row if `cache` is null.
 template <class T>
 struct ChunkRows {
   const T* cache;

@@ -1,5 +1,5 @@
 #include "chunked_attention.h"
-#include "target.h"
+#include "target.h"  // MEGALODON_BINDING, which declares `target`
 #include "tensor_view.h"
 
 #include <limits>
@@ -137,12 +137,12 @@ MEGALODON_BINDING(chunked_attention_state,
   params.cache_v_out = cache_of(params, v_out, "(S, C, H, V)", S, params.value_dim);
   params.position_out = positions.present().shape("(S,)", {S}).dtype(Scalar::i64, "positions").data_as<int64_t>();
   MemoryRanges memory;
-  memory.add(in.k, false);
-  memory.add(in.v, false);
+  memory.add_read(in.k);
+  memory.add_read(in.v);
   memory.add_update(in.cache_k, k_out);
   memory.add_update(in.cache_v, v_out);
   memory.add_update(in.position, positions);
-  memory.add({kAttention, "spans", spans}, false);
+  memory.add_read({kAttention, "spans", spans});
   memory.check();
   MEGALODON_LAUNCH(target, chunked_attention_state, params);
 }

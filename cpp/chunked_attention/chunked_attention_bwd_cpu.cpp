@@ -4,7 +4,7 @@
 //   dv_j = sum_i P_ij do_i;  dk_j = scale sum_i dS_ij q_i;  dq_i = scale sum_j dS_ij k_j
 //
 // A chunk is cut into blocks of kBlock rows. A job owns one pair (query block i, key block j, j <= i if causal) of one
-// head and computes each product of the pair once, 3 K + 2 V multiplications per score:
+// head and computes each product of the pair once, 3 K + 2 V multiplications per score (operand A: gemm.h):
 //   1. S^T = scale K Q^T and dP^T = V dO^T, which become P^T and dS^T
 //   2. dV_j += P^T dO   and  dK_j += dS^T Q     (A = P^T and dS^T)
 //   3. dQ_i += dS K                             (A = (dS^T)^T), with AMX dQ_i^T += K^T dS^T
@@ -128,7 +128,7 @@ class ChunkBackward {
     return chunk.causal ? query_block : ceil_div(chunk.keys, kBlock) - 1;
   }
 
-  // The first row stored as a query: the start of the first block with queries.
+  // The row at index 0 of the arrays of queries: the start of the first block with queries.
   static int64_t first_row(const Chunk& chunk) { return chunk.cached / kBlock * kBlock; }
 
   void pack(const Chunk& chunk, int64_t head, int64_t block) {

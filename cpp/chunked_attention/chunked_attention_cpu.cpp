@@ -3,7 +3,7 @@
 //   s_ij = scale q_i . k_j (j <= i if causal, in one chunk);  lse_i = log sum_j exp(s_ij)
 //   o_i = sum_j exp(s_ij - lse_i) v_j
 //
-// A job owns kQueryBlock queries of one head of one chunk and visits the keys in blocks of kKeyBlock:
+// A job owns kQueryBlock queries of one head of one chunk and visits the keys in blocks of kKeyBlock (A, B: gemm.h):
 //   1. S^T = scale K Q^T (keys, queries): each lane computes the softmax of its own query           (A = K, B = Q^T)
 //   2. online softmax: m' = max(m, max_j s), P = exp(S - m'), f = exp(m - m'), l = f l + sum_j P   (P replaces S)
 //   3. O = diag(f) O + P V                                                                         (A = (P^T)^T, B = V)
@@ -187,8 +187,8 @@ class ChunkForward {
         const int vectors = vectors_in_panel<U>(queries, panel);
         R* scores = scratch.scores.at(panel, 0);
         const U* q_panel = scratch.queries.at(panel, 0);
-        multiply_rows(vectors, count, p_.key_dim, keys_.at(0, key), keys_.panel_units(), q_panel, scale, false, scores,
-                      Ahead<U>{q_panel, p_.key_dim}, 0, rows_ahead);
+        multiply_rows(vectors, count, p_.key_dim, keys_.at(0, key), keys_.panel_units(), q_panel, scale,
+                      /*add=*/false, scores, Ahead<U>{q_panel, p_.key_dim}, /*tile=*/0, /*between=*/rows_ahead);
         if (key + count > chunk.seen_by(first + at)) mask_unseen(scores, key, count, first + at, chunk);
         if (drop_) drop_.apply(scores, key, count, first + at, chunk, head);
         softmax_panel<U>(scores, count, vectors, &scratch.max[at], &scratch.sum[at], &scratch.factor[at]);

@@ -29,7 +29,8 @@ class FewQueries {
   static constexpr int kRows = 8;  // values that one pass adds to O
 
  public:
-  // Number of elements of a partial: max, sum and O (V, in whole vectors) of each query, for one head and segment.
+  // Number of elements of a partial, of one head and segment: max (kFewQueries), sum (kFewQueries) and, from kOutput
+  // on, O (kFewQueries, V in whole vectors).
   static int64_t partial_size(const ChunkedAttentionParams& p) {
     return kOutput + kFewQueries * round_up(p.value_dim, kVector);
   }

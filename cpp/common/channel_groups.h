@@ -88,7 +88,7 @@ MEGALODON_INLINE Vec<R> keep_first(Vec<R> v, int64_t n) {
   if (n >= kLanes<R>) return v;
   LaneIndex<R> lane{};
   for (int i = 0; i < kLanes<R>; ++i) lane[i] = i;
-  return lane < lane - lane + static_cast<LaneInt<R>>(n) ? v : zeros<R>();
+  return lane < lane - lane + static_cast<LaneInt<R>>(n) ? v : zeros<R>();  // lane - lane + n has n in all lanes
 }
 
 // Two vectors whose sum has, in each lane i, the sum of two lanes of a or, if i has `bit` set, of b.
@@ -128,8 +128,8 @@ struct Terms {
   }
 };
 
-// Lane i of the result's v[k] is the sum of all lanes of group(i).v[k]. The recursion is depth-first, so that few
-// vectors are live.
+// With `first` 0, lane i of the result's v[k] is the sum of all lanes of group(i).v[k]; group(i) returns Terms. Inner
+// calls sum the groups i with i % bit == first. The recursion is depth-first, so that few vectors are live.
 template <class R, int kSums, int bit = 1, class Group>
 MEGALODON_INLINE Terms<R, kSums> sum_each(int first, Group&& group) {
   if constexpr (bit == kLanes<R>) return group(first);

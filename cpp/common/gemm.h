@@ -198,7 +198,7 @@ class TileRegisters {
     // The config is static: the intrinsic does not tell the compiler that all of it is read.
     alignas(64) static constexpr struct {
       uint8_t palette = 1, start_row = 0, reserved[14] = {};
-      uint16_t row_bytes[16] = {64, 64, 64, 64, 64, 64, 64, 64};
+      uint16_t row_bytes[16] = {64, 64, 64, 64, 64, 64, 64, 64};  // of 8 registers; the other entries are reserved
       uint8_t rows[16] = {16, 16, 16, 16, 16, 16, 16, 16};
     } config;
     _tile_loadconfig(&config);
@@ -240,7 +240,8 @@ __attribute__((noinline)) void multiply_registers(int64_t depth, const Bf16Pair*
   if constexpr (kVectors > 2) _tile_stored(2, c + 32, kStride);
 }
 
-// Splits the depth into blocks, so that a block of B stays in the L1 for all rows.
+// multiply_rows() with AMX and a gain of 1. Splits the depth into blocks, so that a block of B stays in the L1 for all
+// rows.
 template <class Between>
 void multiply_rows_amx(int vectors, int64_t rows, int64_t depth, const Bf16Pair* a, int64_t a_panel, const Bf16Pair* b,
                        bool add, float* c, Between&& between) {

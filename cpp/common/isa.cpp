@@ -59,7 +59,7 @@ bool avx_vnni_supported() {
 // Returns true if this processor runs code compiled for kNames[i].
 bool supported(int i) {
 #if defined(__x86_64__)
-  __builtin_cpu_init();
+  __builtin_cpu_init();  // the arrays `supported` are in the order of kNames
   const bool v2 = __builtin_cpu_supports("sse4.2") && __builtin_cpu_supports("popcnt");
   const bool v3 = v2 && __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
                   __builtin_cpu_supports("bmi") && __builtin_cpu_supports("bmi2") && f16c_lzcnt_movbe_supported();
@@ -82,11 +82,11 @@ bool supported(int i) {
 
 // Returns true if training is slower with this instruction set than with the next lower one, as with AVX512-BF16 on
 // Intel processors without AMX (docs/cpu.md).
-bool is_slower_than_next_lower(int i) {
+bool is_slower_than_next_lower([[maybe_unused]] int i) {
 #if defined(__x86_64__)
   return static_cast<Isa>(i) == Isa::v4_bf16 && __builtin_cpu_is("intel");
 #else
-  return i < 0;
+  return false;
 #endif
 }
 

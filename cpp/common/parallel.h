@@ -24,7 +24,7 @@ namespace megalodon::MEGALODON_ISA {
 class FlushDenormals {
  public:
 #if defined(__x86_64__)
-  FlushDenormals() : saved_(_mm_getcsr()) { _mm_setcsr(saved_ | 0x8040); }
+  FlushDenormals() : saved_(_mm_getcsr()) { _mm_setcsr(saved_ | 0x8040); }  // flushes results and inputs
   ~FlushDenormals() { _mm_setcsr(saved_); }
  private:
   unsigned saved_;
@@ -41,6 +41,7 @@ class Scratch {
   explicit Scratch(int64_t count) {
     constexpr int64_t kMost = (PTRDIFF_MAX - 127) / static_cast<int64_t>(sizeof(T));
     if (count > kMost) throw std::bad_alloc();
+    // Rounded up, plus 64: a vector may be loaded from the end on.
     const size_t bytes = (static_cast<size_t>(count) * sizeof(T) + 127) / 64 * 64;
     data_.reset(static_cast<T*>(std::aligned_alloc(64, bytes)));
     if (!data_) throw std::bad_alloc();
@@ -88,7 +89,7 @@ void parallel_jobs(int64_t jobs, double work, Make&& make, Order order = Order::
     auto& body = workers[static_cast<size_t>(self)].body;
     [[maybe_unused]] const std::tuple<Guards...> guards;
     if (count == jobs) {
-      body(self);
+      body(self);  // as many jobs as threads: one each
     } else if (order == Order::shares) {
       for (int64_t other = 0; other < count; ++other) {
         const int64_t share = (self + other) % count, first = jobs * share / count, end = jobs * (share + 1) / count;

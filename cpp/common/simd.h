@@ -45,6 +45,7 @@ MEGALODON_INLINE To bit_cast(From from) {
   return to;
 }
 
+// Returns a vector with `value` in all lanes: value - 0 keeps -0.0, which value + 0 would not.
 template <class R> MEGALODON_INLINE Vec<R> splat(R value) { return value - Vec<R>{}; }
 template <class R> MEGALODON_INLINE Vec<R> zeros() { return Vec<R>{}; }
 

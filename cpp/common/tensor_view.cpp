@@ -232,15 +232,14 @@ void MemoryRanges::add(const TensorView& tensor, bool written) {
 
 void MemoryRanges::add_update(const TensorView& before, const TensorView& after) {
   const bool in_place = before.given() && before.data() == after.data();
-  if (!in_place) add(before, false);
+  if (!in_place) add_read(before);
   add(in_place ? before : after, true);
 }
 
 void MemoryRanges::check() {
   std::sort(ranges_.begin(), ranges_.end(), [](const Range& a, const Range& b) { return a.begin < b.begin; });
-  // Of each kind, the range with the largest end so far.
-  const Range* read = nullptr;
-  const Range* written = nullptr;
+  const Range* read = nullptr;     // the range with the largest end so far of those that are only read
+  const Range* written = nullptr;  // and of those that are written
   for (const Range& range : ranges_) {
     // Nothing may overlap a range that is written, and a range that is written may overlap nothing.
     const Range* other = nullptr;

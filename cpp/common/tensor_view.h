@@ -78,7 +78,7 @@ class TensorView {
 // The memory of a kernel's tensors. A tensor that the kernel writes may overlap no other.
 class MemoryRanges {
  public:
-  void add(const TensorView& tensor, bool written);
+  void add_read(const TensorView& tensor) { add(tensor, false); }
   // Adds `before`, which is read, and `after`, which is written and may be the same memory (in place).
   void add_update(const TensorView& before, const TensorView& after);
   // Raises if a tensor that is written shares memory with another.
@@ -90,6 +90,7 @@ class MemoryRanges {
     const char *op, *name;
     bool written;
   };
+  void add(const TensorView& tensor, bool written);
   std::vector<Range> ranges_;
 };
 

@@ -1,14 +1,12 @@
 // float32 products on AMX, which multiplies bfloat16. A number is the sum of three bfloat16 that hold its 24 bits:
 //
 //   a = a0 + a1 + a2:  a0 = a to 8 bits, |a - a0| <= 2^-8 |a|;  a1 = the next 8 bits, |a2| < 2^-16 |a|
-//   a b = a0 b0 + (a0 b1 + a1 b0) + (a0 b2 + a1 b1 + a2 b0) + less than 2^-22 |a b|, 2^-26 in the mean square
+//   a b = a0 b0 + (a0 b1 + a1 b0) + (a0 b2 + a1 b1 + a2 b0) + three omitted products
 //
-// (Henry, Tang and Heinecke 2019, arXiv 1904.06376). a0 is rounded to nearest, so the omitted terms have either sign.
-// The six products are exact. One instruction adds the products of 32 indices of the depth to a sum, so the sum is
-// rounded less often than by multiply-adds. AMX has 16 times the rate of float32: six products take 6 / 16 of its time.
-//
-// Infinities give NaN, and so do numbers of at least 2^128 (1 - 2^-9), which bfloat16 rounds to infinity. Numbers below
-// 2^-110 lose low bits, as bfloat16 has float32's exponents and the instruction treats denormals as zero.
+// (Henry, Tang and Heinecke 2019, arXiv 1904.06376). The omitted products are below 2^-22 |a b|, and 2^-26 |a b| in the
+// root mean square. They have either sign, as a0 is rounded to nearest. The six products are exact. An instruction adds
+// those of 32 indices of the depth to a sum, so the sum is rounded less often than by multiply-adds. AMX has 16 times
+// the rate of float32: six products take 6 / 16 of its time.
 //
 // Matrices are packed in slices of 16 rows (of x and of weight). A slice is split into steps of 32 along the depth, a
 // step into three tiles of 1 KiB, one for each part. Depths d and d + 16 form pair d. x is the left operand: a row of
@@ -17,6 +15,9 @@
 // A job owns kRows rows of y, or some columns of them. For each kDepth of the depth, it packs its rows of x, which stay
 // in the L2. Then, for each kColumns columns, it packs the weights and computes squares of y, of 2 x 2 tiles: 24
 // products and 14 loads per step. Sums follow the order of the depth, for any number of threads.
+//
+// Infinities give NaN, and so do numbers of at least 2^128 (1 - 2^-9), which bfloat16 rounds to infinity. Numbers below
+// 2^-110 lose low bits, as bfloat16 has float32's exponents and the instruction treats denormals as zero.
 
 #include "linear.h"
 
@@ -30,7 +31,7 @@ namespace {
 constexpr int kSide = 16;  // rows of a tile
 constexpr int kStep = 32;  // depth of a tile
 constexpr int kParts = 3;  // bfloat16 per number
-constexpr int kSquare = 2 * kSide;
+constexpr int kSquare = 2 * kSide;  // rows and columns of a square of y
 constexpr int64_t kTileUnits = kSide * kSide;  // Bf16Pair
 constexpr int64_t kStepUnits = kParts * kTileUnits;
 constexpr int64_t kRows = 256, kColumns = 64, kDepth = 512;  // with three parts, 0.75 MiB of x and 0.2 MiB of weights
@@ -66,7 +67,8 @@ Workspace kept_workspace(size_t helper) {
   return Workspace(pages[helper].get());
 }
 
-// Packs a whole step of a slice. Element (r, d) is from[r stride + d] or, if transposed, from[d stride + r].
+// Packs a whole step of a slice, for the left or the right operand. Element (r, d) is from[r stride + d] or, if
+// transposed, from[d stride + r].
 template <bool transposed>
 void split_step(const float* from, int64_t stride, bool left, Bf16Pair* to) {
   Vec<float> low[kSide], high[kSide];  // depths 0 to 15, and 16 to 31
@@ -97,7 +99,7 @@ struct Matrix {
   int64_t rows, depth;
   bool transposed;
 
-  // Packs rows [row, end), rounded up to squares, and `steps` steps from depth `first` on; zeros beyond the edge.
+  // Packs rows [row, end), rounded up to squares, and `steps` steps from depth `first` on; zeros beyond the matrix.
   void pack(int64_t row, int64_t end, int64_t first, int64_t steps, bool left, Bf16Pair* to) const {
     const int64_t slices = round_up(end - row, kSquare) / kSide;
     const auto pack_one = [&](int64_t slice, int64_t step) {
@@ -116,7 +118,7 @@ struct Matrix {
   void pack_step(int64_t row, int64_t first, bool left, Bf16Pair* to) const {
     int64_t stride = transposed ? rows : depth;
     const float* from = data + (transposed ? first * stride + row : row * stride + first);
-    float edge[kStep * kSide];
+    float edge[kStep * kSide];  // copy, padded with zeros, of a step that the matrix does not fill
     if (rows - row < kSide || depth - first < kStep) {
       const int height = transposed ? kStep : kSide, width = transposed ? kSide : kStep;
       const int64_t lines = transposed ? depth - first : rows - row, size = transposed ? rows - row : depth - first;
@@ -217,10 +219,10 @@ void linear_many_rows_cpu(const LinearManyRowsParams& p) {
       int64_t first = 0;
       do {  // also once for a depth of 0, which gives the bias
         const int64_t steps = ceil_div(std::min(kDepth, p.inputs - first), kStep), slice = steps * kStepUnits;
-        x.pack(row, row_end, first, steps, true, left);
+        x.pack(row, row_end, first, steps, /*left=*/true, left);
         for (int64_t column = begin; column < end; column += kColumns) {
           const int64_t column_end = std::min(column + kColumns, end);
-          weight.pack(column, column_end, first, steps, false, right);
+          weight.pack(column, column_end, first, steps, /*left=*/false, right);
           for (int64_t o = column; o < column_end; o += kSquare)
             for (int64_t t = row; t < row_end; t += kSquare) {
               multiply_square(steps, left + (t - row) / kSide * slice, right + (o - column) / kSide * slice, sums);

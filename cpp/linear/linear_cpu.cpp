@@ -16,7 +16,7 @@
 namespace megalodon::MEGALODON_ISA {
 namespace {
 
-constexpr int kMostRows = kRegisters / 8;  // rows of x processed together
+constexpr int kMostRows = kRegisters / 8;  // most rows of x processed together
 constexpr int kTogether = 4;               // rows of the weights processed together
 constexpr int64_t kAhead = 4096;           // prefetch distance in bytes of the weights
 
@@ -71,7 +71,7 @@ MEGALODON_INLINE void products(const LinearFewRowsParams& p, int64_t row, int64_
     }
   for (; i < p.inputs; i += step) add(0, i, std::min(step, p.inputs - i));
   constexpr int count = rows * outputs;
-  R totals[(count + lanes - 1) / lanes * lanes];
+  R totals[(count + lanes - 1) / lanes * lanes];  // (rows, outputs): the chains and then the lanes added up
   for (int first = 0; first < count; first += lanes) {
     Vec<R> part[lanes] = {};
     for (int i = 0; i < lanes && first + i < count; ++i) {

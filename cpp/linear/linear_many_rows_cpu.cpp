@@ -1,6 +1,6 @@
 // Products of many rows, limited by multiplications, in float32 and 16-bit types. With AMX: linear_amx_cpu.cpp.
 //
-//   y_to (+)= sum_i x_ti w_oi + b_o
+//   y_to = sum_i x_ti w_oi + b_o, plus the old y_to if `add`
 //
 // All threads together pack a block of the weights, of at most kColumns outputs and kDepth inputs; it stays in the
 // last-level cache. Then a job packs the block's inputs of some rows of x, which stay in the L2, and multiplies them by
@@ -30,12 +30,13 @@ struct Place {
   Y* y;
   float* sums;  // over the depth so far; y itself if Y is float
   int64_t y_stride, sums_stride;
-  const T* bias;  // or null
-  bool add, first, last;
+  const T* bias;     // or null
+  bool add;          // adds the old y
+  bool first, last;  // the tile's block has the first inputs, the last inputs
 };
 
-// Memory for packed operands and sums. The calling thread keeps it between calls: matrix 0 for itself, the others for
-// the threads that help. The size of a matrix depends on U and the purpose alone.
+// Memory for packed operands and sums, which the calling thread keeps between calls. Matrix 0 is for itself, the others
+// are for the threads that help. The size of a matrix depends on U and the purpose alone.
 enum class For { weights, x, sums };
 template <class U, For purpose>
 U* thread_memory(int64_t rows, int64_t columns, size_t helper = 0) {
@@ -208,7 +209,7 @@ class Product {
   // Multiplies the rows of the block by the panels [panel, last) of its columns.
   void multiply_panels(const Block& block, Panels x, Panels weights, int64_t panel, int64_t last, float* sums) const {
     alignas(64) float tile_sums[kTallRows<U> * kWidth];
-    for (const int64_t begin = panel; panel < last; ++panel) {
+    for (const int64_t begin = panel; panel < last; ++panel) {  // the last one prefetches `begin`, for the next rows
       const int vectors = vectors_in_panel<U>(block.columns, panel);
       const int64_t column = panel * kWidth, width = std::min<int64_t>(kWidth, block.columns - column);
       const Ahead<U> ahead{weights.at(panel + 1 < last ? panel + 1 : begin, 0), block.depth};
@@ -243,6 +244,7 @@ class Product {
     }
   }
 
+  // Adds a tile's sums to those in `to`, and stores them there or, complete, in y.
   static void put(const float* tile, int64_t height, int64_t width, const Place<T, Y>& to) {
     for (int64_t i = 0; i < height; ++i, tile += kWidth)
       for (int64_t c = 0; c < width; c += kLanes) {

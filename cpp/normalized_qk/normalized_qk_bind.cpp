@@ -1,5 +1,5 @@
 #include "normalized_qk.h"
-#include "target.h"
+#include "target.h"  // MEGALODON_BINDING, which declares `target`
 #include "tensor_view.h"
 
 #include <algorithm>
@@ -39,7 +39,8 @@ TensorView fill(NormalizedQkParams& params, py::handle z_, py::handle gamma_, py
   const int64_t longest = z.size(1), needed = position.given() || longest > chunk_size ? chunk_size : longest;
   if (params.table_rows < needed)
     rotary.fail("of at least " + std::to_string(needed) + " rows, got " + std::to_string(params.table_rows));
-  // Positions inside a row are below table_rows. On a GPU, spans that leave their row then still read the table.
+  // A smaller chunk_size changes no valid position, as all are below table_rows. It keeps positions of spans that leave
+  // their row, which a GPU does not refuse, inside the table.
   params.chunk_size = std::min(chunk_size, std::max<int64_t>(params.table_rows, 1));
   position.values(chunk_size - 1, "[0, " + std::to_string(chunk_size) + ")");
   return z;

@@ -2,7 +2,7 @@
 
 #include <cmath>
 
-#include "target.h"
+#include "target.h"  // MEGALODON_BINDING, which declares `target`
 #include "tensor_view.h"
 
 namespace megalodon {

@@ -3,17 +3,18 @@
 //
 //   y_to = sum_i x_ti w_oi + b_o         int8: w_oi = s_o q_oi        int4: w_oi = s_og q_oi, i in group g
 //
-// The weights become floats in registers, without rounding. int8: the row's scale multiplies the sum. int4 with
-// bfloat16 x, if the processor multiplies pairs of bfloat16: the integers become bfloat16, and a group's scale
-// multiplies the group's sum.
+// The weights become floats in registers, without rounding. int8: the row's scale multiplies the sum. int4: the group's
+// scale multiplies the weights. But if x is bfloat16 and the processor multiplies pairs of bfloat16, the integers of
+// int4 become bfloat16, and the scale multiplies the group's sum.
+//
 // A job owns neighbouring rows of w and computes a vector of outputs at a time. It reads kWeightRows rows of w at once,
 // for kMaxXRows rows of x, as many as the registers hold. x is first copied in the order in which the weights are
 // unpacked, padded with zeros to a whole block of 64 bytes of weights. The order of a sum depends on I, the vector
 // length and the number of rows of x alone.
 //
-// int4: bits [4 k, 4 k + 4) of the 32-bit word d of a block are weight 32 (k % 4) + 2 d + k / 4, in two's complement.
-// So a right shift by 4 j moves group j to the low bits of the 16-bit words, in order. In each 32-bit word, the lower
-// half then has an even weight and the upper half an odd one.
+// A block of int4 has 128 weights, in 4 groups with a scale each. Bits [4 k, 4 k + 4) of its 32-bit word d are weight
+// 32 (k % 4) + 2 d + k / 4, in two's complement. So a right shift by 4 j moves group j to the low bits of the 16-bit
+// words, in order. In each 32-bit word, the lower half then has an even weight and the upper half an odd one.
 
 #include "quantized_linear.h"
 
@@ -27,7 +28,8 @@ namespace {
 constexpr int kFloats = kLanes<float>;
 constexpr int kWeightRows = 4;
 constexpr int kMaxXRows = kRegisters / 8;
-constexpr int64_t kBlockBytes = 64;
+constexpr int64_t kBlockBytes = 64;                        // weights read at a time
+constexpr int64_t kBlockScales = kInt4Block / kInt4Group;  // of int4
 constexpr int64_t kAhead = 8192;  // prefetch distance in bytes of the weights
 
 // Addresses of the weights and of the scales of one block of a row.
@@ -36,8 +38,13 @@ struct Block {
   const bf16* scale;
 };
 
-// Formats whose weights become floats. X is the type of the copy of x, W of the weights of kStep inputs.
-struct Floats {
+// A format has these functions for blocks of kInputs inputs. X is the type of the copy of x, W of the weights of kStep
+// inputs. `place` is the index of these inputs in the block of the copy.
+//   read(blocks, take)          calls take(place, w) for each kStep inputs; w[o] has the weights of blocks[o]
+//   order(block, i, inputs)     stores two vectors of inputs, from i on, at their places in the copy's block
+//   in_order(block, i)          loads the two vectors from these places
+//   load_x(x), add(sum, x, w)   load inputs, and add their products
+struct Floats {  // base of the formats whose weights become floats
   using X = float;
   using W = Vec<float>;
   static constexpr int64_t kStep = kFloats;
@@ -45,8 +52,6 @@ struct Floats {
   static MEGALODON_INLINE Vec<float> add(Vec<float> sum, Vec<float> x, Vec<float> w) { return sum + x * w; }
 };
 
-// read() calls take(place, w) for each kStep inputs of a block. w[o] has their weights of row o; `place` is their index
-// in the block of the copy of x, whose order order() defines.
 struct Int8 : Floats {
   static constexpr int64_t kInputs = 64;
 
@@ -59,7 +64,6 @@ struct Int8 : Floats {
       take(i, w);
     }
   }
-  // order() stores the two vectors of inputs from i on at their places in the block; in_order() loads them from there.
   static MEGALODON_INLINE void order(float* block, int64_t i, TwoVectors<float> inputs) {
     store(block + i, inputs.a);
     store(block + i + kFloats, inputs.b);
@@ -157,8 +161,8 @@ int64_t blocks_in_row(const QuantizedWeight& p) {
   return ceil_div(p.inputs, Format::kInputs);
 }
 
-// Fills sums[r][at + o] for kWeightRows rows o: the lanes of this vector add up to row r of x times row output + o of
-// w. Rows past the last one of w repeat that row. One function serves all dtypes.
+// Fills the vectors sums[r][at + o], for `rows` rows r of x and kWeightRows rows o of w. A vector's lanes add up to row
+// r of x times row output + o of w. Rows past the last one of w repeat that row. One function serves all dtypes.
 template <class Format, int rows>
 __attribute__((noinline)) void add_up(const QuantizedWeight& p, const typename Format::X* x, int64_t output,
                                       Vec<float> (*sums)[kFloats], int at) {
@@ -168,7 +172,7 @@ __attribute__((noinline)) void add_up(const QuantizedWeight& p, const typename F
   for (int o = 0; o < kWeightRows; ++o) {
     const int64_t i = std::min(output + o, p.outputs - 1);
     block[o] = {static_cast<const char*>(p.weight) + i * stride,
-                static_cast<const bf16*>(p.scale) + (p.is_int4 ? i * blocks * 4 : 0)};
+                static_cast<const bf16*>(p.scale) + (p.is_int4 ? i * blocks * kBlockScales : 0)};
   }
   Vec<float> partial[chains][rows][kWeightRows] = {};
   const auto add = [&]() __attribute__((always_inline)) {
@@ -184,7 +188,7 @@ __attribute__((noinline)) void add_up(const QuantizedWeight& p, const typename F
     for (int o = 0; o < kWeightRows; ++o) __builtin_prefetch(block[o].weight + kAhead, 0, 2);
     add();
     x += Format::kInputs;
-    for (int o = 0; o < kWeightRows; ++o) block[o] = {block[o].weight + kBlockBytes, block[o].scale + 4};
+    for (int o = 0; o < kWeightRows; ++o) block[o] = {block[o].weight + kBlockBytes, block[o].scale + kBlockScales};
   }
   if (const int64_t left = stride % kBlockBytes) {
     char ends[kWeightRows][kBlockBytes] = {};
@@ -216,6 +220,7 @@ void multiply(const QuantizedLinearParams& p, const typename Format::X* x, int64
   }
 }
 
+// Copies x in the format's order, and zeros after each row and, for kMaxXRows rows at a time, after the last row.
 template <class T, class Format>
 void copy_x(const QuantizedLinearParams& p, typename Format::X* to) {
   using X = typename Format::X;
@@ -265,14 +270,14 @@ void dequantize(const DequantizeParams& p) {
     const int64_t row = p.rows ? p.rows[place] : place;
     T* y = static_cast<T*>(p.y) + place * p.inputs;
     const char* weight = static_cast<const char*>(p.weight) + row * stride;
-    const bf16* group_scales = static_cast<const bf16*>(p.scale) + row * blocks * 4;
+    const bf16* group_scales = static_cast<const bf16*>(p.scale) + row * blocks * kBlockScales;
     const Vec<float> scale = splat(p.is_int4 ? 1.0f : static_cast<const float*>(p.scale)[row]);
     for (int64_t b = 0; b < blocks; ++b) {
       char bytes[kBlockBytes] = {};
       const int64_t count = std::min(kBlockBytes, stride - b * kBlockBytes);
       std::memcpy(bytes, weight + b * kBlockBytes, static_cast<size_t>(count));
       float values[Format::kInputs];
-      Format::read({{bytes, group_scales + 4 * b}}, [&](int64_t place, const Vec<float> (&w)[1])
+      Format::read({{bytes, group_scales + kBlockScales * b}}, [&](int64_t place, const Vec<float> (&w)[1])
                        __attribute__((always_inline)) { store(values + place, scale * w[0]); });
       const int64_t left = std::min(Format::kInputs, p.inputs - b * Format::kInputs);
       for (int64_t i = 0; i < left; i += 2 * kFloats, y += 2 * kFloats) {

@@ -2,11 +2,11 @@
 //
 //   a_t = max_i |x_ti| / 127,  p_ti = round(x_ti / a_t),  y_to = a_t s_o (sum_i p_ti q_oi) + b_o
 //
-// The sums are exact integers of 32 bits, of at most kPartInputs inputs, which exceed no integer; the sums of several
-// such parts are float. A row with NaN or an infinity has a scale of NaN, so its outputs are NaN.
+// The sums of kPartInputs inputs are exact in integers of 32 bits; a longer sum adds several such parts in float. A row
+// with NaN or an infinity has a scale of NaN, so its outputs are NaN.
 //
-// Weights of 4 bits, r_oi with a scale c_og for each group of 32 inputs, are rounded to 8 bits with one scale for a row
-// when they are packed. Integers of 16 bits hold all that the second line computes.
+// Weights of 4 bits, r_oi with a scale c_og for each group g of 32 inputs, are rounded to 8 bits with one scale for a
+// row when they are packed. Integers of 16 bits suffice for the second line.
 //
 //   s_o = 8 max_g |c_og| / 127,  m_og = round(256 c_og / s_o)
 //   q_oi = floor((r_oi m_og + 128) / 256), in [-127, 127]
@@ -25,8 +25,8 @@
 //   neon_dot             4 of 8 bits     SDOT                            12 x 2
 //   others               2 of 16 bits    two multiply-adds               12 x 2
 //
-// VPDPBUSD and TDPBSUD here multiply unsigned by signed integers. The weights are stored as q + 128, and
-// -128 sum_i p_ti is added to each sum.
+// VPDPBUSD and TDPBSUD multiply unsigned by signed integers. For them the weights are stored as q + kOffset, and
+// -kOffset sum_i p_ti is added to each sum.
 
 #include "quantized_linear.h"
 
@@ -38,7 +38,7 @@
 namespace megalodon::MEGALODON_ISA {
 namespace {
 
-constexpr int kFloats = kLanes<float>, kPanel = 2 * kFloats;
+constexpr int kFloats = kLanes<float>, kPanel = 2 * kFloats;  // outputs of a vector, and of a panel
 constexpr int64_t kPartInputs = 1 << 16;           // 127 * 255 * 2^16 < 2^31
 constexpr int64_t kBlockBytes = int64_t{4} << 20;  // of rounded rows of x; they share the last-level cache
 using Ints = VecOf<int32_t, kFloats>::type;
@@ -136,8 +136,8 @@ MEGALODON_INLINE void add_row_of_words(Ints (&sums)[kRows][2], const Bits* weigh
 }
 #endif
 
-// Sizes of the depth: `inputs` padded to `depth`, in parts of kPartInputs inputs; the last may be shorter. `factors` is
-// the number of groups of int4, padded to vectors.
+// Sizes of the depth: `inputs` padded to `depth`, in `parts` parts of kPartInputs inputs; the last may be shorter.
+// `factors` is the number of groups of int4, padded to vectors.
 struct Depth {
   int64_t inputs, depth, parts, factors;
 
@@ -154,7 +154,7 @@ struct Depth {
 struct RoundedRows {
   Integer* integers;  // (rows / kRows, depth / kWordInputs, kRows, kWordInputs); with AMX (rows, depth)
   float* scales;      // (rows)
-  int32_t* starts;    // (rows, parts): what is added to the sums
+  int32_t* starts;    // (rows, parts): -kOffset times the sum of the part's integers
 
   static int64_t place(int64_t r, int64_t i, int64_t depth) {
 #if defined(__AMX_INT8__)
@@ -165,12 +165,10 @@ struct RoundedRows {
   }
 };
 
-using Halves = VecOf<uint16_t, kFloats>::type;
-
-// The integers nearest to x, up to 2^15, in the low bits of each lane.
+// The integers nearest to x, up to 2^15, in the low bits of each lane: float's spacing at 1.5 * 2^23 is 1.
 MEGALODON_INLINE Bits nearest(Vec<float> x) { return bit_cast<Bits>(x + 0x1.8p23f); }
 
-// Returns the largest magnitude of x_0, ..., x_n-1 / `divisor`, or NaN if it is not finite.
+// Returns the largest magnitude of x_0, ..., x_n-1, divided by `divisor`; NaN if an element is not finite.
 template <class T>
 float scale_of(const T* x, int64_t n, float divisor) {
   Bits largest{};
@@ -199,11 +197,11 @@ void round_row(const T* x, const Depth& size, int64_t row, const RoundedRows& to
 #if defined(__AMX_INT8__)
       store_raw(to.integers + RoundedRows::place(row, i, size.depth), narrow);
 #else
-      constexpr int kPart = std::min(kFloats, kWordInputs), kParts = kFloats / kPart;  // of words
-      Integer parts[kParts][kPart];
-      std::memcpy(parts, &narrow, sizeof parts);
+      constexpr int kCopied = std::min(kFloats, kWordInputs), kWords = kFloats / kCopied;  // inputs of one word; words
+      Integer words[kWords][kCopied];
+      std::memcpy(words, &narrow, sizeof words);
       Integer* place = to.integers + RoundedRows::place(row, i, size.depth);
-      for (int w = 0; w < kParts; ++w, place += kRows * kWordInputs) std::memcpy(place, parts[w], sizeof parts[w]);
+      for (int w = 0; w < kWords; ++w, place += kRows * kWordInputs) std::memcpy(place, words[w], sizeof words[w]);
 #endif
     }
     int32_t total = 0;
@@ -229,6 +227,7 @@ float row_scale(const QuantizedWeight& p, const Depth& size, int64_t row) {
 
 // Writes m_og of a row of int4.
 void row_factors(const QuantizedWeight& p, const Depth& size, int64_t row, float row_scale, int16_t* to) {
+  using Halves = VecOf<uint16_t, kFloats>::type;
   const int64_t groups = size.depth / kInt4Group;
   const bf16* scales = static_cast<const bf16*>(p.scale) + row * groups;
   for (int64_t g = 0; g < groups; g += kFloats) {
@@ -248,6 +247,7 @@ MEGALODON_INLINE void round_int4(const char* block, const int16_t* factors, int8
               __builtin_convertvector(((words << (12 - 4 * j) >> 12) * factors[j] + 128) >> 8, Bytes));
 }
 
+// Loads a vector of words from weights of 8 bits.
 MEGALODON_INLINE Bits load_words(const int8_t* from) {
 #if defined(__AVX512VNNI__) || defined(__AVXVNNI__) || defined(__ARM_FEATURE_DOTPROD)
   return load_raw<Bits>(from) ^ kOffset * 0x01010101u;
@@ -387,6 +387,7 @@ E* kept_memory(int64_t count, size_t helper = 0) {
 template <class T>
 void quantized_many_rows(const QuantizedLinearParams& p) {
   const Depth size(p);
+  // Rows of x that are rounded, then multiplied, before the next ones.
   const int64_t block = std::max<int64_t>(1, kBlockBytes / (size.depth * kRows * kIntegerBytes + 1)) * kRows;
   const int64_t padded = std::min(block, round_up(p.rows, kRows)), panels = ceil_div(p.outputs, kPanel);
   const RoundedRows x{kept_memory<Integer>(padded * size.depth), kept_memory<float>(padded),

@@ -8,7 +8,7 @@
 #include <vector>
 
 #include "elementwise.h"
-#include "target.h"
+#include "target.h"  // MEGALODON_BINDING, which declares `target`
 #include "tensor_view.h"
 #include "threads.h"
 
@@ -69,11 +69,12 @@ MEGALODON_BINDING(elementwise,
   const bool is_f64 = params.dtype == DType::f64;
   if ((params.a_dtype == DType::f64) != is_f64 || (params.b_dtype == DType::f64) != is_f64)
     y.fail("float64 if and only if `a` and `b` are float64");
-  // In the order of Operation; "=" is affine.
+  // The index in this string is the Operation; "=" stands for affine.
   const size_t code = std::string("=+-*/").find(b.given() ? operation : "=");
   params.operation = static_cast<Operation>(code);
   params.channels = b.given() && b.elements() < a.elements() ? b.elements() : a.elements();
   params.rows = params.channels ? y.elements() / params.channels : 0;
+  // Elements between the rows of a or b; 0 for a tensor with one row, which is broadcast.
   const auto step = [&](const TensorView& tensor) {
     if (tensor.elements() == y.elements()) return params.channels;
     if (tensor.elements() != params.channels || params.rows * params.channels != y.elements())
@@ -122,6 +123,7 @@ MEGALODON_BINDING(embedding_rows, (py::handle weight_, py::handle index_), (py::
 MEGALODON_BINDING(copy_memory, (py::handle x_), (py::handle y_)) {
   const TensorView x("copy", "x", x_), y("copy", "y", y_);
   y.like(x.present());
+  // All of x is one row.
   target.launch(RowsParams{1, 1, x.bytes(), nullptr, x.data_as<const char>(), y.data_as<char>()}, copy_rows);
 }
 

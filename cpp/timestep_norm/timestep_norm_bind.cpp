@@ -1,4 +1,4 @@
-#include "target.h"
+#include "target.h"  // MEGALODON_BINDING, which declares `target`
 #include "tensor_view.h"
 #include "timestep_norm.h"
 

@@ -1,11 +1,13 @@
 // The backward of timestep norm. Phases and bytes moved: timestep_norm_cpu.cpp.
 //
-// Rows are visited from the end. If U and V are the gradients of mean and var after row t, then u = U / n and v = V / n
-// follow from sums:
+// Rows are visited from the end. u and v are the gradients of mean and var after a row, divided by the number of
+// timesteps so far. Row t turns them into u' and v', those of the row before. mean' and n' are the mean after row t and
+// its number of timesteps.
 //   db = sum_F dy (1 + weight);  ds = sum_F dy (1 + weight) (x - mean')
 //   v' = v - rstd^3 ds / (2 n');  p = u - rstd db / n';  u' = p - 2 v' (mean' - mean)
 //   dx = dy rstd (1 + weight) + (p + 2 v' (x - mean')) / F;  dweight = sum_T dy (x - mean') rstd;  dbias = sum_T dy
-// A run scanned from u = v = 0 is corrected by u0 and v0 at its end: v' += v0, p += u0 - 2 v0 (mean_end - mean').
+// A run scanned from u = v = 0 is corrected by u0 and v0, those at its end: v' += v0, p += u0 - 2 v0 (mean_end -
+// mean').
 //
 // A block sums dweight and dbias in R, then adds the sums to one of kSlots sums in double, in the order of the blocks.
 
@@ -31,7 +33,7 @@ class Backward {
         streams_(worth_streaming(static_cast<const T*>(p.dx), p.sequences.tokens, D)) {}
 
   void operator()(int64_t block) {
-    const int64_t place = plan.blocks - 1 - block;
+    const int64_t place = plan.blocks - 1 - block;  // of the block in the order of visits
     const int64_t from = block * plan.rows, to = smaller(from + plan.rows, p.sequences.tokens);
     int64_t continued_s = -1, continued_begin = 0;
     p.sequences.for_each_run(from, to, [&](int64_t s, int64_t a, int64_t b) {

@@ -1,39 +1,42 @@
-// CEMA: ops/cema/cema_reference.py. Shared by its kernels: the scan in cema_scan.cuh and, on tensor cores,
-// cema_mma_scan.cuh; cema_step.cuh for short sequences; cema_bwd.cuh for gradients.
+// CEMA, of N complex states (modes) per channel: what the kernels share. Derivation: ops/cema/cema_reference.py. The
+// kernels: the scan, cema_scan.cuh or, on tensor cores, cema_mma_scan.cuh; the backward's sums, cema_bwd.cuh or
+// cema_mma.cuh. Short sequences have a kernel of their own, cema_step.cuh.
 //
 //   u_t = q u_{t-1} + x_t      h = p u      y_t = Re(sum_n c_n u_t[n]) + omega x_t,  c = gamma p
 //
 // The adjoint is the same scan against time: r_t = q r_{t+1} + dy_t. The gradient of h is conj(gamma r), and dx_t =
-// Re(sum_n c_n r_t[n]) + omega dy_t. A `Scan` is one of the two, over positions 0 .. T - 1 in its own order.
+// Re(sum_n c_n r_t[n]) + omega dy_t. A `Scan` is the forward's or the adjoint. Its positions 0 .. T - 1 are in its own
+// order, so position 0 of the adjoint is the last token.
 //
 // The flat row of T tokens is cut into tiles of `tile` positions; a tile may hold several sequences.
-//   1. table:   for each mode and channel the coefficients, and matrices that advance `tile` and 8 `tile` positions
+//   1. table:   for each mode and channel the coefficients, and matrices that advance a state by 1 and by 8 tiles
 //   2. local:   the state at each tile's end, from zero or, if a sequence starts in the tile, from its start
-//   3. carry:   states at each tile's end -> states that enter each tile; a start inside a tile stops the carry
+//   3. carry:   states at each tile's end -> states that enter each tile; a start inside a tile stops the carry, that
+//               is, what enters the tile has no part in the state at its end
 //   4. output:  from the entering states the rows of y, or of dx, and the end states of sequences
 // The backward adds up its parameters' gradients from both scans' entering states: cema_bwd.cuh, cema_mma.cuh.
 //
 // Bytes: x is read in phases 2 and 4, y is written once; states are 8 N / tile bytes per channel and position.
 //
-// A given state is divided by p (in the adjoint by gamma) and by Im(q). So if states are given, the size of p and gamma
-// counts as at least kLeastScale, that of Im(q) as at least kLeastPhase. In float32 this changes p x by at most 2^-32
-// |x|, gamma by 2^-32 and q by 2^-44, which is less than the rounding errors of the states.
+// Basis. A state u is stored as a pair of reals, second = Im(u) / Im(q) and first = Re(u) + shear second. A step then
+// takes 3 multiply-adds instead of 4:
 //
-// Basis. u = re + i Im(q) v is stored as the pair (first, second) = (re + shear v, v). A step then takes 3
-// multiply-adds instead of 4:
+//   first' = alpha first + beta second + x     second' = first + delta second
+//   alpha = Re(q) + shear     delta = Re(q) - shear     beta = -(Im(q)^2 + shear^2)
 //
-//   first' = alpha first + beta second + x     second' = first + delta second      alpha, delta = Re(q) +- shear
+// This matrix has the eigenvalues q and conj(q): its trace is 2 Re(q), its determinant |q|^2. The step is as stable as
+// a complex product: each number of the pair is rounded relative to its own size.
 //
-// with beta = -(Im(q)^2 + shear^2). This matrix has the eigenvalues q and conj(q): its trace is 2 Re(q), its
-// determinant |q|^2. It is the complex product with the imaginary part in units of Im(q), and as stable: each number of
-// the pair is rounded relative to its own size.
-//
-// Why a shear: without it, beta would be -Im(q)^2 rounded to float, which turns q by up to 2^-25, at every position in
-// the same direction. So beta is rounded first, and the shear, at most |Im(q)| / 2000, makes up for the difference. The
-// rounded coefficients then multiply by q to within 2^-35.
+// Why a shear: with shear 0, rounding beta = -Im(q)^2 to float turns q by up to 2^-25, at every position in the same
+// direction. So beta is rounded first, and the shear, at most |Im(q)| / 2000, makes up for the difference. The rounded
+// coefficients then multiply by q to within 2^-35.
 //
 // Why fma: if q is near 1, so are alpha and delta, and the state changes little from a position to the next. A product
 // that is rounded alone would have nearly the same error each time, and these errors would add up.
+//
+// Given states are divided by p (in the adjoint by gamma) and by Im(q). So if there are any, a size of p or gamma below
+// kLeastScale counts as kLeastScale, one of Im(q) below kLeastPhase as kLeastPhase. In float32 this changes p x by at
+// most 2^-32 |x|, gamma by 2^-32 and q by 2^-44: less than the rounding errors of the states.
 #pragma once
 
 #include "cema_arrays.cuh"
@@ -54,12 +57,11 @@ template <class R> constexpr int kBlocks = sizeof(R) == 4 ? 3 : 1;  // least num
 template <class R> constexpr double kLeastScale = sizeof(R) == 4 ? 0x1p-32 : 0x1p-200;
 template <class R> constexpr double kLeastPhase = sizeof(R) == 4 ? 0x1p-44 : 0x1p-200;
 
-// The positions [begin, end) of one sequence, or of the padding between two. `to` limits `end`; `starts` is of the
-// entire sequence.
+// The positions [begin, end) of one sequence, or of the padding between two, up to `to`.
 struct Run {
   int64_t end;
   int sequence;  // or -1: padding
-  bool starts;   // `begin` is the sequence's first position
+  bool starts;   // `begin` is the first position of the entire sequence
 
   GPU_INLINE Run(const Scan& scan, int64_t begin, int64_t to) {
     // The first sequence, in the scan's order, that ends after `begin`.
@@ -80,16 +82,17 @@ struct Run {
   GPU_INLINE bool ends(const Scan& scan) const { return scan.sequence_end(sequence) == end; }
 };
 
-// A thread's tile, two channels, and part of the modes. Neighbouring lanes take other modes of the same two channels.
+// What a thread works on: a tile, two channels, and some of the modes. Neighbouring lanes take the other modes of the
+// same two channels.
 struct Place {
-  int64_t tile, channel;
-  int first_mode, part;  // part: number of the thread's part of the modes
-  bool active;              // the first channel exists
-  bool has_second;          // both channels exist
+  int64_t tile, channel;  // channel: the first of the two
+  int first_mode, part;   // the first of the thread's modes; the number of the thread among those of the two channels
+  bool active;            // the first channel exists
+  bool has_second;        // both channels exist
 };
 
 GPU_INLINE Place place(const Scan& scan, int modes) {
-  const unsigned split = static_cast<unsigned>(scan.lanes / modes);         // threads of two channels
+  const unsigned split = static_cast<unsigned>(scan.lanes / modes);        // threads of two channels
   const unsigned blocks = gridDim.x / static_cast<unsigned>(scan.tiles);   // of a tile
   const unsigned thread = blockIdx.x % blocks * blockDim.x + threadIdx.x;  // of the tile
   const int64_t channel = int64_t{thread / split} * 2;
@@ -169,10 +172,10 @@ struct Basis {
   }
 };
 
-// Calls f(basis, slot, at) for each of the thread's modes and channels. `at` is the index in an (S, D, N) tensor, or -1
-// if the tensor has no such mode or channel. The work is rare, so the loop is not unrolled. A loop's index cannot
-// address registers, so pairs pass through shared memory: `slot` is that of mode m and channel e, slots + (2 m + e)
-// kThreads.
+// Calls f(basis, slot, at) for each of the thread's modes and channels, to read or write given and final states. `at`
+// is the index in an (S, D, N) tensor, or -1 if the tensor has no such mode or channel. `slot` is a place in shared
+// memory for a pair: that of mode m and channel e is slots + (2 m + e) kThreads. Registers will not do: the loop is not
+// unrolled, as it seldom runs, and a loop's index cannot address registers.
 template <int modes, class R, class F>
 GPU_INLINE void for_each_slot(const Scan& scan, const Place& place, int64_t sequence, Pair<R>* slots, F&& f) {
 #pragma unroll 1
@@ -193,7 +196,7 @@ GPU_INLINE void to_slots(Pair<R>* slots, const R (&first)[modes][2], const R (&s
   }
 }
 
-// States and coefficients of `modes` modes of two channels.
+// The states of `modes` modes of two channels, as pairs, and the coefficients of their steps.
 template <class R, int modes>
 struct Modes {
   R first[modes][2], second[modes][2];
@@ -331,7 +334,7 @@ char* take_states(Scan& scan, DType dtype, char* memory);
 
 // Phase 1. Fills the table of the scan's group of modes. `carried`: states, or gradients of states, are given.
 void launch_table(const CemaParams& params, const Scan& scan, bool carried, void* stream);
-// Phases 2 and 3. Compute the states that enter the tiles of one scan, or of two at once.
+// Phases 2 and 3. Computes the states that enter the tiles of scan a and, unless b is null, of scan b.
 void launch_states(DType dtype, const Scan& a, const Scan* b, void* stream);
 // Phase 4. Compute the output, or the final states alone.
 void launch_output(DType dtype, const Scan& scan, void* stream);

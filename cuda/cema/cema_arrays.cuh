@@ -8,8 +8,8 @@
 namespace megalodon {
 namespace cema {
 
-// Planes of the table, each (N', D') or, in matrices, (D', N'). A matrix has 8 planes: its 4 entries by rows, then the
-// errors of rounding these to R. The bases follow the last plane.
+// Planes of the table, each (N', D') or, in matrices, (D', N'); N' and D' are N and D padded (Scan). A matrix has 8
+// planes: its 4 entries by rows, then the errors of rounding these to R. The bases follow the last plane.
 enum Plane {
   kAlpha, kBeta, kDelta,
   kOutFirst, kOutSecond,  // y = sum of kOutFirst first + kOutSecond second
@@ -20,7 +20,8 @@ enum Plane {
 constexpr int kBasis = 8;      // numbers of a basis
 constexpr int kMmaTile = 128;  // on tensor cores: positions of a tile (cema_mma_scan.cuh), and lags (cema_mma.cuh)
 constexpr int kMmaRows = 16;   // tiles per product of cema_mma_scan.cuh
-constexpr int kBlock = 16, kPowers = kBlock + 2;  // positions per product; pairs in `powers` per mode and channel
+constexpr int kBlock = 16;     // positions per product
+constexpr int kPowers = kBlock + 2;  // pairs in Scan::powers per mode and channel
 
 // An array in global memory whose element type depends on the call's dtype: as<R>() points to elements Element<R>.
 template <template <class> class Element, class Void = void>
@@ -58,8 +59,8 @@ struct Scan {
   int64_t tile, tiles;      // positions of a tile; number of tiles
   bool reverse;             // against time
   bool whole;               // two channels can be accessed at once
-  bool loads_sums;          // sums over modes continue those in `sums`
-  bool stores_sums;         // sums over modes are stored in `sums` for the next group of modes
+  bool loads_sums;          // continue the sums over modes in `sums`: not the first group of modes
+  bool stores_sums;         // store the sums over modes in `sums`: not the last group
   bool by_mma;              // states and output by cema_mma_scan.cuh
 
   // The call's tensors.

@@ -13,7 +13,7 @@ Gradients make_gradients(const CemaBwdParams& params) {
   const bool stateless = params.dy && !params.dstate_out && !params.dstate;
   if (stateless && takes_mma(params, g.scan, params.x, params.dy)) {
     cut_for_mma(g.scan);
-    // Two blocks for each of 132 SMs, if there are enough tiles.
+    // Two blocks for each of an H100's 132 SMs, if there are enough tiles.
     const int64_t most = ceil_div(g.scan.tiles, kMmaTiles), wanted = 264 / ceil_div(params.channels, kMmaChannels);
     g.shares = LAUNCH_SIZE(cema_shares, wanted < 1 ? 1 : wanted < most ? wanted : most);
   }
@@ -75,7 +75,7 @@ void launch_cema_bwd_cuda(const CemaBwdParams& params, void* stream) {
   char* memory = static_cast<char*>(params.workspace) + table_bytes(params);
   memory = take_states(g.scan, params.dtype, memory);
   memory = take_states(g.adjoint, params.dtype, memory);
-  const auto take = [&](int64_t bytes) -> void* {
+  const auto take = [&](int64_t bytes) -> void* {  // null for 0 bytes
     memory += bytes;
     return bytes ? memory - bytes : nullptr;
   };
@@ -102,7 +102,7 @@ void launch_cema_bwd_cuda(const CemaBwdParams& params, void* stream) {
         if (g.dy) LAUNCH((cema_sums_kernel<T, true>), grid.blocks, grid.threads, 0, stream, g);
         else LAUNCH((cema_sums_kernel<T, false>), grid.blocks, grid.threads, 0, stream, g);
       }
-      const int64_t left = g.scan.modes - g.scan.first_mode;
+      const int64_t left = g.scan.modes - g.scan.first_mode;  // y of the grid: the group's modes, then omega
       const dim3 blocks(static_cast<unsigned>((g.scan.width + gpu::kWarp - 1) / gpu::kWarp),
                         static_cast<unsigned>((left < g.scan.lanes ? left : g.scan.lanes) + 1));
       if constexpr (sizeof(R) == 4) {

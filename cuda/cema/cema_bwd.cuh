@@ -22,7 +22,7 @@
 // tiles in double; then the first warp adds the warps' sums and applies the factors. Sizes alone fix the order of sums.
 //
 // Registers: at most 168 in cema_sums_kernel (12 warps per SM), no spills. Shared memory: 8 KB there, for initial
-// states and K w, and 12 KB in cema_finish_kernel, 44 with lags.
+// states and K w, and 12 KB in cema_finish_kernel, 44 with lags (cema_mma.cuh).
 // H100, (B 8, L 2048, D 1024, N 16) bf16, tile 128:
 //   sums       3.0 G multiply-adds, 88 us at 67 TFLOP/s; 169 MB, 50 us: x, dy 67, sums 34 out and in, states 34
 //   backward   5.9 G multiply-adds, 176 us: local scans 3 + 3, output 5, sums 11; 70 MB of workspace. At least 293 us,
@@ -39,6 +39,7 @@ constexpr int kRows = 4;         // rows loaded at once
 template <class R> constexpr int kSumModes = sizeof(R) == 4 ? 4 : 2;  // per thread
 constexpr int kFinishWarps = 8;
 
+// Pairs of sums over t: of dy_t u_t, of dy_t w_t + K w_end, and of x_t r_t.
 enum Sum { kSumFirst, kSumSecond, kSumWFirst, kSumWSecond, kProductFirst, kProductSecond, kMostSums };
 
 struct Gradients {
@@ -46,7 +47,8 @@ struct Gradients {
   ConstReals dy;                 // (T, D), the call's dtype; or null: zero
   Reals sums;                    // (parts, stride). A part: sums (kinds, N', D') by enum Sum; then, without `lags`, the
                                  // sums for domega (D')
-  int64_t kinds, stride, parts;  // sums of a part; numbers of a part; parts: one per tile or, with `lags`, one in all
+  int64_t kinds, stride;         // of a part: kinds of sums, and numbers
+  int64_t parts;                 // one per tile or, with `lags`, one in all
   Pairs slopes;                  // (2, tiles, D', N'): q times derivatives of both scans' local ends
   Reals lags;                    // (shares, kMmaTile, D'): sums over t of dy_t x_(t - lag), or null
   int64_t shares;                // of the tiles: the y grid of cema_tiles_kernel; 0: sums without tensor cores
@@ -188,7 +190,7 @@ __global__ void __launch_bounds__(kFinishWarps* gpu::kWarp) cema_finish_kernel(G
   const int64_t d = int64_t{blockIdx.x} * gpu::kWarp + lane, n = scan.first_mode + blockIdx.y;
   const int64_t plane = scan.lanes * scan.width, at = blockIdx.y * scan.width + (d < scan.width ? d : 0);
   const bool is_omega = blockIdx.y + 1 == gridDim.y;
-  const int kinds = is_omega ? !kLags : static_cast<int>(p.kinds);
+  const int kinds = is_omega ? !kLags : static_cast<int>(p.kinds);  // omega: one, or none if the lags give it
   const R* const sums = p.sums.as<R>() +
                         (is_omega ? p.kinds * plane + at - blockIdx.y * scan.width : at);
   double sum[kMostSums] = {};

@@ -19,7 +19,8 @@ struct Scans {
   Scan scan[2];  // chosen by blockIdx.y
 };
 
-// The map z -> A z + e. A, of 2 x 2, is the sum of its entries rounded to R and of their rounding errors.
+// The map z -> A z + e of pairs. A, of 2 x 2, is the sum of its entries rounded to R, entry[0 .. 3] by rows, and of
+// their rounding errors, entry[4 .. 7].
 template <class R>
 struct Matrix {
   R entry[8];
@@ -56,7 +57,7 @@ GPU_INLINE void carry(const Scan& scan, Visit&& visit) {
       end[i] = index < size ? gpu::ld<Pair<R>>(scan.state<R>(tile(i), at, 0)) : Pair<R>{0, 0};
       stops[i] = scan.stops[tile(i)];
     }
-    Pair<R> z{0, 0};
+    Pair<R> z{0, 0};  // phase 1
     bool any_stop = false;
     GPU_UNROLL
     for (int i = 0; i < kTilesPerWarp; ++i) {
@@ -67,13 +68,13 @@ GPU_INLINE void carry(const Scan& scan, Visit&& visit) {
     gpu::st_shared(&ends[threadIdx.x], z);
     if (lane == 0) stopped[warp] = any_stop;
     __syncthreads();
-    z = round_state;
+    z = round_state;  // phase 2
     for (int w = 0; w < kCarryWarps; ++w) {
       if (w == warp) z = round_state;
       const auto end_of_warp = gpu::ld_shared<Pair<R>>(&ends[w * gpu::kWarp + lane]);
       round_state = stopped[w] ? end_of_warp : over_warp(round_state, end_of_warp);
     }
-    Pair<R> tile_state[kTilesPerWarp];
+    Pair<R> tile_state[kTilesPerWarp];  // phase 3
     GPU_UNROLL
     for (int i = 0; i < kTilesPerWarp; ++i) {
       if (i >= count) continue;

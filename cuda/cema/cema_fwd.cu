@@ -7,7 +7,8 @@ namespace {
 
 using namespace cema;
 
-// Returns true if one launch that visits each sequence from start to end is faster than a scan of four launches.
+// Returns true if one launch that visits each sequence from start to end is faster than a scan of four launches: for
+// up to 4 positions per sequence or, if there is little work, up to 64.
 bool has_few_steps(const CemaFwdParams& p) {
   if (p.ends_only) return false;
   const int64_t T = p.sequences.tokens, S = p.sequences.count;
@@ -56,7 +57,8 @@ void launch_cema_fwd_cuda(const CemaFwdParams& params, void* stream) {
   Scan scan = make_forward(params);
   scan.table = params.workspace;
   char* const memory = static_cast<char*>(params.workspace) + table_bytes(params);
-  (scan.by_mma ? scan.powers.data : scan.sums.data) = take_states(scan, params.dtype, memory);
+  char* const rest = take_states(scan, params.dtype, memory);
+  (scan.by_mma ? scan.powers.data : scan.sums.data) = rest;
   launch_empty(params.dtype, scan, stream);
   for_each_group(scan, [&] {
     launch_table(params, scan, params.state != nullptr, stream);

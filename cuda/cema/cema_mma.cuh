@@ -1,7 +1,7 @@
 // The backward's sums on tensor cores, for bf16 without states: replaces the local scans and cema_sums_kernel. Launched
 // by cema_bwd.cu.
 //
-// These are computed for each tile from its x_0 .. x_127 and dy_0 .. dy_127, which are exact as operands:
+// For each tile, from its x_0 .. x_127 and dy_0 .. dy_127, which are exact as operands, the kernels compute
 //
 //   e = sum_j q^(127-j) x_j     r = sum_j q^j dy_j     the ends of the two local scans (phase 2 of cema.cuh)
 //   e' = q de/dq                r' = q dr/dq           their slopes, sums of (127-j) q^(127-j) x_j and of j q^j dy_j

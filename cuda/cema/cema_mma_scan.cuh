@@ -16,9 +16,11 @@
 // Grid: x over 16 channels, y over 16 tiles; a warp takes two channels, one after the other.
 // Registers: at most 128 (16 warps per SM). Shared memory: 67.7 KB, and 1 KB in phase 4.
 // H100, (B 8, L 2048, D 1024, N 16), minimum times:
-//   phase 2   memory 15 us: x in, 33.5 MB; states out, 17 MB. 0.8 M products 7 us, 1024 multiply-adds per cycle, SM
-//   phase 4   memory 25 us: x and states in, y out, 84 MB. 1.4 warp instructions per 4 positions of a channel 25 us;
-//             1.8 M products 16 us
+//   phase 2   memory 15 us: x in, 33.5 MB; states out, 17 MB
+//             products 7 us: 0.8 M at 1024 multiply-adds per cycle and SM
+//   phase 4   memory 25 us: x and states in, y out, 84 MB
+//             products 16 us: 1.8 M
+//             instructions 25 us: 1.4 of a warp for each 4 positions of a channel
 //   forward   41 us (bench.predict), 17 MB of states, 5 MB of coefficients
 // Example: L = 256, T = 512: 4 tiles in the rows of A, and 12 rows of zeros. Tiles 0 and 2 begin a row: v = 0 there.
 //

@@ -55,7 +55,7 @@ Scan make_scan(const CemaParams& params) {
   scan.modes = params.modes;
   scan.width = ceil_div(params.channels, 2) * 2;
   const int64_t T = params.sequences.tokens, work = T * params.channels * params.modes;
-  // Longer tiles mean fewer states, and fewer threads.
+  // Longer tiles mean fewer states, but fewer threads: tiles grow with the square root of the work.
   for (scan.tile = kLeastTile; scan.tile < kMostTile && work >> 16 >= scan.tile * scan.tile;) scan.tile *= 2;
   scan.tile = LAUNCH_SIZE(cema_tile, scan.tile);
   scan.tiles = ceil_div(T, scan.tile);

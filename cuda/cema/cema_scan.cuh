@@ -71,6 +71,7 @@ __global__ void cema_table_kernel(Scan scan, const R* p, const gpu::Complex<R>* 
     for (int i = 0; scan.powers && i < kPowers; ++i) gpu::st(scan.power<R>(i, mode, d), Pair<R>{0, 0});
     return Basis<R>{}.store(scan, mode, d);
   }
+  // Stores the value, rounded to R, and returns what it stored.
   const auto set = [&](int plane, double value) { return *entry(plane) = static_cast<R>(value); };
   const gpu::Complex<R> pole = gpu::ld<gpu::Complex<R>>(q + d * scan.modes + n);
   gpu::Complex<R> g{1, 0};  // if gamma is null, because there is neither y nor dy
@@ -158,8 +159,9 @@ __global__ void __launch_bounds__(kThreads, kBlocks<Compute<T>>) cema_local_kern
   state.store(scan, place);
 }
 
-// Sums y of n positions over the `split` lanes of two channels; n and split are powers of two. Lane `part` gets the
-// sums of n / split positions, in order. If n < split, split / n neighbouring lanes get the sum of one position.
+// Sums y of n positions over the `split` lanes of two channels, number `part` = 0, 1, ... of them; n and split are
+// powers of two. Each lane gets the sums of n / split positions, in order. If n < split, split / n neighbouring lanes
+// get the sum of one position.
 template <int split, int n, class R>
 GPU_INLINE void add_parts(R (&y)[n][2], int part) {
   GPU_UNROLL

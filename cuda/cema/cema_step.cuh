@@ -37,7 +37,7 @@ __global__ void __launch_bounds__(kStepThreads) cema_step_kernel(CemaFwdParams p
   const int64_t at = channel * p.modes + n, size = p.channels * p.modes;
   const Sequences& sequences = p.sequences;
   C q{0, 0}, gamma{0, 0};
-  R drive = 0, omega = 0;
+  R drive = 0, omega = 0;  // drive: p
   if (has_mode) {
     q = gpu::ld<C>(static_cast<const C*>(p.q) + at);
     gamma = gpu::ld<C>(static_cast<const C*>(p.gamma) + at);

@@ -208,9 +208,10 @@ __global__ void __launch_bounds__(Product::kThreads, 1)
 }
 
 // Adds the product of weights (P or dS) and rows to `sum`, in `count` slabs: load(slab, a, b) loads weights into a and
-// rows into b, and multiply(slab, a, b) adds their product. Returns false if the caller must call again, because a sum
-// of the block is NaN. Then there are two more passes. Pass 1 sets a sum to NaN if a NaN or infinity in rows has a
-// weight other than 0, else to 0. Pass 2 adds the products of finite elements.
+// rows into b, and multiply(slab, a, b) adds their product. Returns true if `sum` is complete, and false if the caller
+// must call again for the next pass. There is one pass, 0, or three if a sum of the block is NaN after it:
+//   1. sets a sum to NaN if a NaN or infinity in rows has a weight other than 0, else to 0;
+//   2. adds the products of finite elements.
 // `pass` is in shared memory, as the loop has no register for it. Thread 0 sets it; the others read it after the first
 // barrier of the pipeline, which has one because `count` is at least 1.
 template <class Product, class Load, class Multiply>
@@ -218,7 +219,8 @@ GPU_INLINE bool add_products(typename Product::Sum& sum, int* pass, typename Pro
                              Multiply&& multiply) {
   using T = typename Product::T;
   using R = typename Product::R;
-  constexpr int kElements = Product::kMicro * Product::kMicro, kPlain = 0, kFind = 1;
+  constexpr int kElements = Product::kMicro * Product::kMicro;
+  constexpr int kPlain = 0, kFind = 1;  // passes; the last one is 2
   const auto element = [&](int e) -> R& { return sum.at(e / Product::kMicro, e % Product::kMicro); };
   gpu::pipeline<kStages, false>(
       count,
@@ -262,6 +264,7 @@ GPU_INLINE bool differentiate_keys(const ChunkedAttentionBwdParams& p, const Bwd
   const int64_t width = values ? p.value_dim : p.key_dim;
   const int key = block.first;
   if (key + kEdge <= block.cached) return true;
+  // A panel has tiles of P, for dv, then of dS, for dk.
   const T* tile = typed<T>(plan.tiles) + (2 * panel + !values) * plan.blocks * kEdge * kEdge;
   const TileFactors<Product> factors{typed<float>(plan.factors) + panel * plan.blocks, 1};
   const auto right = chunk_rows(p, block, typed<T>(values ? p.d_o : p.q), width);

@@ -1,8 +1,8 @@
 // The backward of chunked attention: distribution of work over launches, and rows of a block.
 //
-// Row blocks follow the chunks' grid. They are numbered by sequence, chunk, head and block, so that the blocks of one
-// head of a chunk are neighbours. A launcher does not know spans or position, so a sequence's first
-// number depends on sizes alone:
+// A chunk's rows are cut into blocks of kEdge, from the chunk's start on. Blocks are numbered by sequence, chunk, head
+// and block, so that the blocks of one head of a chunk are neighbours. A launcher does not know spans or position, so a
+// sequence's first number depends on sizes alone:
 //   one in each row   as if every sequence had L tokens after C - 1 cached rows
 //   other spans       sequence s begins at begin(s) * blocks / most_rows + 2 s, or later if there are caches
 // Excess numbers have no rows. Example: kEdge 2, C 3 (two blocks per chunk), spans [0, 4), [4, 5): the sequences begin

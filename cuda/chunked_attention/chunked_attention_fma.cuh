@@ -37,6 +37,8 @@ namespace chunked_attention {
 
 constexpr int kFmaRows = 64, kFmaThreads = 256;
 
+// In phase 1, kRowGroups x kKeyGroups threads have 4 x 4 scores each; in phase 3, kColumnGroups threads have 8 columns
+// of the same kThreadRows rows. Sizes are in elements of R.
 template <class R, int kColumns>
 struct FmaTiling {
   static constexpr int kVector = gpu::kVectorWidth<R>;

@@ -86,8 +86,8 @@ struct TensorProduct {
   GPU_INLINE static void multiply(Sum& d, const T* a_slab, const T* b_slab, int64_t depth, int64_t rows,
                                   int64_t columns) {
     if (warp_row() >= rows || warp_column() >= columns) return;
-    // ldmatrix loads four 8 x 8 matrices, arranged 2 x 2. Each lane gives it the address of one of their 32 rows:
-    // (major, minor) takes the matrices in column-major order, (across, along) in row-major order.
+    // ldmatrix loads four 8 x 8 matrices, arranged 2 x 2. Each lane gives it the address of one of their 32 rows, at
+    // row `major` and column `minor` for matrices in column-major order, at (across, along) for row-major order.
     const int major = lane() % 16, minor = lane() / 16 * 8, across = lane() % 8 + minor, along = lane() / 8 % 2 * 8;
     const int a_at = kAByDepth ? place(a_slab, kEdge, across, warp_row() + along)
                                : place(a_slab, kDepth, warp_row() + major, minor);
@@ -208,7 +208,7 @@ struct PlainProduct {
     return static_cast<int>(threadIdx.x % 16);
   }
 
-  template <bool kByDepth, bool = true, class RowOf>
+  template <bool kByDepth, bool = true, class RowOf>  // kWhole has no effect here, nor in store()
   GPU_INLINE static void load(R* slab, int64_t valid, RowOf&& row_of) {
     constexpr int rows = kByDepth ? kDepth : kEdge, width = kByDepth ? kEdge : kDepth;
     for (int i = threadIdx.x; i < rows * width; i += kThreads) {

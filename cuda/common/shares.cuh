@@ -1,4 +1,4 @@
-// For backwards: gradients of parameters to which all blocks contribute. Each block stores its sums (a share), and
+// For backwards: gradients of parameters, to which all blocks contribute. A share is the sums that one block stores;
 // sum_shares() launches a kernel that adds the shares.
 #pragma once
 

@@ -7,23 +7,24 @@
 //   gamma, dgamma, dbeta (2, H, K):  R, float or double
 //   rotary (rows, K / 2, 2):         R, (cos, sin)
 //
-// Grid: a part is kLeastTokens or more neighbouring tokens; there are at most kMaxParts. A block takes a part's head.
+// Grid: a part is kLeastTokens or more neighbouring tokens; there are at most kMaxParts. A block takes one head of a
+// part. Its sums of e and e zn are the part's share (shares.cuh) of dbeta and dgamma.
 //   K <= 32 kVectors vectors: a warp takes every kWarps-th token, a lane the vectors lane, lane + 32, ...
 //   larger K:                 a block takes a token at a time, a thread the vectors thread, thread + 256, ...
 // Phases of a warp:
 //   1. Lanes find the rows of the rotary table for the warp's next kTokens tokens. Then for each token:
 //   2. compute e and dzn and, by shuffles, the sums of z^2 and of dzn z;
 //   3. compute dz, and add e and e zn to the lane's sums in registers, while the next token's vectors are loaded.
-//   4. At the end, the warps' sums are added in order: the part's sums.
+//   4. At the end, the warps' sums are added in order: the share.
 // Phases of a block, for each kTokens tokens:
 //   1. Lanes find the tokens' rows.
 //   2. The block computes the two sums of each token.
-//   3. It reads the vectors again, from L1 or L2, stores dz, and adds the sums of e and e zn to the part's sums.
-// Then gpu::sum_shares adds the parts' sums in order.
+//   3. It reads the vectors again, from L1 or L2, stores dz, and adds the sums of e and e zn to the share.
+// Then gpu::sum_shares adds the shares in order.
 //
 // Shared memory: 9 KB. Registers: at most 128, two blocks per SM (f64: 150, one block); no spills.
-// Bytes: z, dq, dk and dz once, the minimum. The parts' sums have 16 K bytes per head, written and read once:
-// 3% each in bf16 if parts have 64 tokens or more. The table comes from L2.
+// Bytes: z, dq, dk and dz once, the minimum. A share has 16 K bytes per head, written and read once: 3% each in bf16 if
+// parts have 64 tokens or more. The table comes from L2.
 // H100, (B 8, L 2048, H 1, K 256) bf16: 33.6 MB + 2.1 MB of table + 2.1 MB of sums, 11.3 us at 3.35 TB/s;
 // at least 15 us (bench.predict).
 // Example: T 16384, H 1, K 256: 256 parts of 64 tokens, 8 per warp. In fp32, lane l has elements 4 l .. 4 l + 3 and
@@ -56,7 +57,7 @@ inline Parts make_parts(const NormalizedQkBwdParams& p) {
   return {tokens, (p.sequences.tokens + tokens - 1) / tokens};
 }
 
-// Returns the address of a number of a part's share (4, H, K): dbeta_0, dbeta_1, sqrt(K) dgamma_0, sqrt(K) dgamma_1.
+// Returns the address of a number of a share (4, H, K): sums for dbeta_0, dbeta_1, sqrt(K) dgamma_0, sqrt(K) dgamma_1.
 template <class R>
 GPU_INLINE R* share_of(const NormalizedQkBwdParams& p, int64_t part, int sum, int64_t channel) {
   return static_cast<R*>(p.workspace) + (part * 4 + sum) * p.heads * p.key_dim + channel;
@@ -165,7 +166,7 @@ GPU_INLINE void store_zeros(const NormalizedQkBwdParams& p, int64_t at) {
   gpu::store<kWhole>(static_cast<T*>(p.dz) + at, zeros);
 }
 
-// Adds a token's e_0, e_1, e_0 zn, e_1 zn to `share`.
+// Adds a token's e_0, e_1, e_0 zn, e_1 zn to a thread's part of the share.
 template <class R, int n>
 GPU_INLINE void add_to_share(R (&share)[4][n], const Vectors<R, n>& in, R r) {
   GPU_UNROLL

@@ -135,7 +135,7 @@ struct Rows {
   int64_t* sequence;  // number of the row's sequence; -1: padding
   int* step;          // rows of the sequence before this row, at most kTile; -1: padding
   int* left;          // rows of the sequence after this row, at most kTile; -1: padding
-  R* share;           // 1 / number of the sequence's timesteps up to and including this row
+  R* inverse_count;   // 1 / number of the sequence's timesteps up to and including this row
 };
 
 template <class R>
@@ -143,8 +143,8 @@ GPU_INLINE Rows<R> make_rows() {
   SMEM_ARRAY(int64_t, sequence, kTile);
   SMEM_ARRAY(int, step, kTile);
   SMEM_ARRAY(int, left, kTile);
-  SMEM_ARRAY(R, share, kTile);
-  return {sequence, step, left, share};
+  SMEM_ARRAY(R, inverse_count, kTile);
+  return {sequence, step, left, inverse_count};
 }
 
 // Thread i looks up row i. Returns the number of timesteps of the row's sequence, up to and including the row. A
@@ -158,7 +158,7 @@ GPU_INLINE int64_t look_up(const Rows<R>& rows, const TimestepNormParams& p, int
   rows.sequence[i] = s;
   rows.step[i] = at_most(kTile, step);
   rows.left[i] = s < 0 ? -1 : at_most(kTile, p.sequences.end(s) - 1 - token);
-  rows.share[i] = s < 0 ? 0 : R{1} / static_cast<R>(seen);
+  rows.inverse_count[i] = s < 0 ? 0 : R{1} / static_cast<R>(seen);
   return seen;
 }
 

@@ -4,6 +4,11 @@
 //   dx_t = dy rstd (1 + weight) + (sum over j >= t of [a_j + 2 b_j (x_t - mean_j)]) / F
 //   dweight = sum_T dy (x - mean) rstd;  dbias = sum_T dy
 //
+// The sum over j is u + 2 v (x_t - m) for an arbitrary pivot m; another pivot m' has u' = u + 2 v (m' - m) and the same
+// v. So sums of neighbouring tiles are added once they have the same pivot. The gradient of the end state adds a =
+// dmean / n and b = dvar / n at the last row. The gradient of the initial state, which has seen n timesteps, is n u for
+// the mean and n v for the variance, about the state's mean.
+//
 //   x, dy, dx (T, D):                                           the call's dtype
 //   weight, dweight, dbias (D); stats (3, T, G); states (S, G): R, float or double
 //
@@ -27,11 +32,6 @@
 // Shares, written and read: at most 2% of x, dy and dx. 7 of 8 warps read gains from L1.
 // H100, (B 8, L 2048, D 1024, G 32) bf16: 101 + 6.3 MB, 32 us at 3.35 TB/s; 55 us if all is read twice from memory.
 // Example: T = 100 in one sequence: tile 1 has rows 64 .. 99, whose sums enter tile 0, about the mean of row 64.
-//
-// The sum over j is u + 2 v (x_t - m) for an arbitrary pivot m; another pivot m' has u' = u + 2 v (m' - m) and the same
-// v. So sums of neighbouring tiles are added once they have the same pivot. The gradient of the end state adds a =
-// dmean / n and b = dvar / n at the last row. The gradient of the initial state, which has seen n timesteps, is n u for
-// the mean and n v for the variance, about the state's mean.
 #pragma once
 
 #include "shares.cuh"
@@ -171,13 +171,13 @@ __global__ void __launch_bounds__(kThreads, kOne && sizeof(T) < 8 ? 2 : 1)
   GPU_UNROLL
   for (int r = kRows - 1; r >= 0; --r) {
     const int row = place.warp * kRows + r, left = rows.left[row];
-    const R rstd = rstd_after<R>(p, place.readable_token(r), place.group), share = rows.share[row];
-    u[r] = left < 0 ? 0 : -rstd * u[r] * share;
-    v[r] = left < 0 ? 0 : -rstd * (rstd * (rstd * v[r])) * (share / 2);
+    const R rstd = rstd_after<R>(p, place.readable_token(r), place.group), inverse_count = rows.inverse_count[row];
+    u[r] = left < 0 ? 0 : -rstd * u[r] * inverse_count;
+    v[r] = left < 0 ? 0 : -rstd * (rstd * (rstd * v[r])) * (inverse_count / 2);
     if (left == 0) {
       const int64_t at = rows.sequence[row] * p.groups + place.group;
-      if (p.dmean_out) u[r] += static_cast<const R*>(p.dmean_out)[at] * share;
-      if (p.dvar_out) v[r] += static_cast<const R*>(p.dvar_out)[at] * share;
+      if (p.dmean_out) u[r] += static_cast<const R*>(p.dmean_out)[at] * inverse_count;
+      if (p.dvar_out) v[r] += static_cast<const R*>(p.dvar_out)[at] * inverse_count;
     }
     if (r + 1 < kRows && left > 0) {
       u[r] += u[r + 1] + 2 * v[r + 1] * difference(mean[r], mean[r + 1]);

@@ -26,10 +26,10 @@ struct EndStateGradient {
   EndStateGradient() = default;
   GPU_INLINE EndStateGradient(const TimestepNormEndStateBwdParams& p, int64_t s, int64_t group) {
     const int64_t at = s * p.groups + group, elements = p.sequences.length(s) * (p.channels / p.groups);
-    const R share = R{1} / static_cast<R>(elements);
-    if (p.dmean_out) level = static_cast<const R*>(p.dmean_out)[at] * share;
+    const R per_element = R{1} / static_cast<R>(elements);
+    if (p.dmean_out) level = static_cast<const R*>(p.dmean_out)[at] * per_element;
     if (!p.dvar_out) return;
-    slope = 2 * (static_cast<const R*>(p.dvar_out)[at] * share);
+    slope = 2 * (static_cast<const R*>(p.dvar_out)[at] * per_element);
     mean = static_cast<const R*>(p.mean_out)[at];
     level -= slope * static_cast<const R*>(p.residual_out)[at + s * p.groups];
   }

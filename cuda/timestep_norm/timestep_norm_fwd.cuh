@@ -289,9 +289,9 @@ GPU_INLINE void walk_rows(const TimestepNormFwdParams& p, const Rows<R>& rows, c
         if (initial_count(p, s) == 0) base.mean = moments.mean[r];
         mean_change = var_change = 0;
       }
-      const R share = rows.share[row], d = difference(moments.mean[r], base.mean) - mean_change;
-      mean_change += share * d;
-      var_change += share * ((moments.var[r] - (base.var.hi + var_change)) + (1 - share) * (d * d));
+      const R c = rows.inverse_count[row], d = difference(moments.mean[r], base.mean) - mean_change;
+      mean_change += c * d;
+      var_change += c * ((moments.var[r] - (base.var.hi + var_change)) + (1 - c) * (d * d));
       moments.mean[r] = add(base.mean, mean_change);
       const R shifted = base.var.hi + (base.var.lo + var_change) + static_cast<R>(p.eps);
       moments.var[r] = rsqrt(shifted) + 0 * shifted;  // NaN for a variance beyond the range of R

@@ -1,7 +1,6 @@
 """Decoded tokens a second by weights of 4, 8 and 16 bits, from bench/results: mega200M and a Llama in llama.cpp."""
 
-from matplotlib.patches import Patch
-from style import BLUE, GREY, ORANGE, panels
+from style import BLUE, ORANGE, legend_below, panels
 
 from bench.summary import LLAMA_CPP, newest_page_with
 
@@ -12,29 +11,21 @@ WEIGHTS = {
 }
 PAGE = newest_page_with(LLAMA_CPP)
 
-found = PAGE.decoding()
-places = {label.split()[1]: label for label in found[LLAMA_CPP] if label.startswith("after")}
-rates = {
-    f"{bits}, after {place}": {path: found[path][label] for path in paths}
-    for bits, paths in WEIGHTS.items()
-    for place, label in places.items()
-}
+rates = PAGE.decoding()
+contexts = [label for label in rates[LLAMA_CPP] if label.startswith("after")]  # "after 1,000 tokens"
+highest = max(rates[path][context] for paths in WEIGHTS.values() for path in paths for context in contexts)
 figure, three = panels(7.2, 3.6, columns=3)
 for axes, (bits, paths) in zip(three, WEIGHTS.items()):
-    for i, place in enumerate(places):
-        for j, (path, colour) in enumerate(zip(paths, (BLUE, ORANGE))):
-            rate = rates[f"{bits}, after {place}"][path]
-            axes.bar(i + 0.42 * (j - 0.5), rate, width=0.4, color=colour)
-            axes.text(i + 0.42 * (j - 0.5), rate, f"{rate:,.0f}", ha="center", va="bottom", fontsize=8.5)
-    axes.set_xticks(range(len(places)), places)
+    for path, colour, offset in zip(paths, (BLUE, ORANGE), (-0.21, 0.21)):
+        for i, context in enumerate(contexts):
+            rate = rates[path][context]
+            axes.bar(i + offset, rate, width=0.4, color=colour)
+            axes.text(i + offset, rate, f"{rate:,.0f}", ha="center", va="bottom", fontsize=8.5)
+    axes.set_xticks(range(len(contexts)), [context.split()[1] for context in contexts])
     axes.tick_params(axis="x", length=0)
-    axes.set_ylim(0, 1.08 * max(max(pair.values()) for pair in rates.values()))
+    axes.set_ylim(0, 1.08 * highest)
     axes.set(title=f"weights of {bits}", xlabel="tokens before", ylabel="tokens a second")
     axes.title.set(fontsize=11)
-patches = [Patch(color=colour) for colour in (BLUE, ORANGE)]
-names = ["mega200M, this package", "Llama, llama.cpp"]
-figure.legend(patches, names, loc="lower left", bbox_to_anchor=(0, 0.06), ncols=2, handlelength=1, columnspacing=1.2)
+names = {"mega200M, this package": BLUE, "Llama, llama.cpp": ORANGE}
 cores = {"2": "two"}.get(PAGE.cores, PAGE.cores)
-note = f"187M weights read for each token, {cores} cores of an {PAGE.processor}"
-figure.text(0.015, 0.02, note, color=GREY, fontsize=10)
-figure.tight_layout(rect=(0, 0.16, 1, 1))
+legend_below(figure, names, f"187M weights read for each token, {cores} cores of an {PAGE.processor}")

@@ -8,11 +8,12 @@ axes = sheet(6.4, 5.0, (-0.3, 17.3), (-1.3, 13.1))
 
 
 def cells(row, lengths_and_colours, width):
-    """Draw the cells of sequences from the left, and padding up to `width`."""
+    """Draw the cells of sequences from the left, paler in every second chunk, and padding up to `width`."""
     column = 0
     for length, colour in lengths_and_colours:
         for t in range(length):
-            axes.add_patch(_square(column, row, colour, 0.9 if t // C % 2 == 0 else 0.55))
+            is_even_chunk = t // C % 2 == 0
+            axes.add_patch(_square(column, row, colour, 0.9 if is_even_chunk else 0.55))
             axes.text(column + 0.5, row + 0.5, t % C, ha="center", va="center", color="white", fontsize=9)
             column += 1
     for padding in range(column, width):

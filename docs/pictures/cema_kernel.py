@@ -2,11 +2,9 @@
 
 import megalodon_ops as mo
 import torch
-from style import BLUE, GREEN, ORANGE, RED, panels
+from style import new_cema, panels
 
-torch.manual_seed(3)
-layer = mo.ComplexEMA(512, ndim=16)
-order = layer.theta.flatten().argsort()
+layer, channels = new_cema()
 impulse = torch.zeros(1, 64, 512)
 impulse[0, 0] = 1
 with torch.no_grad():
@@ -14,12 +12,9 @@ with torch.no_grad():
     kernels = mo.cema(impulse, p, q, gamma, torch.zeros_like(omega))[0]
 
 figure, axes = panels(6.4, 2.9)
-for place, colour in zip((0.05, 0.5, 0.8, 0.97), (BLUE, ORANGE, GREEN, RED)):
-    channel = order[int(place * len(order))]
-    turn = layer.theta[channel].sigmoid().item()
-    label = f"an angle of {turn:.2g} turns" if place == 0.05 else f"{turn:.2g}"
-    axes.plot(kernels[:, channel], color=colour, marker=".", markersize=4, linewidth=1.2, label=label)
+for angle, channel, colour in channels:
+    axes.plot(kernels[:, channel], color=colour, marker=".", markersize=4, linewidth=1.2, label=angle)
 axes.axhline(0, color="#8c959f", linewidth=0.8)
 axes.set(xlabel="positions back", ylabel="weight", xlim=(-0.5, 40))
-axes.legend()
+axes.legend(title="a channel's angle")
 figure.tight_layout()

@@ -1,6 +1,7 @@
 """Pairs of a row and a column that have a score, for a whole sequence and after a given state."""
 
 import numpy as np
+from matplotlib.colors import to_rgb
 from style import BLUE, LIGHT, ORANGE, panels
 
 C, L, POSITION = 4, 12, 3
@@ -9,9 +10,11 @@ figure, (whole, piece) = panels(6.4, 3.3, columns=2)
 
 def draw(axes, first, title):
     """Draw the rows from `first` on; columns before `first` come from the state."""
-    rows, columns = np.mgrid[first : first + L - first, 0:L]
+    rows, columns = np.mgrid[first:L, 0:L]
     seen = (columns <= rows) & (columns // C == rows // C)
-    colours = np.where(seen[..., None], np.where((columns < first)[..., None], _rgb(ORANGE), _rgb(BLUE)), _rgb(LIGHT))
+    colours = np.full((*seen.shape, 3), to_rgb(LIGHT))
+    colours[seen] = to_rgb(BLUE)
+    colours[seen & (columns < first)] = to_rgb(ORANGE)
     axes.pcolormesh(np.arange(L + 1), np.arange(first, L + 1), colours, edgecolors="white", linewidth=1.5)
     axes.set(aspect="equal", xlim=(0, L), ylim=(L, 0), xticks=range(0, L + 1, C), yticks=range(0, L + 1, C))
     axes.set_xlabel("column: key and value")
@@ -19,10 +22,6 @@ def draw(axes, first, title):
     axes.tick_params(length=0)
     for side in axes.spines.values():
         side.set_visible(False)
-
-
-def _rgb(colour):
-    return np.array([int(colour[i : i + 2], 16) / 255 for i in (1, 3, 5)])
 
 
 draw(whole, 0, "12 positions, C = 4")

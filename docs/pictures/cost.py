@@ -5,19 +5,19 @@ import numpy as np
 from style import BLUE, GREY, ORANGE, panels, plain_ticks
 
 config = mo.MegalodonConfig.preset("mega7.3B", vocab_size=32000)
-matrices = 2 * (config.num_parameters() - config.vocab_size * config.model_dim)  # the embedding is looked up
+matrices = 2 * (config.num_parameters() - config.vocab_size * config.model_dim)  # flops; the embedding is looked up
 length = np.logspace(2, 6.3, 200)
 
 
 def ours(length):
-    """Flops a token: in each layer 2 (K + V) for each pair, about half a chunk of them, and 12 N + 2 a channel for CEMA."""
+    """Flops a token; in each layer 2 (K + V) for each of half a chunk's keys, and 12 N + 2 a channel for CEMA."""
     pairs = (np.minimum(length, config.chunk_size) + 1) / 2
     attention = 2 * pairs * (config.z_dim + config.value_dim)
     return matrices + config.num_layers * (attention + config.model_dim * (12 * config.cema_ndim + 2))
 
 
 def transformer(length):
-    """Flops a token with as many parameters, 32 layers of 4096, and pairs with every token so far."""
+    """Flops a token with as many parameters, 32 layers of width 4096, and attention to every token so far."""
     return matrices + 32 * 2 * (length + 1) / 2 * (4096 + 4096)
 
 

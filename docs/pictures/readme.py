@@ -1,6 +1,6 @@
 """Draw the README's pictures into SVG files in this folder: python docs/pictures/readme.py
 
-The site draws them by the same scripts. A file's description holds the figures that it shows.
+The site draws them by the same scripts.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ PICTURES = ("chunks", "against_llama")
 
 
 def draw(name: str, folder: Path = HERE) -> Path:
-    """Run a picture's script and save the picture, on white for dark pages."""
+    """Run a picture's script and save the picture on white, with the script's `rates` as its description."""
     sys.path.insert(0, str(HERE))
     try:
         import matplotlib.pyplot as plt

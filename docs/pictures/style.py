@@ -1,4 +1,4 @@
-"""Style of the pictures: ink, colours, and axes without a frame."""
+"""Style of the pictures: colours, axes without a frame, boxes and arrows."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from pathlib import Path
 import matplotlib.pyplot as plt
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.patches import FancyBboxPatch
+from matplotlib.patches import FancyBboxPatch, Patch
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(REPOSITORY))
@@ -37,6 +37,30 @@ def sheet(width: float, height: float, x: tuple[float, float], y: tuple[float, f
     return axes
 
 
+def legend_below(figure: Figure, colours: dict[str, str], note: str) -> None:
+    """Draw a row of names with their colours below the plots, and a note below it."""
+    patches = [Patch(color=colour, label=name) for name, colour in colours.items()]
+    place = dict(loc="lower left", bbox_to_anchor=(0, 0.06), ncols=len(patches))
+    figure.legend(handles=patches, **place, handlelength=1, columnspacing=1.2)
+    figure.text(0.015, 0.02, note, color=GREY, fontsize=10)
+    figure.tight_layout(rect=(0, 0.16, 1, 1))
+
+
+def new_cema() -> tuple:
+    """Return a new ComplexEMA and, for four of its channels: angle, number and colour."""
+    import megalodon_ops as mo
+    import torch
+
+    torch.manual_seed(3)
+    layer = mo.ComplexEMA(512, ndim=16)
+    by_angle = layer.theta.flatten().argsort()
+    channels = []
+    for quantile, colour in zip((0.05, 0.5, 0.8, 0.97), (BLUE, ORANGE, GREEN, RED)):
+        channel = by_angle[int(quantile * 512)]
+        channels.append((f"{layer.theta[channel].sigmoid().item():.2g} turns", channel, colour))
+    return layer, channels
+
+
 def box(axes: Axes, x: float, y: float, text: str, width: float, height: float = 0.62, colour: str = LIGHT) -> None:
     """Draw a box with rounded corners, centred at (x, y)."""
     corner = (x - width / 2, y - height / 2)
@@ -47,15 +71,11 @@ def box(axes: Axes, x: float, y: float, text: str, width: float, height: float =
 
 def arrow(axes: Axes, *points: tuple[float, float], colour: str = INK, width: float = 1.3) -> None:
     """Draw a line through the points, with a head at the last."""
-    *before, last = points
-    axes.plot(*zip(*before, last), color=colour, linewidth=width, zorder=2, solid_capstyle="round")
-    axes.annotate(
-        "",
-        last,
-        before[-1],
-        zorder=2,
-        arrowprops={"arrowstyle": "-|>", "color": colour, "linewidth": width, "shrinkB": 0},
-    )
+    x = [point[0] for point in points]
+    y = [point[1] for point in points]
+    axes.plot(x, y, color=colour, linewidth=width, zorder=2, solid_capstyle="round")
+    style = {"arrowstyle": "-|>", "color": colour, "linewidth": width, "shrinkB": 0}
+    axes.annotate("", xy=points[-1], xytext=points[-2], zorder=2, arrowprops=style)
 
 
 def node(axes: Axes, x: float, y: float, text: str) -> None:

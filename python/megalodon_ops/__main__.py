@@ -1,7 +1,7 @@
-"""`python -m megalodon_ops`, the command line. It starts Python a second time where the script `megalodon-ops` does not.
+"""`python -m megalodon_ops`, the command line.
 
-`python -m` imports the package, and so torch, before this file can set the variables that torch reads when it is loaded.
-If one must change, the process starts itself once more, which costs the import of torch.
+Torch reads some environment variables when it is loaded, and `python -m` loads torch with the package, before this file
+runs. If a variable must change, this process sets it and starts Python again in its place.
 """
 
 import os

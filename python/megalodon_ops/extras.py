@@ -8,7 +8,7 @@ from urllib.parse import unquote, urlsplit
 
 
 def load(module: str, extra: str) -> ModuleType:
-    """Import a module; a ModuleNotFoundError names the extra of this package that installs it."""
+    """Import a module. If it is missing, the ModuleNotFoundError names the extra of this package that installs it."""
     try:
         return importlib.import_module(module)
     except ModuleNotFoundError as error:

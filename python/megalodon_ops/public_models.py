@@ -147,8 +147,8 @@ class Megalodon(MegalodonBase):
 
         Raises:
             ValueError: the model's parameters are not those of its configuration (merge adapters first), or are not
-            finite, or the folder holds anything but a checkpoint. OSError: the folder cannot be written; then no part
-            of the checkpoint is left.
+            finite, or the folder has other contents than a checkpoint. OSError: the folder cannot be written; then no
+            part of the checkpoint is left.
 
         Example:
             >>> import tempfile, torch, megalodon_ops as mo

@@ -19,7 +19,7 @@ def is_distributed() -> bool:
 def report_failure(line: str, *, is_root_cause: bool = True) -> None:
     """Write the reason why this process ends to torchrun's error file, if torchrun has started it.
 
-    If another process is the root cause (not `is_root_cause`), this process waits first, so that it ends later.
+    Unless this process is the root cause, it waits first, so that the one that failed first also ends first.
     """
     if file := os.environ.get("TORCHELASTIC_ERROR_FILE"):
         if not is_root_cause:
@@ -30,6 +30,7 @@ def report_failure(line: str, *, is_root_cause: bool = True) -> None:
 
 def is_peer_failure(error: BaseException) -> bool:
     """Return True if torch raised the error because another process has ended or does not answer."""
+    # without first letters, which may be capitals
     words = ("gloo", "NCCL", "onnection", "imed out", "ime-out", "timeout", "Broken pipe")
     return is_distributed() and isinstance(error, RuntimeError) and any(word in str(error) for word in words)
 
@@ -47,6 +48,7 @@ def error_line(error: Exception) -> str | None:
     import torch.distributed as dist
 
     try:
+        # The first process that fails adds the first 1 to a counter that all share.
         is_root_cause = not dist.is_initialized() or dist.distributed_c10d._get_default_store().add("failed", 1) == 1
     except RuntimeError:  # the process that holds the store has ended
         is_root_cause = False

@@ -4,6 +4,7 @@ import dataclasses
 import math
 import time
 from types import SimpleNamespace
+from unittest import mock
 
 import pytest
 import torch
@@ -55,7 +56,8 @@ def hardware(request, monkeypatch):
 
 
 def case(*paths, expected=lambda: (2 * X,)):
-    return Case("twice", "4", "fp32", list(paths), expected, tolerance=1e-6, units=4, bytes=32.0)
+    work = dict(name="twice", shape="4", dtype="fp32", units=4, bytes=32.0)
+    return Case(**work, paths=list(paths), expected=expected, tolerance=1e-6)
 
 
 def measured(*paths, threads=(1,), **options):
@@ -108,11 +110,10 @@ def test_wrong_and_failing_paths_do_not_compete(hardware):
 def test_slow_rivals_get_one_call(seconds, calls, note, monkeypatch):
     monkeypatch.setattr(harness, "_SLOW", 0.01)
     monkeypatch.setattr(harness, "_VERY_SLOW", 0.25)
-    made = []
-    slow = twice(seconds=seconds)
-    (result,) = measured(Path(OURS, twice()), Path("slow", lambda: made.append(1) or slow()))
+    slow = mock.Mock(side_effect=twice(seconds=seconds))
+    (result,) = measured(Path(OURS, twice()), Path("slow", slow))
     rival = result.timings[1]
-    assert (len(made), len(rival.warm), rival.note) == (calls, 1, note) and rival.warm[0] >= seconds
+    assert (slow.call_count, len(rival.warm), rival.note) == (calls, 1, note) and rival.warm[0] >= seconds
 
 
 @pytest.mark.parametrize("all_peaks", [False, True])
@@ -197,12 +198,13 @@ def test_ways_of_decoding_agree():
 def test_llama_cpp_has_the_logits_of_the_plain_llama():
     pytest.importorskip("llama_cpp")
     pytest.importorskip("gguf")
-    llama, tokens = plain_models.Llama(256, 128, 2, 192), torch.randint(256, (1, 40))
+    llama = plain_models.Llama(vocab=256, dim=128, num_layers=2, hidden=192)
+    tokens = torch.randint(256, (1, 40))
     expected = llama(tokens)[:, -1:]
     for kind, bound in {"F32": 1e-3, "BF16": 2e-2, "Q8_0": 2e-2, "Q4_0": 0.3}.items():
         model = llama_cpp_model.LlamaCpp(llama, kind, 64)
         model.read(tokens[:, :30], 0)
-        model.read(tokens[:, 10:], 30)  # forgotten by the next
+        model.read(tokens[:, 10:], 30)  # the next call goes back to `past` 30 and forgets these tokens
         assert harness.relative_error([model.read(tokens[:, 30:], 30)], [expected]) < bound
 
 

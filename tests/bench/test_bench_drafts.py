@@ -14,5 +14,5 @@ def test_a_draft_that_is_right_keeps_all_guesses(monkeypatch):
     columns = [row.strip("|").split("|") for row in rows]
     assert [(way, calls, kept, equal) for _, way, _, calls, kept, equal in columns] == [
         ("no draft", "1.00", "", "2 of 2"),
-        ("right", "0.20", "100%", "2 of 2"),
+        ("right", "0.20", "100%", "2 of 2"),  # each call yields the 4 guesses and one more token
     ]

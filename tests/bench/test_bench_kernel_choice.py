@@ -1,6 +1,7 @@
 """`bench.kernel_choice`: each way runs its own kernel, and a slower choice is marked."""
 
 from dataclasses import replace
+from unittest import mock
 
 import pytest
 import torch
@@ -12,14 +13,14 @@ from megalodon_ops.ops.linear import linear as linear_module
 
 @pytest.mark.parametrize("options", [{}, {"backward": True}, {"backward": True, "autocast": True}], ids=str)
 def test_each_way_runs_its_kernel(monkeypatch, options):
-    launched, launch = set(), linear_module.launch
-    monkeypatch.setattr(linear_module, "launch", lambda name, *a: (launched.add(name), launch(name, *a)))
+    launch = mock.Mock(side_effect=linear_module.launch)
+    monkeypatch.setattr(linear_module, "launch", launch)
     case = kernel_choice.case(torch.bfloat16, 3, 64, 96, **options)
     found = {}
     for path in case.paths[1:]:
-        launched.clear()
+        launch.reset_mock()
         path.call()
-        found[path.name] = set(launched)
+        found[path.name] = {call.args[0] for call in launch.call_args_list}
         assert kernel_choice.chosen_way(replace(case, paths=[path])) == path.name
     expected = {"few": {"linear_few_rows"}, "many": {"linear_many_rows"}, "torch": set()}
     assert found == {name: expected[name] for name in found} and len(found) == 3 - ("backward" in options)

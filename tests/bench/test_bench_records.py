@@ -31,7 +31,8 @@ def test_an_interrupted_write_is_skipped_and_replaced_by_the_next(tmp_path):
 
 
 def test_a_full_disk_is_an_error(tmp_path):
-    path, (soft, hard) = tmp_path / "x.jsonl", resource.getrlimit(resource.RLIMIT_FSIZE)
+    path = tmp_path / "x.jsonl"
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (30, hard))
     try:
         with pytest.raises(OSError, match="x.jsonl: no room for a result"):

@@ -7,6 +7,7 @@ import math
 import re
 import signal
 from pathlib import Path
+from unittest import mock
 
 from paths import DOCS
 import pytest
@@ -60,9 +61,6 @@ def llama():
 
 def nats(model, inputs, targets, **options):
     return model.loss(inputs, targets, reduction="none", **options)
-
-
-# the Llama
 
 
 @pytest.mark.parametrize("size", train.SIZES)
@@ -137,9 +135,6 @@ def test_a_reader_carries_the_window(llama):
     torch.testing.assert_close(found, nats(llama, ids[:, 10 - WINDOW : 20], ids[:, 11 - WINDOW : 21])[:, WINDOW:])
 
 
-# models with a part exchanged
-
-
 @pytest.mark.parametrize("name", ABLATIONS)
 def test_exchanged_models_differ_stream_and_learn(name, tokens):
     model, whole = (models.build(each, CONFIG, window=8, seed=0) for each in (name, models.MEGALODON))
@@ -188,9 +183,6 @@ def test_one_hop_adds_to_the_halfs_own_input():
     torch.testing.assert_close(block(x), block.mega(x) + block.nffn(block.mega(x)))
 
 
-# training
-
-
 DOCUMENTS = [bytes((7 * i + j) % 251 for j in range(90)) for i in range(5)]
 RECIPE = train.Recipe(tokens=8 * 2 * 12, rows=2, length=12, lr=1e-2, warmup=2)  # 8 steps
 
@@ -202,22 +194,25 @@ def test_interrupted_training_gives_the_same_losses(name, optimizer, tmp_path, m
     recipe = RECIPE._replace(optimizer=optimizer)
 
     def trained(scratch, stop=None):
-        model, calls, reader_loss = models.build(name, CONFIG, window=WINDOW, seed=1), [0], Reader.loss
+        model = models.build(name, CONFIG, window=WINDOW, seed=1)
+        reader_loss = Reader.loss
+        calls = 0
 
         def counted(self, batch, reduction="mean"):
-            calls[0] += 1
-            if calls[0] == stop:
+            nonlocal calls
+            calls += 1
+            if calls == stop:
                 raise KeyboardInterrupt
             return reader_loss(self, batch, reduction)
 
         def evaluation():
-            return {"first": next(model.parameters()).sum().item(), "step": calls[0]}
+            return {"first": next(model.parameters()).sum().item(), "step": calls}
 
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(Reader, "loss", counted)
             options = dict(seed=3, carries=carries, context_length=24)
             result = train.train_on_text(model, recipe, DOCUMENTS, scratch, evaluation=evaluation, **options)
-            return result, calls[0]
+            return result, calls
 
     whole, _ = trained(tmp_path / "whole.pt")
     with pytest.raises(KeyboardInterrupt):
@@ -248,7 +243,10 @@ def test_both_models_read_the_same_batches(tmp_path, monkeypatch):
 def test_a_loss_that_is_not_finite_is_a_result(tmp_path):
     model = models.build(models.MEGALODON, CONFIG, window=WINDOW, seed=1)
     position = dict(position=lambda: {}, seek=lambda _: None)
-    nan_loss = lambda: model.embed.weight.sum() * math.nan  # noqa: E731
+
+    def nan_loss():
+        return model.embed.weight.sum() * math.nan
+
     result = train.train(model, RECIPE, nan_loss, tmp_path / "x.pt", **position)
     assert result["train_loss"] is None and result["steps"] == 1 and json.dumps(result, allow_nan=False)
 
@@ -265,16 +263,14 @@ def test_the_command_trains_one_model(name, small, tmp_path, capsys):
 
 
 def test_sweeps_continue_beyond_their_ends():
-    """By factors of 2, at most twice; a loss is None if its run is only planned."""
+    """The best rate is at an end: the sweep goes on by factors of 2, at most twice. None: the loss of a planned run."""
     assert loss.sweep(lambda rate: abs(math.log(rate / 2e-3)), (1e-3, 2e-3, 4e-3)) == 2e-3
-    rates = []
-    assert loss.sweep(lambda rate: rates.append(rate) or -rate, (1.0, 2.0, 4.0)) == 16.0 and rates == [1, 2, 4, 8, 16]
+    falling = mock.Mock(side_effect=lambda rate: -rate)
+    assert loss.sweep(falling, (1.0, 2.0, 4.0)) == 16.0
+    assert falling.call_args_list == [mock.call(rate) for rate in (1, 2, 4, 8, 16)]
     assert loss.sweep(lambda rate: math.inf if rate > 1 else rate, (1.0, 2.0, 4.0)) == 0.25
     assert loss.sweep(lambda rate: None, (1.0, 2.0, 4.0)) == 2.0
     assert loss.sweep(lambda rate: -rate if rate <= 4 else None, (1.0, 2.0, 4.0)) == 4.0
-
-
-# commands
 
 
 @pytest.fixture

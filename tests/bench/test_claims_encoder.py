@@ -20,9 +20,9 @@ from bench.claims import encoder, long_rows, runs  # noqa: E402
 
 RESULTS = Path(encoder.__file__).with_name("results") / "encoder.jsonl"
 
-PYTHON = {11: "min([", 12: "max([", 13: "med([", 14: "sm([", 15: "]),"} | {
-    1 + digit: f"{digit}," for digit in range(10)
-}
+# Tokens as Python code, whose value is a tuple of one number.
+PYTHON = {1 + digit: f"{digit}," for digit in range(10)}
+PYTHON |= {11: "min([", 12: "max([", 13: "med([", 14: "sm([", 15: "]),"}
 FUNCTIONS = {"med": lambda v: int(statistics.median(v)), "sm": lambda v: sum(v) % 10}
 
 
@@ -40,9 +40,11 @@ def test_listops_have_the_value_that_python_finds(longest):
 
 def pieces(picture):
     """Connected sets of lit pixels; they touch by sides or corners."""
-    left, found = {*zip(*(axis.tolist() for axis in numpy.nonzero(picture)))}, []
+    left = {tuple(pixel) for pixel in numpy.argwhere(picture).tolist()}
+    found = []
     while left:
-        piece, edge = set(), [left.pop()]
+        piece = set()
+        edge = [left.pop()]
         while edge:
             y, x = edge.pop()
             piece.add((y, x))
@@ -54,6 +56,7 @@ def pieces(picture):
 
 
 def test_pathfinder_has_one_piece_with_both_dots_or_two(monkeypatch):
+    """Each picture is drawn twice: as it is, and without gaps, so that a curve is one connected piece."""
     dashed, _, labels = long_rows.pathfinder(rng(), 40)
     monkeypatch.setattr(long_rows, "picture", partial(long_rows.picture, dash=long_rows.CURVE_LENGTH + 1))
     solid, _, solid_labels = long_rows.pathfinder(rng(), 40)
@@ -68,7 +71,9 @@ def test_pathfinder_has_one_piece_with_both_dots_or_two(monkeypatch):
 
 def test_curves_stay_apart_from_others_and_from_themselves(monkeypatch):
     monkeypatch.setattr(long_rows, "BEND", 0.8)
-    for _, found in zip(range(20), iter(partial(long_rows.curves, rng()), None), strict=False):
+    random = rng()
+    for _ in range(20):
+        found = long_rows.curves(random)
         pixels = [(c, i, y, x) for c, curve in enumerate(found) for i, (y, x) in enumerate(curve)]
         for (c, i, y, x), (d, j, v, u) in itertools.combinations(pixels, 2):
             near = max(abs(y - v), abs(x - u)) < long_rows.MIN_DISTANCE

@@ -13,7 +13,8 @@ from bench.claims.forecast_data import LEVELS, SOURCES, Panel, mase, weighted_qu
 
 def panel(season=4, horizon=3, origins=2, step=5, T=60):
     random = numpy.random.default_rng(0)
-    return Panel(random.standard_normal((2, T)).cumsum(1), season, horizon, origins, step)
+    values = random.standard_normal((2, T)).cumsum(1)
+    return Panel(values, season=season, horizon=horizon, origins=origins, step=step)
 
 
 def test_origins_leave_what_their_targets_need():
@@ -60,12 +61,12 @@ def test_a_forecast_reads_its_past_alone_and_streams(season):
 def test_training_reads_nothing_after_the_first_origin(monkeypatch):
     """With a fixed number of steps, other values after the first origin leave its forecasts as they are."""
     p = panel(T=80)
-    monkeypatch.setattr(forecasters.TimeLimit, "spent", property(lambda self: _count(self)))
 
-    def _count(limit):
+    def num_calls(limit):  # in place of the seconds: 0, 1, 2 ...
         limit.calls = getattr(limit, "calls", -1) + 1
         return limit.calls
 
+    monkeypatch.setattr(forecasters.TimeLimit, "spent", property(num_calls))
     other = p._replace(values=p.values.copy())
     other.values[:, p.num_training :] += 10
     found, changed = (forecasters.megalodon(q, seed=0, seconds=3, lr=1e-3) for q in (p, other))

@@ -1,7 +1,7 @@
-"""Gecko's parts in plain torch (bench/claims/gecko.py) against float64 numbers of the released code; without parts, MEGALODON.
+"""Gecko (bench/claims/gecko.py), MEGALODON's successor: each part against float64 numbers of the released code.
 
-tests/data/gecko: outputs of gecko-llm (github XuezheMax/gecko-llm, commit fe04b3b, MIT), its Python changed to float64 only, its
-CUDA functions replaced by references in plain torch. They have no document segments: rows start without a state.
+tests/data/gecko has outputs of gecko-llm (github XuezheMax/gecko-llm, commit fe04b3b, MIT). Its Python was changed to
+float64, and its CUDA functions were replaced by references in plain torch. Rows start without a state.
 """
 
 import dataclasses
@@ -49,17 +49,22 @@ def test_the_memory_is_the_released_one():
 
 @pytest.mark.parametrize("case", ["default", "fast"])
 def test_the_decay_norm_is_the_released_one(case):
-    """Pieces between restarts are rows of their own."""
+    """A document's beginning restarts the norm: each piece between two of them is a call of its own."""
     data = golden("timestep_decay_norm", f"{case}.")
     inputs = [data[name].requires_grad_() for name in ("x", "scale", "shift", "mean", "var")]
     x, scale, shift, mean, var = inputs
-    ys, states, betas = [], [], data["betas"].tolist()
+    ys, states = [], []
+    betas = data["betas"].tolist()
     for row in range(len(x)):
-        bos, rows, parts = data["bos"][row], slice(row, row + 1), []
-        state = data["count"][rows], mean[rows], var[rows]
+        rows = slice(row, row + 1)
+        bos = data["bos"][row]  # True where a document begins
+        parts = []
+        state = (data["count"][rows], mean[rows], var[rows])
         begins = sorted({0, *bos.nonzero()[:, 0].tolist()})
         for begin, end in zip(begins, [*begins[1:], len(bos)], strict=True):
-            state, piece = None if bos[begin] else state, x[rows, begin:end]
+            if bos[begin]:
+                state = None
+            piece = x[rows, begin:end]
             y, state = gecko.timestep_decay_norm(piece, scale - 1, shift, num_groups=3, betas=betas, state=state)
             parts.append(y)
         ys.append(torch.cat(parts, 1))
@@ -92,16 +97,18 @@ def test_attention_to_two_chunks_is_the_released_one():
 
 @pytest.mark.parametrize("name", ["model", "model_two_hop"])
 def test_all_parts_make_the_released_model(name, monkeypatch):
-    """Except that the released omega is 1, and its gamma is not divided by sqrt(N)."""
+    """The released model has no omega (here 1), and does not divide CEMA's gamma by sqrt(N) (here `root`)."""
     monkeypatch.setattr(gecko.DecayNorm, "betas", (0.9, 0.95))
-    data, two_hop = golden(name), name == "model_two_hop"
+    data = golden(name)
+    two_hop = name == "model_two_hop"
     sizes = dict(num_layers=2, model_dim=16, z_dim=8, value_dim=12, num_heads=2, ffn_hidden_dim=20, cema_ndim=3)
     sizes |= dict(chunk_size=4, vocab_size=11, norm_num_groups=4)
     config = mo.MegalodonConfig(**sizes, swiglu=True, rescale_nffn=two_hop, scale_emb=two_hop)
     model = Gecko(config, Parts(visible_chunks=2, decay_norm=True, memory="mean")).double()
     model = model if two_hop else models.one_hop(model)
     assert {type(m) for m in model.modules() if isinstance(m, mo.TimestepNorm)} == {gecko.DecayNorm}
-    parameters, root = dict(model.named_parameters()), math.sqrt(config.cema_ndim)
+    parameters = dict(model.named_parameters())
+    root = math.sqrt(config.cema_ndim)
     weights = {n.removeprefix("weights."): t for n, t in data.items() if n.startswith("weights.") and "prior" not in n}
     omegas = {n: torch.ones_like(p) for n, p in parameters.items() if n.endswith("omega")}
     assert parameters.keys() == weights.keys() | omegas.keys() and len(omegas) == 2
@@ -122,20 +129,21 @@ def test_without_parts_it_is_megalodon():
     torch.manual_seed(0)
     model = Gecko(CONFIG, Parts()).double()
     for layer in model.layers:
-        torch.nn.init.normal_(layer.mega.gamma), torch.nn.init.normal_(layer.mega.beta)
+        torch.nn.init.normal_(layer.mega.gamma)
+        torch.nn.init.normal_(layer.mega.beta)
     plain = mo.Megalodon(CONFIG).double()
     plain.load_state_dict(model.state_dict())
     tokens = torch.randint(257, (2, 29))
     torch.testing.assert_close(model(tokens), plain(tokens), **EXACT)
-    targets, bounds = tokens.roll(-1, 1), torch.tensor([0, 3, 3, 20, 29])
-    packed = dict(cu_seqlens=bounds, reduction="none")
-    torch.testing.assert_close(
-        model.loss(tokens[:1], targets[:1], **packed), plain.loss(tokens[:1], targets[:1], **packed), **EXACT
-    )
-    assert model.loss(tokens[:1], targets[:1], cu_seqlens=bounds).shape == ()
+    row, targets = tokens[:1], tokens[:1].roll(-1, 1)
+    packed = dict(cu_seqlens=torch.tensor([0, 3, 3, 20, 29]))
+    nats, expected = (m.loss(row, targets, **packed, reduction="none") for m in (model, plain))
+    torch.testing.assert_close(nats, expected, **EXACT)
+    assert model.loss(row, targets, **packed).shape == ()
 
 
-MEMORY, TWO_CHUNKS = dict(working_memory=True), dict(visible_chunks=2, rope_base=gecko.ROPE_BASE)
+MEMORY = dict(working_memory=True)
+TWO_CHUNKS = dict(visible_chunks=2, rope_base=gecko.ROPE_BASE)
 KEPT = {
     "memory, logits of 3": MEMORY,
     "two chunks": TWO_CHUNKS,
@@ -163,7 +171,7 @@ def test_the_package_has_the_parts_that_pay(name, fields):
 
 def test_the_delta_rule_writes_keys_in_order():
     torch.manual_seed(0)
-    k, v, M = torch.randn(1, 2, 5, 3).double(), torch.randn(1, 2, 5, 4).double(), torch.randn(1, 2, 3, 4).double()
+    k, v, M = (torch.randn(1, 2, *size).double() for size in ((5, 3), (5, 4), (3, 4)))
     found, _ = gecko.write_delta((M, torch.zeros(1, 2, 3)), k, v)
     for key, value in zip(k.unbind(2), v.unbind(2), strict=True):
         key = key / key.norm(dim=-1, keepdim=True)
@@ -179,7 +187,8 @@ def test_each_part_sees_its_chunks(name):
     attention = gecko.Attention(dataclasses.replace(CONFIG, rope_base=1e4), parts).double()
     for parameter in (attention.gamma, attention.beta):
         parameter.data = parameter.data + torch.randn_like(parameter)
-    attention.timenorm, attention.cema = torch.nn.Identity(), models.NoEMA(32, 1)
+    attention.timenorm = torch.nn.Identity()
+    attention.cema = models.NoEMA(32, 1)
     x = torch.randn(1, 29, 32, dtype=torch.float64, requires_grad=True)  # chunks of 8: 3 whole ones and a part
     (gradient,) = torch.autograd.grad(attention(x)[0, -1].sum(), x)
     visible = gradient[0].abs().amax(-1) > 1e-12

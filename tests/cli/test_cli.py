@@ -125,9 +125,10 @@ def script(tmp_path):
 
 @pytest.mark.parametrize("module", ["torch", "matplotlib.figure"])
 def test_ctrl_c_during_the_imports_ends_quietly(at_an_import, script, module):
-    """In the import of torch, the first, and in a late one, after modules that might catch the signal."""
-    # `python -m` loads torch before it handles SIGINT
-    for command in [script] if module == "torch" else [shell(), script]:
+    """In the import of torch, which comes first, and in a late one, after modules that might catch the signal."""
+    for command in (
+        [script] if module == "torch" else [shell(), script]
+    ):  # `python -m` handles SIGINT after torch's import
         ended = at_an_import(module, INTERRUPT, *command, "train", "--data", __file__ + "missing")
         assert (ended.returncode, ended.stdout, ended.stderr) == (130, "", "")
 

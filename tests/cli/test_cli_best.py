@@ -34,6 +34,7 @@ def weights(folder):
 
 
 def assert_best(run, figure, step):
+    """The best checkpoint is that of `step`, with this figure; the checkpoint of `step` is there, too."""
     assert best_of_run(run) == Best(figure, step)
     torch.testing.assert_close(weights(run / "best"), weights(run / f"checkpoints/step-0000000{step}"), rtol=0, atol=0)
 
@@ -42,13 +43,10 @@ def test_the_best_is_kept_beside_the_newest_and_named_at_the_end(text, tmp_path,
     figures(3.0, 2.0, 2.5)
     assert train(text, tmp_path, *STEPS) == 0
     assert_best(tmp_path, 2.0, 4)
-    words = (
-        f"best on the sample of held-out text: step 4, 2.000 bits per byte; load it with --checkpoint {tmp_path}/best"
-    )
-    assert words in capsys.readouterr().out
-    best, newest = (
-        {path.name for path in (tmp_path / name).iterdir()} for name in ("best", "checkpoints/step-00000006")
-    )
+    words = f"best on the sample of held-out text: step 4, 2.000 bits per byte; load it with --checkpoint {tmp_path}/"
+    assert f"{words}best" in capsys.readouterr().out
+    best = {path.name for path in (tmp_path / "best").iterdir()}
+    newest = {path.name for path in (tmp_path / "checkpoints/step-00000006").iterdir()}
     assert best == newest - {"optimizer.safetensors", "state.safetensors"}
 
     resume = ["train", "--out", str(tmp_path), "--resume", "--steps"]
@@ -71,7 +69,7 @@ def test_eval_and_generate_take_it(finished, capsys):
 @pytest.mark.parametrize("call", ["fsync", "rename", "mkdir"])
 @pytest.mark.parametrize("counts", COUNTS)
 def test_killed_while_the_best_is_replaced(finished, tmp_path, monkeypatch, call, counts):
-    """One of both is there, complete; the next checkpoint removes the draft."""
+    """The old best or the new one is there, complete; the next checkpoint removes the draft."""
     found = load_checkpoint(finished)
     model = Megalodon(found.config)
     found.load_weights(model)

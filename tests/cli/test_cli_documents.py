@@ -20,6 +20,7 @@ from megalodon_ops.cli.options import TextOptions
 from megalodon_ops.storage.files import FileError
 
 TEXT = st.text(max_size=30)
+# Lines without a text 'text'; then LINES: a line with its document, the reason why it is skipped, or None for a blank.
 FAULTY = (
     b'{ [1] 3 null "text" {"text":"a"}{"text":"b"} {} {"body":"a"} {"text":null} {"text":["a"]} {"TEXT":"a"}'.split()
 )
@@ -40,10 +41,12 @@ LINES = st.one_of(
 @given(lines=st.lists(LINES, max_size=12), size=st.integers(1, 300), ends=st.booleans())
 def test_documents_do_not_depend_on_the_division_of_files(tmp_path, lines, size, ends):
     """Each line is a document, or is counted by its fault."""
-    path, other = tmp_path / "some.jsonl", tmp_path / "other.txt"
+    path = tmp_path / "some.jsonl"
+    other = tmp_path / "other.txt"
     path.write_bytes(b"\n".join(line for line, _ in lines) + b"\n" * ends)
     other.write_bytes(b"text")
-    skipped, found = Counter(), []
+    skipped = Counter()
+    found = []
     files = [path, other] if path.stat().st_size else [other]
     units = split_files(files, size)
     for unit in units:
@@ -115,7 +118,9 @@ def write_lines(path, texts=TEXTS):
         lines = json.dumps([{"body": text} for text in texts]).encode()
     compress = {".gz": gzip.compress, ".zst": lambda data: zstd().compress(data)}.get(path.suffix, bytes)
     half = len(lines) // 2
-    path.write_bytes(compress(lines[:half]) + compress(lines[half:]))  # two members or frames
+    path.write_bytes(
+        compress(lines[:half]) + compress(lines[half:])
+    )  # compressed files: two members (.gz), frames (.zst)
 
 
 @pytest.mark.parametrize("name", "a.parquet a.jsonl.gz a.ndjson.zst a.jsonl a.json a.json.gz a.csv a.tsv".split())
@@ -130,7 +135,7 @@ def test_every_kind_of_file_gives_the_same_documents(tmp_path, name):
         skipped, units = Counter(), split_files([path], size)
         found = [b"".join(pieces) for unit in units for pieces in documents_of(unit, BODY, skipped)]
         assert found == WANTED
-        if kind in (".csv", ".tsv"):  # without a difference between an empty text and none
+        if kind in (".csv", ".tsv"):  # an empty text and no text are the same there
             assert skipped == {"empty documents": 2}
         else:
             name = {".parquet": "rows", ".json": "entries"}.get(kind, "lines")

@@ -37,9 +37,8 @@ def test_a_table_by_context(finished, book, capsys):
     assert list(figures) == ["16", "all", "100"]
     model = trained_model(finished, torch.device("cpu")).model
     document = [256, *book.read_bytes()]
-    for (bits, per_byte, per_token, tokens), expected in zip(
-        figures.values(), evaluate(model, [document], contexts=[16, "all", 100]), strict=True
-    ):
+    results = evaluate(model, [document], contexts=[16, "all", 100])
+    for (bits, per_byte, per_token, tokens), expected in zip(figures.values(), results, strict=True):
         assert tokens == 6000 == expected.tokens and per_byte == per_token
         assert per_token == pytest.approx(expected.perplexity, abs=1e-4) == pytest.approx(2**bits, rel=1e-3)
     assert figures["16"][0] > figures["100"][0], "a trained model predicts better with more context"

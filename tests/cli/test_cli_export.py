@@ -34,7 +34,8 @@ def test_a_run(finished, tmp_path, capsys, without_exporter):
     for name in onnx_export.RUNTIME:
         (dist / name).write_bytes(name.encode())
     for flags in (["--onnxruntime-web", dist], []):  # the second time, the files are there
-        assert "copy into" not in (shown := output(capsys, *web, *flags))
+        shown = output(capsys, *web, *flags)
+        assert "copy into" not in shown
         assert f"python -m http.server --directory {page}" in shown
         assert all((page / name).read_bytes() == name.encode() for name in onnx_export.RUNTIME)
 
@@ -46,11 +47,8 @@ def test_models_without_text(tmp_path, capsys, without_exporter):
         output(capsys, "export", "--checkpoint", tmp_path / name, "--out", tmp_path / "out" / name)
         error = error_of(capsys, "export", "--checkpoint", tmp_path / name, "--web", tmp_path / "page")
         assert "`web` must be False for an encoder or a model of numbers" in error
-    assert {path.name for path in (tmp_path / "out" / "encoder").iterdir()} == {
-        "encoder.onnx",
-        "config.json",
-        "README.md",
-    }
+    names = {path.name for path in (tmp_path / "out" / "encoder").iterdir()}
+    assert names == {"encoder.onnx", "config.json", "README.md"}
 
 
 def test_refused(finished, tmp_path, capsys):

@@ -44,12 +44,14 @@ def test_a_run_starts_from_the_weights_with_other_data_optimizer_and_rate(finish
 
 @pytest.mark.parametrize("kind", ["own", "bfloat16", "released", "best"])
 def test_every_kind_of_folder(finished, text, tmp_path, kind):
-    source, dtype = tmp_path / kind, torch.bfloat16 if kind == "bfloat16" else torch.float32
+    source = tmp_path / kind
+    dtype = torch.bfloat16 if kind == "bfloat16" else torch.float32
     model = mo.Megalodon(mo.MegalodonConfig(**TINY_SIZES | {"vocab_size": 257})).to(dtype)
     if kind == "released":
         mo.save_official(model, source, tokenizer=ByteTokenizer())
     elif kind == "best":
-        source, model = finished / "best", mo.Megalodon.load(finished / "best")
+        source = finished / "best"
+        model = mo.Megalodon.load(source)
     else:
         model.save(source)  # without a tokenizer: bytes
     assert init(source, text, tmp_path / "run") == 0

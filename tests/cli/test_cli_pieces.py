@@ -30,7 +30,7 @@ def new_model():
 
 
 def test_processes_share_documents():
-    """Their sum is the bits per byte of one call per document; a process may get no document."""
+    """The sum over processes is the bits per byte of one call per document. The last of 9 processes gets no document."""
     model = new_model()
     documents = [bytes(torch.randint(256, (n,)).tolist()) for n in (1, 7, 8, 30, 65, 3)]
     nats = 0.0
@@ -91,11 +91,13 @@ def test_schedule_by_steps():
 def test_schedule_by_minutes():
     """Although steps take twice as long from the middle on, the decay ends with the budget."""
     schedule = Schedule(lr=1.0, warmup=10, steps=None, minutes=1)
-    seconds, step, rates = 0.0, 0, []
+    seconds, step = 0.0, 0
+    rates = []
     while not schedule.finished(step):
         rates.append(schedule.lr(step))
         pace = 0.1 if seconds < 30 else 0.2
-        seconds, step = seconds + pace, step + 1
+        seconds += pace
+        step += 1
         if step % 20 == 0:
             schedule.set_pace(step, seconds, pace)
             other = Schedule(lr=1.0, warmup=10, steps=None, minutes=1)
@@ -108,7 +110,8 @@ def test_schedule_by_minutes():
 
 
 def test_widths_follow_dim():
-    whole, half = model_config("mega200M", {}), model_config("mega200M", {"model_dim": 512, "value_dim": 640})
+    whole = model_config("mega200M", {})
+    half = model_config("mega200M", {"model_dim": 512, "value_dim": 640})
     assert (half.z_dim, half.ffn_hidden_dim) == (whole.z_dim // 2, whole.ffn_hidden_dim // 2)
     assert half.value_dim == 640
     assert (whole.vocab_size, whole.num_outputs, whole.eos_token_id) == (257, 257, 256)
@@ -140,11 +143,15 @@ def figures(monkeypatch):
     """Figures that a test draws."""
     from matplotlib.figure import Figure
 
-    result, save = [], Figure.savefig
-    monkeypatch.setattr(
-        Figure, "savefig", lambda figure, *args, **kw: (result.append(figure), save(figure, *args, **kw))
-    )
-    return result
+    drawn = []
+    save = Figure.savefig
+
+    def noted(figure, *args, **options):
+        drawn.append(figure)
+        save(figure, *args, **options)
+
+    monkeypatch.setattr(Figure, "savefig", noted)
+    return drawn
 
 
 def test_curve_has_labelled_axes(tmp_path, figures):
@@ -180,7 +187,7 @@ def test_axes_are_fitted_to_the_curves(tmp_path, figures):
 
 
 def test_runs_are_compared(tmp_path, figures, capsys):
-    """By tokens and minutes, evaluations lie where the training rows of their steps do."""
+    """Evaluations lie at the tokens or minutes of the training rows of their steps."""
     for number, name in enumerate("ab"):
         with Metrics(tmp_path / name / "metrics.jsonl") as metrics:
             for step in range(1, 5):
@@ -189,18 +196,19 @@ def test_runs_are_compared(tmp_path, figures, capsys):
             metrics.write(step=4, held_out_bits_per_byte=2.5, final=True, compressors={"xz -9": 2.2})
     both = [str(tmp_path / name) for name in "ab"]
     out = ["--out", str(tmp_path / "both.png")]
-    assert main(["plot", *both, *out, "--by", "tokens"]) == main(["plot", *both, *out, "--by", "minutes"]) == 0
+    for unit in ("tokens", "minutes"):
+        assert main(["plot", *both, *out, "--by", unit]) == 0
     assert main(["plot", both[0]]) == 0 and (tmp_path / "a" / "loss_curve.png").exists()
-    tokens, minutes, one = (
-        {line.get_label(): line.get_xdata()[-1] for line in figure.axes[0].get_lines()} for figure in figures
-    )
+    lines = [figure.axes[0].get_lines() for figure in figures]
+    tokens, minutes, one = ({line.get_label(): line.get_xdata()[-1] for line in drawn} for drawn in lines)
     for name, end in (("a", 400), ("b", 800)):
         for label in ("training, smoothed", "held-out, a sample of all", "held-out, all"):
             assert tokens[f"{tmp_path / name}, {label}"] == end and minutes[f"{tmp_path / name}, {label}"] == 2
     assert "xz -9 (2.20)" in one and not any("xz" in label for label in tokens)
-    assert len({line.get_color() for line in figures[0].axes[0].get_lines()}) == 2
+    assert len({line.get_color() for line in lines[0]}) == 2
     assert main(["plot", *both]) == main(["plot", str(tmp_path)]) == 2
-    assert "--out: must name" in (said := capsys.readouterr().err) and f"{tmp_path}: no step in metrics.jsonl" in said
+    said = capsys.readouterr().err
+    assert "--out: must name" in said and f"{tmp_path}: no step in metrics.jsonl" in said
 
 
 def test_the_progress_bar_of_a_timed_run_shows_seconds(capsys):
@@ -210,8 +218,8 @@ def test_the_progress_bar_of_a_timed_run_shows_seconds(capsys):
             progress.show({"step": step, "seconds": seconds, "loss": 1.0, "bits_per_byte": 0.5, "tokens_per_second": 5})
     shown = capsys.readouterr().err
     figures = re.findall(r"(\d+)%\|.*?\| (\d+)/300 s(?:, step=(\d+),)?", shown)
-    shown_rows = " ".join("%".join(figure) for figure in dict.fromkeys(figures))
-    assert shown_rows == "10%30% 25%75%8 50%150%9 100%299%30 100%300%31"
+    percent_seconds_step = [("10", "30", ""), ("25", "75", "8"), ("50", "150", "9")]
+    assert [*dict.fromkeys(figures)] == [*percent_seconds_step, ("100", "299", "30"), ("100", "300", "31")]
     assert "step/s" not in shown
 
 

@@ -17,17 +17,18 @@ def test_a_run(finished, tmp_path, capsys):
     out = tmp_path / "small"
     shown = output(capsys, "quantize", finished, "--to", "int8", "--out", out, "--dtype", "bfloat16")
     figures = dict(re.findall(r"^ *(.+?)  +([\d.,]+ +[\d.,]+)", shown, re.M))
-    (wide, small), bits, speeds = ([float(n.replace(",", "")) for n in figures[k].split()] for k in figures)
-    assert [*figures] == ["megabytes", "bits per byte", "tokens a second"]
-    assert 0.5 < small / wide < 0.8 and 0 < abs(bits[1] / bits[0] - 1) < 0.01 and min(speeds) > 0
-    assert Megalodon.load(out).quantization == "int8" and Megalodon.load(out).embed.dtype == torch.bfloat16
-    assert Megalodon.load(out).activations == "int8"
+    assert [*figures] == ["megabytes", "bits per byte", "tokens a second"]  # of the model, and of the quantized one
+    sizes, bits, speeds = ([float(n.replace(",", "")) for n in pair.split()] for pair in figures.values())
+    assert 0.5 < sizes[1] / sizes[0] < 0.8 and 0 < abs(bits[1] / bits[0] - 1) < 0.01 and min(speeds) > 0
+    small = Megalodon.load(out)
+    assert (small.quantization, small.activations, small.embed.dtype) == ("int8", "int8", torch.bfloat16)
     output(capsys, "eval", "--checkpoint", out, "--data", __file__)
     output(capsys, "generate", "--checkpoint", out, "--tokens", 3)
 
 
 def test_generate_keeps_keys_and_values_in_8_bits(finished, capsys, monkeypatch):
-    dtypes, fresh = [], MegalodonState.fresh
+    dtypes = []
+    fresh = MegalodonState.fresh
 
     def noted(*args, cache_dtype=None, **options):
         dtypes.append(cache_dtype)
@@ -43,7 +44,8 @@ def test_a_saved_model(tmp_path, capsys):
     model.save(tmp_path / "wide", tokenizer=ByteTokenizer())
     small = ["quantize", tmp_path / "wide", "--to", "int4", "--out", tmp_path / "small"]
     assert "bits per byte" not in output(capsys, *small, "--activations", "none")
-    tokens, loaded = torch.tensor([[1, 2, 3]]), Megalodon.load(tmp_path / "small")
+    tokens = torch.tensor([[1, 2, 3]])
+    loaded = Megalodon.load(tmp_path / "small")
     assert torch.equal(loaded(tokens), quantize(model, "int4")(tokens)) and loaded.activations is None
     lines = tmp_path / "lines.jsonl"
     lines.write_text('{"words": "to be or not to be"}\n')

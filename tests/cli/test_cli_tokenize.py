@@ -6,6 +6,7 @@ import os
 import shutil
 from functools import partial
 from pathlib import Path
+from unittest import mock
 
 import pytest
 from command_line import TINY, error_of, evaluated_bits, rows, train
@@ -69,15 +70,13 @@ def large(tmp_path):
 
 def test_files_and_output(mixed, bpe, tmp_path, monkeypatch, capsys):
     (mixed / "d.jsonl").write_text('{"text": ""}\n[]\n{"body": "x"}\n')
-    asked = []
-    monkeypatch.setattr(
-        "megalodon_ops.cli.tokenize.split_files",
-        lambda files, size: asked.append(size) or reading.split_files(files, size >> 4),
-    )
+    split = mock.Mock(side_effect=lambda files, size: reading.split_files(files, size >> 4))
+    monkeypatch.setattr("megalodon_ops.cli.tokenize.split_files", split)
     assert tokenize(tmp_path / "tokens", mixed, "--tokenizer", bpe, "--shard-size", 1) == 0
     out, err = capsys.readouterr()
     shards = Shards(tmp_path / "tokens")
-    assert (shards.num_documents, shards.num_shards, asked) == (753, 4, [1 << 20])
+    assert (shards.num_documents, shards.num_shards) == (753, 4)
+    assert [call.args[1] for call in split.call_args_list] == [1 << 20], "--shard-size is in MiB"
     assert out.splitlines() == [
         f"{tmp_path}/tokens: 753 documents, {shards.num_bytes:,} bytes, {shards.num_tokens:,} tokens in 4 shards: "
         f"{shards.num_bytes / shards.num_tokens:.3f} bytes a token",
@@ -116,7 +115,8 @@ def test_a_repeat_after_a_kill_gives_the_same_files(mixed, tmp_path, monkeypatch
 def test_a_repeat_after_the_end_writes_nothing(mixed, tmp_path, capsys):
     out = tmp_path / "tokens"
     assert tokenize(out, mixed) == 0
-    printed, times = capsys.readouterr().out, {path: path.stat().st_mtime_ns for path in out.iterdir()}
+    printed = capsys.readouterr().out
+    times = {path: path.stat().st_mtime_ns for path in out.iterdir()}
     assert tokenize(out, mixed) == 0
     assert capsys.readouterr().out == printed and {path: path.stat().st_mtime_ns for path in out.iterdir()} == times
 
@@ -157,38 +157,35 @@ print(peak - before)
 
 @pytest.mark.slow
 def test_memory_does_not_grow_with_the_text(tmp_path):
-    """Ten times more text, in a long file, lines and a row group, takes hardly more memory, mapped files not counted."""
+    """Ten times more text takes hardly more memory, without mapped files: a long text, JSON lines, a Parquet row group."""
     pyarrow = pytest.importorskip("pyarrow")
     pytest.importorskip("pyarrow.parquet")
     line = json.dumps({"text": "to be or not to be, that is the question: whether tis nobler " * 30}) + "\n"
-    size, growth = 300, {}
+    size = 300
+    growth = {}
     for times in (1, 10):
         folder = tmp_path / str(times)
         for name, copies in (("first", size), ("second", size * times)):
             (folder / name / "text").mkdir(parents=True)
-            numbers = (line.replace("question", f"question {i}") for i in range(copies))
-            lines = "".join(numbers)
+            lines = "".join(line.replace("question", f"question {i}") for i in range(copies))
             (folder / name / "text" / "lines.jsonl").write_text(lines)
             (folder / name / "text" / "packed.jsonl.gz").write_bytes(gzip.compress(lines.encode(), 1))
             texts = [json.loads(line)["text"] for line in lines.splitlines()]
-            pyarrow.parquet.write_table(
-                pyarrow.table({"text": texts}), folder / name / "text" / "rows.parquet", use_dictionary=False
-            )
+            table = pyarrow.table({"text": texts})
+            pyarrow.parquet.write_table(table, folder / name / "text" / "rows.parquet", use_dictionary=False)
             (folder / name / "text" / "whole.txt").write_text(line * 10 * copies)
         ran = run_python(MEMORY, folder, OMP_NUM_THREADS="1")
         assert ran.returncode == 0, ran.stderr[-2000:]
         growth[times] = float(ran.stdout.splitlines()[-1])
         shutil.rmtree(folder)
-    more = 9 * size * 13 * len(line) / 2**20
+    more = 9 * size * 13 * len(line) / 2**20  # each file of lines has `size` of them, the long text ten times as many
     assert growth[10] - growth[1] < more / 4, (growth, more)
     print(f"{more:.0f} MiB more text, {growth[10] - growth[1]:.1f} MiB more memory")
 
 
-# Errors
-
-
 def test_one_line_and_exit_code_2(mixed, bpe, tmp_path, capsys):
-    error, out, none = partial(error_of, capsys, "tokenize", has_bar=True), tmp_path / "tokens", tmp_path / "none"
+    error = partial(error_of, capsys, "tokenize", has_bar=True)
+    out, none = tmp_path / "tokens", tmp_path / "none"
     assert "the following arguments are required: --out" in error(mixed)
     assert f"error: {none}: no such file or folder" in error(none, "--out", out)
     assert "--tokenizer" in error(mixed, "--tokenizer", none, "--out", out)
@@ -248,12 +245,9 @@ def test_a_full_disk(mixed, tmp_path, capfd, file_size_limit):
     assert tokenize(tmp_path / "tokens", mixed) == 0
 
 
-# Training
-
-
 @pytest.mark.parametrize("kind", ["bytes", "bpe"])
 def test_training_on_tokens_equals_training_on_text(text, bpe, tmp_path, kind, capsys):
-    """In losses and held-out figures. The tokenizer comes with the tokens."""
+    """Losses and held-out figures are the same. The tokenizer comes with the tokens."""
     flags = [] if kind == "bytes" else ["--tokenizer", bpe]
     assert tokenize(tmp_path / "tokens", text, *flags) == 0
     assert train(text, tmp_path / "from-text", "--steps", 8, "--eval-every", 4, *flags) == 0
@@ -296,8 +290,8 @@ def test_a_run_on_tokens_encodes_nothing(text, bpe, tmp_path, monkeypatch):
 def test_wrong_data_for_training(text, bpe, tmp_path, capsys):
     tokens = tmp_path / "tokens"
     assert tokenize(tokens, text) == 0
-
-    error, new = partial(error_of, capsys), ["--out", tmp_path / "run", *TINY]
+    error = partial(error_of, capsys)
+    new = ["--out", tmp_path / "run", *TINY]
     words = f"--tokenizer {bpe}: {tokens} has another tokenizer; leave the flag out"
     assert words in error("train", "--data", tokens, "--tokenizer", bpe, *new)
     assert f"--data {tokens}: holds tokens, so it must be named alone" in error("train", "--data", tokens, text, *new)

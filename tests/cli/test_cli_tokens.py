@@ -56,9 +56,8 @@ def test_a_tokenizer_is_measured_on_text(text, bpe, tmp_path, capsys):
     assert out.startswith(f"{bpe}: 400 ids; 399, <|startoftext|>, opens a document, and ends it\n")
     assert re.search(r"the text: 2 documents, 1,000 bytes, \d+ tokens: [12]\.\d{3} bytes a token\n$", out)
     ByteTokenizer().save(tmp_path)
-    assert "1,000 tokens: 1.000 bytes a token" in output(
-        capsys, "tokenizer", "--tokenizer", tmp_path, text / "0.py", text / "1.py"
-    )
+    out = output(capsys, "tokenizer", "--tokenizer", tmp_path, text / "0.py", text / "1.py")
+    assert "1,000 tokens: 1.000 bytes a token" in out
 
 
 def test_a_run_over_tokens_reports_bits_per_byte(run, bpe, text):
@@ -123,7 +122,8 @@ def test_generate_writes_whole_letters(run, capsys):
     assert text.startswith("caf\u00e9 ") and len(text) >= len("caf\u00e9 ") + 60
     assert generate("--tokens", 60) == text and generate("--tokens", 60, "--seed", 1) != text
     few = generate("--tokens", 7, "--temperature", 0)
-    tokenizer, model = load_tokenizer(load_checkpoint(run).folder), trained_model(run, torch.device("cpu")).model
+    tokenizer = load_tokenizer(load_checkpoint(run).folder)
+    model = trained_model(run, torch.device("cpu")).model
     ids = torch.tensor([[tokenizer.start, *tokenizer.encode("caf\u00e9 ")]])
     expected = model.generate(ids, max_new_tokens=7, temperature=0.0)[0].tolist()
     assert few == tokenizer.decode(expected).decode(errors="replace") + "\n"
@@ -131,10 +131,13 @@ def test_generate_writes_whole_letters(run, capsys):
 
 def test_generate_stops_before_a_string(run, capsys):
     command = ["generate", "--checkpoint", run, "--prompt", "def ", "--tokens", 100]
-    whole = output(capsys, *command)[len("def ") : -1]
-    stop = whole[20:23]
-    text = output(capsys, *command, "--stop", "no such text", "--stop", stop)[len("def ") : -1]
-    assert text == whole[: whole.index(stop)]
+
+    def continuation(*flags):
+        return output(capsys, *command, *flags).removeprefix("def ").removesuffix("\n")
+
+    whole = continuation()
+    stop = whole[20:23]  # three letters of what is generated
+    assert continuation("--stop", "no such text", "--stop", stop) == whole[: whole.index(stop)]
     assert output(capsys, *command, "--min-p", "1.0", "--top-k", "9") == output(capsys, *command, "--temperature", "0")
     assert output(capsys, *command, "--repetition-penalty", "5") != output(capsys, *command)
 
@@ -142,7 +145,8 @@ def test_generate_stops_before_a_string(run, capsys):
 def test_a_text_that_ends_with_part_of_a_stop_is_written_whole(run, capsys):
     command = ["generate", "--checkpoint", run, "--prompt", "def ", "--tokens", 9, "--temperature", 0]
     whole = output(capsys, *command)
-    assert output(capsys, *command, "--stop", whole[-4:-1] + "\x00 and more") == whole
+    stop = whole[-4:-1] + "\x00 and more"  # begins with the last letters before the newline
+    assert output(capsys, *command, "--stop", stop) == whole
 
 
 def test_samples_of_a_prompt(run, capsys):
@@ -172,16 +176,15 @@ def test_interrupted_and_resumed(text, bpe, tmp_path, capsys):
 
 @pytest.mark.parametrize("keeps", [True, False])
 def test_sentencepiece(text, tmp_path, capsys, keeps):
-    """By default, a model drops line ends and spaces, which `tokenizer` reports."""
+    """A SentencePiece model drops line ends and spaces by default, and `tokenizer` reports it; others keep them."""
     sentencepiece = pytest.importorskip("sentencepiece")
     source = tmp_path / "all.txt"
     source.write_bytes(b"".join(path.read_bytes() for path in sorted(text.glob("*.py"))))
     files = dict(input=str(source), model_prefix=str(tmp_path / "sp"))
-    options = dict(
-        vocab_size=400, minloglevel=2, byte_fallback=True, model_type="bpe", bos_id=-1, hard_vocab_limit=False
-    )
-    options |= dict(normalization_rule_name="identity", remove_extra_whitespaces=False) if keeps else {}
-    sentencepiece.SentencePieceTrainer.train(**files, **options)
+    options = dict(vocab_size=400, byte_fallback=True, model_type="bpe", bos_id=-1, hard_vocab_limit=False)
+    if keeps:
+        options |= dict(normalization_rule_name="identity", remove_extra_whitespaces=False)
+    sentencepiece.SentencePieceTrainer.train(**files, **options, minloglevel=2)
     assert train(text, tmp_path / "run", "--steps", 3, "--tokenizer", tmp_path / "sp.model") == 0
     shown = output(capsys, "tokenizer", "--tokenizer", tmp_path / "sp.model", source)
     assert ("1 are not decoded exactly" in shown) == (not keeps)

@@ -13,6 +13,7 @@ import signal
 import sys
 import time
 import tracemalloc
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -108,10 +109,10 @@ def test_a_run_is_repeated_by_its_options_file(text, tmp_path):
     assert main([*config, "--out", str(tmp_path / "again")]) == 0
     assert rows(tmp_path / "again") == rows(tmp_path / "first")
     assert main([*config, "--out", str(tmp_path / "other"), "--seed", "6", "--minutes", "0.0001"]) == 0
-    first, again, other = (
-        json.loads((tmp_path / name / "options.json").read_text()) for name in ("first", "again", "other")
-    )
-    assert first == again and first.pop("steps") == 3 and other == first | {"seed": 6, "minutes": 0.0001}
+    files = [tmp_path / name / "options.json" for name in ("first", "again", "other")]
+    first, again, other = (json.loads(file.read_text()) for file in files)
+    assert first == again
+    assert first.pop("steps") == 3 and other == first | {"seed": 6, "minutes": 0.0001}, "--minutes replaces steps"
 
 
 def test_events_for_tensorboard(text, tmp_path):
@@ -138,26 +139,25 @@ def test_missing_tensorboard_is_reported_before_anything_is_written(text, tmp_pa
 
 
 def test_a_known_peak_shows_the_model_flops_utilization(text, tmp_path, capsys, monkeypatch):
-    """By the operations of a model on whole chunks, as torch counts them."""
+    """Tokens a second at the peak follow from torch's count of a model's operations on whole chunks."""
     assert train(text, tmp_path, "--steps", 2, "--peak-tflops", 0.01) == 0
     (shown,) = re.findall(r"MFU=([\d.]+)%", capsys.readouterr().err.rpartition("\r")[2])
     model, _, _ = load_any(tmp_path)
     tokens = torch.zeros(1, 32 * model.config.chunk_size, dtype=torch.int64)  # makes one-time work negligible
     with FlopCounterMode(display=False) as counter:
         model.train().loss(tokens, tokens).backward()
-    wanted = 0.02e12 * tokens.numel() / counter.get_total_flops()
+    wanted = 2 * 0.01e12 * tokens.numel() / counter.get_total_flops()  # two processes
     options = Train(peak_tflops=0.01)
     assert cli_train.tokens_at_peak(options, model.config, torch.device("cpu"), 2) == pytest.approx(wanted, rel=0.02)
     assert cli_train.tokens_at_peak(Train(), model.config, torch.device("cpu"), 2) is None
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA H200")
-    known, half = (
-        cli_train.tokens_at_peak(Train(peak_tflops=peak, dtype="bfloat16"), model.config, torch.device("cuda"), 1)
-        for peak in (None, 989.5 / 2)
-    )
-    assert known == 2 * half
-    for row in (row for row in rows(tmp_path) if "mfu" in row):
-        assert 0 < row["mfu"] < 1
-    assert float(shown) == pytest.approx(100 * row["mfu"], abs=0.1)
+    for_bfloat16 = Train(dtype="bfloat16")  # the card's known peak: 989.5 TFLOP/s
+    half = replace(for_bfloat16, peak_tflops=989.5 / 2)
+    known, halved = (cli_train.tokens_at_peak(o, model.config, torch.device("cuda"), 1) for o in (for_bfloat16, half))
+    assert known == 2 * halved
+    utilizations = [row["mfu"] for row in rows(tmp_path) if "mfu" in row]
+    assert all(0 < share < 1 for share in utilizations)
+    assert float(shown) == pytest.approx(100 * utilizations[-1], abs=0.1)
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
@@ -325,11 +325,12 @@ def test_compressors_without_memory_are_skipped(ended, monkeypatch, capsys):
 
 
 def test_the_memory_of_compressors_scales_with_the_text():
-    """Figures equal those of `gzip -9` and of `xz -9`, which takes 674 MiB."""
+    """800 KB take less than 32 MiB, where `xz -9` takes 674; the figures are those of `gzip -9` and `xz -9`."""
     documents = [random.Random(seed).randbytes(50_000) * 2 for seed in range(8)]
     tracemalloc.start()
     try:
-        found, (_, peak) = compressed_bits(documents), tracemalloc.get_traced_memory()
+        found = compressed_bits(documents)
+        _, peak = tracemalloc.get_traced_memory()
     finally:
         tracemalloc.stop()
     assert peak < 32 << 20
@@ -340,9 +341,10 @@ def test_the_memory_of_compressors_scales_with_the_text():
 
 @pytest.mark.parametrize("documents", [[b"a" * 700, b"b" * 300], [b"a" * 7, b"b" * 3]], ids=["much", "little"])
 def test_the_sample_has_excerpts_at_equal_distances(monkeypatch, documents):
-    monkeypatch.setattr(held_out, "EVAL_SAMPLE", (10, 20))
+    monkeypatch.setattr(held_out, "EVAL_SAMPLE", (10, 20))  # ten excerpts of 20 bytes
     found = held_out.eval_sample(documents)
-    assert found == ([b"a" * 20] * 7 + [b"b" * 20] * 3 if len(documents[0]) > 20 else documents)
+    excerpts = [b"a" * 20] * 7 + [b"b" * 20] * 3
+    assert found == (excerpts if len(documents[0]) > 20 else documents)
 
 
 DAMAGE = {
@@ -356,7 +358,8 @@ DAMAGE = {
 
 def test_damaged_metrics_are_dropped_in_one_line(ended, capsys):
     metrics_file = ended / "metrics.jsonl"
-    whole, lines = rows(ended), metrics_file.read_bytes().splitlines(keepends=True)
+    whole = rows(ended)
+    lines = metrics_file.read_bytes().splitlines(keepends=True)
     for name, damage in DAMAGE.items():
         metrics_file.write_bytes(b"".join([*lines[:5], damage + b"\n", *lines[5:]]))
         assert rows(ended) == whole, name
@@ -364,9 +367,8 @@ def test_damaged_metrics_are_dropped_in_one_line(ended, capsys):
     damaged = [damage + b"\n" for damage in DAMAGE.values()]
     metrics_file.write_bytes(b"".join([*lines[:5], *damaged, *lines[5:]]))
     assert main(["train", "--out", str(ended), "--resume", "--steps", "61"]) == 0
-    assert lines_of(capsys.readouterr().err) == [
-        f"megalodon_ops: {metrics_file}: damaged lines left out: {len(DAMAGE)}"
-    ]
+    (line,) = lines_of(capsys.readouterr().err)
+    assert line == f"megalodon_ops: {metrics_file}: damaged lines left out: {len(DAMAGE)}"
     assert rows(ended)[: len(whole) - 1] == whole[:-1], "all but the last line of a finished run"
 
 

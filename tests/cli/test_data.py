@@ -58,14 +58,12 @@ def test_documents_of_validation_are_held_out_and_not_trained_on():
     assert sorted(corpus.train) == [b"one", b"three"] and sorted(corpus.held_out) == [b"held", b"two"]
     assert corpus.num_bytes == 8
     assert hold_out(documents[::-1], validation[::-1]) == corpus
-    prints = {hold_out(documents, other).fingerprint for other in (None, validation, [b"held"], [b"two"])}
-    assert len(prints) == 4, "the held-out text counts, too"
-    for none, wrong in (([b"two"], validation), (documents, [b""])):
-        with pytest.raises(
-            ValueError,
-            match="hold_out: there must be a document in `validation`, and one in `documents` that is not in it",
-        ):
-            hold_out(none, wrong)
+    fingerprints = {hold_out(documents, other).fingerprint for other in (None, validation, [b"held"], [b"two"])}
+    assert len(fingerprints) == 4, "the held-out text counts, too"
+    words = "hold_out: there must be a document in `validation`, and one in `documents` that is not in it"
+    for nothing_to_train_on, nothing_held_out in (([b"two"], validation), (documents, [b""])):
+        with pytest.raises(ValueError, match=words):
+            hold_out(nothing_to_train_on, nothing_held_out)
 
 
 def test_fingerprints_distinguish_texts():
@@ -208,12 +206,15 @@ ends = st.sampled_from(["start", 7, None])
 
 
 def targets_of(documents, end):
-    return [[*document, *([] if end is None else [START if end == "start" else end])] for document in documents]
+    """Targets of each document: its bytes, and its end if there is one."""
+    added = {None: [], "start": [START]}.get(end, [end])
+    return [[*document, *added] for document in documents]
 
 
 @given(nonempty_documents, shape, ends)
 def test_one_streamed_pass_reads_every_byte_and_every_end_once(documents, shape, end):
-    batches, follower = Batches(documents, *shape, context="streamed", seed=None, end=end), Follower()
+    batches = Batches(documents, *shape, context="streamed", seed=None, end=end)
+    follower = Follower()
     while (batch := batches.next()) is not None:
         follower.follow(batch)
     assert sorted(follower.closed + list(follower.open.values())) == sorted(targets_of(documents, end))
@@ -222,9 +223,10 @@ def test_one_streamed_pass_reads_every_byte_and_every_end_once(documents, shape,
 @given(nonempty_documents, shape, st.integers(0, 5), ends)
 def test_streamed_batches_are_full_and_shuffled_documents(documents, shape, seed, end):
     rows, length = shape
-    batches, follower = Batches(documents, rows, length, context="streamed", seed=seed, end=end), Follower()
+    batches = Batches(documents, rows, length, context="streamed", seed=seed, end=end)
+    follower = Follower()
     wanted = targets_of(documents, end)
-    for _ in range(2 * sum(map(len, wanted)) // (rows * length) + 2):
+    for _ in range(2 * sum(map(len, wanted)) // (rows * length) + 2):  # two epochs, and more
         batch = batches.next()
         assert batch.tokens.numel() == rows * length
         follower.follow(batch)
@@ -273,8 +275,7 @@ def test_long_documents_are_cut_where_rows_would_read_the_same(context_length):
     batches = Batches([book, note], rows=4, length=10, context_length=context_length)
     assert batches.lengths.tolist() == [50, 50, 50, 51, 3]
     seen = [batches.next() for _ in range(6)]
-    firsts = {int(batch.targets[0, row * 10]) for batch in seen[:1] for row in range(4)}
-    assert len(firsts) == 4
+    assert len({int(seen[0].targets[0, row * 10]) for row in range(4)}) == 4, "rows begin in different parts"
     tokens = [int(token) for batch in seen for token in batch.targets[0]]
     assert set(tokens) >= set(book)
 

@@ -13,7 +13,7 @@ from cases import BUILDERS, WITH_STATE, Case, chunked_attention_case
 from emulator.sanitized import small_cases
 from models import tiny_model, tokens_of
 from programs import run_python
-from torch.utils._pytree import tree_map_only
+from torch.utils._pytree import tree_leaves, tree_map_only
 
 import megalodon_ops as mo
 from megalodon_ops.ops.chunked_attention import dense_attention
@@ -101,7 +101,7 @@ def test_the_current_stream_is_used(op):
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
-        torch.cuda._sleep(50_000_000)
+        torch.cuda._sleep(50_000_000)  # clock cycles
         late = {name: tensor.clone() for name, tensor in case.tensors.items()}
         found = run(op, case.with_tensors(**late))
     stream.synchronize()
@@ -141,8 +141,7 @@ def test_a_captured_call_repeats(op):
     expected = run(op, other.with_options(**case.options))
     held = {name: tensor.clone() for name, tensor in case.tensors.items()}
     warm_up(lambda: run(op, case.with_tensors(**held)))
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
+    with torch.cuda.graph(graph := torch.cuda.CUDAGraph()):
         leaves = {name: tensor.detach().requires_grad_() for name, tensor in held.items()}
         outputs = forward(getattr(mo, op), case.with_tensors(**leaves))
         wanted = {name: o for name, o in outputs.items() if o.requires_grad}
@@ -190,8 +189,7 @@ def test_a_captured_call_takes_a_new_table():
     """The captured call computes its rotary table on the device; later calls do not overwrite it."""
     case = build_on("cuda", "normalized_qk", rope_base=123.0)
     warm_up(lambda: run("normalized_qk", build_on("cuda", "normalized_qk")))
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
+    with torch.cuda.graph(graph := torch.cuda.CUDAGraph()):
         outputs = forward(mo.normalized_qk, case)
     for base in range(2, 40):
         forward(mo.normalized_qk, case.with_options(rope_base=float(base)))
@@ -204,14 +202,13 @@ def test_a_captured_model_keeps_its_rotary_table():
     model, tokens = tiny_model(torch.float32).cuda().eval(), tokens_of(2, 30).cuda()
     expected = model(tokens)
     warm_up(lambda: model(tokens))
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
+    with torch.cuda.graph(graph := torch.cuda.CUDAGraph()):
         logits = model(tokens)
     others = [tiny_model(torch.float32, rope_base=float(base)).cuda() for base in range(2, 40)]
     for other in others:
         other(tokens)
     del other, others
-    garbage = [torch.full((1 << 14,), float("nan"), device="cuda") for _ in range(100)]
+    garbage = [torch.full((1 << 14,), float("nan"), device="cuda") for _ in range(100)]  # over freed memory
     graph.replay()
     assert_bit_equal({"logits": logits}, {"logits": expected})
     del garbage
@@ -237,10 +234,9 @@ def test_a_captured_decode_step_follows_the_text():
     scratch = to("cuda", tree_map_only(torch.Tensor, torch.clone, state))
     warm_up(lambda: model(token, state=scratch, return_state=True, inplace_state=True))
 
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
+    with torch.cuda.graph(graph := torch.cuda.CUDAGraph()):
         logits, following = model(token, state=state, return_state=True, inplace_state=True)
-        for old, new in zip(*map(torch.utils._pytree.tree_leaves, (state, following)), strict=True):
+        for old, new in zip(tree_leaves(state), tree_leaves(following), strict=True):
             if old is not new:
                 old.copy_(new)
     for t in range(5, 30):  # over chunks of 8
@@ -260,7 +256,8 @@ def test_a_captured_decode_step_follows_the_text():
 def test_libraries_give_the_results_of_the_kernels(path, dtype, H, V, monkeypatch):
     """Dense attention of more than 16,384 tokens, whose last chunk is short."""
     monkeypatch.setattr(dense_attention, "_tf32_is_allowed", lambda: True)
-    case, found, peaks = chunked_attention_case(B=1, L=17000, H=H, K=64, V=V, C=1024, dtype=dtype, scale=0.125), [], []
+    case = chunked_attention_case(B=1, L=17000, H=H, K=64, V=V, C=1024, dtype=dtype, scale=0.125)
+    found, peaks = [], []
     case = case.with_tensors(**to("cuda", case.tensors))
     assert dense_attention.path_of("forward", *case.tensors.values(), 1024, True, 0.125) == path
     libraries = [row._replace(directions=dense_attention.DIRECTIONS) for row in dense_attention.TABLE]
@@ -306,7 +303,8 @@ def test_a_training_step_equals_the_cpus(dtype):
 def test_a_loss_equals_the_cpus(reduction, blocks, monkeypatch):
     if blocks:
         monkeypatch.setattr("megalodon_ops.ops.linear_cross_entropy.linear_cross_entropy._GPU_BLOCK", 1)
-    model, tokens, found = tiny_model(), tokens_of(4, 40), {}
+    model, tokens = tiny_model(), tokens_of(4, 40)
+    found = {}
     lengths = torch.tensor([39, 2, 17, 39])
     for device in ("cpu", "cuda"):
         model, tokens = model.to(device), tokens.to(device)

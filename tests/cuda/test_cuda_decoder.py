@@ -107,7 +107,8 @@ def test_a_module_that_waits_for_the_gpu_is_named(change, message):
 
 @torch.no_grad()
 def test_threads_capture_at_once():
-    pairs, errors = [decoder_on_gpu() for _ in range(4)], []
+    pairs = [decoder_on_gpu() for _ in range(4)]
+    errors = []
 
     def decode(decoder, model):
         try:

@@ -4,53 +4,30 @@ import re
 
 import pytest
 import torch
+from emulated import ORDERS
 from emulator.device import FOLDER
 from emulator.planted_launchers import run
 
-BUGS = {
-    "missing_syncthreads": "race",
-    "missing_second_syncthreads": "race",
-    "half_of_a_word_read": "race",
-    "half_of_a_word_written": "race",
-    "missing_named_barrier": "race",
-    "barrier_in_branches": "divergent barrier",
-    "return_before_barrier": "divergent barrier",
-    "deadlock": "deadlock",
-    "missing_syncwarp": "race",
-    "shuffle_is_no_barrier": "race",
-    "syncwarp_of_half_a_warp": "race",
-    "shuffle_after_return": "deadlock",
-    "shuffle_outside_mask": "invalid operation",
-    "lane_outside_mask": "invalid operation",
-    "divergent_shuffle": "invalid operation",
-    "divergent_mma": "deadlock",
-    "blocks_write_one_element": "race",
-    "block_reads_what_another_writes": "race",
-    "block_writes_what_another_reads": "race",
-    "read_past_the_end": "out of bounds",
-    "write_before_the_start": "out of bounds",
-    "shared_out_of_bounds": "out of bounds",
-    "dynamic_shared_out_of_bounds": "out of bounds",
-    "uninitialised_shared": "uninitialised read",
-    "uninitialised_global": "uninitialised read",
-    "write_to_input": "read-only buffer",
-    "null_pointer": "not device memory",
-    "host_pointer": "not device memory",
-    "wrong_memory": "wrong memory",
-    "misaligned_vector": "misaligned",
-    "misaligned_store": "misaligned",
-    "misaligned_cast": "misaligned",
-    "misaligned_copy": "misaligned",
-    "misaligned_ldmatrix": "misaligned",
-    "missing_copy_wait": "copy in flight",
-    "missing_copy_commit": "copy in flight",
-    "missing_copy_barrier": "race",
-    "copy_over_what_others_read": "race",
-    "wrong_fragment_of_a": "wrong mma fragment",
-    "wrong_fragment_of_b": "wrong mma fragment",
-    "wrong_fragment_of_tf32": "wrong mma fragment",
+KINDS = {  # of reports, and the bugs of planted/bugs.cu that must have one
+    "race": (
+        "missing_syncthreads missing_second_syncthreads half_of_a_word_read half_of_a_word_written "
+        "missing_named_barrier missing_syncwarp shuffle_is_no_barrier syncwarp_of_half_a_warp blocks_write_one_element "
+        "block_reads_what_another_writes block_writes_what_another_reads missing_copy_barrier "
+        "copy_over_what_others_read"
+    ),
+    "divergent barrier": "barrier_in_branches return_before_barrier",
+    "deadlock": "deadlock shuffle_after_return divergent_mma",
+    "invalid operation": "shuffle_outside_mask lane_outside_mask divergent_shuffle",
+    "out of bounds": "read_past_the_end write_before_the_start shared_out_of_bounds dynamic_shared_out_of_bounds",
+    "uninitialised read": "uninitialised_shared uninitialised_global",
+    "read-only buffer": "write_to_input",
+    "not device memory": "null_pointer host_pointer",
+    "wrong memory": "wrong_memory",
+    "misaligned": "misaligned_vector misaligned_store misaligned_cast misaligned_copy misaligned_ldmatrix",
+    "copy in flight": "missing_copy_wait missing_copy_commit",
+    "wrong mma fragment": "wrong_fragment_of_a wrong_fragment_of_b wrong_fragment_of_tf32",
 }
-ORDERS = ("forward", "reverse", "random")
+BUGS = {name: kind for kind, names in KINDS.items() for name in names.split()}
 
 
 def marked_lines(mark: str, name: str) -> set[str]:
@@ -81,7 +58,8 @@ def report_problem(emulator, name: str) -> str | None:
     if not found or not lines:
         return f"{emulator.reports()} instead of {BUGS[name]} at {lines}"
     for report in found:
-        ends = {place.split(" < ")[i] for place in (report["where"], report["other"]) for i in (0, -1)}
+        places = [report[key].split(" < ") for key in ("where", "other")]  # frames, the innermost first
+        ends = {frames[end] for frames in places for end in (0, -1)}
         if not ends & lines or (others and not ends & others):
             return f"{report} is not at {lines}, {others}"
         if max(report["block"]) > 1 or report["thread"][0] > 63 or report["thread"][1:] != (0, 0):
@@ -137,7 +115,7 @@ def test_an_invalid_launch_is_refused(emulator):
     with pytest.raises(emulator.Error, match="4224 bytes of shared memory"):
         run(emulator, "shared_columns", x, y, 33)
     with pytest.raises(emulator.Error, match="48 threads is not whole warps"):
-        run(emulator, "reduce", x, y, y, y, 1, 48)
+        run(emulator, "reduce", x, y, y, y, 1, 48)  # blocks, threads
     with pytest.raises(emulator.Error, match="an empty grid"):
         run(emulator, "reduce", x, y, y, y, 0, 64)
 

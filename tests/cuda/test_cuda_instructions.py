@@ -4,33 +4,33 @@ from collections.abc import Sequence
 
 import pytest
 import torch
+from emulated import assert_no_bank_conflicts
 from emulator.planted_launchers import run
 from torch import Tensor
 
 from megalodon_ops.ops.common.philox import philox
 
-# Fragments of the PTX ISA ("Matrix Fragments for mma.m16n8k16" and "... mma.m16n8k8"): row and column of each lane's
-# elements a0, a1, ...; registers hold two 16-bit elements, the first in the lower half.
+# Fragments of the PTX ISA ("Matrix Fragments for mma.m16n8k16" and "... mma.m16n8k8"): row and column of the elements
+# a0, a1, ... (dimension 1) of each lane (dimension 0). A register has two 16-bit elements, the first in the lower half.
 LANE = torch.arange(32)[:, None]
-GROUP, IN_GROUP = LANE >> 2, LANE % 4
-A16 = torch.arange(8)
-A16_ROW = torch.where((A16 < 2) | ((A16 >= 4) & (A16 < 6)), GROUP, GROUP + 8)
-A16_COLUMN = IN_GROUP * 2 + (A16 & 1) + torch.where(A16 >= 4, 8, 0)
-B16 = torch.arange(4)
-B16_ROW = IN_GROUP * 2 + (B16 & 1) + torch.where(B16 >= 2, 8, 0)
-C4 = torch.arange(4)
-C_ROW = torch.where(C4 < 2, GROUP, GROUP + 8)
-C_COLUMN = IN_GROUP * 2 + (C4 & 1)
-A32_ROW = torch.where((C4 == 0) | (C4 == 2), GROUP, GROUP + 8)
-A32_COLUMN = torch.where(C4 < 2, IN_GROUP, IN_GROUP + 4)
-B32_ROW = torch.where(torch.arange(2) == 0, IN_GROUP, IN_GROUP + 4)
+GROUP = LANE // 4
+IN_GROUP = LANE % 4
+TWO, FOUR, EIGHT = torch.arange(2), torch.arange(4), torch.arange(8)
+A16_ROW = GROUP + 8 * (EIGHT // 2 % 2)  # A (16, 16) of 16-bit elements
+A16_COLUMN = 2 * IN_GROUP + EIGHT % 2 + 8 * (EIGHT // 4)
+B16_ROW = 2 * IN_GROUP + FOUR % 2 + 8 * (FOUR // 2)  # B (16, 8); each B has column GROUP
+A32_ROW = GROUP + 8 * (FOUR % 2)  # A (16, 8) of tf32
+A32_COLUMN = IN_GROUP + 4 * (FOUR // 2)
+B32_ROW = IN_GROUP + 4 * TWO  # B (8, 8)
+C_ROW = GROUP + 8 * (FOUR // 2)  # C and D (16, 8) of float32
+C_COLUMN = 2 * IN_GROUP + FOUR % 2
 
 
 def fragments(product: str, a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
     """The registers of A (16, k) and B (k, 8), (32, 4) and (32, 2) int32."""
-    if product == "tf32":
-        return a[A32_ROW, A32_COLUMN].contiguous().view(torch.int32), b[B32_ROW, GROUP].contiguous().view(torch.int32)
-    return a[A16_ROW, A16_COLUMN].contiguous().view(torch.int32), b[B16_ROW, GROUP].contiguous().view(torch.int32)
+    elements_of_a = a[A32_ROW, A32_COLUMN] if product == "tf32" else a[A16_ROW, A16_COLUMN]
+    elements_of_b = b[B32_ROW if product == "tf32" else B16_ROW, GROUP]
+    return elements_of_a.contiguous().view(torch.int32), elements_of_b.contiguous().view(torch.int32)
 
 
 TYPES = {"bf16": (torch.bfloat16, 16), "fp16": (torch.float16, 16), "tf32": (torch.float32, 8)}
@@ -38,12 +38,13 @@ each_product = pytest.mark.parametrize("product", TYPES)
 
 
 def multiply(emulator, product: str, a: Tensor, b: Tensor, c: Tensor, order: Sequence[int] = range(4)) -> Tensor:
-    """a b + c, (16, 8), by one mma; the registers of A are those of `order`."""
+    """a b + c, (16, 8), by one mma that gets the registers of A in this order."""
     a_registers, b_registers = fragments(product, a, b)
-    registers = a_registers[:, list(order)].contiguous(), b_registers, c[C_ROW, C_COLUMN]
-    d, result = emulator.empty(32, 4), torch.empty(16, 8)
+    registers = (a_registers[:, list(order)].contiguous(), b_registers, c[C_ROW, C_COLUMN])
+    d = emulator.empty(32, 4)
     kind = getattr(emulator.module.planted.Product, product)
     run(emulator, "mma", kind, *map(emulator.tensor, registers), d)
+    result = torch.empty(16, 8)
     result[C_ROW, C_COLUMN] = d
     return result
 
@@ -60,20 +61,21 @@ def test_mma_multiplies_the_fragments_of_the_ptx_manual(emulator, product):
 
 
 TINY = 2.0**-24
-# A sum, the products that are added to it by their places in k (with those after the first block beyond 100), and the
-# result: an A100 cuts each at 2^-24 of the largest, then their sum to float32.
+LATER = 100  # stands for the first k of the second block
+# An A100 adds a block of products to a sum: it cuts each term at 2^-24 of the largest, then the result to float32.
+# Rows: the sum before, the products by their k, the sum after.
 CUT = [
     (1.0, {0: TINY}, 1.0),
     (1.0, {0: TINY, 1: TINY}, 1 + 2 * TINY),
-    (1.0, {0: TINY, 100: TINY}, 1.0),
+    (1.0, {0: TINY, LATER: TINY}, 1.0),
     (1.0, {k: TINY / 2 for k in range(4)}, 1.0),
     (1.0, {0: 3 * TINY}, 1 + 2 * TINY),
     (-1.0, {0: -3 * TINY}, -1 - 2 * TINY),
     (1.0, {0: -TINY}, 1 - TINY),
     (1.0, {0: -TINY / 2}, 1.0),
-    (0.0, {0: TINY, 100: TINY * TINY}, TINY),
+    (0.0, {0: TINY, LATER: TINY * TINY}, TINY),
     (2.0, {0: -2.0, 1: TINY}, 0.0),
-    (2.0, {0: -2.0, 100: TINY}, TINY),
+    (2.0, {0: -2.0, LATER: TINY}, TINY),
     (0.0, {}, 0.0),
 ]
 
@@ -83,17 +85,19 @@ def test_a_sum_of_products_is_cut_as_on_an_a100(emulator, product):
     """Each row of A is a case; B is 2^-12."""
     dtype, depth = TYPES[product]
     a, c, expected = torch.zeros(16, depth), torch.zeros(16, 8), torch.zeros(16, 8)
-    for row, (start, products, result) in enumerate(CUT):
-        c[row], expected[row] = start, result
+    for row, (before, products, after) in enumerate(CUT):
+        c[row] = before
+        expected[row] = after
         for k, value in products.items():
-            a[row, k if k < 100 else depth // 2] = value * 2**12
+            a[row, depth // 2 if k == LATER else k] = value * 2**12
     b = torch.full((depth, 8), 2.0**-12)
     assert torch.equal(multiply(emulator, product, a.to(dtype), b.to(dtype), c), expected)
 
 
 def test_a_wrong_fragment_gives_a_wrong_product(emulator):
     """Two registers of A are exchanged, as if they were row-major quarters."""
-    a, b = torch.arange(256.0).reshape(16, 16).bfloat16(), torch.eye(16)[:, :8].bfloat16()
+    a = torch.arange(256.0).reshape(16, 16).bfloat16()
+    b = torch.eye(16)[:, :8].bfloat16()
     found = multiply(emulator, "bf16", a, b, torch.zeros(16, 8), order=[0, 2, 1, 3])
     assert not torch.equal(found, a[:, :8].float())
 
@@ -149,7 +153,8 @@ def test_conversions_to_16_bits_round_as_torch(emulator):
         assert (pairs[:, 1] == 1).all()
     finite = x[x.abs() < 3e38].double()
     mantissa, exponent = torch.frexp(finite)
-    away = torch.ldexp((mantissa.abs() * 2**11 + 0.5).floor() * mantissa.sign(), exponent - 11)
+    integers = (mantissa.abs() * 2**11 + 0.5).floor()  # tf32 has 11 bits; ties are rounded away from zero
+    away = torch.ldexp(integers * mantissa.sign(), exponent - 11)
     normal = finite.abs() >= torch.finfo(torch.float32).tiny
     assert torch.equal(tf32[x.abs() < 3e38].double()[normal], away[normal])
 
@@ -189,10 +194,11 @@ def test_a_tile_is_loaded_with_zeros_around(emulator, whole, rows, width, valid)
     valid = max(valid // 8 * 8, 8) if whole else valid
     source = torch.randint(-(2**15), 2**15, (rows, valid)).to(torch.int16)
     tile = emulator.empty(rows, width, dtype=torch.int16)
-    run(emulator, "tile_load", whole, emulator.tensor(source), tile, rows, width, valid, 1)
+    missing = 1  # row without a source
+    run(emulator, "tile_load", whole, emulator.tensor(source), tile, rows, width, valid, missing)
     expected = torch.zeros(rows, width, dtype=torch.int16)
     expected[:, :valid] = source
-    expected[1] = 0
+    expected[missing] = 0
     assert torch.equal(tile, expected)
 
 
@@ -214,15 +220,15 @@ def test_a_tile_gives_fragments_without_bank_conflicts(emulator, fragment, row, 
     run(emulator, "tile_fragment", kind, emulator.tensor(tile), row, column, registers)
     expected = FRAGMENTS[fragment](tile[row:, column:]).contiguous().view(torch.int32)
     assert torch.equal(registers, expected)
-    shared = [site for site in emulator.sites("tile_fragment_kernel") if site["shared"]]
-    assert shared and all(site["transactions"] == site["ideal"] for site in shared)
+    assert_no_bank_conflicts(emulator, "tile_fragment_kernel")
 
 
 def test_a_tile_stores_results(emulator):
     d = torch.randint(-100, 100, (16, 8)).float()
     tile, a = emulator.empty(32, 64, dtype=torch.bfloat16), emulator.empty(32, 8, dtype=torch.bfloat16)
-    run(emulator, "tile_store", emulator.tensor(d[C_ROW, C_COLUMN]), 8, 24, tile, a)
+    row, column = 8, 24
+    run(emulator, "tile_store", emulator.tensor(d[C_ROW, C_COLUMN]), row, column, tile, a)
     expected = torch.zeros(32, 64)
-    expected[8:24, 24:32] = d
+    expected[row : row + 16, column : column + 8] = d
     assert torch.equal(tile.float(), expected)
     assert torch.equal(a.float(), torch.cat([d, -d], dim=1)[A16_ROW, A16_COLUMN])

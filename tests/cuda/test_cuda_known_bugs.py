@@ -15,7 +15,7 @@ def node_of(test: str) -> str:
 def test_every_bug_can_be_planted():
     """The kernels still have the code to replace, and the tests exist."""
     for number, bug in enumerate(BUGS.values(), start=1):
-        text = (ROOT / "cuda" / bug.file).read_text()
+        text = bug.path.read_text()
         assert text.count(bug.right) == 1 and f"(gpu_mutant == {number})" in with_known_bugs(bug.file, text), bug
         file, _, test = bug.test.partition("::")
         assert f"def {test.partition('[')[0]}(" in (ROOT / path_of(file)).read_text(), bug.test

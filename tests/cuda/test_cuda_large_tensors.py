@@ -1,9 +1,13 @@
-"""Offsets beyond 2^31 elements in CUDA kernels: sparse tensors of gigabytes, of which only the ends are computed."""
+"""Offsets beyond 2^31 elements in CUDA kernels: sparse tensors of gigabytes, of which only the ends are computed.
+
+Most tests assert nothing: a launch fails if an offset that was cut to 32 bits leads out of a tensor.
+"""
 
 from functools import partial
 
 import pytest
 import torch
+from emulated import A100
 from emulator.planted_launchers import run
 from test_cuda_smoke import CASES
 
@@ -11,7 +15,6 @@ BF16, F32, C64 = torch.bfloat16, torch.float32, torch.complex64
 D = 2**16
 T = 2**31 // D + 72  # tokens: the last rows lie beyond 2^31 elements
 APART = 2**33  # bytes between tensors: an offset without its upper half is off by 4 GiB
-A100 = 163 * 1024  # bytes of shared memory of a block; with less, the scan of cema runs
 
 
 @pytest.fixture
@@ -63,19 +66,20 @@ def test_cema_differentiates_on_tensor_cores_at_offsets_beyond_31_bits(emulator,
 
 
 def test_end_states_of_cema_at_offsets_beyond_31_bits(emulator, large):
-    x, dx, state = large(1, T, D, dtype=BF16), large(1, T, D, dtype=BF16), large(1, D, 1, dtype=C64)
-    p, q, dp, dq = large(D, 1), large(D, 1, dtype=C64), large(D, 1), large(D, 1, dtype=C64)
-    emulator.launch("cema_end_state_fwd", x=x, p=p, q=q, state_out=state)
-    emulator.launch("cema_end_state_bwd", x=x, p=p, q=q, dstate_out=state, dx=dx, dp=dp, dq=dq)
+    inputs = {"x": large(1, T, D, dtype=BF16), "p": large(D, 1), "q": large(D, 1, dtype=C64)}
+    gradients = {"dx": large(1, T, D, dtype=BF16), "dp": large(D, 1), "dq": large(D, 1, dtype=C64)}
+    state = large(1, D, 1, dtype=C64)
+    emulator.launch("cema_end_state_fwd", **inputs, state_out=state)
+    emulator.launch("cema_end_state_bwd", **inputs, dstate_out=state, **gradients)
 
 
 GROUPS = 2**10
 
 
 def test_timestep_norm_at_offsets_beyond_31_bits(emulator, large):
-    x, y, stats = large(1, T, D, dtype=BF16), large(1, T, D, dtype=BF16), large(3, 1, T, GROUPS)
+    x, y = (large(1, T, D, dtype=BF16) for _ in range(2))
     inputs = {"x": x, "weight": large(D), "bias": large(D), "num_groups": GROUPS, "eps": 1e-5}
-    emulator.launch("timestep_norm_fwd", **inputs, y=y, stats=stats)
+    emulator.launch("timestep_norm_fwd", **inputs, y=y, stats=large(3, 1, T, GROUPS))
 
 
 def test_timestep_norm_differentiates_at_offsets_beyond_31_bits(emulator, large):
@@ -107,7 +111,9 @@ def launch_normalized_qk(emulator, large, *, tokens, heads, K, chunk_size, **opt
 @pytest.mark.parametrize("K", [256, 520])
 def test_normalized_qk_at_offsets_beyond_31_bits(emulator, large, K):
     """Kernels by warp and by block; the rotary table has large offsets, too."""
-    tokens, C, position = 2**25 // K + 40, 2**32 // K, large(1, dtype=torch.int64)
+    tokens = 2**25 // K + 40  # of 64 heads: z has more than 2^31 elements
+    C = 2**32 // K
+    position = large(1, dtype=torch.int64)
     position[0] = C - tokens
     launch_normalized_qk(emulator, large, tokens=tokens, heads=64, K=K, chunk_size=C, position=position)
 
@@ -147,14 +153,17 @@ def test_steps_of_attention_at_offsets_beyond_31_bits(emulator, large):
 def test_states_of_attention_at_offsets_beyond_31_bits(emulator, large, K, L):
     """The last sequence continues from position 200 by one token or a whole chunk."""
     S = 2**15 + 300
-    old, new = ({name: large(S, 256, 1, K, dtype=BF16) for name in ("cache_k", "cache_v")} for _ in range(2))
-    old["position"], new["position"] = large(S, dtype=torch.int64), large(S, dtype=torch.int64)
+
+    def new_state(suffix=""):
+        caches = {f"{name}{suffix}": large(S, 256, 1, K, dtype=BF16) for name in ("cache_k", "cache_v")}
+        return caches | {f"position{suffix}": large(S, dtype=torch.int64)}
+
+    old = new_state()
     old["position"][-1] = 200
     q, k, v, o = (large(S, L, 1, K, dtype=BF16) for _ in range(4))
     emulator.launch("chunked_attention_fwd", q=q, k=k, v=v, **old, **ATTENTION, o=o, lse=large(S, L, 1))
     with emulator.only_bounds(apart=APART, ends=60):  # rows of the last cache from 196 on
-        results = {f"{name}_out": tensor for name, tensor in new.items()}
-        emulator.launch("chunked_attention_state", k=k, v=v, **old, chunk_size=256, **results)
+        emulator.launch("chunked_attention_state", k=k, v=v, **old, chunk_size=256, **new_state("_out"))
 
 
 def test_attention_differentiates_at_offsets_beyond_31_bits(emulator, large):
@@ -173,30 +182,33 @@ def test_cema_outputs_on_tensor_cores_at_offsets_beyond_31_bits(emulator, large)
     """Outputs, end states, states between tiles and coefficients; dx by the same kernels."""
     S, channels, modes = 9, 2**24, 16
     x, y, dx = (large(S, 256, channels, dtype=BF16) for _ in range(3))
-    inputs, state = cema_parameters(large, channels, modes), large(S, channels, modes, dtype=C64)
+    inputs = cema_parameters(large, channels, modes)
+    state = large(S, channels, modes, dtype=C64)
     emulator.set_order("random", shared_limit=A100)
     with emulator.launch_sizes(cema_tile=128):
         emulator.launch("cema_fwd", x=x, **inputs, y=y, state_out=state)
-    assert "cema_mma_output_kernel" in set(emulator.module.launched())
+    assert "cema_mma_output_kernel" in emulator.launched()
     del state
     gradients = cema_gradients(large, channels, modes)
     with emulator.launch_sizes(cema_tile=128, cema_shares=1):
         emulator.launch("cema_bwd", x=x, **inputs, dy=y, dx=dx, **gradients)
-    assert {"cema_tiles_kernel", "cema_mma_output_kernel"} <= set(emulator.module.launched())
+    assert {"cema_tiles_kernel", "cema_mma_output_kernel"} <= emulator.launched()
 
 
 @pytest.mark.parametrize("dtype", [BF16, F32], ids=str)
 def test_states_of_cema_at_offsets_beyond_31_bits(emulator, large, dtype):
-    """130 sequences of 5 tokens, an odd number of channels, of which the last block has three.
+    """130 sequences of 5 tokens; the number of channels is odd, and the last block has three.
 
-    The last state is not zero: its index, cut to 32 bits, would count as none.
+    Values are compared: the last state is not zero, and an index of it that is cut to 32 bits would reach a zero.
     """
     S, channels = 130, 2**24 + 3
     x, y, dx = (large(S, 5, channels, dtype=dtype) for _ in range(3))
     state, new = (large(S, channels, 1, dtype=C64) for _ in range(2))
     inputs, gradients = cema_parameters(large, channels), cema_gradients(large, channels)
-    p, q, gamma, _ = inputs.values()
-    p[-1], q[-1], gamma[-1], state[-1, -1] = 0.5, 0.5, 1, 2
+    inputs["p"][-1] = 0.5
+    inputs["q"][-1] = 0.5
+    inputs["gamma"][-1] = 1
+    state[-1, -1] = 2
     with emulator.launch_sizes(cema_tile=32):
         emulator.launch("cema_fwd", x=x, **inputs, state=state, y=y, state_out=new)
         assert y[-1, :, -1].tolist() == [2**-t for t in range(5)] and new[-1, -1].real == 2**-4
@@ -204,11 +216,12 @@ def test_states_of_cema_at_offsets_beyond_31_bits(emulator, large, dtype):
         gradients |= {"dx": dx, "dstate": dstate}
         emulator.launch("cema_bwd", x=x, **inputs, state=state, dy=y, dstate_out=new, **gradients)
     with emulator.launch_sizes(cema_tile=8):
-        emulator.launch("cema_end_state_fwd", x=x, p=p, q=q, state_out=new)
+        emulator.launch("cema_end_state_fwd", x=x, p=inputs["p"], q=inputs["q"], state_out=new)
 
 
 def test_states_of_sequences_without_tokens_at_offsets_beyond_31_bits(emulator, large):
-    S, channels, modes, spans = 2**24 + 8, 4, 33, large(2**24 + 8, 2, dtype=torch.int64)
+    S, channels, modes = 2**24 + 8, 4, 33
+    spans = large(S, 2, dtype=torch.int64)
     x, y = large(1, 1, channels), large(1, 1, channels)
     before, after = (large(S, channels, modes, dtype=C64) for _ in range(2))
     inputs = cema_parameters(large, channels, modes) | {"state": before, "spans": spans}
@@ -216,7 +229,8 @@ def test_states_of_sequences_without_tokens_at_offsets_beyond_31_bits(emulator, 
 
 
 def test_padding_between_steps_of_cema_at_offsets_beyond_31_bits(emulator, large):
-    channels, spans = 2**26, large(40, 1, 2, dtype=torch.int64)
+    channels = 2**26
+    spans = large(40, 1, 2, dtype=torch.int64)
     y = large(40, 2, channels, dtype=BF16)
     inputs = cema_parameters(large, channels)
     emulator.launch("cema_fwd", x=large(40, 2, channels, dtype=BF16), **inputs, spans=spans, y=y)
@@ -228,14 +242,15 @@ def test_statistics_and_states_of_timestep_norm_at_offsets_beyond_31_bits(emulat
     x, y, dx = (large(rows, T // rows, D, dtype=BF16) for _ in range(3))
     weight, bias, dweight, dbias = (large(D) for _ in range(4))
     stats = large(3, rows, T // rows, D)
-    count, new_count = large(rows, dtype=torch.int64).fill_(1), large(rows, dtype=torch.int64)
-    mean, var, residual = large(rows, D), large(rows, D), large(rows, 2, D)
+    new_count = large(rows, dtype=torch.int64)
+    mean, var = large(rows, D), large(rows, D)
     new = {"mean_out": large(rows, D), "var_out": large(rows, D), "residual_out": large(rows, 2, D)}
     inputs = {"x": x, "weight": weight, "bias": bias, "num_groups": D, "eps": 1e-5}
-    inputs |= {"count": count, "mean": mean, "var": var, "residual": residual}
+    inputs |= {"count": large(rows, dtype=torch.int64).fill_(1), "mean": mean, "var": var}
+    inputs["residual"] = large(rows, 2, D)
     empty = inputs | {"spans": large(rows, 1, 2, dtype=torch.int64)}  # spans of no token
-    if rows == 1:  # (T, 2, G) sums are beyond 2^32: blocks in the middle are between 2^31 and 2^32
-        emulator.module.set_bounds(True, APART, 1, T // 64 * D // 32 * 3 // 4)
+    if rows == 1:  # (T, 2, G) sums are beyond 2^32: blocks at 3/4 of the grid are between 2^31 and 2^32
+        emulator.module.set_bounds(only=True, red_zone=APART, ends=1, middle=T // 64 * D // 32 * 3 // 4)
     results = {"y": y, "stats": stats, "count_out": new_count, **new}
     emulator.launch("timestep_norm_fwd", **inputs, **results)
     emulator.launch("timestep_norm_fwd", **empty, **results)
@@ -259,10 +274,7 @@ def test_heads_of_attention_at_offsets_beyond_31_bits(emulator, large, dtype, wi
     emulator.launch("chunked_attention_fwd", **inputs)
     if dtype == BF16:
         panels = (2**13 * 2 + 2) * heads  # all in one round, whose last queries are the blocks before `panels`
-        with (
-            emulator.only_bounds(apart=APART, ends=4, middle=panels),
-            emulator.launch_sizes(attention_panels=panels),
-        ):
+        with emulator.only_bounds(apart=APART, ends=4, middle=panels), emulator.launch_sizes(attention_panels=panels):
             emulator.launch("chunked_attention_bwd", **inputs, do=o, dq=q, dk=k, dv=v)
 
 
@@ -279,8 +291,8 @@ def test_heads_of_attention_steps_at_offsets_beyond_31_bits(emulator, large):
 
 def test_attention_refuses_more_blocks_than_a_grid_has(emulator, large):
     """A block for each token and head, of rows or of steps; two for its values; a block for each row of a state."""
-
-    S, positions = 2**15, large(2**15, dtype=torch.int64)
+    S = 2**15
+    positions = large(S, dtype=torch.int64)
 
     def forward(heads, width, with_state):
         k, v = large(S, 1, heads, 8, dtype=BF16), large(S, 1, heads, width, dtype=BF16)
@@ -322,7 +334,8 @@ def test_padding_of_normalized_qk_at_offsets_beyond_31_bits(emulator, large):
 @pytest.mark.parametrize("dtype", [BF16, F32], ids=str)
 def test_padding_of_attention_at_offsets_beyond_31_bits(emulator, large, dtype):
     """All rows are padding: zeros of o, lse and the gradients."""
-    tokens, heads, spans = 2**24 + 200, 130, large(1, 1, 2, dtype=torch.int64)
+    tokens, heads = 2**24 + 200, 130
+    spans = large(1, 1, 2, dtype=torch.int64)
     q, k, v, o, do, dq, dk, dv = (large(1, tokens, heads, 8, dtype=dtype) for _ in range(8))
     inputs = {"q": q, "k": k, "v": v, **ATTENTION, "spans": spans, "o": o, "lse": large(1, tokens, heads)}
     emulator.launch("chunked_attention_fwd", **inputs)
@@ -346,14 +359,14 @@ def test_cema_chooses_kernels_by_size(emulator, large):
         emulator.reset()
         emulator.set_order("random", shared_limit=A100)
         emulator.launch("cema_fwd", x=x, **cema_parameters(large, channels, modes), y=y)
-        assert kernel in emulator.module.launched(), (B, L, channels, modes)
+        assert kernel in emulator.launched(), (B, L, channels, modes)
 
 
 def takes_tensor_cores(emulator, direction, **tensors) -> bool:
     """Return True if the workspace has another size than for the scan, which is chosen where shared memory is small."""
     sizes = []
-    for limit in (163, 48):
-        emulator.set_order("random", shared_limit=limit * 1024)
+    for limit in (A100, 48 * 1024):
+        emulator.set_order("random", shared_limit=limit)
         with emulator.only_asking(sizes), pytest.raises(InterruptedError):
             emulator.launch(f"cema_{direction}", **tensors)
     return sizes[0] != sizes[1]
@@ -361,19 +374,20 @@ def takes_tensor_cores(emulator, direction, **tensors) -> bool:
 
 def test_the_smoke_test_takes_tensor_cores(emulator, large):
     """At its real sizes, which only a GPU can compute; with 4 modes, for the gradients alone."""
-    for name, expected in (("cema, tensor cores", (True, True)), ("cema, tensor cores, 4 modes", (False, True))):
-        B, L, channels, modes = (CASES[name][2][letter] for letter in "BLDN")
+    for name, expected in (("cema, tensor cores", True), ("cema, tensor cores, 4 modes", False)):
+        B, L, channels, modes = (CASES[name].sizes[letter] for letter in "BLDN")
         x, y = large(B, L, channels, dtype=BF16), large(B, L, channels, dtype=BF16)
         inputs, gradients = cema_parameters(large, channels, modes), cema_gradients(large, channels, modes)
-        forward = takes_tensor_cores(emulator, "fwd", x=x, **inputs, y=y)
-        assert (forward, takes_tensor_cores(emulator, "bwd", x=x, **inputs, dy=x, dx=y, **gradients)) == expected, name
+        assert takes_tensor_cores(emulator, "fwd", x=x, **inputs, y=y) == expected, name
+        assert takes_tensor_cores(emulator, "bwd", x=x, **inputs, dy=x, dx=y, **gradients), name
 
 
 def test_cema_takes_the_scan_where_a_grid_would_be_too_large(emulator, large):
     tile, rows_of_a_grid = 128, 65_535
     longest = rows_of_a_grid * 16 * tile  # a block takes 16 tiles
     for L, expected in ((longest, True), (longest + tile, False)):
-        x, y, inputs = large(1, L, 8, dtype=BF16), large(1, L, 8, dtype=BF16), cema_parameters(large, 8, 5)
+        x, y = large(1, L, 8, dtype=BF16), large(1, L, 8, dtype=BF16)
+        inputs = cema_parameters(large, channels=8, modes=5)
         with emulator.launch_sizes(cema_tile=2**13):
             assert takes_tensor_cores(emulator, "fwd", x=x, **inputs, y=y) == expected
 

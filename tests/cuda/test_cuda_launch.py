@@ -5,9 +5,10 @@ import shutil
 import subprocess
 import types
 
-from paths import ROOT
 import pytest
 import torch
+from fake_graphs import tensor_on
+from paths import ROOT
 
 from megalodon_ops.ops.common import definition as library
 
@@ -20,6 +21,7 @@ RUNTIME = r"""
 #include <cstdio>
 #include <cstring>
 #include <thread>
+#include <utility>
 #include <vector>
 enum cudaError_t { cudaSuccess, cudaErrorUnknown };
 enum { cudaDevAttrMaxSharedMemoryPerBlockOptin, cudaFuncAttributeMaxDynamicSharedMemorySize };
@@ -37,23 +39,26 @@ inline const char* failing = "";  // the function that fails
 inline cudaError_t result_of(const char* function) {
   return std::strcmp(function, failing) ? cudaSuccess : last_error = cudaErrorUnknown;
 }
-inline cudaError_t cudaGetLastError() { cudaError_t last = last_error; return last_error = cudaSuccess, last; }
+inline cudaError_t cudaGetLastError() { return std::exchange(last_error, cudaSuccess); }
 inline const char* cudaGetErrorString(cudaError_t) { return "the runtime failed"; }
-inline cudaError_t cudaGetDevice(int* device) { return *device = device_of_thread, result_of("cudaGetDevice"); }
-inline cudaError_t cudaSetDevice(int device) { return device_of_thread = device, result_of("cudaSetDevice"); }
+inline cudaError_t cudaGetDevice(int* device) { *device = device_of_thread; return result_of("cudaGetDevice"); }
+inline cudaError_t cudaSetDevice(int device) { device_of_thread = device; return result_of("cudaSetDevice"); }
 inline cudaError_t cudaDeviceGetAttribute(int* bytes, int, int device) {
-  return *bytes = device == 0 ? 101376 : 232448, result_of("cudaDeviceGetAttribute");
+  *bytes = device == 0 ? 101376 : 232448;  // shared memory of a block
+  return result_of("cudaDeviceGetAttribute");
 }
 int static_bytes(const void* kernel);
 inline cudaError_t cudaFuncGetAttributes(cudaFuncAttributes* attributes, const void* kernel) {
-  return attributes->sharedSizeBytes = static_bytes(kernel), result_of("cudaFuncGetAttributes");
+  attributes->sharedSizeBytes = static_bytes(kernel);
+  return result_of("cudaFuncGetAttributes");
 }
 inline cudaError_t cudaFuncSetAttribute(const void* kernel, int, int bytes) {
   if (++inside > most_inside) most_inside = inside.load();
   std::this_thread::sleep_for(std::chrono::milliseconds(2));
   const cudaError_t result = result_of("cudaFuncSetAttribute");
   if (result == cudaSuccess) calls.push_back({kernel, device_of_thread, bytes});
-  return --inside, result;
+  --inside;
+  return result;
 }
 inline cudaError_t cudaLaunchKernel(const void* kernel, dim3 grid, dim3 block, void** arguments, size_t shared,
                                     cudaStream_t stream) {
@@ -157,7 +162,8 @@ class Recorder:
     """Stand-ins for the functions of torch.cuda that a launch calls, and for the kernels; `events` has what they see."""
 
     def __init__(self, monkeypatch) -> None:
-        self.events, recorder = [], self
+        self.events = []
+        recorder = self
 
         class Device(contextlib.AbstractContextManager):
             def __init__(self, device: torch.device) -> None:
@@ -185,23 +191,10 @@ class Recorder:
         monkeypatch.setattr(library, "cuda_extension", lambda: types.SimpleNamespace(kernel=kernel))
 
 
-class TensorOn(torch.Tensor):
-    """A tensor that says to be on `place`."""
-
-    device = property(lambda self: self.place)
-    is_cuda = property(lambda self: self.place.type == "cuda")
-
-
-def tensor_on(place: str) -> TensorOn:
-    tensor = torch.zeros(2).as_subclass(TensorOn)
-    tensor.place = torch.device(place)
-    return tensor
-
-
 def test_a_launch_takes_the_device_and_the_stream_of_its_tensors(monkeypatch):
-    tensors = [tensor_on("cuda:2") for _ in range(2)]
+    first, second = (tensor_on("cuda:2", torch.zeros(2)) for _ in range(2))
     recorder = Recorder(monkeypatch)
-    library.launch("kernel", tensors[0], None, 5, tensors[1])
+    library.launch("kernel", first, None, 5, second)
     assert recorder.events == [
         ("enter", "cuda:2"),
         ("kernel", 2, 102, 4),
@@ -212,8 +205,8 @@ def test_a_launch_takes_the_device_and_the_stream_of_its_tensors(monkeypatch):
 
 @pytest.mark.parametrize("other", ["cuda:1", "cpu"])
 def test_a_launch_refuses_tensors_of_two_devices(monkeypatch, other):
-    tensors = tensor_on("cuda:2"), tensor_on(other)
+    first, second = tensor_on("cuda:2", torch.zeros(2)), tensor_on(other, torch.zeros(2))
     recorder = Recorder(monkeypatch)
     with pytest.raises(ValueError, match=f"kernel: all tensors must be on cuda:2, got one on {other}; move it there"):
-        library.launch("kernel", tensors[0], 5, None, tensors[1])
+        library.launch("kernel", first, 5, None, second)
     assert not recorder.events

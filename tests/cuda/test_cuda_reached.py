@@ -88,10 +88,6 @@ def test_counting_does_not_change_a_program(tmp_path):
 ROW = Place("kernel", "a.cuh", "for (;;)", 1)
 
 
-def found(turns: str) -> dict[Place, Reached]:
-    return {ROW: Reached(turns, 3)}
-
-
 @pytest.mark.parametrize(
     ("turns", "row", "missing"),
     [
@@ -109,8 +105,9 @@ def found(turns: str) -> dict[Place, Reached]:
 )
 def test_a_gap_without_a_reason_is_a_problem(turns, row, missing):
     table = {} if row is None else {ROW: Reached(row[0], 3, row[1])}
-    problems = list(reached.gaps({} if turns is None else found(turns), table))
-    assert [problem.partition("no test reaches ")[2] for problem in problems] == [", ".join(missing)] * bool(missing)
+    reached_now = {} if turns is None else {ROW: Reached(turns, 3)}
+    problems = [problem.partition("no test reaches ")[2] for problem in reached.gaps(reached_now, table)]
+    assert problems == ([", ".join(missing)] if missing else [])
 
 
 def test_the_table_knows_every_loop():
@@ -136,7 +133,10 @@ def test_the_emulator_records_iterations(emulator, tmp_path, monkeypatch):
 
 # Numbers of iterations and blocks that no other test reaches: builder of the case, launch sizes, sizes of the case.
 # `NINE`: a binary search among nine sequences takes three steps or more.
-BF16, NINE = torch.bfloat16, list(range(10))
+BF16 = torch.bfloat16
+NINE = list(range(10))
+SPANS = {"B": 1, "L": 1, "H": 1, "K": 200, "V": 200, "C": 100, "scale": 0.05, "state": True}
+LOOKUPS = {"B": 1, "L": 49, "H": 1, "K": 264, "C": 9, "cu_seqlens": [*NINE, 49]}
 CASES = {
     "two-groups-of-modes": (cema_case, {}, {"D": 3, "N": 40}),
     "one-packed-sequence": (cema_case, {}, {"B": 1, "L": 70, "cu_seqlens": [0, 70], "dtype": BF16}),
@@ -145,16 +145,8 @@ CASES = {
     "one-block-of-queries": (chunked_attention_case, {}, {"B": 1, "L": 1, "H": 1, "state": True}),
     "nine-queries": (chunked_attention_case, {}, {"B": 1, "H": 1, "state": True, "cu_seqlens": NINE}),
     "nine-queries-16": (chunked_attention_case, {}, {"B": 1, "H": 1, "state": True, "cu_seqlens": NINE, "dtype": BF16}),
-    "two-turns-of-spans": (
-        chunked_attention_case,
-        {"attention_tile": 8},
-        {"B": 1, "L": 1, "H": 1, "K": 200, "V": 200, "C": 100, "scale": 0.05, "state": True},
-    ),
-    "two-turns-of-spans-16": (
-        chunked_attention_case,
-        {"attention_tile": 8},
-        {"B": 1, "L": 1, "H": 1, "K": 200, "V": 200, "C": 100, "scale": 0.05, "state": True, "dtype": BF16},
-    ),
+    "two-turns-of-spans": (chunked_attention_case, {"attention_tile": 8}, SPANS),
+    "two-turns-of-spans-16": (chunked_attention_case, {"attention_tile": 8}, SPANS | {"dtype": BF16}),
     "nine-sequences": (chunked_attention_case, {}, {"B": 1, "cu_seqlens": NINE, "dtype": BF16}),
     "more-depth-than-tensor-cores-take": (
         chunked_attention_case,
@@ -162,16 +154,8 @@ CASES = {
         {"B": 2, "L": 70, "H": 1, "K": 258, "V": 10, "C": 70, "lengths": [0, 69], "dtype": BF16},
     ),
     "elements-of-that": (chunked_attention_case, {}, {"B": 1, "L": 5, "H": 1, "K": 257, "V": 6, "C": 5, "dtype": BF16}),
-    "three-lookups-of-a-part": (
-        normalized_qk_case,
-        {"qk_part": 24},
-        {"B": 1, "L": 49, "H": 1, "K": 264, "C": 9, "cu_seqlens": [*NINE, 49]},
-    ),
-    "three-lookups-of-a-part-16": (
-        normalized_qk_case,
-        {"qk_part": 24},
-        {"B": 1, "L": 49, "H": 1, "K": 264, "C": 9, "cu_seqlens": [*NINE, 49], "dtype": BF16},
-    ),
+    "three-lookups-of-a-part": (normalized_qk_case, {"qk_part": 24}, LOOKUPS),
+    "three-lookups-of-a-part-16": (normalized_qk_case, {"qk_part": 24}, LOOKUPS | {"dtype": BF16}),
     "nine-sequences-of-queries": (normalized_qk_case, {}, {"B": 1, "cu_seqlens": NINE, "dtype": BF16}),
     "two-blocks-of-empty-groups": (timestep_norm_case, {}, {"B": 1, "L": 2, "G": 300, "width": 1, "lengths": [0]}),
     "nine-sequences-of-the-norm": (timestep_norm_case, {}, {"B": 1, "cu_seqlens": NINE, "count": 3, "dtype": BF16}),

@@ -10,6 +10,7 @@ import re
 from collections import defaultdict
 from collections.abc import Callable
 from pathlib import Path
+from typing import NamedTuple
 
 from paths import ROOT
 import pytest
@@ -18,6 +19,7 @@ from assertions import assert_all_close
 from backends import needs_gpu
 from calls import evaluate, forward
 from cases import BUILDERS, Case, OPS, generator, randn
+from emulated import A100
 from test_cuda import case_on, run, to
 
 import megalodon_ops as mo
@@ -33,8 +35,16 @@ WIDE = {"B": 4, "L": 4096, "H": 1, "K": 256, "V": 2048, "C": 2048, "scale": 1 / 
 NARROW = {"B": 2, "L": 2048, "H": 8, "K": 64, "V": 64, "C": 1024, "scale": 1 / 8}
 ONE_HEAD = {"B": 1, "L": 70, "H": 1, "C": 40}
 ATTENTION, TWO_TYPES = "chunked_attention", (BF16, F32)
-# Op, types, real sizes, and those of them that are small where the kernels are emulated.
-CASES: dict[str, tuple[str, tuple[torch.dtype, ...], dict, dict]] = {
+
+
+class SmokeCase(NamedTuple):
+    op: str
+    types: tuple[torch.dtype, ...]
+    sizes: dict  # on a GPU
+    small: dict  # those of `sizes` that differ on the emulator
+
+
+ROWS = {  # fields of SmokeCase
     # B L D N is at least 2^28, from which on the tensor cores are used; N 4: their gradients, and the scan's outputs.
     "cema, tensor cores": ("cema", (BF16,), dict(B=8, L=2048, D=1024, N=16), dict(L=128, D=8, N=5)),
     "cema, tensor cores, 4 modes": ("cema", (BF16,), dict(B=8, L=4096, D=2048, N=4), dict(L=128, D=8)),
@@ -74,6 +84,7 @@ CASES: dict[str, tuple[str, tuple[torch.dtype, ...], dict, dict]] = {
         dict(B=2, L=70, C=48),
     ),
 }
+CASES = {name: SmokeCase(*row) for name, row in ROWS.items()}
 LIBRARIES = ("attention, 200M", "attention, 64 channels", "attention, 128 channels", "attention, whole chunks")
 KERNELS = {
     name
@@ -105,9 +116,10 @@ def case_device(case: Case) -> str:
 
 def by_tolerance(found: dict, case: Case) -> dict[float, dict]:
     groups = defaultdict(dict)
+    wide = F64 if case.dtype == F64 else F32
     for name, value in found.items():
-        wide = F64 if case.dtype == F64 else F32
-        groups[TOLERANCE[value.dtype if value.dtype in (BF16, F16) else wide]][name] = value
+        dtype = value.dtype if value.dtype in (BF16, F16) else wide
+        groups[TOLERANCE[dtype]][name] = value
     return groups
 
 
@@ -147,12 +159,8 @@ def end_after_a_fault() -> None:
             os._exit(1)
 
 
-CHOICES = [
-    (name, dtype, libraries)
-    for libraries, names in ((False, CASES), (True, LIBRARIES))
-    for name in names
-    for dtype in CASES[name][1]
-]
+CHOICES = [(name, dtype, False) for name in CASES for dtype in CASES[name].types]
+CHOICES += [(name, dtype, True) for name in LIBRARIES for dtype in CASES[name].types]
 
 
 # Norms of rows: widths of vectors, of elements, and of rows whose sums do not fit shared memory.
@@ -184,7 +192,7 @@ def test_norms_at_real_sizes(sizes, dtype):
 @needs_gpu
 @pytest.mark.parametrize(("name", "dtype", "libraries"), CHOICES, ids=str)
 def test_at_real_sizes(name, dtype, libraries, monkeypatch):
-    op, _, sizes, _ = CASES[name]
+    op, sizes = CASES[name].op, CASES[name].sizes
     if not libraries:
         monkeypatch.setattr(dense_attention, "TABLE", ())
 
@@ -203,28 +211,28 @@ def test_at_real_sizes(name, dtype, libraries, monkeypatch):
 
 @pytest.mark.parametrize("name", LIBRARIES)
 def test_real_sizes_take_the_libraries(name):
-    sizes = CASES[name][2]
+    sizes = CASES[name].sizes
     tokens, chunk = sizes["B"] * sizes["L"], min(sizes["C"], sizes["L"])
     assert dense_attention.path_by_shapes("forward", BF16, tokens, sizes["H"], sizes["K"], sizes["V"], chunk)
 
 
 def emulated(emulator, case: Case) -> tuple[dict, set[str]]:
     emulator.reset()
-    emulator.set_order("random", shared_limit=163 * 1024)
+    emulator.set_order("random", shared_limit=A100)
     emulator.module.set_launch_sizes({"cema_tile": 128} if case.dtype == BF16 else {})
     try:
         with emulator.replacing(_C):
             found = results(case)
     finally:
         emulator.module.set_launch_sizes({})
-    return found, set(emulator.module.launched())
+    return found, emulator.launched()
 
 
 def test_the_cases_launch_every_kernel(emulator):
     """Small sizes of the same cases on the emulator: no kernel is left out."""
     launched = set()
     for name, (op, types, sizes, small) in CASES.items():
-        case = BUILDERS[op](dtype=types[0], **{**sizes, **small})
+        case = BUILDERS[op](dtype=types[0], **sizes | small)
         launched |= check(name, case, lambda case: emulated(emulator, case))
     with emulator.replacing(_C):
         norm_results(9, 40, BF16, "cpu")

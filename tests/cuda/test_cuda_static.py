@@ -11,18 +11,7 @@ from collections.abc import Callable
 from paths import TESTS
 import pytest
 from static.promises import LOAD_64, LOAD_128, PROMISES, STORE_128, Promise, breaches, promises_of
-from bench.sass import (
-    ROOT,
-    Kernel,
-    MissingTool,
-    assembly,
-    compiled,
-    demangle,
-    installed,
-    kernels_of,
-    ptx_of,
-    table,
-)
+from bench.sass import ROOT, Kernel, MissingTool, assembly, compiled, demangle, installed, kernels_of, ptx_of, table
 
 from megalodon_ops.ops.common import definition as library
 
@@ -123,8 +112,11 @@ def test_exceptions_of_one_compiler_hold_for_no_other():
 # Instructions of the wrappers in cuda/common, from the PTX ISA: words are numbered as in its figures of fragments, and
 # the first word of "cvt.rn.bf16x2.f32 d, a, b" is the upper half. Only this table checks nvcc's branch of a wrapper;
 # test_cuda_instructions.py checks the emulator's.
-VALUES = {"unsigned short": ("b16", "{}0"), "Pack<unsigned int, 1>": ("b32", "{}0")} | {
-    f"Pack<unsigned int, {n}>": (f"v{n}.b32", "{{" + ",".join(f"{{0}}{i}" for i in range(n)) + "}}") for n in (2, 4)
+VALUES = {  # by C++ type: suffix of an access, words of its operand
+    "unsigned short": ("b16", "{}0"),
+    "Pack<unsigned int, 1>": ("b32", "{}0"),
+    "Pack<unsigned int, 2>": ("v2.b32", "{{{0}0,{0}1}}"),
+    "Pack<unsigned int, 4>": ("v4.b32", "{{{0}0,{0}1,{0}2,{0}3}}"),
 }
 MMA = "mma.sync.aligned.{}.row.col.f32.{}.f32 {{z0,z1,z2,z3}}, {{x0,x1,x2,x3}}, {{y0,y1}}, {{z0,z1,z2,z3}}"
 LDMATRIX = "ldmatrix.sync.aligned.m8n8.{}.shared.b16 {{{}}}, [shared]"

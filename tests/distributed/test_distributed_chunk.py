@@ -17,7 +17,14 @@ FORMS = {
     "memory": dict(working_memory=True),
     "memory, two chunks": dict(working_memory=True, visible_chunks=2),
 }
+FORM_CASES = {
+    "dense": dict(pieces=(16, 8, 11), rows=2),
+    "padded, a state": dict(pieces=(13, 8, 13), rows=4, lengths=(34, 14, 0, 24), past=(3, C + 3, 3, 2 * C + 3)),
+    "packed, a state, recomputed": dict(pieces=(12, 8, 8, 10), cu_seqlens=(1, 6, 6, 37), past=(3, 5, C + 2)),
+    "short pieces, a state": dict(pieces=(5, 8, 0, 2), rows=2, past=(3, 2 * C + 3)),
+}
 ALL = dict(swiglu=True, rescale_nffn=True, share_emb=True, scale_emb=True)
+# Work: columns of each rank, then rows; sequences' `lengths` or `cu_seqlens`; tokens that each has read in the `past`.
 CASES = {
     "dense": Work((16, 8, 11), rows=2),
     "dense, one head": Work((16, 13), rows=2, config=dict(num_heads=1), reduction="sum"),
@@ -36,22 +43,9 @@ CASES = {
     "the last rank without columns": Work((24, 0), rows=2),
     "only the last rank has columns": Work((0, 0, 5), rows=2),
     **{
-        f"{form}, {case}": Work(config={**FORMS[form], **recomputed}, **batch)
+        f"{form}, {case}": Work(config=FORMS[form] | {"layerwise_ckpt": "recomputed" in case}, **batch)
         for form in FORMS
-        for case, recomputed, batch in (
-            ("dense", {}, dict(pieces=(16, 8, 11), rows=2)),
-            (
-                "padded, a state",
-                {},
-                dict(pieces=(13, 8, 13), rows=4, lengths=(34, 14, 0, 24), past=(3, C + 3, 3, 2 * C + 3)),
-            ),
-            (
-                "packed, a state, recomputed",
-                {"layerwise_ckpt": True},
-                dict(pieces=(12, 8, 8, 10), cu_seqlens=(1, 6, 6, 37), past=(3, 5, C + 2)),
-            ),
-            ("short pieces, a state", {}, dict(pieces=(5, 8, 0, 2), rows=2, past=(3, 2 * C + 3))),
-        )
+        for case, batch in FORM_CASES.items()
     },
     "without gradients": Work((16, 13), rows=2, past=(0, 8), grad=False),
 }
@@ -98,16 +92,19 @@ def test_equals_one_process_at_random_cuts(ranks, data):
     ends = st.integers(0, 6)
     count = data.draw(st.integers(2, 4))
     cuts = sorted(data.draw(st.lists(ends, min_size=count - 1, max_size=count - 1)))
-    rest, kind = data.draw(st.integers(0, 2 * C)), data.draw(st.sampled_from(["dense", "padded", "packed"]))
+    rest = data.draw(st.integers(0, 2 * C))
+    kind = data.draw(st.sampled_from(["dense", "padded", "packed"]))
     bounds = [0, *(C * cut for cut in cuts), C * cuts[-1] + rest]
-    total, rows = bounds[-1], data.draw(st.integers(1, 3))
+    total = bounds[-1]
+    rows = data.draw(st.integers(1, 3))
     options = {}
     if kind == "padded":
         options["lengths"] = tuple(data.draw(st.lists(st.integers(0, total), min_size=rows, max_size=rows)))
     if kind == "packed":  # sequences of whole chunks; arbitrary ones after the last cut
         grid = [C * n for n in range(cuts[-1] + 1)]
         offsets = data.draw(st.lists(st.sampled_from([*grid, *range(bounds[-2], total + 1)]), min_size=2, max_size=5))
-        rows, options["cu_seqlens"] = 1, tuple(sorted(offsets))
+        options["cu_seqlens"] = tuple(sorted(offsets))
+        rows = 1
     work = Work(tuple(b - a for a, b in zip(bounds, bounds[1:])), rows=rows, **options)
     if data.draw(st.booleans()):
         past = st.integers(0, 3).map(lambda n: C * n)

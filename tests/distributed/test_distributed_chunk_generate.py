@@ -26,7 +26,9 @@ def generate_after_shared_prompt() -> float:
     The ranks read a prompt together, like any batch; then each generates by itself.
     """
     model, unsharded = models()
-    prompt, widths, options = tokens_of(3, 38), (24, 8, 5), dict(max_new_tokens=12, seed=3, return_state=True)
+    prompt = tokens_of(3, 38)
+    widths = (24, 8, 5)  # of each rank, 37 in all: the last token is read when generation begins
+    options = dict(max_new_tokens=12, seed=3, return_state=True)
     with torch.no_grad():
         _, state = model(prompt[:, :-1].split(widths, 1)[dist.get_rank()], return_state=True)
     found, after = model.generate(prompt[:, -1:], state=state, **options)
@@ -57,7 +59,7 @@ def test_a_piece_is_refused_as_a_prompt(ranks):
 
 def stream_and_evaluate(folder: str) -> None:
     model, unsharded = models(share_emb=True)
-    rank, prompt = dist.get_rank(), tokens_of(1, 33)
+    prompt = tokens_of(1, 33)
     stream = model.stream(prompt, seed=0)
     assert type(stream._decoder._model) is mo.Megalodon and stream._decoder.fused
     expected = unsharded.stream(prompt, seed=0)
@@ -68,7 +70,7 @@ def stream_and_evaluate(folder: str) -> None:
     for a, b in zip(evaluate(model, documents, contexts=contexts), evaluate(unsharded, documents, contexts=contexts)):
         assert a == b
     gathered = model.alone()
-    if rank == 0:  # other ranks need not take part
+    if dist.get_rank() == 0:  # other ranks need not take part
         assert torch.equal(gathered(prompt), unsharded(prompt))
     model.save(folder)
     loaded = mo.Megalodon.load(folder)

@@ -27,7 +27,8 @@ def batch() -> tuple[torch.Tensor, torch.Tensor]:
 def train(sizes: str | None, data: str, config: dict[str, Any]) -> tuple[list[float], dict[str, torch.Tensor]]:
     """Losses and norms of two optimizer steps in float64, with the state carried, and the parameters after them."""
     model = tiny_model(torch.float64, **config)
-    (tokens, targets), state = batch(), None
+    tokens, targets = batch()
+    state = None
     if sizes is not None:
         mesh = make_mesh(sizes, device_type="cpu")
         model = parallelize(model, mesh, data=data)
@@ -84,8 +85,10 @@ def test_generates_and_evaluates_as_one_process(ranks):
 def split_batches() -> tuple[list, list[str]]:
     """This rank's parts of two batches, and the errors of wrong calls."""
     mesh = make_mesh("data=2,chunk=2", device_type="cpu")
-    row, pair = torch.arange(40).view(1, 40), torch.arange(80).view(2, 40)
-    parts = [split(pair, mesh, chunk_size=C), split(pair.t()[None].repeat(2, 1, 1), mesh, chunk_size=C)[0, :, 0]]
+    row = torch.arange(40).view(1, 40)
+    pair = torch.arange(80).view(2, 40)
+    piece = split(pair, mesh, chunk_size=C)
+    numbers = split(pair.t()[None].repeat(2, 1, 1), mesh, chunk_size=C)[0, :, 0]  # of a batch (2, 40, 2)
     packed = split(pair, mesh, chunk_size=C, cu_seqlens=torch.tensor([0, 13, 40]))
     shifted = split(pair, mesh, chunk_size=C, position=3)
     calls = [
@@ -105,25 +108,29 @@ def split_batches() -> tuple[list, list[str]]:
         except (TypeError, ValueError) as error:
             errors.append(str(error))
     dist.barrier()  # no other collective runs here, and a rank that ends closes connections that others may still open
-    return [part.tolist() for part in (*parts, packed, shifted)], errors
+    return [part.tolist() for part in (piece, numbers, packed, shifted)], errors
 
 
 def test_split(ranks):
     results = ranks.run(split_batches, 4)
-    for rank, ((piece, transposed, packed, shifted), errors) in enumerate(results):
-        first, columns = rank // 2 * 40, (range(16), range(16, 40))[rank % 2]
+    for rank, ((piece, numbers, packed, shifted), errors) in enumerate(results):
+        first = rank // 2 * 40  # number at the beginning of this rank's row
+        columns = (range(16), range(16, 40))[rank % 2]
         assert piece == [[first + column for column in columns]]
-        assert transposed == [*columns]
-        assert packed == [[first + column for column in (range(21), range(21, 40))[rank % 2]]]
-        assert shifted == [[first + column for column in (range(21), range(21, 40))[rank % 2]]]
+        assert numbers == [*columns]
+        columns = (range(21), range(21, 40))[rank % 2]  # cut at a chunk's end: 13 + C, and 3 C - 3
+        assert packed == shifted == [[first + column for column in columns]]
         assert len(errors) == 8 and all(re.match(r"split: `\w+` must .*, got .*\.$", error) for error in errors), errors
 
 
 def stream_through_split_layers() -> float:
     """Largest difference of losses and states of a text in two calls, with sequence and layers split."""
     mesh = make_mesh("chunk=2,tensor=2", device_type="cpu")
-    model, unsharded = parallelize(tiny_model(), mesh, data="replicate"), tiny_model()
-    tokens, state, whole, errors = tokens_of(2, LENGTH), None, None, []
+    model = parallelize(tiny_model(), mesh, data="replicate")
+    unsharded = tiny_model()
+    tokens = tokens_of(2, LENGTH)
+    state = whole = None
+    errors = []
     for part in (tokens[:, : 2 * C], tokens[:, 2 * C :]):
         piece = split(part, mesh, chunk_size=C)
         loss, state = model.loss(piece, piece, state=state, return_state=True)

@@ -46,7 +46,7 @@ def test_ranks_train_as_one_process_does(ranks, world_size, data, overrides):
 
 
 def gradients_through_the_state(is_parallel):
-    """Of a loss that reads the last block's new state alone, not its output."""
+    """Nonzero gradients of a loss that reads the last block's new state alone, not its output."""
     model = tiny_model(torch.float64)
     model = parallelize(model, mesh_of_all(), data="shard") if is_parallel else model
     _, state = model(batch_of(1)[0], return_state=True)
@@ -70,8 +70,10 @@ def gradients(data):
     for reduction in ("mean", "sum", "none"):
         model.zero_grad()
         loss = model.loss(tokens[rows], targets[rows], reduction=reduction)
-        ranks = dist.get_world_size()  # gradients are averaged over them
-        (loss if reduction != "none" else ranks * (loss * weights_of(loss, rows)).sum()).backward()
+        total = loss
+        if reduction == "none":  # times the number of ranks, over which gradients are averaged
+            total = dist.get_world_size() * (loss * weights_of(loss, rows)).sum()
+        total.backward()
         found.append((loss.detach(), gradients_of(model)))
     return found
 
@@ -89,7 +91,8 @@ def test_gradients_of_every_reduction_are_those_of_the_whole_batch(ranks, data):
     for i, reduction in enumerate(("mean", "sum", "none")):
         model.zero_grad()
         wanted = model.loss(tokens, targets, reduction=reduction)
-        (wanted if reduction != "none" else (wanted * weights_of(wanted, slice(None))).sum()).backward()
+        total = (wanted * weights_of(wanted, slice(None))).sum() if reduction == "none" else wanted
+        total.backward()
         losses = [result[i][0] for result in results]
         found = torch.cat(losses) if reduction == "none" else losses[0]
         torch.testing.assert_close(found, wanted.detach(), rtol=1e-12, atol=1e-12)
@@ -107,8 +110,8 @@ def loss_without_targets():
 
 def test_padding_and_batches_without_targets_count_as_in_one_process(ranks):
     tokens = tokens_of(2, 9)
-    both, lengths = torch.cat([tokens, tokens]), torch.tensor([1, 0, 9, 9])
-    wanted = tiny_model(torch.float32).loss(both, both, lengths=lengths).item()
+    both = torch.cat([tokens, tokens])
+    wanted = tiny_model(torch.float32).loss(both, both, lengths=torch.tensor([1, 0, 9, 9])).item()
     for loss, gradient, padded in ranks.run(loss_without_targets, 2):
         assert loss.isnan() and gradient == 0
         assert padded == pytest.approx(wanted, rel=1e-6)
@@ -124,9 +127,8 @@ def test_accumulated_gradients_are_exchanged_once(ranks, data):
 def train_in_bfloat16(data, overrides):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        model = parallelize(
-            tiny_model(torch.float32, **overrides), mesh_of_all(), data=data, param_dtype=torch.bfloat16
-        )
+        model = tiny_model(torch.float32, **overrides)
+        model = parallelize(model, mesh_of_all(), data=data, param_dtype=torch.bfloat16)
         found = train(model, STEPS)
     state = model(tokens_of(1, 5), return_state=True)[1]
     return found, {p.dtype for p in model.parameters()}, state.layers[0].cema.dtype, state.layers[0].attention.k.dtype
@@ -157,7 +159,8 @@ def initialise_on_meta(overrides):
     model = parallelize(model, mesh_of_all(), param_dtype=torch.bfloat16)
     initial = parameters_of(model)
     assert torch.equal(torch.get_rng_state(), before)
-    local, total = (sum(f(p) for p in model.parameters()) for f in (lambda p: p.to_local().numel(), torch.numel))
+    local = sum(parameter.to_local().numel() for parameter in model.parameters())
+    total = sum(parameter.numel() for parameter in model.parameters())
     assert local == pytest.approx(total / 2, rel=0.02)
     model.loss(*batch_of(0)).backward()
     return initial

@@ -20,7 +20,7 @@ from megalodon_ops.distributed import ParallelMegalodon, make_mesh, parallelize
 from megalodon_ops.distributed.start import await_workers
 
 PROMPT = tokens_of(4, 13)
-NEW_TOKENS = 5, 40  # by rank
+NEW_TOKENS = (5, 40)  # that rank 0 and rank 1 generate
 SLOW = pytest.mark.slow
 
 
@@ -57,7 +57,8 @@ def save_and_load(folder, overrides):
 @pytest.mark.parametrize("overrides", [WITH_ALL, pytest.param({}, marks=SLOW)], ids=["all", "plain"])
 def test_a_saved_model_loads_in_one_process_and_in_ranks(ranks, tmp_path, overrides):
     assert ranks.run(save_and_load, 2, f"{tmp_path}/model", overrides) == [True, True]
-    loaded, wanted = mo.Megalodon.load(tmp_path / "model"), tiny_model(torch.float32, **overrides)
+    loaded = mo.Megalodon.load(tmp_path / "model")
+    wanted = tiny_model(torch.float32, **overrides)
     torch.testing.assert_close(parameters_of(loaded), parameters_of(wanted), rtol=0, atol=0)
 
 
@@ -108,7 +109,9 @@ def test_after_an_error_in_all_ranks_training_goes_on(ranks):
 
 def refusals():
     """Errors on this rank of arguments that are wrong or differ between ranks."""
-    rank, mesh, model = dist.get_rank(), mesh_of_all(), tiny_model()
+    rank = dist.get_rank()
+    mesh = mesh_of_all()
+    model = tiny_model()
     torch.manual_seed(rank)
     other = mo.Megalodon(mo.MegalodonConfig(**TINY))
     calls = [
@@ -131,9 +134,8 @@ def test_arguments_that_differ_between_ranks_are_an_error_on_all(ranks):
     first, second = ranks.run(refusals, 2)
     assert first == second
     config, weights, unknown, data, dtype, names, product, twice = first
-    assert config == (
-        "parallelize: `model.config.num_layers` must be the same on the ranks 0, 1, got 2 on rank 0 and 3 on rank 1."
-    )
+    layers = "`model.config.num_layers` must be the same on the ranks 0, 1, got 2 on rank 0 and 3 on rank 1."
+    assert config == f"parallelize: {layers}"
     assert "`model.embed.weight` must be the same on " in weights and "checksum" in weights
     assert unknown == 'parallelize: `data` must be "shard" or "replicate", got \'both\'.'
     assert "`data` must be the same on " in data and "shard on rank 0 and replicate on rank 1" in data
@@ -183,7 +185,8 @@ def test_dimensions_have_their_order_and_one_process_is_enough(ended_process_gro
 
 
 def test_a_parallel_model_takes_over_all_of_a_model(ended_process_group):
-    model, calls = tiny_model(share_emb=True).eval(), []
+    calls = []
+    model = tiny_model(share_emb=True).eval()
     model.layers[0].requires_grad_(False)
     for name, module in (("model", model), ("block", model.layers[0])):
         module.register_forward_hook(lambda *_, name=name: calls.append(name))
@@ -248,6 +251,7 @@ def test_a_process_that_never_comes_is_an_error_after_the_time_out(rank, monkeyp
 
 @pytest.mark.skipif(not os.path.exists("/proc/self/task"), reason="reads Linux's states of threads")
 def test_a_process_ends_when_the_threads_of_gloo_are_idle():
+    """`await_workers` waits for a busy thread with the name of gloo's, at most until its time-out."""
     stop, started = threading.Event(), threading.Event()
 
     def work():

@@ -11,7 +11,8 @@ from models import TINY, tokens_of
 import megalodon_ops as mo
 from megalodon_ops.distributed import ParallelMegalodonEncoder, make_mesh, parallelize
 
-LENGTHS, CLASSES = torch.tensor([21, 8, 13, 1]), torch.tensor([2, 0, 1, 1])
+LENGTHS = torch.tensor([21, 8, 13, 1])
+CLASSES = torch.tensor([2, 0, 1, 1])
 
 
 def new_encoder() -> mo.MegalodonEncoder:
@@ -21,7 +22,8 @@ def new_encoder() -> mo.MegalodonEncoder:
 
 def train(encoder: mo.MegalodonEncoder) -> dict[str, torch.Tensor]:
     """Parameters after two optimizer steps on four rows, two for each of two ranks."""
-    rows, tokens = own_rows(), tokens_of(4, 21)
+    rows = own_rows()
+    tokens = tokens_of(4, 21)
     optimizer = torch.optim.AdamW(encoder.parameters(), lr=1e-2)
     for _ in range(2):
         F.cross_entropy(encoder(tokens[rows], lengths=LENGTHS[rows]), CLASSES[rows]).backward()
@@ -31,6 +33,7 @@ def train(encoder: mo.MegalodonEncoder) -> dict[str, torch.Tensor]:
 
 
 def train_on_ranks(data: str, folder: str):
+    """Parameters after training, logits of the gathered encoder, and the dtype of a bfloat16 encoder's features."""
     encoder = parallelize(new_encoder(), mesh_of_all(), data=data)
     with pytest.raises(ValueError, match="must give each row at least one position"):
         encoder(tokens_of(1, 4), lengths=torch.tensor([0]))

@@ -30,6 +30,7 @@ class Fault:
     """A call on three ranks that must raise an error, the same on all."""
 
     message: str
+    """regular expression"""
     options: dict[str, Any] = field(default_factory=dict)
     rank_1: dict[str, Any] = field(default_factory=dict)
     """other options of rank 1"""
@@ -41,10 +42,11 @@ class Fault:
 
 
 def call_error(fault: Fault) -> str:
-    rank, model = dist.get_rank(), cut_over_all_ranks(tiny_model())
+    rank = dist.get_rank()
+    model = cut_over_all_ranks(tiny_model())
     options = fault.options | (fault.rank_1 if rank == 1 else {})
     tokens = options.pop("tokens", tokens_of(2, fault.pieces[rank]))
-    if past := fault.past[rank != 1]:
+    if past := fault.past[0 if rank == 1 else 1]:
         _, options["state"] = model.alone()(tokens_of(fault.rows, past), return_state=True)
     try:
         if options.pop("loss", False):
@@ -67,10 +69,7 @@ FAULTS = [
     ),
     Fault(r"`lengths` must be 2 lengths in \[0, 20\], .* got \[21, 3\]", dict(lengths=torch.tensor([21, 3]))),
     Fault("`cu_seqlens` must have shape .* for a batch of one row", dict(cu_seqlens=torch.tensor([0, 5, 21]))),
-    Fault(
-        "`spans` must be in order, disjoint and in one row of 20 positions",
-        dict(spans=torch.tensor([[0, 5], [20, 40]])),
-    ),
+    Fault("`spans` must be in order, disjoint and in one row of 20", dict(spans=torch.tensor([[0, 5], [20, 40]]))),
     Fault("`starts` must be None where ranks hold pieces of rows", dict(starts=LENGTHS)),
     Fault(r"`lengths` must have shape \(2,\), got \(1,\)", dict(lengths=LENGTHS[:1])),
     Fault(
@@ -129,7 +128,8 @@ def fail_in_layer(sizes: str, where: str) -> None:
     tokens = tokens_of(1, 16).expand(2, -1)
     layer = model.layers[0].mega.wv
     if dist.get_rank() == 1:
-        layer.register_forward_hook(fail) if where == "forward" else layer.register_full_backward_hook(fail)
+        register = layer.register_forward_hook if where == "forward" else layer.register_full_backward_hook
+        register(fail)
     start = time.monotonic()
     try:
         for _ in range(3):
@@ -175,8 +175,10 @@ def test_programs_end_after_one_fails(tmp_path):
     program = tmp_path / "train.py"
     program.write_text(FAILING.replace("CONFIG", repr(TINY)))
     variables = os.environ | dict(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(free_port()), WORLD_SIZE="2")
-    options, environments = dict(stderr=subprocess.PIPE, text=True), [variables | {"RANK": rank} for rank in "01"]
-    processes = [subprocess.Popen([sys.executable, program], env=variables, **options) for variables in environments]
+    processes = []
+    for rank in "01":
+        options = dict(env=variables | {"RANK": rank}, stderr=subprocess.PIPE, text=True)
+        processes.append(subprocess.Popen([sys.executable, program], **options))
     try:
         (_, other), (_, failed) = (process.communicate(timeout=120) for process in processes)
     finally:

@@ -22,8 +22,8 @@ EXACT, FLOAT32 = 1e-10, 1e-5
 ONE_HEAD = Work(config=dict(num_heads=1), past=11)
 CONFIGS = {
     "two heads, swiglu, rescaled": Work(config=dict(swiglu=True, rescale_nffn=True), past=8),
-    "one head, shared embedding": replace(
-        ONE_HEAD, config=dict(share_emb=True, scale_emb=True, num_heads=1), reduction="sum"
+    "one head, shared embedding": Work(
+        config=dict(share_emb=True, scale_emb=True, num_heads=1), past=11, reduction="sum"
     ),
     "recomputed": Work(config=dict(layerwise_ckpt=True), lengths=(21, 9)),
     "no affine norms": Work(config=dict(norm_affine=False, cema_ndim=1), rows=1, cu_seqlens=(0, 5, 5, 21)),
@@ -38,7 +38,8 @@ def test_equals_one_process(ranks, case):
 
 def gradients(parallel: bool) -> dict[str, torch.Tensor]:
     """Gradients of a function of logits, features, single losses and the returned state."""
-    model, (tokens, targets) = tiny_model(num_heads=1), tokens_of(4, 13).split(2)
+    model = tiny_model(num_heads=1)
+    tokens, targets = tokens_of(4, 13).split(2)
     if parallel:
         model = parallelize(model, make_mesh("tensor=2", device_type="cpu"))
     logits, state = model(tokens, return_state=True)
@@ -108,15 +109,15 @@ def test_meshes_of_four_equal_one_process(ranks, case):
 
 @pytest.mark.slow
 def test_data_chunk_and_tensor_on_eight_processes_equal_one_in_float32(ranks):
-    work = Work(
-        "data=2,chunk=2,tensor=2", config=dict(swiglu=True, share_emb=True), rows=4, past=8, dtype=torch.float32
-    )
+    config = dict(swiglu=True, share_emb=True)
+    work = Work("data=2,chunk=2,tensor=2", config=config, rows=4, past=8, dtype=torch.float32)
     error, where = worst_error(ranks.run(compare, 8, work))
     assert error < FLOAT32, where
 
 
 def refusals() -> list[str]:
-    mesh, texts = make_mesh("tensor=2", device_type="cpu"), []
+    mesh = make_mesh("tensor=2", device_type="cpu")
+    texts = []
     for config in (
         dict(norm_num_groups=1),
         dict(value_dim=25, num_heads=1),
@@ -129,7 +130,8 @@ def refusals() -> list[str]:
         assert type(model) is mo.Megalodon
     model = tiny_model()
     model.layers[0].mega.wv.extra = torch.nn.Parameter(torch.zeros(1))
-    parallel, tokens = parallelize(tiny_model(), mesh), (tokens_of(1, 9) + dist.get_rank()) % TINY["vocab_size"]
+    parallel = parallelize(tiny_model(), mesh)
+    tokens = (tokens_of(1, 9) + dist.get_rank()) % TINY["vocab_size"]  # others on each rank
     return [*texts, message_of(lambda: parallelize(model, mesh)), message_of(lambda: parallel(tokens))]
 
 
@@ -163,18 +165,18 @@ PROMPT = tokens_of(2, 13)
 
 
 def generate_save_and_initialise(folder: str):
-    """Tokens, nats, whether the saved model loads, and parameters of a model initialised on `meta`."""
+    """Tokens, nats, parameters of the saved and of the loaded model, and those of a model initialised on `meta`."""
     mesh = make_mesh("tensor=2", device_type="cpu")
     model = parallelize(tiny_model(torch.float32, share_emb=True).eval(), mesh)
     tokens = model.generate(PROMPT, max_new_tokens=9, seed=[0, 1])
     nats = evaluate(model, [PROMPT[0]])[0].nats
     model.save(folder)
     loaded = parallelize(mo.Megalodon.load(folder), mesh, data="replicate")
-    same = parameters_of(model), parameters_of(loaded)
+    saved_and_loaded = parameters_of(model), parameters_of(loaded)
     torch.manual_seed(7 + dist.get_rank())
     with torch.device("meta"):
         fresh = mo.Megalodon(mo.MegalodonConfig(**TINY))
-    return tokens, nats, same, parameters_of(parallelize(fresh, mesh))
+    return tokens, nats, saved_and_loaded, parameters_of(parallelize(fresh, mesh))
 
 
 def test_generates_evaluates_is_saved_and_initialised_on_meta(ranks, tmp_path):
@@ -183,9 +185,9 @@ def test_generates_evaluates_is_saved_and_initialised_on_meta(ranks, tmp_path):
     nats = evaluate(model, [PROMPT[0]])[0].nats
     torch.manual_seed(7)
     fresh = mo.Megalodon(mo.MegalodonConfig(**TINY))
-    for tokens, found_nats, same, values in ranks.run(generate_save_and_initialise, 2, f"{tmp_path}/model"):
+    for tokens, found_nats, saved_and_loaded, values in ranks.run(generate_save_and_initialise, 2, f"{tmp_path}/model"):
         assert torch.equal(tokens, wanted) and found_nats == pytest.approx(nats, rel=1e-5)
-        torch.testing.assert_close(*same, rtol=0, atol=0)
+        torch.testing.assert_close(*saved_and_loaded, rtol=0, atol=0)
         torch.testing.assert_close(values, parameters_of(fresh), rtol=0, atol=0)
     loaded = mo.Megalodon.load(tmp_path / "model")
     torch.testing.assert_close(parameters_of(loaded), parameters_of(model), rtol=0, atol=0)
@@ -193,22 +195,29 @@ def test_generates_evaluates_is_saved_and_initialised_on_meta(ranks, tmp_path):
 
 def train_on_mesh(sizes: str | None, frozen: str) -> tuple[list[float], list[float], dict[str, torch.Tensor]]:
     """Train for some steps of two micro-batches each, without the parameters whose name has `frozen`."""
-    model, rows = tiny_model(torch.float64, ffn_hidden_dim=42), slice(None)
+    model = tiny_model(torch.float64, ffn_hidden_dim=42)
+    rows = slice(None)
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(not frozen or frozen not in name)
     if sizes is not None:
         mesh = make_mesh(sizes, device_type="cpu")
         model = parallelize(model, mesh)
         if "data" in sizes:
-            rows = slice(2 * mesh.get_local_rank("data"), 2 * mesh.get_local_rank("data") + 2)
+            first = 2 * mesh.get_local_rank("data")
+            rows = slice(first, first + 2)
     return train(model, 2, accumulate=2, rows=rows, lr=1e-2)
 
 
 def train_with_log(*arguments):
-    """Results of `train_on_mesh`; whether torch found exchanges of its own to merge (None: it does not check); its messages."""
-    module, messages, handler = torch.distributed.tensor._redistribute, [], logging.Handler()
+    """Results of `train_on_mesh`, and torch's advice to merge exchanges: whether it has some, and what it logs of it.
+
+    Torch looks for exchanges to merge since version 2.10; before that, the first is None.
+    """
+    module = torch.distributed.tensor._redistribute
+    messages = []
+    handler = logging.Handler()
     handler.emit = lambda record: messages.append(record.getMessage())
-    issues = getattr(module, "_warned_flatten_issues", None)  # since torch 2.10; each is logged once
+    issues = getattr(module, "_warned_flatten_issues", None)  # each is logged once
     if issues is not None:
         issues.clear()
     module.logger.addHandler(handler)
@@ -231,9 +240,10 @@ def test_trains_as_one_process(ranks, sizes):
 
 def compare_on_two_process_groups(store: str) -> list[dict[str, float]]:
     """The errors on a first process group, and on a second one whose groups have other names."""
-    errors, rank = [], dist.get_rank()
-    for part, data in enumerate(("replicate", "shard")):
-        if part:
+    errors = []
+    rank = dist.get_rank()
+    for data in ("replicate", "shard"):
+        if errors:
             dist.destroy_process_group()
             dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=4)
         errors.append(compare(Work("data=2,tensor=2", past=8, options=dict(data=data))))

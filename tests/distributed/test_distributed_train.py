@@ -1,5 +1,6 @@
 """`train` in several processes: the losses of one process, one output, and a common end."""
 
+import itertools
 import json
 import math
 import os
@@ -32,10 +33,13 @@ MESHES = {"data=2": 2, "data=2,chunk=2": 4, "data=2,tensor=2": 4}
 
 
 def assert_losses(out, wanted, tolerance, first=1):
-    """The rows of a run from step `first` on are those of another run, each step once."""
-    found = {(row["step"], "loss" in row, row.get("final")): row for row in rows(out)}
+    """The metrics of a run from step `first` on are those of another run, each step once."""
+
+    def by_step(run):
+        return {(row["step"], "loss" in row, row.get("final")): row for row in rows(run)}
+
+    found, others = by_step(out), by_step(wanted)
     assert len(found) == len(rows(out)), "no step is counted twice"
-    others = {(row["step"], "loss" in row, row.get("final")): row for row in rows(wanted)}
     assert found.keys() == others.keys()
     for key, row in found.items():
         for name, value in row.items():
@@ -87,11 +91,12 @@ def test_processes_start_from_the_weights_of_a_model(ranks, single_run, text, tm
     assert train(text, tmp_path / "one", *TINY, *options) == 0
     run_on_ranks(ranks, 2, flags(text, tmp_path / "two", *options, "--mesh", "data=2"))
     assert_losses(tmp_path / "two", tmp_path / "one", 1e-5)
-    losses = [[row["loss"] for row in rows(run) if "loss" in row] for run in (tmp_path / "one", single_run)]
-    assert losses[0][0] < losses[1][0] - 0.2, "it starts where the other has learned"
+    continued, new = ([row["loss"] for row in rows(run) if "loss" in row] for run in (tmp_path / "one", single_run))
+    assert continued[0] < new[0] - 0.2, "it starts where the other has learned"
 
 
 def assert_values_close(found, wanted):
+    """The weights of two checkpoints are close."""
     models = [Megalodon(wanted.config) for _ in range(2)]
     for model, checkpoint in zip(models, (found, wanted), strict=True):
         checkpoint.load_weights(model)
@@ -166,6 +171,7 @@ def test_wrong_options_are_one_line(ranks, text, tmp_path, name):
     assert re.match(rf"megalodon_ops train: error: rank [01]: {re.escape(message)}", line)
 
 
+# Fault: rank that fails, function in which it fails, exception.
 FAULTS = {
     "missing file": (1, "megalodon_ops.cli.train.load_data", CommandError("--data book.txt: no such file or folder")),
     "unreadable text": (1, "megalodon_ops.training.Batches.next", OSError(5, "Input/output error", "book.txt")),
@@ -233,11 +239,11 @@ def command_with_a_signal(arguments):
     """Run a command; rank 1 sends itself a signal in optimizer step 3."""
 
     def patch(changed):
-        loss, calls = Reader.loss, []
+        loss = Reader.loss
+        step = itertools.count(1)
 
         def loss_and_signal(reader, batch):
-            calls.append(1)
-            if len(calls) == 3 and dist.get_rank() == 1:
+            if next(step) == 3 and dist.get_rank() == 1:
                 os.kill(os.getpid(), signal.SIGTERM)
             return loss(reader, batch)
 

@@ -35,7 +35,8 @@ ROWS = 4
 def new_run(sizes=None, seed=0):
     """A model and its optimizer, split over the processes of a mesh, and the mesh; in one process without `sizes`."""
     torch.manual_seed(seed)
-    model, mesh = Megalodon(CONFIG), None
+    model = Megalodon(CONFIG)
+    mesh = None
     if sizes is not None:
         mesh = make_mesh(sizes, device_type="cpu")
         model = parallelize(model, mesh)
@@ -73,8 +74,9 @@ def rows_of(mesh):
     """The rows of this process."""
     if "data" not in mesh.mesh_dim_names:
         return range(ROWS)
-    share = ROWS // mesh["data"].size()
-    return range(mesh.get_local_rank("data") * share, (mesh.get_local_rank("data") + 1) * share)
+    count = ROWS // mesh["data"].size()
+    first = mesh.get_local_rank("data") * count
+    return range(first, first + count)
 
 
 def save_on_mesh(run, sizes):
@@ -96,7 +98,10 @@ def resume(run, sizes=None):
     found = load_checkpoint(run)
     found.load_weights(model)
     found.load_optimizer(optimizer, model)
-    state, rows = (found.state, range(ROWS)) if mesh is None else (found.state_of(mesh), rows_of(mesh))
+    if mesh is None:
+        state, rows = found.state, range(ROWS)
+    else:
+        state, rows = found.state_of(mesh), rows_of(mesh)
     torch.testing.assert_close(*map(tree_leaves, (state, state_of_rows(rows))), rtol=0, atol=0)
     found.restore_random()
     drawn = torch.rand(3)
@@ -195,8 +200,9 @@ def test_several_processes_resume_from_the_folder_of_one(ranks, tmp_path, sizes)
 
 
 def save_slowly(run):
-    """Save while the writer is delayed, and return the folders meanwhile and afterwards."""
-    (model, optimizer, mesh), go_on = new_run("data=2"), threading.Event()
+    """Save three times; the first write waits until training has gone on. Return the folders then and at the end."""
+    model, optimizer, mesh = new_run("data=2")
+    go_on = threading.Event()
     write = sharded_tensors.ArchiveWriter.write_data
 
     def delayed_write(writer, plan, planner):
@@ -302,6 +308,8 @@ def test_a_pipe_in_the_place_of_tensors_is_not_opened(damaged_checkpoint):
 
 
 class Trap:
+    """Makes a folder when it is unpickled."""
+
     def __reduce__(self):
         return os.mkdir, ("trapped",)
 

@@ -36,8 +36,8 @@ def lines_of_the_command(err):
     return [line for line in lines_of(err) if re.match("megalodon_ops( train: error)?: ", line)]
 
 
-def wait_for(condition, process, seconds=LIMIT):
-    end = time.monotonic() + seconds
+def wait_for(condition, process):
+    end = time.monotonic() + LIMIT
     while not condition():
         assert process.poll() is None, process.communicate()
         assert time.monotonic() < end
@@ -46,6 +46,9 @@ def wait_for(condition, process, seconds=LIMIT):
 
 def losses(out):
     return [row for row in rows(out) if "loss" in row] if (out / "metrics.jsonl").exists() else []
+
+
+LONG = ("--layers", 2, "--steps", 24, "--checkpoint-every", 6, "--eval-every", 12)
 
 
 @pytest.fixture(scope="module")
@@ -59,9 +62,6 @@ def undisturbed_run(text, tmp_path_factory):
     return out, printed
 
 
-LONG = ("--layers", 2, "--steps", 24, "--checkpoint-every", 6, "--eval-every", 12)
-
-
 @slow
 def test_a_launch_prints_the_same_as_one_process(undisturbed_run):
     out, printed = undisturbed_run
@@ -73,7 +73,8 @@ def test_a_launch_prints_the_same_as_one_process(undisturbed_run):
 @slow
 def test_killed_at_a_random_moment(undisturbed_run, text, tmp_path):
     """Restarted processes find each other and resume from the last complete checkpoint; each step counts once."""
-    draw, out = random.Random(), tmp_path / "run"
+    draw = random.Random()
+    out = tmp_path / "run"
     process = start([2, "--max-restarts", 3], flags(text, out, *LONG), tmp_path)
     with ended_afterwards(process):
         after = draw.randrange(2, 20)
@@ -147,7 +148,7 @@ def test_a_missing_process(text, tmp_path):
 
 @slow
 def test_a_process_that_is_killed_ends_all(text, tmp_path):
-    """Within seconds; the last lines name the cause. test_distributed_train.py has processes that fail."""
+    """All end within seconds, and the last lines name the cause. test_distributed_train.py has processes that fail."""
     program = [TESTS / "support" / "killed_rank.py"]
     process = start([2], flags(text, tmp_path / "run", "--steps", 6), tmp_path, program)
     with ended_afterwards(process):

@@ -31,11 +31,14 @@ def test_wrong_calls(message):
 
 
 def test_the_page_shows_the_output_of_its_command(capsys, tmp_path):
-    page, file, figures = (DOCS / "plan.md").read_text(), tmp_path / "plan.json", vars(plan(**PAPER_RUN))
+    page = (DOCS / "plan.md").read_text()
+    file = tmp_path / "plan.json"
+    figures = vars(plan(**PAPER_RUN))
     command = re.search(r"^    megalodon-ops (plan .*?[^\\])$", page, re.M | re.S)[1]
     words = shlex.split(command.replace("\\\n", ""))
     assert main([*words, "--json", str(file)]) == 0
-    assert (table := capsys.readouterr().out.strip()) in re.sub(r"^    ", "", page, flags=re.M)
+    table = capsys.readouterr().out.strip()
+    assert table in re.sub(r"^    ", "", page, flags=re.M)
     assert json.loads(file.read_text()) == figures | {"config": PAPER.to_dict()}
     assert main([*words, "--json", "-"]) == 0
     assert capsys.readouterr().out == file.read_text()

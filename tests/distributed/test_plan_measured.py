@@ -47,18 +47,20 @@ def measured_bytes(config: mo.MegalodonConfig, rows: int, length: int, tensor: i
 
 def model_and_tokens(config: mo.MegalodonConfig, rows: int, length: int, dtype: str) -> tuple[mo.Megalodon, Tensor]:
     model = mo.Megalodon(config).train()
-    return model.to(torch.bfloat16) if dtype == "bfloat16" else model, torch.zeros(rows, length, dtype=torch.int64)
+    if dtype == "bfloat16":
+        model = model.to(torch.bfloat16)
+    return model, torch.zeros(rows, length, dtype=torch.int64)
 
 
 def loss_and_saved_bytes(model: mo.Megalodon, tokens: Tensor) -> tuple[Tensor, int]:
     return saved(lambda: model.loss(tokens, tokens), (*model.parameters(), *model.buffers(), tokens))
 
 
-@pytest.mark.parametrize(
-    ("name", "dtype"),
-    [*((name, "float32") for name in MODELS)]
-    + [(name, dtype) for name in ("dropout", "several blocks of logits") for dtype in ("bfloat16", "autocast")],
-)
+SAVED = [(name, "float32") for name in MODELS]
+SAVED += [(name, dtype) for name in ("dropout", "several blocks of logits") for dtype in ("bfloat16", "autocast")]
+
+
+@pytest.mark.parametrize(("name", "dtype"), SAVED)
 def test_saved_bytes_and_operations_of_a_step(name, dtype, monkeypatch):
     """Exact, except for the bytes of scalars."""
     monkeypatch.setattr(loss, "_CPU_BLOCK", 1 << 17)
@@ -103,12 +105,14 @@ def test_a_step_on_a_gpu(name, dtype, monkeypatch):
 
 def test_activations_of_autocast_on_a_gpu(monkeypatch):
     """Torch has no autocast on `meta`: here each linear layer casts its inputs."""
-    config, rows, length, plain = MODELS["gain"], 2, 100, layers.linear
+    config, plain = MODELS["gain"], layers.linear
+    rows, length = 2, 100
     expected, _ = measure(config, rows, length, dtype=torch.bfloat16, autocast=True)
     monkeypatch.setattr(layers, "linear", lambda *given: plain(*(None if t is None else t.bfloat16() for t in given)))
     monkeypatch.setattr(F, "rms_norm", lambda x, shape, weight, eps: FusedRMSNorm.apply(x, weight))
     with torch.device("meta"):
-        block, x = mo.MegalodonBlock(config), torch.empty(rows, length, config.model_dim, requires_grad=True)
+        block = mo.MegalodonBlock(config)
+        x = torch.empty(rows, length, config.model_dim, requires_grad=True)
     _, found = saved(lambda: block(x), (*block.parameters(), *block.buffers()))
     assert abs(found + 4 * rows * length - sum(expected.saved)) <= SCALARS
 
@@ -160,7 +164,8 @@ class Collectives(TorchDispatchMode):
         self.bytes: Counter[str] = Counter()
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        name, result = func.name().split("::")[1].split(".")[0], func(*args, **(kwargs or {}))
+        name = func.name().split("::")[1].split(".")[0]
+        result = func(*args, **(kwargs or {}))
         if func.namespace in ("c10d", "_c10d_functional") and name not in ("wait_tensor", "_wrap_tensor_autograd"):
             tensors = [leaf for leaf in tree_leaves((args, kwargs, result)) if isinstance(leaf, torch.Tensor)]
             self.bytes[kind_of(name)] += max(tensor.nbytes for tensor in tensors)
@@ -196,7 +201,8 @@ CASES = {
 @pytest.mark.parametrize("case", CASES)
 def test_bytes_are_those_of_the_collectives(ranks, case):
     sizes, fields, options = CASES[case]
-    dtype, data = options.get("param_dtype", torch.float32), options.get("data", "shard")
+    dtype = options.get("param_dtype", torch.float32)
+    data = options.get("data", "shard")
     found = plan(replace(SMALL, **fields), sizes, context=32, batch=2, dtype=dtype, data=data)
     expected = Counter()
     for name, received in found.exchange.items():  # by one of two devices: half of what is gathered
@@ -215,7 +221,7 @@ def test_bytes_are_those_of_the_collectives(ranks, case):
     ("dimension", "rows", "length", "tensor"), [("data", 1, 1024, 1), ("chunk", 2, 512, 1), ("tensor", 2, 1024, 2)]
 )
 def test_saved_bytes_and_operations_of_a_rank(ranks, dimension, rows, length, tensor):
-    """Within 5 % and 10 %: the plan leaves out exchanged states, their passes and copies of CEMA's coefficients."""
+    """Bytes are within 5 %, operations within 10 %: the plan leaves out exchanged states and CEMA's coefficients."""
     expected = measured_bytes(SMALL, rows, length, tensor, on_cpu=True)
     operations = sum(plan(SMALL, {dimension: 2}, context=1024, batch=2, dtype=torch.float32).operations.values())
     for _, found, _, computed in ranks.run(step, 2, {dimension: 2}, {}, {}, 1024):

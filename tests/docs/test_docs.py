@@ -8,12 +8,14 @@ import re
 import shlex
 import subprocess
 import sys
+from collections.abc import Iterable
 from pathlib import Path
 from types import ModuleType
 
 import megalodon_ops as mo
 import pytest
 from pages import PAGES, ROOT, name_of
+from paths import load_module
 
 from megalodon_ops.cli.flags import parse
 from megalodon_ops.cli.options import COMMANDS
@@ -21,10 +23,7 @@ from megalodon_ops.cli.options import COMMANDS
 
 def load(script: str) -> ModuleType:
     """Load a script of docs/ as a module."""
-    spec = importlib.util.spec_from_file_location(Path(script).stem, ROOT / "docs" / script)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return load_module(ROOT / "docs" / script)
 
 
 def index_entries() -> set[str]:
@@ -40,7 +39,9 @@ def index_entries() -> set[str]:
 
 def matching(folder: Path, pattern: str) -> list[Path]:
     """The other pages of the folder for `*.md`, else the one page that is named."""
-    return [folder / pattern] if "*" not in pattern else [p for p in folder.glob(pattern) if p.name != "index.md"]
+    if "*" not in pattern:
+        return [folder / pattern]
+    return [page for page in folder.glob(pattern) if page.name != "index.md"]
 
 
 def test_every_page_is_in_the_menu():
@@ -96,14 +97,11 @@ def test_commands_on_pages_are_valid(capsys):
     assert commands > 20
 
 
-COINED = {
-    word: rf"(?i)\b(?:{pattern})\b"
-    for word, pattern in {
-        **{word: f"{word}s?" for word in ("room", "strip", "panel", "slab", "job", "span", "piece", "floor", "relay")},
-        **{word: f"{word}s?" for word in ("wide parameter", "recorded step", "chunk group")},
-        "share": r"(?:rank|thread|process)'s shares?|shares? of (?:a|the|each) (?:rank|thread|process|tokens)",
-        "round": r"(?:a|the|each|one|first|second) rounds?",
-    }.items()
+COINED = {word: f"{word}s?" for word in "room strip panel slab job span piece floor relay".split()}
+COINED |= {word: f"{word}s?" for word in ("wide parameter", "recorded step", "chunk group")}
+COINED |= {
+    "share": r"(?:rank|thread|process)'s shares?|shares? of (?:a|the|each) (?:rank|thread|process|tokens)",
+    "round": r"(?:a|the|each|one|first|second) rounds?",
 }
 """Patterns of the words that this project has used in a sense of its own"""
 
@@ -120,7 +118,8 @@ def test_words_of_this_project_are_in_the_glossary():
     assert len(words) <= 10 and len(words) == len({*words})
     assert {*words} <= {*COINED}, "add the word to COINED"
     for page in [*PAGES, ROOT / "CONTRIBUTING.md", ROOT / "bench" / "README.md"]:
-        unknown = [word for word in {*COINED} - {*words} if re.search(COINED[word], prose(page))]
+        text = prose(page)
+        unknown = [word for word in {*COINED} - {*words} if re.search(rf"(?i)\b(?:{COINED[word]})\b", text)]
         assert not unknown, f"{name_of(page)}: use the field's words for {unknown}, or define them in the glossary"
     kernels = "".join(path.read_text() for root in ("cpp", "cuda") for path in (ROOT / root).rglob("*.*h"))
     unused = [word for word in re.findall(r"^\| (\w+) \| in kernels:", glossary, re.M) if word not in kernels]
@@ -178,9 +177,8 @@ def test_the_pages_build_without_a_warning(tmp_path):
             pytest.skip(f"needs {package}, of the extra `docs`")
     if not (ROOT / "bench" / "results").exists():
         pytest.skip("needs bench/results, which a source distribution does not hold")
-    done = subprocess.run(
-        [sys.executable, "tools/build_docs.py", str(tmp_path / "pages")], cwd=ROOT, capture_output=True, text=True
-    )
+    command = [sys.executable, "tools/build_docs.py", str(tmp_path / "pages")]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-4000:]
     assert (tmp_path / "pages" / "docs" / "ops" / "cema.html").exists()
     assert dead_links(tmp_path / "pages") == []
@@ -207,17 +205,17 @@ def error_tables():
     return load("error_tables.py")
 
 
+def table_rows(lines: Iterable[str]) -> list[list[str]]:
+    return [[cell.strip() for cell in line.strip("| ").split(" | ")] for line in lines]
+
+
 @pytest.mark.slow
 def test_errors_are_those_of_the_page(error_tables):
     page = (ROOT / "docs" / "numerics.md").read_text()
     for name, measured in error_tables.tables().items():
         shown = error_tables.page_pattern(name).search(page)[0]
-        rows = [
-            [cell.strip() for cell in line.strip("| ").split(" | ")]
-            for line in shown.splitlines()
-            if line.startswith("| ")
-        ]
-        new_rows = [[cell.strip() for cell in line.strip("| ").split(" | ")] for line in measured.splitlines()]
+        rows = table_rows(line for line in shown.splitlines() if line.startswith("| "))
+        new_rows = table_rows(measured.splitlines())
         assert [row[0] for row in rows] == [row[0] for row in new_rows] and rows[0] == new_rows[0]
         for old_row, new_row in zip(rows[2:], new_rows[2:], strict=True):
             for old, new in zip(", ".join(old_row[1:]).split(", "), ", ".join(new_row[1:]).split(", "), strict=True):

@@ -7,7 +7,8 @@ from assertions import assert_close
 import megalodon_ops as mo
 from megalodon_ops.forecasting import Forecaster
 
-HORIZONS, LEVELS = (1, 3), (0.1, 0.5, 0.9)
+HORIZONS = (1, 3)
+LEVELS = (0.1, 0.5, 0.9)
 
 
 def forecaster(num_features=1, num_targets=1, **options) -> Forecaster:
@@ -50,7 +51,8 @@ def test_scales_do_not_matter():
     assert_close(net.loss(other), net.loss(x), tolerance=1e-8)
     assert_close(net(other)[0][:, 2:], 1000 + 50 * net(x)[0][:, 2:], tolerance=1e-8)
     constant = torch.full_like(x[:1], 5.0)
-    assert net.loss(torch.cat([constant, constant + (torch.arange(30) == 29)[:, None]])) == 0
+    changed_at_the_end = constant + (torch.arange(30) == 29)[:, None]
+    assert net.loss(torch.cat([constant, changed_at_the_end])) == 0
     assert_close(net(constant)[0][:, 2:], torch.full((1, 28, 1, 2, 3), 5.0, dtype=torch.float64), tolerance=1e-12)
 
 
@@ -69,14 +71,16 @@ def test_where_the_scale_is_not_known():
 @pytest.mark.filterwarnings("ignore:record. functions run in Python")
 def test_a_stream_gives_the_forecasts_of_the_whole():
     net, x = forecaster(), series()
-    whole, state = net(x)[0], None
+    whole, _ = net(x)
+    state = None
     for place in range(30):
         piece, state = net(x[:, place : place + 1], state)
         if place > 1:
             assert_close(piece[:, 0], whole[:, place], tolerance=1e-9)
     with torch.no_grad():
         _, state = net(x[:, :9])
-        step, decoder = mo.record(net, x[:, 9:10], state=state), mo.Decoder(net.model, state)
+        step = mo.record(net, x[:, 9:10], state=state)
+        decoder = mo.Decoder(net.model, state)
         for place in (9, 10, 11):
             assert_close(step(x[:, place : place + 1])[:, 0], whole[:, place], tolerance=1e-9)
             assert_close(decoder(x[:, place : place + 1])[:, 0], net.model(x)[:, place], tolerance=1e-9)

@@ -22,9 +22,6 @@ from megalodon_ops.hf.cache import CACHE
 pytestmark = QUIET
 
 
-# Weights and folders
-
-
 @pytest.mark.parametrize("fields", VARIANTS.values(), ids=VARIANTS.keys())
 def test_saved_models_load(tmp_path: Path, fields: dict) -> None:
     model, ids = build_model(**fields), torch.randint(50, (2, 21))
@@ -81,7 +78,8 @@ def test_tokenizer_of_a_folder(tmp_path: Path) -> None:
     assert batch["input_ids"].tolist() == [[256, *b"to be"], [256, 256, 256, 256, *b"or"]]
     assert batch["attention_mask"].tolist() == [[1] * 6, [0, 0, 0, 1, 1, 1]]
     assert tokenizer.decode(batch["input_ids"][0], skip_special_tokens=True) == "to be"
-    pipe, texts = transformers.pipeline("text-generation", model=str(tmp_path / "ours")), ["to be", "or"]
+    pipe = transformers.pipeline("text-generation", model=str(tmp_path / "ours"))
+    texts = ["to be", "or"]
     for prompt, (output,) in zip(texts, pipe(texts, max_new_tokens=5, do_sample=False, batch_size=2)):
         ids = torch.tensor([[256, *prompt.encode()]])
         expected = model.megalodon.generate(ids, max_new_tokens=5, temperature=0.0)
@@ -109,24 +107,27 @@ def test_copies_are_independent() -> None:
             again.model.layers[0].mega.wv.weight.add_(1.0)
             assert not torch.equal(again(ids).logits, model(ids).logits)
             close(again(ids).logits, again.megalodon(ids))
-            again.model.embed, again.lm_head = torch.nn.Embedding(50, 32), torch.nn.Linear(32, 50)
+            again.model.embed = torch.nn.Embedding(50, 32)
+            again.lm_head = torch.nn.Linear(32, 50)
             close(again(ids).logits, again.megalodon(ids))
             close(again(ids).logits, again.lm_head(again.model(ids).last_hidden_state))
 
 
 def masked_token_model() -> mo.MegalodonEncoder:
-    encoder = mo.MegalodonEncoder(mo.MegalodonEncoderConfig(**SIZES))
+    encoder = encoder_of_sizes()
     encoder.init_tied_head()
     return encoder
 
 
+def encoder_of_sizes(**fields) -> mo.MegalodonEncoder:
+    return mo.MegalodonEncoder(mo.MegalodonEncoderConfig(**SIZES, **fields))
+
+
 NEW_MODELS = {
     "AutoModelForCausalLM": lambda: mo.Megalodon(mo.MegalodonConfig(**SIZES)),
-    "AutoModel": lambda: mo.MegalodonEncoder(mo.MegalodonEncoderConfig(**SIZES)),
+    "AutoModel": encoder_of_sizes,
     "AutoModelForMaskedLM": masked_token_model,
-    "AutoModelForSequenceClassification": lambda: mo.MegalodonEncoder(
-        mo.MegalodonEncoderConfig(**SIZES, num_classes=3)
-    ),
+    "AutoModelForSequenceClassification": lambda: encoder_of_sizes(num_classes=3),
 }
 
 
@@ -203,21 +204,21 @@ def test_generation_stops_where_documents_end(tmp_path) -> None:
         assert written.index(3) == len(written) - 1 < 4000
 
 
-# Results of a call
-
-
 @pytest.mark.parametrize("kind", ["cu_seq_lens_q", "position_ids", "position_ids from 2", "seq_idx"])
 @pytest.mark.parametrize("rows", [1, 2])
 def test_packed_documents_equal_single_runs(rows: int, kind: str) -> None:
     """The second of two rows ends with padding, except with offsets."""
-    model, last = build_model(), 9 if kind == "cu_seq_lens_q" else 7
-    cuts = [[0, 21, 24, 37]] if rows == 1 else [[0, 4, 9], [0, 2, 5, last]]
+    model = build_model()
+    last = 9 if kind == "cu_seq_lens_q" else 7
+    cuts = [[0, 21, 24, 37]] if rows == 1 else [[0, 4, 9], [0, 2, 5, last]]  # documents' bounds in each row
     spans = [(row, a, b) for row, bounds in enumerate(cuts) for a, b in zip(bounds, bounds[1:])]
     width = cuts[0][-1]
-    ids, mask, positions, numbers = torch.randint(50, (4, rows, width)).unbind()
-    mask.zero_()
+    ids, positions, numbers = torch.randint(50, (3, rows, width)).unbind()
+    mask = torch.zeros(rows, width, dtype=torch.int64)
     for number, (row, a, b) in enumerate(spans):
-        mask[row, a:b], positions[row, a:b], numbers[row, a:b] = 1, torch.arange(b - a), number
+        mask[row, a:b] = 1
+        positions[row, a:b] = torch.arange(b - a)
+        numbers[row, a:b] = number
     ends = torch.tensor([0, *(row * width + b for row, _, b in spans)])
     given = {
         "cu_seq_lens_q": dict(cu_seq_lens_q=ends.int(), cu_seq_lens_k=ends.int(), max_length_q=9),
@@ -256,9 +257,8 @@ def test_loss_equals_the_logits_cross_entropy() -> None:
     labels[:, :4] = -100
     labels[0, 7] = 50  # the start of a document, which the model never predicts
     output = model(ids, labels=labels)
-    expected = torch.nn.functional.cross_entropy(
-        output.logits[:, :-1, :50].reshape(-1, 50), labels[:, 1:].masked_fill(labels[:, 1:] == 50, -100).reshape(-1)
-    )
+    targets = labels[:, 1:].masked_fill(labels[:, 1:] == 50, -100)
+    expected = torch.nn.functional.cross_entropy(output.logits[:, :-1, :50].reshape(-1, 50), targets.reshape(-1))
     close(output.loss, expected)
     assert output.logits.shape == (2, 12, 51) and (output.logits[..., 50] == -torch.inf).all()
     close(model(ids, labels=labels, num_items_in_batch=torch.tensor(30)).loss, expected * 15 / 30)
@@ -270,7 +270,8 @@ def test_loss_equals_the_logits_cross_entropy() -> None:
 
 def test_shifted_labels() -> None:
     """`shift_labels` is the target of each token, also of a row's last one; it replaces `labels`."""
-    model, batch = build_model(vocab_size=51, output_size=50), padded(prompts(), "left")
+    model = build_model(vocab_size=51, output_size=50)
+    batch = padded(prompts(), "left")
     shifted = torch.randint(50, (3, 21)).masked_fill(torch.rand(3, 21) < 0.3, -100)
     shifted[0, 4] = 50  # never predicted
     output = model(**batch, shift_labels=shifted, num_items_in_batch=torch.tensor(30))
@@ -279,7 +280,8 @@ def test_shifted_labels() -> None:
     expected = cross_entropy(output.logits[is_learned][:, :50], shifted[is_learned], reduction="sum") / 30
     close(output.loss, expected)
     close(model(**batch, shift_labels=shifted, labels=batch["input_ids"]).loss, expected * 30 / is_learned.sum())
-    ids, ends = torch.cat(prompts())[None], torch.tensor([0, *LENGTHS]).cumsum(0)
+    ids = torch.cat(prompts())[None]
+    ends = torch.tensor([0, *LENGTHS]).cumsum(0)
     targets = torch.nn.functional.pad(ids[:, 1:], (0, 1), value=-100)
     targets[:, ends[1:] - 1] = -100
     packed = model(ids, shift_labels=targets, cu_seq_lens_q=ends)
@@ -297,7 +299,7 @@ def test_label_smoothing_covers_predicted_tokens() -> None:
     minus_logs = -model.megalodon(ids)[:, :-1].log_softmax(-1)
     targets = ids[:, 1:].masked_fill(ids[:, 1:] == 51, -100)
     target_loss = torch.nn.functional.nll_loss(-minus_logs.flatten(0, 1), targets.flatten(), reduction="sum") / 22
-    low = 20 + math.log(3)
+    low = 20 + math.log(3)  # what each of the 3 tokens without a logit adds
     expected = 0.9 * (target_loss + low / 22) + 0.1 * (minus_logs.sum(-1).mean() + 3 * low) / 53
     close(found, expected)
     gradients = (torch.autograd.grad(loss, [*model.parameters()]) for loss in (found, expected))
@@ -369,19 +371,23 @@ def test_arguments_of_other_models_change_nothing(tmp_path: Path) -> None:
 
 
 def test_gradient_checkpointing_gives_the_same_gradients() -> None:
-    """Of all kinds, also through the state of an earlier piece; each layer is computed twice."""
-    ids, calls = torch.arange(40)[None], []
+    """All kinds of checkpointing compute each layer twice, and also pass gradients through an earlier piece's state."""
+    ids = torch.arange(40)[None]
+    calls = []
 
     def counted(function, *args):
         calls.append("function")
         return torch.utils.checkpoint.checkpoint(function, *args, use_reentrant=False)
 
-    kinds = {
+    def enable_re_entering(model):
+        model.gradient_checkpointing_enable({"use_reentrant": True})
+
+    kinds = {  # how it is enabled, calls of a layer, calls of the function
         "no": (lambda model: None, 1, 0),
         "configured": (lambda model: None, 2, 0),
         "enabled": (lambda model: model.gradient_checkpointing_enable(), 2, 0),
-        "re-entering": (lambda model: model.gradient_checkpointing_enable({"use_reentrant": True}), 2, 0),
-        "configured, re-entering": (lambda model: model.gradient_checkpointing_enable({"use_reentrant": True}), 2, 0),
+        "re-entering": (enable_re_entering, 2, 0),
+        "configured, re-entering": (enable_re_entering, 2, 0),
         "another function": (lambda model: model._set_gradient_checkpointing(True, counted), 2, 2),
         "every second layer": (lambda model: model._set_gradient_checkpointing(True, counted, 2), 2, 1),
     }
@@ -402,7 +408,8 @@ def test_gradient_checkpointing_gives_the_same_gradients() -> None:
                 cache = model(ids[:, :20], use_cache=True).get(CACHE)
                 model(ids[:, 20:], past_key_values=cache).logits.mean().backward()
                 pieces = [parameter.grad.clone() for parameter in model.parameters()]
-                expected, expected_pieces = (expected, expected_pieces) if expected else (gradients, pieces)
+                if expected is None:
+                    expected, expected_pieces = gradients, pieces
                 for a, b in zip((*gradients, *pieces), (*expected, *expected_pieces), strict=True):
                     close(a, b)  # sums of gradients have another order
                 if "re-entering" not in kind:
@@ -426,9 +433,6 @@ sizes = dict(num_layers=1, model_dim=32, z_dim=16, value_dim=32, ffn_hidden_dim=
 assert isinstance(hf.MegalodonModel(hf.MegalodonHFConfig(**sizes)).layers[0], GradientCheckpointingLayer)
 """
     subprocess.run([sys.executable, "-c", code], check=True)
-
-
-# The extra
 
 
 @pytest.mark.parametrize(

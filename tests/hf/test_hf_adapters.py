@@ -18,12 +18,12 @@ def test_virtual_tokens_before_padded_text(kind: str) -> None:
     """Rows of a left-padded batch, with virtual tokens before the padding, equal single rows, and train."""
     sizes = dict(token_dim=SIZES["model_dim"], num_layers=SIZES["num_layers"], num_attention_heads=SIZES["num_heads"])
     config = getattr(peft, kind)(task_type="CAUSAL_LM", num_virtual_tokens=5, **sizes)
-    adapted, greedy = peft.get_peft_model(build_model(), config).eval(), dict(max_new_tokens=12, do_sample=False)
+    adapted = peft.get_peft_model(build_model(), config).eval()
+    greedy = dict(max_new_tokens=12, do_sample=False)
     batch = padded(prompts(), "left")
     ids, mask = batch["input_ids"], batch["attention_mask"]
-    singles = [
-        dict(input_ids=row[there == 1][None], attention_mask=there[there == 1][None]) for row, there in zip(ids, mask)
-    ]
+    texts = [row[there == 1][None] for row, there in zip(ids, mask)]
+    singles = [dict(input_ids=text, attention_mask=torch.ones_like(text)) for text in texts]
     for options in ({}, dict(use_cache=False), dict(num_beams=2)):
         together = adapted.generate(**batch, **greedy, pad_token_id=0, **options)[:, ids.shape[1] :]
         for row, single in zip(together, singles, strict=True):
@@ -37,7 +37,7 @@ def test_virtual_tokens_before_padded_text(kind: str) -> None:
 
 
 def test_adapters_that_begin_at_a_token_are_recomputed_so() -> None:
-    """peft tells aLoRA's layers where to begin again for the blocks that it knows to be recomputed, by their class."""
+    """An aLoRA begins at its invocation tokens; when a block is recomputed, peft must tell its layers that place again."""
     base, ids = build_model(), torch.randint(10, 50, (2, 24))
     ids[0, 8:10] = ids[1, 12:14] = torch.tensor([7, 9])
     options = dict(target_modules=["wz", "wv", "fc1"], init_lora_weights=False, alora_invocation_tokens=[7, 9])

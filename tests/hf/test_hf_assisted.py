@@ -25,8 +25,9 @@ def near(model: hf.MegalodonForCausalLM) -> hf.MegalodonForCausalLM:
 
 
 def count_calls(model: hf.MegalodonForCausalLM, monkeypatch: pytest.MonkeyPatch) -> list[list[int]]:
-    """A list to which each call of the model appends its tokens, and those that the decoder reads."""
-    calls, forward, decode = [], model.forward, hf.MegalodonCache.decode
+    """A list to which each call of the model appends [its tokens, those of them that the decoder reads]."""
+    calls = []
+    forward, decode = model.forward, hf.MegalodonCache.decode
 
     @functools.wraps(forward)  # transformers reads its signature
     def counted(input_ids, **arguments):
@@ -87,18 +88,17 @@ def test_a_returned_cache_goes_on_and_padding_is_skipped() -> None:
     for options in (dict(assistant_model=near(model)), dict(prompt_lookup_num_tokens=3)):
         first = model.generate(**batch, max_new_tokens=9, return_dict_in_generate=True, **GREEDY, **options)
         assert torch.equal(first.sequences[:, 8:], expected[:, :22])
-        cache, mask = first.get(CACHE), torch.cat([batch["attention_mask"], torch.ones(1, 9, dtype=torch.long)], 1)
+        cache = first.get(CACHE)
+        mask = torch.cat([batch["attention_mask"], torch.ones(1, 9, dtype=torch.long)], 1)
         assert cache.get_seq_length() == 29
-        copied = copy.deepcopy(cache)
-        for past, more in ((cache, options), (copied, {})):
-            rest = model.generate(
-                first.sequences, attention_mask=mask, max_new_tokens=9, **{CACHE: past}, **GREEDY, **more
-            )
+        for past, more in ((copy.deepcopy(cache), {}), (cache, options)):
+            given = dict(attention_mask=mask, max_new_tokens=9, **{CACHE: past}, **GREEDY, **more)
+            rest = model.generate(first.sequences, **given)
             assert torch.equal(rest[:, 8:], expected)
 
 
 def test_crop() -> None:
-    """Both meanings of its argument: tokens to remove, negative, and before 5.24 tokens to keep."""
+    """Its argument is the number of tokens to remove, as a negative number, or before 5.24 of tokens to keep."""
     model, ids = build_model(torch.float64), torch.randint(48, (1, 30))
     for argument, kept in ((-3, 17), (17, 17), (0, 20), (25, 20)):
         cache = hf.MegalodonCache()
@@ -120,19 +120,23 @@ def test_crop() -> None:
 def test_crop_of_a_padded_row(mask: slice) -> None:
     """The layers and then the decoder read the columns where they are, with padding up to the decoder's."""
     model, ids = build_model(torch.float64), torch.randint(48, (2, 22))
-    ids[1], present, undo = ids[0], torch.zeros(2, 20, dtype=torch.long), 4
+    ids[1] = ids[0]
+    undo = 4  # columns that the decoder reads, and may read again
+    present = torch.zeros(2, 20, dtype=torch.long)
     present[:, mask] = 1
     tokens = ids[:, [*range(20)][mask]]
     expected = model(torch.cat([tokens[:, :-1], ids[:, 20:]], 1)).logits[:, -2:]
     for keep in (0, 1):
-        cache, seen = hf.MegalodonCache(), []
+        cache = hf.MegalodonCache()
+        seen = []  # widths of the pieces that the layers read
         cache.renew(undo)
         hook = model.model.layers[0].register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0].shape[1]))
         with torch.no_grad(), pytest.warns(UserWarning, match="hooked"):
             options = dict(past_key_values=cache, use_decoder=True)
             logits = model(ids[:, :20], attention_mask=present, logits_to_keep=keep, **options).logits
             hook.remove()
-            close(logits[:, mask] if keep == 0 else logits, model(tokens).logits[:, -(keep or len(tokens[0])) :])
+            found = logits if keep else logits[:, mask]
+            close(found, model(tokens).logits[:, -found.shape[1] :])
             begin = max(mask.stop - undo - 1, mask.start) if keep else mask.start
             assert seen == [begin] * (begin > mask.start) + [mask.stop - begin]
             cache.crop(-1)

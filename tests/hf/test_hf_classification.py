@@ -83,9 +83,12 @@ def test_loss_of_tokens_ignores_padding(kind: str) -> None:
 @pytest.mark.parametrize("kind", CLASSES)
 def test_heads_are_new_at_first_and_saved_then(kind: str, tmp_path: Path) -> None:
     """The trunk comes from a folder of our own model, and back to one if the model is an encoder."""
-    (_, auto), is_causal = CLASSES[kind], "encoder" not in kind
-    plain = mo.Megalodon(mo.MegalodonConfig(**SIZES))
-    ours = plain if is_causal else mo.MegalodonEncoder(mo.MegalodonEncoderConfig(**SIZES))
+    _, auto = CLASSES[kind]
+    is_causal = "encoder" not in kind
+    if is_causal:
+        ours = mo.Megalodon(mo.MegalodonConfig(**SIZES))
+    else:
+        ours = mo.MegalodonEncoder(mo.MegalodonEncoderConfig(**SIZES))
     ours.save(tmp_path / "ours")
     model, info = auto.from_pretrained(tmp_path / "ours", id2label=NAMES, output_loading_info=True)
     assert {name.split(".")[0] for name in info["missing_keys"]} == {"score"} and not info["unexpected_keys"]

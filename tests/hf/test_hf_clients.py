@@ -67,9 +67,8 @@ def test_peft_finds_layers_by_their_number(tmp_path: Path) -> None:
     peft = pytest.importorskip("peft")
     model, ids = build_model(), torch.randint(50, (1, 9))
     model.save_pretrained(tmp_path / "base")
-    config = peft.LoraConfig(
-        task_type="CAUSAL_LM", target_modules=["wz"], layers_to_transform=[1], init_lora_weights=False
-    )
+    second_layer = dict(target_modules=["wz"], layers_to_transform=[1])
+    config = peft.LoraConfig(task_type="CAUSAL_LM", **second_layer, init_lora_weights=False)
     adapted = peft.get_peft_model(model, config).eval()
     names = [name for name, _ in adapted.named_modules() if name.endswith("wz.lora_A")]
     assert names == ["base_model.model.model.layers.1.mega.wz.lora_A"]
@@ -94,14 +93,9 @@ def test_virtual_tokens_take_their_width_from_the_configuration() -> None:
             call(input_ids=ids, **options)
 
 
-# Folders
-
-
 def test_folders_name_the_classes_that_are_registered(tmp_path: Path) -> None:
-    models = {
-        "megalodon": build_model(),
-        "megalodon_encoder": hf.MegalodonEncoderModel(hf.MegalodonEncoderHFConfig(**SIZES)),
-    }
+    encoder = hf.MegalodonEncoderModel(hf.MegalodonEncoderHFConfig(**SIZES))
+    models = {"megalodon": build_model(), "megalodon_encoder": encoder}
     for model_type, model in models.items():
         model.save_pretrained(tmp_path / model_type / "theirs")
         model.megalodon.save(tmp_path / model_type / "ours")
@@ -112,11 +106,10 @@ def test_folders_name_the_classes_that_are_registered(tmp_path: Path) -> None:
             exec((folder / "modeling_megalodon.py").read_text(), namespace)
             for auto, reference in auto_map.items():
                 module, name = reference.split(".")
-                expected = type(model.config) if auto == "AutoConfig" else None
-                if expected is None:
-                    with torch.device("meta"):
-                        expected = type(getattr(transformers, auto).from_config(model.config))
-                assert module == "modeling_megalodon" and namespace[name] is expected, auto
+                with torch.device("meta"):
+                    is_config = auto == "AutoConfig"
+                    expected = model.config if is_config else getattr(transformers, auto).from_config(model.config)
+                assert module == "modeling_megalodon" and namespace[name] is type(expected), auto
 
 
 def test_a_folder_says_what_to_install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

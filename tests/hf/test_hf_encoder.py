@@ -68,22 +68,27 @@ def test_padded_and_single_rows_equal_our_encoders(kind: str, side: str) -> None
 
 @pytest.mark.parametrize("kind", CLASSES)
 def test_rows_with_holes_have_the_bits_of_rows_without(kind: str) -> None:
-    model, mask = build_encoder(kind), (torch.rand(3, 24) < 0.6).long()
-    name, width = model.main_input_name, int(mask.sum(1).max())
+    model = build_encoder(kind)
+    name = model.main_input_name
+    mask = (torch.rand(3, 24) < 0.6).long()
     given = torch.randint(50, (3, 24)) if name == "input_ids" else torch.randn(3, 24, 2)
     columns = [row.nonzero()[:, 0] for row in mask]
-    dense, dense_mask = given.new_zeros(3, width, *given.shape[2:]), torch.zeros(3, width)
+    width = int(mask.sum(1).max())
+    dense = given.new_zeros(3, width, *given.shape[2:])
+    dense_mask = torch.zeros(3, width)
     for i, there in enumerate(columns):
-        dense[i, : len(there)], dense_mask[i, : len(there)] = given[i, there], 1
+        dense[i, : len(there)] = given[i, there]
+        dense_mask[i, : len(there)] = 1
     output = model(**{name: given}, attention_mask=mask, output_hidden_states=True)
     expected = model(**{name: dense}, attention_mask=dense_mask, output_hidden_states=True)
-    features = output.hidden_states if kind.startswith("classes") else (output[0], *output.hidden_states)
-    dense_rows = expected.hidden_states if kind.startswith("classes") else (expected[0], *expected.hidden_states)
-    for found, wanted in zip(features, dense_rows, strict=True):
-        for i, there in enumerate(columns):
-            assert torch.equal(found[i, there], wanted[i, : len(there)])
+    pairs = list(zip(output.hidden_states, expected.hidden_states, strict=True))
     if kind.startswith("classes"):
         assert torch.equal(output.logits, expected.logits)
+    else:
+        pairs.append((output[0], expected[0]))
+    for found, wanted in pairs:
+        for i, there in enumerate(columns):
+            assert torch.equal(found[i, there], wanted[i, : len(there)])
     if kind == "masked tokens":
         labels = torch.randint(50, (3, 24))
         loss = model(given, attention_mask=mask, labels=labels).loss
@@ -93,7 +98,8 @@ def test_rows_with_holes_have_the_bits_of_rows_without(kind: str) -> None:
 @torch.no_grad()
 def test_packed_rows_embeddings_and_tuples() -> None:
     model, rows = build_encoder("classes"), prompts()
-    expected, packed = torch.cat([model(row[None]).logits for row in rows]), torch.cat(rows)[None]
+    expected = torch.cat([model(row[None]).logits for row in rows])
+    packed = torch.cat(rows)[None]
     close(model(packed, cu_seq_lens_q=torch.tensor([0, *LENGTHS]).cumsum(0)).logits, expected)
     close(model(packed, seq_idx=torch.arange(3).repeat_interleave(torch.tensor(LENGTHS))[None]).logits, expected)
     close(model(packed, position_ids=torch.cat([torch.arange(n) for n in LENGTHS])[None]).logits, expected)
@@ -139,7 +145,8 @@ def test_the_loss_of_a_new_masked_token_head_is_that_of_a_guess(vocab_size: int)
     sizes = dict(num_layers=2, model_dim=128, z_dim=32, value_dim=64, ffn_hidden_dim=64, norm_num_groups=8)
     targets = torch.randint(vocab_size - 1, (8, 100))
     is_hidden = torch.rand(targets.shape) < 0.15
-    tokens, labels = targets.masked_fill(is_hidden, vocab_size - 1), targets.masked_fill(~is_hidden, -100)
+    tokens = targets.masked_fill(is_hidden, vocab_size - 1)
+    labels = targets.masked_fill(~is_hidden, -100)
     model = hf.MegalodonEncoderForMaskedLM(hf.MegalodonEncoderHFConfig(**sizes, vocab_size=vocab_size))
     encoder = mo.MegalodonEncoder(model.config.to_megalodon())
     encoder.init_tied_head()
@@ -161,9 +168,7 @@ def test_untied_masked_token_heads_have_a_matrix(tmp_path: Path) -> None:
     model.eval().save_pretrained(tmp_path / "untied")
     again, info = transformers.AutoModelForMaskedLM.from_pretrained(tmp_path / "untied", output_loading_info=True)
     assert not info["missing_keys"] and again.config.tie_word_embeddings is False
-    assert {name: True for name, _ in model.named_parameters()} == {
-        name: torch.equal(weight, model.get_parameter(name)) for name, weight in again.named_parameters()
-    }
+    torch.testing.assert_close(dict(again.named_parameters()), dict(model.named_parameters()), rtol=0, atol=0)
     close(again(ids).logits, model.megalodon(ids) @ model.output.weight.T)
     again.resize_token_embeddings(60, mean_resizing=False)
     assert again.output.weight.shape == (60, SIZES["model_dim"]) and again.output.weight is not again.model.embed.weight
@@ -223,14 +228,16 @@ def test_a_plain_loop_learns_masked_tokens_and_then_classes(tmp_path: Path) -> N
     model.gradient_checkpointing_enable()
 
     def learn(model: hf.MegalodonEncoderModel, steps: int) -> list[float]:
-        optimizer, losses = torch.optim.AdamW(model.parameters(), lr=1e-2), []
+        optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+        losses = []
         for _ in range(steps):
             ids = torch.randint(8, (8, 1)).repeat(1, 12)
             labels = (ids[:, 0] < 4).long()
             if isinstance(model, hf.MegalodonEncoderForMaskedLM):
                 labels = ids.masked_fill(torch.arange(12) % 6 != 5, -100)
                 ids = ids.masked_fill(labels >= 0, 49)
-            (loss := model(ids, labels=labels).loss).backward()
+            loss = model(ids, labels=labels).loss
+            loss.backward()
             optimizer.step()
             optimizer.zero_grad()
             losses.append(loss.item())

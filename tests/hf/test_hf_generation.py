@@ -17,9 +17,6 @@ from megalodon_ops.hf.cache import CACHE
 pytestmark = QUIET
 
 
-# Generation
-
-
 MODELS = {**VARIANTS, "bfloat16": dict(dtype=torch.bfloat16)}
 
 
@@ -33,8 +30,8 @@ def test_greedy_generation_equals_ours(fields: dict) -> None:
 
 def test_sampling_uses_the_models_logits() -> None:
     model, prompt = build_model(**VARIANTS["bytes"]), torch.randint(50, (2, 9))
-    sampling, outputs = dict(do_sample=True, top_k=0, temperature=0.7), dict(output_logits=True, output_scores=True)
-    output = model.generate(prompt, max_new_tokens=12, return_dict_in_generate=True, **sampling, **outputs)
+    outputs = dict(return_dict_in_generate=True, output_logits=True, output_scores=True)
+    output = model.generate(prompt, max_new_tokens=12, do_sample=True, top_k=0, temperature=0.7, **outputs)
     with torch.no_grad():
         logits = model.megalodon(output.sequences)[:, 8:-1]
     close(torch.stack(output.logits, 1)[..., :50], logits)
@@ -86,7 +83,7 @@ def test_padding_amid_a_prompt_is_found_without_a_mask() -> None:
 
 
 def test_generation_continues_after_a_past_with_holes() -> None:
-    """A second call of `generate` gives the tokens of one, whose mask it extends; as does a padded second turn."""
+    """A second call of `generate` extends the mask and gives the tokens of one call; so does a padded second turn."""
     model, rows = build_model(), prompts()
     batch, greedy = PADDINGS["left and between"](rows), dict(do_sample=False, pad_token_id=0)
     whole = model.generate(**batch, max_new_tokens=12, **greedy)
@@ -127,9 +124,8 @@ def test_beam_search_finds_the_likeliest_sequence() -> None:
     """With as many beams as tokens, beam search finds the likeliest pair of tokens."""
     model = build_model(vocab_size=6)
     prompt = torch.randint(6, (1, 11))
-    output = model.generate(
-        prompt, max_new_tokens=2, num_beams=6, do_sample=False, return_dict_in_generate=True, output_scores=True
-    )
+    options = dict(num_beams=6, do_sample=False, return_dict_in_generate=True, output_scores=True)
+    output = model.generate(prompt, max_new_tokens=2, **options)
     pairs = torch.cartesian_prod(torch.arange(6), torch.arange(6))
     with torch.no_grad():
         scores = model.megalodon(torch.cat([prompt.expand(36, -1), pairs], dim=1)).log_softmax(-1)
@@ -166,10 +162,10 @@ def test_generation_continues_with_a_cache() -> None:
         with pytest.raises(ValueError, match=f"has read 20 tokens, got {tokens.shape[1]}"):
             model.generate(tokens, past_key_values=cache, max_new_tokens=7)
     if CACHE == "cache":  # older transformers fail: the new token, with a mask over past and new tokens
-        mask, expected = torch.ones(2, 21, dtype=torch.long), model.generate(whole, max_new_tokens=3, do_sample=False)
-        rest = model.generate(
-            whole[:, 20:], attention_mask=mask, past_key_values=cache, max_new_tokens=3, do_sample=False
-        )
+        greedy = dict(max_new_tokens=3, do_sample=False)
+        expected = model.generate(whole, **greedy)
+        mask = torch.ones(2, 21, dtype=torch.long)
+        rest = model.generate(whole[:, 20:], attention_mask=mask, past_key_values=cache, **greedy)
         assert torch.equal(rest[:, 1:], expected[:, 21:])
     with pytest.raises(ValueError, match="must have at least one token"):
         model(prompt[:, :0], past_key_values=cache)
@@ -190,11 +186,15 @@ def test_unsupported_generation() -> None:
 
 def test_long_prompts_are_read_in_pieces(monkeypatch) -> None:
     """With gradients or hooks, they are read whole."""
-    model, ids, lengths = build_model(), torch.randint(50, (2, 50)), []
+    model, ids = build_model(), torch.randint(50, (2, 50))
     hidden = mo.Megalodon._hidden
-    monkeypatch.setattr(
-        mo.Megalodon, "_hidden", lambda m, x, *a, **k: lengths.append(x.shape[1]) or hidden(m, x, *a, **k)
-    )
+    lengths = []
+
+    def noted(model, x, *arguments, **options):
+        lengths.append(x.shape[1])
+        return hidden(model, x, *arguments, **options)
+
+    monkeypatch.setattr(mo.Megalodon, "_hidden", noted)
     with torch.no_grad():
         pieces = model(ids)
         kept = model(**padded([ids[0], ids[1, :7]], "left"), logits_to_keep=9)
@@ -209,9 +209,6 @@ def test_long_prompts_are_read_in_pieces(monkeypatch) -> None:
     close(kept.logits[1, -7:], pieces.logits[1, :7])
 
 
-# The cache and its decoder
-
-
 def decoding_cache(model: hf.MegalodonForCausalLM, ids: Tensor) -> hf.MegalodonCache:
     with torch.no_grad():
         cache = model(ids, use_cache=True).get(CACHE)
@@ -221,11 +218,17 @@ def decoding_cache(model: hf.MegalodonForCausalLM, ids: Tensor) -> hf.MegalodonC
 
 
 def test_one_decoder_serves_a_generation(monkeypatch: pytest.MonkeyPatch) -> None:
-    model, calls = build_model(), []
-    monkeypatch.setattr("megalodon_ops.hf.cache.Decoder", lambda *a, undo: calls.append(mo.Decoder(*a)) or calls[-1])
+    model = build_model()
+    decoders = []
+
+    def new_decoder(*arguments, undo):
+        decoders.append(mo.Decoder(*arguments))
+        return decoders[-1]
+
+    monkeypatch.setattr("megalodon_ops.hf.cache.Decoder", new_decoder)
     model.generate(torch.randint(50, (2, 9)), max_new_tokens=9, do_sample=False)
     model.generate(torch.randint(50, (2, 9)), max_new_tokens=9, num_beams=4, do_sample=False)
-    assert [decoder.fused for decoder in calls] == [True, True]
+    assert [decoder.fused for decoder in decoders] == [True, True]
 
 
 def test_cache_changes_rows() -> None:
@@ -239,25 +242,23 @@ def test_cache_changes_rows() -> None:
             def cache() -> hf.MegalodonCache:
                 return decoding_cache(model, ids) if has_decoder else model(ids).get(CACHE)
 
-            def check(changed: hf.MegalodonCache, rows: list[int]) -> None:
+            def check(method: str, argument: Tensor | int, rows: list[int]) -> None:
+                """After the method, the cache has the rows `rows`."""
+                changed = cache()
+                getattr(changed, method)(argument)
                 assert changed.batch_size == len(rows)
                 logits = model(token[rows], past_key_values=changed).logits
                 for i, row in enumerate(rows):
                     close(logits[i], model(token[[row]], past_key_values=copy.deepcopy(singles[row])).logits[0])
 
-            (reordered := cache()).reorder_cache(torch.tensor([0, 1, 2]))
-            check(reordered, [0, 1, 2])
-            (selected := cache()).batch_select_indices(torch.tensor([2, 0]))
-            check(selected, [2, 0])
-            (repeated := cache()).batch_repeat_interleave(2)
-            check(repeated, [0, 0, 1, 1, 2, 2])
-            (reordered := cache()).reorder_cache(torch.tensor([2, 2, 0]))
-            logits = model(token[[2, 2, 0]], past_key_values=reordered).logits
-            close(logits[1], model(token[[2]], past_key_values=copy.deepcopy(singles[2])).logits[0])
-            close(logits[2], model(token[[0]], past_key_values=copy.deepcopy(singles[0])).logits[0])
+            check("reorder_cache", torch.tensor([0, 1, 2]), [0, 1, 2])
+            check("reorder_cache", torch.tensor([2, 2, 0]), [2, 2, 0])
+            check("batch_select_indices", torch.tensor([2, 0]), [2, 0])
+            check("batch_repeat_interleave", 2, [0, 0, 1, 1, 2, 2])
             part = hf.MegalodonCache(cache().state.reset([1]))
             close(model(token, past_key_values=part).logits[1], model(token[[1]]).logits[0])
-            (whole := cache()).reset()
+            whole = cache()
+            whole.reset()
             assert whole.get_seq_length() == 0 and not whole.is_initialized
             close(model(ids[:2], past_key_values=whole).logits, model(ids[:2]).logits)
 
@@ -299,7 +300,8 @@ def test_calls_outside_generate_see_changes_of_the_model() -> None:
         alpha = model.model.layers[0].mega.cema.alpha
         alpha.data = alpha.data * 2
         check(cache)
-        other, before = build_model(share_emb=True), cache.state
+        other = build_model(share_emb=True)
+        before = cache.state
         close(other(token, past_key_values=cache).logits, other.megalodon(token, state=before))
         check(cache)
         model.model.layers[1].mega.wz = torch.nn.Linear(32, 16)

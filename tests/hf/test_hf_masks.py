@@ -43,7 +43,8 @@ def test_padded_rows_equal_single_runs(side: str, fields: dict) -> None:
 
 def rows_with_holes(count: int = 3, width: int = 24) -> tuple[dict, dict, list[Tensor]]:
     """Rows with padding in arbitrary columns; the same rows without it, right-padded; and their tokens' columns."""
-    ids, mask = torch.randint(50, (count, width)), (torch.rand(count, width) < 0.6).long()
+    ids = torch.randint(50, (count, width))
+    mask = (torch.rand(count, width) < 0.6).long()
     mask[0] = 0
     mask[0, 5] = 1  # a row of one token
     columns = [row.nonzero()[:, 0] for row in mask]
@@ -72,7 +73,8 @@ def results(model: hf.MegalodonForCausalLM, batch: dict, columns: list[Tensor], 
 def test_rows_with_holes_have_the_bits_of_rows_without() -> None:
     with every_case() as case:
         for name, dtype in itertools.product(VARIANTS, (torch.float64, torch.float32, torch.bfloat16)):
-            model, (holes, dense, columns) = build_model(dtype, **VARIANTS[name]), rows_with_holes()
+            model = build_model(dtype, **VARIANTS[name])
+            holes, dense, columns = rows_with_holes()
             for is_embedded in (False, True):
                 with case(name, dtype, is_embedded):
                     found = results(model, holes, columns, is_embedded)
@@ -88,7 +90,8 @@ def test_rows_with_holes_have_the_bits_of_rows_without() -> None:
 
 def test_padding_takes_no_time() -> None:
     """The layers read as many columns as the longest row has tokens."""
-    model, (holes, dense, _) = build_model().train(), rows_with_holes()
+    model = build_model().train()
+    holes, dense, _ = rows_with_holes()
     widths = []
     model.model.layers[0].register_forward_pre_hook(lambda _, inputs: widths.append(inputs[0].shape[1]))
     model(**holes)
@@ -99,10 +102,11 @@ def test_padding_takes_no_time() -> None:
 def masks(width: int) -> dict[str, Tensor]:
     """Masks of three rows (3, width) with padding on each side, on both, amid tokens and nowhere."""
     column = torch.arange(width)
-    starts, ends = torch.tensor([[0], [7], [width - 1]]), torch.tensor([[width], [width - 3], [9]])
-    found = dict(left=column >= starts, right=column < ends, mixed=(column >= starts.clamp(max=8)) & (column < ends))
-    found |= dict(none=column >= 0 * starts, holes=found["mixed"] & (column % 4 > 0))
-    return {name: mask.long() for name, mask in found.items()}
+    starts = torch.tensor([[0], [7], [width - 1]])
+    ends = torch.tensor([[width], [width - 3], [9]])
+    mixed = (column >= starts.clamp(max=8)) & (column < ends)
+    found = dict(left=column >= starts, right=column < ends, mixed=mixed, holes=mixed & (column % 4 > 0))
+    return {name: mask.long() for name, mask in found.items()} | {"none": torch.ones(3, width, dtype=torch.long)}
 
 
 @pytest.mark.slow  # the compiler takes 3 s to start
@@ -126,10 +130,9 @@ def test_masks_compile() -> None:
                 close(found.logits[mask == 1], expected.logits[mask == 1])
                 close(found.loss, expected.loss)
                 longer = torch.nn.functional.pad(mask, (0, 1), value=1)
-                after = [
-                    model(ids[:, :1], attention_mask=longer, past_key_values=x.get(CACHE)) for x in (found, expected)
-                ]
-                close(after[0].logits, after[1].logits)
+                next_token = dict(input_ids=ids[:, :1], attention_mask=longer)
+                after = [model(**next_token, past_key_values=x.get(CACHE)).logits for x in (found, expected)]
+                close(*after)
                 columns, spans = read(mask)
                 for row, (begin, end) in enumerate((spans - 24 * torch.arange(3)[:, None]).tolist()):
                     assert columns[row, begin:end].tolist() == mask[row].nonzero()[:, 0].tolist()
@@ -191,10 +194,8 @@ def test_wrong_masks() -> None:
     for mask, options, columns in ((empty, {}, 6), (ends_early, dict(prefill_chunk_size=4), 2)):
         with pytest.raises(ValueError, match=f"a token in every row of the last {columns} columns"):
             model.generate(ids, attention_mask=mask, max_new_tokens=2, **options)
-    for positions in (
-        dict(position_ids=torch.tensor([[0, 1, 2, 3, 0, 1]])),
-        dict(seq_idx=torch.tensor([[0] * 3 + [1] * 3])),
-    ):
+    restart = dict(position_ids=torch.tensor([[0, 1, 2, 3, 0, 1]]))
+    for positions in (restart, dict(seq_idx=torch.tensor([[0] * 3 + [1] * 3]))):
         with pytest.raises(ValueError, match="padding only before and after a row's documents"):
             model(ids[:1], attention_mask=hole[:1], **positions)
 
@@ -202,8 +203,11 @@ def test_wrong_masks() -> None:
 @pytest.mark.parametrize("side", ["left", "right"])
 def test_hooks_see_the_columns_of_the_call(side) -> None:
     """A hook that adds a vector at each row's last token changes what it changes in the row alone."""
-    model, rows, width = build_model(), [torch.randint(50, (n,)) for n in (20, 7, 13)], 20
-    batch, change = padded(rows, side), torch.randn(model.config.model_dim)
+    model = build_model()
+    width = 20
+    rows = [torch.randint(50, (n,)) for n in (width, 7, 13)]
+    batch = padded(rows, side)
+    change = torch.randn(model.config.model_dim)
     lasts = [width - 1] * 3 if side == "left" else [len(row) - 1 for row in rows]
     seen = []
 
@@ -226,7 +230,7 @@ def test_hooks_see_the_columns_of_the_call(side) -> None:
 
 @pytest.mark.parametrize("kind", [hf.MegalodonModel, hf.MegalodonEncoderModel])
 def test_hidden_states_are_zero_at_padding(kind) -> None:
-    """So that their sum is over tokens; with padding after, before and between them."""
+    """Their sum over columns is then over tokens. Padding is after, before and between tokens."""
     config = kind.config_class(num_layers=2, model_dim=32, z_dim=16, value_dim=32, ffn_hidden_dim=32, vocab_size=50)
     model, rows = kind(config).eval(), torch.randint(50, (2, 9))
     for padding in (slice(5, 9), slice(0, 3), slice(4, 6)):
@@ -242,7 +246,8 @@ def test_hidden_states_are_zero_at_padding(kind) -> None:
 def test_values_at_padding_do_not_reach_results_or_gradients(side, padding) -> None:
     model, rows = build_model(), [torch.randint(50, (n,)) for n in (9, 4)]
     batch = padded(rows, side)
-    ids, mask, found = batch["input_ids"], batch["attention_mask"], []
+    ids, mask = batch["input_ids"], batch["attention_mask"]
+    found = []
     outside = mask[..., None] == 0
     for value in (0.0, padding):
         embeddings = model.get_input_embeddings()(ids).detach().masked_fill(outside, value).requires_grad_()

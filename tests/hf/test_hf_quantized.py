@@ -11,8 +11,10 @@ from megalodon_ops.hf.cache import CACHE
 
 
 def assert_greedy(model: mo.Megalodon, prompt: torch.Tensor, found: torch.Tensor, *, exact: bool) -> None:
-    """Assert that 4 generated tokens are the model's greedy choice: each logit is the largest up to bfloat16's rounding,
-    and if `exact`, `model.generate` gives the same tokens. In bfloat16 it rounds in another order."""
+    """Assert that 4 generated tokens are the model's greedy choice: their logits are the largest, up to bfloat16's rounding.
+
+    If `exact`, `model.generate` gives the same tokens. In bfloat16 it may not, as it rounds in another order.
+    """
     assert found.shape == (len(prompt), prompt.shape[1] + 4) and torch.equal(found[:, : prompt.shape[1]], prompt)
     logits = model(found[:, :-1])[:, prompt.shape[1] - 1 :]
     chosen = logits.gather(-1, found[:, prompt.shape[1] :, None])[..., 0]
@@ -26,8 +28,10 @@ def assert_greedy(model: mo.Megalodon, prompt: torch.Tensor, found: torch.Tensor
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_loads_generates_and_saves(kind, activations, variant, dtype, tmp_path):
     config = mo.MegalodonConfig(**SIZES, **VARIANTS[variant])
-    small, tokens = mo.quantize(mo.Megalodon(config).to(dtype), kind, activations), torch.randint(50, (6, 12))
-    logits, mask = small(tokens), torch.ones_like(tokens)
+    small = mo.quantize(mo.Megalodon(config).to(dtype), kind, activations)
+    tokens = torch.randint(50, (6, 12))
+    mask = torch.ones_like(tokens)
+    logits = small(tokens)
     small.save(tmp_path / "ours")
     loaded = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "ours")
     assert loaded.dtype == loaded.config.dtype == dtype and loaded.megalodon.quantization == kind
@@ -47,9 +51,11 @@ def test_loads_generates_and_saves(kind, activations, variant, dtype, tmp_path):
 
 def test_generates_with_keys_and_values_of_8_bits():
     model = mo.Megalodon(mo.MegalodonConfig(**SIZES)).eval()
-    fresh, tokens = mo.MegalodonState.fresh(model.config, 2, cache_dtype=torch.int8), torch.randint(50, (2, 12))
-    options, cache = dict(max_new_tokens=6, do_sample=False), hf.MegalodonCache(fresh)
-    found = hf.MegalodonForCausalLM.from_megalodon(model).generate(tokens, **{CACHE: cache}, **options)
+    fresh = mo.MegalodonState.fresh(model.config, 2, cache_dtype=torch.int8)
+    tokens = torch.randint(50, (2, 12))
+    options = dict(max_new_tokens=6, do_sample=False, **{CACHE: hf.MegalodonCache(fresh)})
+    found = hf.MegalodonForCausalLM.from_megalodon(model).generate(tokens, **options)
+    cache = options[CACHE]
     expected, state = model.generate(tokens, max_new_tokens=6, temperature=0, state=fresh, return_state=True)
     assert torch.equal(found, expected) and cache.state.cache_dtype == torch.int8
     for layer, own in zip(state.layers, cache.state.layers, strict=True):
@@ -61,9 +67,8 @@ def test_weights_are_not_rounded_while_they_are_loaded(tmp_path):
     from megalodon_ops.hf.quantizer import MegalodonQuantizationConfig
 
     with pytest.raises(ValueError, match="megalodon_ops does require the model to be pre-quantized"):
-        transformers.AutoModelForCausalLM.from_pretrained(
-            tmp_path, quantization_config=MegalodonQuantizationConfig("int8")
-        )
+        kind = MegalodonQuantizationConfig("int8")
+        transformers.AutoModelForCausalLM.from_pretrained(tmp_path, quantization_config=kind)
 
 
 def test_trainer_refuses(tmp_path):

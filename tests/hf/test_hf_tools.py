@@ -42,7 +42,8 @@ def fit(model: torch.nn.Module, steps: int, lr: float, batch: Callable[[], dict]
     """Train with AdamW, and return the last loss."""
     optimizer = torch.optim.AdamW((p for p in model.parameters() if p.requires_grad), lr=lr)
     for _ in range(steps):
-        (loss := model(**batch()).loss).backward()
+        loss = model(**batch()).loss
+        loss.backward()
         optimizer.step()
         optimizer.zero_grad()
     return loss
@@ -124,9 +125,8 @@ def test_trainer_with_an_encoder(tmp_path: Path) -> None:
         return dict(input_values=values, attention_mask=mask, labels=torch.tensor([row["labels"] for row in rows]))
 
     config = hf.MegalodonEncoderHFConfig(**ENCODER, num_features=1, scale_inputs=False)
-    options = dict(
-        per_device_train_batch_size=8, learning_rate=5e-3, save_steps=20, logging_steps=5, num_train_epochs=1
-    )
+    options = dict(per_device_train_batch_size=8, learning_rate=5e-3, num_train_epochs=1)
+    options |= dict(save_steps=20, logging_steps=5)
     parts = dict(train_dataset=rows, eval_dataset=rows[:9], data_collator=padded)
     model = hf.MegalodonEncoderForSequenceClassification(config)
     trainer = transformers.Trainer(model, arguments_of(tmp_path, **options), **parts)
@@ -159,9 +159,8 @@ def test_streamer_and_stop_strings(folder: Path) -> None:
     model, tokenizer = loaded(folder)
     streamer = transformers.TextIteratorStreamer(tokenizer, skip_prompt=True)
     inputs = tokenizer("the quick", return_tensors="pt")
-    output = model.generate(
-        **inputs, max_new_tokens=60, do_sample=False, streamer=streamer, stop_strings=["lazy"], tokenizer=tokenizer
-    )
+    stop = dict(stop_strings=["lazy"], tokenizer=tokenizer)
+    output = model.generate(**inputs, max_new_tokens=60, do_sample=False, streamer=streamer, **stop)
     assert "".join(streamer) == tokenizer.decode(output[0, 10:]) == SENTENCE[9 : SENTENCE.index(" dog")]
 
 
@@ -180,10 +179,12 @@ def test_trainer_with_packed_documents(tmp_path: Path, packing: str) -> None:
     arguments = arguments_of(tmp_path, **plain, **steps, save_strategy="no", logging_steps=1)
     trainer = transformers.Trainer(model=model, args=arguments, train_dataset=data, data_collator=collator)
     trainer.train()
-    losses = [
-        expected(ids := torch.tensor([row["input_ids"]]), labels=ids).loss * len(row["input_ids"][1:]) for row in data
-    ]
-    loss = sum(losses) / sum(len(row["input_ids"]) - 1 for row in data)
+    nats, num_targets = 0.0, 0
+    for row in data:
+        ids = torch.tensor([row["input_ids"]])
+        nats += expected(ids, labels=ids).loss * (ids.shape[1] - 1)
+        num_targets += ids.shape[1] - 1
+    loss = nats / num_targets
     loss.backward()
     assert losses_of(trainer)[0] == pytest.approx(loss.item(), rel=1e-3)
     for ours, theirs in zip(model.parameters(), expected.parameters(), strict=True):
@@ -216,9 +217,8 @@ def test_trainer_with_label_smoothing(tmp_path: Path) -> None:
     """The model learns the next token, not the current one, although one token is never predicted."""
     ids = torch.tensor([256, *SENTENCE.encode()])
     model = hf.MegalodonForCausalLM(hf.MegalodonHFConfig(**SIZES))
-    options = dict(
-        per_device_train_batch_size=4, max_steps=60, learning_rate=1e-2, save_strategy="no", logging_steps=10
-    )
+    options = dict(per_device_train_batch_size=4, max_steps=60, learning_rate=1e-2)
+    options |= dict(save_strategy="no", logging_steps=10)
     data = [{"input_ids": ids, "labels": ids}] * 240
     arguments = arguments_of(tmp_path, **options, label_smoothing_factor=0.1)
     trainer = transformers.Trainer(model=model, args=arguments, train_dataset=data, eval_dataset=data[:2])
@@ -250,9 +250,11 @@ def test_lora_trained_and_merged(folder: Path, tmp_path: Path) -> None:
     with restored.disable_adapter(), pytest.warns(UserWarning, match="Decoder"):
         assert torch.equal(restored.generate(**greedy), base)
     with torch.no_grad():
-        cache, token = restored(**prompt, use_cache=True).get(CACHE), prompt.input_ids[:, -1:]
+        cache = restored(**prompt, use_cache=True).get(CACHE)
+        token = prompt.input_ids[:, -1:]
         for is_disabled in (False, True, False):  # inside a sequence
-            before, switch = cache.state, restored.disable_adapter() if is_disabled else contextlib.nullcontext()
+            before = cache.state
+            switch = restored.disable_adapter() if is_disabled else contextlib.nullcontext()
             with switch, warnings.catch_warnings():
                 warnings.simplefilter("ignore")
                 expected = restored.get_base_model().megalodon(token, state=before)
@@ -371,17 +373,17 @@ target_delimiter: ""
         "metric_list: [{metric: exact_match}]\n"
     )
     model, tokenizer = loaded(folder)
-    results = []
+    accuracies, log_likelihoods = [], []
     options = dict(task_manager=TaskManager(include_path=str(tasks), include_defaults=False), bootstrap_iters=0)
     for batch in (1, 4):
         batched = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=batch, max_length=64)
         found = lm_eval.simple_evaluate(model=batched, tasks=["fox_choice", "fox_words"], **options)
-        results.append(found["results"]["fox_choice"]["acc,none"])
+        accuracies.append(found["results"]["fox_choice"]["acc,none"])
         assert found["results"]["fox_words"]["exact_match,none"] == 1.0
         samples = [sample["resps"] for sample in found["samples"]["fox_choice"]]
-        results.append(torch.tensor([[response[0][0] for response in sample] for sample in samples]))
-    assert results[0] == results[2] == 1.0
-    torch.testing.assert_close(results[1], results[3], rtol=1e-3, atol=1e-3)
+        log_likelihoods.append(torch.tensor([[response[0][0] for response in sample] for sample in samples]))
+    assert accuracies == [1.0, 1.0]
+    torch.testing.assert_close(*log_likelihoods, rtol=1e-3, atol=1e-3)
 
 
 def test_reads_a_checkpoint_of_a_training_run(text: Path, tmp_path: Path) -> None:

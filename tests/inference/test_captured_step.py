@@ -10,7 +10,7 @@ import pytest
 import torch
 from assertions import every_case
 from decoding import Wrapped, assert_decodes, assert_equal, by_decoder, by_layers, model_and_state
-from fake_graphs import count, described, fake_graphs  # noqa: F401
+from fake_graphs import count, described, fake_graphs, tensor_on  # noqa: F401
 from models import tiny_model, tokens_of
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map, tree_map_only
@@ -19,7 +19,6 @@ import megalodon_ops as mo
 from megalodon_ops.inference.captured_step import _waits, may_capture
 
 pytestmark = pytest.mark.usefixtures("poisoned_memory", "fake_graphs")
-
 
 VARIANTS = {
     "float32": (torch.float32, {}),
@@ -54,7 +53,8 @@ def test_a_warm_up_runs_on_a_side_stream(fake_graphs):
     """Both streams wait for each other, before a side stream is captured, too."""
     model, state = model_and_state()
     by_decoder(mo.Decoder(model, state), tokens_of(1, 3).split(1, 1))
-    events, side, default = [e for e in fake_graphs if e[0] != "launch"], True, False
+    events = [event for event in fake_graphs if event[0] != "launch"]
+    side, default = True, False  # `is_side` of the stream that waits, and of the one that it waits for
     assert events[:2] == [("wait", side, default), ("wait", default, side)]
     assert events[2:] == [("wait", side, default), ("capture",), ("replay",), ("replay",)]
     first = next(i for i, event in enumerate(fake_graphs) if event == ("wait", side, default))
@@ -86,7 +86,7 @@ def refuse_graphs(y):
 
 
 WV = "`layers.1.mega.wv`"
-ADAPTERS = {  # and the warning
+ADAPTERS = {  # change of a layer's output, and the warning if no graph holds it
     "plain": (lambda y: y + 1, None),
     "number": (
         lambda y: y + y.mean().item(),
@@ -123,7 +123,8 @@ def test_a_module_that_waits_for_the_gpu_runs_all_modules_one_by_one():
 
 def test_hooks_are_called_for_every_token():
     model, state = model_and_state()
-    expected, seen = by_decoder(mo.Decoder(model, state), tokens_of(1, 4).split(1, 1)), []
+    expected = by_decoder(mo.Decoder(model, state), tokens_of(1, 4).split(1, 1))
+    seen = []
     model.layers[0].mega.wz.register_forward_hook(lambda module, args, y: seen.append(y))
     with pytest.warns(UserWarning, match="Decoder: `layers.0.mega.wz` has hooks, so modules run one by one"):
         decoder = mo.Decoder(model, state)
@@ -183,15 +184,19 @@ def test_generation_replays_a_graph(monkeypatch):
 def test_a_call_is_the_same_at_every_position(emulator, fake_graphs):
     """Kernels, sizes of all tensors and numbers in Python, and so the launches and what they allocate."""
     model, state = model_and_state(torch.bfloat16, rows=2, seen=3)
-    state, workspaces, calls = tree_map_only(torch.Tensor, torch.clone, state), [], []
+    state = tree_map_only(torch.Tensor, torch.clone, state)
+    workspaces, calls = [], []
     empty = emulator.empty
     emulator.empty = lambda *size, **options: workspaces.append((size, options)) or empty(*size, **options)
     for piece in tokens_of(2, 12).split(1, 1):  # a chunk has 8
-        fake_graphs.clear(), workspaces.clear(), emulator.module.reset_counters()
+        fake_graphs.clear()
+        workspaces.clear()
+        emulator.module.reset_counters()
         with torch.no_grad(), _Functions() as functions:
             model(piece, state=state, return_state=True, inplace_state=True)
         calls.append(([*fake_graphs], [*workspaces], Counter(emulator.module.launched()), functions.calls))
-    assert len(calls[0][0]) > 10 and len(calls[0][3]) > 20
+    launches, _, _, functions_of_torch = calls[0]
+    assert len(launches) > 10 and len(functions_of_torch) > 20
     assert all(call == calls[0] for call in calls)
 
 
@@ -208,22 +213,9 @@ class _Functions(TorchDispatchMode):
         return results
 
 
-class TensorOn(torch.Tensor):
-    """A tensor that says to be on `place`."""
-
-    device = property(lambda self: self.place)
-    is_cuda = property(lambda self: self.place.type == "cuda")
-    is_cpu = property(lambda self: self.place.type == "cpu")
-
-
-def tensor_on(place, tensor):
-    tensor = tensor.detach().as_subclass(TensorOn)
-    tensor.place = torch.device(place)
-    return tensor
-
-
 def test_copies_between_devices_wait():
-    aten, gpu, cpu = torch.ops.aten, tensor_on("cuda:0", torch.ones(2)), torch.ones(2)
+    aten = torch.ops.aten
+    gpu, cpu = tensor_on("cuda:0", torch.ones(2)), torch.ones(2)
     assert _waits(aten._to_copy.default, [gpu], cpu) and _waits(aten.copy_.default, [gpu, cpu], gpu)
     assert _waits(aten.lift_fresh.default, [gpu], gpu) and not _waits(aten.lift_fresh.default, [cpu], cpu)
     assert not _waits(aten.add.Tensor, [gpu, torch.tensor(1.0)], gpu)  # a number

@@ -120,7 +120,8 @@ def replace_module(model, name, instead):
 class OtherOutput(torch.nn.Module):
     def __init__(self, output):
         super().__init__()
-        self.final_norm, self.output = output.final_norm, torch.nn.Sequential(output.output, torch.nn.Tanh())
+        self.final_norm = output.final_norm
+        self.output = torch.nn.Sequential(output.output, torch.nn.Tanh())
 
 
 MODEL_CHANGES = {
@@ -163,10 +164,12 @@ def test_a_changed_layer_keeps_its_attributes():
     """The model reads some attributes of its layers, also of hooked ones."""
     sizes = {name: size for name, size in TINY.items() if name != "vocab_size"}
     model, x = mo.Megalodon(mo.MegalodonConfig(**sizes, num_features=2)).eval(), torch.randn(1, 8, 2)
+
+    def hook(module, args, y):
+        return y + 1 if isinstance(y, torch.Tensor) else (y[0] + 1, y[1])
+
     for layer in (model.embed, model.layers[0].mega.timenorm):
-        layer.register_forward_hook(
-            lambda module, args, y: (y + 1) if isinstance(y, torch.Tensor) else (y[0] + 1, y[1])
-        )
+        layer.register_forward_hook(hook)
     with torch.no_grad():
         _, state = model(x[:, :5], return_state=True)
     pieces = x[:, 5:].split(1, 1)
@@ -191,13 +194,13 @@ def test_other_attributes_and_parameters_are_recorded():
                 assert not torch.equal(found[0], original[0])
 
 
+LAST_LINEAR_LAYERS = ALL_LINEAR_LAYERS[len(LINEAR_LAYERS) :]  # of the last block, and the output
+HOOKED = [([name], DTYPES[i % len(DTYPES)]) for i, name in enumerate(LAST_LINEAR_LAYERS)]
+HOOKED += [(ALL_LINEAR_LAYERS, dtype) for dtype in DTYPES]
+
+
 @pytest.mark.parametrize(
-    ("names", "dtype"),
-    [
-        *(([name], DTYPES[i % len(DTYPES)]) for i, name in enumerate(ALL_LINEAR_LAYERS[8:])),
-        *((ALL_LINEAR_LAYERS, dtype) for dtype in DTYPES),
-    ],
-    ids=lambda value: f"{value[0]}, {len(value)}" if isinstance(value, list) else str(value),
+    ("names", "dtype"), HOOKED, ids=lambda value: f"{value[0]}, {len(value)}" if isinstance(value, list) else str(value)
 )
 def test_every_linear_layer_is_called_in_its_place(names, dtype):
     rows, length = 3, 2
@@ -244,7 +247,11 @@ def test_other_layers_see_an_input_that_a_hook_changed(inference_mode):
 def test_results_that_a_hook_keeps_are_not_overwritten():
     model, state = model_and_state()
     kept, copies = [], []
-    hook = lambda module, args, y: (kept.append(y), copies.append(y.clone())) and None  # noqa: E731
+
+    def hook(module, args, y):
+        kept.append(y)
+        copies.append(y.clone())
+
     model.layers[0].mega.wv.register_forward_hook(hook)
     by_decoder(mo.Decoder(model, state), tokens_of(1, 3).split(1, 1))
     assert len(kept) == 3
@@ -265,7 +272,8 @@ ADAPTERS = {  # options of LoraConfig, and what is then done to the adapted laye
 def test_adapters_are_called_between_the_kernels(kind):
     """PEFT's LoRA around a linear layer of each block; `merge_and_unload` would make one plain layer of both."""
     pytest.importorskip("megalodon_ops.hf", exc_type=ImportError)  # PEFT imports parts of transformers
-    peft, (options, change) = pytest.importorskip("peft"), ADAPTERS[kind]
+    peft = pytest.importorskip("peft")
+    options, change = ADAPTERS[kind]
     model, state = model_and_state(rows=2, swiglu=True)
     peft.inject_adapter_in_model(peft.LoraConfig(r=2, target_modules=["wv"], **options), model)
     for layer in model.layers:
@@ -305,7 +313,8 @@ WRONG_RESULTS = {
 def test_a_layer_must_return_what_the_next_kernel_reads(kind):
     """A later call must give the dtype and shape of the first, which is right here."""
     wrong, got = WRONG_RESULTS[kind]
-    (model, state), token, calls = model_and_state(), tokens_of(1, 1), []
+    model, state = model_and_state()
+    token, calls = tokens_of(1, 1), []
     layer = model.layers[1].mega.wv
     layer.register_forward_hook(lambda module, args, y: wrong(y) if calls else y)
     decoder = mo.Decoder(model, state)

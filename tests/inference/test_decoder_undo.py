@@ -47,20 +47,26 @@ def assert_close(found, expected, bound):
 
 
 class Kept:
-    """A decoder that never reads what is taken back, by the layers: states before calls, and tokens to read next."""
+    """A decoder by the model's layers that never reads tokens that are taken back."""
 
     def __init__(self, model, state):
-        self.model, self.calls, self.base, self.pending = model, [], state, None
+        self.model = model
+        self.calls = []  # state before each call, and its tokens
+        self.base = state  # after the calls
+        self.pending = None  # tokens that the next call reads before its own
 
     @torch.no_grad()
     def read(self, tokens, state):
         return self.model(tokens, state=state, return_state=True)
 
     def __call__(self, tokens):
-        read, logits = tokens if self.pending is None else torch.cat([self.pending, tokens], 1), []
-        if read.shape[1] > 2 * UNDO + 1:
-            (first, self.base), read = self.read(read[:, : -UNDO - 1], self.base), read[:, -UNDO - 1 :]
-            self.calls, logits = [], [first]
+        read = tokens if self.pending is None else torch.cat([self.pending, tokens], 1)
+        logits = []
+        if read.shape[1] > 2 * UNDO + 1:  # only the last tokens can be taken back
+            first, self.base = self.read(read[:, : -UNDO - 1], self.base)
+            read = read[:, -UNDO - 1 :]
+            self.calls = []
+            logits.append(first)
         self.calls.append((self.base, read.clone()))
         last, self.base = self.read(read, self.base)
         self.pending = None
@@ -69,7 +75,8 @@ class Kept:
     def undo(self, count):
         pending = 0 if self.pending is None else self.pending.shape[1]
         while count > pending:
-            count, (self.base, self.pending) = count - pending, self.calls.pop()
+            count -= pending
+            self.base, self.pending = self.calls.pop()
             pending = self.pending.shape[1]
         if pending:
             self.pending = self.pending[:, : pending - count] if count < pending else None
@@ -81,25 +88,29 @@ class Kept:
 
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_bits_are_those_of_a_decoder_that_never_read_what_is_taken_back(variant):
-    """Parts of calls, and several calls, at once or in two parts; reading the state, and changing tokens, does nothing."""
+    """Parts of calls and several calls are taken back, in two steps; reading states and changing tokens have no effect."""
     with every_case() as case:
         for seed, dtype in enumerate(DTYPES):
-            generator, room = torch.Generator().manual_seed(seed), 0
+            generator = torch.Generator().manual_seed(seed)
             model, state = model_and_state(dtype, rows=2, seen=3 + 5 * seed, chunk_size=CHUNK, **VARIANTS[variant])
             decoder, kept = mo.Decoder(model, state, undo=UNDO), Kept(model, state)
+            most = 0  # tokens that can be taken back
             for turn, length in enumerate([6, 6, 6, 6, 1, 1, 1, 2, 1, 6, 3, 17, 6, 2, 6, 1]):
-                tokens, room = draw(2, length, generator), min(room + length, UNDO)
-                first = int(torch.randint(room + 1, (), generator=generator)) if turn % 3 else 1
-                second = int(torch.randint(room - first + 1, (), generator=generator)) if turn % 4 == 0 else 0
+                tokens = draw(2, length, generator)
+                most = min(most + length, UNDO)
+                first = int(torch.randint(most + 1, (), generator=generator)) if turn % 3 else 1
+                second = int(torch.randint(most - first + 1, (), generator=generator)) if turn % 4 == 0 else 0
                 with case(f"{dtype}, turn {turn}"):
                     expected = kept(tokens)
                     assert torch.equal(decoder(tokens), expected)
                     tokens.zero_()
-                    kept.undo(first), kept.undo(second)
+                    kept.undo(first)
+                    kept.undo(second)
                     if turn % 2:
                         assert_bits(decoder.state_before(first + second), kept.state)
-                    decoder.undo(first), decoder.undo(second)
-                    room -= first + second
+                    decoder.undo(first)
+                    decoder.undo(second)
+                    most -= first + second
                     assert_bits(decoder.state, kept.state)
             assert decoder.fused and decoder.state.norm.count.min() > 2 * CHUNK
 
@@ -108,8 +119,10 @@ def test_rows_that_keep_different_numbers_are_read_with_lengths():
     """A row that keeps all of its tokens keeps its bits."""
     for variant in VARIANTS.values():
         model, state = model_and_state(rows=4, seen=CHUNK - 3, chunk_size=CHUNK, **variant)
-        decoder, plain, tokens = mo.Decoder(model, state, undo=UNDO), mo.Decoder(model, state), tokens_of(4, 5)
-        decoder(tokens), plain(tokens)
+        decoder, plain = mo.Decoder(model, state, undo=UNDO), mo.Decoder(model, state)
+        tokens = tokens_of(4, 5)
+        decoder(tokens)
+        plain(tokens)
         decoder.undo(torch.tensor([3, 0, 1, 5]))
         with torch.no_grad():
             options = dict(return_state=True, lengths=torch.tensor([2, 4]))
@@ -156,7 +169,8 @@ def test_numbers_are_taken_back(missing_values):
     decoder, other = (mo.Decoder(model, state, undo=UNDO) for _ in range(2))
     for begin in range(7, 37, 3):
         assert torch.equal(decoder(x[:, begin : begin + 3]), other(x[:, begin : begin + 3]))
-        decoder(9 * x[:, 2:3]), decoder(-x[:, 3:6])
+        decoder(9 * x[:, 2:3])
+        decoder(-x[:, 3:6])
         decoder.undo(4)
         assert_bits(decoder.state, other.state)
     decoder(torch.cat([x[:, 37:39], x[:, :2]], 1))
@@ -190,10 +204,12 @@ def test_rows_that_are_moved_or_replaced_have_no_past():
         decoder.replace(torch.tensor([1]), state[[0]])
         assert_bits(decoder.state, mo.MegalodonState.cat([expected[[0]], state[[0]], expected[[2]]]))
         decoder, before = mo.Decoder(model, state, undo=UNDO), other.state
-        decoder(tokens[:, :4]), other(tokens[:, :4])
+        decoder(tokens[:, :4])
+        other(tokens[:, :4])
         decoder.replace(torch.tensor([1]), before[[1]])
         assert_refuses(ValueError, "Decoder", "counts", lambda: decoder.undo(1))  # noqa: B023
-        decoder(tokens[:, 5:6]), other(tokens[:, 5:6])
+        decoder(tokens[:, 5:6])
+        other(tokens[:, 5:6])
         decoder.undo(torch.tensor([5, 1, 0]))
         assert_bits(decoder.state[:2], before[:2])
         assert_bits(decoder.state[[2]], other.state[[2]])
@@ -211,7 +227,8 @@ def test_long_calls_keep_their_last_tokens_and_old_calls_are_dropped():
         decoder(token)
     assert len(decoder._history._calls) == 2
     for _ in range(10):  # nothing stays of calls that were taken back
-        decoder(tokens[:, :2]), decoder.undo(2)
+        decoder(tokens[:, :2])
+        decoder.undo(2)
     assert len(decoder._history._calls) == 0
     assert decoder.state.norm.count.item() == 5 + 68
 
@@ -232,10 +249,12 @@ def test_tokens_of_several_chunks_are_taken_back():
 
 def test_calls_without_tokens():
     model, state = model_and_state(rows=1)
-    (decoder, other), tokens = (mo.Decoder(model, state, undo=UNDO) for _ in range(2)), tokens_of(1, 3)
+    decoder, other = (mo.Decoder(model, state, undo=UNDO) for _ in range(2))
+    tokens = tokens_of(1, 3)
     assert decoder(tokens[:, :0]).shape[:2] == (1, 0)
-    decoder(tokens), other(tokens[:, :1])
+    decoder(tokens)
     decoder.undo(2)
+    other(tokens[:, :1])
     assert decoder(tokens[:, :0]).shape[:2] == (1, 0)  # reads the kept token
     assert torch.equal(decoder(tokens[:, 1:]), other(tokens[:, 1:]))
 
@@ -247,7 +266,7 @@ def test_kept_tokens_are_read_in_the_next_call():
     model.layers[0].mega.cema.register_forward_hook(lambda module, args, y: widths.append(args[0].shape[1]))
     with pytest.warns(UserWarning, match="layers.0.mega.cema"):
         decoder = mo.Decoder(model, state, undo=UNDO)
-    for _ in range(8):  # keeps one token a time
+    for _ in range(8):  # each call keeps one token, which is read again in the next one
         assert decoder(tokens).shape[1] == 6
         decoder.undo(UNDO)
     assert widths == [6, 7, 8, 9, 10, 11, 6, 6, 7]

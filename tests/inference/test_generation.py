@@ -190,7 +190,8 @@ class TestStops:
     def test_rows_stop_and_change_no_others(self, model, padding, tokens, slices):
         endless = [single_row(model, row, 20, seed=row).tolist() for row in range(5)]
         sequences = [endless[row][start : start + n] for row, start, n in slices]
-        stops = [[t] for t in ([tokens] if isinstance(tokens, int) else tokens or [])] + sequences
+        stop_tokens = [tokens] if isinstance(tokens, int) else tokens or []
+        stops = [[token] for token in stop_tokens] + sequences
         options = dict(max_new_tokens=20, seed=0, stop_tokens=tokens, stop_sequences=sequences or None)
         prompt = dict(prompt=padded(padding), lengths=LENGTHS, padding=padding)
         found, lengths = model.generate(**prompt, **options, return_lengths=True)

@@ -9,7 +9,6 @@ from assertions import every_case
 from models import TINY, tiny_model, tokens_of
 from torch.utils._pytree import tree_leaves
 
-import megalodon_ops as mo
 from megalodon_ops.inference.decoder import Decoder
 
 OPTIONS = {
@@ -57,12 +56,11 @@ def test_tokens_are_those_without_a_draft(models, kind, lengths_of_drafts):
             common = dict(max_new_tokens=25, lengths=lengths, padding="right", return_lengths=True, return_state=True)
             options = dict(seed=5) | options | common
             with case(f"{name}, {draft_tokens}"):
-                expected = model.generate(prompt, **options)
-                found = model.generate(prompt, draft=draft, draft_tokens=draft_tokens, **options)
-                assert torch.equal(found[0], expected[0]) and torch.equal(found[1], expected[1])
-                token = found[0][:, :1]
-                logits = [model(token, state=state) for state in (found[2], expected[2])]
-                assert (logits[0] - logits[1]).abs().max() < 1e-11
+                expected, ends, end_state = model.generate(prompt, **options)
+                found, found_ends, state = model.generate(prompt, draft=draft, draft_tokens=draft_tokens, **options)
+                assert torch.equal(found, expected) and torch.equal(found_ends, ends)
+                token = expected[:, :1]
+                assert (model(token, state=state) - model(token, state=end_state)).abs().max() < 1e-11
 
 
 def test_samples_of_one_prompt(models):
@@ -80,13 +78,14 @@ def test_a_draft_that_is_right_saves_calls(models, monkeypatch):
     expected = model.generate(tokens_of(1, 9), **options)
     assert calls == [1] * 31
     # Tokens that stay of several calls may take a call of their own, below the calls that are counted.
-    for each, draft_tokens in ((tiny_model().eval(), 4), (draft, 4)):
+    always_right = tiny_model().eval()
+    for each in (always_right, draft):
         calls.clear()
-        assert torch.equal(model.generate(tokens_of(1, 9), draft=each, draft_tokens=draft_tokens, **options), expected)
-        if each is draft:
-            assert math.ceil(31 / 5) < len(calls) < 31
-        else:
+        assert torch.equal(model.generate(tokens_of(1, 9), draft=each, draft_tokens=4, **options), expected)
+        if each is always_right:
             assert calls == [5] * 6 + [1]
+        else:
+            assert math.ceil(31 / 5) < len(calls) < 31
     repeated = torch.cat([expected, expected[:, 9:20]], 1)  # its end was followed by the next tokens
     calls.clear()
     model.generate(repeated, draft="prompt", draft_tokens=8, max_new_tokens=9, temperature=0.0)
@@ -119,11 +118,8 @@ def test_a_draft_begins_with_the_prompt_of_a_continued_text(models):
 def test_errors(models):
     model, prompt = models[0], tokens_of(1, 5)
     other = tiny_model(vocab_size=TINY["vocab_size"] + 1)
-    numbers = mo.Megalodon(
-        mo.MegalodonConfig(num_layers=1, model_dim=32, z_dim=16, value_dim=32, ffn_hidden_dim=32, num_features=2)
-    )
-    no_models = ("lookup", torch.nn.Linear(2, 2))
-    for draft, error in ((other, ValueError), (numbers, ValueError), *((wrong, TypeError) for wrong in no_models)):
+    numbers, layer = tiny_model(num_features=2), torch.nn.Linear(2, 2)
+    for draft, error in ((other, ValueError), (numbers, ValueError), ("lookup", TypeError), (layer, TypeError)):
         with pytest.raises(error, match="generate: `draft` must"):
             model.generate(prompt, max_new_tokens=2, draft=draft)
     for wrong in (0, -1, 1.5):

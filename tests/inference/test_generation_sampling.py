@@ -29,9 +29,8 @@ def expected_probabilities(logits, seen, options):
     probability, tokens = (logits / options.get("temperature", 1.0)).softmax(0).sort(descending=True)
     probability[options.get("top_k", len(tokens)) :] = 0
     probability /= probability.sum()
-    probability[
-        (probability.cumsum(0) - probability >= options.get("top_p", 1.0)) & (torch.arange(len(tokens)) > 0)
-    ] = 0
+    of_likelier_tokens = probability.cumsum(0) - probability
+    probability[(of_likelier_tokens >= options.get("top_p", 1.0)) & (torch.arange(len(tokens)) > 0)] = 0
     probability[probability < options.get("min_p", 0.0) * probability.max()] = 0
     return torch.zeros_like(probability).scatter(0, tokens, probability / probability.sum())
 
@@ -42,7 +41,8 @@ def expected_probabilities(logits, seen, options):
 def test_evenly_spaced_numbers_draw_each_token_by_its_probability(monkeypatch, options, few, dtype):
     monkeypatch.setattr(sampling, "_FEW_TOKENS", few)
     logits = 2 * torch.randn(3, 31, dtype=dtype, generator=torch.Generator().manual_seed(5))
-    seen, draws = torch.rand(3, 31, generator=torch.Generator().manual_seed(6)) < 0.3, 5000
+    seen = torch.rand(3, 31, generator=torch.Generator().manual_seed(6)) < 0.3
+    draws = 5000
     numbers = (torch.arange(draws).double() + 0.5) / draws
     for row in range(3):
         drawn = Sampling(**options).choose(logits[row].expand(draws, -1), iter([numbers]), seen[row].expand(draws, -1))
@@ -61,7 +61,8 @@ def test_a_draw_does_not_depend_on_the_other_rows(monkeypatch, options, neighbou
     logits = torch.randn(20, 40, generator=random)
     logits[::2] = (2 * logits[::2]).round()
     logits[1::2] *= neighbours
-    seen, numbers = torch.rand(20, 40, generator=random) < 0.2, torch.rand(20, generator=random).double()
+    seen = torch.rand(20, 40, generator=random) < 0.2
+    numbers = torch.rand(20, generator=random).double()
     together = Sampling(**options).choose(logits, iter([numbers]), seen)
     for row in range(20):
         one = slice(row, row + 1)
@@ -157,7 +158,8 @@ def test_filters_are_those_of_transformers(options):
     for name, processor in order.items():
         if name in options:
             scores = processor(options[name])(prompt, scores)
-    seen, draws = torch.zeros(1, 31, dtype=torch.bool).scatter(1, prompt, True), 5000
+    seen = torch.zeros(1, 31, dtype=torch.bool).scatter(1, prompt, True)
+    draws = 5000
     numbers = (torch.arange(draws).double() + 0.5) / draws
     drawn = Sampling(**options).choose(logits.expand(draws, -1), iter([numbers]), seen.expand(draws, -1))
     share = drawn.bincount(minlength=31) / draws
@@ -166,14 +168,14 @@ def test_filters_are_those_of_transformers(options):
 
 def test_temperature_and_top_p_of_each_row_give_the_rows_of_single_calls():
     """To the bit, whatever the other rows ask for."""
-    rows = [(1.0, 1.0), (0.7, 0.9), (0.0, 0.5), (1.6, 0.3), (0.7, 1.0)]
-    logits = 3 * torch.randn(len(rows), 3000, generator=torch.Generator().manual_seed(0))
+    temperatures = [1.0, 0.7, 0.0, 1.6, 0.7]
+    shares = [1.0, 0.9, 0.5, 0.3, 1.0]  # top_p
+    logits = 3 * torch.randn(5, 3000, generator=torch.Generator().manual_seed(0))
     logits[:, 5:9] = logits[:, 5:6]  # ties
-    temperatures, shares = map(list, zip(*rows))
-    numbers = torch.rand(500, len(rows), dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    numbers = torch.rand(500, 5, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
     for options in ({}, dict(top_k=40), dict(min_p=0.02), dict(top_k=40, min_p=0.05)):
         found = [Sampling(temperatures, top_p=shares, **options).choose(logits, iter([draw])) for draw in numbers]
-        for row, (temperature, share) in enumerate(rows):
+        for row, (temperature, share) in enumerate(zip(temperatures, shares, strict=True)):
             one = Sampling(temperature, top_p=share, **options)
             expected = [one.choose(logits[[row]], iter([draw[[row]]])) for draw in numbers]
             assert [int(tokens[row]) for tokens in found] == [int(tokens) for tokens in expected], (options, row)

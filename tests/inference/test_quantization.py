@@ -32,7 +32,7 @@ def linear_layers(model: torch.nn.Module) -> dict[str, torch.nn.Module]:
 
 
 def assert_works(model: mo.Megalodon, quantised: mo.Megalodon) -> None:
-    """Its logits are near the model's but not equal; its loss, generation and decoder agree with its logits."""
+    """Assert that its logits are near the model's, but not equal, and that its loss and decoder agree with them."""
     tokens = tokens_of(2, 20)
     with torch.no_grad():
         expected, logits = model(tokens), quantised(tokens)
@@ -50,14 +50,14 @@ def assert_works(model: mo.Megalodon, quantised: mo.Megalodon) -> None:
 
 
 def assert_near(found: torch.Tensor, expected: torch.Tensor) -> None:
-    """Results differ by the rounding of int8; activations may be quantised, too, with one scale a call."""
+    """Assert that results differ by no more than the rounding of weights, and perhaps of activations, to int8."""
     assert (found - expected).square().mean().sqrt() < 0.05 * expected.std()
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning", "ignore:.*deprecated:UserWarning")
 @pytest.mark.skipif("fbgemm" not in torch.backends.quantized.supported_engines, reason="needs torch's int8 kernels")
 def test_dynamic_quantisation_by_torch():
-    """It quantises `nn.Linear`, but no subclass."""
+    """torch quantises `nn.Linear`, but no subclass."""
     model = tiny_model(torch.float32).eval()
     quantised = torch.ao.quantization.quantize_dynamic(model, {torch.nn.Linear})
     assert not linear_layers(quantised)
@@ -108,10 +108,10 @@ def test_wrapped_int8_layers_train_and_decode():
     model.requires_grad_(False)
     names = [name for name, module in model.named_modules() if isinstance(module, torch.nn.Linear)]
     for name in names:
-        parent, _, own = name.rpartition(".")
-        setattr(model.get_submodule(parent), own, Int8WithAdapter(model.get_submodule(name)))
+        model.set_submodule(name, Int8WithAdapter(model.get_submodule(name)))
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    optimizer, losses = torch.optim.Adam(trained, lr=0.01), []
+    optimizer = torch.optim.Adam(trained, lr=0.01)
+    losses = []
     for _ in range(20):
         optimizer.zero_grad()
         value = model.loss(tokens[:, :-1], tokens[:, 1:])
@@ -134,8 +134,7 @@ def test_wrapped_int8_layers_train_and_decode():
             expected, past = model(token, state=past, return_state=True)
             assert found[-1].equal(expected)
     for name in names:
-        parent, _, own = name.rpartition(".")
-        setattr(model.get_submodule(parent), own, model.get_submodule(name).merged())
+        model.set_submodule(name, model.get_submodule(name).merged())
     decoder = mo.Decoder(model, state)
     assert decoder.fused
     for logits, token in zip(found, tokens_of(2, 6).split(1, 1)):

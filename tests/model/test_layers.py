@@ -139,21 +139,20 @@ def test_functions_of_layers_refuse_wrong_arguments(gradients):
 
 
 def test_halves_of_a_block_take_sizes():
-    """They compute what they compute from a configuration of these sizes; the successor's parts are chosen, too."""
+    """A half of a block that is made from sizes equals one that is made from a configuration of these sizes."""
     sizes = dict(z_dim=8, value_dim=16, ffn_hidden_dim=24, chunk_size=4)
     x = torch.randn(2, 9, 24)
     attention, ffn = mo.NormalizedAttention, mo.NormalizedFFN
     for half, more in ((attention, {}), (attention, {"working_memory": True}), (ffn, {"swiglu": True})):
-        layers = []
-        for arguments in ((24,), (mo.MegalodonConfig(model_dim=24, norm_num_groups=8, **sizes, **more),)):
-            torch.manual_seed(0)
-            layers.append(half(*arguments, **({**sizes, **more} if arguments == (24,) else {})))
-        assert type(layers[0]) is type(layers[1]) and layers[0].config == layers[1].config
-        assert torch.equal(layers[0](x), layers[1](x))
-        config = layers[0].config
-        with pytest.raises(
-            TypeError, match=rf"{half.__name__}: `z_dim` must be set in `config`, got it as an argument"
-        ):
+        config = mo.MegalodonConfig(model_dim=24, norm_num_groups=8, **sizes, **more)
+        torch.manual_seed(0)
+        by_sizes = half(24, **sizes, **more)
+        torch.manual_seed(0)
+        by_config = half(config)
+        assert type(by_sizes) is type(by_config) and by_sizes.config == by_config.config
+        assert torch.equal(by_sizes(x), by_config(x))
+        message = rf"{half.__name__}: `z_dim` must be set in `config`, got it as an argument"
+        with pytest.raises(TypeError, match=message):
             half(config, z_dim=8)
         with pytest.raises(TypeError, match=r"`zdim` must be left out, .*; did you mean z_dim\?"):
             half(24, zdim=8)
@@ -179,10 +178,11 @@ def test_layers_of_a_model_return_tensors_with_and_without_states():
     """A hook that adds to a layer's output, as for activation steering, works in a call that returns a state, too."""
     for fields in ({}, {"working_memory": True}, {"layerwise_ckpt": True}):
         model, tokens = tiny_model(**fields).train(), tokens_of(2, 12)
-        for layer in (*model.layers, *(part for block in model.layers for part in (block.mega, block.nffn))):
-            layer.register_forward_hook(lambda _, inputs, output: output + 0.25)
-        for norm in (*(block.mega.timenorm for block in model.layers), model.output.final_norm):
-            norm.register_forward_hook(lambda _, inputs, output: output * 1.5)
+        for block in model.layers:
+            for layer in (block, block.mega, block.nffn):
+                layer.register_forward_hook(lambda _, inputs, output: output + 0.25)
+            block.mega.timenorm.register_forward_hook(lambda _, inputs, output: output * 1.5)
+        model.output.final_norm.register_forward_hook(lambda _, inputs, output: output * 1.5)
         expected = model(tokens)
         logits, state = model(tokens, return_state=True)
         assert torch.equal(logits, expected)

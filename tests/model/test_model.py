@@ -8,8 +8,7 @@ from assertions import assert_close
 from golden import DATA, MODEL, golden_model
 from models import TINY, tiny_model, tokens_of
 from safetensors.torch import load_file
-from torch.utils._pytree import tree_map
-from torch.utils._pytree import tree_leaves
+from torch.utils._pytree import tree_leaves, tree_map, tree_map_only
 
 import megalodon_ops as mo
 
@@ -77,7 +76,8 @@ def test_golden_streaming_plans(golden, plan, backend):
 
 def test_golden_end_state(golden, backend):
     model, io = golden
-    tokens, state, pieces = io["tokens"][:, : MODEL["ragged"]], None, []
+    tokens = io["tokens"][:, : MODEL["ragged"]]
+    pieces, state = [], None
     with torch.no_grad():
         for piece in tokens.split(MODEL["ragged_plan"], dim=1):
             logits, state = model(piece, state=state, return_state=True)
@@ -120,7 +120,7 @@ def test_rows_of_a_state_are_selected_by_tree_map():
 def test_state_given_is_not_changed():
     model, tokens = tiny_model(), tokens_of(2, 12)
     _, state = model(tokens[:, :5], return_state=True)
-    before = torch.utils._pytree.tree_map_only(torch.Tensor, torch.clone, state)
+    before = tree_map_only(torch.Tensor, torch.clone, state)
     model(tokens[:, 5:], state=state, return_state=True)
     torch.testing.assert_close(tree_leaves(state), tree_leaves(before), rtol=0, atol=0)
 
@@ -206,20 +206,21 @@ def test_features_are_pooled_over_each_sequence(kind):
     """Values at padding do not count, an empty sequence gives zeros, and gradients flow."""
     model = tiny_model(torch.float64)
     if kind == "encoder":
-        names = "num_layers model_dim z_dim value_dim num_heads ffn_hidden_dim cema_ndim vocab_size norm_num_groups"
-        sizes = {name: getattr(model.config, name) for name in names.split()}
-        model = mo.MegalodonEncoder(mo.MegalodonEncoderConfig(**sizes)).double()
-    tokens, pools = tokens_of(3, 9), {"mean": lambda x: x.mean(0), "max": lambda x: x.amax(0), "last": lambda x: x[-1]}
+        model = mo.MegalodonEncoder(mo.MegalodonEncoderConfig(**TINY)).double()
+    tokens = tokens_of(3, 9)
+    pools = {"mean": lambda x: x.mean(0), "max": lambda x: x.amax(0), "last": lambda x: x[-1]}
     ragged = {"lengths": torch.tensor([9, 4, 1]), "starts": torch.tensor([0, 2, 8])}
     packed = {"spans": torch.tensor([[1, 6], [9, 18], [20, 21], [21, 27]])}
-    for rows, spans in (
-        ({}, [[0, 9], [9, 18], [18, 27]]),
-        (ragged, [[0, 9], [11, 15], [26, 27]]),
-        (packed, packed["spans"]),
+    offsets = {"cu_seqlens": torch.tensor([0, 9, 11, 27])}
+    for inputs, rows, spans in (
+        (tokens, {}, [[0, 9], [9, 18], [18, 27]]),
+        (tokens, ragged, [[0, 9], [11, 15], [26, 27]]),
+        (tokens, packed, packed["spans"]),
+        (tokens.view(1, 27), offsets, [[0, 9], [9, 11], [11, 27]]),
     ):
-        features = model.features(tokens, **rows).flatten(0, 1)
+        features = model.features(inputs, **rows).flatten(0, 1)
         for pool, reduce in pools.items():
-            vectors = model.features(tokens, pool=pool, **rows)
+            vectors = model.features(inputs, pool=pool, **rows)
             assert_close(vectors, torch.stack([reduce(features[a:b]) for a, b in spans]), tolerance=1e-12)
             vectors.square().sum().backward()
     assert all(parameter.grad.isfinite().all() for parameter in model.parameters() if parameter.grad is not None)

@@ -48,22 +48,24 @@ def test_loss_streams(blocks):
 def test_loss_counts_no_padding(blocks):
     model, tokens, targets = tiny_model(), tokens_of(4, 50), tokens_of(4, 51)[:, 1:].clone()
     targets[0, :9] = -100
-    lengths, position = torch.tensor([50, 17, 0, 31]), torch.arange(50)
-    inside = position < lengths[:, None]
+    lengths = torch.tensor([50, 17, 0, 31])
+    inside = torch.arange(50) < lengths[:, None]
     rows = F.cross_entropy(model(tokens, lengths=lengths)[inside], targets[inside])
     garbage = targets.where(inside, 10**6)
     torch.testing.assert_close(model.loss(tokens, garbage, lengths=lengths), rows, rtol=1e-12, atol=0)
     bytes_ = model.loss(tokens[1:], targets[1:].to(torch.uint8), lengths=lengths[1:])
     torch.testing.assert_close(bytes_, model.loss(tokens[1:], targets[1:], lengths=lengths[1:]), rtol=0, atol=0)
 
-    row, row_targets, cu_seqlens = tokens.reshape(1, 200), targets.reshape(1, 200), torch.tensor([5, 60, 60, 190])
-    spans = torch.stack([cu_seqlens[:-1], cu_seqlens[1:]], 1)
+    row, row_targets = tokens.reshape(1, 200), targets.reshape(1, 200)
+    spans = torch.tensor([[5, 60], [60, 60], [60, 190]])
     documents = F.cross_entropy(model(row, spans=spans)[0, 5:190], row_targets[0, 5:190])
-    row_targets[0, :5], row_targets[0, 190:] = -7, 10**6
+    row_targets[0, :5] = -7
+    row_targets[0, 190:] = 10**6
     options = dict(spans=spans.int(), ignore_index=-100)
     torch.testing.assert_close(model.loss(row, row_targets, **options), documents, rtol=1e-12, atol=0)
     each = model.loss(row, row_targets, reduction="none", **options)
-    assert not each[0, :5].any() and not each[0, 190:].any() and each.count_nonzero() == 185 - 4
+    assert not each[0, :5].any() and not each[0, 190:].any()
+    assert each.count_nonzero() == 185 - 4  # the targets from 5 to 8 are ignored
 
 
 def test_loss_of_a_16_bit_model_and_under_autocast(blocks):
@@ -82,7 +84,7 @@ def test_loss_of_a_16_bit_model_and_under_autocast(blocks):
 
 
 def test_loss_compiles_to_one_graph(monkeypatch):
-    """In blocks: the loss of one block is compiled in test_loss.py."""
+    """In blocks; test_linear_cross_entropy.py compiles the loss of one block."""
     monkeypatch.setattr(loss, "_CPU_BLOCK", 1)
     model, tokens = tiny_model(torch.float32, num_layers=1), tokens_of(4, 21)
     compiled = torch.compile(model.loss, fullgraph=True, backend="aot_eager")

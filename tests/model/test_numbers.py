@@ -88,7 +88,7 @@ def test_outputs_do_not_depend_on_the_units_of_the_inputs():
 
 
 def test_a_constant_feature_reads_as_zeros():
-    """So its value does not matter, however large, and float32 data have no noise of their own."""
+    """The value of a constant does not matter, however large, and rounding makes no noise of it."""
     with every_case() as case:
         for model in (model_of_numbers(), encoder_of_numbers(), model_of_numbers(missing_values=True)):
             x = series(model, 2, 100)
@@ -105,7 +105,9 @@ def test_missing_values_count_in_no_statistic_and_get_no_gradient():
     x = series(model, 1, 40)
     mean, deviation = model.input_scale(x)
     present = [column[~column.isnan()] for column in x[0].T]
-    assert x[0, -3:].isnan().any() and x[0, :2].isnan().any()  # which have the statistics of the value before, or none
+    assert (
+        x[0, :2].isnan().any() and x[0, -3:].isnan().any()
+    )  # before any statistics, and with those of an earlier value
     assert_close(mean[0, -1], torch.stack([column.mean() for column in present]), tolerance=1e-12)
     assert_close(deviation[0, -1], torch.stack([column.std(correction=0) for column in present]), tolerance=1e-12)
     _, state = model(x[:, :13], return_state=True)
@@ -119,7 +121,7 @@ def test_missing_values_count_in_no_statistic_and_get_no_gradient():
 
 
 def test_outputs_return_to_the_units_of_the_data():
-    """The scale of a piece is that of the whole row, with a state as well."""
+    """`input_scale` gives mean and deviation of the values so far, also in a piece that continues a state."""
     model = model_of_numbers()
     x = 7 + 3 * series(model, 2, 30)
     mean, deviation = model.input_scale(x)
@@ -219,12 +221,11 @@ def test_what_only_text_has_is_refused_by_name(tmp_path):
     _, state = model(x, return_state=True)
     reads_numbers = "`num_features` of the model must be None, got 3; it reads numbers"
     not_numbers = r"must be floating-point numbers \(B, L, 3\), got torch.int64"
-    no_scale, no_flag = (
-        "must have num_features and scale_inputs",
-        "`missing_values` must be False without num_features and",
-    )
+    no_scale = "must have num_features and scale_inputs"
+    no_flag = "`missing_values` must be False without num_features and"
     with_nan, with_inf = x.clone(), x.clone()
-    with_nan[0, 5, 1], with_inf[0, 5, 1] = torch.nan, -torch.inf
+    with_nan[0, 5, 1] = torch.nan
+    with_inf[0, 5, 1] = -torch.inf
     refused = [
         (reads_numbers, lambda: model.generate(x, max_new_tokens=1)),
         (reads_numbers, lambda: model.stream(x)),

@@ -6,6 +6,7 @@ import pickle
 
 import pytest
 import torch
+from decoding import assert_same_bits
 from models import tiny_model, tokens_of
 from torch.func import functional_call
 from torch.utils._pytree import tree_leaves, tree_map
@@ -56,10 +57,6 @@ def dims(*names: str) -> dict[int, torch.export.Dim]:
     return {i: torch.export.Dim(name, max=1 << 20) for i, name in enumerate(names)}
 
 
-def assert_equal(found, expected) -> None:
-    assert all(torch.equal(a, b) for a, b in zip(tree_leaves(found), tree_leaves(expected), strict=True))
-
-
 def assert_near(found, expected, tolerance=1e-5) -> None:
     for a, b in zip(tree_leaves(found), tree_leaves(expected), strict=True):
         torch.testing.assert_close(a, b, rtol=tolerance, atol=tolerance)
@@ -68,7 +65,7 @@ def assert_near(found, expected, tolerance=1e-5) -> None:
 # Export
 
 
-@pytest.mark.parametrize(  # each pair of the three
+@pytest.mark.parametrize(  # any two of the arguments take all pairs of their values
     ("grad", "dtype", "strict"),
     [(False, F32, False), (True, BF16, False), slow(True, F32, True), slow(False, BF16, True)],
 )
@@ -94,6 +91,7 @@ def test_an_exported_program_of_a_wider_model_takes_other_lengths():
 @pytest.mark.parametrize("kind", ["lengths", "starts", "spans", "cu_seqlens"])
 def test_an_exported_forward_takes_padded_and_packed_batches(strict, kind):
     model = small_model()
+    # Tokens and the argument `kind`: `example` for the export, `inputs` for a later call
     if kind in ("lengths", "starts"):
         example, inputs = (tokens_of(2, 9), [9, 4]), (tokens_of(3, 20), [1, 20, 8])
         shapes = dict(tokens=dims("rows", "length"))
@@ -143,10 +141,10 @@ def test_an_exported_model_may_write_its_state_in_place():
         written = state.clone()
         found = program(token, state=written, **options)
         assert_near(found, model(token, state=state, return_state=True))
-        assert_equal(written.layers[0].attention, found[1].layers[0].attention)
+        assert_same_bits(written.layers[0].attention, found[1].layers[0].attention)
 
 
-@pytest.mark.parametrize(  # each pair of the three
+@pytest.mark.parametrize(  # any two of the arguments take all pairs of their values
     ("grad", "hooked", "strict"),
     [(True, False, False), (False, True, False), slow(True, True, True), slow(False, False, True)],
 )
@@ -231,9 +229,9 @@ def test_a_copied_model_has_the_results_of_the_model(method, dtype):
     assert copied.embed.weight is copied.output.output.weight
     assert (copied.embed.weight is model.embed.weight) == (method == "copy")
     assert mo.wide_parameters(copied).keys() == mo.wide_parameters(model).keys()
-    assert_equal(copied(tokens), model(tokens))
+    assert_same_bits(copied(tokens), model(tokens))
     copied.loss(tokens, tokens).backward()
-    assert_equal(*(each.generate(tokens, max_new_tokens=3, temperature=0) for each in (copied, model)))
+    assert_same_bits(*(each.generate(tokens, max_new_tokens=3, temperature=0) for each in (copied, model)))
 
 
 @pytest.mark.parametrize("method", COPIES)
@@ -242,8 +240,8 @@ def test_a_copied_state_is_a_state(method):
     state = state_of(model)
     copied = COPIES[method](state)
     assert isinstance(copied, mo.MegalodonState)
-    assert_equal(copied, state)
-    assert_equal(mo.Decoder(model, copied)(tokens_of(2, 1)), mo.Decoder(model, state)(tokens_of(2, 1)))
+    assert_same_bits(copied, state)
+    assert_same_bits(mo.Decoder(model, copied)(tokens_of(2, 1)), mo.Decoder(model, state)(tokens_of(2, 1)))
 
 
 @pytest.mark.parametrize("method", COPIES)
@@ -261,20 +259,21 @@ def test_functional_call_computes_with_the_parameters_given():
     model, tokens = small_model(**ALL), tokens_of(2, 12)
     other, parameters = other_model(model)
     options = dict(state=state_of(model), return_state=True)
-    assert_equal(functional_call(model, parameters, (tokens,)), other(tokens))
-    assert_equal(functional_call(model, parameters, (tokens,), options), other(tokens, **options))
+    assert_same_bits(functional_call(model, parameters, (tokens,)), other(tokens))
+    assert_same_bits(functional_call(model, parameters, (tokens,), options), other(tokens, **options))
     with torch.no_grad():
-        assert_equal(functional_call(model, parameters, (tokens[:, :1],), options), other(tokens[:, :1], **options))
+        assert_same_bits(functional_call(model, parameters, (tokens[:, :1],), options), other(tokens[:, :1], **options))
 
 
 def test_the_gradients_of_functional_calls_reach_the_parameters_given():
     model, tokens = small_model(), tokens_of(2, 12)
     other, parameters = other_model(model)
     named = {f"model.{name}": parameter for name, parameter in parameters.items()}
-    found, expected = functional_call(Loss(model), named, (tokens, tokens)), other.loss(tokens, tokens)
-    assert_equal(found, expected)
+    found = functional_call(Loss(model), named, (tokens, tokens))
+    expected = other.loss(tokens, tokens)
+    assert_same_bits(found, expected)
     gradients = [torch.autograd.grad(value, list(other.parameters())) for value in (found, expected)]
-    assert_equal(*gradients)
+    assert_same_bits(*gradients)
 
 
 TRANSFORMS = {

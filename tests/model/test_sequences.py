@@ -35,7 +35,8 @@ def pairs_of(B, L, cu_seqlens=None, spans=None, starts=None, lengths=None) -> li
 @pytest.mark.parametrize("fields", VARIANTS.values(), ids=VARIANTS)
 def test_sequences_give_what_they_give_alone(fields):
     """Logits, states, the outputs of layers as hooks see them, the next token's logits, the loss and its gradients."""
-    model, without_hooks, outputs = tiny_model(**fields), tiny_model(**fields), []
+    model, without_hooks = tiny_model(**fields), tiny_model(**fields)
+    outputs = []  # of the model's layers, since the list was cleared
     for layer in model.layers:
         layer.register_forward_hook(lambda _, args, x: outputs.append(x.detach().flatten(0, 1)))
 
@@ -46,16 +47,18 @@ def test_sequences_give_what_they_give_alone(fields):
         if "cu_seqlens" in rows and rows["cu_seqlens"][-1] < tokens.numel():  # a model takes such offsets as spans
             rows = {"spans": pairs}
         where = sequence_options(**rows)
-        flat, other, more = tokens.view(1, -1), tokens.flip(0, 1), tokens_of(len(pairs), 1)
+        flat, targets = tokens.view(1, -1), tokens.flip(0, 1)
+        following = tokens_of(len(pairs), 1)
         outputs.clear()
         logits, state = model(tokens, return_state=True, **where)
         together = [logits.flatten(0, 1), *outputs]
         with torch.no_grad():
-            steps = mo.Decoder(without_hooks, state.detach())(more) if pairs else None
+            decoded = mo.Decoder(without_hooks, state.detach())(following) if pairs else None
         model.zero_grad()
-        loss = model.loss(tokens, other, reduction="sum", **where)
+        loss = model.loss(tokens, targets, reduction="sum", **where)
         loss.backward()
-        grads, total = [parameter.grad for parameter in model.parameters()], 0.0
+        grads = [parameter.grad for parameter in model.parameters()]
+        total = 0.0
         model.zero_grad()
         for s, (begin, end) in enumerate(pairs):
             if begin == end:
@@ -67,10 +70,10 @@ def test_sequences_give_what_they_give_alone(fields):
             for found, expected in zip(tree_leaves(state[[s]]), tree_leaves(single), strict=True):
                 assert_close(found, expected, tolerance=1e-10)
             with torch.no_grad():
-                assert_close(steps[[s]], model(more[[s]], state=single), tolerance=1e-10)
-            own = model.loss(flat[:, begin:end], other.view(1, -1)[:, begin:end], reduction="sum")
-            own.backward()
-            total += own.detach()
+                assert_close(decoded[[s]], model(following[[s]], state=single), tolerance=1e-10)
+            alone = model.loss(flat[:, begin:end], targets.view(1, -1)[:, begin:end], reduction="sum")
+            alone.backward()
+            total += alone.detach()
         if any(begin < end for begin, end in pairs):
             assert_close(loss.detach(), total, tolerance=1e-10)
             for found, parameter in zip(grads, model.parameters(), strict=True):
@@ -80,12 +83,13 @@ def test_sequences_give_what_they_give_alone(fields):
 
 
 def test_dropkey_depends_on_a_sequence_and_not_on_where_it_lies():
-    model, lengths, L = tiny_model(attention_dropout=0.4).train(), [20, 7, 13], 20
+    model = tiny_model(attention_dropout=0.4).train()
+    lengths, L = [20, 7, 13], 20
     tokens = [tokens_of(length) for length in lengths]
     right = torch.stack([torch.nn.functional.pad(row, (0, L - len(row))) for row in tokens])
     left = torch.stack([torch.nn.functional.pad(row, (L - len(row), 0)) for row in tokens])
     flat = torch.cat(tokens)
-    forms = {
+    forms = {  # batch, where its sequences lie, and where they begin in the flattened batch
         "padded": (right, dict(lengths=torch.tensor(lengths)), [0, 20, 40]),
         "left-padded": (left, dict(starts=L - torch.tensor(lengths)), [0, 33, 47]),
         "packed": (flat[None], dict(cu_seqlens=torch.tensor([0, 20, 27, 40])), [0, 20, 27]),
@@ -108,8 +112,9 @@ def test_values_at_padding_reach_nothing(fields, value):
     model = tiny_model(num_features=3, output_size=5, **fields)
     where = dict(starts=torch.tensor([0, 6, 20]), lengths=torch.tensor([13, 9, 0]))
     x = torch.randn(3, 20, 3, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
-    inside, results = torch.zeros(3, 20, dtype=torch.bool), []
+    inside = torch.zeros(3, 20, dtype=torch.bool)
     inside[0, :13] = inside[1, 6:15] = True
+    results = []
     for padding in (0.0, value):
         given_x = x.masked_fill(~inside[..., None], padding).requires_grad_()
         y, state = model(given_x, return_state=True, **where)

@@ -12,6 +12,7 @@ import megalodon_ops as mo
 import numpy as np
 import pytest
 import torch
+from decoding import assert_equal
 from megalodon_ops.model.model_state import layout, named_tensors
 from models import TINY, tiny_model, tokens_of
 from torch.utils._pytree import tree_leaves, tree_map_only
@@ -36,11 +37,6 @@ def next_logits(model, state, tokens):
 
 def is_close(a, b):
     return torch.allclose(a, b, rtol=0, atol=1e-12)
-
-
-def assert_equal(a, b):
-    for x, y in zip(tree_leaves(a), tree_leaves(b), strict=True):
-        assert x.dtype == y.dtype and torch.equal(x, y)
 
 
 ROWS = {
@@ -151,7 +147,7 @@ def test_only_a_detached_state_shares_memory(state):
 def test_to_a_dtype_gives_the_state_that_a_model_of_that_dtype_takes(model, state, dtype):
     moved = state.to(dtype)
     assert_equal(moved, state.to(dtype=dtype))
-    wanted = dict((name, kind) for name, kind, _ in layout(model.config, 3, dtype))
+    wanted = {name: kind for name, kind, _ in layout(model.config, 3, dtype)}
     for name, tensor in named_tensors(moved).items():
         assert (torch.float32 if tensor.is_complex() else tensor.dtype) == wanted[name]
     logits = next_logits(copy.deepcopy(model).to(dtype), moved, tokens_of(3, 6))
@@ -264,7 +260,10 @@ def test_values_that_no_state_holds_are_refused(tmp_path, model, state, name, sp
     path = tmp_path / "state"
     state.save(path, model.config)
     tensors, metadata = safetensors.load_file(path), read_metadata(path)
-    tensors.pop(name) if spoil is None else spoil(tensors[name])
+    if spoil is None:
+        del tensors[name]
+    else:
+        spoil(tensors[name])
     safetensors.save_file(tensors, path, metadata=metadata)
     with pytest.raises(ValueError, match=match):
         mo.MegalodonState.load(path, model.config)

@@ -6,7 +6,7 @@ import pytest
 import torch
 from assertions import every_case
 from backends import each_isa, isa
-from decoding import assert_bits_of_layers, assert_equal, by_decoder
+from decoding import assert_bits_of_layers, assert_equal, by_decoder, model_and_state
 from models import tiny_model, tokens_of
 
 import megalodon_ops as mo
@@ -23,10 +23,8 @@ VARIANTS = {
 pytestmark = pytest.mark.usefixtures("poisoned_memory")
 
 
-def model_and_small_state(dtype=torch.float32, rows=3, seen=5, **overrides):
-    model = tiny_model(dtype, **overrides).eval()
-    with torch.no_grad():
-        _, state = model(tokens_of(rows, seen), return_state=True)
+def model_and_small_state(dtype=torch.float32, **overrides):
+    model, state = model_and_state(dtype, rows=3, **overrides)
     return model, state.quantize_cache()
 
 
@@ -55,9 +53,10 @@ def test_decoder_takes_back_reorders_and_replaces():
     other(tokens[:, :1])
     assert_equal(decoder.state, other.state)
     decoder.reorder(rows)
-    assert_equal(decoder.state, other.state[rows])
+    reordered = other.state[rows]
+    assert_equal(decoder.state, reordered)
     decoder.replace(torch.tensor([1]), state[[0]])
-    assert_equal(decoder.state, mo.MegalodonState.cat([other.state[rows][[0]], state[[0]], other.state[rows][[2]]]))
+    assert_equal(decoder.state, mo.MegalodonState.cat([reordered[[0]], state[[0]], reordered[[2]]]))
     assert decoder.state.cache_dtype == torch.int8
 
 
@@ -143,15 +142,11 @@ def test_rows_files_and_casts_keep_8_bits(tmp_path):
 def test_gradients_flow_through_the_call_and_not_into_the_cache():
     model, state = model_and_small_state()
     model.train()
-    exact = replace(
-        state,
-        layers=tuple(
-            layer._replace(
-                attention=layer.attention._replace(k=unpack_rows(layer.attention.k), v=unpack_rows(layer.attention.v))
-            )
-            for layer in state.layers
-        ),
-    )
+    layers = []
+    for layer in state.layers:
+        k, v = unpack_rows(layer.attention.k), unpack_rows(layer.attention.v)
+        layers.append(layer._replace(attention=layer.attention._replace(k=k, v=v)))
+    exact = replace(state, layers=tuple(layers))
     grads = []
     for past in (state, exact):
         model.loss(tokens_of(3, 12), tokens_of(3, 12), state=past).backward()
@@ -167,7 +162,8 @@ def test_what_cannot_have_8_bits_is_refused():
     _, wide = model(prompt, return_state=True)
     _, memory = with_memory(prompt, return_state=True)
     small = dict(cache_dtype=torch.int8)
-    single, eight = tiny_model(torch.float32).eval(), mo.MegalodonState.fresh(model.config, 1, **small)
+    single = tiny_model(torch.float32).eval()
+    eight = mo.MegalodonState.fresh(model.config, 1, **small)
     calls = {
         "generate: `cache_dtype` must be torch.int8 or None, as `state` has 8 bits, got torch.float32": lambda: (
             single.generate(prompt, max_new_tokens=1, state=eight, cache_dtype=torch.float32)

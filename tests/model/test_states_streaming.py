@@ -41,8 +41,11 @@ class Run:
     """Batch of documents that a model reads; `act` runs one method, `check` compares with one call per document."""
 
     def __init__(self, model: mo.Megalodon, dtype: torch.dtype, rows: int, seed: int):
-        self.model, self.dtype, self.random = model, dtype, torch.Generator().manual_seed(seed)
-        self.state, self.documents, self.finished = None, [Document() for _ in range(rows)], []
+        self.model, self.dtype = model, dtype
+        self.random = torch.Generator().manual_seed(seed)
+        self.state = None
+        self.documents = [Document() for _ in range(rows)]
+        self.finished = []
 
     def number(self, least: int, most: int) -> int:
         return int(torch.randint(least, most + 1, (1,), generator=self.random))
@@ -83,12 +86,14 @@ class Run:
         bounds = [0]
         for _ in self.documents:
             bounds.append(bounds[-1] + self.number(0, 11))
-        spans, tokens = list(zip(bounds, bounds[1:])), self.tokens(1, bounds[-1])
+        spans = [*itertools.pairwise(bounds)]
+        tokens = self.tokens(1, bounds[-1])
         where = dict(cu_seqlens=torch.tensor(bounds))
         if self.number(0, 1):  # the later half of the sequences is in a second row
             L, half = bounds[-1] + 3, len(spans) // 2
-            spans = [(a + L * (s >= half), b + L * (s >= half)) for s, (a, b) in enumerate(spans)]
-            tokens, where = self.tokens(2, L), dict(spans=torch.tensor(spans))
+            spans = spans[:half] + [(begin + L, end + L) for begin, end in spans[half:]]
+            tokens = self.tokens(2, L)
+            where = dict(spans=torch.tensor(spans))
         logits, self.state = self.model(tokens, state=self.state, return_state=True, **where)
         for row, (start, end) in enumerate(spans):
             self.record(row, tokens.flatten()[start:end], logits.flatten(0, 1)[start:end])
@@ -112,11 +117,12 @@ class Run:
         self.documents = [self.documents[row].copy() for row in rows]
 
     def join(self) -> None:
-        """Add a fresh row and a copy of a row."""
-        state, rows = self.current_state(), [self.number(0, len(self.documents) - 1)]
+        """Add a fresh row and a copy of a row; keep at most six."""
+        state = self.current_state()
+        row = self.number(0, len(self.documents) - 1)
         fresh = mo.MegalodonState.fresh(self.model.config, 1, dtype=self.dtype)
-        self.state = mo.MegalodonState.cat([fresh, state, state[rows]])
-        self.documents = [Document(), *self.documents, self.documents[rows[0]].copy()][:6]
+        self.state = mo.MegalodonState.cat([fresh, state, state[[row]]])
+        self.documents = [Document(), *self.documents, self.documents[row].copy()][:6]
         self.state = self.state[: len(self.documents)]
 
     def reset(self) -> None:
@@ -161,10 +167,9 @@ def test_every_change_between_pieces_in_every_configuration(variant, dtype):
 
 @st.composite
 def configurations(draw: st.DrawFn) -> dict:
-    heads, config = draw(st.sampled_from([1, 2, 4])), {name: draw(st.booleans()) for name in FLAGS}
-    config |= dict(
-        num_heads=heads, z_dim=2 * heads * draw(st.integers(1, 5)), value_dim=heads * draw(st.integers(1, 9))
-    )
+    heads = draw(st.sampled_from([1, 2, 4]))
+    config = {name: draw(st.booleans()) for name in FLAGS} | dict(num_heads=heads)
+    config |= dict(z_dim=2 * heads * draw(st.integers(1, 5)), value_dim=heads * draw(st.integers(1, 9)))
     config |= dict(num_layers=draw(st.integers(1, 3)), ffn_hidden_dim=draw(st.integers(1, 50)))
     choices = dict(cema_ndim=[1, 2, 4, 16, 17, 32], chunk_size=[1, 2, 5, 8, 16, 33], norm_num_groups=[1, 2, 8, 32])
     choices |= dict(rope_base=[None, 50.0], norm_eps=[1e-5, 1e-3])

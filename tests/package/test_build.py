@@ -1,6 +1,5 @@
 """The build: choice of nvcc and architectures by CMake, dispatch of instruction sets, wheels, releases."""
 
-import importlib.util
 import os
 import re
 import shutil
@@ -12,7 +11,7 @@ from types import ModuleType
 
 import pybind11
 import pytest
-from paths import ROOT
+from paths import ROOT, load_module
 
 from megalodon_ops.ops.common import cuda_driver
 
@@ -57,9 +56,6 @@ def evaluate(code: str, folder: Path, **environment: str) -> str:
     return run.stderr.strip()  # where message() writes
 
 
-# Architectures
-
-
 GPUS = {  # compute capabilities of a machine's cards: architectures of its kernels
     ("9.0",): "90",
     ("8.0", "8.0"): "80",
@@ -86,10 +82,9 @@ def test_by_default_the_kernels_are_for_the_gpus_of_this_machine(tmp_path):
 
 def test_wheels_are_for_every_card(tmp_path):
     fake_nvidia_smi(tmp_path / "bin", "9.0")
-    code = "".join(
-        f'choose_architectures(chosen "{wanted}" nvcc {version})\nmessage("${{chosen}}")\n'
-        for wanted, version in (("all", "13.0.88"), ("all", "12.4.1"), ("90;120-real", "13.0.88"))
-    )
+    code = ""
+    for wanted, version in (("all", "13.0.88"), ("all", "12.4.1"), ("90;120-real", "13.0.88")):
+        code += f'choose_architectures(chosen "{wanted}" nvcc {version})\nmessage("${{chosen}}")\n'
     assert evaluate(code, tmp_path).splitlines() == ["80;90-real;100;120-real", "80;90-real", "90;120-real"]
 
 
@@ -102,9 +97,6 @@ def test_architectures_whose_ptx_is_the_same_share_it(tmp_path):
     code = "".join(f'flags_of_architectures(flags "{chosen}")\nmessage("${{flags}}")\n' for chosen in lists)
     wanted = [";".join(f"--generate-code=arch=compute_{flag}" for flag in flags) for flags in lists.values()]
     assert evaluate(code, tmp_path).splitlines() == wanted
-
-
-# nvcc
 
 
 def test_the_version_of_nvcc_is_read(tmp_path):
@@ -145,7 +137,8 @@ VERSION = "from typing import Optional\n__version__ = '2.13.0'\ndebug = False\nc
 
 
 def test_a_warning_for_an_nvcc_newer_than_torchs_cuda(tmp_path):
-    code, built_for = "", ["'12.8'", "'13.0'", "'13.2'", "None", None]
+    code = ""
+    built_for = ["'12.8'", "'13.0'", "'13.2'", "None", None]  # "None": without CUDA; None: torch is not installed
     for number, cuda in enumerate(built_for):
         folder = tmp_path / str(number)
         if cuda is not None:
@@ -157,8 +150,6 @@ def test_a_warning_for_an_nvcc_newer_than_torchs_cuda(tmp_path):
     assert "need an NVIDIA driver that supports CUDA 13. torch is built for CUDA 12.8" in first
     assert len(others) == len(built_for) - 1 and not "".join(others).strip()
 
-
-# Instruction sets
 
 DISPATCH = """
 #include <cstdio>
@@ -219,15 +210,9 @@ def test_a_kernel_that_the_lowest_instruction_set_lacks_does_not_link(tmp_path):
     assert linked.returncode != 0 and "megalodon::v2::some" in linked.stderr
 
 
-# Wheels
-
-
 def tool(name: str) -> ModuleType:
     """A program in tools/, as a module."""
-    spec = importlib.util.spec_from_file_location(name, ROOT / "tools" / f"{name}.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return load_module(ROOT / "tools" / f"{name}.py")
 
 
 @needs_x86
@@ -276,9 +261,6 @@ def test_the_table_of_wheels_agrees_with_the_build(tmp_path):
     lines = [f"| wheel | `manylinux_{image}_x86_64`, `manylinux_{image}_aarch64` |"]
     lines += [f"| {name} | {value} |" for name, value in rows.items()]
     assert [line for line in lines if line not in page] == []
-
-
-# The project's address
 
 
 def test_a_release_links_to_the_repository(tmp_path):

@@ -1,4 +1,4 @@
-"""Of processes that save one path at once, none fails, and the path holds what one of them wrote, whole."""
+"""Several processes save one path at once: none fails, and the path holds the whole result of one of them."""
 
 import errno
 import fcntl
@@ -65,6 +65,7 @@ def checkpoint_value(path):
     return value_of(model)
 
 
+# What is saved: how, as one of several values, and how the value is read.
 KINDS = {
     "model": (lambda path, value: model_of(value).save(path), lambda path: value_of(mo.Megalodon.load(path))),
     "released": (lambda path, i: mo.save_official(model_of(i), path), lambda path: value_of(mo.load_official(path))),
@@ -94,7 +95,7 @@ def _save_at_once(save, paths, value, ready, messages):
 @pytest.mark.parametrize("processes", [2, 4])
 @pytest.mark.parametrize("exchange", [True, False])
 def test_processes_that_save_one_path(tmp_path, monkeypatch, kind, processes, exchange):
-    """Over an existing path and a new one."""
+    """Every second path exists before."""
     if not exchange:
         monkeypatch.setattr(files, "_exchange", lambda one, other: False)
     save, read_value = KINDS[kind]
@@ -109,17 +110,20 @@ def test_processes_that_save_one_path(tmp_path, monkeypatch, kind, processes, ex
     workers = [context.Process(target=_save_at_once, args=(save, paths, value, ready, messages)) for value in values]
     for process in workers:
         process.start()
-    errors = [error for _ in workers for error in iter(lambda: messages.get(timeout=60), None)]
+    errors = []
+    while errors.count(None) < processes:
+        errors.append(messages.get(timeout=60))
     for process in workers:
         process.join(60)
-    assert not errors
+    assert not any(errors)
     assert {read_value(path) for path in paths} <= {*values}
     assert not drafts(tmp_path)
 
 
 def interrupt(monkeypatch, module, name, interruption, call=0):
     """Make call number `call` of a function call `interruption` first."""
-    real, calls = getattr(module, name), itertools.count()
+    real = getattr(module, name)
+    calls = itertools.count()
 
     def interrupted(*arguments, **options):
         if next(calls) == call:
@@ -211,7 +215,9 @@ def test_a_lock_that_its_last_holder_removes_is_recreated(tmp_path, monkeypatch)
 
 def saving_thread(monkeypatch, save, *arguments):
     """Return a thread that saves, and a function that starts it and returns once it has saved or waits for a lock."""
-    thread, is_waiting, flock = threading.Thread(target=save, args=arguments), threading.Event(), fcntl.flock
+    thread = threading.Thread(target=save, args=arguments)
+    is_waiting = threading.Event()
+    flock = fcntl.flock
 
     def flock_with_event(file, operation):
         try:

@@ -19,16 +19,15 @@ DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
 
 
 def equal_parameters(one, other):
-    return all(
-        torch.equal(a, b) and a.dtype == b.dtype for a, b in zip(one.parameters(), other.parameters(), strict=True)
-    )
+    pairs = zip(one.parameters(), other.parameters(), strict=True)
+    return all(torch.equal(a, b) and a.dtype == b.dtype for a, b in pairs)
 
 
 @pytest.mark.parametrize("config", SAVED)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_round_trip(tmp_path, config, dtype):
-    """In one file and in shards in turn, so that each configuration and each dtype is written in both ways."""
-    shard = (1 << 30, 5000)[([*SAVED].index(config) + DTYPES.index(dtype)) % 2]
+    """Each configuration and each dtype is written in one file, and in shards of 5,000 bytes, in turn."""
+    shard = 1 << 30 if ([*SAVED].index(config) + DTYPES.index(dtype)) % 2 == 0 else 5000
     model = tiny_model(torch.float64, **SAVED[config]).to(dtype).eval()
     model.save(tmp_path / "m", max_shard_bytes=shard)
     loaded = mo.Megalodon.load(tmp_path / "m")
@@ -173,9 +172,7 @@ def test_models_that_cannot_be_saved(tmp_path):
         assert_refused("`embed.weight` must be a tensor .* with values, got a meta tensor", mo.Megalodon(model.config))
     model = tiny_model(torch.float32)
     model.layers[0].mega.wv = torch.nn.Sequential(model.layers[0].mega.wv)
-    assert_refused(
-        "`model` must have the parameters of its configuration, got no `layers.0.mega.wv.weight`; merge", model
-    )
+    assert_refused("`model` must have the parameters of its conf.*, got no `layers.0.mega.wv.weight`; merge", model)
     model = tiny_model(torch.float32)
     model.embed = torch.nn.Embedding(32, 32)
     assert_refused(r"`embed.weight` must have shape \(31, 32\), got \(32, 32\)", model)
@@ -194,7 +191,8 @@ _LOAD = """
 import re, sys, torch, megalodon_ops as mo
 def resident(field):
     return int(re.search(field + r":\\s+(\\d+) kB", open("/proc/self/status").read())[1]) * 1024
-load, small, folder, dtype = mo.Megalodon.load if sys.argv[1] == "own" else mo.load_official, *sys.argv[2:]
+kind, small, folder, dtype = sys.argv[1:]
+load = mo.Megalodon.load if kind == "own" else mo.load_official
 load(small)  # imports what loading needs
 before = resident("VmRSS")
 model = load(folder, dtype=getattr(torch, dtype))
@@ -206,9 +204,8 @@ print((resident("VmHWM") - before) / sum(parameter.nbytes for parameter in model
 @pytest.mark.parametrize(("kind", "dtype"), [("own", "float32"), ("own", "bfloat16"), ("official", "float32")])
 def test_loading_takes_the_weights_memory_once(tmp_path, kind, dtype):
     """A new process compares its peak with its memory before loading; the model has 86M parameters."""
-    config = mo.MegalodonConfig(
-        num_layers=6, model_dim=1024, z_dim=256, value_dim=2048, ffn_hidden_dim=2560, chunk_size=512, vocab_size=4000
-    )
+    sizes = dict(num_layers=6, model_dim=1024, z_dim=256, value_dim=2048, ffn_hidden_dim=2560)
+    config = mo.MegalodonConfig(**sizes, chunk_size=512, vocab_size=4000)
     model = mo.Megalodon(config).to(getattr(torch, dtype))
     save = mo.Megalodon.save if kind == "own" else mo.save_official
     save(tiny_model(torch.float32), tmp_path / "small")
@@ -265,7 +262,9 @@ def weights_file(change):
     return lambda folder: change(folder / "model.safetensors")
 
 
-ONE, NAN, FIRST = torch.ones(1), torch.full((31, 32), float("nan")), "embed.weight"
+ONE = torch.ones(1)
+NAN = torch.full((31, 32), float("nan"))
+FIRST = "embed.weight"
 MUST_HOLD = "model.safetensors: must hold the parameters of config.json;"
 SHAPE = r"model.safetensors: `layers.0.nffn.fc1.weight` must be .* of shape \(41, 32\), got torch.float32 \(40, 32\)"
 NAMED = "index.json: files must be named as .*, got"
@@ -356,7 +355,7 @@ def test_reset_parameters_after_to_empty():
 
 
 def test_module_by_module_resets_all():
-    """As FSDP does: `reset_parameters` of every module that owns parameters, in arbitrary order."""
+    """Call `reset_parameters` of every module that owns parameters, in arbitrary order, as FSDP does."""
     with torch.device("meta"):
         model = mo.Megalodon(mo.MegalodonConfig(**TINY))
     model.to_empty(device="cpu")
@@ -377,7 +376,8 @@ def test_module_by_module_resets_all():
 def test_a_shared_embedding_stays_shared_when_it_leaves_meta():
     with torch.device("meta"):
         model = mo.Megalodon(mo.MegalodonConfig(**TINY, share_emb=True))
-    assert (model := model.to_empty(device="cpu")).output.output.weight is model.embed.weight
+    model = model.to_empty(device="cpu")
+    assert model.output.output.weight is model.embed.weight
     assert len(list(model.parameters())) == len(dict(model.named_parameters(remove_duplicate=False))) - 1
 
 

@@ -24,16 +24,17 @@ _ENDINGS = "_vnni", "_dot", "_i8mm"
 INTEGER_ISAS = [name for name in _C.available_isas() if name.endswith(_ENDINGS) and name != DEFAULT_ISA]
 ISAS = [name for name in _C.available_isas() if name not in INTEGER_ISAS]
 HAS_GPU = library.has_cuda_kernels() and torch.cuda.is_available()
-FAST = ["cpu"] + ["cuda"] * HAS_GPU
-DEVICES = ["cpu", "cuda-emulated", *FAST[1:]]
+GPU = ["cuda"] if HAS_GPU else []
+FAST = ["cpu", *GPU]
+DEVICES = ["cpu", "cuda-emulated", *GPU]
 
 # Instruction sets as parameters: the default one runs always, the others only among the slow tests.
 ISA_PARAMS = [name if name == DEFAULT_ISA else pytest.param(name, marks=pytest.mark.slow) for name in ISAS]
 each_isa = pytest.mark.parametrize("name", ISA_PARAMS)
 # The fixture `backend` takes DEVICES; tests of numerical results take each instruction set instead of "cpu".
-EVERY_BACKEND = [*ISA_PARAMS, "cuda-emulated", *FAST[1:]]
+EVERY_BACKEND = [*ISA_PARAMS, "cuda-emulated", *GPU]
 # For tests that take seconds on the emulator: there they are slow tests.
-SLOW_EMULATED = [pytest.param("cuda-emulated", marks=pytest.mark.slow), *FAST[1:]]
+SLOW_EMULATED = [pytest.param("cuda-emulated", marks=pytest.mark.slow), *GPU]
 WIDE_DEVICES = ["cpu", *SLOW_EMULATED]
 every_backend = pytest.mark.parametrize("backend", EVERY_BACKEND, indirect=True)
 wide_every_device = pytest.mark.parametrize("backend", WIDE_DEVICES, indirect=True)
@@ -47,7 +48,7 @@ each_implementation = pytest.mark.parametrize(
 )
 # AMX on a processor without it: slow tests of the kernels for AMX run on emulated tile registers.
 EMULATES_AMX = "v4_bf16" in ISAS and "v4_amx" not in ISAS
-EMULATED_AMX = [pytest.param("v4_amx", marks=pytest.mark.slow)] * EMULATES_AMX
+EMULATED_AMX = [pytest.param("v4_amx", marks=pytest.mark.slow)] if EMULATES_AMX else []
 each_isa_with_amx = pytest.mark.parametrize("name", [*ISA_PARAMS, *EMULATED_AMX])
 every_backend_with_amx = pytest.mark.parametrize("backend", [*EVERY_BACKEND, *EMULATED_AMX], indirect=True)
 wide_every_backend_with_amx = pytest.mark.parametrize(
@@ -64,6 +65,7 @@ needs_gpu = pytest.mark.skipif(not HAS_GPU, reason="needs a GPU and a build with
 
 @contextmanager
 def isa(name: str) -> Iterator[None]:
+    """Within the context, CPU kernels use this instruction set."""
     emulated = name == "v4_amx" and EMULATES_AMX
     with _emulated_amx() if emulated else nullcontext():
         _C.set_isa("v4_bf16" if emulated else name)
@@ -80,20 +82,20 @@ def _amx_emulated() -> ModuleType:
 def _emulated_amx() -> Iterator[None]:
     """Within the context, bindings of `_C` call kernels for AMX, on emulated tiles, for the tensors that these take."""
     module = _amx_emulated()
+    takes = {
+        "linear_many_rows": lambda x, *_: x.dtype == torch.float32 and x.dim() == 2,
+        "quantized_many_rows": lambda x, weight, *_: weight.dtype != torch.uint8,
+        "chunked_attention_fwd": lambda q, *_: q.dtype == torch.bfloat16 and q.dim() == 4,
+        "chunked_attention_bwd": lambda do, *_: do.dtype == torch.bfloat16 and do.dim() == 4,
+    }
 
-    def choice(name: str, dtype: torch.dtype, dims: int) -> Callable:
+    def choice(name: str) -> Callable:
         kernel, emulated = getattr(_C, name), getattr(module, name)
-        return lambda x, *args: (emulated if x.dtype == dtype and x.dim() == dims else kernel)(x, *args)
+        return lambda *args: (emulated if takes[name](*args) else kernel)(*args)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(_C, "linear_many_rows", choice("linear_many_rows", torch.float32, 2))
-        kernel, emulated = _C.quantized_many_rows, module.quantized_many_rows
-        patch.setattr(
-            _C, "quantized_many_rows", lambda x, w, *rest: (kernel if w.dtype == torch.uint8 else emulated)(x, w, *rest)
-        )
-        for direction in ("fwd", "bwd"):
-            name = f"chunked_attention_{direction}"
-            patch.setattr(_C, name, choice(name, torch.bfloat16, 4))
+        for name in takes:
+            patch.setattr(_C, name, choice(name))
         yield
 
 

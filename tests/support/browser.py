@@ -22,7 +22,10 @@ class Page:
     """A tab that shows a folder's index.html."""
 
     def __init__(self, commands: BinaryIO, replies: BinaryIO, url: str) -> None:
-        self._commands, self._replies, self._count, self._session = commands, replies, 0, None
+        self._commands = commands
+        self._replies = replies
+        self._count = 0
+        self._session = None
         target = self._call("Target.createTarget", url=url)["targetId"]
         self._session = self._call("Target.attachToTarget", targetId=target, flatten=True)["sessionId"]
 
@@ -31,7 +34,7 @@ class Page:
         session = {} if self._session is None else {"sessionId": self._session}
         message = json.dumps({"id": self._count, "method": method, "params": params, **session})
         self._commands.write(message.encode() + b"\0")
-        while True:
+        while True:  # skip events and older replies; each message ends with a zero byte
             text = bytearray()
             while (byte := self._replies.read(1)) != b"\0":
                 assert byte, "Chromium has ended"
@@ -57,7 +60,8 @@ class Page:
         """Scroll to an element, and press and release the mouse in its middle."""
         self.value(f"document.getElementById('{identifier}').scrollIntoView()")
         box = f"document.getElementById('{identifier}').getBoundingClientRect()"
-        x, y = (self.value(f"{box}.{a} + {box}.{b} / 2") for a, b in (("x", "width"), ("y", "height")))
+        x = self.value(f"{box}.x + {box}.width / 2")
+        y = self.value(f"{box}.y + {box}.height / 2")
         for kind in ("mousePressed", "mouseReleased"):
             self._call("Input.dispatchMouseEvent", type=kind, x=x, y=y, button="left", clickCount=1)
 
@@ -81,9 +85,10 @@ def opened_page(folder: Path, profile: Path) -> Iterator[Page]:
         pytest.skip("needs Chromium")
     server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), functools.partial(_Quiet, directory=str(folder)))
     threading.Thread(target=server.serve_forever, daemon=True).start()
-    (read, commands), (replies, write) = os.pipe(), os.pipe()
+    read, commands = os.pipe()
+    replies, write = os.pipe()
     flags = ["--headless", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage", "--remote-debugging-pipe"]
-    shell = f'exec "$0" "$@" 3<&{read} 4>&{write}'  # Chromium's ends of the pipes have these numbers
+    shell = f'exec "$0" "$@" 3<&{read} 4>&{write}'  # Chromium reads commands from descriptor 3, and replies on 4
     browser = subprocess.Popen(
         ["bash", "-c", shell, CHROMIUM, *flags, f"--user-data-dir={profile}"],
         pass_fds=(read, write),

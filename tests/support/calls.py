@@ -31,7 +31,7 @@ def evaluate(function: Function, case: Case, incoming: Callable[[str, Tensor], T
     leaves = {name: tensor.detach().requires_grad_() for name, tensor in tensors.items()}
     outputs = forward(function, replace(case, tensors=leaves))
     gen = generator(1)
-    grads = {name: _random_gradient(gen, o, case.dtype) for name, o in outputs.items() if o.requires_grad}
+    grads = {name: _random_gradient(gen, y, case.dtype) for name, y in outputs.items() if y.requires_grad}
     grads = {name: case.poisoned(grad) if name in op.outputs else grad for name, grad in grads.items()}
     if incoming:
         grads = {name: incoming(name, grad) for name, grad in grads.items()}
@@ -62,7 +62,8 @@ def streamed(function: Function, op: str, pieces: Sequence[int]) -> Function:
     count = len(OPS[op].tokens)
 
     def run(*inputs: Tensor, lengths: Tensor | None = None, **options: Any) -> Any:
-        tokens, parameters, start, outputs = inputs[:count], inputs[count:], 0, []
+        tokens, parameters = inputs[:count], inputs[count:]
+        outputs, start = [], 0
         state = options.pop("state", None)
         position = options.pop("position", None)
         for size in pieces:
@@ -96,9 +97,9 @@ def merge_states(op: str, parameters: Sequence[Tensor], before: Any, after: Any,
         return q ** lengths[:, None, None] * before + after
     count = before.count + after.count
     share = (after.count.to(before.mean.dtype) / count.clamp(min=1))[:, None]
-    d = after.mean - before.mean
-    var = before.var + share * ((after.var - before.var) + (1 - share) * d * d)
-    return TimestepNormState(count, before.mean + share * d, var)
+    difference = after.mean - before.mean
+    var = before.var + share * ((after.var - before.var) + (1 - share) * difference**2)
+    return TimestepNormState(count, before.mean + share * difference, var)
 
 
 def separate(function: Function, op: str) -> Function:
@@ -110,12 +111,9 @@ def separate(function: Function, op: str) -> Function:
         results: list[Any] = []
         flat = [token.flatten(0, 1) for token in tokens]
         for s, (begin, end) in enumerate(pairs_of(spans).tolist()):
-            own = {
-                name: tree_map_only(Tensor, lambda t, s=s: t[s : s + 1], value)
-                if name in ("state", "position")
-                else value
-                for name, value in options.items()
-            }
+            own = dict(options)
+            for name in options.keys() & {"state", "position"}:  # these have a row for each span
+                own[name] = tree_map_only(Tensor, lambda t, s=s: t[s : s + 1], own[name])
             results.append(function(*(token[None, begin:end] for token in flat), *parameters, **own))
         if not OPS[op].outputs:
             return tree_map(lambda *parts: torch.cat(parts), *results)
@@ -123,7 +121,7 @@ def separate(function: Function, op: str) -> Function:
         outputs = [result[0] if has_state else result for result in results]
         B, L = tokens[0].shape[:2]
 
-        def spread(*parts: Tensor) -> Tensor:
+        def spread(*parts: Tensor) -> Tensor:  # zeros between the spans
             rows, at = [], 0
             for (begin, end), part in zip(pairs_of(spans).tolist(), parts, strict=True):
                 rows += [part.new_zeros(begin - at, *part.shape[2:]), part[0]]
@@ -131,7 +129,9 @@ def separate(function: Function, op: str) -> Function:
             return torch.cat([*rows, parts[0].new_zeros(B * L - at, *parts[0].shape[2:])]).unflatten(0, (B, L))
 
         whole = tree_map(spread, *outputs)
-        return (whole, tree_map(lambda *parts: torch.cat(parts), *(r[1] for r in results))) if has_state else whole
+        if not has_state:
+            return whole
+        return whole, tree_map(lambda *parts: torch.cat(parts), *(state for _, state in results))
 
     return run
 

@@ -69,7 +69,8 @@ class Case:
         spans = self.spans()
         if spans is None:
             return tokens
-        (begins, ends), token = pairs_of(spans).T[..., None], torch.arange(tokens.shape[0] * tokens.shape[1])
+        begins, ends = pairs_of(spans).T[..., None]
+        token = torch.arange(tokens.shape[0] * tokens.shape[1])
         inside = ((begins <= token) & (token < ends)).any(0).view(tokens.shape[:2])
         return tokens.where(inside.view(*inside.shape, *[1] * (tokens.dim() - 2)), self.poison)
 
@@ -99,11 +100,15 @@ def sequence_options(**rows: Sequence | None) -> dict[str, Tensor]:
     """Tensors of cu_seqlens, lengths, starts or spans."""
     assert rows.keys() <= {*SEQUENCES}, rows
     options = {name: torch.tensor(v, dtype=torch.int64) for name, v in rows.items() if v is not None}
-    return options | ({"spans": options["spans"].view(-1, 2)} if "spans" in options else {})
+    if "spans" in options:
+        options["spans"] = options["spans"].view(-1, 2)  # also without spans
+    return options
 
 
 def count_sequences(B: int, **rows: Sequence) -> int:
-    return len(rows["cu_seqlens"]) - 1 if "cu_seqlens" in rows else len(rows["spans"]) if "spans" in rows else B
+    if "cu_seqlens" in rows:
+        return len(rows["cu_seqlens"]) - 1
+    return len(rows["spans"]) if "spans" in rows else B
 
 
 def call_with_state(
@@ -147,7 +152,7 @@ class Op:
     call: Callable[[Callable[..., Any], list[Tensor], Tensors, dict[str, Any]], Tensors] = call_with_state
     gradients: Callable[[Callable[..., Any], Case, list[Tensor], Tensors], Tensors] | None = None
     with_state: Sizes = field(default_factory=dict)  # arguments of `case` that add an initial state
-    small: Sizes = field(default_factory=dict)  # further arguments of `case` for SMALL
+    small: Sizes = field(default_factory=dict)  # further arguments of `case` for cases.SMALL
     threads: dict[str, Sizes] = field(default_factory=dict)  # a case for each way to divide the work among threads
     cuda: CudaSizes | None = None  # None: no CUDA kernels of its own
     constant_state: bool = False  # no gradient flows through the state

@@ -1,8 +1,7 @@
 """Comparison of a model on pieces of a sequence, each in a process of its own, with one process."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
-from itertools import accumulate
 from typing import Any
 
 import torch
@@ -42,13 +41,13 @@ def compare(work: Work) -> dict[str, float]:
     """The largest error of each result and gradient on this rank, relative to the largest value of one process's."""
     rank, ranks = dist.get_rank(), dist.get_world_size()
     model, unsharded = cut_over_all_ranks(_model(work)), _model(work)
-    end = list(accumulate(work.pieces))[rank]
-    columns = slice(end - work.pieces[rank], end)
+    begin = sum(work.pieces[:rank])
+    columns = slice(begin, begin + work.pieces[rank])
     shared = [_results(work, unsharded, slice(None)) if rank == 0 else None]
-    dist.broadcast_object_list(shared)
+    dist.broadcast_object_list(shared)  # rank 0's results replace None
     (whole,) = shared
     piece = _results(work, model, columns)
-    for name in ("logits", "losses") if "losses" in whole else ("logits",):
+    for name in whole.keys() & {"logits", "losses"}:
         whole[name] = whole[name][:, columns]
     for name, value in piece.items():
         if name.startswith("d ") and not name.startswith("d state"):
@@ -118,7 +117,7 @@ def _results(work: Work, model: mo.Megalodon, columns: slice) -> dict[str, Tenso
             results[name] = torch.zeros(())
     if not work.grad:
         return results
-    total = loss
+    total = loss  # plus a random combination of the end state's numbers, so that they have gradients, too
     weights = torch.Generator().manual_seed(4)
     recurrent = {name: t for name, t in named_tensors(after).items() if t.requires_grad}
     for tensor in recurrent.values():
@@ -160,7 +159,7 @@ def _inputs(work: Work, rows: int, length: int, gen: torch.Generator) -> Tensor:
     return torch.randint(TINY["vocab_size"], (rows, length), generator=gen)
 
 
-def _leaves(norm, leaf):
+def _leaves(norm: mo.TimestepNormState, leaf: Callable[[Tensor], Tensor]) -> mo.TimestepNormState:
     return norm._replace(mean=leaf(norm.mean), var=leaf(norm.var))
 
 
@@ -177,8 +176,8 @@ def _inside(work: Work, columns: slice) -> Tensor:
 
 def relative_error(got: Tensor, expected: Tensor) -> float:
     """The largest difference, relative to the largest expected value; infinity for NaN."""
-    is_same_kind = got.shape == expected.shape and got.dtype in (expected.dtype, torch.bfloat16)  # by `param_dtype`
-    assert is_same_kind, (got.shape, expected.shape, got.dtype, expected.dtype)
+    assert got.shape == expected.shape, (got.shape, expected.shape)
+    assert got.dtype in (expected.dtype, torch.bfloat16), (got.dtype, expected.dtype)  # bfloat16: by `param_dtype`
     if not got.numel():
         return 0.0
     wide = torch.complex128 if expected.is_complex() else torch.float64

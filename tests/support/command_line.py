@@ -50,9 +50,9 @@ def evaluated_bits(capsys: pytest.CaptureFixture[str], *arguments: object) -> fl
 def error_of(
     capsys: pytest.CaptureFixture[str], *arguments: object, has_bar: bool = False, prints: bool = False
 ) -> str:
-    """Run a command that fails, and return its error: one line, and all that it writes.
+    """Run a command that fails, and return the line with its error. Assert that it writes nothing else, except:
 
-    With `has_bar`, there may be progress bars and messages about the data, too; with `prints`, results.
+    has_bar: progress bars and messages about the data; prints: results.
     """
     capsys.readouterr()
     try:
@@ -94,26 +94,29 @@ class Forked(multiprocessing.get_context("fork").Process):
         self, *arguments: object, stdin: bytes = b"", encoding: str = "utf-8", folder: Path | None = None
     ) -> None:
         super().__init__()
-        self._arguments, self._encoding, self._folder = [*map(str, arguments)], encoding, folder
-        self._stdin, self._stderr = tempfile.TemporaryFile(), tempfile.TemporaryFile()
+        self._arguments = [*map(str, arguments)]
+        self._encoding = encoding
+        self._folder = folder
+        self._stdin = tempfile.TemporaryFile()
+        self._stderr = tempfile.TemporaryFile()
         self._stdin.write(stdin)
         self._stdin.seek(0)
-        self._ends = os.pipe()
-        self.stdout = open(self._ends[0], "rb", buffering=0)
+        self._read_end, self._write_end = os.pipe()  # of stdout
+        self.stdout = open(self._read_end, "rb", buffering=0)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", DeprecationWarning)  # Python 3.12 warns of forks of a process with threads
             self.start()
-        os.close(self._ends[1])
+        os.close(self._write_end)
 
     def run(self) -> None:
-        gc.freeze()  # garbage of this process may own threads that only its parent has, and would wait for them
-        os.close(self._ends[0])
-        for number, file in enumerate((self._stdin.fileno(), self._ends[1], self._stderr.fileno())):
+        gc.freeze()  # garbage may own threads that only the parent has; collecting it here would wait for them
+        os.close(self._read_end)
+        for number, file in enumerate((self._stdin.fileno(), self._write_end, self._stderr.fileno())):
             os.dup2(file, number)
-        os.close(self._ends[1])
-        sys.stdin, sys.stdout, sys.stderr = (
-            open(number, mode, encoding=self._encoding) for number, mode in enumerate(("r", "w", "w"))
-        )
+        os.close(self._write_end)
+        sys.stdin = open(0, encoding=self._encoding)
+        sys.stdout = open(1, "w", encoding=self._encoding)
+        sys.stderr = open(2, "w", encoding=self._encoding)
         sys.argv[1:] = self._arguments
         if self._folder is not None:
             os.chdir(self._folder)
@@ -131,14 +134,12 @@ class Forked(multiprocessing.get_context("fork").Process):
 
 def rows(out: Path) -> list[dict[str, Any]]:
     """The run's metrics without times and rates."""
-    return [
-        {name: value for name, value in row.items() if "second" not in name}
-        for row in read_metrics(out / "metrics.jsonl")
-    ]
+    metrics = read_metrics(out / "metrics.jsonl")
+    return [{name: value for name, value in row.items() if "second" not in name} for row in metrics]
 
 
 def overflow(run: Path, by: float = 1e30) -> None:
-    """Scale the weights in a run's newest checkpoint; they stay finite, but by default the outputs do not."""
+    """Scale the weights in a run's newest checkpoint: by default they stay finite, and the outputs overflow."""
     found = load_checkpoint(run)
     model = Megalodon(found.config)
     found.load_weights(model)

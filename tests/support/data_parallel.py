@@ -47,7 +47,8 @@ def train(
 ) -> tuple[list[float], list[float], dict]:
     """Losses, norms of gradients and parameters of a short training by the paper's optimizer."""
     optimizer = torch.optim.AdamW(model.parameters(), lr=lr, betas=(0.9, 0.95), weight_decay=0.1)
-    losses, norms, rows = [], [], rows or own_rows()
+    losses, norms = [], []
+    rows = rows or own_rows()
     for step in range(steps):
         total = 0.0
         for part in range(accumulate):

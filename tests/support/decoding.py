@@ -22,7 +22,8 @@ def model_and_state(dtype=torch.float32, rows=1, seen=5, **overrides):
 
 def by_layers(model, state, pieces):
     """Logits of the pieces and the state after them, by the model's layers."""
-    outputs, state = [], tree_map_only(torch.Tensor, torch.clone, state)
+    outputs = []
+    state = tree_map_only(torch.Tensor, torch.clone, state)
     with torch.no_grad():
         for piece in pieces:
             logits, state = model(piece, state=state, return_state=True, inplace_state=True)
@@ -35,7 +36,7 @@ def by_decoder(decoder, pieces):
 
 
 def assert_bits_of_layers(model, state, rows=1, length=1, *, fused=True, pieces=None):
-    """Compare bits, by default over more tokens than fit into the current chunk, so a new chunk begins."""
+    """Assert that decoder and layers give the same bits, by default in five calls, during which a new chunk begins."""
     pieces = tokens_of(rows, 5 * length).split(length, 1) if pieces is None else pieces
     decoder = mo.Decoder(model, state)
     assert_same_bits(by_decoder(decoder, pieces), by_layers(model, state, pieces))
@@ -43,12 +44,12 @@ def assert_bits_of_layers(model, state, rows=1, length=1, *, fused=True, pieces=
 
 
 def assert_same_bits(found, expected):
-    """Equal bits, and no NaN."""
+    """Assert equal bits; fails where both have NaN."""
     assert all(torch.equal(a, b) for a, b in zip(tree_leaves(found), tree_leaves(expected), strict=True))
 
 
 def assert_error_of_the_layers(model, state, token):
-    """The decoder's first call raises the error that the model raises."""
+    """Assert that the decoder's first call raises the error that the model raises."""
     with pytest.raises((RuntimeError, TypeError, ValueError)) as expected:
         by_layers(model, state, [token])
     with pytest.raises(expected.type, match=re.escape(str(expected.value))):
@@ -56,13 +57,13 @@ def assert_error_of_the_layers(model, state, token):
 
 
 def assert_equal(found, expected):
-    """Equal bits; rows of a cache that nothing has written are NaN."""
+    """Assert equal bits; takes NaN as equal, as rows of a cache that nothing has written are NaN."""
     for a, b in zip(tree_leaves(found), tree_leaves(expected), strict=True):
         torch.testing.assert_close(a, b, rtol=0, atol=0, equal_nan=True)
 
 
 def assert_decodes(decoder, model, tokens, length=1):
-    """The decoder's next logits and its state are those of the layers."""
+    """Assert that the decoder's next logits and its state are those of the layers."""
     state, pieces = decoder.state, tokens.split(length, 1)
     found = by_decoder(decoder, pieces)
     assert_equal(found, by_layers(model, state, pieces))

@@ -12,7 +12,7 @@ CHANNELS = st.sampled_from([1, 2, 3, 5, 7, 8, 13, 16, 17, 31, 33, 64, 67])
 
 
 def lengths_around(C: int) -> st.SearchStrategy[int]:
-    """1, the neighbours of the first multiples of C, and primes."""
+    """Multiples of C and their neighbours; 1 and primes."""
     around = {n for m in (C, 2 * C, 3 * C) for n in (m - 1, m, m + 1)}
     return st.sampled_from(sorted(around - {0} | {1, 2, 3, 7, 13, 29, 53}))
 

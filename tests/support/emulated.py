@@ -12,6 +12,7 @@ import megalodon_ops as mo
 from megalodon_ops import _C
 
 ORDERS = ("forward", "reverse", "random")
+A100 = 163 * 1024  # bytes of shared memory of a block; with less, cema takes the scan instead of tensor cores
 
 
 def run_emulated(emulator: Emulator, case: Case, run: Callable[..., Any] = evaluate, *, offset: Any = 0) -> Any:

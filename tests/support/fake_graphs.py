@@ -30,6 +30,20 @@ from megalodon_ops.ops.linear import linear
 _CPU = torch._C.DispatchKeySet(torch._C.DispatchKey.CPU)
 
 
+class TensorOn(Tensor):
+    """A CPU tensor that says to be on `place`."""
+
+    device = property(lambda self: self.place)
+    is_cuda = property(lambda self: self.place.type == "cuda")
+    is_cpu = property(lambda self: self.place.type == "cpu")
+
+
+def tensor_on(place: str, tensor: Tensor) -> TensorOn:
+    tensor = tensor.detach().as_subclass(TensorOn)
+    tensor.place = torch.device(place)
+    return tensor
+
+
 def tensors_in(*values: Any) -> list[Tensor]:
     return [leaf for leaf in tree_leaves(values) if isinstance(leaf, Tensor)]
 
@@ -44,7 +58,7 @@ def bytes_of(storage: torch.UntypedStorage) -> Tensor:
 
 
 class FakeGraph(TorchDispatchMode):
-    """torch.cuda.CUDAGraph. `log` has what all graphs, streams and launches since the fixture's start did."""
+    """Stands in for torch.cuda.CUDAGraph. `log` has the events of all graphs, streams and launches of a test."""
 
     log: list[tuple] = []
     capturing: FakeGraph | None = None
@@ -52,8 +66,8 @@ class FakeGraph(TorchDispatchMode):
     def __init__(self) -> None:
         super().__init__()
         self._calls: list[Callable[[], None]] = []
-        self._before: dict[int, tuple[Tensor, Tensor]] = {}
-        self._own: dict[int, torch.UntypedStorage] = {}
+        self._before: dict[int, tuple[Tensor, Tensor]] = {}  # by address: bytes written in the capture, and a copy
+        self._own: dict[int, torch.UntypedStorage] = {}  # by address: memory allocated in the capture
         self._is_valid = True
 
     def capture_begin(self, capture_error_mode: str) -> None:
@@ -83,8 +97,8 @@ class FakeGraph(TorchDispatchMode):
         self._is_valid = False
         raise RuntimeError("CUDA error: operation not permitted when stream is capturing\nmore")
 
-    def note(self, call: Callable[[], None], arguments: Any, written: list[Tensor], fresh: list[Tensor] = []) -> None:
-        """Add a call, before it writes to memory."""
+    def note(self, call: Callable[[], None], *, written: list[Tensor] = [], fresh: list[Tensor] = []) -> None:
+        """Add a call before it writes to the tensors `written`; it has allocated those of `fresh`."""
         for address, storage in storages_in(written).items():
             if address not in self._own and address not in self._before:
                 self._before[address] = bytes_of(storage), bytes_of(storage).clone()
@@ -94,7 +108,7 @@ class FakeGraph(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
         kwargs = kwargs or {}
         if func.namespace == "megalodon_ops":
-            with self:
+            with self:  # go on with what the op calls
                 return func.redispatch(_CPU, *args, **kwargs)
         if torch.Tag.data_dependent_output in func.tags:
             self.refuse()
@@ -102,10 +116,11 @@ class FakeGraph(TorchDispatchMode):
         writes = {a.name for a in func._schema.arguments if a.alias_info is not None and a.alias_info.is_write}
         written = tensors_in([values.get(name) for name in writes])
         if written:
-            self.note(partial(func, *args, **kwargs), args, written)
+            self.note(partial(func, *args, **kwargs), written=written)
             return func(*args, **kwargs)
-        results, given = func(*args, **kwargs), storages_in(args, kwargs)
-        fresh = [(i, t) for i, t in enumerate(tensors_in(results)) if t.untyped_storage().data_ptr() not in {0, *given}]
+        results = func(*args, **kwargs)
+        old = {0, *storages_in(args, kwargs)}  # 0: without memory
+        fresh = [(i, t) for i, t in enumerate(tensors_in(results)) if t.untyped_storage().data_ptr() not in old]
 
         def repeat() -> None:
             found = tensors_in(func(*args, **kwargs))
@@ -113,12 +128,12 @@ class FakeGraph(TorchDispatchMode):
                 tensor.copy_(found[i])
 
         if fresh:
-            self.note(repeat, args, [], [tensor for _, tensor in fresh])
+            self.note(repeat, fresh=[tensor for _, tensor in fresh])
         return results
 
 
 class FakeStream:
-    """torch.cuda.Stream. The log has who waits for whom; `stack` has the current streams."""
+    """Stands in for torch.cuda.Stream. The log has who waits for whom; `stack` has the current streams."""
 
     stack: list[FakeStream] = []
     cuda_stream = 0
@@ -144,12 +159,12 @@ def use_stream(stream: FakeStream) -> Iterator[None]:
 
 
 WORKSPACES: dict[tuple[int, FakeStream], FakeGraph | None] = {}
-"""cuBLAS's, by thread and stream, with the graph in whose pool they lie."""
-HANDLES: set[int] = set()  # threads
+"""Workspaces of cuBLAS: by thread and stream, the graph in whose memory pool they lie"""
+HANDLES: set[int] = set()  # threads that have a handle of cuBLAS
 
 
 def use_workspace() -> None:
-    """A graph uses only workspaces in its pool, which nobody else frees; nobody else uses them, as a replay may do so."""
+    """Assert that a graph uses only workspaces in its own pool, and that calls outside it do not use these."""
     thread, graph = threading.get_ident(), FakeGraph.capturing
     if graph is not None and thread not in HANDLES:
         graph.refuse()
@@ -165,7 +180,9 @@ def count(event: str) -> int:
 def fake_graphs(emulator: Emulator, monkeypatch: pytest.MonkeyPatch) -> Iterator[list[tuple]]:
     """Decoders capture graphs of CPU tensors, which take the paths of CUDA tensors; the value is FakeGraph's log."""
 
-    bindings_of_cpu, tolist, torch_linear = bindings(_C), Tensor.tolist, F.linear
+    bindings_of_cpu = bindings(_C)
+    tolist = Tensor.tolist
+    torch_linear = F.linear
 
     def read(tensor: Tensor) -> list:
         """Tensor.tolist, which no dispatch mode sees on the CPU."""
@@ -175,7 +192,7 @@ def fake_graphs(emulator: Emulator, monkeypatch: pytest.MonkeyPatch) -> Iterator
         def launch(*args: Any) -> None:
             FakeGraph.log.append(("launch", name, *map(described, args)))
             if FakeGraph.capturing is not None:
-                FakeGraph.capturing.note(partial(kernel, *args), args, tensors_in(args[-num_results:]))
+                FakeGraph.capturing.note(partial(kernel, *args), written=tensors_in(args[-num_results:]))
             with _disable_current_modes():  # the emulator computes with tensors of its own
                 kernel(*args)
 
@@ -204,7 +221,8 @@ def fake_graphs(emulator: Emulator, monkeypatch: pytest.MonkeyPatch) -> Iterator
     monkeypatch.setattr(torch.cuda, "current_blas_handle", use_workspace)
     monkeypatch.setattr(torch._C, "_cuda_clearCublasWorkspaces", WORKSPACES.clear, raising=False)
     monkeypatch.setattr(decoder, "may_capture", lambda model, state: not model.config.working_memory)
-    FakeGraph.log.clear(), WORKSPACES.clear(), HANDLES.clear()
+    for record in (FakeGraph.log, WORKSPACES, HANDLES):
+        record.clear()
     with stack:
         yield FakeGraph.log
         monkeypatch.undo()

@@ -16,7 +16,8 @@ _BUFFERS = ("rope.freqs", "prior_count", "prior_mean", "prior_logv")
 def golden_case(op: str, case: str) -> dict[str, Tensor]:
     """The tensors of one case of ops.json, by name."""
     tensors = load_file(DATA / f"op_{op}_f64.safetensors")
-    return {name.split("/")[1]: tensor for name, tensor in tensors.items() if name.split("/")[0] == case}
+    prefix = f"{case}/"
+    return {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
 
 
 def golden_config(op: str) -> dict[str, dict]:

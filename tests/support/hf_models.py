@@ -29,6 +29,7 @@ def build_model(dtype: torch.dtype = torch.float32, **fields) -> hf.MegalodonFor
 
 
 def randomized(model: nn.Module) -> nn.Module:
+    """Add noise to all parameters."""
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(torch.randn_like(parameter), alpha=0.2)
@@ -41,11 +42,12 @@ def prompts() -> list[Tensor]:
 
 def padded(rows: list[Tensor], side: str, value: int = 0) -> dict[str, Tensor]:
     width = max(map(len, rows))
-    ids, mask = torch.full((2, len(rows), width), value)
-    mask.zero_()
+    ids = torch.full((len(rows), width), value)
+    mask = torch.zeros_like(ids)
     for i, row in enumerate(rows):
         columns = slice(width - len(row), width) if side == "left" else slice(0, len(row))
-        ids[i, columns], mask[i, columns] = row, 1
+        ids[i, columns] = row
+        mask[i, columns] = 1
     return dict(input_ids=ids, attention_mask=mask)
 
 

@@ -8,7 +8,7 @@ import pytest
 
 from megalodon_ops.storage import files
 
-# Number of calls of a function of `os` before the kill; the writer makes fewer than ten.
+# Values of `count` that one test takes in turn. The writer makes fewer than ten calls of a function of `os`.
 COUNTS = [pytest.param((0, 4), id=""), pytest.param((1, 2, 3, 5, 6, 7), id="others", marks=pytest.mark.slow)]
 
 
@@ -18,8 +18,9 @@ class _Killed(BaseException):
 
 @contextmanager
 def killed_at(monkeypatch: pytest.MonkeyPatch, call: str, count: int) -> Iterator[pytest.MonkeyPatch]:
-    """End the block at call number `count` + 1 of `os.<call>`, if there is one, without cleaning up."""
-    real, calls = getattr(os, call), 0
+    """Allow `count` calls of `os.<call>`; end the block at the next one, if there is one, without cleaning up."""
+    real = getattr(os, call)
+    calls = 0
 
     def die_at(*arguments):
         nonlocal calls

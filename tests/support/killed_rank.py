@@ -6,7 +6,8 @@ from typing import Any
 from megalodon_ops.cli import process
 from megalodon_ops.training import Reader
 
-LOSS, losses = Reader.loss, []
+LOSS = Reader.loss
+losses = []
 
 
 def loss_then_kill(reader: Reader, batch: Any) -> Any:

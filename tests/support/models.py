@@ -29,5 +29,12 @@ def tiny_model(dtype=torch.float64, **overrides) -> mo.Megalodon:
     return model
 
 
+def numbers_of(*shape: int, mean: float = 100.0, missing: bool = True) -> torch.Tensor:
+    """Numbers with a large mean, a constant feature and, if asked for, missing ones."""
+    x = mean + torch.randn(*shape, dtype=torch.float64)
+    x[0, :, 0] = 0.1
+    return x.where(torch.rand(shape) > (0.3 if missing else 0.0), torch.nan)
+
+
 def tokens_of(*shape: int) -> torch.Tensor:
     return torch.randint(TINY["vocab_size"], shape, generator=torch.Generator().manual_seed(1))

@@ -15,7 +15,7 @@ HOSTILE += ["model.safetensors", "(a+)+$", "\ud800"]
 
 
 def edit(path: Path, old: str, new: str) -> None:
-    """Replace the text `old` of a file, which stands there once."""
+    """Replace the text `old`, which must occur once in the file."""
     content = path.read_bytes()
     assert content.count(old.encode()) == 1
     path.write_bytes(content.replace(old.encode(), new.encode()))
@@ -66,8 +66,8 @@ def edit_json(path: Path, rng: random.Random) -> str:
 def edit_header(path: Path, rng: random.Random) -> str:
     """Edit the JSON at the beginning of a safetensors file."""
     data = path.read_bytes()
-    size = struct.unpack("<Q", data[:8])[0]
-    head = json.loads(data[8 : 8 + size])
+    (head_size,) = struct.unpack("<Q", data[:8])
+    head = json.loads(data[8 : 8 + head_size])
     names = [name for name in head if name != "__metadata__"]
     if not names:
         return flip(path, rng)
@@ -87,7 +87,7 @@ def edit_header(path: Path, rng: random.Random) -> str:
         head["__metadata__"] = rng.choice([{"format": rng.choice(["pt", "np", "x", ""])}, *HOSTILE])
     new = json.dumps(head).encode()
     size = rng.choice([0, 1, 2**40, 2**63, len(new) + 8, len(data)]) if kind == "size" else len(new)
-    path.write_bytes(struct.pack("<Q", size) + new + data[8 + struct.unpack("<Q", data[:8])[0] :])
+    path.write_bytes(struct.pack("<Q", size) + new + data[8 + head_size :])
     return f"{path.name}: header {name} {kind}"
 
 
@@ -160,7 +160,7 @@ def mutate(path: Path, rng: random.Random) -> str:
 
 
 def mutants(base: Path, root: Path, count: int, seed: int) -> Iterator[tuple[Path, str]]:
-    """Copies of a folder in which one file is corrupted, as folders of the same name in `root`, and descriptions."""
+    """Yield `count` copies of the folder `base` in which one file is corrupted, each with a description."""
     rng = random.Random(seed)
     for i in range(count):
         folder = root / f"{base.name}-{i}" / "checkpoints" / base.name

@@ -31,7 +31,7 @@ SERIES = [ROOT / "docs" / "tutorials" / f"{name}.md" for name in ("your-text", "
 """Tutorials that run in one folder: the first trains the model of the others"""
 
 _PYTHON = (3, 11)
-"""Version whose texts the pages' figures are of"""
+"""Version whose own texts gave the figures of the pages"""
 _BLOCK = re.compile(
     r"^```(python|bash|cpp|text)(?: within (\d+) %(?:, (\d+) % for another Python)?)?\n(.*?)^```$", re.S | re.M
 )
@@ -57,7 +57,7 @@ def blocks(page: Path) -> list[Block]:
 
 def blocks_of(text: str) -> list[Block]:
     found, is_other = _BLOCK.findall(text), sys.version_info[:2] != _PYTHON
-    return [Block(kind, code, int(is_other and other or within or 3) / 100) for kind, within, other, code in found]
+    return [Block(kind, code, int((is_other and other) or within or 3) / 100) for kind, within, other, code in found]
 
 
 def has_commands(page: Path) -> bool:
@@ -87,7 +87,7 @@ def follow(page: Path, folder: Path) -> None:
 
 def first_missing(shown: str, printed: str, within: float) -> str | None:
     """The first line of `shown` that is not printed after the lines before it, if there is one."""
-    lines = iter(printed.splitlines())
+    lines = iter(printed.splitlines())  # one iterator: each search goes on after the last match
     return next((line for line in shown.splitlines() if not any(_match(line, other, within) for other in lines)), None)
 
 

@@ -36,6 +36,7 @@ def allocated(call: Callable[[], object]) -> tuple[int, int]:
     total = peak = 0
     for (_, change, op), (_, following, _) in zip(changes, [*changes[1:], (0, 0, "")], strict=True):
         total += change
+        # A product's own buffer is allocated and freed in two neighbouring events.
         if not (op in ("aten::mm", "aten::addmm") and following == -change):
             peak = max(peak, total)
     return total, peak

@@ -6,7 +6,10 @@ import torch
 
 
 def save_released(model, directory, shards=1, **config):
-    """Write the files of the released code, including the buffers that loading drops."""
+    """Write the files of the released code, including the buffers that loading drops.
+
+    A shard has a slice of each parameter: along dimension 1 for `dim_1`, else along 0; those in `whole` are not split.
+    """
     weights = {**model.state_dict(), "rope.freqs": torch.zeros(4), "output.final_norm.prior_count": torch.tensor(0)}
     dim_1 = ("embed.weight", "mega.gamma", "mega.beta", "wh2.weight", "fc2.weight", "output.output.weight")
     whole = ("rmsnorm.weight", "nffn.norm.weight", "nffn.norm.bias", "rope.freqs", "prior_count", "nffn.alpha")

@@ -12,6 +12,7 @@ POISONS = torch.nan, torch.inf, -torch.inf, 1e20, -1e4
 
 
 def with_poison(cases: Callable[..., st.SearchStrategy[Case]]) -> Callable[..., st.SearchStrategy[Case]]:
+    """A function like `cases` whose cases have one of POISONS in their padding."""
     return lambda *kinds, **named: st.builds(
         lambda case, poison: replace(case, poison=poison), cases(*kinds, **named), st.sampled_from(POISONS)
     )

@@ -46,14 +46,15 @@ def _compare(work: Work) -> dict[str, float]:
     mesh = make_mesh(work.sizes, device_type="cpu")
     model = parallelize(_model(work), mesh, **work.options)
     shared = [_results(work, _model(work), None) if dist.get_rank() == 0 else None]
-    dist.broadcast_object_list(shared)
+    dist.broadcast_object_list(shared)  # rank 0's results replace None
     (whole,) = shared
     part = _results(work, model, mesh)
     for name in ("logits", "losses"):
         whole[name] = split(whole[name], mesh, chunk_size=TINY["chunk_size"])
     if "data" in mesh.mesh_dim_names:
         size = work.rows // mesh["data"].size()
-        rows = slice(mesh.get_local_rank("data") * size, (mesh.get_local_rank("data") + 1) * size)
+        begin = mesh.get_local_rank("data") * size
+        rows = slice(begin, begin + size)
         whole = {name: value[rows] if name.startswith("state ") else value for name, value in whole.items()}
     assert whole.keys() == part.keys(), whole.keys() ^ part.keys()
     return {name: relative_error(part[name], value) for name, value in whole.items()}

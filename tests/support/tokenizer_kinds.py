@@ -8,7 +8,6 @@ import pytest
 
 from megalodon_ops.tokenizers import ByteTokenizer, Tokenizer
 
-
 SOURCE = Path(argparse.__file__).read_bytes()
 
 
@@ -23,7 +22,7 @@ def from_json(model, folder, **options):
 
 
 def word_level_model(ids):
-    """A model of these words alone, which the package takes apart nowhere."""
+    """A model whose only tokens are these words; it has no rule that splits a text into words."""
     from tokenizers import Tokenizer as Model
     from tokenizers import decoders, models
 
@@ -77,7 +76,7 @@ def spaced_bpe(folder):
     )
     content = json.loads(model.to_str())
     content["added_tokens"] = content["added_tokens"][:3]
-    content["pre_tokenizer"] = None  # as in such vocabularies, whose merges stay inside words all the same
+    content["pre_tokenizer"] = None  # as in such vocabularies: their merges, learned inside words, cross no space
     (folder / "tokenizer.json").write_text(json.dumps(content))
     return Tokenizer.from_file(folder / "tokenizer.json")
 

@@ -25,7 +25,8 @@ WRONG = {
 
 @pytest.mark.parametrize("name", WRONG)
 def test_wrong_files_are_refused_in_one_line(name, tmp_path):
-    package("tokenizers"), package("sentencepiece")
+    package("tokenizers")
+    package("sentencepiece")
     content, message = WRONG[name]
     for path in (tmp_path / "tokenizer.json", tmp_path / "tokenizer.model"):
         if content is not None:
@@ -115,12 +116,13 @@ def test_duplicate_and_large_ids_are_refused(tmp_path, case):
 
 
 def test_unknown_decoders_are_refused(tmp_path):
-    """Such as WordPiece's, which puts spaces between tokens."""
+    """WordPiece's decoder, for one, puts spaces between tokens."""
     package("tokenizers")
     from tokenizers import decoders
 
     for decoder, name in ((decoders.WordPiece(), "'WordPiece'"), (None, "'none'")):
-        model, path = word_level_model({"a": 0, "b": 1}), tmp_path / "tokenizer.json"
+        path = tmp_path / "tokenizer.json"
+        model = word_level_model({"a": 0, "b": 1})
         model.decoder = decoder
         model.save(str(path))
         with pytest.raises(FileError, match=f"^{path}: its decoder must be ByteLevel, or .*got {name}$"):

@@ -23,6 +23,7 @@ def splits(draw, rows):
 
 
 def union(parts, ranges):
+    """One batch of the parts of all ranks, whose rows are `ranges`."""
     sequences = numpy.cumsum([0, *(len(part.carry) for part in parts)])
     tokens = numpy.cumsum([0, *(part.tokens.shape[1] for part in parts)])
 
@@ -55,7 +56,8 @@ def test_ranks_make_the_batch_of_one_process_before_and_after_a_resume(data, doc
             for rank in ranks:
                 rank.seek(position)
         for _ in range(data.draw(st.integers(0, 12))):
-            wanted, found = whole.next(), [rank.next() for rank in ranks]
+            wanted = whole.next()
+            found = [rank.next() for rank in ranks]
             if wanted is None:
                 assert found == [None] * len(ranks)
                 break
@@ -69,7 +71,8 @@ class RecordedDocument:
     """A document that records reads."""
 
     def __init__(self, text, read):
-        self.text, self.read = text, read
+        self.text = text
+        self.read = read
 
     def __len__(self):
         return len(self.text)

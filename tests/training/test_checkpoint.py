@@ -72,7 +72,7 @@ def test_keep_sets_the_number_of_checkpoints(tmp_path):
 
 @pytest.mark.parametrize("keep", [1, 2])
 def test_a_new_checkpoint_stays_beside_later_ones(tmp_path, keep):
-    """As after a resume from the checkpoint before a damaged one."""
+    """Later checkpoints exist after a resume from the one before a damaged one."""
     save(tmp_path, 9)
     save_checkpoint(tmp_path, 5, Megalodon(CONFIG), keep=keep)
     save_checkpoint(tmp_path, 6, Megalodon(CONFIG), keep=keep)
@@ -105,7 +105,7 @@ def test_killed_while_writing(tmp_path, monkeypatch, call, counts, step):
 
 
 def test_an_unfinished_draft_is_removed(tmp_path, file_size_limit):
-    """If the disk is full, at whichever file, the checkpoint before is unchanged and nothing of the new one stays."""
+    """The disk is full at one of the files: the old checkpoint is unchanged, and nothing of the new one stays."""
     folder = save(tmp_path, 1)
     before = {path: path.read_bytes() for path in folder.iterdir()}
     sizes = {path.name: path.stat().st_size for path in folder.iterdir()}
@@ -252,10 +252,12 @@ def test_files_and_folders_are_written_through_links(tmp_path):
 
 
 def network(seed, kind=torch.optim.AdamW, **options):
+    """A model and its optimizer, with two groups of parameters."""
     torch.manual_seed(seed)
     model = Megalodon(CONFIG)
-    groups = [{"params": [p for p in model.parameters() if (p.ndim == 2) == d]} for d in (1, 0)]
-    return model, kind(groups, lr=0.01, **options)
+    matrices = [parameter for parameter in model.parameters() if parameter.ndim == 2]
+    others = [parameter for parameter in model.parameters() if parameter.ndim != 2]
+    return model, kind([{"params": matrices}, {"params": others}], lr=0.01, **options)
 
 
 def descend(model, optimizer, steps):

@@ -33,6 +33,7 @@ def train(model: mo.Megalodon, optimizer: torch.optim.Optimizer, batches: torch.
 
 @pytest.mark.parametrize("shape", [(3, 8, 8), (2, 16, 40), (1, 1, 5)])
 def test_orthogonal_keeps_the_singular_vectors_and_evens_the_values(shape):
+    """In the basis of its singular vectors the result is diagonal; values, but for small ones, become about 1."""
     matrices = torch.randn(shape, generator=torch.Generator().manual_seed(0))
     result = orthogonal(matrices)
     assert result.shape == shape

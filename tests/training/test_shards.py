@@ -25,10 +25,10 @@ def shards_of(folder, documents, tokenizer=BYTES, count=3):
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir()
     bounds = [len(documents) * i // count for i in range(count + 1)]
-    shards = [
-        write_shard(folder, number, tokenizer, ([text] for text in documents[first:last]), Counter())
-        for number, (first, last) in enumerate(zip(bounds[:-1], bounds[1:], strict=True))
-    ]
+    shards = []
+    for number in range(count):
+        texts = ([text] for text in documents[bounds[number] : bounds[number + 1]])
+        shards.append(write_shard(folder, number, tokenizer, texts, Counter()))
     finish(folder, tokenizer, shards)
     return folder
 
@@ -95,14 +95,15 @@ def test_at_most_8_mib_are_held_out(tmp_path, monkeypatch):
 
 @given(st.lists(st.integers(1, 50), min_size=2, max_size=200), st.integers(1, 300))
 def test_documents_are_held_out_while_they_fit(sizes, max_held_out):
-    held_out, goal = [], min(max(1, sum(sizes) // 20), max_held_out)
-    room = goal
+    held_out = []
+    goal = min(max(1, sum(sizes) // 20), max_held_out)
+    left = goal
     for size in sizes:
-        if size <= room:
+        if size <= left:
             held_out.append(bytes(size))
-            room -= size
-    if room > goal / 2:
-        held_out.append(bytes(room))
+            left -= size
+    if left > goal / 2:  # then a part of a document is held out
+        held_out.append(bytes(left))
     lengths = numpy.array(sizes)
     corpus = split(lambda number: bytes(sizes[number]), numpy.arange(len(sizes)), lengths, lengths, bytes, max_held_out)
     assert corpus.held_out == held_out
@@ -221,7 +222,8 @@ def test_damage_is_reported_in_one_line(tmp_path, bpe, name, damage, message):
 
 def test_documents_that_end_before_they_begin(tmp_path):
     folder = shards_of(tmp_path / "tokens", [b"to be", b"or not to be", b"that is"], count=1)
-    content = bytearray((path := folder / "shard-000000.documents.npy").read_bytes())
+    path = folder / "shard-000000.documents.npy"
+    content = bytearray(path.read_bytes())
     content[128 + 7] ^= 1  # the highest byte of the first document's end
     path.write_bytes(content)
     with pytest.raises(FileError, match="shard-000000.documents.npy: the ends of documents must increase"):

@@ -104,7 +104,7 @@ def test_a_loop_over_bpe_tokens_resumes_to_equal_losses(text, bpe, tmp_path, con
 
 
 def test_a_uniform_model_has_the_bits_of_its_ids(text, bpe):
-    """log2(ids) * tokens / bytes, so bytes and BPE are comparable on one text."""
+    """It has log2(ids) * tokens / bytes bits per byte, so bytes and BPE are comparable on one text."""
     document = text.held_out[0][:5000]
     bits = {}
     for tokenizer in (ByteTokenizer(), bpe):
@@ -155,7 +155,7 @@ def test_a_reader_carries_the_state_of_each_row(shape, seed, count):
 
 
 def test_a_model_learns_where_documents_end(tmp_path):
-    """So generated text ends by itself, in the library, from a folder and on the command line."""
+    """Generated text then ends by itself, in the library, from a folder and on the command line."""
     documents = [b"one.", b"to two,", b"a third"]
     torch.manual_seed(0)
     model = mo.Megalodon(mo.MegalodonConfig(vocab_size=257, eos_token_id=256, **{**SIZE, "num_layers": 1}))
@@ -175,7 +175,7 @@ def test_a_model_learns_where_documents_end(tmp_path):
 
 
 def test_generation_stops_at_the_tokenizers_end():
-    """Not only at its start token. All 257 tokens are equally likely."""
+    """Its end is another token than its start here. All 257 tokens are equally likely."""
 
     class EndTokenizer(ByteTokenizer):
         end = 3

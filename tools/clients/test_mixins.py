@@ -44,9 +44,9 @@ class Common(ModelTesterMixin, TrainingTesterMixin):
     def _create_text_training_batch(self, *sizes: int, **named_sizes: int) -> dict[str, torch.Tensor]:
         batch = super()._create_text_training_batch(*sizes, **named_sizes)
         classifies = "Classification" in self.model_tester.model_class.__name__
-        return (
-            self._prepare_for_class(batch, self.model_tester.model_class, return_labels=True) if classifies else batch
-        )
+        if not classifies:
+            return batch
+        return self._prepare_for_class(batch, self.model_tester.model_class, return_labels=True)
 
     def test_config(self) -> None:
         ConfigTester(self, self.model_tester.model_class.config_class, **SIZES).run_common_tests()

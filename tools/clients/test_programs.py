@@ -50,8 +50,10 @@ SFT = {
 
 
 def sft(kind: str, folder: Path, name: str, peft_config: LoraConfig | None = None) -> list[float]:
-    pairs, texts = [dict(prompt=text[:9], completion=text[9:]) for text in TEXTS], [dict(text=text) for text in TEXTS]
-    data = Dataset.from_list(pairs if name == "completion_only" else texts)
+    rows = [dict(text=text) for text in TEXTS]
+    if name == "completion_only":
+        rows = [dict(prompt=text[:9], completion=text[9:]) for text in TEXTS]
+    data = Dataset.from_list(rows)
     options = trl.SFTConfig(folder, **OPTIONS, logging_steps=1, **SFT[name])
     return train(kind, options, trl.SFTTrainer, train_dataset=data, peft_config=peft_config)
 
@@ -140,5 +142,8 @@ def test_serve(path: str, stream: bool, address: str) -> None:
     request = urllib.request.Request(f"{address}/{path}", body, {"Content-Type": "application/json"})
     with urllib.request.urlopen(request, timeout=120) as response:
         answer = response.read().decode()
-    events = [json.loads(line[5:]) for line in answer.splitlines() if line.startswith("data: {")] if stream else []
-    assert len(events) > 1 if stream else json.loads(answer)["choices"][0]["finish_reason"]
+    if stream:
+        events = [json.loads(line[5:]) for line in answer.splitlines() if line.startswith("data: {")]
+        assert len(events) > 1
+    else:
+        assert json.loads(answer)["choices"][0]["finish_reason"]

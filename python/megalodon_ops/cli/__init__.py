@@ -71,10 +71,7 @@ def _show_error(name: str, error: Exception, is_root_cause: bool = True) -> int:
 
 
 def process() -> NoReturn:
-    """Run the command and end the process.
-
-    In a distributed run, the process ends at once: none of its threads or connections waits for an ended process.
-    """
+    """Run the command and end the process; one of several does not wait for its threads and connections."""
     if not torchrun.is_distributed():
         raise SystemExit(main())
     code: Any = 1
@@ -83,7 +80,8 @@ def process() -> NoReturn:
     except SystemExit as end:
         code = end.code
     except Exception as error:
-        if is_root_cause := torchrun.error_line(error) is not None:
+        is_root_cause = torchrun.error_line(error) is not None
+        if is_root_cause:
             traceback.print_exc()
         line = f"{type(error).__name__}: {error}" if is_root_cause else torchrun.PEER_FAILURE
         torchrun.report_failure(line, is_root_cause=is_root_cause)
@@ -106,7 +104,7 @@ def _parse_command(words: list[str]) -> tuple[Callable[[Any], int], Any]:
 
 
 class _Warnings(logging.Handler):
-    def emit(self, record: logging.LogRecord) -> None:
+    def emit(self, record: logging.LogRecord) -> None:  # to the current sys.stderr
         print(f"megalodon_ops: {record.getMessage()}", file=sys.stderr)
 
 

@@ -19,7 +19,6 @@ def work_bar(**style: Any) -> tqdm:
 
 
 def bytes_bar(total: int, **style: Any) -> tqdm:
-    """Return a :func:`work_bar` of bytes."""
     return work_bar(total=total, unit="B", unit_scale=True, **style)
 
 
@@ -31,8 +30,8 @@ class Progress:
 
     def __init__(self, row: dict[str, Any], steps: int | None, seconds: float | None):
         """Start at `row`; the run ends after `seconds` seconds or, if that is None, `steps` steps."""
-        self.held_out: float | None = None
-        self.smooth: dict[str, float] = {}
+        self.held_out: float | None = None  # bits per byte
+        self.smooth: dict[str, float] = {}  # moving averages
         self.seconds = seconds
         style = dict(dynamic_ncols=True, mininterval=0.1 if sys.stderr.isatty() else 10, unit="step")
         if seconds:
@@ -73,9 +72,8 @@ class Progress:
 class StopSignals:
     """Let the step finish on SIGINT, SIGTERM and SIGHUP; a second signal ends the process at once.
 
-    launched: True if torchrun has started the process. torchrun forwards signals that the terminal has already sent to
-    all processes, so a second signal is ignored; torchrun kills slow processes itself. The run also stops if torchrun
-    has ended.
+    launched: True if torchrun has started the process. Then a second signal is ignored: torchrun forwards signals that
+    the terminal has already sent, and kills slow processes itself. The run also stops if torchrun has ended.
     """
 
     def __init__(self, launched: bool = False):
@@ -90,9 +88,10 @@ class StopSignals:
         return self._received
 
     def __enter__(self) -> StopSignals:
-        numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
-        ignored = [number for number in numbers if signal.getsignal(number) is signal.SIG_IGN]  # under `nohup`, say
-        self._before = {number: signal.signal(number, self._note) for number in numbers if number not in ignored}
+        self._before = {}
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+            if signal.getsignal(number) is not signal.SIG_IGN:  # ignored under `nohup`, say
+                self._before[number] = signal.signal(number, self._note)
         return self
 
     def __exit__(self, *error: object) -> None:
@@ -102,4 +101,4 @@ class StopSignals:
     def _note(self, number: int, frame: object) -> None:
         self._received = self._received or number
         if self.launcher is None:
-            self.__exit__()
+            self.__exit__()  # the earlier handlers take a second signal

@@ -8,9 +8,10 @@ import sysconfig
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 from megalodon_ops.cli.documents import KINDS, LINES, LIST, PARQUET, content, holds_documents, kind_of
-from megalodon_ops.cli.documents import read_documents, reasons
+from megalodon_ops.cli.documents import read_documents, read_pieces, reasons
 from megalodon_ops.cli.errors import CommandError
 from megalodon_ops.cli.options import TextOptions, Train
 from megalodon_ops.storage.files import FileError
@@ -20,6 +21,12 @@ from megalodon_ops.training.shards import Shards, is_tokens
 Paths = Sequence[str | Path]
 _DEFAULTS = TextOptions()
 NOT_LIBRARY = {"site-packages", "dist-packages", "test", "tests", "idle_test"}
+
+
+class FoundFile(NamedTuple):
+    path: Path
+    folder: Path | None = None  # the named folder that holds the file; None for a named file
+    fault: str = ""  # why the file is skipped; "": it is taken
 
 
 def load_data(options: Train, *, quiet: bool = False) -> Corpus:
@@ -35,20 +42,17 @@ def load_data(options: Train, *, quiet: bool = False) -> Corpus:
 
 
 def load_corpus(
-    paths: Paths | None,
-    how: TextOptions = _DEFAULTS,
-    *,
-    validation: Sequence[bytes] | None = None,
-    quiet: bool = False,
+    paths: Paths | None, how: TextOptions = _DEFAULTS, *, validation: Sequence[bytes] | None = None, quiet: bool = False
 ) -> Corpus:
     """Read the documents that :func:`find_files` finds; hold out `validation` or, if it is None, some of them."""
     documents = load_documents(paths, how, quiet=quiet)
     try:
         return hold_out(documents, validation)
     except ValueError as error:
-        least = "at least 2 bytes, one to learn and one to hold out"
-        least = least if validation is None else "a document that is not in --validation"
-        raise CommandError(f"{' '.join(map(str, paths or ()))}: must have {least}") from error
+        needed = "at least 2 bytes, one to learn and one to hold out"
+        if validation is not None:
+            needed = "a document that is not in --validation"
+        raise CommandError(f"{' '.join(map(str, paths or ()))}: must have {needed}") from error
 
 
 def load_documents(paths: Paths | None, how: TextOptions = _DEFAULTS, *, quiet: bool = False) -> list[bytes]:
@@ -59,7 +63,7 @@ def load_documents(paths: Paths | None, how: TextOptions = _DEFAULTS, *, quiet: 
         found = f"no document, but {reasons(skipped)}"
         raise CommandError(f"{' '.join(map(str, paths))}: {found}; name a field with --field")
     if skipped and not quiet:
-        print(f"megalodon_ops: skipped: {reasons(skipped)}", file=sys.stderr)
+        _note(f"skipped: {reasons(skipped)}")
     return documents
 
 
@@ -73,47 +77,65 @@ def tokens_folder(paths: Paths | None) -> Path | None:
 
 def list_files(options: TextOptions) -> int:
     """`--dry-run`: print each file with how it would be read, or why it is skipped."""
-    if hasattr(options, "checkpoint") and not options.data:
+    if hasattr(options, "checkpoint") and not options.data:  # without --data, such a command reads the run's text
         raise CommandError("--dry-run: lists the files of --data, and none is named")
     if folder := tokens_folder(options.data):
         print(f"{folder}: tokens")
-    validation = getattr(options, "validation", None)
-    files = [] if folder else _examined(options.data, options)
-    for file, _, fault in (*files, *(_examined(validation, _DEFAULTS) if validation else ())):
-        how = "documents" if holds_documents(file) else "text" if is_text(file, options) else "bytes"
-        print(f"{file}: {f'skipped, {fault}' if fault else how}")
+    files = [] if folder else [*_examine(options.data, options)]
+    if validation := getattr(options, "validation", None):
+        files += _examine(validation, _DEFAULTS)
+    for file in files:
+        if file.fault:
+            how = f"skipped, {file.fault}"
+        elif holds_documents(file.path):
+            how = "documents"
+        else:
+            how = "text" if is_text(file.path, options) else "bytes"
+        print(f"{file.path}: {how}")
     return 0
 
 
 def find_files(paths: Paths | None, how: TextOptions = _DEFAULTS, *, quiet: bool = False) -> list[Path]:
     """Return the named files and, from named folders, files that match a pattern or, without patterns, text files.
 
-    Without paths, return the Python sources of the standard library. For folders without patterns, print the files
-    taken and skipped, unless `quiet`; and, for all, the files that are texts although their names say JSON.
+    Without paths, return the Python sources of the standard library. Unless `quiet`, print a note on .json files that
+    hold no list and, for folders without patterns, on the files taken and skipped.
     """
-    found = list(_examined(paths, how))
-    result = [file for file, _, fault in found if not fault]
-    skipped = [] if how.glob else [file for file, _, fault in found if fault]
-    for folder in dict.fromkeys(folder for _, folder, _ in found if folder):
-        if not any(other == folder and not fault for _, other, fault in found):
-            wrong = f"no file in this folder matches {' or '.join(how.glob)}" if how.glob else None
-            raise CommandError(f"{folder}: {wrong or f'no text in this folder: skipping {_not_text(skipped)}'}")
-    taken = [] if how.glob else [file for file, folder, fault in found if folder and not fault]
-    unlike = [file for file in result if kind_of(file) == LIST and not holds_documents(file)]
-    for files, words in ((taken, _by_suffix), (skipped, _not_text), (unlike, _unlike)):
-        if files and not quiet:
-            print(f"megalodon_ops: {'skipping' if files is skipped else 'taking'} {words(files)}", file=sys.stderr)
-    return result
+    found = list(_examine(paths, how))
+    taken = [file for file in found if not file.fault]
+    skipped = [file.path for file in found if file.fault]
+    folders_with_text = {file.folder for file in taken}
+    for folder in dict.fromkeys(file.folder for file in found):
+        if folder not in folders_with_text:
+            if how.glob:
+                raise CommandError(f"{folder}: no file in this folder matches {' or '.join(how.glob)}")
+            raise CommandError(f"{folder}: no text in this folder: skipping {_not_text(skipped)}")
+    files = [file.path for file in taken]
+    if quiet:
+        return files
+    from_folders = [file.path for file in taken if file.folder]
+    if from_folders and not how.glob:
+        _note(f"taking {_by_suffix(from_folders)}")
+    if skipped and not how.glob:
+        _note(f"skipping {_not_text(skipped)}")
+    if not_lists := [file for file in files if kind_of(file) == LIST and not holds_documents(file)]:
+        kind = f"{LIST} file{'s' * (len(not_lists) > 1)}"
+        _note(f"taking {len(not_lists)} {kind} without a list as text: {_names(not_lists)}")
+    return files
 
 
-def _examined(paths: Paths | None, how: TextOptions) -> Iterator[tuple[Path, Path | None, str]]:
-    """Yield each file, the named folder that holds it or None, and why it is skipped, or ""."""
+def _note(text: str) -> None:
+    print(f"megalodon_ops: {text}", file=sys.stderr)
+
+
+def _examine(paths: Paths | None, how: TextOptions) -> Iterator[FoundFile]:
+    """Yield the named files and all files of named folders; without paths, those of the standard library."""
     if "" in (how.glob or ()):
         raise CommandError("--glob: must be a pattern of file names such as '*.py', got ''")
     if how.glob and not paths:
         raise CommandError("--glob: chooses among the files of folders, and none is named")
     if not paths:
-        yield from ((file, None, "") for file in standard_library())
+        yield from map(FoundFile, standard_library())
     for path in map(Path, paths or ()):
         if is_tokens(path):
             raise CommandError(f"{path}: is a folder of tokens, which `train --data` reads; name text")
@@ -127,7 +149,7 @@ def _examined(paths: Paths | None, how: TextOptions) -> Iterator[tuple[Path, Pat
                 else:
                     is_read = kind_of(file) in (*LINES, PARQUET) or is_text(file, how)
                     fault = "" if is_read else f"not {how.encoding or 'UTF-8'} text"
-                yield file, path, fault
+                yield FoundFile(file, path, fault)
         elif not path.is_file():
             raise CommandError(f"{path}: no such file or folder")
         elif not path.stat().st_size:
@@ -136,19 +158,20 @@ def _examined(paths: Paths | None, how: TextOptions) -> Iterator[tuple[Path, Pat
             kinds = ", ".join(KINDS)
             raise CommandError(f"{path}: is neither text nor one of {kinds}; --glob takes any file of a folder as text")
         else:
-            yield path, None, ""
+            yield FoundFile(path)
 
 
 def _by_suffix(files: Sequence[Path], limit: int = 8) -> str:
     """Describe the files by suffix, largest kind first, with counts and bytes; suggest --glob if there are several."""
-    counts, sizes = Counter(file.suffix for file in files), Counter[str]()
+    counts = Counter(file.suffix for file in files)
+    sizes = Counter[str]()
     for file in files:
         sizes[file.suffix] += file.stat().st_size
     kinds = [f"{counts[kind]:,} {kind or 'without suffix'} ({size:,} bytes)" for kind, size in sizes.most_common(limit)]
     if len(sizes) > limit:
         kinds.append(f"{len(sizes) - limit} other kinds")
-    ((first, _),) = sizes.most_common(1)
-    return ", ".join(kinds) + (f"; --glob '*{first or '.txt'}' takes files of one kind" if len(sizes) > 1 else "")
+    largest = sizes.most_common(1)[0][0] or ".txt"
+    return ", ".join(kinds) + (f"; --glob '*{largest}' takes files of one kind" if len(sizes) > 1 else "")
 
 
 def is_text(path: Path, how: TextOptions = _DEFAULTS) -> bool:
@@ -156,8 +179,7 @@ def is_text(path: Path, how: TextOptions = _DEFAULTS) -> bool:
     path.open("rb").close()  # raises if the file may not be read
     try:
         with content(path) as file:
-            pieces = codecs.iterdecode(iter(lambda: file.read(1 << 20), b""), how.encoding or "utf-8")
-            return all("\0" not in piece for piece in pieces)
+            return all("\0" not in piece for piece in codecs.iterdecode(read_pieces(file), how.encoding or "utf-8"))
     except FileError:
         return False
 
@@ -166,21 +188,17 @@ def _is_binary(path: Path) -> bool:
     """Return True if the file's start has a NUL byte, or more control characters than text in any encoding."""
     with content(path) as file:
         start = file.read(1 << 16)
-    return b"\0" in start or len(start) - len(start.translate(None, _CONTROLS)) > len(start) / 30
+    num_controls = len(start) - len(start.translate(None, _CONTROLS))
+    return b"\0" in start or num_controls > len(start) / 30  # in compressed data, a tenth
 
 
 _CONTROLS = bytes([*range(8), *range(14, 27), *range(28, 32), 127])
-"""Control characters that text does not contain, as in the program `file`; a tenth of compressed data"""
+"""Control characters that text does not contain, as in the program `file`"""
 
 
 def _not_text(files: Sequence[Path]) -> str:
-    """Describe files of folders that are not text."""
     fix = "--encoding names another encoding, --glob PATTERN takes every match"
     return f"{len(files)} of the files, which are not text in UTF-8 or --encoding: {_names(files)}; {fix}"
-
-
-def _unlike(files: Sequence[Path]) -> str:
-    return f"{len(files)} {LIST} file{'s' * (len(files) > 1)} without a list as text: {_names(files)}"
 
 
 def _names(files: Sequence[Path], limit: int = 10) -> str:

@@ -31,7 +31,10 @@ from megalodon_ops.cli.options import TextOptions
 from megalodon_ops.storage.files import opened
 from megalodon_ops.ops.common.checks import short_text
 
-LINES, LIST, TABLES, PARQUET = (".jsonl", ".ndjson"), ".json", (".csv", ".tsv"), ".parquet"
+LINES = (".jsonl", ".ndjson")
+LIST = ".json"
+TABLES = (".csv", ".tsv")
+PARQUET = ".parquet"
 KINDS = (*LINES, LIST, *TABLES, PARQUET)
 """Ends of the names of files with a document in a field of each entry"""
 COMPRESSED = (".gz", ".zst")
@@ -43,7 +46,7 @@ READ_ROWS = 64
 
 
 class Span(NamedTuple):
-    """A file, the JSON lines that begin in its bytes [begin, end), or a row group.
+    """A whole file, the JSON lines that begin in the file's bytes [begin, end), or a row group.
 
     For a row group, `begin` and `end` count the uncompressed bytes of the file's row groups.
     """
@@ -81,18 +84,24 @@ def content(path: Path) -> Iterator[BinaryIO]:
         if path.suffix == ".zst":
             has_zstd = sys.version_info >= (3, 14)
             zstd = importlib.import_module("compression.zstd") if has_zstd else extras.load("backports.zstd", "data")
-            any_window = zstd.DecompressionParameter.window_log_max
-            file = zstd.open(file, options={any_window: any_window.bounds()[1]})
+            window = zstd.DecompressionParameter.window_log_max
+            _, largest = window.bounds()
+            file = zstd.open(file, options={window: largest})
         try:
             yield gzip.open(file) if path.suffix == ".gz" else file
         except UnicodeDecodeError as error:
             raise ValueError(f"{error}; name its encoding with --encoding") from error
 
 
+def read_pieces(file: BinaryIO) -> Iterator[bytes]:
+    while piece := file.read(READ_BYTES):
+        yield piece
+
+
 def split_files(files: Sequence[Path], size: int) -> list[Unit]:
     """Divide files into units of about `size` bytes; text, compressed files and row groups stay whole."""
     units: list[Unit] = []
-    room = 0
+    room = 0  # in the last unit
     for path in files:
         for begin, end in itertools.pairwise(_bounds(path, size)):
             if begin == end:  # a row group without rows
@@ -111,11 +120,12 @@ def _bounds(path: Path, size: int) -> list[int]:
         with opened(path) as file:
             return _row_groups(_table(file))
     length = path.stat().st_size
-    return [*range(0, length, size if path.suffix in LINES else length), length]
+    is_divided = path.suffix in LINES  # False for .jsonl.gz
+    return [*range(0, length, size if is_divided else length), length]
 
 
 def _table(file: BinaryIO) -> Any:
-    """Open a .parquet file, to be read in pieces."""
+    """Open a .parquet file without loading its rows."""
     return extras.load("pyarrow.parquet", "data").ParquetFile(file, buffer_size=READ_BYTES, pre_buffer=False)
 
 
@@ -141,13 +151,15 @@ def documents_of(unit: Unit, how: TextOptions, skipped: Counter[str]) -> Iterato
         for name, text in _entries(span, how):
             if isinstance(text, bytes) and text:
                 yield [text]
+            elif text == b"":
+                skipped["empty documents"] += 1
             else:
-                skipped["empty documents" if text == b"" else f"{name} without a text {short_text(how.field)}"] += 1
+                skipped[f"{name} without a text {short_text(how.field)}"] += 1
 
 
 def read_documents(files: Sequence[Path], how: TextOptions, skipped: Counter[str]) -> Iterator[bytes]:
     """Yield the whole documents of files; `skipped` as in :func:`documents_of`."""
-    for unit in split_files(files, sum(path.stat().st_size for path in files) or 1):
+    for unit in split_files(files, sys.maxsize):
         yield from (b"".join(pieces) for pieces in documents_of(unit, how, skipped))
 
 
@@ -159,7 +171,7 @@ def reasons(skipped: Counter[str]) -> str:
 def _pieces(path: Path, encoding: str | None) -> Iterator[bytes]:
     """Yield a text, as UTF-8 if its encoding is given."""
     with content(path) as file:
-        pieces = iter(lambda: file.read(READ_BYTES), b"")
+        pieces = read_pieces(file)
         yield from (text.encode() for text in codecs.iterdecode(pieces, encoding)) if encoding else pieces
 
 
@@ -171,13 +183,14 @@ def _entries(span: Span, how: TextOptions) -> Iterator[tuple[str, Any]]:
     elif kind == LIST:
         with content(span.path) as file:
             entries = _json(file.read())
-        for entry in entries if isinstance(entries, list) else [None]:
+        for entry in entries if isinstance(entries, list) else [None]:  # a damaged list counts as one entry
             yield "entries", _text({how.field: entry} if isinstance(entry, str) else entry, how.field)
     elif kind in TABLES:
         with content(span.path) as file:
             lines = io.TextIOWrapper(file, how.encoding or "utf-8-sig", newline="")
             first = lines.readline()
-            rows = csv.DictReader(itertools.chain([first], lines), delimiter=max(",;\t|", key=first.count))
+            delimiter = max(",;\t|", key=first.count)  # the one that the names' row has most often
+            rows = csv.DictReader(itertools.chain([first], lines), delimiter=delimiter)
             name = _rows_name(rows.fieldnames or (), how.field)
             yield from ((name, _text(row, how.field)) for row in rows)
     else:
@@ -190,14 +203,14 @@ def _rows_name(names: Sequence[str], field: str) -> str:
 
 def _lines(span: Span) -> Iterator[bytes]:
     """Yield the lines of a span, without blank ones."""
+    is_compressed = span.path.suffix in COMPRESSED
     with content(span.path) as file:
-        lines: Iterable[bytes] = file
-        if span.path.suffix not in COMPRESSED:
-            if span.begin:  # skip the rest of a line that began in the previous span
-                file.seek(span.begin - 1)
-                file.readline()
-            lines = iter(lambda: file.readline() if file.tell() < span.end else b"", b"")
-        yield from (line for line in lines if line.strip())
+        if span.begin:  # skip the rest of the previous span's last line, or its newline alone
+            file.seek(span.begin - 1)
+            file.readline()
+        while (is_compressed or file.tell() < span.end) and (line := file.readline()):
+            if line.strip():
+                yield line
 
 
 def _rows(span: Span, field: str) -> Iterator[tuple[str, Any]]:

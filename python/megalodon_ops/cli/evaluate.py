@@ -4,6 +4,7 @@ import json
 import lzma
 import zlib
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 
 import numpy
 
@@ -28,17 +29,15 @@ def run(options: Eval) -> int:
         raise CommandError(f"--json {options.json}: no such folder: {options.json.absolute().parent}")
     device = usable_device(options.device)
     trained = trained_model(options.checkpoint, device, options.tokenizer, options.dtype)
-    model, tokenizer, record = trained
-    dtype = options.dtype or trained.dtype
-    documents, text = read_documents(options, record)
+    documents, text = read_documents(options, trained.record)
     total = sum(map(len, documents))
-    step = "" if record is None else f"; step {record.step}"
+    step = "" if trained.record is None else f"; step {trained.record.step}"
     print(f"{text}: {len(documents)} documents, {total:,} bytes{step}")
     contexts = list(dict.fromkeys(options.context))
-    with bytes_bar(total * len(contexts)) as bar, precision(device, dtype):
+    with bytes_bar(total * len(contexts)) as bar, precision(device, options.dtype or trained.dtype):
         try:
-            texts = as_documents(documents, tokenizer, bar.update, ends=options.end_token)
-            results = evaluate(model, texts, contexts=contexts, rows=options.batch)
+            texts = as_documents(documents, trained.tokenizer, bar.update, ends=options.end_token)
+            results = evaluate(trained.model, texts, contexts=contexts, rows=options.batch)
         except IndexError as error:
             raise CommandError(f"--data: the text has tokens that the model does not predict: {error}") from error
     print(report(results))
@@ -63,11 +62,14 @@ def report(results: Sequence[Evaluation]) -> str:
     return "\n".join(lines)
 
 
+@dataclass
 class _EncodedDocument:
     """Tokens of a document; each iteration encodes them anew, piece by piece."""
 
-    def __init__(self, document: Document, tokenizer: Tokenizer, read: Callable[[int], object], ends: bool):
-        self.document, self.tokenizer, self.read, self.ends = document, tokenizer, read, ends
+    document: Document
+    tokenizer: Tokenizer
+    read: Callable[[int], object]
+    ends: bool
 
     def __iter__(self) -> Iterator[Sequence[int]]:
         yield [self.tokenizer.start]
@@ -89,10 +91,7 @@ def as_documents(
     *,
     ends: bool = False,
 ) -> list[evaluation.Document]:
-    """Return documents for `evaluate`, longest first; with `ends`, their end tokens are predicted, too.
-
-    `read` is called with the number of bytes read.
-    """
+    """Return documents for `evaluate`, longest first; `ends`: with end tokens; `read` is told each read's bytes."""
     longest_first = sorted(documents, key=len, reverse=True)
     return [evaluation.Document(_EncodedDocument(each, tokenizer, read, ends), len(each)) for each in longest_first]
 
@@ -102,8 +101,12 @@ def compressed_bits(documents: Sequence[bytes]) -> dict[str, float]:
     size = sum(map(len, documents))
     # xz needs 10 times its dictionary's memory. One of the text's size compresses as well as the 64 MiB of `xz -9`.
     xz = {"id": lzma.FILTER_LZMA2, "preset": 9, "dict_size": max(4096, min(size, 64 << 20))}
-    kinds = {"gzip -9": zlib.compressobj(9, wbits=31), "xz -9": lzma.LZMACompressor(filters=[xz])}
-    return {name: 8 * len(b"".join([*map(one.compress, documents), one.flush()])) / size for name, one in kinds.items()}
+    gzip = zlib.compressobj(9, wbits=31)  # zlib's code for gzip's header and the largest window
+    bits = {}
+    for name, compressor in {"gzip -9": gzip, "xz -9": lzma.LZMACompressor(filters=[xz])}.items():
+        compressed = sum(len(compressor.compress(document)) for document in documents) + len(compressor.flush())
+        bits[name] = 8 * compressed / size
+    return bits
 
 
 def read_documents(options: Eval | Quantize, record: TrainRecord | None) -> tuple[Sequence[Document], str]:
@@ -111,7 +114,10 @@ def read_documents(options: Eval | Quantize, record: TrainRecord | None) -> tupl
     if options.data or options.glob:
         documents: list[Document] = []
         for path in find_files(options.data, options):
-            documents += [numpy.memmap(path, mode="r")] if is_plain(path, options) else load_documents([path], options)
+            if is_plain(path, options):
+                documents.append(numpy.memmap(path, mode="r"))
+            else:
+                documents += load_documents([path], options)
         return documents, " ".join(map(str, options.data))
     if record is None:
         raise CommandError(f"--checkpoint {options.checkpoint}: not a run of `train` with held-out text; give --data")

@@ -8,6 +8,7 @@ from torch.utils.tensorboard import SummaryWriter
 from megalodon_ops.training import Metrics
 
 NO_CURVES = frozenset({"step", "seconds", "tokens", "final", "compressors"})
+"""Fields of a row that are not drawn against the step"""
 
 
 class Events(Metrics):

@@ -17,7 +17,7 @@ from megalodon_ops.training.run_checkpoint import find_tokenizer, load_any
 
 def run(options: Export) -> int:
     folder = options.web or options.out
-    if folder is None or options.web and options.out:
+    if folder is None or (options.web and options.out):
         raise CommandError("--out, --web: one of them must name the folder to write")
     if options.onnxruntime_web and not options.web:
         raise CommandError("--onnxruntime-web: needs --web, whose page reads these files")
@@ -26,7 +26,7 @@ def run(options: Export) -> int:
     page = dict(web=options.web is not None, onnxruntime_web=options.onnxruntime_web)
     try:
         export_onnx(model, folder, dtype=getattr(torch, options.dtype), tokenizer=tokenizer, **page)
-    except FileError:
+    except FileError:  # a ValueError that names its file
         raise
     except ValueError as error:
         raise CommandError(f"--checkpoint {options.checkpoint}: {error}") from error

@@ -27,10 +27,7 @@ REQUIRED = MISSING
 
 
 def flag(default: Any, help_text: str, **settings: Any) -> Any:
-    """Field of a flag: default, help, and other arguments of argparse's `add_argument`.
-
-    With `positional=True`, the argument has no `--name`.
-    """
+    """Field of a flag: default, help, and settings of argparse's `add_argument`; `positional`: without a `--name`."""
     return dataclasses.field(default=default, metadata={"help": help_text, **settings})
 
 
@@ -63,7 +60,8 @@ class Amount(int):
 
     def __new__(cls, text: str) -> Amount:
         found = re.fullmatch(r"(\d+(?:\.\d+)?)([KMGT]?)B?", text, re.ASCII | re.IGNORECASE)
-        if found is None or not (amount := float(found[1]) * 1000 ** " KMGT".index(found[2].upper() or " ")) >= 1:
+        amount = float(found[1]) * 1000 ** " KMGT".index(found[2].upper() or " ") if found else 0
+        if amount < 1:
             raise ValueError("must be a number such as 50M or 8GB")
         return super().__new__(cls, min(amount, 2**62))
 
@@ -90,7 +88,6 @@ def _construct(kind: type, value: Any) -> Any:
 
 
 def flag_of(name: str) -> str:
-    """Return the flag of a field."""
     return f"--{name.strip('_').replace('_', '-')}"
 
 
@@ -128,7 +125,8 @@ def _add_flags(parser: argparse.ArgumentParser, kind: type[Options]) -> None:
     owner = {name: base for base in reversed(kind.__mro__) for name in getattr(base, "__annotations__", ())}
     groups: dict[Any, Any] = {kind: parser}
     for field in dataclasses.fields(kind):
-        declaring, settings = owner[field.name], dict(field.metadata)
+        declaring = owner[field.name]
+        settings = dict(field.metadata)
         if declaring not in groups:
             title, _, description = (declaring.__doc__ or "").partition(": ")
             groups[declaring] = parser.add_argument_group(title, description)
@@ -148,8 +146,8 @@ def _add_flags(parser: argparse.ArgumentParser, kind: type[Options]) -> None:
 def _argparse(kind: Any, default: Any) -> dict[str, Any]:
     """Return argparse's settings for a field's type; values stay strings, except those of switches and choices."""
     while isinstance(kind, (Metadata, UnionType)):
-        union = isinstance(kind, UnionType)  # X | None
-        kind = next(one for one in kind.types if not isinstance(one, NoneType)) if union else kind.type
+        types = kind.types if isinstance(kind, UnionType) else [kind.type]
+        kind = next(one for one in types if not isinstance(one, NoneType))  # X of X | None
     if isinstance(kind, BoolType):
         return {"action": "store_true" if default is False else argparse.BooleanOptionalAction}
     if isinstance(kind, LiteralType):
@@ -161,7 +159,7 @@ def _argparse(kind: Any, default: Any) -> dict[str, Any]:
 
 
 def fault(error: msgspec.ValidationError, values: Mapping[str, Any]) -> str:
-    """Rewrite msgspec's error with the flag's name and the given value."""
+    """Rewrite msgspec's error, such as "Expected `int`, got `str` - at `$.steps`", with the flag and its value."""
     message, _, path = str(error).partition(" - at `$.")
     name, _, index = path.rstrip("`]").partition("[")
     value = values[name][int(index)] if index else values[name]

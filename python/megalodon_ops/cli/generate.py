@@ -17,10 +17,13 @@ from megalodon_ops.inference.generation import check_samples
 from megalodon_ops.inference.quantized_layers import computing_dtype
 from megalodon_ops.tokenizers import Tokenizer
 
-NUM_SAMPLES, SAMPLE_TOKENS = 3, 300
-"""Number of continuations shown at the end of a training run, and tokens of each"""
-PROMPT_BYTES, SHOWN_BYTES = 2048, 300
-"""Bytes of a held-out document in the prompt, and how many of them are shown"""
+NUM_SAMPLES = 3
+"""Number of continuations shown at the end of a training run"""
+SAMPLE_TOKENS = 300  # of each
+PROMPT_BYTES = 2048
+"""Bytes of a held-out document in the prompt of these continuations"""
+SHOWN_BYTES = 300
+"""Last bytes of the prompt that are shown"""
 MAX_PROMPT_BYTES = 100_000_000
 """Longest prompt; reading stops there, as a file such as /dev/zero never ends"""
 UNKNOWN = "\N{REPLACEMENT CHARACTER}".encode()
@@ -35,22 +38,22 @@ def run(options: Generate) -> int:
     device = usable_device(options.device)
     prompts = _prompts(options)
     trained = trained_model(options.checkpoint, device, options.tokenizer, options.dtype)
-    cache_dtypes = {"int8": torch.int8, "model": computing_dtype(trained.model), None: None}
-    cache_dtype = cache_dtypes[options.cache_dtype]
+    cache_dtype = {"int8": torch.int8, "model": computing_dtype(trained.model), None: None}[options.cache_dtype]
     try:
         check_samples(trained.model, options.samples, cache_dtype)  # before the model runs
     except ValueError as error:
         raise CommandError(f"--samples: {error}; ask for fewer") from error
     use_huge_pages(trained.model)
-    names = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty", "seed")
-    sampling = dict(num_tokens=options.tokens, stops=options.stop, samples=options.samples)
-    sampling |= {name: getattr(options, name) for name in names} | {"cache_dtype": cache_dtype}
+    names = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty", "seed", "samples")
+    sampling = {name: getattr(options, name) for name in names}
+    sampling |= dict(num_tokens=options.tokens, stops=options.stop, cache_dtype=cache_dtype)
     with precision(device, options.dtype or trained.dtype):
         for count, prompt in enumerate(prompts, 1):
             title = f"prompt {count}" if len(prompts) > 1 else ""
             texts = continue_prompt(trained.model, trained.tokenizer, prompt, **sampling)
             if options.samples == 1:
-                print(f"--- {title}\n" if title else "", end="")
+                if title:
+                    print(f"--- {title}")
                 _print_as_it_comes(prompt, (text for _, text in texts))
                 continue
             for number, text in enumerate(_collect(texts, options.samples), 1):
@@ -90,13 +93,14 @@ def continue_prompt(
     A sample ends before one of `stops`, at the document's end, or after `num_tokens`.
     """
     device = next(model.parameters()).device
-    ids, ends = [tokenizer.start, *tokenizer.encode(prompt).tolist()], (tokenizer.end, tokenizer.start)
+    ids = [tokenizer.start, *tokenizer.encode(prompt).tolist()]
+    ends = (tokenizer.end, tokenizer.start)
     stream = model.stream(torch.tensor([ids], device=device), num_samples=samples, stop_tokens=ends, **sampling)
 
     def decode(new: list[int]) -> bytes:
         parts: list[bytes] = []
-        for known, group in itertools.groupby(new, lambda token: token < tokenizer.vocab_size):
-            parts += tokenizer.text_of(group, after=ids[-CONTEXT:]) if known else [UNKNOWN for _ in group]
+        for is_known, group in itertools.groupby(new, lambda token: token < tokenizer.vocab_size):
+            parts += tokenizer.text_of(group, after=ids[-CONTEXT:]) if is_known else [UNKNOWN for _ in group]
         return b"".join(parts)
 
     texts = [StopStrings(decode, stops) for _ in range(samples)]
@@ -105,7 +109,7 @@ def continue_prompt(
         for sample, token in enumerate(tokens.tolist()):
             if sample not in unfinished:
                 continue
-            is_over = token in (-1, *ends)
+            is_over = token in (-1, *ends)  # -1: the row had stopped before
             text = b"" if is_over else texts[sample].add(token)
             if is_over or count == num_tokens:
                 text += texts[sample].rest()

@@ -21,7 +21,7 @@ from megalodon_ops.training.record import RECORD
 from megalodon_ops.training.run_checkpoint import BEST
 
 EVAL_SAMPLE = (64, 2048)
-"""Excerpts of held-out text that a run evaluates every --eval-every steps, and bytes of each"""
+"""Number of excerpts of held-out text that a run evaluates every --eval-every steps, and bytes of each"""
 
 
 class Best(NamedTuple):
@@ -50,7 +50,8 @@ def best_of_run(out: Path) -> Best:
 
 def document_share(documents: Sequence[bytes], processes: Processes) -> list[bytes]:
     """Return this process's documents: longest first, each goes to the process with the fewest bytes."""
-    loads, own = [0] * processes.size, []
+    loads = [0] * processes.size
+    own = []
     for document in sorted(documents, key=len, reverse=True):
         rank = loads.index(min(loads))
         loads[rank] += len(document)
@@ -77,12 +78,10 @@ def bits_per_byte(
     processes: Processes,
     read: Callable[[int], object] = lambda _: None,
 ) -> float:
-    """Return the bits per byte of documents, with the context "all"; processes share the documents.
-
-    `read` is called with the number of bytes read.
-    """
-    nats, own = 0.0, as_documents(document_share(documents, processes), tokenizer, read)
-    if own:
+    """Return the bits per byte of documents, which the processes share; `read` is told the bytes of each read."""
+    nats = 0.0
+    if own := as_documents(document_share(documents, processes), tokenizer, read):
         with autocast:
-            nats = evaluate(model, own)[0].nats
+            (result,) = evaluate(model, own, contexts=["all"])
+        nats = result.nats
     return math.fsum(processes.gather(nats)) / math.log(2) / sum(map(len, documents))

@@ -38,11 +38,14 @@ def _cuda() -> dict[str, str]:
     if not library.has_cuda_kernels():
         return {"CUDA kernels": "not in this build (no nvcc of 11.8 or newer was found, or MEGALODON_OPS_CUDA=OFF)"}
     extension = library.cuda_extension()
-    built, (driver, runtime) = extension.build_info(), extension.cuda_versions()
+    built = extension.build_info()
+    driver, runtime = extension.cuda_versions()
     supported = f"supports CUDA {cuda_driver.text(driver)}, enough for the kernels' {cuda_driver.text(runtime)}"
-    capabilities = [torch.cuda.get_device_capability(i) for i in range(torch.cuda.device_count())]
-    notes = filter(None, (cuda_driver.compile_note(built["architectures"], c) for c in dict.fromkeys(capabilities)))
+    kernels = f"{built['compiler']} for {built['architectures']}"
+    for capability in dict.fromkeys(map(torch.cuda.get_device_capability, range(torch.cuda.device_count()))):
+        if note := cuda_driver.compile_note(built["architectures"], capability):
+            kernels += f"; {note}"
     return {
-        "CUDA kernels": "; ".join([f"{built['compiler']} for {built['architectures']}", *notes]),
+        "CUDA kernels": kernels,
         "NVIDIA driver": cuda_driver.driver_problem(driver, runtime) or supported,
     }

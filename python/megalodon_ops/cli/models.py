@@ -23,6 +23,7 @@ from megalodon_ops.training.run_checkpoint import load_any
 from megalodon_ops.training.schedule import SchedulePosition
 
 WIDTHS = ("z_dim", "value_dim", "ffn_hidden_dim")
+"""Fields that scale with `model_dim`"""
 
 
 def model_config(
@@ -30,12 +31,12 @@ def model_config(
 ) -> MegalodonConfig:
     """Return the configuration of a preset changed by `flags`, for a tokenizer (None: bytes).
 
-    Widths that `flags` does not name scale with `model_dim`. With `ends`, the model also predicts the id `end`.
+    WIDTHS that `flags` does not name scale with `model_dim`. With `ends`, the model also predicts the id `end`.
     """
     tokenizer = tokenizer or ByteTokenizer()
     values = MegalodonConfig.preset(preset).to_dict()
     scale = flags.get("model_dim", values["model_dim"]) / values["model_dim"]
-    unit = 2 * flags.get("num_heads", values["num_heads"])  # rotary pairs in each head of z
+    unit = 2 * flags.get("num_heads", values["num_heads"])  # each head of z holds pairs, which rotate together
     values |= {name: max(1, round(values[name] * scale / unit)) * unit for name in WIDTHS}
     values |= flags
     values |= {"vocab_size": tokenizer.vocab_size, "output_size": -1, "eos_token_id": tokenizer.end if ends else None}
@@ -70,8 +71,6 @@ def usable_device(name: str) -> torch.device:
 
 
 class DataRecord(msgspec.Struct):
-    """Record of a run's text."""
-
     fingerprint: str
     position: BatchesPosition
 

@@ -1,6 +1,7 @@
 """Options of every command: the type, bounds, default and help of each flag.
 
-The first line of a class's docstring is the command's summary; the others are examples in its help.
+The first line of a command's docstring is its summary; the others are examples in its help. The docstring of a base
+class is the title of a group of flags. At the end of a help text, parentheses hold the default, if the field has None.
 """
 
 from dataclasses import dataclass
@@ -278,7 +279,6 @@ class Plan(ModelOptions):
     params: Amount | None = flag(None, "list configurations near this number of parameters, such as 50M")
     memory: Amount | None = flag(None, "list configurations, and what makes each fit in a device's memory, such as 8GB")
     measure: bool = flag(False, "in such a list, time training steps of one chunk on this machine's CPU")
-
     mesh: Mesh | None = flag(None, "devices that split rows (data), length (chunk) and matrices (tensor) (one device)")
     device: Literal["cpu", "cuda"] = flag("cpu", "kind of the devices")
     context: Natural | None = flag(None, "tokens of a sequence (8 chunks)")

@@ -13,7 +13,11 @@ def run(options: Plot) -> int:
     if options.out is None and len(runs) > 1:
         raise CommandError("--out: must name the picture of several runs, such as runs.png")
     out = options.out or options.runs[0] / CURVE
-    references = next((row["compressors"] for row in rows if row.get("final")), None) if len(runs) == 1 else None
-    draw_metrics(out, runs if len(runs) > 1 else rows, references, by=options.by)
+    if len(runs) > 1:
+        draw_metrics(out, runs, by=options.by)
+    else:
+        (rows,) = runs.values()
+        compressors = next((row["compressors"] for row in rows if row.get("final")), None)
+        draw_metrics(out, rows, compressors, by=options.by)
     print(out)
     return 0

@@ -63,7 +63,6 @@ class Processes:
         return self.gather(value if self.is_rank0 else None)[0]  # type: ignore[return-value]
 
     def check_same(self, facts: Mapping[str, Any]) -> None:
-        """Raise if a fact differs between processes."""
         for rank, others in enumerate(self.gather(dict(facts))):
             for name, value in facts.items():
                 if others[name] != value:
@@ -74,7 +73,8 @@ class Processes:
 @contextmanager
 def process_group(mesh: Mesh | None, timeout: float) -> Iterator[Processes]:
     """Yield the command's :class:`Processes`. Inside the block, only rank 0 prints."""
-    size, world = math.prod((mesh or {}).values()), int(os.environ["WORLD_SIZE"]) if is_distributed() else 1
+    size = math.prod((mesh or {}).values())
+    world = int(os.environ["WORLD_SIZE"]) if is_distributed() else 1
     if mesh is not None and size != world:
         start_them = f"start them by torchrun --nproc-per-node {size} -m megalodon_ops ..."
         raise CommandError(f"--mesh {mesh}: needs {size} processes, got {world}; {start_them}")
@@ -104,10 +104,8 @@ def process_group(mesh: Mesh | None, timeout: float) -> Iterator[Processes]:
 
 
 def set_thread_share() -> None:
-    """Divide a machine's cores among its processes, unless the user has set OMP_NUM_THREADS.
-
-    torchrun sets an unset OMP_NUM_THREADS to 1, so 1 counts as unset.
-    """
-    if os.environ.get("OMP_NUM_THREADS", "1") == "1":
+    """Divide a machine's cores among its processes, unless the user has set OMP_NUM_THREADS."""
+    if os.environ.get("OMP_NUM_THREADS", "1") == "1":  # torchrun sets an unset one to 1
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-        torch.set_num_threads(max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", os.environ["WORLD_SIZE"]))))
+        num_local = int(os.environ.get("LOCAL_WORLD_SIZE", os.environ["WORLD_SIZE"]))  # processes on this machine
+        torch.set_num_threads(max(1, cores // num_local))

@@ -12,8 +12,10 @@ from megalodon_ops.cli.models import trained_model
 from megalodon_ops.cli.options import Quantize
 from megalodon_ops.evaluation import evaluate
 
-_PROMPT, _TOKENS = 64, 48
-"""Number of tokens before the timing, and number of timed tokens"""
+_PROMPT = 64
+"""Tokens read before the timing"""
+_TIMED = 48
+"""Tokens timed, one by one"""
 _ROWS = 8
 """Documents evaluated in parallel"""
 
@@ -34,10 +36,9 @@ def run(options: Quantize) -> int:
     print(f"{'megabytes':>16} {_megabytes(model):>12,.2f} {_megabytes(quantized):>12,.2f}")
     if options.data or options.glob or trained.record is not None:
         documents, text = read_documents(options, trained.record)
-        before, after = (
-            evaluate(each, as_documents(documents, trained.tokenizer), contexts=["all"], rows=_ROWS)[0].bits_per_byte
-            for each in (model, quantized)
-        )
+        texts = as_documents(documents, trained.tokenizer)
+        before = evaluate(model, texts, rows=_ROWS)[0].bits_per_byte
+        after = evaluate(quantized, texts, rows=_ROWS)[0].bits_per_byte
         print(f"{'bits per byte':>16} {before:>12.4f} {after:>12.4f}  {100 * (after / before - 1):+.2f} %, {text}")
     print(f"{'tokens a second':>16} {_tokens_a_second(model):>12,.1f} {_tokens_a_second(quantized):>12,.1f}")
     print(f"written: {options.out}")
@@ -54,7 +55,7 @@ def _tokens_a_second(model: Megalodon) -> float:
     token = torch.zeros(1, 1, dtype=torch.long)
     decoder = Decoder(model, model(token.expand(1, _PROMPT), return_state=True)[1])
     times = []
-    for _ in range(_TOKENS):
+    for _ in range(_TIMED):
         start = time.perf_counter()
         decoder(token)
         times.append(time.perf_counter() - start)

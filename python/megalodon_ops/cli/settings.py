@@ -82,7 +82,6 @@ def run_folder(options: Train, is_distributed: bool) -> Path:
 
 
 def new_run(options: Train, out: Path) -> Run:
-    """Return the settings of a new run."""
     _check_apart(out, options.data or (), options.glob)
     options = _with_absolute_paths(options)
     initial = None
@@ -126,13 +125,19 @@ def _initial_model(options: Train) -> tuple[Megalodon, MegalodonConfig, Tokenize
 
 
 def resumed_run(options: Train, out: Path, saved: Checkpoint) -> Run:
-    """Return a saved run's settings, changed by the flags that may change; without --resume, none may."""
+    """Return a saved run's settings, changed by the flags that may change with --resume; without it, none may."""
     record = TrainRecord.of(saved.folder, saved.record)
     if record is None:
         raise CommandError(f"--resume {out}: this run was not written by `train`")
     old = _values(record.options, saved.config)
-    new = options.record() if options.resume else _values(*new_run(options, out)[:2])
-    for name in sorted(options.given - CHANGEABLE_OPTIONS) if options.resume else old:
+    if options.resume:
+        new = options.record()
+        compared = sorted(options.given - CHANGEABLE_OPTIONS)
+    else:  # restarted by torchrun
+        run = new_run(options, out)
+        new = _values(run.options, run.config)
+        compared = old
+    for name in compared:
         if new[name] != old[name]:
             fix = "leave the flag out" if options.resume else "go on with --resume"
             raise CommandError(
@@ -151,10 +156,11 @@ def _values(options: Train, config: MegalodonConfig) -> dict[str, Any]:
 
 
 def _with_absolute_paths(options: Train) -> Train:
-    """Make the paths in the options absolute."""
 
-    def absolute_path(value: Any) -> Any:
-        return tuple(map(absolute_path, value)) if isinstance(value, tuple) else value and value.absolute()
+    def absolute_path(value: tuple[Path, ...] | Path | None) -> Any:
+        if isinstance(value, tuple):
+            return tuple(path.absolute() for path in value)
+        return None if value is None else value.absolute()
 
     names = ("data", "validation", "tokenizer", "init_from")
     absolute = replace(options, **{name: absolute_path(getattr(options, name)) for name in names})

@@ -29,25 +29,25 @@ ROWS = 3
 def configurations(flags: dict[str, Any], vocab_size: int | None) -> list[MegalodonConfig]:
     """Return a configuration for each width, shaped as the largest preset of at most this width, smallest first."""
     presets = [MegalodonConfig.preset(name) for name in PRESETS]
-    widths, depths, heads = ([getattr(p, name) for p in presets] for name in ("model_dim", "num_layers", "num_heads"))
+    widths = [preset.model_dim for preset in presets]
+    depths = [preset.num_layers for preset in presets]
     result = []
     for width in WIDTHS:
-        name = PRESETS[sum(width >= other for other in widths) - 1]
+        number = bisect.bisect(widths, width) - 1
         depth = round(math.exp(numpy.interp(math.log(width), numpy.log(widths), numpy.log(depths))))
-        shape = dict(model_dim=width, num_layers=depth, num_heads=heads[PRESETS.index(name)])
-        config = model_config(name, {**shape, **flags}, ends=False)
-        result.append(dataclasses.replace(config, vocab_size=vocab_size or config.vocab_size))
-    return [config for i, config in enumerate(result) if config not in result[:i]]  # flags may fix the width
+        shape = dict(model_dim=width, num_layers=depth, num_heads=presets[number].num_heads)
+        config = model_config(PRESETS[number], {**shape, **flags}, ends=False)
+        config = dataclasses.replace(config, vocab_size=vocab_size or config.vocab_size)
+        if config not in result:  # flags may fix the width
+            result.append(config)
+    return result
 
 
 def show(
     configs: list[MegalodonConfig], costs: Callable[..., Plan], batch: int, params: int | None, memory: int | None,
     measure: bool,
 ) -> None:  # fmt: skip
-    """Print the configurations near `params`, or near the largest that fits in `memory` bytes.
-
-    costs: function of a configuration and a batch.
-    """
+    """Print the configurations near `params`, or near the largest whose costs(config, batch) fit in `memory` bytes."""
     sizes = [config.num_parameters() for config in configs]
     if params is not None:
         middle = min(range(len(sizes)), key=lambda i: abs(math.log(sizes[i] / params)))
@@ -56,9 +56,8 @@ def show(
     columns = "parameters    dim  layers  heads  chunk       GB  GB, --layerwise-ckpt" + "  tokens/s" * measure
     print(columns + "  fits" * (memory is not None))
     for config in configs[max(middle - ROWS, 0) : middle + ROWS + 1]:
-        plain, recomputed = (
-            costs(dataclasses.replace(config, layerwise_ckpt=on), batch).bytes / 1e9 for on in (False, True)
-        )
+        plain = costs(dataclasses.replace(config, layerwise_ckpt=False), batch).bytes / 1e9
+        recomputed = costs(dataclasses.replace(config, layerwise_ckpt=True), batch).bytes / 1e9
         line = f"{config.num_parameters():>10,} {config.model_dim:6} {config.num_layers:7} {config.num_heads:6}"
         line += f" {config.chunk_size:6} {plain:8,.2f} {recomputed:21,.2f}"
         if measure:
@@ -69,7 +68,10 @@ def show(
 def fitting_flags(
     config: MegalodonConfig, costs: Callable[..., Plan], batch: int, memory: int, accumulate: int = 1, processes: int = 1
 ) -> str:  # fmt: skip
-    """Return "yes" if a step fits, else the flags of `train` that make it fit, else "no"; `batch`: rows of a process."""
+    """Return "yes" if a step fits, else the flags of `train` that make it fit, else "no".
+
+    batch: rows of a process, in each of `accumulate` batches of a step. It is halved until the step fits.
+    """
     for parts in [1 << i for i in range(batch.bit_length()) if batch % (1 << i) == 0]:
         flags = f"--batch {batch // parts * processes} --accumulate {parts * accumulate}" if parts > 1 else ""
         for recomputes in (False, True):
@@ -82,7 +84,8 @@ def tokens_per_second(config: MegalodonConfig) -> float:
     """Return the speed of a training step of one chunk on this machine's CPU: the better of two after a first."""
     model = Megalodon(config)
     optimizer = adamw(model, lr=1e-4)
-    tokens, times = torch.randint(config.vocab_size, (1, config.chunk_size + 1)), []
+    tokens = torch.randint(config.vocab_size, (1, config.chunk_size + 1))
+    times = []
     for _ in range(3):
         begin = time.perf_counter()
         model.loss(tokens[:, :-1], tokens[:, 1:] % config.num_outputs).backward()

@@ -25,7 +25,8 @@ def run(options: Tokenize) -> int:
         files = find_files(options.data, options)
         made_of = _sources_hash(files, options)
         units = split_files(files, options.shard_size << 20)
-        index = _open_index(out, Index(3, tokenizer.fingerprint, made_of, [None] * len(units)))
+        shards = [None] * len(units)
+        index = _open_index(out, Index(format=3, tokenizer=tokenizer.fingerprint, made_of=made_of, shards=shards))
         _make_shards(index, units, tokenizer, options)
         if _sources_hash(files, options) != made_of:
             raise CommandError("a file was changed while it was read; remove the folder, and give the command again")
@@ -35,10 +36,10 @@ def run(options: Tokenize) -> int:
                 path.unlink()
             raise CommandError(f"no document in these files: {reasons(skipped) or 'they are blank'}")
     shards = Shards(out)
-    documents, count = shards.num_documents, shards.num_shards
-    text = f"{documents:,} document{'s' * (documents != 1)}, {shards.num_bytes:,} bytes, {shards.num_tokens:,} tokens"
+    documents = f"{shards.num_documents:,} document{'s' * (shards.num_documents != 1)}"
+    text = f"{documents}, {shards.num_bytes:,} bytes, {shards.num_tokens:,} tokens"
     per_token = f"{shards.num_bytes / shards.num_tokens:.3f} bytes a token"
-    print(f"{out}: {text} in {count} shard{'s' * (count != 1)}: {per_token}")
+    print(f"{out}: {text} in {shards.num_shards} shard{'s' * (shards.num_shards != 1)}: {per_token}")
     if skipped:
         print(f"skipped: {reasons(skipped)}")
     print(f"train with it: megalodon-ops train --data {shlex.quote(str(out))}")

@@ -52,7 +52,8 @@ def _train(options: TrainTokenizer) -> int:
 
 def _figures(tokenizer: Tokenizer, documents: Sequence[bytes], title: str) -> str:
     ids = tokenizer.encode_batch(documents)
-    tokens, size = sum(map(len, ids)), sum(map(len, documents))
+    tokens = sum(map(len, ids))
+    size = sum(map(len, documents))
     num_exact = sum(tokenizer.decode(row) == document for row, document in zip(ids, documents, strict=True))
     exact = "" if num_exact == len(documents) else f"; {len(documents) - num_exact} are not decoded exactly"
     per_token = f"{size / tokens:.3f}" if tokens else "no"

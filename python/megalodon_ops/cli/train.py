@@ -1,7 +1,4 @@
-"""`train`: train a model of bytes or tokens on text; write checkpoints, a loss curve and samples.
-
-`run` reads from top to bottom; the functions below it follow in the order of the calls.
-"""
+"""`train`: train a model of bytes or tokens on text; write checkpoints, a loss curve and samples."""
 
 import dataclasses
 import hashlib
@@ -107,20 +104,22 @@ def run(options: Train) -> int:
             del weights, initial
         optimizer = OPTIMIZERS[options.optimizer](model, lr=options.lr, weight_decay=options.weight_decay)
         rows = options.batch * options.accumulate  # per step
-        data_rank, num_parts = processes.place("data")
-        share = rows // num_parts
+        data_rank, num_data_ranks = processes.place("data")
+        share = rows // num_data_ranks
         own_rows = range(data_rank * share, (data_rank + 1) * share)
-        how = dict(batch=rows, seed=options.seed, context_length=options.context_length)
-        ends = dict(start=tokenizer.start, end=config.eos_token_id)
-        batches = Batches(encode(corpus.train, tokenizer), own_rows, options.length, **how, **ends)
-        chunk_share = dict(zip(("rank", "ranks"), processes.place("chunk"), strict=True))
-        readers = [Reader(model, **chunk_share) for _ in range(options.accumulate)]  # each carries its rows' states
+        order = dict(batch=rows, seed=options.seed, context_length=options.context_length)
+        added_tokens = dict(start=tokenizer.start, end=config.eos_token_id)
+        batches = Batches(encode(corpus.train, tokenizer), own_rows, options.length, **order, **added_tokens)
+        chunk_rank, num_chunk_ranks = processes.place("chunk")
+        # Each reader carries the states of its rows.
+        readers = [Reader(model, rank=chunk_rank, ranks=num_chunk_ranks) for _ in range(options.accumulate)]
         if saved:
             saved.load_weights(model)
             saved.load_optimizer(optimizer, model)
             if (state := saved.state_of(processes.mesh)) is not None:
+                size = share // len(readers)
                 for number, reader in enumerate(readers):
-                    reader.seek(state[number * share // len(readers) : (number + 1) * share // len(readers)].to(device))
+                    reader.seek(state[number * size : (number + 1) * size].to(device))
                 del state  # the readers have copies
             try:
                 batches.seek(saved.record["data"]["position"])
@@ -135,7 +134,8 @@ def run(options: Train) -> int:
         # The loop.
         metrics = stack.enter_context(log(out / METRICS, step)) if processes.is_rank0 else None
         autocast = precision(device, options.dtype)
-        saver, saved_step = Saver(out, processes.mesh), step if saved else None
+        saver = Saver(out, processes.mesh)
+        saved_step = step if saved else None
         bytes_per_token = corpus.num_bytes / int(batches.lengths.sum(dtype="int64"))
         sample = eval_sample(corpus.held_out)
         timing_start, timing_start_step = time.monotonic(), step  # for the next estimate of a step's time
@@ -231,7 +231,8 @@ def run(options: Train) -> int:
             resume = f"megalodon-ops train --out {shlex.quote(str(out))} --resume"
             print(f"stopped after step {step}; continue with: {resume}")
             return 128 + stopped
-        unsharded, size = model.alone(), sum(map(len, corpus.held_out))
+        unsharded = model.alone()
+        size = sum(map(len, corpus.held_out))
         with bytes_bar(size // processes.size, desc="evaluating held-out text", delay=1) as bar:
             bits = bits_per_byte(unsharded, tokenizer, corpus.held_out, autocast, processes, bar.update)
         if processes.is_rank0:
@@ -285,17 +286,21 @@ def check_shares(options: Train, config: MegalodonConfig, sizes: Mesh) -> None:
 
 def check_memory(options: Train, config: MegalodonConfig, device: torch.device, processes: int) -> None:
     """Refuse, before any allocation, a run whose step exceeds the memory; name the flags that make it fit."""
-    is_cpu, rows = device.type == "cpu", -(-options.batch // processes)
+    is_cpu = device.type == "cpu"
+    rows = math.ceil(options.batch / processes)  # of this process
     memory = available_memory() if is_cpu else torch.cuda.mem_get_info(device)[0]
-    memory //= int(os.environ.get("LOCAL_WORLD_SIZE", 1)) if is_cpu else 1
+    if is_cpu:  # which all processes of this machine share
+        memory //= int(os.environ.get("LOCAL_WORLD_SIZE", 1))
     one_layer = layout(dataclasses.replace(config, num_layers=1), 1, torch.float32)
     states = config.num_layers * sum(math.prod(shape) * kind.itemsize for _, kind, shape in one_layer)
     states *= rows * (options.accumulate + 1)  # of all rows, and the new ones of a batch
-    weights = 4 * config.num_parameters() // processes
-    room = memory - states + weights * (options.optimizer == "muon")  # has one moment, not the two of a plan
-    widths = 8 * config.model_dim + 4 * (config.z_dim + config.value_dim + config.ffn_hidden_dim)  # kept for a token
-    size, flags = 4 * weights, "no"
-    if size + 8 * rows * options.length * config.num_layers * widths < room:  # with a margin: a plan takes a second
+    parameters = 4 * config.num_parameters() // processes
+    room = memory - states + parameters * (options.optimizer == "muon")  # a plan counts two moments, Muon has one
+    size = 4 * parameters  # with gradients and two moments
+    flags = "no"
+    # A generous estimate of the activations. If it does not fit, a plan decides, which takes a second.
+    widths = 8 * config.model_dim + 4 * (config.z_dim + config.value_dim + config.ffn_hidden_dim)
+    if size + 8 * rows * options.length * config.num_layers * widths < room:
         return
     if size < room:
         from megalodon_ops.cli.sizes import fitting_flags
@@ -314,10 +319,7 @@ def check_memory(options: Train, config: MegalodonConfig, device: torch.device, 
 
 
 def tokens_at_peak(options: Train, config: MegalodonConfig, device: torch.device, processes: int) -> float | None:
-    """Return the tokens per second of training at the devices' peak TFLOP/s; None if the peak is unknown.
-
-    Operations are counted for full chunks.
-    """
+    """Return the tokens per second of training on full chunks at the devices' peak; None if the peak is unknown."""
     peaks = PEAK_TFLOPS.get(torch.cuda.get_device_name(device)) if device.type == "cuda" else None
     if options.peak_tflops is None and peaks is None:
         return None

@@ -41,22 +41,24 @@ class ShardedSequences(Sequences):
     pieces: Pieces
     group: ProcessGroup
 
-    def norm_state(self, norm: Any, x: Tensor, given: TimestepNormState | None) -> TimestepNormState:
+    def norm_state(self, num_groups: int, x: Tensor, given: TimestepNormState | None) -> TimestepNormState:
         """Return a norm's initial state over the piece x; every rank sends its end state and waits for the others'."""
-        pieces, dtype = self.pieces, accumulation_dtype(x.dtype)
+        pieces = self.pieces
         part, options = self._carried_part(x)
-        ends = timestep_norm_end_state(part, num_groups=norm.num_groups, **options)
-        start, count = (None, None) if given is None else (norm_in_float64(given), given.count)
-        ends, start, work = send_to_all(norm_in_float64(ends), start, self.group)
+        end = timestep_norm_end_state(part, num_groups=num_groups, **options)
+        start = None if given is None else norm_in_float64(given)
+        count = None if given is None else given.count
+        ends, start, work = send_to_all(norm_in_float64(end), start, self.group)
         work.wait()
-        initial = self._open_rows(start), self._open_rows(count)
-        state = merged_norm(ends, pieces.sources, pieces.source_lengths, *initial, dtype=dtype)
+        merge = partial(merged_norm, dtype=accumulation_dtype(x.dtype))
+        state = merge(ends, pieces.sources, pieces.source_lengths, self._open_rows(start), self._open_rows(count))
         if not pieces.is_packed:
             return state
-        whole = (None,) * 4 if start is None else merged_norm(start[None], [], [], start, count, dtype=dtype)
+        whole = (None,) * len(state) if start is None else merge(start[None], [], [], start, count)
         return TimestepNormState(*map(self._with_new_rows, state, whole))
 
     def send_end(self, cema: ComplexEMA, t: Tensor, given: Block) -> tuple:
+        """Send the end state of `cema` over the piece t to all ranks; return what :meth:`receive` needs."""
         p, q, _, _ = cema.coefficients()
         part, options = self._carried_part(t)
         ends = cema_end_state(part, p, q, **options)
@@ -64,6 +66,7 @@ class ShardedSequences(Sequences):
         return given, q, *send_to_all(torch.view_as_real(ends), recurrent, self.group)
 
     def receive(self, sent: tuple) -> Block:
+        """Wait for the end states of all ranks; return the block's initial state."""
         whole, q, ends, recurrent, work = sent
         work.wait()
         pieces = self.pieces
@@ -87,11 +90,14 @@ class ShardedSequences(Sequences):
         """Put the previous piece's last chunk before k and v, and zeros before q; also return the added length."""
         if visible_chunks == 1:
             return (q, k, v), 0, self
-        last = [_last_chunk(self.pieces, x, state, name, chunk_size) for name, x in (("k", k), ("v", v))]
-        previous = send_to_next(torch.cat(last, -1), self.pieces.next_rank, self.pieces.previous_rank, self.group)
+        last_k = _last_chunk(self.pieces, k, state, "k", chunk_size)
+        last_v = _last_chunk(self.pieces, v, state, "v", chunk_size)
+        last = torch.cat([last_k, last_v], -1)
+        previous = send_to_next(last, self.pieces.next_rank, self.pieces.previous_rank, self.group)
         previous = previous if self.pieces.sources else previous[:, :0]
-        added, sizes, spans = previous.shape[1], [k.shape[-1], v.shape[-1]], self.spans
-        k, v = (torch.cat(parts, 1) for parts in zip(previous.split(sizes, -1), (k, v)))
+        added, spans = previous.shape[1], self.spans
+        previous_k, previous_v = previous.split([k.shape[-1], v.shape[-1]], -1)
+        k, v = torch.cat([previous_k, k], 1), torch.cat([previous_v, v], 1)
         sequences = Sequences(spans)
         if self.pieces.is_packed and added:  # the first sequence continues, and begins with the added chunk
             sequences = Sequences(torch.cat([spans[:1] + spans.new_tensor([0, added]), spans[1:] + added]))

@@ -37,7 +37,8 @@ class _SendToAll(torch.autograd.Function):
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, dvalues, dstart):
-        parts = torch.empty_like(dvalues := dvalues.contiguous())
+        dvalues = dvalues.contiguous()
+        parts = torch.empty_like(dvalues)
         dist.all_to_all_single(parts.view(-1), dvalues.view(-1), group=ctx.group)
         if ctx.start_is_given and ctx.needs_input_grad[1]:
             dstart = dstart.contiguous().clone()
@@ -73,7 +74,8 @@ class _SendToNext(torch.autograd.Function):
 def _shift(received: Tensor, source: int | None, value: Tensor, target: int | None, group: ProcessGroup) -> None:
     """Send `value` to the rank `target`, and receive into `received` from the rank `source`; each rank calls this."""
     ranks = range(dist.get_world_size(group))
-    arriving, leaving = ([x.numel() * (r == rank) for r in ranks] for x, rank in ((received, source), (value, target)))
+    arriving = [received.numel() if rank == source else 0 for rank in ranks]
+    leaving = [value.numel() if rank == target else 0 for rank in ranks]
     flat, sent = received.view(-1)[: sum(arriving)], value.contiguous().view(-1)[: sum(leaving)]
     dist.all_to_all_single(flat, sent, arriving, leaving, group=group)
 
@@ -114,7 +116,8 @@ class TotalLoss(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, loss_sum, count, group, mean):
-        total, ranks = torch.stack([loss_sum.double(), count.double()]), dist.get_world_size(group)
+        ranks = dist.get_world_size(group)
+        total = torch.stack([loss_sum.double(), count.double()])
         dist.all_reduce(total, group=group)
         ctx.save_for_backward(ranks / total[1] if mean else torch.full_like(total[1], ranks))
         return (total[0] / total[1] if mean else total[0].clone()).to(loss_sum.dtype)  # no view

@@ -40,8 +40,7 @@ def shard(model: Megalodon, mesh: DeviceMesh, param_dtype: torch.dtype | None) -
     """Shard every parameter over a mesh's last dimension, in place; if there are two, replicate over the first.
 
     One exchange gathers a block's parameters, or two if the matrices are cast to another dtype than the few wide
-    parameters. The model itself gathers the embedding, the output matrix and the final norm, so the loss finds the
-    whole output matrix.
+    parameters. The model gathers embedding, output matrix and final norm, so the loss finds the whole output matrix.
     """
     wide = dict(mesh=mesh, reshard_after_forward=True, mp_policy=MixedPrecisionPolicy(cast_forward_inputs=False))
     policy = MixedPrecisionPolicy(
@@ -52,10 +51,11 @@ def shard(model: Megalodon, mesh: DeviceMesh, param_dtype: torch.dtype | None) -
     matrices = {**wide, "mp_policy": policy}
     for block in model.layers:
         if not _has_one_dtype(block, param_dtype):
-            owners = [module for module in block.modules() if any(True for _ in module.parameters(recurse=False))]
+            owners = [module for module in block.modules() if [*module.parameters(recurse=False)]]
             fully_shard([module for module in owners if not isinstance(module, WideParameters)], **matrices)
         fully_shard(block, **wide)
-    if not _has_one_dtype(output := getattr(model, "output", model), param_dtype):
+    output = getattr(model, "output", model)
+    if not _has_one_dtype(output, param_dtype):
         fully_shard(output.final_norm, **wide)
     fully_shard(model, **matrices)
     if mesh.device_type == "cpu":  # some versions of gloo cannot average

@@ -7,6 +7,7 @@ import contextlib
 import dataclasses
 import math
 from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -44,13 +45,15 @@ def measure(
     `tensor` devices share a block. Each device has a part of the operations and saved tensors, but all channels of
     gathered tensors (inputs of norms and products). For the loss, each device has a part of the tokens.
     """
-    stream, device = torch.float32 if autocast else dtype, "cpu" if on_cpu else "meta"
+    stream = torch.float32 if autocast else dtype  # dtype of the residual stream
+    device = "cpu" if on_cpu else "meta"
     with torch.device("meta"):
         model = Megalodon(dataclasses.replace(config, num_layers=1, layerwise_ckpt=False)).to(stream).train()
     with FakeTensorMode(allow_non_fake_inputs=True) if on_cpu else contextlib.nullcontext():
         (block,), output = model.to_empty(device=device).layers, model.output
-        shapes = (rows, length, config.model_dim), (1, math.ceil(rows * length / tensor), config.model_dim)
-        x, last_hidden = (torch.empty(*shape, dtype=stream, device=device, requires_grad=True) for shape in shapes)
+        empty = partial(torch.empty, dtype=stream, device=device, requires_grad=True)
+        x = empty(rows, length, config.model_dim)
+        last_hidden = empty(1, math.ceil(rows * length / tensor), config.model_dim)
         targets = torch.zeros(last_hidden.shape[1], dtype=torch.int64, device=device)
         inputs = [*model.parameters(), *model.buffers(), targets]
 

@@ -28,12 +28,10 @@ def make_mesh(
 
     Args:
         sizes: number of ranks of `data`, `chunk` and `tensor`: "data=2,chunk=2" or {"data": 2, "chunk": 2}. The mesh
-            has the order data, chunk, tensor, whatever the order of `sizes`. Ranks along its last dimension are
-            neighbours.
-        device_type: "cpu" or "cuda"; None: "cuda" if there is a GPU. A new process group uses gloo for tensors on the
-            CPU and NCCL for tensors on GPUs.
-        timeout: seconds that processes wait for each other, in a new process group and in the mesh's groups; None:
-            torch's defaults.
+            always has the order data, chunk, tensor. Ranks along its last dimension are neighbours.
+        device_type: "cpu" or "cuda"; None: "cuda" if there is a GPU. A new process group uses gloo on the CPU and NCCL
+            on GPUs.
+        timeout: seconds that processes wait for each other, in new groups and the mesh's; None: torch's defaults.
 
     Raises:
         ValueError: the product of the sizes is not the number of processes, a size or a name is wrong, or processes
@@ -94,7 +92,7 @@ def batch_and_tensor_meshes(mesh: DeviceMesh, *, replicate: bool) -> tuple[Devic
     """
     tensor = mesh["tensor"].size() if "tensor" in mesh.mesh_dim_names else 1
     names = ("replicate", "shard") if replicate else ("shard",)
-    ranks = mesh.mesh.reshape(-1, *[1] * replicate, tensor)
+    ranks = mesh.mesh.reshape(-1, 1, tensor) if replicate else mesh.mesh.reshape(-1, tensor)
     whole = DeviceMesh(mesh.device_type, ranks, mesh_dim_names=(*names, "tensor"))
     options = getattr(mesh.get_group(0)._get_backend(torch.device(mesh.device_type)), "options", None)
     _set_timeout(whole, getattr(options, "_timeout", None))
@@ -139,7 +137,9 @@ def _start(device_type: str, timeout: float | None) -> None:
 
 def _set_timeout(mesh: DeviceMesh, timeout: timedelta | None) -> None:
     """Set the time-out of the mesh's groups, as new groups do not inherit that of the default group."""
-    for group in mesh.get_all_groups() if timeout is not None else ():
+    if timeout is None:
+        return
+    for group in mesh.get_all_groups():
         if hasattr(dist, "set_timeout"):  # torch 2.15
             dist.set_timeout(timeout, group)
         else:

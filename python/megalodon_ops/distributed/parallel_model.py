@@ -114,8 +114,9 @@ class ParallelMegalodon(_ParallelModel, Megalodon):
         ranks, config = self._ranks, self.config
         state, return_state, _, sequences = options
         own_state = state
-        loss_kind = f"loss, {wanted.reduction} without {wanted.ignore_index}"
-        result_kind = "features" if wanted.features else "logits" if wanted.targets is None else loss_kind
+        result_kind = f"loss, {wanted.reduction} without {wanted.ignore_index}"
+        if wanted.features or wanted.targets is None:
+            result_kind = "features" if wanted.features else "logits"
         arguments = {"call": result_kind, "return_state": return_state, **_arguments(state, len(tokens), sequences)}
         with self._reset_after_exception():
             if ranks.chunk is not None:

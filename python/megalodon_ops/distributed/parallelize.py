@@ -44,8 +44,7 @@ def parallelize(
         the modules of `model`, its mode and its hooks; `model` is left without modules.
 
     Raises:
-        ValueError: an argument is wrong, or differs between ranks; then all ranks raise it. TypeError: an argument has
-            a wrong type.
+        ValueError: an argument is wrong, or differs between ranks; then all ranks raise it. TypeError: a wrong type.
 
     Example:
         >>> import torch, megalodon_ops as mo

@@ -10,8 +10,7 @@ from itertools import accumulate, chain, pairwise, product
 class Pieces:
     """A rank's piece of the sequences of a batch, and the earlier ranks on which its initial states depend.
 
-    In a dense or padded batch, ranks exchange the states of all rows; in a packed batch, only the state of the sequence
-    that two pieces share.
+    Ranks exchange the states of all rows, but in a packed batch only that of the sequence that two pieces share.
     """
 
     begin: int  # first column of the piece
@@ -65,7 +64,8 @@ def pieces_of(
         ValueError: offsets or lengths do not fit, or a piece ends inside a chunk.
     """
     ends = tuple(accumulate(piece_lengths))
-    begin, end = ends[rank] - piece_lengths[rank], ends[rank]
+    end = ends[rank]
+    begin = end - piece_lengths[rank]
     is_packed = cu_seqlens is not None or spans is not None
     spans = _spans(rows, ends[-1], cu_seqlens, lengths, spans)
     _check_cuts(ends, spans, chunk_size, positions or [0] * len(spans))
@@ -128,7 +128,8 @@ def _check_cuts(
 ) -> None:
     """Raise a ValueError if a piece ends inside a chunk of a sequence."""
     for (rank, cut), (s, (begin, end)) in product(enumerate(ends[:-1]), enumerate(spans)):
-        if begin < cut < end and (filled := (positions[s] + cut - begin) % chunk_size):
+        filled = (positions[s] + cut - begin) % chunk_size  # tokens in the chunk that the cut divides
+        if begin < cut < end and filled:
             raise ValueError(
                 f"Megalodon: `tokens` must end at a chunk boundary on every rank but the last, got a piece of rank "
                 f"{rank} of its group that ends {filled} tokens into a chunk of {chunk_size} of sequence {s}; "

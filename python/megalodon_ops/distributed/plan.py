@@ -95,8 +95,10 @@ def plan(
     check_can_split("plan", config, tensor)
 
     stream = torch.float32 if autocast else dtype  # dtype of the residual stream
-    layers, recompute, rows, length = config.num_layers, config.layerwise_ckpt, batch // data_size, context // chunk
-    block, final = measure(config, rows, length, tensor, dtype, autocast, device == "cpu", recompute)
+    layers, recompute = config.num_layers, config.layerwise_ckpt
+    rows, length = batch // data_size, context // chunk  # of a device
+    options = dict(dtype=dtype, autocast=autocast, on_cpu=device == "cpu", recompute=recompute)
+    block, final = measure(config, rows, length, tensor, **options)
     operations = {kind: layers * count + final.operations.get(kind, 0) for kind, count in block.operations.items()}
 
     # Parameters. Gathered: those outside the blocks, this block, the next one, and one block's gradients.
@@ -104,13 +106,16 @@ def plan(
     shards = group if data == "shard" else 1
     stored_block, stored_others = _parameter_bytes(config, param_dtype, shards, tensor)
     used_block, used_others = _parameter_bytes(config, stream, shards, tensor)
-    stored, used, gathered = layers * stored_block + stored_others, layers * used_block + used_others, 0
+    stored, used = layers * stored_block + stored_others, layers * used_block + used_others
+    gathered = 0
     if shards > 1 or stored != used:
         gathered = shards * (used_others + min(2, layers) * used_block + used_block + stored_block)
 
     # Activations and gradients, at the peak of their sum.
-    channels, products = (rows * length * config.model_dim * kind.itemsize for kind in (stream, dtype))
-    saved, saved_by_final, scratch = sum(block.saved), sum(final.saved), max(block.saved) + 2 * channels
+    channels = rows * length * config.model_dim * stream.itemsize
+    products = rows * length * config.model_dim * dtype.itemsize
+    saved, saved_by_final = sum(block.saved), sum(final.saved)
+    scratch = max(block.saved) + 2 * channels
     saved_before = channels // tensor if recompute else saved  # bytes of a block until its backward
     logits = min(rows * length * config.num_outputs // tensor, loss._block(torch.device(device)))
     activations, gradients, scratch = max(
@@ -147,7 +152,8 @@ def plan(
         "channels and output matrix, reduce-scatter": (layers * scatters + output, tensor),
     }
     exchange = {kind: total * (n - 1) // n for kind, (total, n) in exchanged.items() if total and n > 1}
-    return Plan(config, sizes, group * tensor, batch * context, memory, sum(memory.values()), operations, exchange)
+    totals = dict(devices=group * tensor, tokens=batch * context, bytes=sum(memory.values()))
+    return Plan(config, sizes, memory=memory, operations=operations, exchange=exchange, **totals)
 
 
 def _parameter_bytes(config: MegalodonConfig, dtype: torch.dtype, shards: int, tensor: int) -> tuple[int, int]:

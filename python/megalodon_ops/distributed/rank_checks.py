@@ -34,15 +34,14 @@ def check_same_on_ranks(
     if len({*checksums}) > 1:
         all_texts: list[Any] = [None] * len(numbers)
         dist.all_gather_object(all_texts, texts, group=group)
-        ranks, names = dist.get_process_group_ranks(group), dict.fromkeys(name for row in all_texts for name in row)
+        ranks = dist.get_process_group_ranks(group)
+        names = dict.fromkeys(name for row in all_texts for name in row)
         columns = {name: [row.get(name, "nothing") for row in all_texts] for name in names}
         name, column = next((name, column) for name, column in columns.items() if len({*column}) > 1)
         other = next(i for i, text in enumerate(column) if text != column[0])
-        difference = f"{column[0]} on rank {ranks[0]} and {column[other]} on rank {ranks[other]}"
-        difference += f"; {fix}" if fix else ""
-        raise ValueError(
-            f"{op}: `{name}` must be the same on the ranks {', '.join(map(str, ranks))}, got {difference}."
-        )
+        found = f"{column[0]} on rank {ranks[0]} and {column[other]} on rank {ranks[other]}"
+        found += f"; {fix}" if fix else ""
+        raise ValueError(f"{op}: `{name}` must be the same on the ranks {', '.join(map(str, ranks))}, got {found}.")
     return list(numbers)
 
 

@@ -33,17 +33,17 @@ def memory_of_piece(
     """Run :func:`read_write_and_keep` on a piece, with the memory of earlier pieces, to the end of the piece.
 
     Args:
-        q, k, v, spans: those of the piece. If attention sees two chunks, they include the chunk before
-            the piece, if there is one.
-        state: initial state of the sequences that begin in the piece; the row of a sequence that began in an earlier
-            piece is arbitrary. None: empty.
+        q, k, v, spans: those of the piece; if attention sees two chunks, with the chunk before it, if there is one.
+        state: initial state of the sequences that begin in the piece, with arbitrary rows for others. None: empty.
         to_end: ignored; the op always runs to the end.
     """
-    rows, added = visible_chunks * chunk_size, (visible_chunks - 1) * chunk_size if pieces.sources else 0
+    rows = visible_chunks * chunk_size
+    added = (visible_chunks - 1) * chunk_size if pieces.sources else 0
     if state is None:
         state = _empty(k, v, rows, pieces.num_sequences if pieces.is_packed else len(k))
     chunks = (chunk_size, visible_chunks)
-    begin, end = (added + column for column in pieces.tail or (0, k.shape[1] - added))
+    begin, end = pieces.tail or (0, k.shape[1] - added)
+    begin, end = added + begin, added + end
     open_state = WorkingMemoryState(*(x[-1:] for x in state)) if pieces.is_packed else state
     is_new = pieces.open_sequence_is_new() and len(open_state.mass) > 0
     if not is_new:
@@ -53,7 +53,7 @@ def memory_of_piece(
     mass = torch.cat([torch.full_like(masses[:1], EMPTY_MASS), masses[[*pieces.sources]]]).logsumexp(0)
     if not pieces.sources:
         o, *after = read_write_and_keep(q, k, v, *chunks, state, spans, True, inplace)
-        memory = after[0][-1:].sum(0, keepdim=True) if pieces.is_packed else after[0]
+        memory = after[0][-1:].sum(0, keepdim=True) if pieces.is_packed else after[0]  # without a sequence 0
         maps = _gather(F.pad(memory, (0, k.shape[3])), group)
         return o + (masses[:0].sum() + maps[:0].sum()), *after  # all ranks take part in the backward of exchanges
     if is_new:

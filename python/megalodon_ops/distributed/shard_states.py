@@ -40,8 +40,8 @@ def whole_state(
 ) -> MegalodonState:
     """Return the state after the whole sequences, equal on all ranks.
 
-    A sequence's state comes from the rank with its last position, and its gradients return to this rank. Only filled
-    rows of keys and values are sent.
+    A sequence's state comes from the rank with its last position, to which gradients return. Only filled rows of keys
+    and values are sent.
 
     Args:
         after: the state after the rank's piece.

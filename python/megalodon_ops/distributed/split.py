@@ -11,12 +11,7 @@ from ..ops.common.checks import check_integer, check_size, check_tensor, describ
 
 
 def split(
-    tokens: Tensor,
-    mesh: DeviceMesh,
-    *,
-    chunk_size: int,
-    cu_seqlens: Tensor | None = None,
-    position: int = 0,
+    tokens: Tensor, mesh: DeviceMesh, *, chunk_size: int, cu_seqlens: Tensor | None = None, position: int = 0
 ) -> Tensor:
     """Return this rank's rows of a batch, and its piece of their columns.
 
@@ -29,8 +24,7 @@ def split(
         mesh: mesh with named dimensions.
         chunk_size: chunk size of the model.
         cu_seqlens: (S + 1,) offsets of sequences packed into one row, each with chunks of its own.
-        position: number of tokens that every row's unfinished chunk has before the batch, as in a state's
-            `attention.position`.
+        position: tokens of every row's unfinished chunk before the batch, as in a state's `attention.position`.
 
     Returns:
         a view of `tokens`.
@@ -57,9 +51,7 @@ def split(
     position = check_integer("split", "position", position, "an integer in [0, chunk_size)", 0, chunk_size - 1)
     rank, size = rank_and_size(mesh, "data")
     if len(tokens) % size:
-        raise ValueError(
-            f"split: `tokens` must have a multiple of {size} rows, the ranks of `data`, got {len(tokens)}."
-        )
+        raise ValueError(f"split: `tokens` must have a multiple of {size} rows, the size of `data`, got {len(tokens)}.")
     rows, length = len(tokens) // size, tokens.shape[1]
     offsets = [0, length]
     if cu_seqlens is not None:
@@ -80,14 +72,12 @@ def columns(
     """Return the columns [begin, end) of a rank's piece of sequences at `offsets`; position: of all, or of each one."""
     bounds = [0]
     for cut in range(1, ranks):
-        bounds.append(max(_nearest_cut(cut * length / ranks, length, chunk_size, offsets, position), bounds[-1]))
+        bounds.append(max(_nearest_cut(cut * length / ranks, chunk_size, offsets, position), bounds[-1]))
     bounds.append(length)
     return bounds[rank], bounds[rank + 1]
 
 
-def _nearest_cut(
-    ideal: float, length: int, chunk_size: int, offsets: Sequence[int], position: int | Sequence[int]
-) -> int:
+def _nearest_cut(ideal: float, chunk_size: int, offsets: Sequence[int], position: int | Sequence[int]) -> int:
     """Return the chunk boundary nearest to the column `ideal`; outside of sequences, return the column."""
     s = bisect_right(offsets, ideal) - 1
     if s < 0 or s + 1 >= len(offsets):

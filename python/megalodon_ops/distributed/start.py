@@ -22,8 +22,7 @@ def start(device_type: str, timeout: timedelta | None = None) -> None:
 
     gloo exchanges tensors on the CPU, NCCL tensors on GPUs; a process takes the GPU of its `LOCAL_RANK`.
 
-    After a restart by torchrun, the store may still hold addresses of processes that have ended, so each start has its
-    own prefix in the store.
+    After a restart by torchrun, the store may hold addresses of ended processes, so each start has its own prefix.
     """
     atexit.register(await_workers)
     backend = "gloo" if device_type == "cpu" else "cpu:gloo,cuda:nccl"

@@ -44,7 +44,8 @@ def split_over(model: Megalodon, mesh: DeviceMesh) -> None:
         model: equal on all ranks, with plain parameters.
     """
     config, ranks = model.config, mesh.size()
-    whole_heads, first_head = config.num_heads % ranks == 0, mesh.get_local_rank() * config.num_heads // ranks
+    whole_heads = config.num_heads % ranks == 0
+    first_head = mesh.get_local_rank() * config.num_heads // ranks
     heads, key_dim = max(config.num_heads // ranks, 1), config.z_dim // config.num_heads
     # A head that several ranks share: each of them has all of the head's channels of z.
     key_range = None if whole_heads else (first_head * key_dim, key_dim)  # (first channel, number of channels)
@@ -98,7 +99,8 @@ def check_can_split(caller: str, config: MegalodonConfig, ranks: int) -> None:
 
 def split_state(state: MegalodonState, mesh: DeviceMesh, heads: int) -> MegalodonState:
     """Return this rank's part of a whole state."""
-    first, count = mesh.get_local_rank() * heads // mesh.size(), max(heads // mesh.size(), 1)
+    first = mesh.get_local_rank() * heads // mesh.size()
+    count = max(heads // mesh.size(), 1)
 
     def split(tensor: Tensor, dim: int) -> Tensor:
         return redistribute(tensor, mesh, Replicate(), Shard(dim))

@@ -41,8 +41,7 @@ def evaluate(
         an :class:`Evaluation` for each context, in order.
 
     Raises:
-        FloatingPointError: a loss is infinite or NaN. ValueError, TypeError: an argument is wrong. IndexError: a token
-        is outside the vocabulary.
+        FloatingPointError: an infinite or NaN loss. ValueError, TypeError: a wrong argument. IndexError: unknown token.
 
     Example:
         >>> import torch, megalodon_ops as mo
@@ -93,7 +92,8 @@ def _evaluate(
     model: Megalodon, documents: Iterable[Any], context: Context, rows: int, piece: int
 ) -> tuple[Evaluation, bool]:
     """Return the losses for one context, and True if a document was longer than a window."""
-    tally, reader, has_cut = Tally(), _Reader(model), False
+    tally, reader = Tally(), _Reader(model)
+    has_cut = False
     queue = open_documents(documents, tally.add_bytes)
     lanes: list[Iterator[list[Segment]]] = []  # a lane reads one document after another from the queue
     while True:
@@ -150,7 +150,8 @@ class _Reader:
             return None
         if not begin:  # every lane continues, in the state's order
             return self.state
-        return self.state[[self.lanes.index(lane) if segment.start else 0 for lane, segment in parts]].reset(begin)
+        rows = [self.lanes.index(lane) if segment.start else 0 for lane, segment in parts]  # 0: any row, then reset
+        return self.state[rows].reset(begin)
 
 
 def _check(model: object, documents: object, contexts: object) -> None:

@@ -89,7 +89,8 @@ class Tally:
     def result(self, context: Context) -> Evaluation:
         bins = []
         for i in self.tokens.nonzero()[:, 0].tolist():
-            first, last = int(_BIN_ENDS[i - 1]) + 1 if i else 1, min(int(_BIN_ENDS[i]), self.longest)
+            first = int(_BIN_ENDS[i - 1]) + 1 if i else 1
+            last = min(int(_BIN_ENDS[i]), self.longest)
             bins.append(PositionBin(first, last, int(self.tokens[i]), self.nats[i].item()))
         nats = math.fsum(bin.nats for bin in bins)
         return Evaluation(context, nats, sum(bin.tokens for bin in bins), self.num_bytes, tuple(bins))

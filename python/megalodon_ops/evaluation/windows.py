@@ -46,7 +46,8 @@ def segments_of(documents: Iterator[Iterator[Tensor]], context: int, piece: int)
     segments: list[Segment] = []
     room = piece
     for pieces in documents:
-        ahead, position = _read(torch.empty(0, dtype=torch.int64, device="cpu"), pieces, 2), 0
+        ahead = _read(torch.empty(0, dtype=torch.int64, device="cpu"), pieces, 2)
+        position = 0  # in the window
         while len(ahead) > 1:
             if position == 0 and room < context <= piece:
                 yield segments

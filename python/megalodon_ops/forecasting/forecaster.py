@@ -82,7 +82,8 @@ class Forecaster(nn.Module):
             x: (B, L, F), NaN where a value is missing or hidden.
             values: (B, N, T) with N >= L, the series to forecast; None: the first T columns of x.
         """
-        T, known = self._shape[0], True
+        T = self._shape[0]
+        known = True
         future = self.future(x[..., :T] if values is None else values)[:, : x.shape[1]]
         mean, deviation = self._scale(x, state)
         if state is None:

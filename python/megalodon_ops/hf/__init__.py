@@ -5,7 +5,7 @@
 
     model = AutoModelForCausalLM.from_pretrained(folder)    # a folder of `Megalodon.save` or of `save_pretrained`
 
-B batch, L length, D model dim, as in the rest of the package.
+B batch, L length, D model dim.
 """
 
 from .. import extras

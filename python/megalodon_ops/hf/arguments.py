@@ -56,10 +56,10 @@ def check_labels(op: str, labels: Tensor, shape: tuple[int, int], name: str = "l
 
 
 def targets_of(op: str, labels: Tensor, are_shifted: bool, config: MegalodonConfig, batch: Batch) -> Tensor:
-    """Return the target of each token (B, W): its own label if labels `are_shifted`, else that of the token after it.
+    """Return the target of each token (B, W): the label of the token after it or, if labels `are_shifted`, its own.
 
-    The target is IGNORED at each sequence's last token, unless labels `are_shifted`, and where it is a token that the
-    model reads but never predicts (such as a start token without a logit). At padding it is arbitrary.
+    A sequence's last token has the target IGNORED, unless labels `are_shifted`. So have tokens before one that a model
+    reads but never predicts, such as a start token. At padding, targets are arbitrary.
     """
     check_labels(op, labels, batch.shape, "shift_labels" if are_shifted else "labels")
     targets = (labels if batch.columns is None else select(labels, batch.columns)).long()
@@ -128,7 +128,8 @@ class Batch:
         Padding before and after a row's tokens stays where it is; padding between tokens is left out. A compiled program
         selects columns without reading the mask, so that it serves all masks.
         """
-        (B, L), present = self.shape, self.present
+        B, L = self.shape
+        present = self.present
         if offsets is not None:
             if present is not None:
                 raise ValueError(f"{op}: `attention_mask` must have no padding where `cu_seq_lens_q` is given.")
@@ -141,13 +142,14 @@ class Batch:
         starts, lengths = tokens.int().argmax(1), tokens.sum(1)  # starts: 0 in a row without a token
         last = torch.where(tokens, column, starts[:, None]).cummax(1).values  # the token at or before each column
         are_adjacent = ((last[:, -1] - starts + 1 == lengths) | (lengths == 0)).all()
-        cut = tokens[:, 1:] & False
+        cut = torch.zeros_like(tokens[:, 1:])  # True where a document begins behind a column
         for name, values in indices.items():
             if values.dim() != 2 or values.shape[0] not in (1, B) or values.shape[1] < L:
                 raise ValueError(f"{op}: `{name}` must be {(B, L)} as the tokens, got {tuple(values.shape)}.")
             is_cut = values[:, -L:].expand(B, L).gather(1, last).diff() != (name == "position_ids")
             cut |= is_cut & (tokens[:, :-1] | (name == "seq_idx"))  # `generate` restarts position_ids after padding
-        cut, is_compiling = cut & tokens[:, 1:], torch.compiler.is_compiling()
+        cut = cut & tokens[:, 1:]
+        is_compiling = torch.compiler.is_compiling()
         if is_compiling and self.returns_cache and indices:  # such a program holds no packed documents: see read_batch
             torch._assert_async(~cut.any(), f"{op}: {_PACKED_CACHE}")
         elif indices and bool(cut.any()):
@@ -163,7 +165,8 @@ class Batch:
             return {"lengths": lengths} if not bool(starts.any()) else {"starts": starts, "lengths": lengths}
         # Move tokens together: in a compiled program behind their row's first one, which moves no row without holes,
         # and otherwise to the row's begin, so that the layers read as few columns as possible.
-        width, first = (L, starts[:, None]) if is_compiling else (max(int(lengths.max()), 1), 0)
+        width = L if is_compiling else max(int(lengths.max()), 1)
+        first = starts[:, None] if is_compiling else 0
         count = present.cumsum(1)
         self.positions = (first + count - 1).clamp(min=0)
         self.columns = torch.searchsorted(count, (column[:width] + 1 - first).clamp(min=1).minimum(lengths[:, None]))
@@ -228,11 +231,13 @@ def read_batch(
     **others: Any,
 ) -> Batch:
     """Check the arguments of a model's call; `inputs` is the argument that `model.main_input_name` names."""
-    op, config, is_causal = type(model).__name__, model.config, model._core_class.config_type.causal
-    name, letters = model.main_input_name, "(B, L)" if model.main_input_name == "input_ids" else "(B, L, F)"
-    settings = dict(is_causal=is_causal, output_router_logits=False)
+    op, config = type(model).__name__, model.config
+    is_causal = model._core_class.config_type.causal
+    name = model.main_input_name
+    letters = "(B, L)" if name == "input_ids" else "(B, L, F)"
+    accepted = dict(is_causal=is_causal, output_router_logits=False)
     for other, value in others.items():
-        if other not in _IGNORED_ARGUMENTS and value is not None and value is not settings.get(other):
+        if other not in _IGNORED_ARGUMENTS and value is not None and value is not accepted.get(other):
             raise TypeError(f"{op}: unexpected argument `{other}`, got {describe(value)}; leave it out.")
     if not is_causal:
         for other, value in dict(cache=cache, past_key_values=past_key_values, use_cache=use_cache or None).items():

@@ -1,6 +1,5 @@
 """Cache of `generate`: a `MegalodonState`, or a decoder that has taken over the state."""
 
-import dataclasses
 from typing import Any
 
 import torch
@@ -13,9 +12,7 @@ from ..public_models import Megalodon, MegalodonState
 from ..inference.quantized_layers import computing_dtype, new_state
 from ..ops.common.checks import describe
 
-CACHE = next(
-    field.name for field in dataclasses.fields(CausalLMOutputWithPast) if field.name in ("cache", "past_key_values")
-)
+CACHE = "cache" if "cache" in CausalLMOutputWithPast.__dataclass_fields__ else "past_key_values"
 """Name of the cache in transformers: `cache` from 5.24 on, `past_key_values` before"""
 
 
@@ -44,7 +41,8 @@ class MegalodonCache(Cache):
         super().__init__(layers=[])
         self._state = state
         self._decoder: Decoder | None = None
-        self._undo = 0
+        self.undo = 0
+        """Number of tokens that :meth:`crop` can remove"""
         self._columns = 0 if state is None else int(state.norm.count.max())
 
     @property
@@ -62,29 +60,24 @@ class MegalodonCache(Cache):
 
         columns: number of columns after this call, with padding.
         """
-        if self._undo and tokens.shape[1] > self._undo + 1:  # num_assistant_tokens has grown
+        if self.undo and tokens.shape[1] > self.undo + 1:  # num_assistant_tokens has grown
             self.renew(tokens.shape[1] - 1)
         if self._decoder is None:
             state = new_state(model, len(tokens), tokens.device) if self.state is None else self.state
             if state is None:
                 new = dict(dtype=computing_dtype(model), device=tokens.device)
                 state = MegalodonState.fresh(model.config, len(tokens), **new)
-            self._decoder, self._state = Decoder(model, state, undo=self._undo), None
+            self._decoder, self._state = Decoder(model, state, undo=self.undo), None
         logits = self._decoder(tokens)
         self._columns = columns
         return logits
 
-    @property
-    def undo(self) -> int:
-        """Number of tokens that :meth:`crop` can remove."""
-        return self._undo
-
     def renew(self, undo: int = 0) -> None:
         """Drop the decoder. The next one reads the model anew, and :meth:`crop` can then remove `undo` tokens."""
-        self._state, self._decoder, self._undo = self.state, None, undo
+        self._state, self._decoder, self.undo = self.state, None, undo
 
     def reset(self) -> None:
-        """Drop the past; the next call begins new sequences; their number may differ."""
+        """Drop the past; the next call begins new sequences, in any number."""
         self._state, self._decoder, self._columns = None, None, 0
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
@@ -112,7 +105,7 @@ class MegalodonCache(Cache):
         count = -tokens if tokens <= 0 else max(self._columns - tokens, 0)
         if count == 0:
             return
-        if self._decoder is None or self._undo == 0:
+        if self._decoder is None or self.undo == 0:
             raise NotImplementedError(
                 "MegalodonCache: `crop` must be called in assisted generation, got a cache that cannot remove tokens; "
                 "to return to a state, keep a copy.deepcopy of the cache."
@@ -150,7 +143,7 @@ class MegalodonCache(Cache):
 
     @property
     def is_croppable(self) -> bool:
-        return self._undo > 0
+        return self.undo > 0
 
     # `generate` does not compile the forward, and passes new tokens only.
     is_compileable = False

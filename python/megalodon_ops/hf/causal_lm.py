@@ -43,16 +43,17 @@ class MegalodonCausalModel(MegalodonPreTrainedModel):
         read one chunk of columns at a time, so that only the result grows with the number of tokens.
         """
         model, inputs = self.megalodon, batch.without_padding()
-        length, state = inputs.shape[1], None if batch.cache is None else batch.cache.state
-        op = type(self).__name__
+        length = inputs.shape[1]
+        state = None if batch.cache is None else batch.cache.state
         if not batch.holds_embeddings:
-            model._check(op, "input_ids", inputs, state, Sequences(batch.spans))
+            model._check(type(self).__name__, "input_ids", inputs, state, Sequences(batch.spans))
         if state is None and batch.returns_cache:
             state = new_state(model, len(inputs), inputs.device)
-        # An exported program has one piece, as its length may be unknown.
+        size = model.config.chunk_size
+        # An exported program has one piece, as its length may be unknown. A hook would see several pieces.
         whole = whole or torch.is_grad_enabled() or batch.is_packed or is_exporting()
-        size, pieces, selected = model.config.chunk_size, [], None
-        whole = whole or length <= size or hooked_module(self) is not None  # a hook would see several pieces
+        whole = whole or length <= size or hooked_module(self) is not None
+        pieces, selected = [], None
         for begin in (0,) if whole else range(0, length, size):
             end = length if whole else min(begin + size, length)
             part = inputs[:, begin:end]
@@ -116,7 +117,8 @@ class MegalodonModel(MegalodonCausalModel):
 
         A model with a head passes `batch`, the arguments that it has read, and `positions` for :meth:`_hidden`.
         """
-        if not (has_head := batch is not None):
+        has_head = batch is not None
+        if not has_head:
             batch = read_batch(self, input_ids, attention_mask, **arguments)
             positions = kept_positions("MegalodonModel", None, batch)
         with self._record_layers(output_hidden_states, batch) as layers:
@@ -196,8 +198,8 @@ class MegalodonForCausalLM(MegalodonCausalModel, GenerationMixin):
                 and the final norm's output (:meth:`megalodon_ops.Megalodon.features`).
             logits_to_keep: return logits of the last n columns, or of the columns in a 1-D tensor; 0 or None: of all.
                 The loss does not depend on this argument.
-            cu_seq_lens_q: (S + 1,) offsets of documents in the flattened rows (B * L), each within one row; takes
-                precedence over `position_ids`.
+            cu_seq_lens_q: (S + 1,) offsets of documents in the flattened rows (B * L), each within one row. Then
+                `position_ids` are ignored.
             num_items_in_batch: divides the summed loss, instead of the number of labels; Trainer passes it. If it is
                 given without labels, Trainer computes a loss from the logits, so tokens that are never predicted share
                 the probability e^-20 instead of 0.
@@ -209,12 +211,12 @@ class MegalodonForCausalLM(MegalodonCausalModel, GenerationMixin):
                 `max_length_q`, `max_length_k`, `tokenizer`.
 
         Raises:
-            ValueError: a mask that is not 2-D or holds other numbers than 0 and 1; a document in two rows;
-                `output_attentions`.
+            ValueError: a mask that is not 2-D or not of 0 and 1; a document in two rows; `output_attentions`.
             TypeError: the cache is not a MegalodonCache; an unknown argument.
         """
         # Not a named parameter: Trainer expects each parameter with "label" in its name in every batch.
-        are_shifted = (shift_labels := others.pop("shift_labels", None)) is not None
+        shift_labels = others.pop("shift_labels", None)
+        are_shifted = shift_labels is not None
         labels = shift_labels if are_shifted else labels
         arguments = (position_ids, cache, past_key_values, inputs_embeds, use_cache, output_attentions, cu_seq_lens_q)
         batch = read_batch(self, input_ids, attention_mask, *arguments, **others)
@@ -247,8 +249,7 @@ class MegalodonForCausalLM(MegalodonCausalModel, GenerationMixin):
     def _decode(self, batch: Batch, positions: Tensor | None) -> Tensor:
         """Return logits (B, K, num_outputs) at `positions`, or at all of them, from the cache's decoder.
 
-        The decoder reads the tokens that may be removed again and those whose logits are wanted. The layers read the
-        tokens before them.
+        The decoder reads tokens that may be removed or whose logits are wanted. The layers read those before them.
         """
         tokens, columns = batch.without_padding(), batch.cache.get_seq_length() + batch.shape[1]
         first, end = batch.token_columns
@@ -288,12 +289,15 @@ class MegalodonForCausalLM(MegalodonCausalModel, GenerationMixin):
     def _prepare_cache_for_generation(self, generation_config, model_kwargs: dict, *others, **options) -> None:
         """Create or check the cache. Raise if it has read the whole prompt, or if a row's last piece has no token."""
         mask = model_kwargs.get("attention_mask")  # transformers drops a mask without padding, and keeps its width
-        width, past = getattr(generation_config, "_mask_length", None) if mask is None else mask.shape[1], 0
-        # An assistant keeps its decoder in all rounds. In a round, it reads one or two and drafts max_new_tokens.
-        is_assisted, undo = others[:1] == (GenerationMode.ASSISTED_GENERATION,), 0
-        if generation_config.is_assistant or is_assisted:
-            undo = 1 if is_assisted else 2 * (generation_config.max_new_tokens + 1)
-        for name in (names := ("cache", "past_key_values")):
+        width = getattr(generation_config, "_mask_length", None) if mask is None else mask.shape[1]
+        past = undo = 0
+        if others[:1] == (GenerationMode.ASSISTED_GENERATION,):
+            undo = 1
+        elif generation_config.is_assistant:
+            # An assistant keeps its decoder in all rounds. In a round, it reads one or two and drafts max_new_tokens.
+            undo = 2 * (generation_config.max_new_tokens + 1)
+        names = ("cache", "past_key_values")
+        for name in names:
             if isinstance(cache := model_kwargs.get(name), MegalodonCache):
                 if not (generation_config.is_assistant and cache.undo > generation_config.max_new_tokens):
                     cache.renew(undo)

@@ -57,8 +57,7 @@ class MegalodonForSequenceClassification(MegalodonCausalModel):
             attention_mask: (B, L): 1 for a token, 0 for padding. `pad_token_id` does not mark padding.
             labels: as in :meth:`MegalodonEncoderForSequenceClassification.forward`.
             use_cache: return a cache.
-            output_hidden_states, arguments: as in :meth:`MegalodonForCausalLM.forward`. Each document of a
-                packed row is classified.
+            output_hidden_states, arguments: as in :meth:`MegalodonForCausalLM.forward`; a packed document is a row.
 
         Raises:
             ValueError: a row without a token. Otherwise as :meth:`MegalodonForCausalLM.forward`.

@@ -22,8 +22,7 @@ class MegalodonHFConfig(PreTrainedConfig):
 
     transformers' names `hidden_size`, `num_hidden_layers`, `num_attention_heads`, `intermediate_size` and
     `tie_word_embeddings` are aliases of `model_dim`, `num_layers`, `num_heads`, `ffn_hidden_dim` and `share_emb`, also in
-    `to_dict()` and `config.json`. There is no `max_position_embeddings` unless it is given, as the length of a text is
-    unlimited.
+    `to_dict()` and `config.json`. `max_position_embeddings` is absent unless given, as a text's length is unlimited.
 
     Args:
         use_cache: default of the argument `use_cache` in calls outside training.

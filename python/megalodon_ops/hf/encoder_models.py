@@ -40,7 +40,6 @@ class MegalodonEncoderPreTrainedModel(MegalodonPreTrainedModel):
         input_values: Tensor | None = None,
         **arguments: Any,
     ) -> Batch:
-        """Check the arguments and return them as a :class:`Batch`."""
         inputs = dict(input_ids=input_ids, input_values=input_values)
         return read_batch(self, inputs.pop(self.main_input_name), attention_mask, **inputs, **arguments)
 
@@ -149,20 +148,17 @@ class MegalodonEncoderForSequenceClassification(MegalodonEncoderPreTrainedModel)
         Args:
             input_ids: (B, L) integers.
             attention_mask: (B, L): 1 for a position, 0 for padding, in arbitrary columns.
-            input_values: (B, L, F) floating-point numbers instead of `input_ids`, if the configuration has
-                `num_features`.
+            input_values: (B, L, F) floating-point numbers instead of `input_ids`, for a model with `num_features`.
             labels: (B,) integers, each row's class; or (B, num_labels) floating-point numbers, 1 for each class of
-                the row; or, with one label, values to regress. `config.problem_type` selects the kind; if it is not
-                set, the first labels do.
-            output_hidden_states: also return `hidden_states`, num_layers + 1 tensors (B, L, D): the input of each
-                layer, and the features.
+                the row; or, with one label, values to regress. `config.problem_type` or else the first labels decide.
+            output_hidden_states: also return `hidden_states`, num_layers + 1 tensors (B, L, D): each layer's input, and
+                the features.
             arguments: `inputs_embeds` (B, L, D), from `get_input_embeddings()`, instead of the inputs; `cu_seq_lens_q`,
                 `position_ids` or `seq_idx`, for S sequences packed into one row, which are classified one by one; and
                 the arguments that :class:`MegalodonForCausalLM` ignores.
 
         Raises:
-            ValueError: an empty row; a state, requested by `use_cache`, `cache` or `past_key_values`. TypeError: an
-                unknown argument.
+            ValueError: an empty row; a state (`use_cache`, `cache`, `past_key_values`). TypeError: an unknown argument.
         """
         batch = self._read(input_ids, attention_mask, input_values, **arguments)
         output = self.model(batch=batch, output_hidden_states=output_hidden_states, return_dict=True)
@@ -175,8 +171,7 @@ class MegalodonEncoderForMaskedLM(MegalodonEncoderPreTrainedModel):
     """An encoder for masked-token prediction: `AutoModelForMaskedLM`.
 
     Logits are products of features and embeddings, so the head has no parameters of its own. With
-    `tie_word_embeddings=False` in the configuration, the head has a matrix, `output.weight`, which the other classes do
-    not load.
+    `tie_word_embeddings=False`, the head has a matrix, `output.weight`, which the other classes do not load.
 
     Example:
         >>> import torch, megalodon_ops.hf as hf

@@ -26,8 +26,7 @@ class CapturedStep:
     function allocates lies in the graph's own pool, cuBLAS's workspaces included.
 
     Attributes:
-        problem: reason why a graph cannot repeat the function, with a module's name; every call then runs the function
-            itself. None: no reason is known.
+        problem: reason, with a module's name, why a graph cannot repeat the function, which calls then run; or None.
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -52,7 +51,8 @@ class CapturedStep:
             return self._result.clone()
 
     def _warm_up(self, function: Callable[[Tensor], Tensor]) -> Tensor:
-        current, host_work = torch.cuda.current_stream(), _HostWork(self._model)
+        current = torch.cuda.current_stream()
+        host_work = _HostWork(self._model)
         self._stream.wait_stream(current)
         with torch.cuda.stream(self._stream), host_work:
             result = function(self._tokens)

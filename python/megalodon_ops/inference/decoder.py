@@ -55,8 +55,7 @@ class Decoder:
         model: the :class:`Megalodon` that computes the logits.
         state: the state of B sequences, as a call of the model returned it. The decoder copies the state.
         undo: number of tokens that :meth:`undo` can take back. The decoder keeps the states before their calls, mostly
-            without keys and values. If a call has more than 2 undo + 1 tokens per row, the last undo + 1 are run as a
-            separate call.
+            without keys and values. If a call has more than 2 undo + 1 tokens per row, the last undo + 1 run alone.
 
     Attributes:
         fused: True if one call of kernels, or a CUDA graph, computes everything and calls no module. If changed modules
@@ -85,29 +84,28 @@ class Decoder:
         if not hasattr(model, "_reference"):
             raise TypeError(f"Decoder: `model` must be a Megalodon, got {describe(model)}.")
         if not isinstance(state, MegalodonStateBase) or len(state.layers) != model.config.num_layers:
-            raise ValueError(
-                f"Decoder: `state` must be a MegalodonState of {model.config.num_layers} layers, as the model returns it, "
-                f"got {f'one of {len(state.layers)}' if isinstance(state, MegalodonStateBase) else describe(state)}."
-            )
+            got = f"one of {len(state.layers)}" if isinstance(state, MegalodonStateBase) else describe(state)
+            expected = f"a MegalodonState of {model.config.num_layers} layers, as the model returns it"
+            raise ValueError(f"Decoder: `state` must be {expected}, got {got}.")
         self._model, self._state = model, contiguous_copy(complete(state))
         self._like = self._state.layers[0].attention.v
         self._dtype = computing_dtype(model) if self._like.dtype == torch.int8 else self._like.dtype
         if self._like.is_meta:
-            raise ValueError(
-                "Decoder: `state` must hold values, got one on meta; compute it by a model on another device."
-            )
+            raise ValueError("Decoder: `state` must hold values, got one on meta; compute it on another device.")
         self.num_sequences = self._like.shape[0]
         device = self._like.device.type
         enabled, dtype = is_autocast_enabled(device), torch.get_autocast_dtype(device)
         # No cache of cast weights: a CUDA graph could outlive it. A call casts each weight once anyway.
         self._autocast = torch.autocast(device, enabled=enabled, dtype=dtype, cache_enabled=False)
-        self._lock, self._state_is_whole = threading.RLock(), True  # False while layers have read different tokens
+        self._lock = threading.RLock()
+        self._state_is_whole = True  # False while layers have read different tokens
         self._tokens_read = 0
         self._last_equal = torch.full((self.num_sequences, self.num_sequences), _NEVER, device="cpu")
         """(B, B): value of `_tokens_read` when two sequences were last equal"""
         self._longest: int | None = None
         """largest number of cached positions of a sequence; None: unknown"""
-        self._captures, self._max_tokens = may_capture(model, self._state), 0
+        self._captures = may_capture(model, self._state)
+        self._max_tokens = 0  # of all rows, in a step
         if self._may_record(enabled):
             most = linear.most_few_rows(self._dtype)
             self._max_tokens = _CAPTURED_LENGTH * self.num_sequences if self._captures else most
@@ -136,8 +134,7 @@ class Decoder:
     def reorder(self, rows: Tensor) -> None:
         """Replace sequence i by sequence rows[i], in place, as beam search does; rows (B,) integers.
 
-        Keys and values are copied only from the position at which two sequences diverge, as beams share most of their
-        past.
+        Keys and values are copied only from the position at which two sequences diverge, as beams share a long past.
         """
         check_tensor("Decoder", "rows", rows)
         B = self.num_sequences
@@ -159,7 +156,7 @@ class Decoder:
             self._longest = None
             targets, sources = targets.to(self._like.device), sources.to(self._like.device)
             for layer in self._state.layers:
-                k, v, position, *memory = *layer.attention, *layer[3:]
+                k, v, position, *memory = *layer.attention, *layer[3:]  # from 3 on: the working memory
                 ends = position[sources].cpu()
                 new = slice(int((ends - since_divergence).clamp(min=0).min()), int(ends.max()))
                 for tensor in (*layer.norm, layer.cema, k[:, new], v[:, new], position, *memory):
@@ -217,8 +214,7 @@ class Decoder:
             counts: number of tokens, for all rows or (B,) integers for each; at most the constructor's `undo`.
 
         Raises:
-            ValueError: a row has read fewer tokens since the decoder was made, :meth:`reorder` was called, or the row
-            was replaced.
+            ValueError: a row has read fewer tokens since the decoder was made, :meth:`reorder` or :meth:`replace`.
 
         Example:
             >>> import torch, megalodon_ops as mo
@@ -306,7 +302,9 @@ class Decoder:
 
     def _run(self, tokens: Tensor) -> Tensor:
         length = tokens.shape[1]
-        if not self._runs_step(length):
+        is_in_capture = self._captures and torch.cuda.is_current_stream_capturing()  # by the caller
+        is_step = 0 < self.num_sequences * length <= self._max_tokens and not is_in_capture and self._has_room(length)
+        if not is_step:
             self._longest = None
             return self._run_model(tokens)
         if self._longest is not None:
@@ -318,11 +316,6 @@ class Decoder:
         # `left_out` is not read: `_has_room` and `__call__` check the values that the model reads in Python.
         step = self._steps[length] = Step("Decoder", self._run_model, (tokens,), self._state)
         return step.results()
-
-    def _runs_step(self, length: int) -> bool:
-        if self._captures and torch.cuda.is_current_stream_capturing():  # by the caller
-            return False
-        return 0 < self.num_sequences * length <= self._max_tokens and self._has_room(length)
 
     def _run_captured(self, tokens: Tensor) -> Tensor:
         """Run the step for this number of tokens per row; its first call runs the modules, its second captures."""

@@ -9,7 +9,7 @@ from .decoder import Decoder
 from ..model.model_state import MegalodonStateBase
 from ..ops.common.checks import describe
 
-_LONGEST_MATCH, _SHORTEST_MATCH = 5, 2
+_LONGEST_MATCH, _SHORTEST_MATCH = 5, 2  # tokens of a text's end that must occur earlier
 Choose = Callable[[int, Tensor], Tensor]
 """Function (i, logits (rows, tokens)) -> (rows,): chooses the i-th next token as `generate` chooses the model's"""
 
@@ -23,7 +23,9 @@ class ModelDraft:
         last: (rows,) these last tokens.
         size: largest number of guesses at a time.
         """
-        self._decoder, self._unread, self._num_read = Decoder(model, state, undo=size), last[:, None], 0
+        self._decoder = Decoder(model, state, undo=size)
+        self._unread = last[:, None]
+        self._num_read = 0  # guesses that the decoder has read
 
     def guess(self, count: int, choose: Choose) -> Tensor:
         """Return guesses (rows, count) of the next tokens."""
@@ -76,6 +78,4 @@ def check_draft(model: nn.Module, draft: object) -> None:
         raise TypeError(f'generate: `draft` must be a Megalodon, "prompt" or None, got {describe(draft)}.')
     sizes = [(m.config.num_features, m.config.vocab_size, m.config.num_outputs) for m in (model, draft)]
     if sizes[0] != sizes[1]:
-        raise ValueError(
-            f"generate: `draft` must read and predict the model's {sizes[0][1:]} tokens, got {sizes[1][1:]} tokens."
-        )
+        raise ValueError(f"generate: `draft` must read and predict {sizes[0][1:]} tokens, got {sizes[1][1:]}.")

@@ -72,8 +72,8 @@ class TokenStream:
         self._seen_mask = prompts.seen_mask(model.config.num_outputs)[prompts.samples] if sampling.has_penalty else None
         self._stop_detector = StopDetector(settings.stops, self._last) if settings.stops else None
         self.stopped = self._will_stop = torch.zeros_like(self._last, dtype=torch.bool)
-        self._all_stopped, limit = False, settings.max_new_tokens
-        self._remaining = math.inf if limit is None else limit
+        self._all_stopped = False
+        self._remaining = math.inf if settings.max_new_tokens is None else settings.max_new_tokens
         self._states_of_stopped: list[tuple[Tensor, MegalodonStateBase]] = []
         self._ready: deque[tuple[Tensor, Tensor]] = deque()
         """tokens (rows,) to yield, each with the value of `stopped` after it"""
@@ -94,10 +94,12 @@ class TokenStream:
 
     def _advance(self) -> None:
         """Choose the next tokens: those that the draft guessed right, and one more."""
-        read, count, tokens = self._last[:, None], min(self._num_guesses, self._remaining - 1), []
+        read, tokens = self._last[:, None], []
+        count = min(self._num_guesses, self._remaining - 1)
         if count:
             read = torch.cat([read, self._draft.guess(count, self._choice_of_guesses())], 1)
-        logits, num_guesses = self._decoder(read), read.shape[1] - 1
+        logits = self._decoder(read)
+        num_guesses = read.shape[1] - 1
         for i in range(num_guesses + 1):
             token = self._last = self._choose(i, logits[:, i], self._seen_mask)
             tokens.append(token)
@@ -147,10 +149,7 @@ class TokenStream:
 
     @property
     def state(self) -> MegalodonStateBase:
-        """Copy of the state after each row's prompt and new tokens except the last.
-
-        To continue, begin the prompt of a later call with the last token.
-        """
+        """Copy of the state after all tokens of a row except its last, with which the prompt of a later call begins."""
         state = self._decoder.state_before(len(self._ready)) if self._ready else self._decoder.state
         if not self._states_of_stopped:
             return state
@@ -171,7 +170,8 @@ class _Prompts:
     """Prompts of a batch, in the columns from `starts` (B,) to `ends` (B,); padding is zeros."""
 
     def __init__(self, prompt: Tensor, lengths: Tensor, padding: str, num_samples: int) -> None:
-        column, lengths = torch.arange(prompt.shape[1], device=prompt.device), lengths.to(prompt.device, torch.int64)
+        column = torch.arange(prompt.shape[1], device=prompt.device)
+        lengths = lengths.to(prompt.device, torch.int64)
         self.padding = padding
         self.starts = prompt.shape[1] - lengths if padding == "left" else torch.zeros_like(lengths)
         self.ends = self.starts + lengths
@@ -205,10 +205,11 @@ def _prompt_state(model: nn.Module, prompts: _Prompts, state: MegalodonStateBase
     size, tokens = model.config.chunk_size, prompts.tokens
     for begin in range(start, max(stop, start + 1), size):
         piece = tokens[:, begin : min(begin + size, stop)]
-        first, last = ((edge - begin).clamp(0, piece.shape[1]) for edge in (prompts.starts, prompts.ends - 1))
+        first = (prompts.starts - begin).clamp(0, piece.shape[1])
+        last = (prompts.ends - 1 - begin).clamp(0, piece.shape[1])
         where = {"lengths": last - first} | ({"starts": first} if prompts.padding == "left" else {})
         sequences = Sequences.of("generate", piece, **where)
-        options = CallOptions(state, True, inplace_state=begin > start, sequences=sequences)
+        options = CallOptions(state, return_state=True, inplace_state=begin > start, sequences=sequences)
         _, state = model._hidden(model._embed(piece), options)
     return state[prompts.samples] if len(prompts.samples) > len(tokens) else state
 
@@ -278,7 +279,10 @@ def stream(
     if max_new_tokens is not None:
         check_integer("generate", "max_new_tokens", max_new_tokens, "an integer in [0, 2^31)", 0, 2**31 - 1)
     check_reads_tokens("generate", self.config)
-    _check_prompt(self, prompt, state)
+    check_runs_now("generate", "call the model there for each token, and sample outside")
+    self._check("generate", "prompt", prompt, state)
+    if not prompt.numel():
+        raise ValueError(f"generate: `prompt` must be (B, L) with B, L >= 1, got {tuple(prompt.shape)}.")
     if cache_dtype is not None:
         check_cache_dtype("generate", cache_dtype, computing_dtype(self), self.config.working_memory)
     if state is None:
@@ -304,9 +308,7 @@ def stream(
     sampling = Sampling(temperature, top_k, top_p, min_p, repetition_penalty)
     sampling.check_rows(rows)
     if num_samples > 1 and not sampling.draws:
-        raise ValueError(
-            f"generate: `num_samples` must be 1 with temperature 0, got {num_samples}; the samples would be equal."
-        )
+        raise ValueError(f"generate: `num_samples` must be 1 with temperature 0, got {num_samples}; all are equal.")
     if seed is None:
         seed = int(torch.randint(2**62, ())) if sampling.draws else 0  # temperature 0 draws nothing
     seeds = check_seeds(seed, rows)
@@ -366,8 +368,8 @@ def generate(
     found = [token.to(prompt.dtype) for token in tokens]
     new = torch.stack(found, 1) if found else prompt.new_empty((len(tokens.stopped), 0))
     result, ends = tokens._prompts.append(new)
-    results = (result, *([ends] if return_lengths else []), *([tokens.state] if return_state else []))
-    return results[0] if len(results) == 1 else results
+    others = ((ends,) if return_lengths else ()) + ((tokens.state,) if return_state else ())
+    return (result, *others) if others else result
 
 
 _OPTIONS = inspect.signature(stream).parameters.keys() - {"self", "prompt"}
@@ -392,13 +394,6 @@ def check_samples(model: nn.Module, rows: int, cache_dtype: torch.dtype | None =
     numbers = draft_tokens + 12  # for each output: logits, probabilities sorted and not, and float64 sums of both
     logits = numbers * model.config.num_outputs * torch.float32.itemsize
     check_fits(rows * (states + logits), f"the state of {rows:,} samples")
-
-
-def _check_prompt(model: nn.Module, prompt: Tensor, state: MegalodonStateBase | None) -> None:
-    check_runs_now("generate", "call the model there for each token, and sample outside")
-    model._check("generate", "prompt", prompt, state)
-    if not prompt.numel():
-        raise ValueError(f"generate: `prompt` must be (B, L) with B, L >= 1, got {tuple(prompt.shape)}.")
 
 
 def _check_lengths(prompt: Tensor, lengths: Tensor | None, padding: str) -> Tensor:

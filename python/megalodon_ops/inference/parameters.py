@@ -69,5 +69,4 @@ def plain_tensors(
 
 
 def allowed_dtypes(name: str, dtypes: Mapping[str, torch.dtype]) -> tuple[torch.dtype, ...]:
-    """Return the dtypes that the parameter `name` may have."""
     return (dtypes[name],) if name in dtypes else WEIGHT_DTYPES

@@ -57,9 +57,8 @@ def quantize(model: Model, kind: str, activations: str | None = "int8") -> Model
     copies = {}
     for name, value in values.items():
         if name in quantised_dtypes:
-            copies[name], copies[f"{name.removesuffix('weight')}scale"] = quantize_weight(
-                value, kind_of(name, kind, model.config)
-            )
+            weight, scale = quantize_weight(value, kind_of(name, kind, model.config))
+            copies |= {name: weight, f"{name.removesuffix('weight')}scale": scale}
         else:
             copies[name] = value.detach().clone()
     return with_values(result, copies)

@@ -51,8 +51,7 @@ class QuantizedLinear(_QuantizedModule):
         activations: "int8" rounds many rows of x to 8 bits where that is faster; None does not.
 
     Attributes:
-        weight, scale: as :func:`megalodon_ops.quantize_weight` returns them, without gradients. A cast of the module
-            does not change their dtypes.
+        weight, scale: as :func:`megalodon_ops.quantize_weight` returns them, without gradients. Casts skip them.
 
     Example:
         >>> import torch, megalodon_ops as mo
@@ -137,13 +136,8 @@ def replace_layers(model: nn.Module, kind: str, activations: str | None = None) 
             if own_kind is None:
                 continue
             if isinstance(module, nn.Linear):
-                quantised = QuantizedLinear(
-                    module.in_features,
-                    module.out_features,
-                    module.bias is not None,
-                    kind=own_kind,
-                    activations=activations,
-                )
+                options = dict(bias=module.bias is not None, kind=own_kind, activations=activations)
+                quantised = QuantizedLinear(module.in_features, module.out_features, **options)
             elif isinstance(module, Embedding):
                 quantised = QuantizedEmbedding(module.num_embeddings, module.embedding_dim, kind=own_kind)
             else:
@@ -156,8 +150,7 @@ def new_state(
 ) -> MegalodonStateBase | None:
     """Return the state of new sequences; None, which is as good, if keys and values have the activations' dtype.
 
-    cache_dtype: dtype of keys and values. None: int8 for a quantised model without a working memory, else the
-        activations' dtype.
+    cache_dtype: dtype of keys and values. None: int8 for a quantised model without working memory, else as activations.
     """
     dtype = computing_dtype(model)
     if cache_dtype is None:

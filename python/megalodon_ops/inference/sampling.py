@@ -91,7 +91,8 @@ class Sampling:
             likeliest = logits.argmax(-1, keepdim=True)  # argmax returns a NaN if there is one
             _check_numbers(~logits.gather(-1, likeliest).isnan())
             return likeliest.squeeze(-1)
-        temperature, is_greedy = self.temperature, None
+        temperature = self.temperature
+        is_greedy = None  # (rows, 1) bools, True for temperature 0
         if isinstance(temperature, Tensor):
             temperature = temperature.to(logits)
             is_greedy = temperature == 0
@@ -104,15 +105,17 @@ class Sampling:
         cumulative = _running_sums(probability)
         target = next(numbers)[:, None] * cumulative[:, -1:]
         drawn = torch.searchsorted(cumulative, target, right=True)
-        return (drawn if is_greedy is None else logits.argmax(-1, keepdim=True).where(is_greedy, drawn)).squeeze(-1)
+        if is_greedy is not None:
+            drawn = logits.argmax(-1, keepdim=True).where(is_greedy, drawn)
+        return drawn.squeeze(-1)
 
     def _threshold(self, probability: Tensor) -> Tensor | None:
         """Return the least probability (rows, 1) of a token that may be drawn, or None if all may be.
 
-        Unlike the first k entries of a sorted row, a threshold does not depend on the order of ties, which other rows
-        could change.
+        Unlike the first k entries of a sorted row, a threshold does not depend on the order of ties.
         """
-        threshold, top_k, top_p, total = None, self.top_k, self.top_p, 1.0
+        threshold, total = None, 1.0
+        top_k, top_p = self.top_k, self.top_p
         if isinstance(top_p, Tensor):
             top_p = top_p.to(probability.device)
             needs_sorting = bool((top_p < 1).any())
@@ -177,7 +180,8 @@ def check_seeds(seed: object, rows: int) -> list[int]:
 
 def numbers_of_seeds(seeds: list[int], positions: Tensor, device: torch.device) -> Iterator[Tensor]:
     """Yield random numbers (rows,) in [0, 1), float64: Philox of each row's seed and positions from `positions` on."""
-    key, position = torch.tensor(seeds)[:, None], positions.cpu()[:, None] + torch.arange(_BLOCK)
+    key = torch.tensor(seeds)[:, None]
+    position = positions.cpu()[:, None] + torch.arange(_BLOCK)
     while True:
         zero = torch.zeros_like(position)
         high, low, _, _ = philox((position & 0xFFFFFFFF, position >> 32, zero, zero), key)

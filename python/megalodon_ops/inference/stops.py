@@ -7,7 +7,8 @@ from torch import Tensor
 
 from ..ops.common.checks import describe, is_integer_between
 
-_NO_TOKEN, _WILDCARD = -2, -3  # stands before a row's first token; matches every token
+_NO_TOKEN = -2  # stands before a row's first token
+_WILDCARD = -3  # matches every token
 _REPLACEMENT = "\N{REPLACEMENT CHARACTER}".encode()
 _CONTEXT = 16  # earlier tokens decoded with a new one, as its text may depend on them
 
@@ -40,11 +41,8 @@ def check_stops(tokens: object, sequences: object, vocab_size: int) -> list[list
     }
     for argument, stops in arguments.items():
         for stop in stops:
-            if (
-                not isinstance(stop, Sequence)
-                or not stop
-                or not all(is_integer_between(t, 0, vocab_size - 1) for t in stop)
-            ):
+            is_list = isinstance(stop, Sequence) and len(stop) > 0
+            if not is_list or not all(is_integer_between(token, 0, vocab_size - 1) for token in stop):
                 raise ValueError(f"generate: `{argument}` must hold tokens in [0, {vocab_size}), got {str(stop):.80}.")
     return [[int(token) for token in stop] for stops in arguments.values() for stop in stops]
 
@@ -80,7 +78,10 @@ class StopStrings:
                 "tokenizer's method `decode`."
             )
         self._strings = [string.encode() if isinstance(string, str) else string for string in strings]
-        self._decode, self._tokens, self._decoded, self._held = decode, [], b"", b""
+        self._decode = decode
+        self._tokens = []  # the last tokens
+        self._decoded = b""  # their certain text
+        self._held = b""  # bytes held back
         self.stopped = False
 
     def add(self, token: int) -> bytes:
@@ -99,7 +100,8 @@ class StopStrings:
         if self.stopped:
             return b""
         decoded = self._decode(self._tokens)
-        text, self._held, self._decoded = self._held + decoded[len(self._decoded) :], b"", decoded
+        text = self._held + decoded[len(self._decoded) :]
+        self._held, self._decoded = b"", decoded
         return text
 
     def _new_bytes(self, token: int) -> bytes:

@@ -179,8 +179,7 @@ class History:
         counts = counts.cpu().long().expand_as(most)
         if bool(((counts < 0) | (counts > most)).any()):
             raise ValueError(
-                f"Decoder: `counts` must be from 0 to {most.tolist()}, the tokens that can be taken back, got "
-                f"{counts.tolist()}."
+                f"Decoder: `counts` must be from 0 to {most.tolist()}, the tokens to take back, got {counts.tolist()}."
             )
         return counts
 

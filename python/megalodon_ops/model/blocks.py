@@ -59,9 +59,10 @@ class NormalizedAttention(WideParameters):
         self.wh1 = Linear(dim, dim)
         self.wh2 = Linear(value_dim, dim, bias=False)
         rows = 4 if config.working_memory else 2  # queries and keys of attention, then those of the memory
-        self.gamma, self.beta = (nn.Parameter(torch.empty(rows, z_dim)) for _ in range(2))
+        self.gamma = nn.Parameter(torch.empty(rows, z_dim))
+        self.beta = nn.Parameter(torch.empty(rows, z_dim))
         self.register_buffer("rotary", None, persistent=False)
-        self._rotary_made_for = None
+        self._rotary_made_for = None  # the arguments of `rotary_table` that gave the buffer
         self._update_rotary()
         self.reset_parameters()
 
@@ -83,7 +84,8 @@ class NormalizedAttention(WideParameters):
         arguments = self._rotary_for(self.gamma)
         rows, key_dim, *_ = arguments
         if rows * key_dim <= _MAX_ROTARY_SIZE and arguments != self._rotary_made_for:
-            self.rotary, self._rotary_made_for = rotary_table(*arguments), arguments
+            self.rotary = rotary_table(*arguments)
+            self._rotary_made_for = arguments
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> nn.Module:
         """Move and cast the parameters, then recompute the rotary table.
@@ -118,8 +120,8 @@ class NormalizedAttention(WideParameters):
     ) -> Tensor | tuple[Tensor, BlockState | MemoryBlockState]:
         """Map x (B, L, D) to y (B, L, D); options as in :func:`normalized_attention`, `state` is the whole block's.
 
-        options, new_state: passed by a model. All options as one value; and where to put the new state, so that the
-        result is y alone.
+        A model passes `options`, all options as one value, and `new_state`, a place for the new state; then the result
+        is y alone.
         """
         if options is None:
             where = dict(cu_seqlens=cu_seqlens, lengths=lengths, starts=starts, spans=spans)
@@ -131,11 +133,12 @@ class NormalizedAttention(WideParameters):
     def _compute(self, x: Tensor, options: CallOptions) -> tuple[Tensor, BlockState | MemoryBlockState | None]:
         """Return y and, if wanted, the new state."""
         config, training, sequences = self.config, self.training, options.sequences
-        kind, new_norm, new_cema = block_state_type(config), StateSlot(), StateSlot()
+        new_norm, new_cema = StateSlot(), StateSlot()
+        kind = block_state_type(config)
         past = kind(*state_fields("MegalodonBlock", options.state, kind))
-        norm_state = sequences.norm_state(self.timenorm, x, past.norm)
+        norm_state = sequences.norm_state(self.timenorm.num_groups, x, past.norm)
         t = self.timenorm(x, state=norm_state, new_state=new_norm, spans=sequences.spans)
-        sent = sequences.send_end(self.cema, t, past)
+        sent = sequences.send_end(self.cema, t, past)  # ranks that hold pieces of sequences exchange states
         v = gated_silu(self.wv(t))  # overlaps with the exchange
         past = sequences.receive(sent)
         c = self.cema(t, state=past.cema, new_state=new_cema, spans=sequences.spans)
@@ -143,14 +146,15 @@ class NormalizedAttention(WideParameters):
         gated, other_fields = self._attend(m, self.wz(m), v, new_norm.state, past, options)
         gated = F.dropout(gated, config.hidden_dropout, training)
         y = x + F.dropout(self.wh1(m) + self.wh2(gated), config.dropout, training)
-        return y, kind(new_norm.state, new_cema.state, *other_fields) if options.return_state else None
+        return y, (kind(new_norm.state, new_cema.state, *other_fields) if options.return_state else None)
 
     def _attend(
         self, m: Tensor, z: Tensor, v: Tensor, norm_state: TimestepNormState, past: BlockState | MemoryBlockState,
         options: CallOptions,
     ) -> tuple[Tensor, tuple]:  # fmt: skip
-        """Return the input of `wh2`, and the new state's fields after the first two; `past`: the initial state."""
-        config, rotary = self.config, self.rotary if self._rotary_made_for == self._rotary_for(z) else None
+        """Return the input of `wh2`, and the new state's fields after `norm` and `cema`; `past`: the initial state."""
+        config = self.config
+        rotary = self.rotary if self._rotary_made_for == self._rotary_for(z) else None
         if has_gecko_parts(config):
             a, read, fields = attend_with_gecko_parts(self, rotary, z, v, norm_state, past, options)
             gated = gated_silu(self.wr(m), a)
@@ -171,6 +175,7 @@ class NormalizedFFN(WideParameters):
 
     Args:
         config: a configuration, or the width D of y; then fields of a :class:`MegalodonConfig` follow by name.
+        layer: index of the block in the model; with `rescale_nffn` the initial gain depends on it.
 
     Example:
         >>> import torch, megalodon_ops as mo
@@ -182,7 +187,8 @@ class NormalizedFFN(WideParameters):
         config = config_of_sizes("NormalizedFFN", config, sizes)
         check_config("NormalizedFFN", config, accept_encoder=True)
         super().__init__()
-        self.config, self.layer = config, layer
+        self.config = config
+        self.layer = layer
         dim, hidden = config.model_dim, config.ffn_hidden_dim
         self.norm = LayerNorm(dim, config.norm_eps, config.norm_affine)
         self.fc1 = Linear(dim, hidden, bias=False)
@@ -224,8 +230,9 @@ class MegalodonBlock(nn.Module):
         self.mega = NormalizedAttention(config)
         self.nffn = NormalizedFFN(config, layer)
         self.recompute: bool | Callable = config.layerwise_ckpt
-        """True: in training, the backward recomputes the block, whose activations are not kept. A function like
-        :func:`torch.utils.checkpoint.checkpoint`, called as `recompute(function, x)`, does it in another way"""
+        """True: in training, the block's activations are not kept; the backward recomputes them. In place of True, a
+        function that does this in its own way, called as `recompute(function, x)`, such as
+        :func:`torch.utils.checkpoint.checkpoint`"""
 
     def reset_parameters(self) -> None:
         """Initialise every parameter of the block."""
@@ -251,10 +258,10 @@ class MegalodonBlock(nn.Module):
             options = CallOptions(state, return_state, inplace_state, Sequences.of("MegalodonBlock", x, **where))
         if not (self.recompute and self.training and torch.is_grad_enabled()) or is_exporting():
             return result_of(*self._compute(x, options), new_state)
-        options = options._replace(inplace_state=False)
+        options = options._replace(inplace_state=False)  # the recomputation reads the old state
         if callable(self.recompute) and options.state is None and not options.return_state:
             return self.recompute(lambda x: self._compute(x, options)[0], x)
-        # A given function may lose the state's gradient.
+        # With a state, torch's function: another one may lose the state's gradient.
         return result_of(*checkpoint(self._compute, x, options, use_reentrant=False), new_state)
 
     def _compute(self, x: Tensor, options: CallOptions) -> tuple[Tensor, BlockState | MemoryBlockState | None]:
@@ -265,7 +272,7 @@ class MegalodonBlock(nn.Module):
 
 
 class Output(nn.Module):
-    """Final timestep norm and the output matrix."""
+    """Final timestep norm and output matrix."""
 
     def __init__(self, config: MegalodonConfig) -> None:
         super().__init__()
@@ -273,7 +280,6 @@ class Output(nn.Module):
         self.output = Linear(config.model_dim, config.num_outputs, bias=False, token_rows=True)
 
     def reset_parameters(self) -> None:
-        """Initialise the norm and the matrix."""
         reset_all_parameters(self)
 
 
@@ -283,7 +289,7 @@ def at_least_float32(logits: Tensor) -> Tensor:
 
 
 def result_of(y: Tensor, state: Any, new_state: StateSlot | None) -> Tensor | tuple[Tensor, Any]:
-    """Return y, or (y, state) for a wanted state that has no slot `new_state`."""
+    """Put the state into the slot `new_state` and return y. Without a slot return (y, state), or y without a state."""
     if new_state is None:
         return y if state is None else (y, state)
     new_state.state = state

@@ -15,7 +15,7 @@ Kind = TypeVar("Kind")
 
 
 def suggest_fields(kind: type[Kind]) -> type[Kind]:
-    """Let the error of a dataclass's constructor for an unknown field name the nearest field."""
+    """Make a dataclass's constructor suggest the nearest field when it gets an unknown one."""
     construct, names = kind.__init__, [field.name for field in dataclasses.fields(kind)]
 
     @functools.wraps(construct)
@@ -119,35 +119,35 @@ class MegalodonConfig:
         flags = "norm_affine swiglu rescale_nffn scale_emb share_emb layerwise_ckpt working_memory scale_inputs missing_values"
         for field in flags.split():
             check(field, isinstance(getattr(self, field), bool), "True or False")
-        heads, groups, size = self.num_heads, self.norm_num_groups, self.output_size
-        eps, base = as_float(self.norm_eps), self.rope_base
+        heads, groups, base = self.num_heads, self.norm_num_groups, self.rope_base
         check("z_dim", self.z_dim % (2 * heads) == 0, f"a multiple of 2 * num_heads = {2 * heads}")
         check("value_dim", self.value_dim % heads == 0, f"a multiple of num_heads = {heads}")
         check("norm_num_groups", self.model_dim % groups == 0, f"a divisor of model_dim = {self.model_dim}")
-        check("norm_eps", 0 <= eps <= _LARGEST_FLOAT32, "at least 0 and finite in float32", float)
+        eps_fits = 0 <= as_float(self.norm_eps) <= _LARGEST_FLOAT32
+        check("norm_eps", eps_fits, "at least 0 and finite in float32", float)
         if base is not None:
             check("rope_base", 0 < as_float(base) <= _LARGEST_FLOAT32, "positive or None, and finite in float32", float)
         if self.num_features is None:
-            expected, largest = f"a positive integer of at most vocab_size = {self.vocab_size}, or -1", self.vocab_size
+            most_outputs = self.vocab_size
+            expected = f"a positive integer of at most vocab_size = {self.vocab_size}, or -1"
         else:
-            expected, largest = "a positive integer below 2^31, or -1", 2**31 - 1
-            is_size = is_integer_between(self.num_features, 1, largest)
+            most_outputs = 2**31 - 1
+            expected = "a positive integer below 2^31, or -1"
+            is_size = is_integer_between(self.num_features, 1, 2**31 - 1)
             check("num_features", is_size, "a positive integer below 2^31, or None", int)
             check("share_emb", not self.share_emb, "False with num_features: there is no embedding of tokens")
             check("eos_token_id", self.eos_token_id is None, "None with num_features: there are no tokens")
         is_scaled = self.num_features is not None and self.scale_inputs
         check("missing_values", is_scaled or not self.missing_values, "False without num_features and scale_inputs")
-        check("output_size", is_integer_between(size, -1, largest) and size != 0, expected, int)
+        is_size = is_integer_between(self.output_size, -1, most_outputs) and self.output_size != 0
+        check("output_size", is_size, expected, int)
         if self.share_emb:
-            check("output_size", size in (-1, self.vocab_size), "-1 or vocab_size where share_emb is set")
+            check("output_size", self.output_size in (-1, self.vocab_size), "-1 or vocab_size where share_emb is set")
         check("working_memory", self.causal or not self.working_memory, "False for an encoder")
         check("visible_chunks", is_integer_between(self.visible_chunks, 1, 2), "1 or 2", int)
         if self.visible_chunks == 2:
-            check(
-                "visible_chunks",
-                self.causal and not self.attention_dropout,
-                "1 for an encoder and with attention_dropout",
-            )
+            sees_two = self.causal and not self.attention_dropout
+            check("visible_chunks", sees_two, "1 for an encoder and with attention_dropout")
         check("init_mode", self.init_mode == "he", '"he"')
         if self.eos_token_id is not None:
             expected = f"a token that the model can predict, in [0, {self.num_outputs}), or None"
@@ -197,11 +197,9 @@ class MegalodonConfig:
             >>> f"{mo.MegalodonConfig.preset('mega7.1B', vocab_size=32000).num_parameters():,}"
             '7,117,381,632'
         """
-        input_size, layer_size, output_size = (
-            sum(map(math.prod, shapes.values()))
-            for shapes in (self._input_shapes(), self._layer_shapes(), self._output_shapes())
-        )
-        return input_size + self.num_layers * layer_size + output_size
+        layer, others = self._layer_shapes(), self._input_shapes() | self._output_shapes()
+        layer_size, other_size = (sum(map(math.prod, shapes.values())) for shapes in (layer, others))
+        return self.num_layers * layer_size + other_size  # in no time even for a typo of 10^12 layers
 
     @property
     def input_width(self) -> int:
@@ -215,8 +213,9 @@ class MegalodonConfig:
 
     def _layer_shapes(self) -> dict[str, tuple[int, ...]]:
         D, N, z_dim, value_dim, hidden = self.model_dim, self.cema_ndim, self.z_dim, self.value_dim, self.ffn_hidden_dim
-        R, affine = D if self.causal else 2 * D, 4 if self.working_memory else 2
-        shapes = {"mega.gamma": (affine, z_dim), "mega.beta": (affine, z_dim)}
+        R = D if self.causal else 2 * D  # an encoder has channels for both directions
+        maps = 4 if self.working_memory else 2  # of queries and keys: the attention's, then the memory's
+        shapes = {"mega.gamma": (maps, z_dim), "mega.beta": (maps, z_dim)}
         shapes |= {"mega.timenorm.weight": (D,), "mega.timenorm.bias": (D,)}
         shapes |= {"mega.cema.alpha": (R, N, 1), "mega.cema.delta": (R, N, 1), "mega.cema.theta": (R, 1, 1)}
         shapes |= {"mega.cema.gamma": (R, N, 2), "mega.cema.omega": (D, 1), "mega.rmsnorm.weight": (D,)}
@@ -287,13 +286,13 @@ def check_config(
 
 
 def config_of_sizes(module: str, config: object, sizes: dict[str, Any]) -> object:
-    """Return a module's configuration: `config` itself or, if this is an int, one with that width D and `sizes`."""
+    """Return a module's configuration: `config` itself or, if it is a width D, a new one with the fields `sizes`."""
     if not isinstance(config, int) or isinstance(config, bool):
         if sizes:
             raise TypeError(f"{module}: `{min(sizes)}` must be set in `config`, got it as an argument beside `config`.")
         return config
-    sizes = {"norm_num_groups": math.gcd(config, MegalodonConfig.norm_num_groups), **sizes} if config > 0 else sizes
-    return MegalodonConfig(model_dim=config, **sizes)
+    default_groups = math.gcd(config, MegalodonConfig.norm_num_groups)
+    return MegalodonConfig(model_dim=config, **{"norm_num_groups": default_groups, **sizes})
 
 
 CLIENT_NAMES = {

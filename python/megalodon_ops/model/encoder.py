@@ -42,28 +42,25 @@ class MegalodonEncoderConfig(MegalodonConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        name = type(self).__name__
         if self.num_classes is not None:
-            object.__setattr__(self, "num_classes", check_size(type(self).__name__, "num_classes", self.num_classes))
+            object.__setattr__(self, "num_classes", check_size(name, "num_classes", self.num_classes))
         for field, value in (("output_size", -1), ("share_emb", False), ("eos_token_id", None)):
             if (given := getattr(self, field)) != value:
-                raise ValueError(
-                    f"{type(self).__name__}: `{field}` must be {value}, got {given}; an encoder predicts no tokens."
-                )
+                raise ValueError(f"{name}: `{field}` must be {value}, got {given}; an encoder predicts no tokens.")
 
     def _output_shapes(self) -> dict[str, tuple[int, ...]]:
         D, classes = self.model_dim, self.num_classes
-        norm = {"final_norm.weight": (D,), "final_norm.bias": (D,)}
-        head = {
-            "classifier.proj.weight": (D, D),
-            "classifier.proj.bias": (D,),
-            "classifier.classes.weight": (classes, D),
-            "classifier.classes.bias": (classes,),
-        }
-        return norm if classes is None else {**norm, **head}
+        shapes = {"final_norm.weight": (D,), "final_norm.bias": (D,)}
+        if classes is not None:
+            shapes |= {"classifier.proj.weight": (D, D), "classifier.proj.bias": (D,)}
+            shapes |= {"classifier.classes.weight": (classes, D), "classifier.classes.bias": (classes,)}
+        return shapes
 
 
 _TIED_GAIN = 0.9
-"""With 1.0, the initial loss is 10 % above that of uniform probabilities; with 0.8 or less, models learn more slowly"""
+"""Initial gain of the final norm, up to the sign: :meth:`MegalodonEncoderBase.init_tied_head`. With 1.0, the initial
+loss is 10 % above that of uniform probabilities; with 0.8 or less, models learn more slowly"""
 
 
 class _Head(nn.Module):
@@ -88,11 +85,12 @@ class MegalodonEncoderBase(nn.Module):
         check_config("MegalodonEncoder", config, MegalodonEncoderConfig)
         super().__init__()
         self.config = config
-        D, classes = config.model_dim, config.num_classes
         self.embed = input_layer(config)
         self.layers = nn.ModuleList(self.block_type(config, layer) for layer in range(config.num_layers))
-        self.final_norm = SequenceNorm(D, config.norm_num_groups, config.norm_eps)
-        self.classifier = None if classes is None else _Head(D, classes)  # peft trains and saves a head of this name
+        self.final_norm = SequenceNorm(config.model_dim, config.norm_num_groups, config.norm_eps)
+        self.classifier = None  # peft trains and saves a head of this name
+        if config.num_classes is not None:
+            self.classifier = _Head(config.model_dim, config.num_classes)
 
     def reset_parameters(self) -> None:
         """Initialise every parameter, for instance of an encoder that was built on the device `meta`."""
@@ -100,12 +98,11 @@ class MegalodonEncoderBase(nn.Module):
 
     @torch.no_grad()
     def init_tied_head(self) -> None:
-        """Initialise the final norm for logits that are products of features and embeddings, before training.
+        """Initialise the final norm, before training, for logits that are products of features and embeddings.
 
-        Features resemble the embedding of their own token, at a masked position that of the mask token. With equal
-        gains, this token's logit is near sqrt(D), and the loss of a new model far above ln(vocab_size). With gains that
-        alternate between 0.9 and -0.9, the products cancel. :class:`megalodon_ops.hf.MegalodonEncoderForMaskedLM` calls
-        this method.
+        The gains alternate between 0.9 and -0.9, so a new model's loss is near ln(vocab_size). With equal gains it would
+        be far above: features resemble the embedding of their own token, at a masked position that of the mask token,
+        whose logit would be near sqrt(D). :class:`megalodon_ops.hf.MegalodonEncoderForMaskedLM` calls this method.
 
         Example:
             >>> import math, torch, megalodon_ops as mo
@@ -116,7 +113,7 @@ class MegalodonEncoderBase(nn.Module):
             >>> bool(loss < 1.15 * math.log(99))
             True
         """
-        self.final_norm.weight.fill_(_TIED_GAIN - 1)
+        self.final_norm.weight.fill_(_TIED_GAIN - 1)  # the gain is 1 + weight
         self.final_norm.weight[1::2] = -_TIED_GAIN - 1
 
     def num_parameters(self) -> int:

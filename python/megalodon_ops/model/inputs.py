@@ -22,7 +22,7 @@ def input_layer(config: MegalodonConfig) -> Embedding | Linear:
 def embed_numbers(
     op: str, argument: str, numbers: Tensor, model: nn.Module, options: CallOptions
 ) -> tuple[Tensor, ScaleState]:
-    """Scale and embed numbers (B, L, F) as (B, L, D); also return the scale's new state. options.state: its state."""
+    """Scale and embed numbers (B, L, F) as (B, L, D); also return the scale's new state. Its old one: options.state."""
     config, weight, state = model.config, model.embed.weight, options.state
     check_device(op, argument, numbers, weight)
     if config.scale_inputs:
@@ -73,7 +73,7 @@ def _check_finite(op: str, argument: str, x: Tensor, missing_values: bool, seque
     if torch.compiler.is_compiling() or not x.is_cpu or type(x) not in (Tensor, nn.Parameter):
         return
     is_wrong = x.detach().isinf() if missing_values else ~x.detach().isfinite()
-    if not is_wrong.any():
+    if not is_wrong.any():  # the usual case, without a mask
         return
     for row, position, feature in (is_wrong & sequences.mask(x)[..., None]).nonzero().tolist():
         fix = "" if missing_values else "; a model with missing_values=True takes NaN"
@@ -92,13 +92,14 @@ def check_reads_tokens(op: str, config: MegalodonConfig) -> None:
 def check_not_empty(op: str, argument: str, x: Tensor, sequences: Sequences) -> None:
     """Raise if a sequence of x (B, L, ...) is empty; an encoder has no result for it.
 
-    Lengths on a GPU are not checked, as the host would wait for the GPU; nor are those of a compiled program.
+    Not checked: lengths on a GPU, for which the host would wait, and lengths in a compiled program.
     """
     if torch.compiler.is_compiling():
         return
     lengths = torch.full(x.shape[:1], x.shape[1])
     if sequences.spans is not None:
-        (argument, _), lengths = argument_of(sequences.spans), num_positions(x, sequences.spans)
+        argument, _ = argument_of(sequences.spans)
+        lengths = num_positions(x, sequences.spans)
     if lengths.device.type == "cpu" and len(empty := (lengths == 0).nonzero()):
         raise ValueError(
             f"{op}: `{argument}` must give each row at least one position, got none for row {empty[0].item()}; leave the row out."

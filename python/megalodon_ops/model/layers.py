@@ -29,7 +29,7 @@ def check_no_state(op: str, state: object, return_state: object) -> None:
 
 
 class StateSlot:
-    """Place for the new state of a layer, which then returns a tensor alone: hooks on a model's layers see tensors."""
+    """Place for the new state of a layer. A layer with a slot returns a tensor alone, as hooks on layers expect."""
 
     def __init__(self) -> None:
         self.state: Any = None
@@ -77,12 +77,12 @@ def wide_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"wide_parameters: `model` must be a torch.nn.Module, got {describe(model)}.")
-    owners = ((name, module) for name, module in model.named_modules() if isinstance(module, WideParameters))
-    return {
-        f"{name}.{own}".removeprefix("."): parameter
-        for name, module in owners
-        for own, parameter in module.named_parameters(recurse=False)
-    }
+    wide = {}
+    for name, module in model.named_modules():
+        if isinstance(module, WideParameters):
+            for own_name, parameter in module.named_parameters(recurse=False):
+                wide[f"{name}.{own_name}".removeprefix(".")] = parameter
+    return wide
 
 
 def _with_state_options(op: Callable[..., Tensor]) -> Callable[..., Any]:
@@ -96,7 +96,8 @@ def _with_state_options(op: Callable[..., Tensor]) -> Callable[..., Any]:
     return wrapper
 
 
-_sequence_norm, _bidirectional_cema = _with_state_options(sequence_norm), _with_state_options(bidirectional_cema)
+_sequence_norm = _with_state_options(sequence_norm)
+_bidirectional_cema = _with_state_options(bidirectional_cema)
 
 
 def _with_slot(op: Callable[..., Any], new_state: StateSlot, *tensors: Tensor, **options: Any) -> Tensor:
@@ -135,10 +136,7 @@ class TimestepNorm(WideParameters):
     def forward(
         self, x: Tensor, *, new_state: StateSlot | None = None, **options
     ) -> Tensor | tuple[Tensor, TimestepNormState]:
-        """Normalize x (B, L, D); options as in the layer's op.
-
-        new_state: passed by a model: where to put the new state, so that the result is a tensor alone.
-        """
+        """Normalize x (B, L, D); options as in the layer's op. A model passes `new_state`, a place for the new state."""
         check_channels(type(self).__name__, x, self.weight.shape[0], self.weight)
         op = self._op if new_state is None else partial(_with_slot, self._op, new_state)
         return op(x, self.weight, self.bias, num_groups=self.num_groups, eps=self.eps, **options)
@@ -185,7 +183,8 @@ class ComplexEMA(WideParameters):
     def reset_parameters(self) -> None:
         if self.alpha.is_meta:  # no values to set; torch's functions would import its compiler, which takes 1.6 s
             return
-        dim, directions = self.omega.shape[0], self.alpha.shape[0] // self.omega.shape[0]
+        dim = self.omega.shape[0]
+        directions = self.alpha.shape[0] // dim
         nn.init.normal_(self.alpha, std=0.2)
         nn.init.normal_(self.delta, std=0.2)
         # Base angles fall geometrically from D^(-1/D) to 1 / D; the clamp keeps the logit finite for D = 1.
@@ -205,10 +204,7 @@ class ComplexEMA(WideParameters):
         return *cema_coefficients(self.alpha, self.delta, self.theta, self.gamma), self.omega.squeeze(-1)
 
     def forward(self, x: Tensor, *, new_state: StateSlot | None = None, **options) -> Tensor | tuple[Tensor, Tensor]:
-        """Apply the op to x (B, L, D); options as in :func:`cema` or :func:`bidirectional_cema`.
-
-        new_state: as in :meth:`TimestepNorm.forward`.
-        """
+        """Apply the op to x (B, L, D); options as in its function, `new_state` as in :meth:`TimestepNorm.forward`."""
         check_channels("ComplexEMA", x, self.omega.shape[0], self.alpha)
         op = _bidirectional_cema if self.bidirectional else cema
         op = op if new_state is None else partial(_with_slot, op, new_state)
@@ -257,7 +253,7 @@ class LayerNorm(_Norm):
 
 
 class _StoredMethod(partial):
-    """A method of a class that is an attribute of another class's object. Unlike a bound method, it can be pickled."""
+    """A method of one class, stored in an object of another class. Unlike a bound method, it can be pickled there."""
 
     @property
     def __func__(self) -> Callable:
@@ -287,7 +283,8 @@ class Linear(nn.Linear):
     def give_methods(layer: nn.Linear, token_rows: bool) -> None:
         """Make `layer` a `torch.nn.Linear` with the methods of this class, unless it is one already."""
         if not has_own_forward(layer):
-            layer.__class__, layer.token_rows = nn.Linear, token_rows
+            layer.__class__ = nn.Linear
+            layer.token_rows = token_rows
             for name in _METHODS:
                 setattr(layer, name, _StoredMethod(getattr(Linear, name), layer))
 
@@ -328,7 +325,7 @@ def _init_token_rows(weight: Tensor) -> None:
 def reset_all_parameters(module: nn.Module) -> None:
     """Initialise every parameter inside the module, by the `reset_parameters` of the module that owns it."""
     for part in module.modules():
-        if any(True for _ in part.parameters(recurse=False)):
+        if list(part.parameters(recurse=False)):
             part.reset_parameters()
 
 
@@ -338,9 +335,11 @@ _HOOKS = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backw
 def is_plain_linear(module: nn.Module) -> bool:
     """Return True if calling the module only computes :func:`megalodon_ops.linear` of its weight and bias.
 
-    Return False for a module of another class (as adapters, parametrizations and sharded modules are), with a hook,
-    with another forward, or with parameters of a tensor subclass: its call may compute something else. Hooks on all
-    modules, such as those of torch's FlopCounterMode, only observe and are ignored here.
+    A call may compute something else, and the result is False, if the module has
+
+    - another class, as adapters, parametrizations and sharded modules have, or another forward
+    - a hook of its own; hooks on all modules, such as those of torch's FlopCounterMode, only observe
+    - parameters of a tensor subclass
     """
     if type(module) is not nn.Linear or not has_own_forward(module):
         return False

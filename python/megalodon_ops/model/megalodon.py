@@ -22,7 +22,7 @@ from ..ops.common.spans import argument_of, num_sequences
 
 
 class Wanted(NamedTuple):
-    """Result that a call of a model returns: features; without `targets` logits; with them the loss."""
+    """Result that a call of a model returns: features, or the loss if there are `targets`, or else logits."""
 
     features: bool = False
     targets: Tensor | None = None
@@ -31,11 +31,7 @@ class Wanted(NamedTuple):
 
 
 class MegalodonBase(nn.Module):
-    """The network: parameters and calls. :class:`megalodon_ops.Megalodon` adds files and generation.
-
-    Parameters have the names of the released checkpoints. In a 16-bit model, the parameters of CEMA, the norms and the
-    attention's affine map stay float32, and so do all recurrent states.
-    """
+    """The network: parameters and calls. :class:`megalodon_ops.Megalodon` adds files and generation."""
 
     config_type: ClassVar[type[MegalodonConfig]] = MegalodonConfig
     state_type: ClassVar[type[MegalodonStateBase]] = MegalodonStateBase
@@ -72,8 +68,9 @@ class MegalodonBase(nn.Module):
             self._share_embedding()
 
     def _share_embedding(self) -> None:
-        for name in ("weight", "scale") if self.quantization else ("weight",):
-            setattr(self.output.output, name, getattr(self.embed, name))
+        self.output.output.weight = self.embed.weight
+        if self.quantization:
+            self.output.output.scale = self.embed.scale
 
     @property
     def quantization(self) -> str | None:
@@ -87,7 +84,8 @@ class MegalodonBase(nn.Module):
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> nn.Module:
         """Move or cast all parameters; a shared embedding stays shared, also after a move from the device `meta`."""
-        shared = own_weight(self.embed) is not None and own_weight(self.embed) is own_weight(self.output.output)
+        embedding = own_weight(self.embed)
+        shared = embedding is not None and embedding is own_weight(self.output.output)
         super()._apply(fn, recurse)
         if shared:
             self._share_embedding()
@@ -130,11 +128,11 @@ class MegalodonBase(nn.Module):
             features: return the features instead, as :meth:`features` does.
             targets, reduction, ignore_index: as in :meth:`loss`. Without `targets`, the call returns logits.
             state: the state that an earlier call returned; None: the tokens begin their sequences.
-            return_state: also return the state after the last token. The logits do not depend on how a sequence is
-                split into calls, up to rounding.
+            return_state: also return the state after the last token. Up to rounding, the logits are the same however a
+                sequence is split into calls.
             inplace_state: overwrite parts of `state`, such as the attention's, to save copies in generation. The old
                 state is lost.
-            cu_seqlens: (S + 1,) offsets of documents packed into one row (B = 1), to whose end they reach.
+            cu_seqlens: (S + 1,) offsets of documents packed into one row (B = 1). The last one is the row's length.
             lengths: (B,) tokens in each right-padded row.
             starts: (B,) first position of each left-padded row; with `lengths`, rows have padding on both sides.
             spans: (S, 2) first and last-plus-one position of each document in the flattened batch (B * L), in order,
@@ -299,8 +297,8 @@ class MegalodonBase(nn.Module):
         check_inputs(op, argument, tokens, self, sequences)
         if state is not None:
             spans = sequences.spans
-            by_row = spans is None or spans.dim() == 3
-            argument = argument if by_row else argument_of(spans)[0]
+            if spans is not None and spans.dim() != 3:  # the sequences are not the rows of `tokens`
+                argument, _ = argument_of(spans)
             check_state(op, state, self.config, num_sequences(tokens.shape[0], spans), argument)
 
     def _embed(self, tokens: Tensor) -> Tensor:
@@ -311,16 +309,17 @@ class MegalodonBase(nn.Module):
         """Return the final norm's output (B, L, D) and the new state."""
         state, return_state, inplace_state, sequences = options
         layer_states = []
-        for layer, past in zip(self.layers, (None,) * len(self.layers) if state is None else state.layers, strict=True):
+        past_states = (None,) * len(self.layers) if state is None else state.layers
+        for layer, past in zip(self.layers, past_states, strict=True):
             new_state = StateSlot() if return_state else None
             x = layer(x, options=CallOptions(past, return_state, inplace_state, sequences), new_state=new_state)
             if return_state:
                 x, layer_state = self._tied(x, new_state.state)
                 layer_states.append(layer_state)
         norm, new_state = self.output.final_norm, StateSlot()
-        norm_state = sequences.norm_state(norm, x, None if state is None else state.norm)
+        norm_state = sequences.norm_state(norm.num_groups, x, None if state is None else state.norm)
         x = norm(x, state=norm_state, new_state=new_state, spans=sequences.spans)
-        return x, self.state_type(tuple(layer_states), new_state.state) if return_state else None
+        return x, (self.state_type(tuple(layer_states), new_state.state) if return_state else None)
 
     def _tied(self, x: Tensor, state: BlockState | MemoryBlockState) -> tuple[Tensor, BlockState | MemoryBlockState]:
         """Return a block's output and new state. A parallel model makes gradients of the state reach x, too."""

@@ -13,13 +13,8 @@ from typing_extensions import Self
 from .config import MegalodonConfig, check_config
 from .sequences import Sequences
 from ..ops.common.quantized_rows import SCALE_BYTES, pack_rows
-from ..ops.common.states import (
-    AttentionState,
-    TimestepNormState,
-    WorkingMemoryState,
-    accumulation_dtype,
-    named_in_programs,
-)
+from ..ops.common.states import AttentionState, TimestepNormState, WorkingMemoryState
+from ..ops.common.states import accumulation_dtype, named_in_programs
 from ..ops.common.checks import as_device, check_size, describe, is_integer_between, short_text
 
 ACTIVATIONS = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
@@ -29,7 +24,7 @@ Layout = Iterator[tuple[str, torch.dtype, tuple[int, ...]]]
 
 
 def check_cache_dtype(function: str, cache_dtype: object, activations: torch.dtype, has_memory: bool) -> None:
-    """Raise a ValueError unless `cache_dtype` is the activations' dtype, or int8 and these and the model allow it."""
+    """Raise a ValueError unless `cache_dtype` is the activations' dtype, or int8 where activations and model allow it."""
     if cache_dtype == activations:
         return
     if cache_dtype != torch.int8:
@@ -79,7 +74,7 @@ _ROWS = "an integer, a slice, a list of integers or a 1-D tensor of integers or 
 
 
 class CallOptions(NamedTuple):
-    """Options of a call of a model, as one value below the public methods; a block gets them with its own state."""
+    """Options of a model's call, as one value below the public methods. A block gets them with its own state."""
 
     state: Any = None
     """a :class:`MegalodonState` or, in a block, a :class:`BlockState`; None: the tokens begin their sequences"""
@@ -169,8 +164,8 @@ class MegalodonStateBase:
     norm: TimestepNormState
     """the final norm's"""
     inputs: TimestepNormState | tuple[()] = ()
-    """running statistics of the inputs, float64, one group for each of F features; with `missing_values`, count is
-    (S, F). Empty if the model does not scale its inputs"""
+    """running statistics of the inputs, float64, one group for each of F features; () if the model does not scale its
+    inputs. With `missing_values`, count is (S, F)"""
 
     @classmethod
     def fresh(
@@ -217,7 +212,7 @@ class MegalodonStateBase:
         kind = f"{attention.k.dtype} keys and values on {attention.k.device}"
         return f"{name}({self.num_sequences} sequences, {len(self.layers)} layers, {kind}, {self.nbytes:,} bytes)"
 
-    __iter__ = None  # the fields are not a sequence, and neither are the sequences, of which there is no len
+    __iter__ = None  # else Python would iterate by __getitem__
 
     def __getitem__(self, rows: Rows) -> Self:
         """Return the state of the sequences `rows`, of one sequence for an integer; gradients flow through."""
@@ -291,10 +286,10 @@ class MegalodonStateBase:
             return self
         has_memory = isinstance(self.layers[0], MemoryBlockState)
         check_cache_dtype("MegalodonState.quantize_cache", torch.int8, self.cache_dtype, has_memory)
-        layers = (
-            layer._replace(attention=AttentionState(*map(pack_rows, layer.attention[:2]), layer.attention.position))
-            for layer in self.layers
-        )
+        layers = []
+        for layer in self.layers:
+            k, v, position = layer.attention
+            layers.append(layer._replace(attention=AttentionState(pack_rows(k), pack_rows(v), position)))
         return dataclasses.replace(self, layers=tuple(layers))
 
     def clone(self) -> Self:
@@ -309,19 +304,19 @@ class MegalodonStateBase:
         """Return the state as :class:`megalodon_ops.reference.Megalodon` takes it: a flat tuple of real tensors."""
 
         def norm(state: TimestepNormState) -> tuple[Tensor, ...]:
-            high, low = torch.stack(state[1:3], 1).double(), state.residual
-            return (high if low is None else high + low).unbind(1)
+            values = torch.stack((state.mean, state.var), 1).double()
+            return (values if state.residual is None else values + state.residual).unbind(1)
 
-        layers = (
-            (*norm(s.norm), s.cema.real, s.cema.imag, *(x.transpose(1, 2) for x in s.attention[:2]))
-            for s in self.layers
-        )
-        return (self.norm.count, *(tensor for layer in layers for tensor in layer), *norm(self.norm))
+        tensors = [self.norm.count]
+        for layer in self.layers:
+            k, v, _ = layer.attention
+            tensors += [*norm(layer.norm), layer.cema.real, layer.cema.imag, k.transpose(1, 2), v.transpose(1, 2)]
+        return (*tensors, *norm(self.norm))
 
     @classmethod
     def from_reference(cls, tensors: tuple[Tensor, ...]) -> Self:
         """Return the state of a :class:`megalodon_ops.reference.Megalodon` as one of a model."""
-        count, *parts, mean, var = tensors
+        count, *parts, mean, var = tensors  # `parts`: six tensors of each layer, the arguments of `block`
         real = parts[2].dtype
 
         def norm(mean: Tensor, var: Tensor) -> TimestepNormState:
@@ -370,14 +365,13 @@ def check_state(op: str, state: object, config: MegalodonConfig, rows: int, argu
     features = config.num_features if scales_inputs(config) else None
     if (got := state.inputs.mean.shape[1] if state.inputs else None) != features:
         raise ValueError(f"{op}: `state` must be of this model, with {features} scaled features, got one with {got}.")
-    shapes = [(config.model_dim, config.cema_ndim)] * config.num_layers
-    wanted = "with" if block_state_type(config) is MemoryBlockState else "without"
-    if any(isinstance(layer, MemoryBlockState) != (wanted == "with") for layer in state.layers):
+    if any(isinstance(layer, MemoryBlockState) != config.working_memory for layer in state.layers):
+        wanted = "with" if config.working_memory else "without"
         raise ValueError(f"{op}: `state` must be of this model, {wanted} a working memory.")
+    shapes = [(config.model_dim, config.cema_ndim)] * config.num_layers
     if (got := [tuple(layer.cema.shape[1:]) for layer in state.layers]) != shapes:
-        wanted, found = (
-            f"{len(each)} layers of {each[0] if each else 'no'} channels and modes" for each in (shapes, got)
-        )
+        found = f"{len(got)} layers of {got[0] if got else 'no'} channels and modes"
+        wanted = f"{len(shapes)} layers of {shapes[0]} channels and modes"
         raise ValueError(f"{op}: `state` must be of this model, {wanted}, got one of {found}.")
 
 
@@ -401,8 +395,11 @@ def complete(state: State) -> State:
 def named_tensors(state: MegalodonStateBase | tuple, prefix: str = "") -> dict[str, Tensor]:
     """Return the state's tensors, not copied, under names such as `layers.0.norm.mean`."""
     tensors = {}
-    fields = enumerate(state) if isinstance(state, tuple) else vars(state).items()
-    for field, part in zip(state._fields, state) if hasattr(state, "_fields") else fields:
+    if isinstance(state, tuple):  # of named fields, or of layers by number
+        fields = dict(zip(getattr(state, "_fields", range(len(state))), state))
+    else:
+        fields = vars(state)
+    for field, part in fields.items():
         if isinstance(part, Tensor):
             tensors[f"{prefix}{field}"] = part
         elif part is not None:

@@ -1,7 +1,6 @@
 """Standardisation of numbers by the statistics of their own sequence, with or without missing values."""
 
 from collections.abc import Callable
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -20,12 +19,6 @@ _EPS = 1e-30
 """Added to a variance. A constant feature has x - mean = 0 in float64, so it gives zeros, not noise."""
 
 
-class _Groups(NamedTuple):
-    """The attribute of a norm that :meth:`Sequences.norm_state` reads."""
-
-    num_groups: int
-
-
 def standardize(
     x: Tensor, config: MegalodonConfig, state: ScaleState, return_state: bool, sequences: Sequences
 ) -> tuple[Tensor, ScaleState]:
@@ -36,13 +29,14 @@ def standardize(
     """
     x = x.double()
     rows, spans, restore = _feature_rows(x, config, sequences)
-    parameters = x.new_zeros(2, rows.shape[-1])
-    common = dict(num_groups=rows.shape[-1], eps=_EPS, spans=spans)
+    groups = rows.shape[-1]
+    weight, bias = x.new_zeros(2, groups)
+    options = dict(num_groups=groups, eps=_EPS, spans=spans)
     if config.causal:
         initial = _initial_state(rows, config, state, sequences)
-        y, end = timestep_norm(rows, *parameters, state=initial, return_state=True, **common)
+        y, end = timestep_norm(rows, weight, bias, state=initial, return_state=True, **options)
     else:
-        y, end = sequence_norm(rows, *parameters, **common), None
+        y, end = sequence_norm(rows, weight, bias, **options), None
     y = restore(y)
     if config.missing_values:
         y = torch.cat([y, x.isnan().to(y.dtype)], -1)
@@ -50,13 +44,19 @@ def standardize(
 
 
 def running_scale(x: Tensor, config: MegalodonConfig, state: ScaleState) -> tuple[Tensor, Tensor]:
-    """Return the mean and deviation (B, L, F), float64, by which :func:`standardize` scales a causal model's x; NaN: unknown."""
+    """Return the mean and deviation by which :func:`standardize` scales a causal model's x (B, L, F), in float64.
+
+    NaN stands for a mean of no value and for a deviation of fewer than two.
+    """
     sequences = Sequences()
     rows, spans, restore = _feature_rows(x.double(), config, sequences)
     groups, initial = rows.shape[-1], _initial_state(rows, config, state, sequences)
     before = (None,) * 4 if initial is None else tuple(initial)
-    stats = call(timestep_norm_fwd, rows, *rows.new_zeros(2, groups), groups, _EPS, *before, spans, True, False)[1]
-    scale = torch.stack([restore(stats[0] + stats[1]), restore(1 / stats[2])])
+    weight, bias = rows.new_zeros(2, groups)
+    flags = (True, False)  # return the statistics of each position, not the state
+    _, stats, *_ = call(timestep_norm_fwd, rows, weight, bias, groups, _EPS, *before, spans, *flags)
+    mean, mean_residual, rstd = stats
+    scale = torch.stack([restore(mean + mean_residual), restore(1 / rstd)])
     if config.missing_values:  # a missing value has the statistics at the last value before it
         before_x = torch.stack([state.mean, state.var.sqrt()]) if state else scale.new_zeros(2, len(x), x.shape[2])
         position = torch.arange(1, x.shape[1] + 1, device=x.device)[:, None]
@@ -79,17 +79,19 @@ def _feature_rows(
     if not config.missing_values:
         return x, sequences.spans, lambda y: y
     num_features, S = x.shape[2], num_sequences(x.shape[0], sequences.spans)
-    sequence = token_sequences(x, sequences.spans)
-    key = sequence[..., None] * num_features + torch.arange(num_features, device=x.device)
-    key = key.where((sequence[..., None] < S) & ~x.isnan(), S * num_features).flatten()  # the last key: padding and NaN
-    order = key.argsort(stable=True)
-    counts = torch.zeros(S * num_features + 1, dtype=torch.int64, device=x.device).index_add(
-        0, key, torch.ones_like(key)
-    )
-    rows = x.flatten()[order].view(1, -1, 1)
+    sequence = token_sequences(x, sequences.spans)[..., None]
+    # The new sequence of each number. Padding and missing values have the last key, which is none.
+    key = sequence * num_features + torch.arange(num_features, device=x.device)
+    key = key.where((sequence < S) & ~x.isnan(), S * num_features).flatten()
+    counts = key.new_zeros(S * num_features + 1).index_add(0, key, torch.ones_like(key))
     ends = counts[:-1].cumsum(0)
     spans = torch.stack((ends - counts[:-1], ends), 1)
-    return rows, spans, lambda y: torch.zeros_like(y.flatten()).index_copy(0, order, y.flatten()).view(x.shape)
+    order = key.argsort(stable=True)
+
+    def restore(y: Tensor) -> Tensor:
+        return torch.zeros_like(y.flatten()).index_copy(0, order, y.flatten()).view(x.shape)
+
+    return x.flatten()[order].view(1, -1, 1), spans, restore
 
 
 def _initial_state(
@@ -97,7 +99,7 @@ def _initial_state(
 ) -> TimestepNormState | None:
     """Return the norm's initial state; with missing values it has a row for each feature of each sequence."""
     if not config.missing_values:
-        return sequences.norm_state(_Groups(rows.shape[-1]), rows, state or None)
+        return sequences.norm_state(rows.shape[-1], rows, state or None)
     if not state:
         return None
     residual = None if state.residual is None else state.residual.movedim(1, 2).reshape(-1, 2, 1)

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from ..ops.timestep_norm.timestep_norm import timestep_norm_end_state
 from ..ops.common.checks import short_text
-from ..ops.common.spans import as_spans, num_sequences, read_spans, token_sequences
+from ..ops.common.spans import as_spans, num_sequences, pairs_of, read_spans, token_sequences
 
 
 def pooled(op: str, features: Tensor, pool: str | None, options: dict[str, Any]) -> Tensor:
@@ -63,20 +63,25 @@ class Sequences:
 
     def pool(self, op: str, x: Tensor, how: str) -> Tensor:
         """Return the mean, maximum or last vector (S, D) of x (B, L, D) in each sequence, zero for an empty sequence."""
-        S, (B, L, D), flat = num_sequences(x.shape[0], self.spans), x.shape, x.flatten(0, 1)
-        if how == "mean":  # of a group of one channel, summed in float64
+        B, L, D = x.shape
+        flat = x.flatten(0, 1)
+        if how == "mean":  # the norm's statistics with a group for each channel, summed in float64
             return timestep_norm_end_state(x, num_groups=D, spans=self.spans).mean.to(x.dtype)
         if how == "max":
-            owner = token_sequences(x, self.spans).flatten()[:, None].expand(-1, D)
+            S = num_sequences(B, self.spans)
+            owner = token_sequences(x, self.spans).flatten()[:, None].expand(-1, D)  # padding owns row S, dropped
             return flat.new_zeros(S + 1, D).scatter_reduce(0, owner, flat, "amax", include_self=False)[:S]
         if how != "last":
             raise ValueError(f'{op}: `pool` must be "mean", "max", "last" or None, got {short_text(how)}.')
-        ends = torch.arange(1, B + 1, device=x.device) * L
-        begins, ends = (ends - L, ends) if self.spans is None else self.spans.reshape(-1, 2).unbind(1)
+        if self.spans is None:
+            begins = torch.arange(B, device=x.device) * L
+            ends = begins + L
+        else:
+            begins, ends = pairs_of(self.spans).unbind(1)
         return flat[(ends - 1).clamp(min=0)].where((begins < ends)[:, None], 0)
 
-    def norm_state(self, norm: Any, x: Tensor, given: Any) -> Any:
-        """Return the initial state of a norm with `num_groups` over x (B, L, D); `given`: the caller's state."""
+    def norm_state(self, num_groups: int, x: Tensor, given: Any) -> Any:
+        """Return the initial state of a timestep norm over x (B, L, D); `given`: the caller's state."""
         return given
 
     def send_end(self, cema: nn.Module, t: Tensor, given: Any) -> Any:

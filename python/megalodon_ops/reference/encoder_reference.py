@@ -13,7 +13,7 @@ from megalodon_ops.reference.megalodon_reference import CEMA, NFFN, Attention, T
 from megalodon_ops.reference.numbers_reference import sequence_scale
 
 LONGEST = 1 << 17
-"""Positions of the longest row; the scores of one head would take 64 GiB"""
+"""Most positions of a row; with them, the scores of one head would take 64 GiB"""
 
 
 class SequenceNorm(TimestepNorm):
@@ -40,8 +40,10 @@ class BidirectionalCEMA(CEMA):
         """Map x (B, L, D), zero after the end of a row, to y."""
         both = torch.cat((x, x.flip(1)), -1).to(self.alpha.dtype)
         h = both.new_zeros(x.shape[0], *self.alpha.shape[:2])
-        before, after = self.scan(both, (h, h), *self.matrices(both.shape[1]))[0].chunk(2, -1)
-        return (before + F.pad(after.flip(1)[:, 1:], (0, 0, 0, 1)) + self.omega.squeeze(-1) * x).to(x.dtype)
+        y, _ = self.scan(both, (h, h), *self.matrices(both.shape[1]))
+        before, after = y.chunk(2, -1)
+        after = F.pad(after.flip(1)[:, 1:], (0, 0, 0, 1))  # without the position itself
+        return (before + after + self.omega.squeeze(-1) * x).to(x.dtype)
 
 
 class EncoderAttention(Attention):
@@ -79,15 +81,15 @@ class MegalodonEncoder(nn.Module):
 
     def __init__(self, config: Any) -> None:
         super().__init__()
-        self.config, D, features = config, config.model_dim, config.num_features
+        self.config = config
+        D, features, classes = config.model_dim, config.num_features, config.num_classes
         self.embed = nn.Embedding(config.vocab_size, D) if features is None else nn.Linear(config.input_width, D)
         blocks = (dict(mega=EncoderAttention(config), nffn=NFFN(config)) for _ in range(config.num_layers))
         self.layers = nn.ModuleList(map(nn.ModuleDict, blocks))
         self.final_norm = SequenceNorm(D, config.norm_num_groups, config.norm_eps)
-        head = (
-            None if config.num_classes is None else dict(proj=nn.Linear(D, D), classes=nn.Linear(D, config.num_classes))
-        )
-        self.classifier = head and nn.ModuleDict(head)
+        self.classifier = None
+        if classes is not None:
+            self.classifier = nn.ModuleDict(dict(proj=nn.Linear(D, D), classes=nn.Linear(D, classes)))
 
     def forward(self, inputs: Tensor, lengths: Tensor) -> Tensor:
         """Return the logits (B, classes) of rows (B, L) or (B, L, F) with `lengths` (B,) positions, or their features."""

@@ -1,4 +1,4 @@
-"""A model of numbers in plain PyTorch: inputs are standardized by running statistics, then come the layers of a text's."""
+"""A model of numbers in plain PyTorch: standardized inputs, then the layers of a model of tokens."""
 
 import dataclasses
 from typing import Any
@@ -8,7 +8,8 @@ from torch import Tensor, nn
 
 from megalodon_ops.reference.megalodon_reference import Megalodon
 
-_INVERSE_EPS = 1e30  # of the 1e-30 added to a variance, so that a constant feature, x - mean = 0, gives zeros
+_INVERSE_EPS = 1e30
+"""1 / eps, where eps = 1e-30 is added to a variance, so that a constant feature, x - mean = 0, gives zeros"""
 
 
 class MegalodonOfNumbers(Megalodon):
@@ -18,8 +19,8 @@ class MegalodonOfNumbers(Megalodon):
     """
 
     def __init__(self, config: Any) -> None:
-        tokens = dict(num_features=None, missing_values=False, scale_emb=False)
-        super().__init__(dataclasses.replace(config, vocab_size=config.num_outputs, output_size=-1, **tokens))
+        of_tokens = dict(num_features=None, missing_values=False, scale_emb=False)
+        super().__init__(dataclasses.replace(config, vocab_size=config.num_outputs, output_size=-1, **of_tokens))
         self.inputs = config
         self.embed = nn.Linear(config.input_width, config.model_dim)
 
@@ -30,7 +31,8 @@ class MegalodonOfNumbers(Megalodon):
 
     def forward(self, x: Tensor, state: tuple[Tensor, ...] | None = None) -> tuple[Tensor, tuple[Tensor, ...]]:
         """Return the outputs (B, L, outputs) of numbers (B, L, F), and the state after them."""
-        state, statistics = self.fresh(x.shape[0]) if state is None else state, ()
+        state = self.fresh(x.shape[0]) if state is None else state
+        statistics = ()
         if self.inputs.scale_inputs:
             *state, count, mean, var = state
             x, statistics = running_scale(x, count, mean, var, missing_values=self.inputs.missing_values)
@@ -42,20 +44,24 @@ def running_scale(
     x: Tensor, count: Tensor, mean: Tensor, var: Tensor, *, missing_values: bool
 ) -> tuple[Tensor, tuple[Tensor, Tensor, Tensor]]:
     """Standardize x (B, L, F) by its mean and deviation so far, in float64; return it and the new statistics (B, F)."""
-    x, present = x.double(), ~x.isnan() if missing_values else torch.ones_like(x, dtype=torch.bool)
+    x = x.double()
+    present = ~x.isnan() if missing_values else torch.ones_like(x, dtype=torch.bool)
     mean = mean.where(count > 0, _first(x, present))[:, None]
-    at = (n := count[:, None] + present.cumsum(1)).clamp(min=1).double()
-    means = mean + (x - mean).where(present, 0).cumsum(1) / at
+    counts = count[:, None] + present.cumsum(1)
+    n = counts.clamp(min=1).double()
+    means = mean + (x - mean).where(present, 0).cumsum(1) / n
     distance = (x - means).where(present, 0)
-    added = distance.square() * (at / (at - 1).clamp(min=1))  # as in the timestep norm
-    variances = (count[:, None] * var[:, None] + added.cumsum(1)) / at
-    return _scaled(distance, variances, present, missing_values), (n[:, -1], means[:, -1], variances[:, -1])
+    added = distance.square() * (n / (n - 1).clamp(min=1))  # as in the timestep norm
+    variances = (count[:, None] * var[:, None] + added.cumsum(1)) / n
+    return _scaled(distance, variances, present, missing_values), (counts[:, -1], means[:, -1], variances[:, -1])
 
 
 def sequence_scale(x: Tensor, valid: Tensor, *, missing_values: bool) -> Tensor:
     """Standardize x (B, L, F) by the mean and deviation of its valid (B, L, 1) positions, in float64."""
-    x, present = x.double(), valid & ~x.isnan() if missing_values else valid.expand_as(x)
-    first, n = _first(x, present)[:, None], present.sum(1, keepdim=True).clamp(min=1)
+    x = x.double()
+    present = valid & ~x.isnan() if missing_values else valid.expand_as(x)
+    n = present.sum(1, keepdim=True).clamp(min=1)
+    first = _first(x, present)[:, None]
     distance = (x - first).where(present, 0)
     distance = (distance - distance.sum(1, keepdim=True) / n).where(present, 0)
     var = distance.square().sum(1, keepdim=True) / n
@@ -63,7 +69,8 @@ def sequence_scale(x: Tensor, valid: Tensor, *, missing_values: bool) -> Tensor:
 
 
 def _scaled(distance: Tensor, var: Tensor, present: Tensor, missing_values: bool) -> Tensor:
-    y = distance * ((var * _INVERSE_EPS + 1).rsqrt() * _INVERSE_EPS**0.5)  # torch's exporter drops a sum with 1e-30
+    # distance / sqrt(var + eps), for torch's exporter, which drops a sum with eps
+    y = distance * ((var * _INVERSE_EPS + 1).rsqrt() * _INVERSE_EPS**0.5)
     return torch.cat((y, (~present).to(y.dtype)), -1) if missing_values else y
 
 

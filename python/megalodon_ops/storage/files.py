@@ -78,7 +78,6 @@ def opened(path: Path) -> Iterator[BinaryIO]:
 
 
 def file_sha256(path: Path) -> str:
-    """Return the sha256 sum of a file."""
     digest = hashlib.sha256()
     with opened(path) as file:
         while block := file.read(1 << 20):
@@ -148,11 +147,9 @@ def draft_path(path: Path, token: str) -> Path:
 
 @contextmanager
 def drafting(path: Path, token: str | None = None) -> Iterator[Path]:
-    """Yield the path of a draft and hold its lock; remove the draft at the end.
-
-    Calls with the same `token` take turns.
-    """
-    draft, has_lock = draft_path(path, token or uuid.uuid4().hex[:8]), False
+    """Yield the path of a draft, hold its lock, and remove it at the end; calls with the same `token` take turns."""
+    draft = draft_path(path, token or uuid.uuid4().hex[:8])
+    has_lock = False
     path.parent.mkdir(parents=True, exist_ok=True)
     while not has_lock:  # lock again if the last holder has removed the lock file
         with open(f"{draft.parent}.lock", "ab") as lock:
@@ -211,7 +208,6 @@ def write_safetensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str
 
 
 def flush(path: Path) -> None:
-    """Flush a file or a folder to the disk."""
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)

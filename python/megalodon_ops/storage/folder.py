@@ -135,7 +135,6 @@ def auto_map(model_type: str) -> dict[str, str]:
 
 
 def write_module(folder: Path) -> None:
-    """Write the module that `auto_map` names."""
     (folder / f"{_MODULE}.py").write_text(_MODULE_TEXT)
 
 
@@ -227,7 +226,7 @@ def read_model_files(
     quantization, activations = read_quantization(folder / CONFIG)
     dtype = dtype or stored or (torch.float32 if quantization else None)
     with reading(folder / CONFIG):
-        bits = 8 * (dtype or torch.bfloat16).itemsize if quantization is None else {"int8": 8, "int4": 4}[quantization]
+        bits = {"int8": 8, "int4": 4, None: 8 * (dtype or torch.bfloat16).itemsize}[quantization]
         check_fits(config.num_parameters() * bits // 8, "a model of this configuration", machine_memory())
     shapes, quantised_dtypes = stored_shapes(config, quantization)
     weights = stored_tensors(folder)
@@ -304,6 +303,4 @@ def check_dtype(caller: str, dtype: object) -> None:
     """Raise unless the value is None or a dtype that weights can have."""
     if dtype is not None and dtype not in WEIGHT_DTYPES:
         fix = f"; use torch.{dtype}." if isinstance(dtype, str) and dtype in _DTYPES else "."
-        raise ValueError(
-            f"{caller}: `dtype` must be a torch dtype of 16 bits or more, or None, got {short_text(dtype)}{fix}"
-        )
+        raise ValueError(f"{caller}: `dtype` must be a dtype of 16 bits or more, or None, got {short_text(dtype)}{fix}")

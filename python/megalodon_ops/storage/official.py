@@ -31,16 +31,11 @@ _SPLIT_DIM_0 = re.compile(
 )
 _BUFFERS = re.compile(r"(.*\.)?(rope\.freqs|prior_(count|mean|logv))")
 _CONSOLIDATE_CONFIG = "consolidate_config.json"
-_SHARD, _WEIGHT_FILE = re.compile(r"consolidated\.\d\d"), re.compile(r"consolidated(\.\d\d)?\.pth")
+_SHARD = re.compile(r"consolidated\.\d\d")
+_WEIGHT_FILE = re.compile(r"consolidated(\.\d\d)?\.pth")
 _DTYPE_NAMES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
-_OWN_FIELDS = (
-    "eos_token_id",
-    "working_memory",
-    "visible_chunks",
-    "num_features",
-    "scale_inputs",
-    "missing_values",
-)  # fields that the released code does not have
+_OWN_FIELDS = "eos_token_id working_memory visible_chunks num_features scale_inputs missing_values".split()
+"""Fields that the released code does not have"""
 _EMBEDDING, _OUTPUT = "embed.weight", "output.output.weight"
 
 
@@ -127,9 +122,7 @@ def read_official(kind: type[Model], directory: Path, dtype: torch.dtype, device
         check_fits(config.num_parameters() * dtype.itemsize, "a model of its configuration", machine_memory())
     if config.share_emb and weights.tensors.keys() >= {_OUTPUT, _EMBEDDING}:
         if not torch.equal(weights.get(_OUTPUT), weights.get(_EMBEDDING)):
-            raise FileError(
-                f"{weights.path}: `{_OUTPUT}` must be the embedding, as `share_emb` is true, got other values"
-            )
+            raise FileError(f"{weights.path}: `{_OUTPUT}` must be the embedding, as `share_emb` is true, got others")
         del weights.tensors[_OUTPUT]
     weights.check(config.parameter_shapes())
     return model_of(kind, config, dtype, weights, device=device)
@@ -139,7 +132,8 @@ class _Shards(StoredTensors):
     """Parameters in the files of all ranks, joined when they are read. `tensors` has their shapes, on `meta`."""
 
     def __init__(self, directory: Path) -> None:
-        paths, whole = sorted(directory.glob("consolidated.[0-9][0-9].pth")), directory / "consolidated.pth"
+        whole = directory / "consolidated.pth"
+        paths = sorted(directory.glob("consolidated.[0-9][0-9].pth"))
         if paths and whole.exists():
             raise FileError(f"{directory}: holds both {whole.name} and {paths[0].name}; one of them must go")
         paths = paths or [whole]
@@ -158,7 +152,8 @@ class _Shards(StoredTensors):
     def _read(self, name: str) -> Tensor:
         parts = [shard[name].detach() for shard in self._shards]
         first, *others = parts
-        if others and (dim := _split_dim(name)) is not None:
+        dim = _split_dim(name)
+        if others and dim is not None:
             return torch.cat(parts, dim)
         if not all(torch.equal(first, other) for other in others):
             raise FileError(f"{self.path}: `{name}` must be equal in every shard, got other values")
@@ -210,4 +205,6 @@ def _read_config(path: Path, embedding: Tensor | None) -> MegalodonConfig:
 
 
 def _split_dim(name: str) -> int | None:
-    return 1 if _SPLIT_DIM_1.fullmatch(name) else 0 if _SPLIT_DIM_0.fullmatch(name) else None
+    if _SPLIT_DIM_1.fullmatch(name):
+        return 1
+    return 0 if _SPLIT_DIM_0.fullmatch(name) else None

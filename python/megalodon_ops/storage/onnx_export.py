@@ -99,9 +99,10 @@ def export_onnx(
             fields["tokenizer"] = {name: getattr(tokenizer, name, None) for name in ("start", "end")}
         (draft / CONFIG).write_text(json.dumps(fields, indent=1) + "\n")
         (draft / "README.md").write_text(_readme(model.config, tokenizer))
-        page = [*(_FILES / name for name in _PAGE), *filter(Path.is_file, (runtime / name for name in RUNTIME))]
-        for source in page if web else ():
-            shutil.copyfile(source, draft / source.name)
+        if web:
+            for source in [*(_FILES / name for name in _PAGE), *(runtime / name for name in RUNTIME)]:
+                if source.is_file():
+                    shutil.copyfile(source, draft / source.name)
 
 
 def state_names(num_layers: int) -> list[str]:
@@ -163,8 +164,10 @@ def _reference(model: nn.Module, dtype: torch.dtype) -> nn.Module:
         name: tensor.detach().to("cpu", torch.float32 if name in wide else dtype, copy=True)
         for name, tensor in plain_tensors(model, config.parameter_shapes(), caller="export_onnx").items()
     }
-    kind = MegalodonEncoder if not config.causal else Megalodon if config.num_features is None else MegalodonOfNumbers
-    reference = kind(config)
+    if not config.causal:
+        reference = MegalodonEncoder(config)
+    else:
+        reference = Megalodon(config) if config.num_features is None else MegalodonOfNumbers(config)
     if config.share_emb:
         tensors["output.output.weight"] = tensors["embed.weight"]
     reference.load_state_dict(tensors, assign=True)
@@ -173,9 +176,9 @@ def _reference(model: nn.Module, dtype: torch.dtype) -> nn.Module:
 
 def _programs(reference: nn.Module, names: Sequence[str]) -> Iterator[tuple[str, tuple, Sequence[str], str, tuple]]:
     """Yield for each file its name, example inputs, their names, the result's name and dynamic sizes. names: the state's."""
-    config, B = getattr(reference, "inputs", reference.config), Dim("B")
-    longest = config.chunk_size if config.causal else LONGEST
-    name, lengths = "tokens" if config.num_features is None else "numbers", Dim("L", min=2, max=longest)
+    config = getattr(reference, "inputs", reference.config)
+    B, lengths = Dim("B"), Dim("L", min=2, max=config.chunk_size if config.causal else LONGEST)
+    name = "tokens" if config.num_features is None else "numbers"
     rows = torch.zeros(2, 3, dtype=torch.int64)
     if config.num_features is not None:
         rows = torch.zeros(2, 3, config.num_features, dtype=torch.float64)
@@ -220,12 +223,14 @@ def _quiet() -> Iterator[None]:
 
 
 def _readme(config: Any, tokenizer: Any) -> str:
-    F, kind = config.num_features, "tokens" if config.num_features is None else "numbers"
+    F = config.num_features
+    kind = "tokens" if F is None else "numbers"
     values = dict(chunk=config.chunk_size, features=F, outputs=config.num_outputs, name=kind, prompt=[0, 0, 0])
     if not config.causal:
         values["outputs"] = "logits (B, classes)" if config.num_classes else "features (B, L, D)"
-        values["inputs"], values["shape"] = ("(B, L)", (2, 20)) if F is None else (f"(B, L, {F})", (2, 20, F))
-        values["dtype"] = "int64" if F is None else "float64"
+        values |= dict(inputs="(B, L)", shape=(2, 20), dtype="int64")
+        if F is not None:
+            values |= dict(inputs=f"(B, L, {F})", shape=(2, 20, F), dtype="float64")
     elif tokenizer is not None:
         values["prompt"] = [tokenizer.start, *tokenizer.encode("The ").tolist()]
     page = kind if config.causal else "encoder"

@@ -40,11 +40,11 @@ class Archive(StoredTensors):
         return tensor
 
     def fill(self, tensors: dict[str, Tensor]) -> None:
-        planner, reader = DefaultLoadPlanner(), FileSystemReader(self.path)
         named = {self._prefix + name: tensor.detach() for name, tensor in tensors.items()}
         for name in {info.relative_path for info in self._metadata.storage_data.values()}:
             file_size(self.path / name)
-        with reading(self.path):
+        with reading(self.path):  # the steps of torch's `load` for one process
+            planner, reader = DefaultLoadPlanner(), FileSystemReader(self.path)
             planner.set_up_planner(named, self._metadata, True)
             reader.set_up_storage_reader(self._metadata, True)
             (plan,) = planner.create_global_plan([reader.prepare_local_plan(planner.create_local_plan())])

@@ -86,9 +86,7 @@ def _check_metadata(metadata: dict[str, str], config: MegalodonConfig) -> None:
     if metadata.get("format") != FILE_FORMAT:
         raise ValueError("must be a file of MegalodonState.save")
     if (version := metadata.get("version")) != FILE_VERSION:
-        raise ValueError(
-            f"its version is {short_text(version)}, and this version of megalodon_ops reads {FILE_VERSION}"
-        )
+        raise ValueError(f"its version is {short_text(version)}, and this megalodon_ops reads {FILE_VERSION}")
     saved = json.loads(metadata.get("config", "{}"))
     for name, value in config.meaning().items():
         if saved.get(name) != value:

@@ -26,7 +26,6 @@ _SHARD = re.compile(r"model-\d{5}-of-\d{5}\.safetensors")
 
 
 def is_weight_file(name: str) -> bool:
-    """Return True for names of files of weights and of their index."""
     return name in (WHOLE, INDEX) or _SHARD.fullmatch(name) is not None
 
 
@@ -63,8 +62,8 @@ class StoredTensors:
     @classmethod
     def from_folder(cls, folder: Path) -> StoredTensors:
         """Open the weights in a folder: one file, or all shards that the index names."""
-        has_whole, has_index = (os.path.lexists(folder / name) for name in (WHOLE, INDEX))
-        if has_whole and has_index:
+        has_index = os.path.lexists(folder / INDEX)
+        if has_index and os.path.lexists(folder / WHOLE):
             raise FileError(f"{folder}: holds both {WHOLE} and {INDEX}; one of them must go")
         if not has_index:
             return cls(folder / WHOLE)

@@ -1,8 +1,7 @@
 """Tokenizers of bytes, of files of the `tokenizers` package and of sentencepiece models, with one interface.
 
 A document is a sequence of ids. The id `start` precedes it, so that its first token is predicted, too; the id `end`,
-which may be the same, is the target after its last token. Bits per byte, nats / ln 2 / bytes of text, compare models
-across tokenizers.
+which may be the same, is the target after its last token.
 
 Text is cut into windows of at most `WINDOW` bytes, which are encoded one by one, so a document of any size takes memory
 for one window. Cuts lie before a space between two ASCII words, where tokenizers begin a new word, too, so the ids are

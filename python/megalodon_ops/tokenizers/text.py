@@ -9,8 +9,8 @@ from ..ops.common.checks import describe
 WINDOW = 1 << 16
 """Maximum number of bytes that are encoded at a time"""
 _TEXT = (str, bytes, bytearray, memoryview)
-_WORDS = re.compile(rb".*[!-~](?= [A-Za-z])", re.DOTALL)
-_LINES = re.compile(rb".*[!-~]\n(?=[!-~])", re.DOTALL)
+_WORDS = re.compile(rb".*[!-~](?= [A-Za-z])", re.DOTALL)  # up to the last space between ASCII words
+_LINES = re.compile(rb".*[!-~]\n(?=[!-~])", re.DOTALL)  # up to the last line's begin
 
 
 class Window(NamedTuple):
@@ -23,7 +23,8 @@ class Window(NamedTuple):
 
 def windows_of(pieces: Iterable[bytes]) -> Iterator[Window]:
     """Cut a document, given in pieces, into one or more windows; the cuts depend only on its bytes."""
-    rest, is_first = bytearray(), True
+    rest = bytearray()
+    is_first = True
     for piece in pieces:
         rest += piece
         at = 0

@@ -27,15 +27,15 @@ END_TOKENS = ("</s>", "<eos>", "[EOS]", "<|end_of_text|>", "<|endoftext|>")
 _BYTES_JSON = Path(__file__).with_name("bytes.json").read_bytes()  # the byte tokenizer in the package's format
 _CHARACTERS = {letter: bytes([byte]) for letter, byte in json.loads(_BYTES_JSON)["model"]["vocab"].items()}
 _BYTE_TOKENS = {f"<0x{byte:02X}>": bytes([byte]) for byte in range(256)}
-_BYTE_LEVEL, _SPACED = {"ByteLevel"}, {"Metaspace", "Replace", "ByteFallback", "Fuse", "Strip"}  # kinds of decoders
+_BYTE_LEVEL = {"ByteLevel"}  # kinds of decoders, as _SPACED
+_SPACED = {"Metaspace", "Replace", "ByteFallback", "Fuse", "Strip"}
 _BATCH = 8  # windows encoded in parallel; few, because the packages take a hundred bytes of memory per token
 
 
 class Tokenizer:
     """Conversion of text to ids and back; created by :meth:`from_file`, :meth:`train` or :func:`load_tokenizer`.
 
-    Text that looks like a special token is encoded as text. Invalid UTF-8 becomes U+FFFD, except in a
-    :class:`ByteTokenizer`.
+    Text that looks like a special token is encoded as text. Invalid UTF-8 becomes U+FFFD, but not in ByteTokenizer.
 
     Example:
         >>> from megalodon_ops.tokenizers import Tokenizer
@@ -75,8 +75,7 @@ class Tokenizer:
                 a JSON file's vocabulary. If there is none, `start`.
 
         Raises:
-            FileError: the file holds no tokenizer. FileNotFoundError: there is no file. ImportError: the package that
-            reads the file is not installed.
+            FileError: the file holds no tokenizer. FileNotFoundError: no file. ImportError: its package is missing.
         """
         path = as_path("Tokenizer.from_file", "path", path)
         with opened(path) as file:
@@ -167,12 +166,11 @@ class Tokenizer:
         """
         folder = as_path("Tokenizer.save", "folder", folder)
         folder.mkdir(parents=True, exist_ok=True)
-        config: dict[str, Any] = {"bos_token": self.start_token, "eos_token": self.end_token}
-        config |= {"clean_up_tokenization_spaces": False}
+        config = dict(bos_token=self.start_token, eos_token=self.end_token, clean_up_tokenization_spaces=False)
         # Pad with `start`: transformers leaves padding out of the loss. `start` is a target only if it is also `end`.
         if self.file_name == "tokenizer.json":
-            config |= {"tokenizer_class": "PreTrainedTokenizerFast", "pad_token": self.start_token}
-            config |= {"padding_side": "left"}
+            fast = "PreTrainedTokenizerFast"
+            config |= dict(tokenizer_class=fast, pad_token=self.start_token, padding_side="left")
         paths = (folder / self.file_name, folder / "tokenizer_config.json")
         with drafting(folder / "tokenizer", "both"):  # one process at a time
             with write_atomically(paths[0]) as own, write_atomically(paths[1]) as settings:
@@ -257,9 +255,8 @@ class JSONTokenizer(Tokenizer):
                 )
             bytes_of = _character_bytes if _BYTE_LEVEL <= kinds else _spaced_bytes
             table = {number: bytes_of(token) for token, number in ids.items()}
-            self._set_vocabulary(
-                ids, table | {number: token.encode(errors="replace") for token, number in added.items()}
-            )
+            table |= {number: token.encode(errors="replace") for token, number in added.items()}
+            self._set_vocabulary(ids, table)
 
     def _encode(self, texts: list[str]) -> list[list[int]]:
         with reading(self._path):
@@ -283,7 +280,8 @@ class SentencePieceTokenizer(Tokenizer):
         with reading(path):
             pieces = [model.IdToPiece(number) for number in range(model.GetPieceSize())]
             ids = {piece: number for number, piece in enumerate(pieces)}
-            opening, closing = ([pieces[own]] if own >= 0 else [] for own in (model.bos_id(), model.eos_id()))
+            opening = [pieces[model.bos_id()]] if model.bos_id() >= 0 else []
+            closing = [pieces[model.eos_id()]] if model.eos_id() >= 0 else []
             self.start_token = _edge_token("start", start, ids, opening, START_TOKEN)
             ids.setdefault(self.start_token, len(ids))
             self.end_token = _edge_token("end", end, ids, closing, self.start_token)

@@ -1,8 +1,7 @@
 """Batches for next-token prediction: documents end to end in rows, separated by `cu_seqlens`.
 
 A document is a sequence of ids, of bytes or tokens. The id `start` precedes every document, so that its first token is
-predicted, too; its last target is the id `end`, so that a model learns where documents end. One id may serve as both,
-as in a document of bytes:
+predicted, too; its last target is the id `end`, so that a model learns where documents end. One id may be both:
 
     document    b"def f"                     row      START 'd' 'e' 'f' ' ' 'f' | START 'i' 'm' ...
     inputs      START 'd' 'e' 'f' ' ' 'f'    targets   'd'  'e' 'f' ' ' 'f' END |  'i'  'm' 'p' ...
@@ -65,8 +64,7 @@ class Batches:
         length: tokens in a row.
         batch: number of rows of the whole batch, if `rows` is a range.
         start: the id before a document.
-        end: the id after a document, which is never an input. "start": the id `start`, as with bytes. None: documents
-            end with their last id.
+        end: the id after a document, which is never an input. "start": the id `start`, as with bytes. None: no id.
         context_length: maximum targets of a document; longer ones are cut into the fewest equal parts, which are then
             shuffled as documents. Only the last part has the end. The value is limited to the number of all targets
             divided by the number of rows, or to `length` if that is larger. So the rows of a batch read different text
@@ -144,14 +142,14 @@ class Batches:
         self.taken, self.readers = stored.taken, stored.readers
 
     def __iter__(self) -> Iterator[Batch]:
-        return iter(self.next, None)
+        return iter(self.next, None)  # until there is none
 
     def next(self) -> Batch | None:
         """Return the next batch; None after a single pass."""
         pieces = [self._pieces(row) for row in range(self.batch)]
         if not any(pieces):
             return None
-        tokens: list[Any] = [[]]
+        tokens: list[Any] = [[]]  # parts, of which numpy needs at least one
         targets: list[Any] = [[]]
         bounds, carry, last = [0], [], []
         for row, number in enumerate(self.rows):
@@ -162,13 +160,18 @@ class Batches:
                 bounds.append(bounds[-1] + len(text))
                 carry.append(row if self.streamed and offset else -1)
             last.append(len(carry) - 1 if pieces[number] else -1)
-        ids = (numpy.concatenate(parts, dtype=numpy.int64, casting="unsafe") for parts in (tokens, targets))
-        row_ids = (torch.from_numpy(array)[None] for array in ids)
-        return Batch(*row_ids, torch.tensor(bounds), torch.tensor(carry, dtype=torch.int64), torch.tensor(last))
+        return Batch(
+            tokens=_packed(tokens),
+            targets=_packed(targets),
+            cu_seqlens=torch.tensor(bounds),
+            carry=torch.tensor(carry, dtype=torch.int64),
+            last=torch.tensor(last),
+        )
 
     def _pieces(self, row: int) -> list[tuple[int, int, int]]:
         """Advance a row by up to `length` tokens; return its pieces as (document, first token, end)."""
-        reader, room = row if self.streamed else 0, self.length
+        reader = row if self.streamed else 0
+        room = self.length
         pieces: list[tuple[int, int, int]] = []
         while room:
             document, offset = self.readers[reader]
@@ -226,7 +229,13 @@ def _cut(documents: Sequence[Document], lengths: numpy.ndarray, longest: int) ->
     part = numpy.arange(len(numbers)) - numpy.repeat(counts.cumsum() - counts, counts)
     whole, count = lengths[numbers], counts[numbers]
     starts = part * whole // count
-    return Parts(lambda number: _ids(documents[number]), numbers, (part + 1) * whole // count - starts, starts)
+    sizes = (part + 1) * whole // count - starts
+    return Parts(lambda number: _ids(documents[number]), numbers=numbers, lengths=sizes, starts=starts)
+
+
+def _packed(parts: list[Any]) -> Tensor:
+    """Return ids, in parts, as (1, T) int64."""
+    return torch.from_numpy(numpy.concatenate(parts, dtype=numpy.int64, casting="unsafe"))[None]
 
 
 def _ids(document: Document) -> Document:

@@ -120,9 +120,10 @@ def split(
         return Corpus(train, [texts[first] for first in firsts], fingerprint, int(sizes[numbers].sum()))
     fingerprint = hashlib.sha256(keys[numbers].tobytes()).hexdigest()
     sizes, lengths = sizes[numbers], lengths[numbers]
-    goal = max(1, int(HELD_OUT_FRACTION * int(sizes.sum())))
-    goal = goal if max_held_out is None else min(goal, max_held_out)
-    left = goal  # bytes
+    goal = max(1, int(HELD_OUT_FRACTION * int(sizes.sum())))  # bytes
+    if max_held_out is not None:
+        goal = min(goal, max_held_out)
+    left = goal
     held = numpy.zeros(len(sizes), bool)
     candidates = numpy.arange(len(sizes))
     while len(candidates := candidates[sizes[candidates] <= left]):  # in each turn, the longest run that fits

@@ -1,6 +1,7 @@
 """Plot of a run's metrics."""
 
 import itertools
+import math
 import os
 from typing import Any
 
@@ -48,22 +49,19 @@ def draw_metrics(
         train = [(row[field] / unit, row["bits_per_byte"]) for row in run if "bits_per_byte" in row and field in row]
         if train:
             where, bits = numpy.array(train).T
-            width = -(-len(bits) // 50)
+            width = math.ceil(len(bits) / 50)  # values in a moving average
             smooth = numpy.convolve(bits, numpy.full(width, 1 / width), "valid")
             axes.plot(where, bits, color=color, alpha=0.2, linewidth=0.8)
             marker = "." if len(smooth) == 1 else None  # a line of one point is invisible
-            axes.plot(
-                where[width - 1 :], smooth, color=color, alpha=0.6, marker=marker, label=f"{name}training, smoothed"
-            )
+            label = f"{name}training, smoothed"
+            axes.plot(where[width - 1 :], smooth, color=color, alpha=0.6, marker=marker, label=label)
             tops.append(float(numpy.percentile(bits, 95)))  # the first steps may be far above
         for final, style in {
             False: dict(marker="o", markersize=3, label=f"{name}held-out, a sample of all"),
             True: dict(marker="*", markersize=9, linestyle="", label=f"{name}held-out, all"),
         }.items():
-            evaluations = [row for row in run if "held_out_bits_per_byte" in row and bool(row.get("final")) == final]
-            points = [
-                (places[row["step"]], row["held_out_bits_per_byte"]) for row in evaluations if row["step"] in places
-            ]
+            held_out = [row for row in run if "held_out_bits_per_byte" in row and bool(row.get("final")) == final]
+            points = [(places[row["step"]], row["held_out_bits_per_byte"]) for row in held_out if row["step"] in places]
             if points:
                 axes.plot(*zip(*points, strict=True), color=color, **style)
                 tops.append(min(bits for _, bits in points))

@@ -68,8 +68,7 @@ class Muon(torch.optim.Optimizer):
         matrix   <- (1 - lr weight_decay) matrix - 0.2 sqrt(max(rows, columns)) lr orthogonal(0.95 momentum + 0.05 gradient)
 
     The factor 0.2 sqrt(max(rows, columns)) makes Muon's updates as large as AdamW's (arXiv 2502.16982), so one learning
-    rate serves all parameters. AdamW updates embedding and output layer. Matrices of a sharded model are gathered for
-    their update.
+    rate serves all parameters. AdamW updates embedding and output layer. Sharded matrices are gathered for the update.
 
     `torch.optim.Muon` differs in one point: on the CPU it multiplies in bfloat16, which most processors emulate. With
     AVX2, a matrix of 256 x 128 takes 39 ms there, and 2 ms here.
@@ -140,8 +139,7 @@ class Muon(torch.optim.Optimizer):
 def orthogonal(matrices: Tensor, iterations: int = 5) -> Tensor:
     """Orthogonalize matrices (B, M, N), M <= N: Newton-Schulz brings all but tiny singular values to about 0.7 to 1.2.
 
-    Each iteration maps a singular value s to 3.4445 s - 4.775 s^3 + 2.0315 s^5. Products are in float32 or float64, on
-    GPUs in bfloat16.
+    Each iteration maps a singular value s to 3.4445 s - 4.775 s^3 + 2.0315 s^5. On GPUs, products are in bfloat16.
     """
     x = matrices.to(torch.bfloat16 if matrices.is_cuda else torch.promote_types(matrices.dtype, torch.float32))
     x = x / x.flatten(1).norm(dim=1).clamp(min=1e-7)[:, None, None]  # no singular value above 1
@@ -163,9 +161,8 @@ def _local_part(parameter: nn.Parameter, whole: Tensor) -> Tensor:
     from torch.distributed.tensor import DTensor, Replicate
 
     mesh = parameter.device_mesh
-    return DTensor.from_local(whole, mesh, [Replicate()] * mesh.ndim, run_check=False).redistribute(
-        placements=parameter.placements
-    )
+    placed = DTensor.from_local(whole, mesh, [Replicate()] * mesh.ndim, run_check=False)
+    return placed.redistribute(placements=parameter.placements)
 
 
 def optimizer_threads(model: nn.Module) -> int:

@@ -73,10 +73,13 @@ class Reader:
 
 def split_batch(batch: Batch, count: int) -> Iterator[Batch]:
     """Split a batch of full rows into `count` batches of equally many rows, in order, one for each Reader."""
-    rows, columns, first = len(batch.last) // count, batch.tokens.shape[1] // count, 0
+    rows, columns = len(batch.last) // count, batch.tokens.shape[1] // count
+    first = 0  # sequence of a part
     for part in range(count):
-        begin, last = part * columns, batch.last[part * rows : (part + 1) * rows]
-        end, text = int(last[-1]) + 1, slice(begin, begin + columns)
+        begin = part * columns
+        text = slice(begin, begin + columns)
+        last = batch.last[part * rows : (part + 1) * rows]
+        end = int(last[-1]) + 1
         carry = batch.carry[first:end]
         yield Batch(
             batch.tokens[:, text],

@@ -87,10 +87,7 @@ class Checkpoint:
         stored_tensors(self.folder).fill(dict(model.named_parameters()))
 
     def load_optimizer(self, optimizer: torch.optim.Optimizer, model: nn.Module) -> None:
-        """Load the optimizer's state; hyperparameters, such as learning rates, keep their values.
-
-        For a sharded model, each process loads its own part.
-        """
+        """Load the optimizer's state, or this process's part of it; learning rates and the like keep their values."""
         stored = stored_tensors(self.folder, "optimizer")
         if stored is None:
             optimizer.state.clear()
@@ -189,10 +186,7 @@ def training_tensors(
     state: MegalodonState | None,
     mesh: DeviceMesh | None = None,
 ) -> dict[str, dict[str, Tensor]]:
-    """Return the states of the optimizer, the rows and the random generators, by kind and name.
-
-    With a mesh, each process passes the state of its own rows.
-    """
+    """Return the states of the optimizer, the rows (of this process) and the random generators, by kind and name."""
     names = {parameter: name for name, parameter in model.named_parameters()}
     kinds: dict[str, dict[str, Tensor]] = {"random": {"cpu": torch.get_rng_state()}}
     device = next(model.parameters()).device
@@ -235,7 +229,6 @@ def _as_rows(tensors: dict[str, Tensor], mesh: DeviceMesh | None) -> dict[str, T
 
 
 def local_tensor(tensor: Tensor) -> Tensor:
-    """Return this process's part of a tensor."""
     return tensor.to_local() if hasattr(tensor, "to_local") else tensor
 
 
@@ -307,8 +300,7 @@ def load_any(
     """Load a model, its tokenizer and, for a training run, the content of `training.json`, from a folder of any format.
 
     Args:
-        path: a run's folder, one of its checkpoints, a folder of `Megalodon.save` or of transformers, or a folder in
-            the released format.
+        path: a folder: a run's, a checkpoint's, of `Megalodon.save`, of transformers, or in the released format.
         dtype: dtype of linear layers and embedding; None: the folder's, or float32 for the released format.
 
     Returns:
@@ -328,7 +320,6 @@ def load_any(
 
 
 def find_tokenizer(folder: Path) -> Tokenizer | None:
-    """Return the tokenizer in a folder, or None."""
     if not any(os.path.lexists(folder / name) for name in ("tokenizer.json", "tokenizer.model")):
         return None
     return load_tokenizer(folder)

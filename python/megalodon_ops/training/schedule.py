@@ -74,10 +74,7 @@ class Schedule:
         return {"budget": self.budget, "anchor": list(self.anchor), "end": self.end}
 
     def seek(self, position: dict[str, Any], step: int, seconds: float = 0.0) -> None:
-        """Restore a checkpoint's line of progress; if the run has a new length, fit a new line from `step`.
-
-        seconds: time spent so far; needed with `minutes`.
-        """
+        """Restore a checkpoint's line of progress; for other `minutes`, fit a line from `step`, after `seconds`."""
         stored = msgspec.convert(position, SchedulePosition)
         if self.budget is None:
             return

@@ -1,7 +1,6 @@
 """Tokenized documents in memory-mapped files: the folder that `megalodon-ops tokenize` writes.
 
-`dataset.json` lists a shard once its files are on the disk; a folder that lists all shards is complete. docs/data.md
-describes the files.
+`dataset.json` lists a shard once its files are on the disk; a folder that lists all is complete; see docs/data.md.
 """
 
 from __future__ import annotations
@@ -66,8 +65,7 @@ class Index(msgspec.Struct, forbid_unknown_fields=True):
 class Shards:
     """A folder of tokens, written by `megalodon-ops tokenize`.
 
-    The constructor compares dtypes and sizes of all files with the index. It raises a FileError of one line, or a
-    FileNotFoundError.
+    The constructor compares dtypes and sizes of all files with the index; it raises a FileError or FileNotFoundError.
 
     Example:
         >>> import tempfile
@@ -112,7 +110,8 @@ class Shards:
         shard = int(numpy.searchsorted(self._first, number, side="right")) - 1
         tokens, table = self._open_cached(shard)
         row = number - int(self._first[shard])
-        return tokens[int(table[row - 1, TOKENS]) if row else 0 : int(table[row, TOKENS])]
+        begin = int(table[row - 1, TOKENS]) if row else 0
+        return tokens[begin : int(table[row, TOKENS])]
 
     def hold_out(self, validation: Iterable[bytes] | None = None) -> Corpus:
         """Hold out a twentieth of the text, and at most 8 MiB, as :func:`hold_out` does; duplicates are removed.
@@ -160,7 +159,6 @@ def is_tokens(folder: Path) -> bool:
 
 
 def shard_paths(folder: Path, number: int) -> tuple[Path, Path]:
-    """Return the paths of a shard's tokens and documents."""
     return folder / f"shard-{number:06d}.tokens.npy", folder / f"shard-{number:06d}.documents.npy"
 
 
@@ -175,8 +173,7 @@ def write_shard(
 ) -> Shard:
     """Encode documents, each given in pieces of text, into a shard's files, atomically.
 
-    Documents without tokens are counted in `skipped`. The memory needed is that of a few windows of text, and 24 bytes
-    per document.
+    Documents without tokens are counted in `skipped`. The memory needed is a few windows, and 24 bytes per document.
     """
     tokens_path, documents_path = shard_paths(folder, number)
     with write_atomically(tokens_path) as draft, open(draft, "wb") as file:

@@ -137,18 +137,17 @@ FEW_TOKENS = {
     "ragged": {"B": 4, "L": 5, "lengths": [0, 5, 2, 0]},
     "more-sequences-than-blocks": {"B": 2100, "L": 1},
 }
-
-
 TYPES = {1: torch.float64, 6: torch.bfloat16, 32: torch.float32}  # by number of modes
+# Many sequences only with one number of modes.
 TOKEN_CASES = [(name, N) for name in FEW_TOKENS for N in TYPES if N == 6 or name != "more-sequences-than-blocks"]
 
 
 @pytest.mark.parametrize(("tokens", "N"), TOKEN_CASES)
 def test_few_tokens_take_one_launch(emulator, tokens, N):
     """Half of the cases have an initial state."""
-    sequences, dtype = FEW_TOKENS[tokens], TYPES[N]
+    sequences = FEW_TOKENS[tokens]
     state = TOKEN_CASES.index((tokens, N)) % 2 == 0
-    case = cema_case(**sequences, D=1 if sequences["B"] > 4 else 9, N=N, dtype=dtype, state=state)
+    case = cema_case(**sequences, D=1 if sequences["B"] > 4 else 9, N=N, dtype=TYPES[N], state=state)
     actual = run_emulated(emulator, case, forward)
     assert emulator.launched() == {"cema_step_kernel"}
     assert_matches_reference(actual, case, run=forward)
@@ -225,10 +224,11 @@ def test_small_weights_without_a_state_are_not_changed(emulator):
 
 @pytest.mark.parametrize("L", [3, 400], ids=["few-tokens", "scan"])
 def test_null_pointers_for_states(emulator, L):
-    """No final state, no gradient of the initial state; one sequence is empty."""
+    """The forward gets no final state, the backward no gradient of the initial state; one sequence is empty."""
     case = cema_case(B=2, L=L, D=4, N=4, state=True, lengths=[L, 0])
     inputs = case.tensors | {"spans": torch.tensor([[[0, L]], [[L, L]]])}
-    expected, y = run_emulated(emulator, case), torch.empty_like(inputs["x"])
+    expected = run_emulated(emulator, case)
+    y = torch.empty_like(inputs["x"])
     emulator.call("cema_fwd", **inputs, y=y)
     incoming = {"dy": torch.ones_like(y), "dstate_out": torch.ones_like(inputs["state"])}
     wanted = {f"d{name}": torch.empty_like(tensor) for name, tensor in case.tensors.items()}
@@ -253,22 +253,21 @@ def test_bytes_moved(emulator, dtype):
         "cema_sums_kernel": {("x", "load"): 1, ("dy", "load"): 1},
     }
     for kernel, buffers in expected.items():
-        traffic = emulator.traffic(kernel)
-        for (name, way), times in buffers.items():
-            assert traffic[name][f"{way}_sectors"] * 32 == times * x.nbytes, (kernel, name)
-    # States and sums: 8 and 16 bytes for each mode, channel and tile of 32 tokens.
-    states = 8 * 16 * 32 * 6
-    assert emulator.traffic("cema_carry_kernel")["workspace"]["store_sectors"] * 32 == 3 * states
-    assert emulator.traffic("cema_local_kernel")["workspace"]["store_bytes"] == 3 * (states + 4 * 6)
-    assert emulator.traffic("cema_sums_kernel")["workspace"]["store_sectors"] * 32 == 2 * states + 4 * 32 * 6
+        for (name, access), times in buffers.items():
+            assert emulator.sectors(kernel, name, access) == times * x.nbytes, (kernel, name)
+    D, N, tiles = 32, 16, 6  # a tile has 32 tokens
+    states = 8 * N * D * tiles  # bytes of one of three scans: of x, of x again and of dy in the backward
+    assert emulator.sectors("cema_carry_kernel", "workspace", "store") == 3 * states
+    assert emulator.traffic("cema_local_kernel")["workspace"]["store_bytes"] == 3 * (states + 4 * tiles)
+    assert emulator.sectors("cema_sums_kernel", "workspace", "store") == 2 * states + 4 * D * tiles
 
 
 def test_bytes_moved_in_decoding(emulator):
     case = cema_case(B=8, L=1, D=64, N=16, dtype=torch.bfloat16, state=True)
     run_emulated(emulator, case, forward)
-    traffic = emulator.traffic("cema_step_kernel")
-    least = case.tensors["state"].nbytes
-    assert traffic["state"]["load_sectors"] * 32 == traffic["state_out"]["store_sectors"] * 32 == least
+    state = case.tensors["state"].nbytes
+    assert emulator.sectors("cema_step_kernel", "state", "load") == state
+    assert emulator.sectors("cema_step_kernel", "state_out", "store") == state
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)

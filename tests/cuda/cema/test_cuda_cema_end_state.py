@@ -71,9 +71,11 @@ def test_small_weights_keep_their_gradients(emulator):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_bytes_moved_by_the_forward(emulator, dtype):
     """x is read once, and again in the two of six tiles where sequences end; only states are written."""
-    case = cema_end_state_case(B=2, L=96, D=32, N=16, dtype=dtype)
+    B, D, N = 2, 32, 16
+    case = cema_end_state_case(B=B, L=96, D=D, N=N, dtype=dtype)
     run_emulated(emulator, case, forward)
-    x, state = case.tensors["x"].nbytes, 2 * 32 * 16 * 8
+    x = case.tensors["x"].nbytes
+    state = B * D * N * 8  # a complex number has 8 bytes
     assert emulator.sectors("cema_local_kernel", "x", "load") == x
     assert emulator.sectors("cema_ends_kernel", "x", "load") == x // 3
     assert emulator.traffic("cema_ends_kernel")["state_out"]["store_bytes"] == state

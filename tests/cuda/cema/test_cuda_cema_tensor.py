@@ -2,18 +2,20 @@
 
 import pytest
 import torch
-from assertions import assert_all_close, assert_as_accurate_as, assert_bit_equal
+from assertions import assert_all_close, assert_as_accurate_as, assert_bit_equal, references
 from calls import evaluate
-from cases import cema_case, generator, randn
+from cases import cema_case
+from emulated import A100, ORDERS
 from emulator.device import Emulator
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from test_cuda_cema import gradients_of_y
 
 import megalodon_ops as mo
 from megalodon_ops import _C
 
-TENSOR, SCAN = {"cema_tiles_kernel", "cema_cross_kernel"}, {"cema_sums_kernel"}
-A100 = 163 * 1024  # bytes of shared memory of a block; cards with less take the scan
+TENSOR = {"cema_tiles_kernel", "cema_cross_kernel"}
+SCAN = {"cema_sums_kernel"}
 LIMITS = {4: (4, 8), 2: (2, 0.5)}  # (factor, floor) of assert_as_accurate_as for results in 32 and in 16 bits
 
 
@@ -21,27 +23,16 @@ def tensor_case(**sizes):
     return cema_case(**{"dtype": torch.bfloat16, "D": 8, **sizes})
 
 
-def gradients(function, case):
-    """The gradients of a loss of y alone."""
-    leaves = {name: tensor.detach().requires_grad_() for name, tensor in case.tensors.items()}
-    y = function(**leaves, **case.options)
-    dy = randn(generator(1), *y.shape, dtype=case.dtype).to(y.dtype)
-    return {f"d{name}": grad for name, grad in zip(leaves, torch.autograd.grad(y, leaves.values(), dy), strict=True)}
-
-
-def launched_kernels(emulator):
-    return set(emulator.module.traffic())
-
-
 def run_emulated(emulator, case, offset=0, order="random", shared_limit=A100, **sizes):
+    """The gradients, and the kernels launched so far; `sizes` are LAUNCH_SIZEs."""
     emulator.set_order(order, shared_limit=shared_limit)
     with emulator.replacing(_C, offset=offset), emulator.launch_sizes(**{"cema_tile": 128} | sizes):
-        found = gradients(mo.cema, case)
-    return found, launched_kernels(emulator)
+        found = gradients_of_y(mo.cema, case)
+    return found, emulator.launched()
 
 
-def assert_matches_reference(actual, case, limits=LIMITS, run=gradients):
-    exact, same = run(mo.reference.cema, case.double()), run(mo.reference.cema, case)
+def assert_matches_reference(actual, case, limits=LIMITS, run=gradients_of_y):
+    same, exact = references(case, run)
     for name, value in actual.items():
         factor, floor = limits[2 if value.dtype.itemsize == 2 else 4]
         assert_as_accurate_as(value, same[name], exact[name], factor=factor, floor=floor, terms=case.terms, name=name)
@@ -85,7 +76,8 @@ def test_three_shares_one_of_them_empty(emulator):
 def test_two_rounds_of_the_carry(emulator):
     """More than 128 tiles, poles that remember all of them; compared with the scan, which misaligned tensors take."""
     case = tensor_case(B=1, L=129 * 128, N=1, radius=(1.0, 1.0), angle=(-0.01, 0.01))
-    (actual, launched), (expected, others) = run_emulated(emulator, case), run_emulated(emulator, case, offset=1)
+    actual, launched = run_emulated(emulator, case)
+    expected, others = run_emulated(emulator, case, offset=1)
     assert launched >= TENSOR and others >= SCAN
     for name, value in actual.items():
         close = 1e-2 if value.dtype == torch.bfloat16 else 1e-4
@@ -137,7 +129,7 @@ def test_a_gradient_of_the_final_state_takes_the_scan(emulator):
     emulator.set_order("random", shared_limit=A100)
     with emulator.replacing(_C), emulator.launch_sizes(cema_tile=128):
         actual = evaluate(mo.cema, case)
-    assert launched_kernels(emulator) >= SCAN and not launched_kernels(emulator) & TENSOR
+    assert emulator.launched() >= SCAN and not emulator.launched() & TENSOR
     assert_matches_reference(actual, case, run=evaluate)
 
 
@@ -161,23 +153,25 @@ def test_random_dense_shapes(emulated_module):
 
 
 def test_orders_of_threads_give_equal_bits(emulator):
-    case, results = tensor_case(B=2, L=128, D=24, N=3), []
-    for order in ("forward", "reverse", "random"):
-        results.append(run_emulated(emulator, case, order=order, cema_shares=1)[0])
-    assert_bit_equal(results[1], results[0])
-    assert_bit_equal(results[2], results[0])
+    case = tensor_case(B=2, L=128, D=24, N=3)
+    results = [run_emulated(emulator, case, order=order, cema_shares=1)[0] for order in ORDERS]
+    for other in results[1:]:
+        assert_bit_equal(other, results[0])
 
 
 def test_bytes_moved_and_bank_conflicts(emulator):
     """x and dy are read once; ends and slopes of both scans are written once and read once."""
-    case = tensor_case(B=1, L=1024, D=32, N=16)
+    L, D, N, tile, sector = 1024, 32, 16, 128, 32
+    case = tensor_case(B=1, L=L, D=D, N=N)
     run_emulated(emulator, case)
-    tiles, cross = emulator.traffic("cema_tiles_kernel"), emulator.traffic("cema_cross_kernel")
-    assert tiles["x"]["load_sectors"] * 32 == tiles["dy"]["load_sectors"] * 32 == case.tensors["x"].nbytes
-    pairs = 8 * 32 * 16 * 8  # bytes of the states of one scan
-    lags = 128 * 32 * 4  # a warp stores two channels of a sector
-    assert tiles["workspace"]["store_sectors"] * 32 == 4 * pairs + 4 * lags + 2 * 32
-    assert cross["workspace"]["store_sectors"] * 32 == pairs + 4 * 16 * 32 // 2 * 32  # two channels a sector
+    x = case.tensors["x"].nbytes
+    assert emulator.sectors("cema_tiles_kernel", "x", "load") == x
+    assert emulator.sectors("cema_tiles_kernel", "dy", "load") == x
+    pairs = L // tile * D * N * 8  # bytes of the states of one scan
+    lags = tile * D * 4  # a warp stores two channels of a sector
+    assert emulator.sectors("cema_tiles_kernel", "workspace", "store") == 4 * pairs + 4 * lags + 2 * sector
+    sums = 4 * N * D // 2 * sector  # two channels a sector
+    assert emulator.sectors("cema_cross_kernel", "workspace", "store") == pairs + sums
     shared = [site for kernel in TENSOR for site in emulator.sites(kernel) if site["shared"]]
     assert {site["kernel"] for site in shared} == TENSOR
     # One load of x: lanes that skip reads before a tile's start are counted with earlier loads of other lanes.

@@ -1,17 +1,19 @@
 """Outputs of cema, and dx, on emulated tensor cores: cuda/cema/cema_mma_scan.cuh."""
 
+from functools import partial
+
 import megalodon_ops as mo
 import pytest
 import torch
-from assertions import assert_as_accurate_as, assert_bit_equal, every_case
+from assertions import assert_as_accurate_as, assert_bit_equal, every_case, references
 from calls import forward
 from cases import cema_case, generator, randn
-from emulated import ORDERS
+from emulated import A100, ORDERS, assert_no_bank_conflicts
 from megalodon_ops import _C
+from test_cuda_cema_tensor import POLES as LONG_POLES
 
 LOCAL, OUTPUT = "cema_mma_local_kernel", "cema_mma_output_kernel"
 SCAN = {"cema_local_kernel", "cema_output_kernel"}
-A100 = 163 * 1024  # bytes of shared memory of a block; cards with less take the scan
 
 
 def tensor_case(**sizes):
@@ -40,7 +42,7 @@ def run_emulated(emulator, case, run=output, *, offset=0, order="random", shared
 
 
 def beyond_rounding(actual, exact):
-    """The largest error beyond half the spacing of bf16, in units of the largest value."""
+    """The largest error beyond half the spacing of bf16 (8 bits), in units of the largest value."""
     half = torch.exp2(torch.frexp(exact.abs()).exponent.double() - 9)
     return ((actual.double() - exact).abs() - half).max().item() / exact.abs().max().item()
 
@@ -50,12 +52,12 @@ def assert_as_accurate_as_the_scan(emulator, case, run=output):
     actual, launched = run_emulated(emulator, case, run)
     scanned, others = run_emulated(emulator, case, run, offset=1)
     assert OUTPUT in launched and "cema_output_kernel" not in launched and "cema_output_kernel" in others
-    exact, same = run(mo.reference.cema, case.double()), run(mo.reference.cema, case)
+    same, exact = references(case, run)
     for name, value in actual.items():
         if value.dtype == torch.bfloat16:
             assert beyond_rounding(value, exact[name]) <= 2**-15
-            error, bound = ((found - exact[name]).abs().max() for found in (value, scanned[name]))
-            assert error <= 2 * bound
+            error = (value - exact[name]).abs().max()
+            assert error <= 2 * (scanned[name] - exact[name]).abs().max()
         else:
             assert_as_accurate_as(value, same[name], exact[name], factor=4, floor=8, name=name)
 
@@ -79,12 +81,7 @@ def test_dx(emulator, sizes):
     assert_as_accurate_as_the_scan(emulator, tensor_case(**sizes), dx_of_y)
 
 
-POLES = {
-    "slow": {"radius": (1 - 1e-5, 1 - 1e-5), "angle": (0.0, 1e-4)},
-    "on-the-circle": {"radius": (1.0, 1.0), "angle": (-3.1, 3.1)},
-    "real": {"radius": (0.9, 1.0), "angle": (0.0, 0.0)},
-    "short": {"radius": (0.0, 0.1)},
-}
+POLES = LONG_POLES | {"short": {"radius": (0.0, 0.1)}}
 
 
 @pytest.mark.parametrize("poles", POLES.values(), ids=POLES)
@@ -99,10 +96,12 @@ def test_non_finite_values_reach_later_tokens_of_their_channel_only(emulator, va
     """One value in each sequence, at the ends of blocks and tiles and between; the last sequence has none."""
     case = tensor_case(L=256)
     dy = randn(generator(1), 8, 256, 8, dtype=torch.bfloat16)
-    tokens, channels = torch.tensor([0, 5, 15, 16, 77, 127, 200]), torch.arange(7)
-    x, later = case.tensors["x"].clone(), torch.zeros(8, 256, 8, dtype=torch.bool)
-    x[range(7), tokens, channels] = value
-    later[:7].diagonal(dim1=0, dim2=2)[:] = torch.arange(256)[:, None] >= tokens
+    tokens = torch.tensor([0, 5, 15, 16, 77, 127, 200])
+    x = case.tensors["x"].clone()
+    later = torch.zeros(8, 256, 8, dtype=torch.bool)  # positions that the values reach
+    for i, token in enumerate(tokens):  # in sequence i and channel i
+        x[i, token, i] = value
+        later[i, token:, i] = True
     clean, _ = run_emulated(emulator, case)
     struck, _ = run_emulated(emulator, case.with_tensors(x=x))
     assert torch.equal(struck["y"][~later], clean["y"][~later])
@@ -112,8 +111,8 @@ def test_non_finite_values_reach_later_tokens_of_their_channel_only(emulator, va
     assert not struck["state"][ends].isfinite().any()
 
     reversed_dy = torch.where(x.isfinite(), dy.flip(1), x).flip(1)
-    clean, _ = run_emulated(emulator, case, lambda *call: dx_of_y(*call, dy))
-    struck, _ = run_emulated(emulator, case, lambda *call: dx_of_y(*call, reversed_dy))
+    clean, _ = run_emulated(emulator, case, partial(dx_of_y, dy=dy))
+    struck, _ = run_emulated(emulator, case, partial(dx_of_y, dy=reversed_dy))
     assert torch.equal(struck["dx"][~later.flip(1)], clean["dx"][~later.flip(1)])
     assert not struck["dx"][later.flip(1)].isfinite().any()
 
@@ -158,13 +157,11 @@ def test_bytes_moved_and_bank_conflicts(emulator):
     case = tensor_case(B=4, L=512, D=32, N=16)
     with torch.no_grad():
         run_emulated(emulator, case, lambda function, case: function(**case.tensors))
-    local, outputs = emulator.traffic(LOCAL), emulator.traffic(OUTPUT)
-    x, pairs = case.tensors["x"].nbytes, 16 * 32 * 16 * 8
-    assert (
-        local["x"]["load_sectors"] * 32 == outputs["x"]["load_sectors"] * 32 == outputs["y"]["store_sectors"] * 32 == x
-    )
-    assert local["workspace"]["store_sectors"] * 32 == pairs + 2 * 32  # and flags of tiles that start a sequence
-    assert "store_sectors" not in outputs["workspace"] or outputs["workspace"]["store_sectors"] == 0
-    shared = [site for kernel in (LOCAL, OUTPUT) for site in emulator.sites(kernel) if site["shared"]]
-    assert {site["kernel"] for site in shared} == {LOCAL, OUTPUT}
-    assert not [site for site in shared if site["transactions"] != site["ideal"]]
+    x = case.tensors["x"].nbytes
+    for kernel, name, access in ((LOCAL, "x", "load"), (OUTPUT, "x", "load"), (OUTPUT, "y", "store")):
+        assert emulator.sectors(kernel, name, access) == x
+    states = 16 * 32 * 16 * 8  # bytes for 16 tiles, D = 32 and N = 16
+    flags = 2 * 32  # of tiles that start a sequence
+    assert emulator.sectors(LOCAL, "workspace", "store") == states + flags
+    assert emulator.sectors(OUTPUT, "workspace", "store") == 0
+    assert_no_bank_conflicts(emulator, LOCAL, OUTPUT)

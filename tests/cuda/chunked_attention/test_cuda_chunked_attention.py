@@ -58,8 +58,6 @@ KERNELS = {
     "chunked_attention_step_kernel": FEW_QUERIES,
 }
 PATHS = {name: (kernel, shape) for kernel, shapes in KERNELS.items() for name, shape in shapes.items()}
-
-
 MISALIGNED = (
     "64-columns 128-columns 256-columns-twice one-channel float-64-columns float-512-columns double-64-columns".split()
 )
@@ -93,19 +91,21 @@ def test_blocks_of_rows_cover_every_token_once(emulated_module, dtype, longest):
     @settings(max_examples=8)
     @given(data=st.data())
     def check(data):
-        packed, C = data.draw(st.booleans()), data.draw(st.sampled_from([1, 7, 32, 100, 128, 300]))
+        packed = data.draw(st.booleans())
+        C = data.draw(st.sampled_from([1, 7, 32, 100, 128, 300]))
         L = data.draw(st.sampled_from([n for n in (1, 63, 64, 65, 127, 128, 129, 200, 257, 600) if n <= longest]))
-        ends = st.lists(st.integers(0, L), min_size=1, max_size=5)
-        kind = {"B": 1, "cu_seqlens": sorted(data.draw(ends))} if packed else {"B": 2, "lengths": [data.draw(
-            st.integers(0, L)), L]}  # fmt: skip
-        case = scaled_case(**kind, L=L, H=1, K=8, V=8, C=C, dtype=dtype, causal=data.draw(st.booleans()))
+        if packed:
+            ends = data.draw(st.lists(st.integers(0, L), min_size=1, max_size=5))
+            batch = {"B": 1, "cu_seqlens": sorted(ends)}
+        else:
+            batch = {"B": 2, "lengths": [data.draw(st.integers(0, L)), L]}
+        case = scaled_case(**batch, L=L, H=1, K=8, V=8, C=C, dtype=dtype, causal=data.draw(st.booleans()))
         tokens = case.tensors["q"][..., 0, 0]
         padding = torch.ones_like(tokens, dtype=torch.bool)
         for row, inside in sequences(tokens, case.spans()):
             padding[row, inside] = False
-        result = run(emulator, case.with_tensors(**{
-            name: tensor.masked_fill(padding[..., None, None], torch.nan) for name, tensor in case.tensors.items()
-        }))  # fmt: skip
+        spoilt = {name: t.masked_fill(padding[..., None, None], torch.nan) for name, t in case.tensors.items()}
+        result = run(emulator, case.with_tensors(**spoilt))
         assert_accurate(result, case)
         assert (result["o"][padding] == 0).all() and (result["lse"][padding] == 0).all()
 
@@ -142,14 +142,17 @@ def test_a_sequence_does_not_see_its_neighbours(emulator, dtype, L):
 
 @pytest.mark.parametrize("dtype", [BF16, F32], ids=str)
 def test_a_whole_chunk_does_not_see_its_neighbours(emulator, dtype):
-    """Three chunks share a block of rows and tiles of keys. Four rows are recomputed at once: after the last token, the
-    other three would belong to another chunk."""
+    """Three chunks share a block of rows and tiles of keys.
+
+    A NaN makes a kernel recompute four rows at once; after a chunk's last token, the other three are of another chunk.
+    """
     case = scaled_case(B=1, L=57, H=1, K=8, V=8, C=19, dtype=dtype, causal=False)
     clean = run(emulator, case)["o"]
     for token in (25, 50):
         v = case.tensors["v"].clone()
         v[:, token] = torch.nan
-        o, same_chunk = run(emulator, case.with_tensors(v=v))["o"], torch.arange(57) // 19 == token // 19
+        o = run(emulator, case.with_tensors(v=v))["o"]
+        same_chunk = torch.arange(57) // 19 == token // 19
         assert o[:, same_chunk].isnan().all()
         tolerance = 8e-3 if dtype == BF16 else 1e-6
         torch.testing.assert_close(o[:, ~same_chunk], clean[:, ~same_chunk], rtol=0, atol=tolerance)
@@ -162,7 +165,8 @@ def test_a_block_does_not_see_the_chunk_before_its_first(emulator, dtype, rows, 
     spoilt = {name: tensor.clone() for name, tensor in case.tensors.items()}
     for tensor in spoilt.values():
         tensor[:, :C] = torch.nan
-    clean, results = run(emulator, case), run(emulator, case.with_tensors(**spoilt))
+    clean = run(emulator, case)
+    results = run(emulator, case.with_tensors(**spoilt))
     for name, value in results.items():
         assert torch.equal(value[:, rows:], clean[name][:, rows:])
 
@@ -183,19 +187,23 @@ def test_nothing_is_launched_for_no_heads(emulator):
 def test_steps_over_many_and_over_long_tiles(emulator, dtype, tile_keys):
     """More tiles than the merge loads at once; tiles of more than 64 keys, as in real batches."""
     case = scaled_case(B=2, L=1, H=1, K=16, V=24, C=1200, dtype=dtype, state=True, dropkey=0.2)
-    with emulator.launch_sizes(**({} if tile_keys is None else {"attention_tile": tile_keys})):
+    sizes = {} if tile_keys is None else {"attention_tile": tile_keys}
+    with emulator.launch_sizes(**sizes):
         assert_accurate(run(emulator, case), case)
 
 
 def test_the_largest_tile(emulator):
     """It has 2048 keys: for 2049, the workspace has a maximum, a sum and a value of two tiles."""
-    tokens, cache, sizes = torch.zeros(2048, 1, 1, 1), torch.zeros(2048, 2049, 1, 1), []
+    sequences = 2048
+    tokens = torch.zeros(sequences, 1, 1, 1)
+    cache = torch.zeros(sequences, 2049, 1, 1)
+    sizes = []
     inputs = {"q": tokens, "k": tokens, "v": tokens, "chunk_size": 2049, "causal": True, "scale": 1.0, "dropkey": 0.0}
-    state = {"cache_k": cache, "cache_v": cache, "position": torch.zeros(2048).long()}
-    results = {"o": torch.empty_like(tokens), "lse": torch.empty(2048, 1, 1)}
+    state = {"cache_k": cache, "cache_v": cache, "position": torch.zeros(sequences).long()}
+    results = {"o": torch.empty_like(tokens), "lse": torch.empty(sequences, 1, 1)}
     with emulator.only_asking(sizes), pytest.raises(InterruptedError):
         emulator.call("chunked_attention_fwd", **inputs, **state, **results)
-    assert sizes == [2048 * 2 * 3 * 4]
+    assert sizes == [sequences * 2 * 3 * 4]  # 3 numbers of 4 bytes for each of 2 tiles
 
 
 @pytest.mark.parametrize("dtype", [BF16, F16], ids=str)
@@ -213,7 +221,8 @@ def test_steps_are_rounded_once(emulator, dtype):
 def test_steps_refuse_queries_that_shared_memory_does_not_hold(emulator, dtype, offset):
     """The limit is the shared memory minus a tile of scores and the partial sums, in planes of 8 + 4 vectors."""
     emulator.set_order("random", shared_limit=24 * 1024)
-    size, width = (8 if dtype == F64 else 4), (1 if offset else 16 // dtype.itemsize)
+    size = 8 if dtype == F64 else 4  # bytes of a number in shared memory
+    width = 1 if offset else 16 // dtype.itemsize  # elements of a vector
     left = 24 * 1024 // size - 64 - (128 + 4) * width
     largest = (left // width - 4) // 8 * 8 * width
     shape = {"B": 2, "L": 1, "H": 1, "V": 8, "C": 3, "dtype": dtype, "state": True}
@@ -227,12 +236,12 @@ def test_a_chunk_is_read_once_for_each_block_of_rows(emulator):
     """Q and K are read for each 256 columns of V; K and V for each 128 rows, up to these rows."""
     case = scaled_case(B=1, L=256, H=1, K=32, V=512, C=256, dtype=BF16)
     run(emulator, case)
-    traffic = emulator.traffic("chunked_attention_fwd_mma_kernel")
+    kernel = "chunked_attention_fwd_mma_kernel"
     nbytes = {name: tensor.nbytes for name, tensor in case.tensors.items()}
-    assert traffic["q"]["load_sectors"] * 32 == 2 * nbytes["q"]
-    assert traffic["k"]["load_sectors"] * 32 == 2 * nbytes["k"] * 3 // 2
-    assert traffic["v"]["load_sectors"] * 32 == nbytes["v"] * 3 // 2
-    assert traffic["o"]["store_sectors"] * 32 == traffic["o"]["store_footprint"] == nbytes["v"]
+    assert emulator.sectors(kernel, "q", "load") == 2 * nbytes["q"]
+    assert emulator.sectors(kernel, "k", "load") == 2 * nbytes["k"] * 3 // 2
+    assert emulator.sectors(kernel, "v", "load") == nbytes["v"] * 3 // 2
+    assert emulator.sectors(kernel, "o", "store") == emulator.traffic(kernel)["o"]["store_footprint"] == nbytes["v"]
 
 
 @pytest.mark.parametrize(("dtype", "key_dim", "value_dim", "reads"), [(BF16, 256, 512, 1), (F32, 64, 1024, 2)])
@@ -240,23 +249,25 @@ def test_a_step_reads_the_cached_rows_once(emulator, dtype, key_dim, value_dim, 
     """Keys are read for each 512 columns; rows beyond the position are not read."""
     case = scaled_case(B=2, L=1, H=1, K=key_dim, V=value_dim, C=150, dtype=dtype, state=True)
     run(emulator, case)
-    rows, size = int(case.options["state"].position.sum()) + 2, dtype.itemsize  # rows of the cache, and two tokens
-    traffic = emulator.traffic("chunked_attention_step_kernel")
+    kernel = "chunked_attention_step_kernel"
+    rows = int(case.options["state"].position.sum()) + 2  # rows of the cache, and two tokens
     for name, width in (("k", reads * key_dim), ("v", value_dim)):
-        assert (traffic[f"cache_{name}"]["load_sectors"] + traffic[name]["load_sectors"]) * 32 == rows * width * size
+        read = emulator.sectors(kernel, f"cache_{name}", "load") + emulator.sectors(kernel, name, "load")
+        assert read == rows * width * dtype.itemsize
     tiles = -(-150 // 64)
-    assert traffic["workspace"]["store_bytes"] <= 2 * tiles * (value_dim + 2) * 4
+    assert emulator.traffic(kernel)["workspace"]["store_bytes"] <= 2 * tiles * (value_dim + 2) * 4
 
 
 @pytest.mark.parametrize(
-    ("K", "V", "dtype"),
-    [(64, 64, F16), pytest.param(256, 512, F16, marks=pytest.mark.slow), (72, 64, F32)],
-    ids=str,
+    ("K", "V", "dtype"), [(64, 64, F16), pytest.param(256, 512, F16, marks=pytest.mark.slow), (72, 64, F32)], ids=str
 )
 def test_values_of_nan_cost_a_few_forwards(emulator, K, V, dtype):
-    """Rows before a NaN in their tile, or all rows, are recomputed, four at a time, two in the last group. The cost
-    counts sectors and shared-memory wavefronts."""
-    case, key, chunk = scaled_case(B=1, L=126, H=1, K=K, V=V, C=122, dtype=dtype, dropkey=0.1), 119, 122
+    """Rows before a NaN in their tile, or all rows, are recomputed, four at a time, two in the last group.
+
+    The cost is the number of sectors and shared-memory wavefronts.
+    """
+    key, chunk = 119, 122  # position of the NaN in the first chunk; positions of a chunk
+    case = scaled_case(B=1, L=126, H=1, K=K, V=V, C=chunk, dtype=dtype, dropkey=0.1)
     kernel = f"chunked_attention_fwd_{'mma' if dtype == F16 else 'fma'}_kernel"
 
     def output_and_cost(v):
@@ -266,9 +277,9 @@ def test_values_of_nan_cost_a_few_forwards(emulator, K, V, dtype):
 
     v = case.tensors["v"].clone()
     v[:, key, :, ::2] = torch.nan
-    (expected, usual), (found, cost), (lost, largest_cost) = map(
-        output_and_cost, (case.tensors["v"], v, torch.full_like(v, torch.nan))
-    )
+    expected, usual = output_and_cost(case.tensors["v"])
+    found, cost = output_and_cost(v)
+    lost, largest_cost = output_and_cost(torch.full_like(v, torch.nan))
     assert found[:, key:chunk, :, ::2].isnan().all() and lost.isnan().all()
     found[:, key:chunk, :, ::2] = expected[:, key:chunk, :, ::2]
     assert_close(found, expected, tolerance=1e-5 if dtype == F32 else 2e-3)
@@ -296,8 +307,8 @@ def test_pieces_through_every_kernel_give_the_whole(emulator):
             piece = [case.tensors[name][:, start : start + size] for name in "qkv"]
             outputs.append(mo.chunked_attention(*piece, chunk_size=12, state=state, inplace_state=True))
             start += size
-    actual = {"o": torch.cat(outputs, dim=1), "k": state.k[:, :7], "v": state.v[:, :7]}
-    assert_all_close(
-        actual, {"o": whole["o"], "k": whole["state.k"][:, :7], "v": whole["state.v"][:, :7]}, tolerance=1e-12
-    )
+    kept = 31 % 12  # tokens of the last chunk
+    actual = {"o": torch.cat(outputs, dim=1), "k": state.k[:, :kept], "v": state.v[:, :kept]}
+    expected = {"o": whole["o"], "k": whole["state.k"][:, :kept], "v": whole["state.v"][:, :kept]}
+    assert_all_close(actual, expected, tolerance=1e-12)
     assert torch.equal(state.position, whole["state.position"])

@@ -33,7 +33,8 @@ def test_state(emulator, shape, dtype, offset):
     update_state(emulator, case, state, copied, offset)
     assert_bit_equal(dict(zip(names, copied, strict=True)), {name: expected[key] for name, key in names.items()})
 
-    before, kept = AttentionState(*(t.clone() for t in state)), AttentionState(*(t.clone() for t in state))
+    before = AttentionState(*(t.clone() for t in state))
+    kept = AttentionState(*(t.clone() for t in state))
     update_state(emulator, case, kept, kept, offset)
     assert torch.equal(kept.position, expected["state.position"])
     for s, (old, new) in enumerate(zip(before.position.tolist(), kept.position.tolist(), strict=True)):
@@ -47,15 +48,15 @@ def test_state(emulator, shape, dtype, offset):
 def test_a_state_half_in_place(emulator, in_place):
     case = chunked_attention_case(B=2, L=2, H=1, K=8, V=8, C=6, dtype=F32, state=True)
     state = case.options["state"]
-    expected = [torch.empty_like(t) for t in state]
+    expected = AttentionState(*map(torch.empty_like, state))
     update_state(emulator, case, state, expected)
     old = AttentionState(*(t.clone() for t in state))
-    new = [old.k if in_place == "k" else torch.empty_like(old.k), old.v if in_place == "v" else torch.empty_like(old.v)]
-    update_state(emulator, case, old, [*new, torch.empty_like(old.position)])
-    copied = 1 if in_place == "k" else 0
-    assert torch.equal(new[copied], expected[copied])
-    for s, position in enumerate(expected[2].tolist()):
-        assert torch.equal(new[1 - copied][s, :position], expected[1 - copied][s, :position])
+    new = AttentionState(*map(torch.empty_like, old))._replace(**{in_place: getattr(old, in_place)})
+    update_state(emulator, case, old, new)
+    copied = "v" if in_place == "k" else "k"
+    assert torch.equal(getattr(new, copied), getattr(expected, copied))
+    for s, position in enumerate(expected.position.tolist()):
+        assert torch.equal(getattr(new, in_place)[s, :position], getattr(expected, in_place)[s, :position])
 
 
 def test_a_state_in_place_after_no_tokens(emulator):
@@ -66,7 +67,7 @@ def test_a_state_in_place_after_no_tokens(emulator):
 
 
 def test_one_token_in_place_is_one_launch(emulator):
-    """The position after it is in its chunk, or that of the next; a position outside of a chunk gives -1."""
+    """The next position is in the same chunk, or 0 of the next one; a position beyond the chunk size gives -1."""
     case = chunked_attention_case(B=4, L=1, H=1, K=8, V=8, C=6, dtype=F32, state=True)
     state = case.options["state"]._replace(position=torch.tensor([5, 2, 0, 6]))
     update_state(emulator, case, state, state)
@@ -87,7 +88,8 @@ def test_bytes_moved_by_the_state(emulator):
     emulator.reset()
     copied = [torch.empty_like(t) for t in state]
     update_state(emulator, case, state, copied)
-    traffic, rows = emulator.traffic("chunked_attention_state_kernel"), int(state.position[1:].sum())
+    traffic = emulator.traffic("chunked_attention_state_kernel")
+    rows = int(state.position[1:].sum())
     for name, width in (("k", 64), ("v", 256)):
         assert traffic[f"cache_{name}"]["load_sectors"] * 32 == rows * width * 2
         assert traffic[f"cache_{name}_out"]["store_sectors"] * 32 == 3 * 40 * width * 2

@@ -8,6 +8,7 @@
 #include "target.h"
 
 namespace py = pybind11;
+using py::literals::operator""_a;
 
 extern "C" {
 extern int gpu_mutant;
@@ -31,7 +32,6 @@ class DeviceBuffer {
     if (read_only) emu::mark_read_only(data_, bytes_);
     else emu::mark_written(data_, bytes_);
   }
-  size_t unwritten() const { return emu::count_unwritten(data_, bytes_); }
 
  private:
   size_t bytes_;
@@ -42,53 +42,33 @@ py::tuple coordinates(uint3 c) { return py::make_tuple(c.x, c.y, c.z); }
 
 py::list reports() {
   py::list list;
-  for (const emu::Report& r : emu::last_reports()) {
-    py::dict d;
-    d["kind"] = r.kind;
-    d["message"] = r.message;
-    d["where"] = r.where;
-    d["other"] = r.other;
-    d["block"] = coordinates(r.block);
-    d["thread"] = coordinates(r.thread);
-    d["count"] = r.count;
-    list.append(d);
-  }
+  for (const emu::Report& r : emu::last_reports())
+    list.append(py::dict("kind"_a = r.kind, "message"_a = r.message, "where"_a = r.where, "other"_a = r.other,
+                         "block"_a = coordinates(r.block), "thread"_a = coordinates(r.thread), "count"_a = r.count));
   return list;
 }
 
 py::dict traffic() {
   py::dict kernels;
-  for (const auto& [kernel, buffer, t] : emu::traffic()) {
+  for (const auto& [key, t] : emu::traffic()) {
+    const auto& [kernel, buffer] = key;
     if (!kernels.contains(kernel)) kernels[kernel.c_str()] = py::dict();
-    py::dict d;
-    d["load_bytes"] = t.load_bytes;
-    d["load_requests"] = t.load_requests;
-    d["load_sectors"] = t.load_sectors;
-    d["load_footprint"] = t.load_footprint;
-    d["store_bytes"] = t.store_bytes;
-    d["store_requests"] = t.store_requests;
-    d["store_sectors"] = t.store_sectors;
-    d["store_footprint"] = t.store_footprint;
     py::dict buffers = kernels[kernel.c_str()];
-    buffers[buffer.c_str()] = d;
+    buffers[buffer.c_str()] =
+        py::dict("load_bytes"_a = t.load_bytes, "load_requests"_a = t.load_requests, "load_sectors"_a = t.load_sectors,
+                 "load_footprint"_a = t.load_footprint, "store_bytes"_a = t.store_bytes,
+                 "store_requests"_a = t.store_requests, "store_sectors"_a = t.store_sectors,
+                 "store_footprint"_a = t.store_footprint);
   }
   return kernels;
 }
 
 py::list sites() {
   py::list list;
-  for (const emu::SiteTraffic& s : emu::sites()) {
-    py::dict d;
-    d["kernel"] = s.kernel;
-    d["where"] = s.where;
-    d["store"] = s.store;
-    d["shared"] = s.shared;
-    d["bytes"] = s.bytes;
-    d["requests"] = s.requests;
-    d["transactions"] = s.transactions;
-    d["ideal"] = s.ideal;
-    list.append(d);
-  }
+  for (const emu::SiteTraffic& s : emu::sites())
+    list.append(py::dict("kernel"_a = s.kernel, "where"_a = s.where, "store"_a = s.store, "shared"_a = s.shared,
+                         "bytes"_a = s.bytes, "requests"_a = s.requests, "transactions"_a = s.transactions,
+                         "ideal"_a = s.ideal));
   return list;
 }
 
@@ -102,16 +82,15 @@ void bind_planted(py::module_ module) {
   py::list names;
   for (const planted::Plant& plant : planted::plants()) names.append(plant.name);
   module.attr("bugs") = names;
-  module.def("run_bug", [](const std::string& name, bool bug, Address in, Address out) {
-    for (const planted::Plant& plant : planted::plants())
-      if (plant.name == name) return plant.launch(bug, pointer<const float>(in), pointer<float>(out));
-    throw py::key_error(name);
-  });
-  module.def("run_overrun", [](const std::string& name, bool bug, Address in, Address out) {
-    for (const planted::Plant& plant : planted::overruns())
-      if (plant.name == name) return plant.launch(bug, pointer<const float>(in), pointer<float>(out));
-    throw py::key_error(name);
-  });
+  const auto launch_one_of = [](std::vector<planted::Plant> (*plants)()) {
+    return [plants](const std::string& name, bool bug, Address in, Address out) {
+      for (const planted::Plant& plant : plants())
+        if (plant.name == name) return plant.launch(bug, pointer<const float>(in), pointer<float>(out));
+      throw py::key_error(name);
+    };
+  };
+  module.def("run_bug", launch_one_of(&planted::plants));
+  module.def("run_overrun", launch_one_of(&planted::overruns));
   py::enum_<planted::Product>(module, "Product")
       .value("bf16", planted::Product::bf16)
       .value("fp16", planted::Product::fp16)
@@ -125,15 +104,18 @@ void bind_planted(py::module_ module) {
   module.def("run_cp_async", [](int bytes, int valid, Address from, Address to) {
     planted::run_cp_async(bytes, valid, pointer<char>(from), pointer<char>(to));
   });
-  module.def("run_narrow", [](Address x, Address b, Address h, Address bb, Address hh, Address t, int n) {
-    planted::run_narrow(pointer<float>(x), pointer<uint16_t>(b), pointer<uint16_t>(h), pointer<uint32_t>(bb),
-                        pointer<uint32_t>(hh), pointer<uint32_t>(t), n);
+  module.def("run_narrow", [](Address x, Address bf16, Address fp16, Address packed_bf16, Address packed_fp16,
+                              Address tf32, int n) {
+    planted::run_narrow(pointer<float>(x), pointer<uint16_t>(bf16), pointer<uint16_t>(fp16),
+                        pointer<uint32_t>(packed_bf16), pointer<uint32_t>(packed_fp16), pointer<uint32_t>(tf32), n);
   });
-  module.def("run_widen", [](Address bits, Address b, Address h, int n) {
-    planted::run_widen(pointer<uint16_t>(bits), pointer<float>(b), pointer<float>(h), n);
+  module.def("run_widen", [](Address bits, Address bf16, Address fp16, int n) {
+    planted::run_widen(pointer<uint16_t>(bits), pointer<float>(bf16), pointer<float>(fp16), n);
   });
-  module.def("run_reduce", [](Address x, Address b, Address w, Address m, int blocks, int threads) {
-    planted::run_reduce(pointer<float>(x), pointer<float>(b), pointer<float>(w), pointer<float>(m), blocks, threads);
+  module.def("run_reduce", [](Address x, Address block_sums, Address warp_sums, Address warp_maxima, int blocks,
+                              int threads) {
+    planted::run_reduce(pointer<float>(x), pointer<float>(block_sums), pointer<float>(warp_sums),
+                        pointer<float>(warp_maxima), blocks, threads);
   });
   module.def("run_philox", [](Address counters, uint64_t seed, Address words, int n) {
     planted::run_philox(pointer<uint32_t>(counters), seed, pointer<uint32_t>(words), n);
@@ -171,8 +153,7 @@ PYBIND11_MODULE(_cuda_emulated, module) {
       .def(py::init<size_t, const std::string&, size_t, bool, size_t>(), py::arg("bytes"), py::arg("name"),
            py::arg("misalignment"), py::arg("sparse") = false, py::arg("item") = 1)
       .def_buffer(&DeviceBuffer::buffer)
-      .def("mark_written", &DeviceBuffer::mark_written, py::arg("read_only"))
-      .def("unwritten", &DeviceBuffer::unwritten);
+      .def("mark_written", &DeviceBuffer::mark_written, py::arg("read_only"));
   py::enum_<emu::Order>(module, "Order")
       .value("forward", emu::Order::forward)
       .value("reverse", emu::Order::reverse)
@@ -182,8 +163,9 @@ PYBIND11_MODULE(_cuda_emulated, module) {
   });
   module.def("set_bounds", [](bool only, size_t red_zone, unsigned ends, unsigned middle) {
     emu::bounds = {only, red_zone, ends, middle};
-  });
-  module.def("set_launch_sizes", [](const std::map<std::string, int64_t>& sizes) {  // which of the last were not used
+  }, py::arg("only"), py::arg("red_zone") = 256, py::arg("ends") = 0, py::arg("middle") = 0);
+  // Returns the names of the sizes set before that no launcher has asked for.
+  module.def("set_launch_sizes", [](const std::map<std::string, int64_t>& sizes) {
     std::vector<std::string> unused;
     for (const auto& [name, size] : emu::launch_sizes)
       if (!size.asked) unused.push_back(name);
@@ -194,19 +176,20 @@ PYBIND11_MODULE(_cuda_emulated, module) {
   module.def("take_streams", [] { return std::exchange(emu::used_streams, {}); });
   module.def("launched", [] { return emu::launched; });
   module.def("set_mutant", [](int number) { gpu_mutant = number; });
-  module.def("mutants_that_matter", [] {  // since the last call: which others would have changed something
+  // Returns the numbers of the mutants that would have changed a value since the last call.
+  module.def("mutants_that_matter", [] {
     std::vector<int> numbers;
     for (size_t i = 0; i < emu::mattered.size(); ++i)
       if (emu::mattered[i]) numbers.push_back(static_cast<int>(i));
     std::fill(emu::mattered.begin(), emu::mattered.end(), 0);
     return numbers;
   });
-  module.def("reached", [] {  // (offset of the kernel, what, turns, the most)
+  module.def("reached", [] {  // fields of emu::Reached
     py::list list;
     for (const emu::Reached& r : emu::reached()) list.append(py::make_tuple(r.kernel, r.what, r.turns, r.most));
     return list;
   });
-  module.def("magnitudes", [] {  // (offset of the kernel, lines of the source, buffers, most)
+  module.def("magnitudes", [] {  // fields of emu::Magnitude
     py::list list;
     for (const emu::Magnitude& m : emu::magnitudes()) list.append(py::make_tuple(m.kernel, m.where, m.buffers, m.most));
     return list;

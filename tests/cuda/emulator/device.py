@@ -2,7 +2,6 @@
 
 import fcntl
 import hashlib
-import importlib.util
 import os
 import shutil
 import subprocess
@@ -15,6 +14,7 @@ from typing import Any
 
 import pybind11
 import torch
+from paths import load_module
 from torch import Tensor
 
 from emulator import reached
@@ -24,7 +24,7 @@ from emulator.mutants import SWITCH
 FOLDER = Path(__file__).parent
 ROOT = FOLDER.parents[2]
 DEVICE_AND_STREAM = 3, 0x57
-"""Those that bindings get, and that each of their launches must use"""
+"""Arbitrary numbers that bindings get, and that each of their launches must use"""
 
 
 def bindings(module: ModuleType) -> dict[str, tuple[list[str], list[str]]]:
@@ -32,11 +32,15 @@ def bindings(module: ModuleType) -> dict[str, tuple[list[str], list[str]]]:
 
     The caller allocates the results. A tensor may be both argument and result.
     """
-    docs = {name: (getattr(module, name).__doc__ or "").split(" -> ") for name in dir(module)}
-    return {name: (doc[0].split(), doc[1].split()) for name, doc in docs.items() if len(doc) == 2 and "(" not in doc[0]}
+    found = {}
+    for name in dir(module):
+        arguments, arrow, results = (getattr(module, name).__doc__ or "").partition(" -> ")
+        if arrow and "(" not in arguments:  # "x weight -> y"; docstrings by pybind11 begin with "name("
+            found[name] = arguments.split(), results.split()
+    return found
 
 
-def build(target: str = "_cuda_emulated", verbose: bool = False) -> Path:
+def build(target: str = "_cuda_emulated") -> Path:
     """Compile `_cuda_emulated`, `_cuda_emulated_sanitized` or `_amx_emulated` if a source has changed.
 
     MEGALODON_OPS_EMULATOR_CACHE, by default ~/.cache/megalodon_ops/emulator, has a build folder for each checkout,
@@ -51,27 +55,24 @@ def build(target: str = "_cuda_emulated", verbose: bool = False) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
     with (folder / "lock").open("w") as lock:  # two test runs may build at once
         fcntl.flock(lock, fcntl.LOCK_EX)
-        _compile(folder, compiler, target, verbose)
+        _compile(folder, compiler, target)
     (library,) = folder.glob(f"{target}.*")
     return library
 
 
 def load(library: Path, name: str = "_cuda_emulated") -> ModuleType:
     """Import a module that `build` has compiled; `name` is the one in its source."""
-    spec = importlib.util.spec_from_file_location(name, library)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return load_module(library, name)
 
 
-def _compile(folder: Path, compiler: str, target: str, verbose: bool) -> None:
+def _compile(folder: Path, compiler: str, target: str) -> None:
     _copy_kernels(ROOT / "cuda", folder / "cuda")
     if not any((folder / name).exists() for name in ("build.ninja", "Makefile")):
         generator = ["-G", "Ninja"] if shutil.which("ninja") else []
         programs = [f"-DCMAKE_CXX_COMPILER={compiler}", f"-DPython_EXECUTABLE={sys.executable}"]
         options = [*generator, *programs, f"-Dpybind11_DIR={pybind11.get_cmake_dir()}"]
-        _run(["cmake", "-S", str(FOLDER), "-B", str(folder), *options], verbose)
-    _run(["cmake", "--build", str(folder), "--target", target, "--parallel", str(os.cpu_count() or 1)], verbose)
+        _run(["cmake", "-S", str(FOLDER), "-B", str(folder), *options])
+    _run(["cmake", "--build", str(folder), "--target", target, "--parallel", str(os.cpu_count() or 1)])
 
 
 def _copy_kernels(source: Path, to: Path) -> None:
@@ -80,17 +81,16 @@ def _copy_kernels(source: Path, to: Path) -> None:
     for stale in {path.relative_to(to) for path in to.rglob("*.cu*")} - paths.keys():
         (to / stale).unlink()
     for name, path in paths.items():
-        text = SWITCH + reached.with_counters(path, with_known_bugs(name.as_posix(), path.read_text()))
+        text = SWITCH + reached.with_counters(path, with_known_bugs(path.name, path.read_text()))
         if not (to / name).exists() or (to / name).read_text() != text:
             (to / name).parent.mkdir(parents=True, exist_ok=True)
             (to / name).write_text(text)
 
 
-def _run(command: list[str], verbose: bool) -> None:
-    output = None if verbose else subprocess.PIPE
-    done = subprocess.run(command, check=False, stdout=output, stderr=subprocess.STDOUT, text=True)
+def _run(command: list[str]) -> None:
+    done = subprocess.run(command, check=False, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     if done.returncode:
-        raise RuntimeError(f"{' '.join(command)} failed:\n{(done.stdout or '')[-8000:]}")
+        raise RuntimeError(f"{' '.join(command)} failed:\n{done.stdout[-8000:]}")
 
 
 class DeviceTensor:
@@ -134,15 +134,15 @@ class Emulator:
     def only_bounds(self, apart: int = 1 << 22, ends: int = 0, middle: int = 0) -> Iterator[None]:
         """Within the context, ignore races and reads of unwritten memory, to which inconsistent inputs lead.
 
-        Buffers are `apart` bytes from each other, so that an access far out of bounds does not reach another one. In
-        each row of a grid only `ends` blocks at both ends, and on both sides of block `middle`, run, or all if 0, for
-        tensors too large to be computed.
+        Buffers are `apart` bytes from each other, so that an access far out of bounds does not reach another one. For
+        tensors too large to be computed, `ends` > 0 skips blocks of the grid: in each of its rows, only the first and
+        the last `ends` run, and as many on each side of block `middle`.
         """
-        self.module.set_bounds(True, apart, ends, middle)
+        self.module.set_bounds(only=True, red_zone=apart, ends=ends, middle=middle)
         try:
             yield
         finally:
-            self.module.set_bounds(False, 256, 0, 0)
+            self.module.set_bounds(only=False)
 
     def sparse(self, *shape: int, dtype: torch.dtype = torch.float32, name: str = "sparse") -> Tensor:
         """A tensor of zeros that takes memory only where it is written, for offsets beyond 2^31.
@@ -151,7 +151,7 @@ class Emulator:
         """
         count = torch.Size(shape).numel()
         item = dtype.itemsize if dtype != torch.uint8 else 4  # a workspace has floats
-        buffer = self.module.DeviceBuffer(count * dtype.itemsize, name, 0, True, item)
+        buffer = self.module.DeviceBuffer(count * dtype.itemsize, name, misalignment=0, sparse=True, item=item)
         return torch.frombuffer(buffer, dtype=dtype, count=count).reshape(shape)
 
     def empty(self, *shape: int, dtype: torch.dtype = torch.float32, name: str = "output", offset: int = 0) -> Tensor:
@@ -175,13 +175,13 @@ class Emulator:
 
     @contextmanager
     def only_asking(self, sizes: list[int]) -> Iterator[None]:
-        """Within the context, a launch appends the bytes of its workspace to `sizes` and raises InterruptedError."""
+        """Within the context, launches do not run: they append their workspace's bytes to `sizes` and raise InterruptedError."""
         empty = self.empty
 
         def ask(*shape: int, name: str = "output", **options: Any) -> Tensor:
             if name != "workspace":
                 return empty(*shape, name=name, **options)
-            sizes.append(*shape)
+            sizes.append(shape[0])
             raise InterruptedError
 
         self.empty = ask
@@ -192,7 +192,8 @@ class Emulator:
 
     def _in_order(self, name: str, arguments: tuple[Any, ...], named: dict[str, Any]) -> tuple[Any, ...]:
         """All arguments and results of a binding. If some are named, the others are None."""
-        rest = sum(self.bindings[name], [])[len(arguments) :] if named else []
+        inputs, results = self.bindings[name]
+        rest = (inputs + results)[len(arguments) :] if named else []
         assert named.keys() <= set(rest), f"{name} has no {named.keys() - set(rest)}"
         return *arguments, *map(named.get, rest)
 
@@ -218,7 +219,8 @@ class Emulator:
         """
         inputs, results = self.bindings[name]
         arguments = self._in_order(name, arguments, named)
-        given, wanted = arguments[: len(inputs)], arguments[len(inputs) :]
+        given = arguments[: len(inputs)]
+        wanted = arguments[len(inputs) :]
         in_place = {id(a) for a in given if isinstance(a, Tensor)} & {id(a) for a in wanted}
         moved: dict[int, Tensor] = {}  # by id, as an argument may also be a result
 
@@ -232,7 +234,8 @@ class Emulator:
                 moved[id(argument)] = tensor
             return moved.get(id(argument), argument)
 
-        self.launch(name, *(move(*pair) for pair in zip(inputs + results, arguments, strict=True)))
+        labels = inputs + results
+        self.launch(name, *(move(label, argument) for label, argument in zip(labels, arguments, strict=True)))
         for result in wanted:
             if isinstance(result, Tensor):
                 result.copy_(moved[id(result)])
@@ -259,7 +262,7 @@ class Emulator:
     def traffic(self, kernel: str) -> dict[str, dict[str, int]]:
         """Memory traffic of `kernel` since the last reset, by buffer.
 
-        Bytes, requests of warps, sectors of 32 bytes, and the footprint: bytes of all different sectors.
+        Numbers of bytes, requests of warps and sectors of 32 bytes; the footprint is the bytes of all different sectors.
         """
         return self.module.traffic()[kernel]
 

@@ -4,13 +4,14 @@ Code that differs between compilers belongs in cuda/common. Code that depends on
 access from the emulator, is banned.
 """
 
-from __future__ import annotations
-
 import functools
 import re
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+from emulator.source import closing
 
 CUDA = Path(__file__).parents[3] / "cuda"
 
@@ -58,7 +59,7 @@ def _lint_file(file: Path, folder: Path) -> Iterator[str]:
     common = file.parent.name == "common"
     rules = EVERYWHERE if common else ONLY_IN_COMMON | EVERYWHERE
     lines = _without_comments(file.read_text()).split("\n")
-    if len(lines) > MAX_LINES + 1:
+    if len(lines) > MAX_LINES + 1:  # the last one is empty
         yield f"{file.name}:{len(lines)}: more than {MAX_LINES} lines"
     for number, stream in _streams("\n".join(lines)):
         if not common and stream != "stream":
@@ -75,9 +76,10 @@ def _lint_file(file: Path, folder: Path) -> Iterator[str]:
 
 
 def _streams(text: str) -> Iterator[tuple[int, str]]:
-    """The line of each LAUNCH and its fifth argument."""
+    """The line of each LAUNCH and its stream, the fifth argument."""
     for launch in re.finditer(r"\bLAUNCH\(", text):
-        depth, arguments = 1, [""]
+        depth = 1
+        arguments = [""]
         for character in text[launch.end() :]:
             depth += (character in "([{") - (character in ")]}")
             if depth == 0:
@@ -92,11 +94,7 @@ def _streams(text: str) -> Iterator[tuple[int, str]]:
 def _narrowed_products(text: str) -> Iterator[tuple[int, str]]:
     """Line and argument of each cast of a product to int or unsigned, except in grid sizes of launchers."""
     for cast in re.finditer(r"static_cast<(?:int|unsigned|int32_t)>\(", text):
-        depth, end = 1, cast.end()
-        while depth:
-            depth += (text[end] in "([{") - (text[end] in ")]}")
-            end += 1
-        inside = " ".join(text[cast.end() : end - 1].split())
+        inside = " ".join(text[cast.end() : closing(text, cast.end() - 1)].split())
         in_launch = re.search(r"\b(LAUNCH\(|dim3\b|blocks? =|threads =)[^;]*$", text[: cast.start()])
         if re.search(r"[\w)\]] \* [\w(]", inside) and inside not in SMALL_PRODUCTS and not in_launch:
             yield text.count("\n", 0, cast.start()) + 1, inside

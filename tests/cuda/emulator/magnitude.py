@@ -9,12 +9,12 @@ reach an element beyond 2^31 of one in some test (sparse tensors, test_cuda_larg
 magnitude.tsv is such a line: kernel, file, the line's text, names of its buffers, the largest element and, if it is less
 than 2^31, the reason. Lines that access only small tensors, by `SMALL`, need none.
 
-Bounds show an offset that becomes negative in 32 bits, between 2^31 and 2^32 elements; beyond, it may be small again, and
-only a comparison of values shows it.
+Such a test finds a 32-bit offset between 2^31 and 2^32 elements, where it is negative and so out of bounds. Beyond, it may
+be small again: only a comparison of values finds it.
 
-Elements count from the start of their buffer, as an access has one address. A pointer may begin beyond 2^31, so that the
-line counts as reached whatever index it adds. Rules of the source hold there: no index is a product of 32-bit sizes, a
-multiple or a loop's sum of one (widened.py), no product is cut to 32 bits (lint.py), and none is cut silently (-Werror=conversion).
+Elements count from the start of their buffer. Where a pointer already begins beyond 2^31, a line counts as reached whatever
+index it adds. Rules of the source check that index: it is no product of 32-bit sizes, and no multiple or loop's sum of one
+(widened.py); no product is cast to 32 bits (lint.py), or converted silently (-Werror=conversion).
 """
 
 import json
@@ -36,7 +36,7 @@ SMALL = {
     "one or two numbers per sequence": {"spans", "position", "count", "position_out", "count_out"},
     "one number": {"dropkey_seed"},
 }
-"""Buffers whose elements number less than 2^31, by the reason; attention's q and dq are tokens, and no parameters."""
+"""Buffers of less than 2^31 elements, by reason. `Magnitude.lacks` excepts q and dq of attention, which hold tokens."""
 
 
 class Access(NamedTuple):
@@ -47,7 +47,9 @@ class Access(NamedTuple):
 
 class Magnitude:
     def __init__(self, buffers: str = "", most: int = 0, why: str = "") -> None:
-        self.buffers, self.most, self.why = set(buffers.split()), int(most), why
+        self.buffers = set(buffers.split())
+        self.most = int(most)
+        self.why = why
 
     def lacks(self, kernel: str) -> bool:
         """Return True if the line accesses a tensor that may have more than 2^31 elements, and none beyond is reached."""
@@ -60,8 +62,9 @@ class Magnitude:
 def source_of(frames: str) -> tuple[str, int] | None:
     """File and line of an access: the innermost frame in a kernel's own room, or else in cuda/common."""
     places = [(file, int(number)) for file, number in re.findall(r"([\w.]+):(\d+)", frames)]
-    own = [place for place in places if list(CUDA.glob(f"[!c]*/{place[0]}")) or list(CUDA.glob(f"c[!o]*/{place[0]}"))]
-    return next(iter([*own, *(place for place in places if (CUDA / "common" / place[0]).exists())]), None)
+    common = [place for place in places if (CUDA / "common" / place[0]).exists()]
+    own = [place for place in places if place not in common and list(CUDA.glob(f"*/{place[0]}"))]
+    return next(iter(own + common), None)
 
 
 def merge(folder: Path) -> dict[Access, Magnitude]:
@@ -75,7 +78,8 @@ def merge(folder: Path) -> dict[Access, Magnitude]:
     for kernel, frames, buffers, most in rows:
         if "planted" not in kernel and (source := sources[frames]):
             file, number = source
-            magnitude = found[Access(kernels[kernel].partition("<")[0], file, texts[file][number - 1].strip())]
+            name, _, _ = kernels[kernel].partition("<")
+            magnitude = found[Access(name, file, line=texts[file][number - 1].strip())]
             magnitude.buffers |= set(buffers.split())
             magnitude.most = max(magnitude.most, most)
     return found

@@ -25,13 +25,13 @@ class Session:
 
     def __init__(self, requests: TextIO, answers: TextIO) -> None:
         self.requests, self.answers = requests, answers
-        self.limits: dict[str, float] = {}
-        self.done: dict[str, tuple[float, list[int]]] = {}
-        self.record = -1
+        self.limits: dict[str, float] = {}  # seconds by test; only in a fork
+        self.done: dict[str, tuple[float, list[int]]] = {}  # the answer's "tests"
+        self.record = -1  # in a fork, the pipe for `done`
         self.module: Any = None
 
     def pytest_sessionstart(self) -> None:
-        """Run after conftest.py, before the tests are collected. Failing examples are not shrunk."""
+        """Make hypothesis not shrink failing examples. Runs after conftest.py, before the tests are collected."""
         from hypothesis import Phase, settings
 
         settings.register_profile("mutants", parent=settings.default, phases=[Phase.explicit, Phase.generate])

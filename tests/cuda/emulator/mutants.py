@@ -40,7 +40,8 @@ class Mutant:
 
 def mutants(text: str) -> list[Mutant]:
     """All mutants of a kernel file, sorted by line."""
-    code, found = without_comments(text), {}
+    code = without_comments(text)
+    found = {}
     for start, end, new in _edits(code):
         changed = text[:start] + new + text[end:]
         if changed != text and not _is_constant(code, start):
@@ -58,23 +59,24 @@ def with_mutants(text: str, numbered: Iterable[tuple[int, Mutant]]) -> str:
     code = without_comments(text)
     inserted = []
     for number, mutant in numbered:
-        is_on, start, end = f"gpu_mutant == {number}", mutant.start, mutant.end
-        if mutant.new == "":
+        is_on = f"gpu_mutant == {number}"
+        start, end = mutant.start, mutant.end
+        if mutant.new == "":  # a call that returns nothing
             before, after = f"({is_on} ? void() : (gpu_reached({number}), ", "))"
-        elif mutant.new in ("true", "false"):
+        elif mutant.new in ("true", "false"):  # a condition
             before, after = f"({is_on} ? {mutant.new} : gpu_value({number}, {mutant.new}, bool(", ")))"
         elif mutant.new.endswith("<="):  # i <= n, of integers: i - 1 < n
             start = end = text.index(" <", start)
             before, after = f" - gpu_turns({number})", ""
-        else:  # groups that a wait leaves in flight
+        else:  # the argument of cp_async_wait<n>(): both calls of it, with n and with n + 1
             name = text.rindex("cp_async_wait", 0, start)
             start = name - len(re.search(r"(gpu::)?$", code[:name])[0])
-            call_end = closing(code, text.index("(", end)) + 1
-            more = f"{text[start : mutant.start]}{mutant.new}{text[end:call_end]}"
-            before, after, end = f"({is_on} ? {more} : (gpu_reached({number}), ", "))", call_end
+            end = closing(code, text.index("(", end)) + 1
+            changed = f"{text[start : mutant.start]}{mutant.new}{text[mutant.end : end]}"
+            before, after = f"({is_on} ? {changed} : (gpu_reached({number}), ", "))"
+        # At one place, ends (0) come before beginnings (1); inner expressions end before outer ones and begin after them.
         length = end - start
         inserted += [((start, 1, -length, number), before), ((end, 0, length, -number), after)]
-    # At one place, inner expressions end before outer ones, and ends come before beginnings.
     pieces, at = [], 0
     for (place, *_), piece in sorted(inserted):
         pieces += [text[at:place], piece]
@@ -104,8 +106,9 @@ def _edits(code: str) -> Iterator[tuple[int, int, str]]:
     for operator in re.finditer(r"\s(&&|\|\|)\s", code):
         constant = "true" if operator[1] == "&&" else "false"
         for start, end in (_left_operand(code, operator.start(1)), _right_operand(code, operator.end(1))):
-            if not any(a <= start < b and set(re.findall(r"\w+", code[start:end])) & names for a, b, names in loops):
-                yield start, end, constant  # otherwise the loop would never end
+            words = set(re.findall(r"\w+", code[start:end]))
+            if not any(first <= start < last and words & names for first, last, names in loops):
+                yield start, end, constant  # a constant in place of a loop's bound would make it endless
     for choice in re.finditer(r"\s\?\s", code):
         start, end = _left_operand(code, choice.start() + 1, through_logic=True)
         yield start, end, "true"
@@ -142,9 +145,10 @@ def _boundary_before(code: str, at: int, through_logic: bool) -> bool:
         return False
     if code[at - 1] in CLOSING:
         return code[at - 1] == "}" and not re.search(r"[\w>]\{[^{}]*\}$", code[:at])  # R{0} is part of an operand
+    begin = max(0, at - 8)  # no boundary has more than 8 characters
     return any(
-        match.end() == at - max(0, at - 8) and not (through_logic and match[0] in ("&&", "||"))
-        for match in re.finditer(BOUNDARY, code[max(0, at - 8) : at + 1])
+        match.end() == at - begin and not (through_logic and match[0] in ("&&", "||"))
+        for match in re.finditer(BOUNDARY, code[begin : at + 1])
     )
 
 

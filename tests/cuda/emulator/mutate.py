@@ -63,21 +63,25 @@ class Job:
 
 
 def kernel_files(only: list[str]) -> list[Path]:
-    """Files of cuda/ that have mutants. Skips files of cuda/common with a branch for the emulator, which have their own
-    tests."""
-    files = sorted((ROOT / "cuda").rglob("*.cu*"))
-    differ = re.compile(r"GPU_EMULATED|cuda_runtime\.h")
-    portable = [file for file in files if not differ.search(text := file.read_text()) and mutants(text)]
-    return [f.relative_to(ROOT) for f in portable if not only or any(f.name.startswith(word) for word in only)]
+    """Files of cuda/ that have mutants, and whose names begin with a word of `only`, if it has any.
+
+    Skips files of cuda/common with a branch for the emulator: they have their own tests.
+    """
+    branches = re.compile(r"GPU_EMULATED|cuda_runtime\.h")
+    texts = {file: file.read_text() for file in sorted((ROOT / "cuda").rglob("*.cu*"))}
+    portable = [file for file, text in texts.items() if not branches.search(text) and mutants(text)]
+    return [file.relative_to(ROOT) for file in portable if not only or file.name.startswith(tuple(only))]
 
 
 def test_files(file: Path) -> list[tuple[str, list[str]]]:
     """Test files for a kernel file, with words of test names: tests of the op, then tests of all ops."""
-    op, tests = op_of(file.stem), sorted((ROOT / "tests" / "cuda").rglob("test_cuda_*.py"))
+    op = op_of(file.stem)  # None: several ops use it
+    tests = sorted((ROOT / "tests" / "cuda").rglob("test_cuda_*.py"))
     tested = {test.name: op_of(test.stem[len("test_cuda_") :]) for test in tests}
+    wrappers = [(WRAPPER_TESTS, [])] if op is None else []
     own = [(name, []) for name, tested_op in tested.items() if tested_op and op in (None, tested_op)]
-    shared = [(test, words + [op] * (op is not None)) for test, words in OP_TESTS.items()]
-    return [*[(WRAPPER_TESTS, [])] * (op is None), *own, *shared]
+    shared = [(test, words if op is None else [*words, op]) for test, words in OP_TESTS.items()]
+    return wrappers + own + shared
 
 
 def path_of(test: str) -> Path:
@@ -176,7 +180,7 @@ class Session:
         return _cause(answer["code"], output) if answer["code"] else SURVIVED, traces
 
     def close(self) -> None:
-        with self.process:  # which closes the pipes and waits for the end
+        with self.process:  # closes the pipes and waits for the end
             pass
 
 
@@ -217,13 +221,14 @@ def write_table(done: list[tuple[Job, str]]) -> None:
     known = {row[:3]: row.why for row in rows_of(before)}
     outcomes = {(job.file.name, job.mutant.change, job.nth): outcome for job, outcome in done}
     ran = {name: int(count) for name, count in re.findall(r"(\w+\.cuh?) (\d+)", before.partition(HEADER)[0])}
+    survived = {key for key, outcome in outcomes.items() if outcome == SURVIVED}
+    survived |= known.keys() - outcomes.keys()
     rows, counts = [], {}
     for file in sorted(kernel_files([]), key=lambda file: file.name):
         keys = [(file.name, mutant.change, nth) for mutant, nth in numbered(file)]
-        alive = [key for key in keys if outcomes.get(key, SURVIVED if key in known else "killed") == SURVIVED]
-        rows += [Row(*key, known.get(key, "")) for key in alive]
+        rows += [Row(*key, known.get(key, "")) for key in keys if key in survived]
         now = sum(key in outcomes for key in keys)
-        counts[file.name] = min(max(ran.get(file.name, 0), now), len(keys))
+        counts[file.name] = min(max(ran.get(file.name, 0), now), len(keys))  # of an earlier run, or of this one
     total = sum(counts.values())
     lines = [
         f"# {total} mutants were run: {total - len(rows)} killed, {len(rows)} alive.",
@@ -278,9 +283,9 @@ def workshop_of_all(folder: Path) -> tuple[Workshop, dict[tuple[Path, str], int]
     numbers, broken = {}, {}
     for i, file in enumerate(kernel_files([]), start=1):
         text = (ROOT / file).read_text()
-        numbered = [(1000 * i + j, mutant) for j, mutant in enumerate(mutants(text))]
-        numbers |= {(file, mutant.text): number for number, mutant in numbered}
-        broken[file] = with_mutants(text, numbered)
+        by_number = {1000 * i + j: mutant for j, mutant in enumerate(mutants(text))}  # up to 1000 in a file
+        numbers |= {(file, mutant.text): number for number, mutant in by_number.items()}
+        broken[file] = with_mutants(text, by_number.items())
     return Workshop(folder, broken), numbers
 
 
@@ -289,8 +294,10 @@ def _baseline(sessions: list[Session], jobs: list[Job], key: str, scratch: Path)
     record = scratch / "traces.json"
     known = json.loads(record.read_text()) if record.exists() else {}
     traces = {test: Trace(*trace) for test, trace in known.get(key, {}).items()}
-    wanted = {test for file in {job.file for job in jobs} for test, _ in in_order(file, sessions[0].tests, {})}
-    tests = [(test, 600.0) for test in sessions[0].tests if test in wanted and test not in traces]
+    collected = sessions[0].tests
+    files = {job.file for job in jobs}
+    wanted = {test for file in files for test, _ in in_order(file, collected, {})}
+    tests = [(test, 600.0) for test in collected if test in wanted and test not in traces]  # at most 600 s each
 
     def part(i: int) -> dict[str, Trace]:
         verdict, found = sessions[i].run(0, tests[i :: len(sessions)])
@@ -311,7 +318,7 @@ def in_order(file: Path, collected: list[str], traces: dict[str, Trace]) -> list
     for name, words in test_files(file):
         chosen = [test for test in collected if test.startswith(f"{path_of(name)}::") and all(w in test for w in words)]
         seconds = {test: traces[test].seconds if test in traces else 0.0 for test in chosen}
-        found += [(test, 10 * seconds[test] + 10) for test in sorted(chosen, key=lambda test: seconds[test])]
+        found += [(test, 10 * seconds[test] + 10) for test in sorted(chosen, key=seconds.__getitem__)]
     return found
 
 

@@ -32,6 +32,8 @@ CUDA = Path(__file__).parents[3] / "cuda"
 TABLE = Path(__file__).parent / "reached.tsv"
 HEADER = "kernel\tfile\tloop\tnumber\tturns\tmost\twhy it may lack some"
 LAUNCHER = "(launcher)"
+FEWER_WARPS = 16  # the bit of `turns` that turns.cpp calls kNotAll
+ENOUGH = {1: {0, 1}, 2: {2}, 3: {3}}  # numbers of iterations that stand for one, two, three or more
 KINDS = {"16": r"\b(bf16|fp16)\b", "wide": r"\b(float|double)\b"}  # of types, by a kernel's template arguments
 # Names in the start and condition of a loop that nvcc knows, or of a thread's index, besides the file's constants.
 CONSTANTS = r"int|int64_t|k[A-Z]\w*|gpu|Tiling|Product|thread|threadIdx"
@@ -47,12 +49,14 @@ class Loop(NamedTuple):
 
 
 def loops_of(text: str) -> list[Loop]:
-    code, found = without_comments(text), []
+    code = without_comments(text)
+    found = []
     parameters = " ".join(re.findall(r"template <([^;{]*?)>\s", code))
     constants = {*re.findall(r"\bconstexpr \w+ (\w+)", code), *re.findall(r"\bint (\w+)", parameters)}
     for start, end in loop_heads(code):
         first, *rest = code[start : end - 1].split(";")
-        names = set(re.findall(r"(?<![.\w])[A-Za-z_]\w*", "".join([first, *rest[:1]]).partition("(")[2]))
+        _, _, start_and_condition = "".join([first, *rest[:1]]).partition("(")
+        names = set(re.findall(r"(?<![.\w])[A-Za-z_]\w*", start_and_condition))
         names -= {*re.findall(r"(\w+) = ", first), *constants}
         is_constant = all(re.fullmatch(CONSTANTS, name) for name in names) or " : " in first
         found.append(Loop(start, end, " ".join(text[start:end].split()), is_constant))
@@ -96,15 +100,16 @@ class Reached:
     def __init__(self, turns: str = "", most: int = 0, why: str = "") -> None:
         cells = (cell.split(":") for cell in turns.split())
         self.turns = defaultdict(set, {kind: set(map(int, numbers)) for kind, numbers in cells})
-        self.most, self.why = most, why
+        self.most = most
+        self.why = why
 
     def __str__(self) -> str:
         return " ".join(f"{kind}:{''.join(map(str, sorted(numbers)))}" for kind, numbers in sorted(self.turns.items()))
 
     def lacks(self, kinds: Iterable[str] = ()) -> set[tuple[str, int]]:
         """Missing numbers among one (or none), two and three, for the types that occur and `kinds`."""
-        wanted = ((kind, unit) for kind in {*self.turns, *kinds} or {""} for unit in (1, 2, 3))
-        return {(kind, unit) for kind, unit in wanted if not {unit, unit - (unit == 1)} & self.turns.get(kind, set())}
+        wanted = ((kind, unit) for kind in {*self.turns, *kinds} or {""} for unit in ENOUGH)
+        return {(kind, unit) for kind, unit in wanted if not ENOUGH[unit] & self.turns.get(kind, set())}
 
 
 def places() -> dict[str, tuple[str, str, int]]:
@@ -123,15 +128,17 @@ def merge(folder: Path) -> dict[Place, Reached]:
     """Merge the counts of all processes."""
     rows = [row for path in sorted(folder.glob("*.json")) for row in json.loads(path.read_text())]
     mangled = sorted({kernel for kernel, *_ in rows if kernel})
-    kernels, loops = dict(zip(mangled, demangle(mangled), strict=True)), places()
+    kernels = dict(zip(mangled, demangle(mangled), strict=True))
+    loops = places()
     found: dict[Place, Reached] = defaultdict(Reached)
-    varies = {kernel for kernel, what, turns, _ in rows if what == "warps" and turns & 16}
+    varies = {kernel for kernel, what, turns, _ in rows if what == "warps" and turns & FEWER_WARPS}
     for mangled_name, what, turns, most in rows:
         kernel, _, arguments = kernels.get(mangled_name, LAUNCHER).partition("<")
         is_loop = " " in what
         if "planted" in mangled_name or is_loop and what not in loops:
             continue
-        if what in ("grid.y", "grid.z") and most == 1 or what == "warps" and mangled_name not in varies:
+        unused_dimension = what in ("grid.y", "grid.z") and most == 1
+        if unused_dimension or what == "warps" and mangled_name not in varies:
             continue
         kind = next((kind for kind, types in KINDS.items() if re.search(types, arguments)), "") if is_loop else ""
         place = Place(kernel, *(loops[what] if is_loop else ("", what, 1)))

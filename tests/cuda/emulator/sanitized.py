@@ -51,7 +51,7 @@ def run_plants(library: Path, names: list[str], *, bug: bool) -> None:
 
 
 def run_ops(library: Path, names: list[str]) -> None:
-    """Compute outputs and gradients of each op's cases in each dtype, on memory of the alignments in `memory`."""
+    """Compute outputs and gradients of each op's cases, in each dtype and at the offsets from an aligned address below."""
     from calls import evaluate
     from cases import BUILDERS
     from emulator.device import Emulator, load
@@ -60,8 +60,9 @@ def run_ops(library: Path, names: list[str]) -> None:
     import torch
     from megalodon_ops import _C
 
-    memory = {torch.float32: (0, 1), torch.bfloat16: (0, 1), torch.float64: (0,), torch.float16: (1,)}
-    emulator, ran = Emulator(load(library)), set()
+    all_offsets = {torch.float32: (0, 1), torch.bfloat16: (0, 1), torch.float64: (0,), torch.float16: (1,)}  # elements
+    emulator = Emulator(load(library))
+    ran = set()
     call = emulator.call
 
     def record(name: str, *arguments, offset: int) -> None:
@@ -72,7 +73,7 @@ def run_ops(library: Path, names: list[str]) -> None:
     for op, options in small_cases():
         if names and op not in names:
             continue
-        for dtype, offsets in memory.items():
+        for dtype, offsets in all_offsets.items():
             for offset in offsets:
                 with emulator.replacing(_C, offset=offset):
                     results = evaluate(getattr(mo, op), BUILDERS[op](dtype=dtype, **options))

@@ -4,11 +4,12 @@ The rule needs types, so it reads the compiler's own form of the emulator's kern
 beside each object. There, `static_cast<int>(a * b)` and `a * b` of two ints are the same, a constant factor is a number,
 and `pointer + product` converts the product.
 
-A constant multiple counts if its other factor may be a size, as it was cut from 64 bits or loaded. A number of a thread or of
-a loop's iteration is none.
+These count as products, too:
 
-Loops multiply, too. A sum to which each iteration adds a size counts as a product, and a counter that is compared with a
-64-bit number is listed, unless a comparison in 32 bits limits the variable.
+- a constant multiple of a number that may be a size: one that was cut from 64 bits or loaded, not the number of a thread or
+  of an iteration
+- a sum to which each iteration of a loop adds a size, and a counter that is compared with a 64-bit number, unless a
+  comparison in 32 bits limits the variable
 """
 
 import re
@@ -54,14 +55,14 @@ LOADED = re.compile(r"(?!.*\bwarp$)(?:\*|MEM|[a-z_]\w*\.[a-z]|\w+(?:\(D\))?->)[^
 CUT = re.compile(r"\((?:unsigned )?int\) (\S+)$")
 NAME = re.compile(r"[a-zA-Z_][\w.]*(?:\(D\))?")
 PLACE = re.compile(r"\[\S+:\d+:\d+\] ")
-VERSION = re.compile(r"(?<=.)_\d+(?:\(D\))?$")  # a temporary is only that
+VERSION = re.compile(r"(?<=.)_\d+(?:\(D\))?$")  # "row_12" is a version of `row`; a temporary, "_12", has no other name
 MERGED = re.compile(r"^  # (\S+) = PHI <(.*)>$", re.MULTILINE)  # values from before a loop and from its iterations
 COMPARED = re.compile(r"[ (]([\w.]+(?:\(D\))?) (?:[<>]=?|!=) ([\w.]+(?:\(D\))?)[;)]")
 WIDENED = re.compile(r"\((?:long int|long unsigned int|u?int64_t|size_t|s?sizetype)\) (\S+)$")
 
 
 def widened_products(build: Path, kernels: Path) -> dict[tuple[str, int], str]:
-    """Lines of the kernel files, of those that the build of the emulator has compiled: {(file, number): text}."""
+    """Lines with such a product in the kernel files that the emulator's build has compiled: {(file, number): text}."""
     texts = {path.name: path.read_text().splitlines() for path in kernels.rglob("*.cu*")}
     forms = [path for path in build.rglob("emulated_kernels/*.ssa") if path.name.partition(".")[0] + ".cu" in texts]
     places = {place for form in forms for place in _places(form.read_text())}
@@ -70,7 +71,8 @@ def widened_products(build: Path, kernels: Path) -> dict[tuple[str, int], str]:
 
 def _origins(name: str, terms: dict[str, set[str]]) -> set[str]:
     """All variables of which this one is a sum; in a loop also itself."""
-    found, left = set(), [name]
+    found = set()
+    left = [name]
     while left:
         new = terms.get(left.pop(), set()) - found
         found |= new
@@ -83,18 +85,21 @@ def _places(text: str) -> Iterator[tuple[str, int]]:
     for function in text.split("\n;; Function ")[1:]:
         head, _, body = function.partition("\n{\n")
         arguments = head.rpartition("\n")[2].strip(")").split(", ")
-        matches = map(DECLARED.search, [*arguments, *re.findall(r"^  (\w.*);$", body, re.MULTILINE)])
+        variables = re.findall(r"^  (\w.*);$", body, re.MULTILINE)
+        matches = map(DECLARED.search, arguments + variables)
         declared = {match[2] for match in matches if match and match[1] in NARROW}
-        narrow = {name for name in NAME.findall(body) if {name, VERSION.sub("", name)} & declared}
+        narrow = {name for name in NAME.findall(body) if {name, VERSION.sub("", name)} & declared}  # of 32 bits
         assigned = [(file, line, to, PLACE.sub("", source)) for file, line, to, source in ASSIGNED.findall(body)]
         sums = {to: source for *_, to, source in assigned if SUM.match(source)} | dict(MERGED.findall(body))
         terms = {to: set(NAME.findall(PLACE.sub("", sums[to]))) for to in sums.keys() & narrow}
+        # By name: the names of the loop in which it is summed up.
         loops = {name: {other for other in _origins(name, terms) if name in _origins(other, terms)} for name in terms}
         comparisons = COMPARED.findall(body)
         limited = {name for pair in comparisons for name in pair}
-        limits = {name for pair in comparisons if all(map(NAME.match, pair)) for name in pair}
+        limits = {name for pair in comparisons if all(map(NAME.match, pair)) for name in pair}  # of two variables
         counters = {name for name, loop in loops.items() if loop and not loop & limited}
-        sizes, products = set(), set()  # of 32 bits
+        sizes = set()  # of 32 bits, as are the products
+        products = set()
         for _ in range(2):  # a loop's sum may come before the size
             for file, line, to, source in assigned:
                 names = set(NAME.findall(source))
@@ -104,10 +109,13 @@ def _places(text: str) -> Iterator[tuple[str, int]]:
                         yield Path(file).name, int(line)
                 elif LOADED.match(source) or ((match := CUT.match(source)) and match[1] not in narrow):
                     sizes.add(to)
-                elif PRODUCT.match(source) or (
-                    names & products if SUM.match(source) else MULTIPLE.search(source) and names & (sizes | products)
-                ):
+                elif PRODUCT.match(source):
                     products.add(to)
-                elif SUM.match(source) and names & sizes:
-                    sizes.add(to)
+                elif SUM.match(source):  # of a product it is a product, of a size a size
+                    if names & products:
+                        products.add(to)
+                    elif names & sizes:
+                        sizes.add(to)
+                elif MULTIPLE.search(source) and names & (sizes | products):
+                    products.add(to)
             products |= {other for name in counters if terms[name] & sizes for other in loops[name]}

@@ -11,8 +11,6 @@ from cases import normalized_qk_case
 from emulated import assert_equal_in_every_order, assert_no_bank_conflicts, run_emulated
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
-
-
 KEY_DIMS = {  # K for vectors of v elements
     "idle-lanes": lambda v: 3 * v,
     "a-warp-of-vectors": lambda v: 32 * v,
@@ -58,18 +56,21 @@ def assert_moved_once(emulator, kernel: str, nbytes: int, **names: str) -> None:
 def test_bytes_moved_by_the_forward(emulator, dtype, key_dim):
     case = normalized_qk_case(B=2, L=40, H=2, K=key_dim, C=16, dtype=dtype)
     run_emulated(emulator, case, forward)
-    kernel, gamma = "normalized_qk_fwd_warp_kernel", case.tensors["gamma"]
+    kernel = "normalized_qk_fwd_warp_kernel"
     assert_moved_once(emulator, kernel, case.tensors["z"].nbytes, z="load", q="store", k="store")
     traffic = emulator.traffic(kernel)
-    assert traffic["gamma"]["load_bytes"] == traffic["beta"]["load_bytes"] == gamma.nbytes * 80 // 8
+    every_8_tokens = case.tensors["gamma"].nbytes * 2 * 40 // 8
+    assert traffic["gamma"]["load_bytes"] == traffic["beta"]["load_bytes"] == every_8_tokens
 
 
 @pytest.mark.parametrize(("dtype", "key_dim"), [*WIDE, (torch.float32, 256)])
 def test_bytes_moved_by_the_backward(emulator, dtype, key_dim):
     """Each part of 16 tokens also writes a share of dgamma and dbeta."""
-    case = normalized_qk_case(B=2, L=40, H=2, K=key_dim, C=16, dtype=dtype)
+    B, L, H = 2, 40, 2
+    case = normalized_qk_case(B=B, L=L, H=H, K=key_dim, C=16, dtype=dtype)
     run_emulated(emulator, case)
-    kernel, shares = "normalized_qk_bwd_warp_kernel", 80 // 16 * 4 * 2 * key_dim * 4
+    kernel = "normalized_qk_bwd_warp_kernel"
+    shares = B * L // 16 * 4 * H * key_dim * 4  # dgamma and dbeta of queries and of keys, in float32
     assert_moved_once(emulator, kernel, case.tensors["z"].nbytes, z="load", dq="load", dk="load", dz="store")
     assert_moved_once(emulator, kernel, shares, workspace="store")
     assert_moved_once(emulator, "sum_shares_kernel", shares, workspace="load")

@@ -11,10 +11,15 @@ from typing import Any
 from bench.sass import Kernel
 
 # Accesses of 16, 8 and fewer bytes; products on tensor cores and their loads.
-LOAD_128, STORE_128, COPY_128 = r"LDG\.(\w+\.)*128\b", r"STG\.(\w+\.)*128\b", r"LDGSTS\.(\w+\.)*128\b"
-LOAD_64, STORE_64 = r"LDG\.(\w+\.)*64\b", r"STG\.(\w+\.)*64\b"
+LOAD_128 = r"LDG\.(\w+\.)*128\b"
+STORE_128 = r"STG\.(\w+\.)*128\b"
+COPY_128 = r"LDGSTS\.(\w+\.)*128\b"
+LOAD_64 = r"LDG\.(\w+\.)*64\b"
+STORE_64 = r"STG\.(\w+\.)*64\b"
 NOT_STORE_128 = r"STG\.(?!(\w+\.)*128\b)"
-MMA_BF16, MMA_FP16, MMA_TF32 = r"HMMA\.16816\.F32\.BF16", r"HMMA\.16816\.F32$", r"HMMA\.1688\.F32\.TF32"
+MMA_BF16 = r"HMMA\.16816\.F32\.BF16"
+MMA_FP16 = r"HMMA\.16816\.F32$"
+MMA_TF32 = r"HMMA\.1688\.F32\.TF32"
 LDMATRIX = r"LDSM\."
 
 DOUBLE_ARITHMETIC = r"D(ADD|MUL|FMA|SETP|MNMX|MMA)\b|MUFU\.R(CP|SQ)64H"  # conversions are allowed, as `eps` is a double
@@ -72,11 +77,8 @@ PROMISES = (
         doubles=_SCAN,
         stack={80: "3 registers spill, once per thread; a second block per multiprocessor is worth more"},
     ),
-    Promise(r"timestep_norm_fwd_kernel<\w+, 1, false>", 128, doubles=_SCAN),
-    Promise(r"timestep_norm_fwd_moments_kernel<\w+, [248], \w+>", 128, uses=(LOAD_128,), doubles=_SCAN),
-    Promise(r"timestep_norm_fwd_moments_kernel<\w+, 1, false>", 128, doubles=_SCAN),
-    Promise(r"timestep_norm_end_state_kernel<\w+, [248], \w+>", 128, uses=(LOAD_128,), doubles=_SCAN),
-    Promise(r"timestep_norm_end_state_kernel<\w+, 1, false>", 128, doubles=_SCAN),
+    Promise(r"timestep_norm_(fwd_moments|end_state)_kernel<\w+, [248], \w+>", 128, uses=(LOAD_128,), doubles=_SCAN),
+    Promise(r"timestep_norm_(fwd|fwd_moments|end_state)_kernel<\w+, 1, false>", 128, doubles=_SCAN),
     Promise(r"timestep_norm_end_state_bwd_kernel<\w+, [248]>", 128, uses=(LOAD_128, STORE_128)),
     Promise(r"timestep_norm_end_state_bwd_kernel<\w+, 1>", 72),
     Promise(
@@ -172,14 +174,13 @@ def breaches(kernels: Iterable[Kernel], promises: Sequence[Promise] = PROMISES) 
     """Breaches of rules and promises, "kernel (sm_90): problem", and promises that match no kernel."""
     found, kept = [], set()
     for kernel in kernels:
-        own = [promise.kernel for promise in promises if re.fullmatch(promise.kernel, kernel.name)]
-        kept.update(own)
+        own = [promise for promise in promises if re.fullmatch(promise.kernel, kernel.name)]
+        kept.update(promise.kernel for promise in own)
         problems = list(_against_rules(kernel))
         if len(own) != 1:
             problems.append(f"has {len(own)} entries in promises.py instead of one")
-        for promise in promises:
-            if promise.kernel in own:
-                problems += _against_promise(kernel, promise)
+        for promise in own:
+            problems += _against_promise(kernel, promise)
         found += [f"{kernel.name} (sm_{kernel.architecture}): {problem}" for problem in problems]
     return found + [f"no kernel is called {p.kernel}" for p in promises if p.kernel not in kept]
 

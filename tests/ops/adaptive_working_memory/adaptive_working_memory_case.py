@@ -24,6 +24,7 @@ def adaptive_working_memory_case(
     if state:
         S = count_sequences(B, **rows)
         kept = attention_state(gen, S, visible_chunks * C, H, K, V, dtype)
+        # Number of chunks in the memory: 0, 1, 2 in turn, but 0 where the kept rows do not fill the earlier chunks
         chunks = torch.arange(S) % 3 * (kept.position >= (visible_chunks - 1) * C)
         written = (chunks > 0)[:, None, None]
         tensors["memory"] = (randn(gen, S, H, K, V) * written[..., None]).to(real)

@@ -20,9 +20,7 @@ GOLDEN = DATA / "gecko" / "awm.safetensors"
 
 
 def test_the_released_memory():
-    data = {
-        name.removeprefix("plain."): tensor for name, tensor in load_file(GOLDEN).items() if name.startswith("plain")
-    }
+    data = {name.removeprefix("plain."): tensor for name, tensor in load_file(GOLDEN).items()}
     inputs = [data[name].requires_grad_() for name in "qkv"]  # (B, H, L, ...)
     o, state = mo.adaptive_working_memory(
         *(t.transpose(1, 2) for t in inputs), chunk_size=4, visible_chunks=2, return_state=True
@@ -37,8 +35,9 @@ def test_the_released_memory():
 def test_a_value_is_found_again_by_its_key():
     """With one-hot keys, a row of the memory keeps the value written with its key; later writes do not change it."""
     C, K, V = 4, 9, 3
-    k, v = 60 * torch.eye(K)[None, :, None], torch.randn(1, K, 1, V)
-    for wanted in range(C):
+    k = 60 * torch.eye(K)[None, :, None]  # scores of 60 or 0: a softmax of one key
+    v = torch.randn(1, K, 1, V)
+    for wanted in range(C):  # in the first of two complete chunks
         q = torch.cat((torch.zeros(1, K - 1, 1, K), k[:, wanted : wanted + 1]), 1)
         o = mo.adaptive_working_memory(q, k, v, chunk_size=C)
         torch.testing.assert_close(o[0, -1, 0], v[0, wanted, 0])
@@ -62,13 +61,13 @@ def without_end_state(function, case):
 
 
 def test_chunks_of_one_head_side_by_side():
-    """Such chunks are read in place. Without the end state, the last ones are not written."""
+    """Chunks of one head are read in place; the last ones are written to the memory only if the end state is used."""
     options = dict(H=1, C=8, dtype=torch.float64)
-    with every_case() as named:
+    with every_case() as each:
         for name, sizes in SIDE_BY_SIDE.items():
             for run in (evaluate, without_end_state):
                 for visible_chunks in (1, 2):
-                    with named(name, run.__name__, visible_chunks):
+                    with each(name, run.__name__, visible_chunks):
                         case = adaptive_working_memory_case(**options, **sizes, visible_chunks=visible_chunks)
                         found, expected = (run(module.adaptive_working_memory, case) for module in (mo, mo.reference))
                         assert_all_close(found, expected, tolerance=1e-11)
@@ -113,10 +112,6 @@ def test_positions_that_would_overflow_are_refused(L):
         assert_refuses(ValueError, "adaptive_working_memory", "state.position", call)
 
 
-def memory_model(dtype=torch.float64, **overrides):
-    return tiny_model(dtype, working_memory=True, **overrides)
-
-
 @pytest.fixture(params=[(True, 1), (True, 2), (False, 2)], ids=["memory", "memory, two chunks", "two chunks"])
 def form(request):
     """Fields of the configuration."""
@@ -124,7 +119,7 @@ def form(request):
 
 
 def test_a_model_has_the_parameters_of_its_configuration():
-    model = memory_model()
+    model = tiny_model(working_memory=True)
     assert {name: tuple(p.shape) for name, p in model.named_parameters()} == dict(model.config.parameter_shapes())
     attention = mo.Megalodon(model.config).layers[0].mega
     gain = (1 + attention.gamma) / (model.config.z_dim // model.config.num_heads) ** 0.5
@@ -153,7 +148,8 @@ def test_it_reaches_beyond_the_chunk(working_memory):
     half.timenorm.forward = half.cema.forward = identity
     (gradient,) = torch.autograd.grad(half(x)[0, -1].sum(), x)  # position 36, in the fifth chunk of 8
     seen = gradient[0].abs().amax(-1) > 0
-    assert seen[32:].all() and seen[:32].all() == seen[:32].any() == working_memory
+    assert seen[32:].all()
+    assert seen[:32].all() if working_memory else not seen[:32].any()
 
 
 @pytest.mark.parametrize("shape", [(2, 0), (0, 3)], ids=str)
@@ -190,12 +186,8 @@ def test_files(tmp_path, form):
     again = mo.Megalodon.load(tmp_path / "model")
     state_again = mo.MegalodonState.load(tmp_path / "state.safetensors", again.config)
     torch.testing.assert_close(again(tokens, state=state_again), model(tokens, state=state), rtol=0, atol=0)
-    assert (
-        named_tensors(state.to(torch.bfloat16))[
-            "layers.0.memory_k" if form["working_memory"] else "layers.0.attention.k"
-        ].dtype
-        == torch.bfloat16
-    )
+    keys = "layers.0.memory_k" if form["working_memory"] else "layers.0.attention.k"
+    assert named_tensors(state.to(torch.bfloat16))[keys].dtype == torch.bfloat16
 
 
 def test_a_fresh_or_reset_state_changes_nothing(form):
@@ -206,7 +198,7 @@ def test_a_fresh_or_reset_state_changes_nothing(form):
 
 
 def test_refusals_of_a_working_memory(tmp_path):
-    model = memory_model()
+    model = tiny_model(working_memory=True)
     with pytest.raises(ValueError, match="working memory"):
         mo.save_official(model.float(), tmp_path / "model")
     with pytest.raises(ValueError, match="working_memory"):

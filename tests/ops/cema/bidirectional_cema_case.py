@@ -13,7 +13,8 @@ from cema.cema_case import cema_case, cema_sizes
 
 def bidirectional_cema_case(**sizes: Any) -> Case:
     """Inputs of `cema_case`, with coefficients of both directions."""
-    case, other = cema_case(**sizes), cema_case(**sizes | {"seed": sizes.get("seed", 0) + 1})
+    case = cema_case(**sizes)
+    other = cema_case(**sizes | {"seed": sizes.get("seed", 0) + 1})
     both = {name: torch.cat([case.tensors[name], other.tensors[name]]) for name in ("p", "q", "gamma")}
     # domega sums products of x and dy of size 1, which may cancel
     return replace(case.with_tensors(**both), op="bidirectional_cema", terms=1.0)

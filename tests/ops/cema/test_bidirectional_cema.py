@@ -28,18 +28,19 @@ def test_bidirectional_cema_is_a_convolution(implementation, backend):
 
 @wide_every_device
 def test_swapped_directions_give_the_reversed_sequence(backend):
-    """The term at lag 0, which only the forward direction has, is moved into omega."""
-    case = bidirectional_cema_case(B=1, L=50, D=4, N=3, dtype=torch.float64)
+    """Only the forward direction has a term at lag 0: the backward one weighs x_s at lag s - t by q^(s - t - 1).
+
+    So gamma is multiplied by q for a direction that becomes the backward one, and divided by q for the other one;
+    omega gets the old term at lag 0 and loses the new one.
+    """
+    D = 4
+    case = bidirectional_cema_case(B=1, L=50, D=D, N=3, dtype=torch.float64)
     x, p, q, gamma, omega = case.tensors.values()
-    now = (gamma * p).real.sum(1)[:4]
-    strictly_before = gamma.clone()
-    strictly_before[:4] *= q[:4]  # sum_{s < t} q^(t-s-1) x_s, times q
-    y = mo.bidirectional_cema(x, p, q, gamma, omega)
-    swapped = [torch.cat([t[4:], t[:4]]) for t in (p, q)]
-    gamma_reversed = torch.cat([gamma[4:] / q[4:], strictly_before[:4]])
-    first = (gamma[4:] / q[4:] * p[4:]).real.sum(1)
-    expected = mo.bidirectional_cema(x.flip(1), *swapped, gamma_reversed, omega + now - first).flip(1)
-    assert_close(y, expected, tolerance=1e-10)
+    forward_gamma, backward_gamma = gamma[D:] / q[D:], gamma[:D] * q[:D]
+    swapped = [torch.cat(halves) for halves in ((p[D:], p[:D]), (q[D:], q[:D]), (forward_gamma, backward_gamma))]
+    old_term, new_term = ((g * h).real.sum(1) for g, h in ((gamma[:D], p[:D]), (forward_gamma, p[D:])))
+    expected = mo.bidirectional_cema(x.flip(1), *swapped, omega + old_term - new_term).flip(1)
+    assert_close(mo.bidirectional_cema(x, p, q, gamma, omega), expected, tolerance=1e-10)
 
 
 ERRORS = {

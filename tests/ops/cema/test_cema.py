@@ -4,15 +4,8 @@ import math
 
 import pytest
 import torch
-from assertions import (
-    assert_all_as_accurate_as,
-    assert_bit_equal,
-    assert_close,
-    assert_refuses,
-    every_case,
-    references,
-    with_references,
-)
+from assertions import assert_all_as_accurate_as, assert_bit_equal, assert_close, assert_refuses
+from assertions import every_case, references, with_references
 from backends import each_implementation, every_backend, wide_every_backend
 from calls import evaluate, forward, streamed
 from cases import cema_case
@@ -31,9 +24,9 @@ def test_golden(name, implementation, backend):
     t = golden_case("cema", name)
     leaves = {key: t[f"param_{key}"].clone().requires_grad_() for key in ("alpha", "delta", "theta", "gamma", "omega")}
     x = t["x"].transpose(1, 2).clone().requires_grad_()
-    alpha, delta, theta = leaves["alpha"][..., 0].sigmoid(), leaves["delta"][..., 0].sigmoid(), leaves["theta"][..., 0]
+    alpha, delta, theta = (leaves[key][..., 0].sigmoid() for key in ("alpha", "delta", "theta"))
     N = alpha.shape[1]
-    q = torch.polar(1 - alpha * delta, theta.sigmoid() * 2 * math.pi / N * torch.arange(1, N + 1))
+    q = torch.polar(1 - alpha * delta, theta * 2 * math.pi / N * torch.arange(1, N + 1))
     gamma = torch.view_as_complex(leaves["gamma"]) / math.sqrt(N)
     state = torch.view_as_complex(t["hx"]).requires_grad_() if "hx" in t else None
     y, h = implementation.cema(x, alpha, q, gamma, leaves["omega"][:, 0], state=state, return_state=True)
@@ -80,7 +73,7 @@ def test_tiny_input_weights_keep_the_state():
 
 
 def test_a_decayed_state_is_zero_not_slow_or_wrong():
-    """A state counts as zero below about the smallest normal float32."""
+    """A state that decays below about the smallest normal float32 becomes 0; subnormal numbers would be slow."""
     case = cema_case(B=1, L=400, D=3, N=4, radius=(0.5, 0.6), state=True)
     case = case.with_tensors(x=torch.zeros_like(case.tensors["x"]))
     y, h = mo.cema(**case.tensors, return_state=True)

@@ -18,13 +18,11 @@ pytestmark = pytest.mark.usefixtures("poisoned_memory")
 
 
 def inputs(channels, modes, dtype=torch.float64):
-    """Parameters, then gradients of the results."""
+    """alpha, delta, theta and gamma, then gradients of p, q and the scaled gamma."""
     gen = torch.Generator().manual_seed(0)
     shapes = ((channels, modes, 1), (channels, modes, 1), (channels, 1, 1), (channels, modes, 2))
     parameters = [3 * torch.randn(shape, generator=gen, dtype=torch.float64).to(dtype) for shape in shapes]
-    dp, dq, dscaled = (
-        torch.randn((channels, modes, 2), generator=gen, dtype=torch.float64).to(dtype) for _ in range(3)
-    )
+    dp, dq, dscaled = torch.randn((3, channels, modes, 2), generator=gen, dtype=torch.float64).to(dtype)
     return parameters, [dp[..., 0].contiguous(), torch.view_as_complex(dq), torch.view_as_complex(dscaled)]
 
 
@@ -41,13 +39,15 @@ def in_double(tensors):
 
 
 def terms(parameters, grads):
-    """The largest terms of each gradient's sum: dp and dq times their factors."""
-    (p, s, angle), (dp, dq, _) = (torch.sigmoid(t[..., 0]) for t in parameters[:3]), (g.abs() for g in grads)
-    number = torch.arange(1, p.shape[1] + 1)
+    """The largest terms of each gradient's sum: |dp| and |dq| times their factors."""
+    p, delta, turn = (torch.sigmoid(t[..., 0]) for t in parameters[:3])
+    dp, dq, _ = (grad.abs() for grad in grads)
+    modes = p.shape[1]
+    dturn = 2 * math.pi / modes * (dq * (1 - p * delta) * torch.arange(1, modes + 1)).sum(1, keepdim=True)
     sizes = {
-        "dalpha": (dp + dq * s) * p * (1 - p),
-        "ddelta": dq * p * s * (1 - s),
-        "dtheta": angle * (1 - angle) * 2 * math.pi / p.shape[1] * (dq * (1 - p * s) * number).sum(1, keepdim=True),
+        "dalpha": (dp + dq * delta) * p * (1 - p),
+        "ddelta": dq * p * delta * (1 - delta),
+        "dtheta": turn * (1 - turn) * dturn,
     }
     return {name: size.max().item() for name, size in sizes.items() if size.numel()}
 
@@ -84,7 +84,7 @@ def test_the_phase_is_accurate_at_every_angle(name, dtype):
     with isa(name):
         _, q, _ = cema_coefficients(alpha, alpha, theta, torch.zeros(1, modes, 2, dtype=dtype))
     angle = 2 * math.pi * torch.arange(1, modes + 1, dtype=torch.float64) / modes
-    roundings = 4 if dtype == torch.float64 else 1  # of the angle, by the op and by this test
+    roundings = 4 if dtype == torch.float64 else 1  # of the angle; in float64, those of this test count, too
     rounded = roundings * torch.finfo(dtype).eps / 2 * angle
     error = (q[0].to(torch.complex128) - torch.polar(torch.ones_like(angle), angle)).abs()
     bound = rounded + torch.finfo(dtype).eps

@@ -16,7 +16,8 @@ def chunked_attention_case(
     B=2, L=9, H=2, K=3, V=5, C=4, *, dtype=F32, seed=0, causal=True, scale=1.0, dropkey=0.0, state=False, **others
 ) -> Case:
     """`others`: visible_chunks, cu_seqlens and lengths."""
-    gen, visible_chunks, rows = generator(seed), others.pop("visible_chunks", 1), others
+    gen = generator(seed)
+    visible_chunks, rows = others.pop("visible_chunks", 1), others
     tensors = {name: randn(gen, B, L, H, size, dtype=dtype) for name, size in (("q", K), ("k", K), ("v", V))}
     options = {"chunk_size": C, "scale": scale, **sequence_options(**rows), **mask_options(causal, dropkey, seed)}
     if visible_chunks > 1:
@@ -38,7 +39,8 @@ def attention_state(
 ) -> AttentionState:
     """A state with every possible position in turn; rows beyond the position hold NaN: kernels must not read them."""
     position = (torch.arange(S) * 5 + rows - 1) % rows
-    k, v = randn(gen, S, rows, H, K, dtype=dtype), randn(gen, S, rows, H, V, dtype=dtype)
+    k = randn(gen, S, rows, H, K, dtype=dtype)
+    v = randn(gen, S, rows, H, V, dtype=dtype)
     for s, end in enumerate(position.tolist()):
         k[s, end:] = v[s, end:] = torch.nan
     return AttentionState(k, v, position)
@@ -50,6 +52,7 @@ def chunked_attention_cases(
 ) -> Case:
     """Different key and value widths; chunks of one row up to more rows than a block."""
     C, visible_chunks = draw(st.sampled_from([1, 2, 3, 8, 16, 17, 64, 67])), draw(st.sampled_from([1, 1, 2]))
+    # Attention to two chunks is causal and has no DropKey.
     starts, dropkeys = (STARTS, [0.0, 0.25, 0.9]) if visible_chunks == 1 else (STARTS[:2], [0.0])
     rows = draw(sequences(lengths_around(C), kinds))
     sizes = dict(H=draw(st.integers(1, 3)), K=draw(CHANNELS), V=draw(CHANNELS))

@@ -9,7 +9,7 @@ import math
 
 import pytest
 import torch
-from assertions import assert_as_accurate_as, assert_close, assert_matches_reference, every_case, references
+from assertions import assert_all_close, assert_as_accurate_as, assert_matches_reference, every_case, references
 from backends import every_backend
 from calls import evaluate, forward
 from cases import Case, chunked_attention_case, normalized_attention_case
@@ -31,10 +31,10 @@ SUMS_IN_FLOAT32 = pytest.mark.skipif(
 
 @pytest.fixture
 def force_path(monkeypatch):
-    """Force a path for all shapes: chunks of 40 positions have strips of 16, 16 and 8; two are computed at once."""
+    """Force a path for all shapes: chunks of 40 positions have strips of 16, 16 and 8; two chunks run at once."""
     aten = torch.ops.aten
 
-    # The arguments of CUDA's op, without those that the CPU's lacks
+    # Takes the arguments of CUDA's op; the CPU's has no use for those that begin with _.
     def flash_bwd(do, q, k, v, o, lse, _q, _k, length, _, dropout, is_causal, *_state, scale):
         assert lse.is_contiguous() and length == q.shape[2]
         return aten._scaled_dot_product_flash_attention_for_cpu_backward(
@@ -42,7 +42,8 @@ def force_path(monkeypatch):
         )
 
     def force_path(path, dtype=torch.float64):
-        for name, value in {"_STRIP": 8, "_STRIPS": 4, "_ROWS": 1, "WORKSPACE": 2 * 40 * 40 * dtype.itemsize}.items():
+        two_chunks = 2 * 40 * 40 * dtype.itemsize
+        for name, value in {"_STRIP": 8, "_STRIPS": 4, "_ROWS": 1, "WORKSPACE": two_chunks}.items():
             monkeypatch.setattr(module, name, value)
         monkeypatch.setattr(module, "path_of", lambda *_: path)
         if path == "flash":
@@ -83,10 +84,9 @@ def test_results_and_gradients_are_the_references(path, force_path):
     with every_case() as each:
         for dtype in DTYPES[path]:
             force_path(path, dtype)
-            for name, sizes in list(SIZES.items())[: None if dtype == torch.float64 else 3]:
+            for name in SIZES if dtype == torch.float64 else list(SIZES)[:3]:
                 with each(dtype, name):
-                    case = case_of(path, dtype, **sizes)
-                    assert_accurate(case)
+                    assert_accurate(case_of(path, dtype, **SIZES[name]))
         if path == "flash":
             with each("whole chunks"):
                 force_path(path)
@@ -107,15 +107,16 @@ def test_products_around_each_kernel_of_the_log_sum_exp(backend, force_path):
 @pytest.mark.parametrize("path", PATHS)
 def test_forward_and_backward_may_take_different_paths(path, force_path, monkeypatch):
     """A setting of torch may change between them: o and lse of all paths are the same."""
-    case, found = case_of(path, L=103), {}
+    case = case_of(path, L=103)
     force_path(path)
-    for name, paths in {"kernels": [None] * 2, "kernels first": [None, path], "path first": [path, None]}.items():
-        paths = iter(paths)
-        monkeypatch.setattr(module, "path_of", lambda *_, paths=paths: next(paths))
-        found[name] = evaluate(mo.chunked_attention, case)
-    for name, value in found.pop("kernels").items():
-        for other in found.values():
-            assert_close(other[name], value, tolerance=1e-10, terms=1.0, name=name)
+
+    def results(**path_by_direction):
+        monkeypatch.setattr(module, "path_of", lambda direction, *_: path_by_direction[direction])
+        return evaluate(mo.chunked_attention, case)
+
+    expected = results(forward=None, backward=None)  # by the kernels
+    for found in results(forward=None, backward=path), results(forward=path, backward=None):
+        assert_all_close(found, expected, tolerance=1e-10, terms=1.0)
 
 
 @SUMS_IN_FLOAT32
@@ -125,24 +126,28 @@ def test_log_probabilities_are_rounded_instead_of_scores(force_path):
     assert_accurate(case_of("products", torch.bfloat16, K=64, scale=3.0))
 
 
+OP_OPTIONS = dict(cache_k=None, cache_v=None, position=None, dropkey=0.0, dropkey_seed=None, spans=None)
+OP_OPTIONS |= dict(chunk_size=40, causal=True, scale=1.0)
+
+
 @pytest.mark.parametrize("L", [80, 103])
 @pytest.mark.parametrize("path", PATHS)
 def test_the_fake_kernels_know_shapes_and_strides(path, L, force_path):
     force_path(path, torch.float32)
     case = case_of(path, torch.float32, L=L)
     inputs = [t.clone().requires_grad_() for t in case.tensors.values()]
-    rest = (40, True, 1.0, 0.0, None, None)  # chunk_size, causal, scale, dropkey, its seed, spans
     fwd = torch.ops.megalodon_ops.chunked_attention_fwd.default
-    torch.library.opcheck(fwd, (*inputs, None, None, None, *rest), test_utils="test_faketensor")
+    torch.library.opcheck(fwd, tuple(inputs), OP_OPTIONS, test_utils="test_faketensor")
     inputs = [t.detach() for t in inputs]
-    o, lse = fwd(*inputs, None, None, None, *rest)
+    o, lse = fwd(*inputs, **OP_OPTIONS)
     bwd = torch.ops.megalodon_ops.chunked_attention_bwd.default
-    torch.library.opcheck(bwd, (o, *inputs, o, lse, None, None, None, *rest), test_utils="test_faketensor")
+    torch.library.opcheck(bwd, (o, *inputs, o, lse), OP_OPTIONS, test_utils="test_faketensor")
 
 
 @pytest.mark.parametrize("path", PATHS)
 def test_operations_and_saved_tensors_are_those_of_the_kernels(path, force_path):
-    case, found = case_of(path, torch.float32), []
+    case = case_of(path, torch.float32)
+    found = []
     for choice in (path, None):
         force_path(choice, torch.float32)
         kept = []
@@ -159,10 +164,9 @@ def test_autocast_does_not_change_the_paths(force_path):
     case = case_of("products", torch.float16)
     expected = evaluate(mo.chunked_attention, case)
     ops = torch.ops.megalodon_ops
-    rest = (None, None, None, 40, True, 1.0, 0.0, None, None)  # no state, chunk_size, causal, scale, dropkey, ...
     with torch.autocast("cpu", torch.bfloat16):
-        o, lse = ops.chunked_attention_fwd(*case.tensors.values(), *rest)
-        grads = ops.chunked_attention_bwd(o, *case.tensors.values(), o, lse, *rest)
+        o, lse = ops.chunked_attention_fwd(*case.tensors.values(), **OP_OPTIONS)
+        grads = ops.chunked_attention_bwd(o, *case.tensors.values(), o, lse, **OP_OPTIONS)
     assert torch.equal(o, expected["o"]) and all(grad.dtype == torch.float16 for grad in grads)
 
 
@@ -175,8 +179,8 @@ def test_the_workspace_does_not_grow_with_the_length(force_path):
         q, k, v = case.tensors.values()
         options = dict(chunk_size=C, causal=True, scale=1.0)
         o, lse = module.compute("forward", "products", (q, k, v), **options)
-        given = ("backward", "products", (o, q, k, v, o, lse)) if backward else ("forward", "products", (q, k, v))
-        kept, peak = allocated(lambda: module.compute(*given, **options))
+        direction, tensors = ("backward", (o, q, k, v, o, lse)) if backward else ("forward", (q, k, v))
+        kept, peak = allocated(lambda: module.compute(direction, "products", tensors, **options))
         return peak - kept
 
     square = 2 * C * C * itemsize  # scores of two chunks
@@ -265,7 +269,7 @@ def test_largest_chunks_fit_the_workspace():
 
 
 def test_settings_of_torch_decide(flash_available):
-    """So do scale, at least 2**-10 for a path, and causal, without which "products" do not compute."""
+    """Scale and causal do, too: paths need a scale of at least 2**-10, and "products" needs causal."""
     with FakeTensorMode():
         q, v = fake_tensor(8, 2048, 8, 64), fake_tensor(8, 2048, 8, 2048)
         assert path_of("forward", q, q, q) == "flash"
@@ -304,10 +308,11 @@ def test_calls_that_are_not_dense_keep_the_kernels(monkeypatch):
 
 def test_wrong_arguments_keep_the_kernels(flash_available):
     with FakeTensorMode():
-        q, half = (fake_tensor(8, 2048, 8, 64, dtype=dtype) for dtype in (torch.bfloat16, torch.float16))
-        meta = torch.empty(1, device="meta")
+        q = fake_tensor(8, 2048, 8, 64)
+        half = fake_tensor(8, 2048, 8, 64, dtype=torch.float16)
+        meta = torch.empty(1, device="meta").expand(q.shape)
         fewer, one_head, row = fake_tensor(1, 2048, 8, 64), fake_tensor(8, 2048, 1, 64), fake_tensor(2048, 8, 64)
-        for k, v in (fewer, q), (q, fewer), (q, one_head), (q, row), (half, q), (q, half), (q, meta.expand(q.shape)):
+        for k, v in (fewer, q), (q, fewer), (q, one_head), (q, row), (half, q), (q, half), (q, meta):
             assert path_of("forward", q, k, v) is None
         assert path_of("forward", row, row, row) is None
 

@@ -2,14 +2,8 @@
 
 import pytest
 import torch
-from assertions import (
-    assert_all_as_accurate_as,
-    assert_all_close,
-    assert_as_accurate_as,
-    assert_bit_equal,
-    assert_close,
-    every_case,
-)
+from assertions import assert_all_as_accurate_as, assert_all_close, assert_as_accurate_as
+from assertions import assert_bit_equal, assert_close, every_case
 from cases import generator, randn
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.complex64]
@@ -79,7 +73,8 @@ def test_helpers_pass_on_the_rounded_value(exact):
 
 @pytest.mark.parametrize("assert_all", [assert_all_close, assert_bit_equal], ids=["close", "bit-equal"])
 def test_helpers_fail_on_a_missing_tensor(assert_all):
-    x, options = torch.ones(3), {"tolerance": 1.0} if assert_all is assert_all_close else {}
+    x = torch.ones(3)
+    options = {"tolerance": 1.0} if assert_all is assert_all_close else {}
     with pytest.raises(AssertionError):
         assert_all({"a": x}, {"a": x, "b": x}, **options)
 
@@ -113,16 +108,14 @@ def test_small_elements_count_in_assert_close():
 
 def test_every_case_runs_all_cases_and_names_the_failures():
     ran = []
-    with pytest.raises(
-        AssertionError, match="(?s)2 cases failed.*one, 1:.*ZeroDivisionError.*three, 3:.*DID NOT RAISE"
-    ):
-        with every_case() as case:
-            with case("one", 1):
-                1 / 0
-            with case("two", 2):
-                ran.append(2)
-            with case("three", 3), pytest.raises(ValueError):
-                ran.append(3)
+    message = "(?s)2 cases failed.*one, 1:.*ZeroDivisionError.*three, 3:.*DID NOT RAISE"
+    with pytest.raises(AssertionError, match=message), every_case() as case:
+        with case("one", 1):
+            1 / 0
+        with case("two", 2):
+            ran.append(2)
+        with case("three", 3), pytest.raises(ValueError):
+            ran.append(3)
     assert ran == [2, 3]
     with every_case() as case, case("alone"):
         ran.append(4)

@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 import torch
-from models import tiny_model, tokens_of
+from models import TINY, tiny_model, tokens_of
 from torch import Tensor
 
 import megalodon_ops as mo
@@ -13,11 +13,10 @@ from megalodon_ops.tokenizers import ByteTokenizer
 from megalodon_ops.training import adamw
 
 B, L, D, N, G = 2, 5, 8, 3, 2
-SIZES = "num_layers model_dim z_dim value_dim num_heads ffn_hidden_dim cema_ndim vocab_size norm_num_groups".split()
 x, poles = torch.randn(B, L, D), torch.polar(torch.rand(D, N), torch.rand(D, N))
 model, tokens = tiny_model(torch.float32).eval(), tokens_of(2, 5)
 model_state = model(tokens, return_state=True)[1]
-encoder = mo.MegalodonEncoder(mo.MegalodonEncoderConfig(**{name: getattr(model.config, name) for name in SIZES}))
+encoder = mo.MegalodonEncoder(mo.MegalodonEncoderConfig(**TINY))
 
 
 def with_state(call: Callable[..., Any], **arguments: Any) -> Callable[[], Any]:

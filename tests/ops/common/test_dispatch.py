@@ -1,7 +1,5 @@
 """Ops in torch's dispatcher and profiler; results without the flags `return_stats` and `return_state`."""
 
-from __future__ import annotations
-
 from functools import partial
 
 import pytest
@@ -20,6 +18,7 @@ CASES = {"cema": cema_case(B=3, L=11, state=True), "timestep_norm": timestep_nor
 END_STATES = {"cema_end_state": cema_end_state_case(), "timestep_norm_end_state": timestep_norm_end_state_case()}
 every_case = pytest.mark.parametrize("case", CASES.values(), ids=CASES)
 end_states_too = pytest.mark.parametrize("case", [*CASES.values(), *END_STATES.values()], ids=[*CASES, *END_STATES])
+NO_NORM_STATE = dict.fromkeys(("count", "mean", "var", "residual"))
 ops = torch.ops.megalodon_ops
 
 
@@ -83,8 +82,7 @@ def test_the_output_does_not_depend_on_return_state(case, backend):
 def test_results_that_the_flags_leave_out_are_empty():
     B, L, D, G, N = 2, 5, 8, 4, 3
     x, zeros = torch.randn(B, L, D), torch.zeros(D)
-    state = dict.fromkeys(("count", "mean", "var", "residual"))
-    call = partial(ops.timestep_norm_fwd, x, zeros, zeros, num_groups=G, eps=1e-5, **state, spans=None)
+    call = partial(ops.timestep_norm_fwd, x, zeros, zeros, num_groups=G, eps=1e-5, **NO_NORM_STATE, spans=None)
     y, stats, *state = call(return_stats=False, return_state=False)
     assert y.shape == x.shape and [t.numel() for t in (stats, *state)] == [0] * 5
     _, stats, count, mean, var, residual = call(return_stats=True, return_state=True)
@@ -123,8 +121,9 @@ def test_a_binding_takes_what_it_names_in_its_order(monkeypatch):
 
 
 def test_statistics_are_needed_for_gradients():
-    weight, bias = torch.zeros(8, requires_grad=True), torch.zeros(8)
-    y, *_ = ops.timestep_norm_fwd(torch.randn(2, 5, 8), weight, bias, 2, 1e-5, *[None] * 5, False, False)
+    x, weight, bias = torch.randn(2, 5, 8), torch.zeros(8, requires_grad=True), torch.zeros(8)
+    options = dict(num_groups=2, eps=1e-5, spans=None, return_stats=False, return_state=False)
+    y, *_ = ops.timestep_norm_fwd(x, weight, bias, **NO_NORM_STATE, **options)
     with pytest.raises(ValueError, match="timestep_norm: `return_stats` must be True where gradients are wanted"):
         y.sum().backward()
 
@@ -132,7 +131,7 @@ def test_statistics_are_needed_for_gradients():
 def test_parts_of_a_state_without_their_counter_are_refused():
     x, zeros, group = torch.randn(2, 5, 8), torch.zeros(8), torch.ones(2, 2)
     with pytest.raises(ValueError, match=r"`state\.mean` must be None without a `state\.count`"):
-        moments = {"count": None, "mean": group, "var": group, "residual": None}
+        moments = NO_NORM_STATE | {"mean": group, "var": group}
         flags = {"spans": None, "return_stats": False, "return_state": False}
         ops.timestep_norm_fwd(x, zeros, zeros, num_groups=2, eps=1e-5, **moments, **flags)
     q, cache = torch.randn(2, 5, 1, 4), torch.randn(2, 8, 1, 4)

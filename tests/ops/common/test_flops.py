@@ -6,16 +6,7 @@ import math
 import pytest
 import torch
 from calls import OPS, evaluate, forward
-from cases import (
-    BUILDERS,
-    adaptive_working_memory_case,
-    cema_case,
-    cema_end_state_case,
-    chunked_attention_case,
-    normalized_qk_case,
-    timestep_norm_case,
-    timestep_norm_end_state_case,
-)
+from cases import BUILDERS, adaptive_working_memory_case, chunked_attention_case
 from profiling import counted
 from programs import run_python
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -29,17 +20,13 @@ from megalodon_ops.ops.cema.cema_coefficients import cema_coefficients
 from megalodon_ops.ops.gated_silu.gated_silu import gated_silu
 from megalodon_ops.ops.layer_norm.layer_norm import layer_norm, rms_norm
 from megalodon_ops.ops.linear.linear import linear_few_rows, linear_fwd
-from megalodon_ops.ops.linear_cross_entropy.linear_cross_entropy import (
-    linear_cross_entropy_fwd,
-    linear_cross_entropy_sum,
-)
 from megalodon_ops.ops.quantized_linear.quantized_linear import quantize_weight, quantized_linear_fwd
 
 ops = torch.ops.megalodon_ops
 
 
 def test_importing_the_package_does_not_import_the_counter():
-    """It imports Triton, if that is installed. The formulas are registered when somebody imports it, before or after."""
+    """torch's counter imports Triton, if that is installed. Formulas are registered when a program imports it."""
     program = """
 import sys
 import {}
@@ -65,47 +52,45 @@ def test_a_formula_of_other_arguments_is_refused():
         flops.register_formula(ops.cema_fwd.default, lambda x, alpha: 0)
 
 
-ELEMENTS = 2 * 9  # tokens of a case
-EXPECTED = {
-    "cema": (cema_case(D=5, N=4), ELEMENTS * 5 * (12 * 4 + 2), ELEMENTS * 5 * (34 * 4 + 4)),
-    "timestep_norm": (timestep_norm_case(G=3, width=4), ELEMENTS * 12 * 8, ELEMENTS * 12 * 13),
-    "cema_end_state": (cema_end_state_case(D=5, N=4), ELEMENTS * 5 * 8 * 4, ELEMENTS * 5 * 26 * 4),
-    "timestep_norm_end_state": (timestep_norm_end_state_case(G=3, width=4), ELEMENTS * 12 * 4, ELEMENTS * 12 * 3),
-    "normalized_qk": (normalized_qk_case(H=2, K=6), ELEMENTS * 12 * 13, ELEMENTS * 12 * 23),
-    # Nine positions in chunks of four allow 10 + 10 + 1 pairs.
-    "chunked_attention": (
-        chunked_attention_case(H=2, K=3, V=5, C=4),
-        2 * 21 * 2 * 2 * (3 + 5),
-        2 * 21 * 2 * 2 * (3 * 3 + 2 * 5),
-    ),
-    # For each of four memories of 3 x 5, nine positions read and eight, in two chunks, write.
+TOKENS = 2 * 9  # B times L of a case
+D, N, G, WIDTH, H, K, V, C = 5, 4, 3, 4, 2, 3, 5, 4
+PAIRS = 2 * H * (10 + 10 + 1)  # of a query and a key: nine positions are chunks of 4, 4 and 1
+EXPECTED = {  # sizes of a case, operations of the forward, of the backward
+    "cema": (dict(D=D, N=N), TOKENS * D * (12 * N + 2), TOKENS * D * (34 * N + 4)),
+    "timestep_norm": (dict(G=G, width=WIDTH), TOKENS * G * WIDTH * 8, TOKENS * G * WIDTH * 13),
+    "cema_end_state": (dict(D=D, N=N), TOKENS * D * 8 * N, TOKENS * D * 26 * N),
+    "timestep_norm_end_state": (dict(G=G, width=WIDTH), TOKENS * G * WIDTH * 4, TOKENS * G * WIDTH * 3),
+    "normalized_qk": (dict(H=H, K=6), TOKENS * H * 6 * 13, TOKENS * H * 6 * 23),
+    "chunked_attention": (dict(H=H, K=K, V=V, C=C), PAIRS * 2 * (K + V), PAIRS * 2 * (3 * K + 2 * V)),
+    # Each of the 2 H memories, K x V matrices, is read by nine positions and written by two chunks, eight positions.
     "adaptive_working_memory": (
-        adaptive_working_memory_case(H=2, K=3, V=5, C=4),
-        2 * 4 * (9 * 15 + 8 * (15 + 9) + 2 * 9 * 5),
-        2 * 4 * (2 * 9 * 15 + 3 * 8 * (15 + 9) + 3 * 2 * 9 * 5),
+        dict(H=H, K=K, V=V, C=C),
+        2 * 2 * H * (9 * K * V + 8 * K * (K + V) + 2 * K * K * V),
+        2 * 2 * H * (2 * 9 * K * V + 3 * 8 * K * (K + V) + 3 * 2 * K * K * V),
     ),
 }
 
 
-@pytest.mark.parametrize(("case", "fwd", "bwd"), EXPECTED.values(), ids=EXPECTED)
-def test_forward_and_backward_are_counted(case, fwd, bwd):
-    found = counted(lambda: evaluate(getattr(mo, case.op), case))
+@pytest.mark.parametrize("op", EXPECTED)
+def test_forward_and_backward_are_counted(op):
+    sizes, forward_count, backward_count = EXPECTED[op]
+    found = counted(lambda: evaluate(getattr(mo, op), BUILDERS[op](**sizes)))
     assert found.pop("chunked_attention_state", 0) == 0  # the op copies
-    assert found == {f"{case.op}_fwd": fwd, f"{case.op}_bwd": bwd}
+    assert found == {f"{op}_fwd": forward_count, f"{op}_bwd": backward_count}
 
 
 @pytest.mark.parametrize("op", EXPECTED)
 def test_padding_is_not_counted(op):
     build = BUILDERS[op]
-    rows = [counted(lambda n=n: evaluate(getattr(mo, op), build(B=1, L=n))) for n in (9, 3)]
-    expected = {name: rows[0][name] + rows[1][name] for name in rows[0]}
+    nine, three = (counted(lambda n=n: evaluate(getattr(mo, op), build(B=1, L=n))) for n in (9, 3))
+    expected = {name: nine[name] + three[name] for name in nine}
     for case in (build(B=3, lengths=[9, 0, 3]), build(B=1, L=15, cu_seqlens=[1, 10, 13])):
         assert counted(lambda case=case: evaluate(getattr(mo, op), case)) == expected
 
 
 @pytest.mark.parametrize("first", range(8))
 def test_attention_to_two_chunks_counts_visible_pairs(first):
-    C, K, V, L = 4, 3, 5, 11
+    L = 11
     case = chunked_attention_case(B=1, L=L, H=1, K=K, V=V, C=C, visible_chunks=2, state=True)
     state = case.options["state"]._replace(position=torch.tensor([first]))
     t = torch.arange(first + L)
@@ -119,7 +104,7 @@ def test_attention_to_two_chunks_counts_visible_pairs(first):
 
 def test_attention_counts_visible_pairs():
     """Pairs with cached keys count, although these keys get no gradient."""
-    C, K, V, first, L = 4, 3, 5, 3, 9
+    first, L = 3, 9
     case = chunked_attention_case(B=1, L=L, H=1, K=K, V=V, C=C, state=True)
     assert case.options["state"].position.tolist() == [first]
     t = torch.arange(first + L)
@@ -130,7 +115,7 @@ def test_attention_counts_visible_pairs():
     assert found["chunked_attention_bwd"] == 2 * (pairs * (2 * K + V) + (pairs - cached) * (K + V))
     whole = chunked_attention_case(B=1, L=L, H=1, K=K, V=V, C=C, causal=False)
     found = counted(lambda: evaluate(mo.chunked_attention, whole))
-    assert found["chunked_attention_fwd"] == 2 * (4 * 4 + 4 * 4 + 1) * (K + V)
+    assert found["chunked_attention_fwd"] == 2 * (4 * 4 + 4 * 4 + 1) * (K + V)  # chunks of 4, 4 and 1 positions
 
 
 @pytest.mark.parametrize("to_end", [False, True])
@@ -140,7 +125,8 @@ def test_attention_counts_visible_pairs():
 def test_the_count_of_the_memory_is_that_of_its_products(H, L, to_end, visible_chunks):
     q, k, v = adaptive_working_memory_case(L=L, H=H, C=4, dtype=torch.float64).tensors.values()  # products by torch
     ends = [q.new_zeros(2, H, 3, 5), q.new_zeros(2, H, 3)] if to_end else [None, None]
-    arguments = [q, k, v, *[None] * 5, 4, visible_chunks, None]
+    no_state = [None] * 5
+    arguments = [q, k, v, *no_state, 4, visible_chunks, None]  # ..., chunk_size, visible_chunks, spans
     kernels = importlib.import_module("megalodon_ops.ops.adaptive_working_memory.adaptive_working_memory")
     calls = {
         ops.adaptive_working_memory_fwd: lambda function: function(*arguments, to_end),
@@ -169,24 +155,28 @@ def test_fake_tensors_count_whole_rows(op):
 def test_layers_around_the_ops():
     x, weight, bias = (torch.randn(*shape, requires_grad=True) for shape in ((3, 8), (8,), (8,)))
     matrix, index = torch.randn(5, 8), torch.tensor([1, 2, 3])
+    elements = x.numel()
 
     def both(call):
         return lambda: sum(t.abs().sum() for t in call()).backward()
 
-    assert counted(both(lambda: [layer_norm(x, weight, bias)])) == {"layer_norm_fwd": 24 * 7, "layer_norm_bwd": 24 * 16}
-    assert counted(both(lambda: [rms_norm(x)])) == {"layer_norm_fwd": 24 * 3, "layer_norm_bwd": 24 * 8}
-    assert counted(both(lambda: [gated_silu(x, x)])) == {"gated_silu_fwd": 24 * 5, "gated_silu_bwd": 24 * 11}
+    layer = counted(both(lambda: [layer_norm(x, weight, bias)]))
+    assert layer == {"layer_norm_fwd": elements * 7, "layer_norm_bwd": elements * 16}
+    assert counted(both(lambda: [rms_norm(x)])) == {"layer_norm_fwd": elements * 3, "layer_norm_bwd": elements * 8}
+    gated = counted(both(lambda: [gated_silu(x, x)]))
+    assert gated == {"gated_silu_fwd": elements * 5, "gated_silu_bwd": elements * 11}
     alpha, theta, gamma = (torch.zeros(*shape, requires_grad=True) for shape in ((4, 3, 1), (4, 1, 1), (4, 3, 2)))
     coefficients = counted(both(lambda: cema_coefficients(alpha, alpha, theta, gamma)))
-    assert coefficients == {"cema_coefficients_fwd": 12 * 15, "cema_coefficients_bwd": 12 * 31}
+    modes = alpha.numel()
+    assert coefficients == {"cema_coefficients_fwd": modes * 15, "cema_coefficients_bwd": modes * 31}
     product = 2 * 3 * 8 * 5  # x times the transposed matrix
     assert sum(counted(both(lambda: [linear_fwd(x, matrix, None)])).values()) == 2 * product
     assert counted(lambda: linear_few_rows(x.detach(), matrix, None)) == {"linear_few_rows": product}
     small = quantize_weight(matrix, "int8")
     assert counted(lambda: quantized_linear_fwd(x.detach(), *small, None, None)) == {"quantized_linear_fwd": product}
-    losses = counted(both(lambda: [linear_cross_entropy_fwd(x, matrix, index, -100)]))
+    losses = counted(both(lambda: [loss.linear_cross_entropy_fwd(x, matrix, index, -100)]))
     assert losses == {"linear_cross_entropy_fwd": product, "linear_cross_entropy_sum": 2 * product}
-    total = counted(lambda: linear_cross_entropy_sum(x, matrix, index, torch.ones(3), True, True))
+    total = counted(lambda: loss.linear_cross_entropy_sum(x, matrix, index, torch.ones(3), True, True))
     assert total == {"linear_cross_entropy_sum": 3 * product}
 
 
@@ -215,12 +205,14 @@ def test_counting_does_not_change_the_computation(monkeypatch):
     def train():
         model.loss(tokens, tokens).backward()
 
-    D, N, T, V, F = config.model_dim, config.cema_ndim, rows * length, config.value_dim, config.ffn_hidden_dim
+    T, D, N = rows * length, config.model_dim, config.cema_ndim
+    V, F = config.value_dim, config.ffn_hidden_dim
     matrices = sum(layer.weight.numel() for layer in model.modules() if isinstance(layer, torch.nn.Linear))
     pairs = T * (config.chunk_size + 1) // 2  # a token and those before it in its chunk
     attention = 2 * pairs * (4 * config.z_dim + 3 * V)
-    norms = T * D * (8 + 13 + 4 + 11 + 7 + 16) + T * config.z_dim * (13 + 23)  # timestep, RMS, layer; queries and keys
-    gates = T * V * (4 + 8 + 5 + 11) + T * F * (5 + 11)
+    # Forward + backward of an element: timestep, RMS and layer norm; queries and keys; SiLU, gates
+    norms = T * D * ((8 + 13) + (4 + 11) + (7 + 16)) + T * config.z_dim * (13 + 23)
+    gates = T * V * ((4 + 8) + (5 + 11)) + T * F * (5 + 11)
     cema = T * D * (46 * N + 6) + D * N * (15 + 31)
     expected = 6 * T * matrices + 2 * (attention + norms + gates + cema) + T * D * 21  # the final norm
     with WithoutHooks() as counter:
@@ -239,7 +231,7 @@ def test_counting_does_not_change_the_computation(monkeypatch):
 @pytest.mark.parametrize("dispatched", [False, True])
 @pytest.mark.parametrize("op", EXPECTED)
 def test_autograd_nodes_have_the_name_of_their_op(op, dispatched):
-    case = EXPECTED[op][0]
+    case = BUILDERS[op]()
     leaves = {name: tensor.clone().requires_grad_() for name, tensor in case.tensors.items()}
     run = lambda: next(iter(forward(getattr(mo, op), case.with_tensors(**leaves)).values()))  # noqa: E731
     if dispatched:

@@ -102,7 +102,8 @@ def test_a_forked_worker_gets_the_results_of_its_parent(threads):
     assert children == "children 0" and len(lines) == 8
     for line in lines:
         *found, count, alive = line.split()
-        assert found[:3] == ["equal"] * 3 and all(word == "equal" or float(word) < 1e-3 for word in found[3:])
+        assert found[:3] == ["equal"] * 3  # the kernels; the others may round otherwise
+        assert all(word == "equal" or float(word) < 1e-3 for word in found[3:])
         assert int(count) == (threads or 1) and int(alive) >= int(count)
 
 

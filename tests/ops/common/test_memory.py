@@ -104,7 +104,7 @@ def test_freed_memory_is_kept():
 
 
 def send_generated(connection):
-    """Limit the address space to 600 MiB more, and generate with 90 MiB and with 360 MiB of states, copied once."""
+    """Allow 600 MiB more, and generate 90 samples, then 360: each has a state of 1 MiB and a copy of it."""
     config = mo.MegalodonConfig(
         num_layers=1, model_dim=32, z_dim=256, value_dim=768, ffn_hidden_dim=32, chunk_size=256, vocab_size=9
     )
@@ -122,7 +122,7 @@ def send_generated(connection):
 
 
 def test_samples_that_do_not_fit_beside_what_is_used_are_refused():
-    """The limit is larger than the states and than twice the states minus the memory in use."""
+    """720 MiB do not fit into 600, although one copy of the states does, and both minus the memory in use do."""
     here, there = forkserver().Pipe()
     process = forkserver().Process(target=send_generated, args=(there,))
     process.start()

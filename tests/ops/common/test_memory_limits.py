@@ -4,7 +4,6 @@ import pytest
 from backends import DEFAULT_ISA, ISAS
 from programs import run_python
 
-
 PROGRAM = """
 import resource, torch, megalodon_ops as mo
 from megalodon_ops.ops.linear import linear
@@ -88,7 +87,7 @@ for name, dtype, make in calls:
 
 
 def assert_a_result_or_an_error(isa: str, rooms: list[int]) -> None:
-    """Run each call under larger and larger limits until it succeeds."""
+    """Run each call with more and more free memory, in MiB, until it succeeds."""
     ran = run_python(PROGRAM.replace("{rooms}", repr(rooms)), MEGALODON_OPS_ISA=isa)
     assert ran.returncode == 0, ran.stderr[-2000:] + ran.stdout[-500:]
     outcomes: dict[tuple[str, str], list[list[str]]] = {}
@@ -101,9 +100,6 @@ def assert_a_result_or_an_error(isa: str, rooms: list[int]) -> None:
     assert {"MemoryError", "RuntimeError"} <= words
 
 
-ROOMS = [2, 20, 30, 40, 400]  # MiB; the size of a kernel's own buffer depends on the processor
-
-
 def test_out_of_memory_is_an_error():
     assert_a_result_or_an_error(DEFAULT_ISA, [2, 25, 400])
 
@@ -112,7 +108,7 @@ def test_out_of_memory_is_an_error():
 @pytest.mark.parametrize("isa", [isa for isa in (ISAS[0], ISAS[-1]) if isa != DEFAULT_ISA])
 def test_out_of_memory_is_an_error_on_narrow_and_wide_vectors(isa):
     """Buffer sizes depend on the width of vectors."""
-    assert_a_result_or_an_error(isa, ROOMS)
+    assert_a_result_or_an_error(isa, [2, 20, 30, 40, 400])
 
 
 @pytest.mark.slow

@@ -9,31 +9,35 @@ from assertions import TOLERANCE, assert_all_close, assert_bit_equal, assert_mat
 from backends import DEVICES, EMULATED_AMX, EMULATES_AMX, EVERY_BACKEND, FAST, WIDE_DEVICES
 from calls import OPS, invariant_results, evaluate, forward, packed, separate, streamed
 from cases import BUILDERS, SMALL, WITH_STATE, chunked_attention_case
+from drawing import DTYPES
 from hypothesis import given
 from hypothesis import strategies as st
 from strategies import CASES, POISONS, pieces
 from test_threads import CASES as LARGE
 from torch.autograd import forward_ad
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves, tree_map_only
 
 import megalodon_ops as mo
 from megalodon_ops.ops.normalized_qk.normalized_qk import rotary_rows
 
 pytestmark = pytest.mark.usefixtures("poisoned_memory", "backend")
 
-
-TWO_CHUNKS, SEE_TWO_CHUNKS = {"visible_chunks": 2}, ("chunked_attention", "adaptive_working_memory")
+TWO_CHUNKS = {"visible_chunks": 2}
+SEE_TWO_CHUNKS = ("chunked_attention", "adaptive_working_memory")
 COMPOSED = [name for name, op in OPS.items() if op.cuda is None]
 
 
 def each_op_on(backends, ops=tuple(OPS)):
-    """Each op on each backend; ops without kernels of their own, or for AMX, skip their emulator."""
+    """Each op on each backend, except on an emulator that has no kernels of the op."""
     calls = []
     for op, backend in itertools.product(ops, backends):
-        name, marks = (backend, ()) if isinstance(backend, str) else (*backend.values, backend.marks)
-        as_v4_bf16 = EMULATES_AMX and name == "v4_amx" and op != "chunked_attention"
-        if not as_v4_bf16 and (op not in COMPOSED or name != "cuda-emulated"):
-            calls.append(pytest.param(op, name, marks=marks, id=f"{op}-{name}"))
+        param = pytest.param(backend) if isinstance(backend, str) else backend
+        (name,) = param.values
+        without_cuda = name == "cuda-emulated" and op in COMPOSED
+        without_amx = name == "v4_amx" and EMULATES_AMX and op != "chunked_attention"
+        if not (without_cuda or without_amx):
+            calls.append(pytest.param(op, name, marks=param.marks, id=f"{op}-{name}"))
     return pytest.mark.parametrize(("op", "backend"), calls, indirect=["backend"])
 
 
@@ -81,17 +85,19 @@ def test_each_span_gives_what_its_sequence_gives_alone(op, backend, data):
     CEMA, both norms, the memory and CUDA divide their work by the call's sizes, which changes the rounding.
     """
     by_size = "cuda" in backend or any(name in op for name in ("cema", "memory", "timestep_norm", "sequence_norm"))
-    case = data.draw(CASES[op](*([st.just(torch.float64)] if by_size else []), kinds=("spans",)))
+    case = data.draw(CASES[op](st.just(torch.float64) if by_size else DTYPES, kinds=("spans",)))
     if "attention" in op:  # DropKey's mask depends on the sequence's number
         case = case.with_options(dropkey=0.0)
-    if len(case.options["spans"]):
-        alone, together = (evaluate(f, case) for f in (separate(function(op), op), function(op)))
-        sums = [] if by_size else [f"d{name}" for name in OPS[op].parameters]
-        alone, together = ({n: t for n, t in found.items() if n not in sums} for found in (alone, together))
-        if by_size:
-            assert_all_close(together, alone, tolerance=TOLERANCE, terms=case.terms)
-        else:
-            assert_bit_equal(together, alone)
+    if not len(case.options["spans"]):
+        return
+    alone = evaluate(separate(function(op), op), case)
+    together = evaluate(function(op), case)
+    if by_size:
+        assert_all_close(together, alone, tolerance=TOLERANCE, terms=case.terms)
+        return
+    for name in OPS[op].parameters:
+        del alone[f"d{name}"], together[f"d{name}"]
+    assert_bit_equal(together, alone)
 
 
 @each_op_on(WIDE_DEVICES)
@@ -168,13 +174,12 @@ def test_layouts_change_nothing(op):
 
 @each_op_around_a_kernel
 def test_a_call_does_not_change_its_arguments(op):
-    case, twin = SMALL[op], SMALL[op].double()
+    case = SMALL[op]
+    before = case.converted(torch.clone)
     evaluate(function(op), case)
-    assert_bit_equal(case.double().tensors, twin.tensors)
-    for name, value in case.double().options.items():
-        for a, b in zip(*((v if isinstance(v, tuple) else (v,)) for v in (value, twin.options[name])), strict=True):
-            same = torch.equal(a.nan_to_num(), b.nan_to_num()) if isinstance(a, torch.Tensor) else a == b
-            assert same, f"{name} changed"
+    assert_bit_equal(case.tensors, before.tensors)
+    for a, b in zip(tree_leaves(case.options), tree_leaves(before.options), strict=True):
+        assert torch.equal(a.nan_to_num(), b.nan_to_num()) if isinstance(a, torch.Tensor) else a == b
 
 
 @fast_devices
@@ -264,7 +269,7 @@ class RecordOps(TorchDispatchMode):
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         if func.namespace == "megalodon_ops":
-            self.calls[func] = torch.utils._pytree.tree_map_only(torch.Tensor, lambda t: t.detach().clone(), args)
+            self.calls[func] = tree_map_only(torch.Tensor, lambda t: t.detach().clone(), args)
         return func(*args, **(kwargs or {}))
 
 
@@ -297,7 +302,7 @@ def test_opcheck():
     for func, args in calls.items():
         if func.name().endswith("_fwd"):
             floating = lambda t: t.requires_grad_(t.is_floating_point() or t.is_complex())  # noqa: E731
-            args = torch.utils._pytree.tree_map_only(torch.Tensor, floating, args)
+            args = tree_map_only(torch.Tensor, floating, args)
         torch.library.opcheck(func, args)
 
 
@@ -352,7 +357,7 @@ def test_axes_without_elements(op):
         for n, sizes in enumerate(OPS[op].without_elements):
             for i, (name, batch) in enumerate(BATCHES.items()):
                 for j, state in enumerate(starts(op)):
-                    dtype = dtypes[(i + j + n) % 2]
+                    dtype = dtypes[(i + j + n) % 2]  # in turn
                     with each(*sizes, name, dtype, *state):
                         assert_right_without_elements(BUILDERS[op](**batch, **sizes, **state, dtype=dtype))
 

@@ -22,7 +22,7 @@ import megalodon_ops as mo
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 
 TASKS = Path("/proc/self/task")
-SIGNALS = {name: 1 << number - 1 for name, number in {"INT": 2, "TERM": 15, "SEGV": 11, "BUS": 7}.items()}
+SIGNALS = {name: 1 << number - 1 for name, number in {"INT": 2, "TERM": 15, "SEGV": 11, "BUS": 7}.items()}  # in masks
 
 
 @pytest.fixture(scope="module")

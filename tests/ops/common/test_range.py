@@ -6,16 +6,8 @@ from functools import partial
 
 import pytest
 import torch
-from assertions import (
-    assert_all_as_accurate_as,
-    assert_all_close,
-    assert_as_accurate_as,
-    assert_close,
-    assert_matches_reference,
-    every_case,
-    references,
-    with_references,
-)
+from assertions import assert_all_as_accurate_as, assert_all_close, assert_as_accurate_as, assert_close
+from assertions import assert_matches_reference, every_case, references, with_references
 from backends import DEVICES, each_isa, each_isa_with_amx, every_backend, isa
 from calls import OPS, evaluate, forward
 from cases import BUILDERS, cema_case, chunked_attention_case, generator, normalized_qk_case, randn, timestep_norm_case
@@ -33,8 +25,8 @@ TOLERANCE = {torch.float32: 2e-5, torch.float64: 1e-12, torch.bfloat16: 0.03, to
 # Attention.
 def dependent_results(name, position, t):
     """Masks of positions `t` of a chunk whose results depend on the value of `name` at `position`."""
-    later, same, earlier, everywhere = t >= position, t == position, t <= position, t >= 0
-    nowhere = ~everywhere
+    same, earlier, later = t == position, t <= position, t >= position
+    everywhere, nowhere = torch.ones_like(same), torch.zeros_like(same)
     return {
         "q": {"o": same, "dq": same, "dk": earlier, "dv": earlier},
         "k": {"o": later, "dq": later, "dk": everywhere, "dv": everywhere},
@@ -52,7 +44,10 @@ def with_values(tensor, places):
 
 
 def assert_reaches_only_dependent_results(run, case, do, clean, cached, name, places):
-    """Compare run(case, do) after `places` of q, k, v or do are replaced (see with_values) with `clean` results."""
+    """Compare the results `clean` of run(case, do) with those after values of q, k, v or do, by `name`, are replaced.
+
+    cached: positions in the state; places: see with_values.
+    """
     if name == "do":
         dirty = run(case, with_values(do, places))
     else:
@@ -60,20 +55,19 @@ def assert_reaches_only_dependent_results(run, case, do, clean, cached, name, pl
     C, tolerance = case.options["chunk_size"], TOLERANCE[case.dtype]
     t = cached + torch.arange(do.shape[1])
     for head in range(do.shape[2]):
-        found, expected = (
-            {key: t[:, :, head] for key, t in results.items() if t.dim() == 4 and key in RESULTS}
-            for results in (dirty, clean)
-        )
+        found, expected = ({key: results[key][:, :, head] for key in RESULTS} for results in (dirty, clean))
         if head not in places:
             assert_all_close(found, expected, tolerance=tolerance)
             continue
         row, value = places[head]
         in_chunk = t // C == t[row] // C
         for result, where in dependent_results(name, t[row], t).items():
-            kept, title = ~(in_chunk & where), f"{result} at positions of head {head} that do not depend on it"
+            kept = ~(in_chunk & where)
+            title = f"{result} at positions of head {head} that do not depend on it"
             assert_close(found[result][:, kept], expected[result][:, kept], tolerance=tolerance, name=title)
         if name == "v":
-            o, seen = found["o"][0], in_chunk & (t >= t[row])
+            o = found["o"][0]
+            seen = in_chunk & (t >= t[row])
             assert not o[seen, 1].isfinite().any(), "a value that a row sees was lost"
             others = torch.arange(o.shape[-1]) != 1
             assert_close(o[:, others], expected["o"][0][:, others], tolerance=tolerance, name="other channels")
@@ -107,7 +101,7 @@ def attention_case(cached, L, K, V, C, dtype):
 
 
 def assert_every_place_reaches_only_dependent_results(run, case, cached, rows, values):
-    """Try each tensor at each row; values take turns."""
+    """Replace a value of each tensor at each row; `values` take turns."""
     do = gradient_of_o(case)
     clean = run(case, do)
     with every_case() as each:
@@ -146,8 +140,9 @@ def test_attention_of_random_shapes_passes_values_on_to_dependent_results(data):
     cached, L = data.draw(st.integers(0, C - 1)), data.draw(st.integers(1, 2 * C))
     K, V = (data.draw(st.sampled_from([2, 3, 16, 33, 64])) for _ in range(2))
     case = attention_case(cached, L, K, V, C, data.draw(st.sampled_from([torch.float32, torch.bfloat16])))
-    tensor, row, do = data.draw(st.sampled_from(TENSORS)), data.draw(st.integers(0, L - 1)), gradient_of_o(case)
-    places = {0: (row, torch.nan)}
+    do = gradient_of_o(case)
+    tensor = data.draw(st.sampled_from(TENSORS))
+    places = {0: (data.draw(st.integers(0, L - 1)), torch.nan)}
     assert_reaches_only_dependent_results(run_op, case, do, run_op(case, do), cached, tensor, places)
 
 
@@ -169,29 +164,29 @@ ON_CUDA = {
 def test_attention_on_cuda_passes_values_on_to_dependent_results(shape, dtype, tensor, backend):
     """NaN in the middle of one head, infinity at the end of the other; all else equals the reference."""
     case, L = attention_case(**shape, dtype=dtype), shape["L"]
-    do, places = gradient_of_o(case), {0: (L // 2 + 1, torch.nan), 1: (L - 1, torch.inf)}
+    do = gradient_of_o(case)
+    places = {0: (L // 2 + 1, torch.nan), 1: (L - 1, torch.inf)}
     exact = evaluate(reference.chunked_attention, case.double(), lambda _, grad: do.double())
     clean = {name: value.to(dtype) for name, value in exact.items()}
     assert_reaches_only_dependent_results(run_op, case, do, clean, shape["cached"], tensor, places)
 
 
 def test_the_references_attention_passes_values_on_to_dependent_results():
-    case = attention_case(5, 30, 4, 6, 16, torch.float64)
-    assert_every_place_reaches_only_dependent_results(
-        run_reference, case, 5, (0, 9, 10, 11, 20, 29), (torch.nan, torch.inf)
-    )
+    case = attention_case(cached=5, L=30, K=4, V=6, C=16, dtype=torch.float64)
+    rows, values = (0, 9, 10, 11, 20, 29), (torch.nan, torch.inf)
+    assert_every_place_reaches_only_dependent_results(run_reference, case, 5, rows, values)
 
 
 @each_isa
 def test_products_that_overflow_stay_with_their_pairs(name):
     """dO v overflows for a query and a later key, which it does not see."""
-    case = attention_case(0, 40, 4, 6, 64, torch.float32)
+    case = attention_case(cached=0, L=40, K=4, V=6, C=64, dtype=torch.float32)
     do = randn(generator(1), 1, 40, 2, 6, dtype=torch.float32)
     do[:, :20] *= 1e25
-    v = torch.cat([case.tensors["v"][:, :20], case.tensors["v"][:, 20:] * 1e25], 1)
-    case = case.with_tensors(v=v)
+    early, late = case.tensors["v"].split(20, 1)
     with isa(name):
-        dirty, clean = run_op(case, do), run_op(case.with_tensors(v=torch.cat([v[:, :20], 0 * v[:, 20:]], 1)), do)
+        dirty = run_op(case.with_tensors(v=torch.cat([early, 1e25 * late], 1)), do)
+        clean = run_op(case.with_tensors(v=torch.cat([early, 0 * late], 1)), do)
     assert_close(dirty["dq"][:, :20], clean["dq"][:, :20], tolerance=1e-5)
 
 
@@ -246,9 +241,15 @@ def test_cema_in_place_recomputes_from_its_initial_state():
 
 @given(data=st.data())
 def test_cema_while_results_are_in_range(data):
-    """h, g, y, gradients and the terms of their sums are in range; quotients like h / p may overflow."""
-    x, p, gamma, dy, state = (data.draw(st.integers(low, high)) for low, high in
-                              [(-30, 36), (-30, 0), (-30, 30), (-30, 36), (-30, 34)])  # fmt: skip
+    """h, g, y, gradients and the terms of their sums are in range; quotients like h / p may overflow.
+
+    Tensors are scaled by powers of ten, whose exponents are drawn.
+    """
+    x = data.draw(st.integers(-30, 36))
+    p = data.draw(st.integers(-30, 0))
+    gamma = data.draw(st.integers(-30, 30))
+    dy = data.draw(st.integers(-30, 36))
+    state = data.draw(st.integers(-30, 34))
     h = max(x + p, state)
     products = [x + p, h + gamma, gamma + dy, x + gamma + dy, h + dy, h + gamma + dy]
     assume(max(*products, x + dy) <= 33 and min(*products, x + dy) >= -30)
@@ -265,9 +266,9 @@ def test_cema_while_results_are_in_range(data):
 @given(data=st.data())
 def test_cema_on_cuda_within_its_bounds(backend, data):
     """States up to 1e15, inputs up to 1e38 / n^2, p above 2^-32, all phases."""
-    L, p, phase = (
-        data.draw(st.sampled_from(values)) for values in ([66, 130], [2.0**-28, 1e-5, 1.0], [0.0, 1e-20, 1e-6, 3.0])
-    )
+    L = data.draw(st.sampled_from([66, 130]))
+    p = data.draw(st.sampled_from([2.0**-28, 1e-5, 1.0]))
+    phase = data.draw(st.sampled_from([0.0, 1e-20, 1e-6, 3.0]))
     state, x = data.draw(st.integers(-10, 15)), data.draw(st.integers(-10, 33))
     case = cema_case(B=1, L=L, D=2, N=3, radius=(0.9, 1.0), angle=(-phase, phase), state=True)
     scales = {"p": p, "x": 10.0**x, "state": 10.0**state, "gamma": 1e-3, "omega": p}
@@ -284,7 +285,8 @@ SCALES = [1e-36, 1e-30, 1e-21, 1e-12, 1.0, 1e12, 1e19, 1e21, 1e30, 1e36]
 def test_normalized_qk_of_every_scale(backend):
     with every_case() as each:
         for i, scale in enumerate(SCALES):
-            for K, eps in (((6, 0.0), (130, 1e-5)), ((6, 1e-5), (130, 0.0)))[i % 2]:
+            epsilons = (0.0, 1e-5) if i % 2 == 0 else (1e-5, 0.0)
+            for K, eps in zip((6, 130), epsilons, strict=True):
                 with each(scale, K, eps):
                     case = normalized_qk_case(B=2, L=5, H=2, K=K, size=scale, eps=eps)
                     assert_all_as_accurate_as(evaluate(mo.normalized_qk, case), *references(case), factor=4, floor=8)
@@ -292,9 +294,9 @@ def test_normalized_qk_of_every_scale(backend):
 
 @every_backend
 def test_norms_of_rows_of_zeros_and_constants(backend):
-    """All rows, or one, are zeros or constant: there eps alone is under the root.
+    """In rows of zeros, or of one constant, eps alone is under the root. All rows are such, or one is.
 
-    Initial states have the same mean, and the first one has variance 0.
+    Initial states have the constant as mean; the first one has variance 0.
     """
     norms = [
         ("timestep_norm", {}),
@@ -311,9 +313,10 @@ def test_norms_of_rows_of_zeros_and_constants(backend):
                 changed = {name: case.tensors[name].clone()}
                 changed[name][:, rows] = value
                 if "count" in sizes:
-                    mean, var = torch.full_like(case.tensors["mean"], value), case.tensors["var"].clone()
-                    var[0] = 0
-                    case, changed = case.with_options(residual=None), {**changed, "mean": mean, "var": var}
+                    changed["mean"] = torch.full_like(case.tensors["mean"], value)
+                    changed["var"] = case.tensors["var"].clone()
+                    changed["var"][0] = 0
+                    case = case.with_options(residual=None)
                 case = replace(case.with_tensors(**changed), terms=300.0)
                 assert_matches_reference(evaluate(getattr(mo, op), case), case)
 
@@ -349,7 +352,8 @@ def assert_norm_is_right(norm, D, scale, eps):
         return {"y": y.detach()} | dict(zip(("dx", "dweight"), torch.autograd.grad(y, leaves, dy), strict=True))
 
     plain = getattr(reference, norm)
-    exact, same = results(plain, x.double(), dy.double(), weight.double()), results(plain, x, dy, weight)
+    exact = results(plain, x.double(), dy.double(), weight.double())
+    same = results(plain, x, dy, weight)
     assert_all_as_accurate_as(results(getattr(mo, norm), x, dy, weight), same, exact, factor=4, floor=8)
 
 

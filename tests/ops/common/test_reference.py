@@ -1,6 +1,7 @@
 """The reference: hand-derived backward against autograd, closed forms, random numbers."""
 
 import math
+from functools import partial
 
 import pytest
 import torch
@@ -27,7 +28,8 @@ def explicit_gradients(case, incoming):
         found = op.gradients(backward, case, inputs, incoming)
     else:
         states = {"state": case.tensors.get("state")} if op.call is call_with_state else {}
-        grads = backward(*(incoming.get(name) for name in (*op.outputs, *states)), *inputs, **states, **case.options)
+        given = [incoming.get(name) for name in (*op.outputs, *states)]
+        grads = backward(*given, *inputs, **states, **case.options)
         names = (*op.tokens, *op.parameters, *states)
         found = {f"d{name}": grad for name, grad in zip(names, grads, strict=True)}
     return {name: grad for name, grad in found.items() if name[1:] in case.tensors}
@@ -135,7 +137,8 @@ def test_philox_known_answers(counter, key, expected):
 
 def test_dropkey_mask_has_the_right_rate_and_no_pattern():
     rows = columns = torch.arange(200)
-    masks = [dropkey_mask(0.3, seed, s, 3, rows, columns).double() for seed in (1, 2**33 + 1) for s in range(2)]
+    draw = partial(dropkey_mask, 0.3, num_heads=3, rows=rows, columns=columns)
+    masks = [draw(seed=seed, sequence=s).double() for seed in (1, 2**33 + 1) for s in range(2)]
     flat = torch.cat(masks).flatten(1)  # one row for each (seed, sequence, head)
     deviation = math.sqrt(0.3 * 0.7 / flat.shape[1])
     assert ((flat.mean(1) - 0.3).abs() < 5 * deviation).all()

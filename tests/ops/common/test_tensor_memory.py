@@ -49,8 +49,7 @@ def test_a_state_that_is_written_in_place_shares_no_memory(overlapping):
     inside = {"position": memory[4:6].view(torch.int64), "v": memory[4 : 4 + C * H * K].view(1, C, H, K)}
     before = memory.clone()
     overlaid = mo.AttentionState(**tensors | {overlapping: inside[overlapping]})
-    with pytest.raises(
-        ValueError, match=f"`state.{overlapping}`.*must not overlap|must not overlap.*`state.{overlapping}`"
-    ):
+    name = f"`state.{overlapping}`"
+    with pytest.raises(ValueError, match=f"{name}.*must not overlap|must not overlap.*{name}"):
         mo.chunked_attention(*tokens, state=overlaid, **options)
     assert torch.equal(memory, before)

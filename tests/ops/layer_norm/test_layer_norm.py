@@ -5,14 +5,14 @@ import itertools
 import pytest
 import torch
 import torch.nn.functional as F
-from assertions import assert_as_accurate_as, assert_refuses, every_case
+from assertions import assert_as_accurate_as, assert_bit_equal, assert_refuses, every_case
 
 from backends import each_isa, isa
 from megalodon_ops import _C, reference
 from megalodon_ops.ops.layer_norm import layer_norm as module
 from megalodon_ops.ops.layer_norm.layer_norm import layer_norm, layer_norm_bwd, layer_norm_fwd, rms_norm
 
-NORMS = {"layer_norm": 3, "rms_norm": 2}  # inputs with gradients
+NORMS = {"layer_norm": 3, "rms_norm": 2}  # number of inputs with gradients
 WIDTHS = [1, 7, 16, 17, 64, 500, 4097]
 each_norm = pytest.mark.parametrize("norm", NORMS)
 DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
@@ -36,18 +36,17 @@ def results(function, tensors, dy):
     return {"y": y.detach()} | dict(zip(("dx", "dweight", "dbias"), grads, strict=False))
 
 
-def assert_matches_the_reference(norm, tensors, dy, **scale):
+def assert_matches_the_reference(norm, tensors, dy, *, terms):
+    """terms: size of the terms of dx, which may cancel."""
     found = results(getattr(module, norm), tensors, dy)
     exact = results(getattr(reference, norm), [t.double() for t in tensors], dy.double())
     same = results(getattr(reference, norm), tensors, dy)
     assert len(found) == NORMS[norm] + 1
     for key, expected in exact.items():
-        wide = found[key].dtype in (torch.float32, torch.float64)
         assert found[key].dtype == same[key].dtype
-        terms = scale.get("terms", 0.0) if key == "dx" else 0.0
-        assert_as_accurate_as(
-            found[key], same[key], expected, factor=4 if wide else 2, floor=8 if wide else 0.5, terms=terms, name=key
-        )
+        bounds = dict(factor=4, floor=8) if found[key].dtype.itemsize > 2 else dict(factor=2, floor=0.5)
+        bounds["terms"] = terms if key == "dx" else 0.0
+        assert_as_accurate_as(found[key], same[key], expected, **bounds, name=key)
 
 
 @each_isa
@@ -104,7 +103,10 @@ def test_a_mean_that_dwarfs_the_spread(name, width):
 def test_constant_rows_and_special_values(norm, dtype):
     tensors, _ = inputs(norm, 4, 50, dtype=dtype)
     x = tensors[0]
-    x[0], x[1], x[2, 3], x[3, 4] = 0, 3, torch.nan, torch.inf
+    x[0] = 0
+    x[1] = 3
+    x[2, 3] = torch.nan
+    x[3, 4] = torch.inf
     y = getattr(module, norm)(*tensors)
     expected = tensors[2].to(dtype) if norm == "layer_norm" else torch.zeros(50, dtype=dtype)
     assert torch.equal(y[0], expected)
@@ -159,8 +161,7 @@ def test_threads_and_strides_change_nothing(norm, shape, dtype, two_threads):
     turned = [t.t().contiguous().t() if t.dim() == 2 else t for t in (*tensors, dy)]
     torch.set_num_threads(1)
     for *arranged, grad in ((*tensors, dy), spread, turned):
-        found = results(function, arranged, grad)
-        assert all(torch.equal(found[key], expected[key]) for key in expected)
+        assert_bit_equal(results(function, arranged, grad), expected)
 
 
 @each_norm
@@ -175,18 +176,18 @@ def test_nothing_to_do(norm, shape):
 @pytest.mark.filterwarnings("ignore:`torch.jit.script_method` is deprecated:DeprecationWarning")  # torch's own use
 @each_norm
 def test_opcheck_and_compile(norm):
-    (x, weight, *bias), dy = inputs(norm, 2, 3, 5, dtype=torch.float32)
-    bias, rest = bias[0] if bias else None, (1e-5, norm == "rms_norm")
+    tensors, dy = inputs(norm, 2, 3, 5, dtype=torch.float32)
+    x, weight = tensors[:2]
+    bias = tensors[2] if norm == "layer_norm" else None
+    options = dict(eps=1e-5, is_rms_norm=norm == "rms_norm")
     for parameters in ((weight, bias), (None, None)):
-        floating = [p if p is None else p.detach().requires_grad_() for p in parameters]
-        torch.library.opcheck(layer_norm_fwd, (x.detach().requires_grad_(), *floating, *rest))
-        torch.library.opcheck(layer_norm_bwd, (dy, x, *parameters, *rest))
+        leaves = [p if p is None else p.detach().requires_grad_() for p in (x, *parameters)]
+        torch.library.opcheck(layer_norm_fwd, tuple(leaves), options)
+        torch.library.opcheck(layer_norm_bwd, (dy, x, *parameters), options)
     torch.use_deterministic_algorithms(False)
     torch.compiler.reset()
-    tensors = [x, weight, *([bias] if norm == "layer_norm" else [])]
-    compiled = results(torch.compile(getattr(module, norm), fullgraph=True, backend="aot_eager"), tensors, dy)
-    expected = results(getattr(module, norm), tensors, dy)
-    assert all(torch.equal(compiled[key], expected[key]) for key in expected)
+    compiled = torch.compile(getattr(module, norm), fullgraph=True, backend="aot_eager")
+    assert_bit_equal(results(compiled, tensors, dy), results(getattr(module, norm), tensors, dy))
 
 
 @each_norm
@@ -212,15 +213,7 @@ def test_errors():
     assert_refuses(TypeError, "layer_norm", "bias", lambda: layer_norm(x, weight, bias.half()))
     assert_refuses(ValueError, "layer_norm", "eps", lambda: layer_norm(x, weight, bias, eps=-1.0))
     assert_refuses(ValueError, "rms_norm", "x", lambda: rms_norm(x[0, 0]))
-    arguments = {
-        "weight": weight,
-        "eps": 1e-5,
-        "is_rms_norm": False,
-        "dy": x,
-        "dx": x.clone(),
-        "dw": weight,
-        "db": bias,
-    }
+    arguments = dict(weight=weight, eps=1e-5, is_rms_norm=False, dy=x, dx=x.clone(), dw=weight, db=bias)
     _C.layer_norm_bwd(x, *arguments.values())
     for argument, bad in {"dy": x[:2], "dx": x.double(), "dw": weight[:3]}.items():
         with pytest.raises((ValueError, TypeError), match=f"layer_norm: `{argument}"):

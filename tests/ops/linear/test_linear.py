@@ -12,35 +12,27 @@ from torch.autograd import forward_ad
 from backends import ISAS, each_isa, each_isa_with_amx, isa, needs_amx
 from megalodon_ops import _C
 from megalodon_ops.ops.linear import linear as module
-from megalodon_ops.ops.linear.linear import (
-    KernelChoice,
-    linear,
-    linear_few_rows,
-    linear_fwd,
-    put_product_,
-    put_products_,
-)
+from megalodon_ops.ops.linear.linear import KernelChoice, linear, linear_few_rows
+from megalodon_ops.ops.linear.linear import linear_fwd, put_product_, put_products_
 
 DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
 
 
 @pytest.fixture(params=[pytest.param("v4_amx", marks=needs_amx), "others"])
 def large(request, monkeypatch):
-    """Products with gradients of all sizes take the kernel for many rows."""
-    always, by_torch = (
-        KernelChoice(few_rows_to=4, many_rows_from=5, training_from=1),
-        KernelChoice(few_rows_to=4, many_rows_from=None, training_from=1),
-    )
-    short = by_torch if request.param == "v4_amx" else always
+    """Products with gradients of all sizes take the kernel for many rows; with AMX, torch computes those of 16 bits."""
+    with_amx = request.param == "v4_amx"
+    always = KernelChoice(few_rows_to=4, many_rows_from=5, training_from=1)
+    short = KernelChoice(few_rows_to=4, many_rows_from=None, training_from=1) if with_amx else always
     monkeypatch.setattr(module, "CHOICES", {torch.float32: always, torch.bfloat16: short, torch.float16: short})
-    with isa(request.param if request.param == "v4_amx" else [name for name in ISAS if name != "v4_amx"][-1]):
+    with isa("v4_amx" if with_amx else [name for name in ISAS if name != "v4_amx"][-1]):
         yield
 
 
 def inputs(*shape, I=24, O=40, bias=True):  # noqa: E741
     gen = torch.Generator().manual_seed(0)
-    x, weight = torch.randn(*shape, I, generator=gen), torch.randn(O, I, generator=gen)
-    return [t.requires_grad_() for t in ((x, weight, torch.randn(O, generator=gen)) if bias else (x, weight))]
+    shapes = [(*shape, I), (O, I), (O,)] if bias else [(*shape, I), (O, I)]
+    return [torch.randn(shape, generator=gen).requires_grad_() for shape in shapes]
 
 
 def assert_like_exact(tensors, **tolerances):
@@ -49,7 +41,8 @@ def assert_like_exact(tensors, **tolerances):
     y, expected = linear(*tensors), F.linear(*exact)
     dy = torch.randn(y.shape, generator=torch.Generator().manual_seed(1)).to(y.dtype)
     grads = torch.autograd.grad(y, tensors, dy)
-    for found, wanted in zip((y, *grads), (expected, *torch.autograd.grad(expected, exact, dy.double())), strict=True):
+    expected_grads = torch.autograd.grad(expected, exact, dy.double())
+    for found, wanted in zip((y, *grads), (expected, *expected_grads), strict=True):
         assert found.dtype == tensors[0].dtype and found.shape == wanted.shape
         torch.testing.assert_close(found.double(), wanted, **tolerances)
     return y, grads
@@ -85,9 +78,8 @@ def test_autocast(large, bias):
 
 @pytest.mark.parametrize(("T", "O"), [(33, 20), (33, 200), (300, 17)])
 def test_bfloat16_gradients_by_torch(monkeypatch, T, O):  # noqa: E741
-    monkeypatch.setitem(
-        module.CHOICES, torch.bfloat16, KernelChoice(few_rows_to=8, many_rows_from=None, training_from=1)
-    )
+    choice = KernelChoice(few_rows_to=8, many_rows_from=None, training_from=1)
+    monkeypatch.setitem(module.CHOICES, torch.bfloat16, choice)
     tensors = [t.detach().bfloat16().requires_grad_() for t in inputs(T, O=O)]
     y, grads = assert_like_exact(tensors, rtol=2**-8, atol=1e-4)
     assert type(y.grad_fn) is type(linear_fwd(*tensors).grad_fn)
@@ -104,13 +96,12 @@ def test_strided_inputs_and_frozen_weights(large):
 
 def test_second_derivatives(large):
     tensors = inputs(5)
-    for function in (linear, F.linear):
+
+    def second(function):
         (dx,) = torch.autograd.grad(function(*tensors).pow(3).sum(), tensors[0], create_graph=True)
-        second = torch.autograd.grad(dx.pow(2).sum(), tensors)
-        if function is linear:
-            found = second
-    for a, b in zip(found, second, strict=True):
-        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-2)
+        return torch.autograd.grad(dx.pow(2).sum(), tensors)
+
+    torch.testing.assert_close(second(linear), second(F.linear), rtol=1e-4, atol=1e-2)
 
 
 @pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated:DeprecationWarning")  # torch's own use
@@ -131,7 +122,7 @@ def test_opcheck(large):
 @each_isa
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_few_rows(name, dtype):
-    sums = torch.finfo(torch.float64 if dtype == torch.float64 else torch.float32).eps
+    eps_of_sums = torch.finfo(torch.float64 if dtype == torch.float64 else torch.float32).eps
     sizes = [(1, 1), (7, 0), (7, 3), (64, 100), (300, 61), (1031, 5)]
     with every_case() as each, isa(name), torch.no_grad():
         for rows, (I, O) in itertools.product([1, 2, 5, 8, 23], sizes):  # noqa: E741
@@ -139,9 +130,10 @@ def test_few_rows(name, dtype):
                 x, weight, bias = (t.detach().to(dtype) for t in inputs(rows, I=I, O=O))
                 expected = F.linear(x.double(), weight.double(), bias.double())
                 size = F.linear(x.double().abs(), weight.double().abs(), bias.double().abs())  # of the terms
-                found, without = linear_few_rows(x, weight, bias), linear_few_rows(x, weight, None)
+                found = linear_few_rows(x, weight, bias)
+                without = linear_few_rows(x, weight, None)
                 assert found.dtype == dtype
-                bound = 4 * sums * size + torch.finfo(dtype).eps * expected.abs()
+                bound = 4 * eps_of_sums * size + torch.finfo(dtype).eps * expected.abs()
                 assert ((found.double() - expected).abs() <= bound).all()
                 bound += torch.finfo(dtype).eps * size
                 assert ((without.double() - (expected - bias.double())).abs() <= bound).all()
@@ -193,10 +185,11 @@ def test_many_rows(name, dtype):
             expected = F.linear(x.double(), weight.double())
             size = F.linear(x.double().abs(), weight.double().abs())  # of the terms
             for j, transposed in enumerate(itertools.product((False, True), repeat=2)):
-                plain, biased = (None, expected, size), (bias, expected + bias.double(), size + bias.double().abs())
                 has_bias = (i + j) % 2 == 0
+                options = dict(transposed=transposed, bias=bias if has_bias else None)
+                added = bias.double() if has_bias else torch.zeros(())
                 with each(T, I, O, "transposed", *transposed, "bias", has_bias):
-                    assert_many_rows_are_right(name, x, weight, transposed, *(biased if has_bias else plain))
+                    assert_many_rows_are_right(name, x, weight, expected + added, size + added.abs(), **options)
 
 
 SEVERAL = [(1, 33, 31, 17), (3, 33, 31, 17), (7, 150, 40, 49), (2, 5, 2601, 9), (3, 4, 9, 2120)]
@@ -212,15 +205,18 @@ def test_several_products(name, dtype):
     with every_case() as each:
         for n, T, I, O in SEVERAL:  # noqa: E741
             a, b = torch.randn(n, T, I).to(dtype), torch.randn(n, I, O).to(dtype)
-            expected, size = a.double() @ b.double(), a.double().abs() @ b.double().abs()
+            expected = a.double() @ b.double()
+            size = a.double().abs() @ b.double().abs()  # of the terms
             for transposed in itertools.product((False, True), repeat=2):
                 with each(n, T, I, O, *transposed):
                     left, right = (m.mT.contiguous() if t else m for m, t in zip((a, b), transposed, strict=True))
                     y = a.new_full((n, T, O), torch.nan)
+                    # x, is it transposed?, weight (the transposed right matrix), is it transposed?, bias
+                    arguments = left, transposed[0], right, not transposed[1], None
                     with isa(name):
-                        _C.linear_many_rows(left, transposed[0], right, not transposed[1], None, False, y)
+                        _C.linear_many_rows(*arguments, False, y)
                         first = y.clone()
-                        _C.linear_many_rows(left, transposed[0], right, not transposed[1], None, True, y)
+                        _C.linear_many_rows(*arguments, True, y)  # adds to y
                     bound = 4 * torch.finfo(torch.float32).eps * size + torch.finfo(dtype).eps * expected.abs()
                     assert ((first.double() - expected).abs() <= bound).all()
                     assert ((y.double() - 2 * expected).abs() <= 4 * bound).all()
@@ -242,15 +238,16 @@ def test_products_of_every_layout(batches, monkeypatch):
             torch.testing.assert_close(y, left @ right)
 
 
-def assert_many_rows_are_right(name, x, weight, transposed, bias, expected, size):
+def assert_many_rows_are_right(name, x, weight, expected, size, **options):
+    """size: sums of the magnitudes of the terms; options: bias and transposed."""
     dtype = x.dtype
-    y = many_rows(name, x, weight, bias, transposed=transposed)
+    y = many_rows(name, x, weight, **options)
     bound = (2 if name == "v4_amx" else 3) * torch.finfo(torch.float32).eps * size  # seen: up to 2.2
     rounding = 0 if dtype == torch.float32 else torch.finfo(dtype).eps
     assert ((y.double() - expected).abs() <= bound + rounding * expected.abs()).all()
     for sums in {dtype, torch.float32}:
         ones = torch.ones_like(y, dtype=sums)
-        summed = many_rows(name, x, weight, bias, transposed=transposed, add_to=ones)
+        summed = many_rows(name, x, weight, **options, add_to=ones)
         rounding = torch.finfo(sums).eps
         assert summed.dtype == sums
         assert ((summed.double() - 1 - expected).abs() <= bound + rounding * (1 + expected.abs())).all()
@@ -272,9 +269,8 @@ def test_many_rows_refuse_other_types():
 def test_put_product(large, dtype, add):
     x, weight = (torch.randn(20, n).to(dtype) for n in (70, 30))
     y = torch.randn(70, 30)
-    rounds = (
-        dtype != torch.float32 and module.CHOICES[dtype].many_rows_from is None
-    )  # the product is rounded, then added
+    # Torch rounds the product before it adds it.
+    rounds = dtype != torch.float32 and module.CHOICES[dtype].many_rows_from is None
     factors = (x, weight) if rounds else (x.double(), weight.double())
     expected = (add * y + F.linear(*(t.t() for t in factors))).float()
     y = y if add else torch.full_like(y, torch.nan)
@@ -286,6 +282,7 @@ def test_put_product(large, dtype, add):
 @pytest.mark.parametrize("transposed", [False, True], ids=["rows", "columns"])
 @each_isa_with_amx
 def test_float32_sums_are_made_in_runs(name, transposed):
+    """Partial sums of runs of terms lose less than half as much as one sum, term after term."""
     gen = torch.Generator().manual_seed(0)
     x, weight = torch.randn(96, 2048, generator=gen), torch.randn(64, 2048, generator=gen)
     one_after_another = torch.zeros(96, 64)
@@ -318,6 +315,7 @@ def test_amx_is_as_accurate_as_torch(depth):
 
 @needs_amx
 def test_amx_takes_all_magnitudes():
+    """Factors of any exponent, the largest numbers, infinity and NaN."""
     x, weight = (t.detach() for t in inputs(20, bias=False))
     expected = amx(x, weight)
     for power in (-90, -60, 60, 90):

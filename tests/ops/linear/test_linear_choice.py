@@ -32,17 +32,16 @@ def expected(choice: KernelChoice, rows: int, size: int, gradients: bool) -> lis
     return [] if choice.many_rows_from is None else ["linear_fwd"]
 
 
+CHOICES = {
+    "torch": KernelChoice(few_rows_to=32),
+    "many rows": KernelChoice(few_rows_to=32, many_rows_from=129, training_from=33 * 24 * 40),
+    "AMX": KernelChoice(few_rows_to=15, many_rows_from=16, training_from=16 * 24 * 40),
+    "AMX, bfloat16": KernelChoice(few_rows_to=8),
+}
+
+
 @pytest.mark.parametrize("gradients", [False, True])
-@pytest.mark.parametrize(
-    "choice",
-    [
-        KernelChoice(32),
-        KernelChoice(32, 129, 33 * 24 * 40),
-        KernelChoice(15, 16, 16 * 24 * 40),
-        KernelChoice(8),
-    ],
-    ids=["torch", "many rows", "AMX", "AMX, bfloat16"],
-)
+@pytest.mark.parametrize("choice", CHOICES.values(), ids=CHOICES)
 def test_choice_of_the_op(monkeypatch, choice, gradients):
     monkeypatch.setitem(module.CHOICES, torch.float32, choice)
     calls, weight = record_calls(monkeypatch), torch.randn(40, 24)
@@ -51,7 +50,7 @@ def test_choice_of_the_op(monkeypatch, choice, gradients):
             linear(torch.randn(rows, 24), weight)
             assert calls == expected(choice, rows, rows * 24 * 40, gradients), rows
             calls.clear()
-        for rows, inner in ((0, 24), (16, 0)):
+        for rows, inner in ((0, 24), (16, 0)):  # without elements
             linear(torch.randn(rows, inner), weight[:, :inner])
         assert not calls
         monkeypatch.setattr(module, "CHOICES", {})
@@ -74,7 +73,9 @@ def test_choices_by_processor():
     ]:
         table = choices(isa, mkl_is_slow)
         assert {dtype for dtype, choice in table.items() if choice.many_rows_from is not None} == has_many
-        assert table[bfloat16][1:3] == (many_rows_from, training_from) and table[float64] == KernelChoice(32)
+        assert table[bfloat16].many_rows_from == many_rows_from
+        assert table[bfloat16].training_from == training_from
+        assert table[float64] == KernelChoice(few_rows_to=32)
         assert table[float16].casts_here == (float16 in has_many) and table[float32].casts_here is False
         assert table[bfloat16].casts_here == (isa in ("v2", "v3", "v4"))
 
@@ -83,7 +84,8 @@ def test_choices_by_processor():
 def test_choice_of_the_kernel(monkeypatch):
     launched: list[str] = []
     monkeypatch.setattr(module, "launch", lambda name, *args: launched.append(name) or getattr(_C, name)(*args))
-    monkeypatch.setitem(module.CHOICES, torch.float32, KernelChoice(32, 129, 1))
+    choice = KernelChoice(few_rows_to=32, many_rows_from=129, training_from=1)
+    monkeypatch.setitem(module.CHOICES, torch.float32, choice)
     x, weight = torch.randn(3, 43, 24), torch.randn(40, 24)
     transposed = weight.t().contiguous().t()
     for x_, weight_, name in [(x, weight, "many"), (x[:2], weight, "few"), (x[:2], transposed, "many")]:
@@ -94,11 +96,12 @@ def test_choice_of_the_kernel(monkeypatch):
 @torch.no_grad()
 @pytest.mark.parametrize("casts", [False, True])
 def test_autocast_without_gradients_may_take_the_kernel(monkeypatch, casts):
-    monkeypatch.setitem(module.CHOICES, torch.bfloat16, KernelChoice(32, 64, 1, casts))
+    choice = KernelChoice(few_rows_to=32, many_rows_from=64, training_from=1, casts_here=casts)
+    monkeypatch.setitem(module.CHOICES, torch.bfloat16, choice)
     calls, x, weight = record_calls(monkeypatch), torch.randn(64, 24), torch.randn(40, 24)
     with torch.autocast("cpu", torch.bfloat16):
         assert linear(x, weight).dtype == linear(x[:63], weight).dtype == torch.bfloat16
-    assert calls == ["linear_fwd"] * casts
+    assert calls == (["linear_fwd"] if casts else [])
 
 
 @pytest.mark.parametrize(

@@ -3,7 +3,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from assertions import assert_as_accurate_as, assert_refuses
+from assertions import assert_as_accurate_as, assert_bit_equal, assert_refuses
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -33,7 +33,8 @@ def block_code(request, monkeypatch):
 
 def inputs(T: int, dtype=torch.float64, ignored: int = 0):
     gen = torch.Generator().manual_seed(T)
-    hidden, weight = torch.randn(T, D, generator=gen).to(dtype), (torch.randn(V, D, generator=gen) / 4).to(dtype)
+    hidden = torch.randn(T, D, generator=gen).to(dtype)
+    weight = (torch.randn(V, D, generator=gen) / 4).to(dtype)
     targets = torch.randint(V, (T,), generator=gen)
     targets[torch.randperm(T, generator=gen)[:ignored]] = -100
     return hidden.requires_grad_(), weight.requires_grad_(), targets
@@ -45,7 +46,7 @@ def expected_loss(hidden, weight, targets, **options):
 
 
 def results(function, hidden, weight, targets, **options):
-    """The loss and its gradients; losses of "none" have different weights."""
+    """The loss and its gradients; with reduction "none", each loss has another weight in their sum."""
     loss = function(hidden, weight, targets, **options)
     scales = torch.linspace(-1, 2, loss.numel(), dtype=loss.dtype).reshape(loss.shape) if loss.dim() else 3.0
     dhidden, dweight = torch.autograd.grad((loss * scales).sum(), (hidden, weight))
@@ -213,7 +214,8 @@ class Largest(TorchDispatchMode):
 
     def __init__(self):
         super().__init__()
-        self.elements, self.outputs = 0, []
+        self.elements = 0
+        self.outputs = []
 
     @property
     def kernels(self):
@@ -256,7 +258,7 @@ def test_never_holds_all_logits(reduction, small_blocks):
 
 
 def test_few_logits_are_saved(monkeypatch):
-    """With gradients, logits are saved if at most a quarter of hidden's size; without, if they are one block."""
+    """Logits are kept instead of computed again: with gradients, up to a quarter of hidden's size, else one block."""
     monkeypatch.setattr(module, "_CPU_BLOCK", ROWS * V)
     hidden, weight, targets = torch.randn(2 * ROWS, 4 * V), torch.randn(V, 4 * V), torch.zeros(2 * ROWS).long()
     assert largest(linear_cross_entropy, hidden, weight, targets, backward=False).kernels
@@ -285,8 +287,7 @@ def test_frozen_inputs_cost_no_gradient(frozen, reduction, small_blocks):
 
 def test_same_bits_on_every_run_and_a_second_backward(small_blocks, two_threads):
     tensors = inputs(5 * ROWS, torch.float32)
-    first, second = (results(linear_cross_entropy, *tensors) for _ in range(2))
-    assert all(torch.equal(first[name], second[name]) for name in first)
+    assert_bit_equal(results(linear_cross_entropy, *tensors), results(linear_cross_entropy, *tensors))
     loss = linear_cross_entropy(*tensors)
     grads = [torch.autograd.grad(loss, tensors[:2], retain_graph=True) for _ in range(2)]
     assert torch.equal(grads[0][0], grads[1][0]) and torch.equal(grads[0][1], grads[1][1])

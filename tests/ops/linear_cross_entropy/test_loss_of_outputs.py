@@ -128,12 +128,12 @@ def test_only_an_unmodified_output_is_plain(monkeypatch):
 
 def test_a_changed_output_holds_the_logits_of_one_block(monkeypatch):
     """The forward saves no logits for the backward; the backward holds those of one block at a time."""
-    columns, sizes = 7, []
+    columns = 7
     monkeypatch.setattr(loss, "_CPU_BLOCK", B * V * columns)
     model = tiny_model()
     add_adapter(model.output)
     model.output.output.register_forward_hook(lambda module, args, logits: sizes.append(tuple(logits.shape)))
-    kept = []
+    kept, sizes = [], []
     tokens, targets = tokens_of(B, L), tokens_of(B, L + 1)[:, 1:]
     with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t.shape) or t, lambda t: t):
         found = model.loss(tokens, targets)

@@ -48,8 +48,9 @@ def test_chunks_do_not_see_each_other():
     changed = {name: case.tensors[name].clone() for name in ("z", "v")}
     for tensor in changed.values():
         tensor[:, :8] = 100.0
-    assert torch.equal(forward(mo.normalized_attention, case.with_tensors(**changed))["o"][:, 8:], whole[:, 8:])
-    assert not torch.equal(forward(mo.normalized_attention, case.with_tensors(**changed))["o"][:, :8], whole[:, :8])
+    found = forward(mo.normalized_attention, case.with_tensors(**changed))["o"]
+    assert torch.equal(found[:, 8:], whole[:, 8:])
+    assert not torch.equal(found[:, :8], whole[:, :8])
 
 
 def test_the_future_is_not_seen():
@@ -64,11 +65,12 @@ def test_the_future_is_not_seen():
 
 @pytest.mark.parametrize("inplace", [False, True], ids=["copy", "in-place"])
 def test_decoding_token_by_token(inplace):
-    case = normalized_attention_case(B=2, L=21, H=2, K=6, V=5, C=8, dtype=torch.float64)
-    whole = forward(mo.normalized_attention, case)
     H, K, V, C = 2, 6, 5, 8
+    case = normalized_attention_case(B=2, L=21, H=H, K=K, V=V, C=C, dtype=torch.float64)
+    whole = forward(mo.normalized_attention, case)
     empty = (torch.zeros(2, C, H, K).double(), torch.zeros(2, C, H, V).double(), torch.zeros(2, dtype=torch.int64))
-    state, outputs = AttentionState(*empty), []
+    state = AttentionState(*empty)
+    outputs = []
     z, v, gamma, beta = case.tensors.values()
     options = dict(num_heads=H, chunk_size=C, return_state=True, inplace_state=inplace)
     for token, value in zip(z.split(1, 1), v.split(1, 1), strict=True):
@@ -80,20 +82,16 @@ def test_decoding_token_by_token(inplace):
     assert_close(state.v[:, :5], whole["state.v"][:, :5], tolerance=1e-12)
 
 
-def _t(*shape, dtype=torch.float32):
-    return torch.zeros(*shape, dtype=dtype)
-
-
 ERRORS = {  # numbers out of range are in test_wrong_calls.py
-    "z-no-batch": (ValueError, "z", {"z": _t(9, 8)}),
-    "z-integer": (TypeError, "z", {"z": _t(2, 9, 8, dtype=torch.int64)}),
-    "v-no-batch": (ValueError, "v", {"v": _t(9, 10)}),
-    "v-length": (ValueError, "v", {"v": _t(2, 8, 10)}),
-    "v-dtype": (TypeError, "v", {"v": _t(2, 9, 10, dtype=torch.bfloat16)}),
-    "v-heads": (ValueError, "num_heads", {"v": _t(2, 9, 9)}),
-    "heads-odd-size": (ValueError, "num_heads", {"num_heads": 8, "v": _t(2, 9, 16)}),
-    "gamma-shape": (ValueError, "gamma", {"gamma": _t(8)}),
-    "beta-dtype": (TypeError, "beta", {"beta": _t(2, 8, dtype=torch.float16)}),
+    "z-no-batch": (ValueError, "z", {"z": torch.zeros(9, 8)}),
+    "z-integer": (TypeError, "z", {"z": torch.zeros(2, 9, 8, dtype=torch.int64)}),
+    "v-no-batch": (ValueError, "v", {"v": torch.zeros(9, 10)}),
+    "v-length": (ValueError, "v", {"v": torch.zeros(2, 8, 10)}),
+    "v-dtype": (TypeError, "v", {"v": torch.zeros(2, 9, 10, dtype=torch.bfloat16)}),
+    "v-heads": (ValueError, "num_heads", {"v": torch.zeros(2, 9, 9)}),
+    "heads-odd-size": (ValueError, "num_heads", {"num_heads": 8, "v": torch.zeros(2, 9, 16)}),
+    "gamma-shape": (ValueError, "gamma", {"gamma": torch.zeros(8)}),
+    "beta-dtype": (TypeError, "beta", {"beta": torch.zeros(2, 8, dtype=torch.float16)}),
     "not-causal-into-a-state": (ValueError, "causal", {"causal": False, "return_state": True}),
     "packed-batch": (ValueError, "cu_seqlens", {"cu_seqlens": torch.tensor([0, 9])}),
 }

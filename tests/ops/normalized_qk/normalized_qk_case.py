@@ -29,8 +29,10 @@ def normalized_qk_cases(
 ) -> Case:
     """z from far below eps to large; chunks shorter and longer than the sequence."""
     C = draw(st.sampled_from([1, 2, 5, 8, 16, 64, 2048]))
-    rows, H = draw(sequences(lengths_around(min(C, 16)), kinds)), draw(st.integers(1, 4))
-    K, rope_base = draw(st.sampled_from([2, 4, 6, 16, 18, 34, 64])), draw(st.sampled_from([10.0, 1e4, 1e5]))
+    rows = draw(sequences(lengths_around(min(C, 16)), kinds))
+    H = draw(st.integers(1, 4))
+    K = draw(st.sampled_from([2, 4, 6, 16, 18, 34, 64]))
+    rope_base = draw(st.sampled_from([10.0, 1e4, 1e5]))
     values = dict(size=draw(st.sampled_from([1e-3, 1.0, 100.0])), position=draw(st.booleans()))
     values |= dict(dtype=draw(dtypes), seed=draw(SEEDS))
     return normalized_qk_case(**rows, H=H, K=K, C=C, rope_base=rope_base, **values)

@@ -57,18 +57,14 @@ def test_gain_is_an_offset_and_beta_is_not_divided():
     assert torch.equal(q2, k2)
 
 
-def _zeros(*shape, dtype=torch.float32, **options):
-    return torch.zeros(*shape, dtype=dtype, **options)
-
-
 ERRORS = {  # test_wrong_calls.py has wrong numbers
-    "no-batch": (ValueError, "z", {"z": _zeros(9, 12)}),
-    "one-axis": (ValueError, "z", {"z": _zeros(12)}),
-    "z-integer": (TypeError, "z", {"z": _zeros(2, 9, 12, dtype=torch.int32)}),
-    "gamma-shape": (ValueError, "gamma", {"gamma": _zeros(12)}),
-    "gamma-dtype": (TypeError, "gamma", {"gamma": _zeros(2, 12, dtype=torch.bfloat16)}),
-    "beta-shape": (ValueError, "beta", {"beta": _zeros(2, 6)}),
-    "beta-dtype": (TypeError, "beta", {"beta": _zeros(2, 12, dtype=torch.float64)}),
+    "no-batch": (ValueError, "z", {"z": torch.zeros(9, 12)}),
+    "one-axis": (ValueError, "z", {"z": torch.zeros(12)}),
+    "z-integer": (TypeError, "z", {"z": torch.zeros(2, 9, 12, dtype=torch.int32)}),
+    "gamma-shape": (ValueError, "gamma", {"gamma": torch.zeros(12)}),
+    "gamma-dtype": (TypeError, "gamma", {"gamma": torch.zeros(2, 12, dtype=torch.bfloat16)}),
+    "beta-shape": (ValueError, "beta", {"beta": torch.zeros(2, 6)}),
+    "beta-dtype": (TypeError, "beta", {"beta": torch.zeros(2, 12, dtype=torch.float64)}),
     "heads-odd-size": (ValueError, "num_heads", {"num_heads": 4}),
     "position-shape": (ValueError, "position", {"position": torch.tensor([0])}),
     "position-too-large": (ValueError, "position", {"position": torch.tensor([0, 4])}),
@@ -88,11 +84,11 @@ def test_errors(error, argument, changes):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
 def test_rows_of_a_table_for_few_tokens_are_those_of_torch(dtype):
     """By the kernel for few tokens and, in longer calls, by torch, far into a stream."""
-    end, frequencies = torch.tensor([1_000_007, 40, 25]), rotary_frequencies(10, 1e4, torch.device("cpu"))
+    end = torch.tensor([1_000_007, 40, 25])
+    frequencies = rotary_frequencies(10, 1e4, torch.device("cpu"))
     for length in (1, 10, 25):  # 3, 30 and 75 rows
         positions = (end[:, None] + torch.arange(-length, 0)).flatten()
         found = rotary_rows(end, frequencies, length, dtype == torch.float64)
-        assert_close(
-            found, rotary_table_of(positions, 10, 1e4, dtype), tolerance=1e-7 if dtype == torch.float32 else 1e-14
-        )
+        tolerance = 1e-7 if dtype == torch.float32 else 1e-14
+        assert_close(found, rotary_table_of(positions, 10, 1e4, dtype), tolerance=tolerance)
     assert rotary_rows(end[:0], frequencies, 5, True).shape == (1, 5, 2)

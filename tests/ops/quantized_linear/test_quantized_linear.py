@@ -1,7 +1,5 @@
 """quantized_linear: every instruction set computes the product of the rounded weights; quantize_weight rounds well."""
 
-from __future__ import annotations
-
 import itertools
 
 import pytest
@@ -32,8 +30,8 @@ def inputs(rows, I=300, O=61, kind="int8", dtype=torch.float32):  # noqa: E741
 
 def exact(x, weight, scale, bias):
     """The product in float64, and the size of its terms."""
-    matrix = exact_weight(weight, scale, x.shape[-1])
-    return F.linear(x.double(), matrix, bias.double()), F.linear(x.double().abs(), matrix.abs(), bias.double().abs())
+    matrix, bias = exact_weight(weight, scale, x.shape[-1]), bias.double()
+    return F.linear(x.double(), matrix, bias), F.linear(x.double().abs(), matrix.abs(), bias.abs())
 
 
 @each_isa
@@ -46,12 +44,13 @@ def test_few_rows(name, kind, dtype, poisoned_memory):
             with each(rows, I, O):
                 tensors = inputs(rows, I, O, kind, dtype)
                 expected, size = exact(*tensors)
-                found, without = mo.quantized_linear(*tensors), mo.quantized_linear(*tensors[:3])
+                found = mo.quantized_linear(*tensors)
                 assert found.dtype == dtype and found.shape == (rows, O)
-                sums, eps = 4 * torch.finfo(torch.float32).eps * size, torch.finfo(dtype).eps
-                assert ((found.double() - expected).abs() <= sums + eps * expected.abs()).all()
+                error_of_sums, eps = 4 * torch.finfo(torch.float32).eps * size, torch.finfo(dtype).eps
+                assert ((found.double() - expected).abs() <= error_of_sums + eps * expected.abs()).all()
+                without_bias = mo.quantized_linear(*tensors[:3])
                 expected -= tensors[3].double()
-                assert ((without.double() - expected).abs() <= sums + eps * expected.abs()).all()
+                assert ((without_bias.double() - expected).abs() <= error_of_sums + eps * expected.abs()).all()
 
 
 @each_isa
@@ -71,13 +70,14 @@ def test_dequantize(name, kind, dtype, poisoned_memory):
 @each_kind
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_many_rows(kind, dtype, monkeypatch):
-    """More rows take a copy of the weights in parts, rounded to the dtype, with the error of a linear layer of it."""
+    """More rows multiply a copy of the weights in the dtype, part by part, with the error of torch's product by it."""
     monkeypatch.setattr(module, "_COPY", 300 * 16)
     tensors = inputs(70, kind=kind, dtype=dtype)
     x, weight, scale, bias = tensors
     expected, size = exact(*tensors)
     with torch.no_grad():
-        found, copied = mo.quantized_linear(*tensors), F.linear(x, exact_weight(weight, scale, 300).to(dtype), bias)
+        found = mo.quantized_linear(*tensors)
+        copied = F.linear(x, exact_weight(weight, scale, 300).to(dtype), bias)
     error, usual = ((y.double() - expected).abs().max() for y in (found, copied))
     assert error <= 2 * usual + torch.finfo(torch.float32).eps * size.max()
     assert mo.quantized_linear(*tensors[:3]).shape == (70, 61)
@@ -118,7 +118,7 @@ def test_sums_of_integers_are_exact(name):
             with each(I):
                 gen = torch.Generator().manual_seed(0)
                 x = torch.randint(-127, 128, (3, I), generator=gen).float()
-                x[0], x[:, 0] = 127, 127  # so that the scales are 1
+                x[0] = x[:, 0] = 127  # so that the scales are 1
                 weight = torch.randint(-127, 128, (3, I), generator=gen).to(torch.int8)
                 weight[0] = -127
                 expected = x.double() @ weight.double().T
@@ -158,10 +158,11 @@ def test_error_of_rounded_x():
 
 
 def test_error_of_int4_rounded_to_8_bits():
-    """It changes weights by 1 % of a row, where rounding to 4 bits changed them by 9 %; with one scale it is to the nearest."""
+    """An error of 1 % of a row is added to that of 4 bits, 9 %; in a row of one scale, rounding is to the nearest."""
     weight = torch.randn(61, 1024, generator=torch.Generator().manual_seed(0))
     small = mo.quantize_weight(weight, "int4")
-    rounded, matrix = exact_weight(*int4_to_int8(*small, 1024), 1024), exact_weight(*small, 1024)
+    rounded = exact_weight(*int4_to_int8(*small, 1024), 1024)
+    matrix = exact_weight(*small, 1024)
     assert (rounded - matrix).std() < 0.01 * matrix.std() < 0.15 * (matrix - weight).std()
     one_scale = torch.randint(-8, 8, (9, 300), generator=torch.Generator().manual_seed(0)).float()
     one_scale[:, ::32] = -8
@@ -170,7 +171,7 @@ def test_error_of_int4_rounded_to_8_bits():
 
 
 def test_choice_of_the_product_of_integers():
-    """17 or more rows are rounded, where that is faster."""
+    """All instruction sets but two gain from rounding x of many rows to 8 bits."""
     names = "generic neon_dot neon_i8mm neon_bf16 v2 v3 v3_vnni v4 v4_vnni v4_bf16 v4_amx".split()
     assert [name for name in names if not module.gains_from_rounding(name)] == ["generic", "v4"]
 
@@ -181,7 +182,8 @@ def test_activations(kind):
     """x is rounded if it has 17 or more rows, and if the caller allows it."""
     x, *others = inputs(17, kind=kind)
     with isa(GAINING[-1]):
-        rounded, kept = mo.quantized_linear(x, *others, activations="int8"), mo.quantized_linear(x, *others)
+        rounded = mo.quantized_linear(x, *others, activations="int8")
+        kept = mo.quantized_linear(x, *others)
         assert torch.equal(rounded, many_rows(x, *others)) and not torch.equal(rounded, kept)
         reference = mo.reference.quantized_linear(x, *others, activations="int8")
         torch.testing.assert_close(rounded, reference, rtol=1e-5, atol=1e-4)

@@ -1,7 +1,5 @@
 """Calls of timestep_norm."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import torch
@@ -16,7 +14,8 @@ def timestep_norm_case(
     B=2, L=9, G=3, width=4, *, dtype=torch.float32, seed=0, mean=0.5, std=1.0, eps=1e-5, count=None, **rows
 ) -> Case:
     """G groups of `width` channels around `mean`; with `count`, a state of about as many positions."""
-    gen, real, D = generator(seed), real_dtype(dtype), G * width
+    D = G * width
+    gen, real = generator(seed), real_dtype(dtype)
     tensors = {
         "x": (mean + std * randn(gen, B, L, D)).to(dtype),
         "weight": randn(gen, D, dtype=real) / 2,
@@ -28,8 +27,8 @@ def timestep_norm_case(
         tensors["mean"] = (mean + std * randn(gen, S, G) / 4).to(real)
         tensors["var"] = (std**2 * uniform(gen, 0.5, 1.5, S, G)).to(real)
         options["count"] = count + torch.arange(S)
-        halves = torch.stack([tensors["mean"], tensors["var"]], 1) * torch.finfo(real).eps / 2
-        options["residual"] = halves * uniform(gen, -1, 1, S, 2, G).to(real)
+        half_units = torch.stack([tensors["mean"], tensors["var"]], 1) * torch.finfo(real).eps / 2
+        options["residual"] = half_units * uniform(gen, -1, 1, S, 2, G).to(real)
     # Gradients have the factor 1 / sqrt(var + eps). It is largest at a first position, whose variance is that of
     # `width` numbers: zero for one, and perhaps a hundredth of std**2 for more.
     least_var = 0.0 if width == 1 else std**2 / 100
@@ -47,7 +46,8 @@ def timestep_norm_sizes(
     if dtype == torch.float32:  # 16-bit types lose the spread; float64 has no better reference
         values += [(1e4, 1e-2), (-1e3, 1.0), (0.0, 1e-4)]
     mean, std = draw(st.sampled_from(values))
-    rows, G = draw(sequences(lengths_around(32), kinds)), draw(st.sampled_from([1, 2, 3, 5, 8]))
+    rows = draw(sequences(lengths_around(32), kinds))
+    G = draw(st.sampled_from([1, 2, 3, 5, 8]))
     width = draw(st.sampled_from([1, 2, 3, 8, 16, 17, 33]))
     return dict(**rows, G=G, width=width, mean=mean, std=std, dtype=dtype, seed=draw(SEEDS))
 
@@ -57,7 +57,8 @@ def timestep_norm_cases(
     draw: st.DrawFn, dtypes: st.SearchStrategy[torch.dtype] = DTYPES, kinds: tuple[str, ...] = KINDS
 ) -> Case:
     """Fresh states and states of long sequences."""
-    sizes, count = draw(timestep_norm_sizes(dtypes, kinds)), draw(st.sampled_from([None, 0, 1, 1000, 10**6]))
+    sizes = draw(timestep_norm_sizes(dtypes, kinds))
+    count = draw(st.sampled_from([None, 0, 1, 1000, 10**6]))
     return timestep_norm_case(**sizes, count=count, eps=draw(st.sampled_from([1e-5, 1e-3])))
 
 

@@ -149,10 +149,10 @@ def end_position(q: Tensor, state: WorkingMemoryState | None, spans: Tensor | No
 
 
 class _Writer:
-    """Update of M by each of the n chunks that are written: M' = M + X, where X = r (N - M).
+    """Update of M by each of the n chunks that are written: M' = M + X, where X = r (N - M) and N = P^T (V - F M).
 
-    With A = P^T F, N is P^T (V - F M) = P^T V - A M. So X = E + D M, where E = r P^T V and D = -r (A + I). E and D do
-    not depend on M; only the calls of :meth:`write` are a loop over chunks.
+    With A = P^T F, N = P^T V - A M. So X = E + D M, where E = r P^T V and D = -r (A + I). E and D do not depend on M:
+    they are computed for all chunks at once, and only the calls of :meth:`write` are a loop over chunks.
     """
 
     def __init__(
@@ -173,7 +173,8 @@ class _Writer:
         self.r = (w - after).exp_()  # (n, H, K)
         self.r.index_fill_(0, plan.absent, 0)
         self.p, self.f = self.P.to(k.dtype), self.F.to(k.dtype)
-        E, A = (k.new_empty(*w.shape, width) for width in (v.shape[3], w.shape[-1]))
+        E = k.new_empty(*w.shape, v.shape[3])
+        A = k.new_empty(*w.shape, w.shape[-1])
         for p, f, V, e, a in plan.writes.matrices(self.p, self.f, self.V, E, A):
             put_products_(e, p.mT, V)
             put_products_(a, p.mT, f)
@@ -191,7 +192,8 @@ class _Writer:
 
 def _fwd(q, k, v, memory, mass, cache_k, cache_v, position, chunk_size, visible_chunks, spans, return_state):
     if q.is_cpu and position is not None and q.shape[0] * q.shape[1] <= _FEW_TOKENS:
-        o, M, z = empty_like(v), *(x.clone(memory_format=torch.contiguous_format) for x in (memory, mass))
+        o = empty_like(v)
+        M, z = (x.clone(memory_format=torch.contiguous_format) for x in (memory, mass))
         tensors = (x.contiguous() for x in (q, k, v, cache_k, cache_v, position))
         launch("working_memory_steps", *tensors, chunk_size, visible_chunks, spans, M, z, o)
         return o, *((M, z) if return_state else (M.new_empty(0), z.new_empty(0)))
@@ -233,8 +235,10 @@ def _bwd(
     M, z = plan.start(q, v, memory, mass)
     writer = _Writer(plan, k, v, cache_k, cache_v, z)
     weights = plan.reads.take(q).to(M.dtype).softmax(-1)
-    queries, do = weights.to(q.dtype), plan.reads.take(torch.zeros_like(v) if do is None else do)
-    M_of_reads, dM_of_reads = (q.new_empty(*weights.shape[:-2], *M.shape[2:]) for _ in range(2))
+    queries = weights.to(q.dtype)
+    do = plan.reads.take(torch.zeros_like(v) if do is None else do)
+    M_of_reads = q.new_empty(*weights.shape[:-2], *M.shape[2:])
+    dM_of_reads = torch.empty_like(M_of_reads)
     replaced = q.new_empty(writer.X.shape)  # M before each write
     for num_reads, reads, num_writes, writes in plan.turns:
         M_of_reads[reads] = M[:num_reads]
@@ -263,16 +267,17 @@ def _bwd(
     dw.mul_(r).add_(r_part)
     dN = dM.mul_(r[..., None]).to(q.dtype)
     dV, dV_chunks = plan.writes.empty(v)
-    dP, dF = (q.new_empty(writer.P.shape) for _ in range(2))
-    dA = q.new_empty(writer.D.shape)  # dA^T
-    tensors = writer.p, writer.f, writer.V, replaced, dN, dA, dP, dF, dV_chunks
-    for p, f, V, M_written, dN, dA, dp, df, dv in plan.writes.matrices(*tensors):
-        put_products_(dA, M_written, dN.mT)
-        dA.neg_()
-        put_products_(dp, V, dN.mT)
-        put_products_(dp, f, dA, add=True)
-        put_products_(df, p, dA.mT)
-        put_products_(dv, p, dN)
+    dP = q.new_empty(writer.P.shape)
+    dF = torch.empty_like(dP)
+    dA_transposed = q.new_empty(writer.D.shape)
+    tensors = writer.p, writer.f, writer.V, replaced, dN, dA_transposed, dP, dF, dV_chunks
+    for p, f, V, M_written, dn, da_transposed, dp, df, dv in plan.writes.matrices(*tensors):
+        put_products_(da_transposed, M_written, dn.mT)
+        da_transposed.neg_()
+        put_products_(dp, V, dn.mT)
+        put_products_(dp, f, da_transposed, add=True)
+        put_products_(df, p, da_transposed.mT)
+        put_products_(dv, p, dn)
     dq = torch._softmax_backward_data(dqueries.to(weights.dtype), weights, -1, weights.dtype)
     dk = torch._softmax_backward_data(dP.to(weights.dtype), writer.P, -2, weights.dtype)
     dk.addcmul_(writer.P, dw[..., None, :])

@@ -50,15 +50,15 @@ def adaptive_working_memory(
     spans = as_spans("adaptive_working_memory", q, cu_seqlens, lengths, starts, spans)
     o, ends = torch.zeros_like(v), []
     for s, (row, tokens) in enumerate(sequences(q, spans)):
-        span = _on_grid(q[row, tokens], k[row, tokens], v[row, tokens], chunk_size, visible_chunks, state, s)
+        positions = _on_grid(q[row, tokens], k[row, tokens], v[row, tokens], chunk_size, visible_chunks, state, s)
         M, z = _initial_memory(q, v, chunk_size, visible_chunks, state, s)
         read = []
-        for chunk, written in _chunks(span, chunk_size, visible_chunks):
+        for chunk, written in _chunks(positions, chunk_size, visible_chunks):
             read.append(torch.einsum("thk,hkv->thv", chunk.q.softmax(-1), M))
             if written is not None:
                 M, z = _write(M, z, written)
-        o[row, tokens] = torch.cat([span.v[:0], *read])[span.cached :].to(v.dtype)
-        ends.append((M, z, span))
+        o[row, tokens] = torch.cat([positions.v[:0], *read])[positions.cached :].to(v.dtype)
+        ends.append((M, z, positions))
     return (o, _end_state(q, k, v, ends, chunk_size, visible_chunks, state)) if return_state else o
 
 
@@ -87,19 +87,19 @@ def adaptive_working_memory_bwd(
     Cached keys and values are constants.
     """
     dq, dk, dv = (torch.zeros_like(a) for a in (q, k, v))
-    starts = []
+    dstates = []
     for s, (row, tokens) in enumerate(sequences(q, spans)):
-        span = _on_grid(q[row, tokens], k[row, tokens], v[row, tokens], chunk_size, visible_chunks, state, s)
+        positions = _on_grid(q[row, tokens], k[row, tokens], v[row, tokens], chunk_size, visible_chunks, state, s)
         M, z = _initial_memory(q, v, chunk_size, visible_chunks, state, s)
-        do_s = torch.cat([span.v.new_zeros(span.cached, *v.shape[2:]), do[row, tokens].to(M.dtype)])
+        do_s = torch.cat([positions.v.new_zeros(positions.cached, *v.shape[2:]), do[row, tokens].to(M.dtype)])
         before = []
-        for read, written in _chunks(span, chunk_size, visible_chunks):
+        for read, written in _chunks(positions, chunk_size, visible_chunks):
             before.append((read, written, M, z))
             if written is not None:
                 M, z = _write(M, z, written)
         G = torch.zeros_like(M) if dmemory is None else dmemory[s]
         g = torch.zeros_like(z) if dmass is None or bool((z == -torch.inf).any()) else dmass[s]
-        grads = [torch.zeros_like(a) for a in span[:3]]
+        grads = [torch.zeros_like(a) for a in positions[:3]]
         for number, (read, chunk, M, z) in reversed([*enumerate(before)]):
             if chunk is not None:
                 first = (number - visible_chunks + 1) * chunk_size
@@ -109,26 +109,32 @@ def adaptive_working_memory_bwd(
                 P, F = (chunk.k - w).exp(), chunk.k.softmax(-1)
                 U = chunk.v - torch.einsum("thk,hkv->thv", F, M)
                 N = torch.einsum("thk,thv->hkv", P, U)
-                dN, dr = r[..., None] * G, (G * (N - M)).sum(-1)
-                dP, dU = torch.einsum("thv,hkv->thk", U, dN), torch.einsum("thk,hkv->thv", P, dN)
+                dN = r[..., None] * G
+                dr = (G * (N - M)).sum(-1)
+                dP = torch.einsum("thv,hkv->thk", U, dN)
+                dU = torch.einsum("thk,hkv->thv", P, dN)
                 dF = -torch.einsum("thv,hkv->thk", dU, M)
-                dw, g = dr * r * (1 - r) + g * r, -dr * r * (1 - r) + g * (1 - r)
+                dw = dr * r * (1 - r) + g * r
+                g = -dr * r * (1 - r) + g * (1 - r)
                 G = (1 - r)[..., None] * G - torch.einsum("thk,thv->hkv", F, dU)
                 grads[1][rows] = P * (dP - (P * dP).sum(0) + dw) + F * (dF - (F * dF).sum(-1, keepdim=True))
                 grads[2][rows] = dU
             rows = slice(number * chunk_size, number * chunk_size + len(read.q))
-            Q, do_c = read.q.softmax(-1), do_s[rows]
+            Q = read.q.softmax(-1)
+            do_c = do_s[rows]
             dQ = torch.einsum("thv,hkv->thk", do_c, M)
             grads[0][rows] = Q * (dQ - (Q * dQ).sum(-1, keepdim=True))
             G = G + torch.einsum("thk,thv->hkv", Q, do_c)
         for total, part in zip((dq, dk, dv), grads, strict=True):
-            total[row, tokens] = part[span.cached :].to(total.dtype)
-        starts.append((G, torch.where(z == -torch.inf, 0, g)))
-    dstate = [torch.stack(parts) for parts in zip(*starts, strict=True)] or [dmemory, dmass]
-    return dq, dk, dv, *dstate
+            total[row, tokens] = part[positions.cached :].to(total.dtype)
+        dstates.append((G, torch.where(z == -torch.inf, 0, g)))
+    if not dstates:
+        return dq, dk, dv, dmemory, dmass
+    G, g = zip(*dstates, strict=True)
+    return dq, dk, dv, torch.stack(G), torch.stack(g)
 
 
-class _Span(NamedTuple):
+class _Positions(NamedTuple):
     """Positions of a sequence from the start of a chunk; the first `cached` ones come from the state."""
 
     q: Tensor  # (cached + n, H, K)
@@ -139,14 +145,14 @@ class _Span(NamedTuple):
 
 def _on_grid(
     q: Tensor, k: Tensor, v: Tensor, chunk_size: int, visible: int, state: WorkingMemoryState | None, s: int
-) -> _Span:
+) -> _Positions:
     real = accumulation_dtype(q.dtype)
     q, k, v = q.to(real), k.to(real), v.to(real)
     if state is None:
-        return _Span(q, k, v, 0)
+        return _Positions(q, k, v, 0)
     cached = _num_kept(int(state.position[s]), chunk_size, visible)
     k, v = (torch.cat([old[s, :cached].to(real), new]) for old, new in ((state.k, k), (state.v, v)))
-    return _Span(torch.cat([q.new_zeros(cached, *q.shape[1:]), q]), k, v, cached)
+    return _Positions(torch.cat([q.new_zeros(cached, *q.shape[1:]), q]), k, v, cached)
 
 
 def _num_kept(seen: int, chunk_size: int, visible: int) -> int:
@@ -160,22 +166,23 @@ def _initial_memory(
     """Return M (H, K, V) and z (H, K) before the sequence's first position in this call."""
     if state is None:
         M = q.new_zeros(*q.shape[2:], v.shape[-1], dtype=accumulation_dtype(q.dtype))
-        return M, torch.full_like(M[..., 0] if M.shape[-1] else M.sum(-1), -torch.inf)
+        return M, M.new_full(M.shape[:2], -torch.inf)
     z = state.mass[s]
     return state.memory[s], torch.full_like(z, -torch.inf) if int(state.position[s]) < visible * chunk_size else z
 
 
-def _chunks(span: _Span, chunk_size: int, visible: int) -> list[tuple[_Span, _Span | None]]:
+def _chunks(positions: _Positions, chunk_size: int, visible: int) -> list[tuple[_Positions, _Positions | None]]:
     """Return pairs of a chunk that reads M and the chunk that is written after that, or None."""
-    parts = (a.split(chunk_size) if len(a) else () for a in span[:3])
-    chunks = [_Span(*chunk, cached=0) for chunk in zip(*parts, strict=True)]
-    ends_now = [span.cached < (i + 1) * chunk_size <= len(span.q) for i in range(len(chunks))]
-    return [
-        (chunk, chunks[i - visible + 1] if ends_now[i] and i >= visible - 1 else None) for i, chunk in enumerate(chunks)
-    ]
+    parts = (a.split(chunk_size) if len(a) else () for a in positions[:3])
+    chunks = [_Positions(*chunk, cached=0) for chunk in zip(*parts, strict=True)]
+    pairs = []
+    for i, chunk in enumerate(chunks):
+        is_completed = positions.cached < (i + 1) * chunk_size <= len(positions.q)
+        pairs.append((chunk, chunks[i - visible + 1] if is_completed and i >= visible - 1 else None))
+    return pairs
 
 
-def _write(M: Tensor, z: Tensor, chunk: _Span) -> tuple[Tensor, Tensor]:
+def _write(M: Tensor, z: Tensor, chunk: _Positions) -> tuple[Tensor, Tensor]:
     """Write a complete chunk to M. Returns the new M and z."""
     w = chunk.k.logsumexp(0)
     total = torch.logaddexp(z, w)
@@ -185,7 +192,7 @@ def _write(M: Tensor, z: Tensor, chunk: _Span) -> tuple[Tensor, Tensor]:
 
 
 def _end_state(
-    q: Tensor, k: Tensor, v: Tensor, ends: list[tuple[Tensor, Tensor, _Span]], chunk_size: int, visible: int,
+    q: Tensor, k: Tensor, v: Tensor, ends: list[tuple[Tensor, Tensor, _Positions]], chunk_size: int, visible: int,
     state: WorkingMemoryState | None,
 ) -> WorkingMemoryState:  # fmt: skip
     """Return the state with the positions of chunks that are not yet written; its other rows are zero."""
@@ -193,13 +200,13 @@ def _end_state(
     memory, mass = q.new_zeros(S, H, K, V, dtype=real), q.new_zeros(S, H, K, dtype=real)
     keys, values = k.new_zeros(S, visible * chunk_size, H, K), v.new_zeros(S, visible * chunk_size, H, V)
     position = torch.zeros(S, dtype=torch.int64, device=q.device)
-    for s, (M, z, span) in enumerate(ends):
+    for s, (M, z, positions) in enumerate(ends):
         before = 0 if state is None else int(state.position[s])
-        position[s] = before - span.cached + len(span.q)
+        position[s] = before - positions.cached + len(positions.q)
         memory[s] = M
         if position[s] >= visible * chunk_size:
             mass[s] = z
         kept = _num_kept(int(position[s]), chunk_size, visible)
-        keys[s, :kept] = span.k[len(span.k) - kept :].detach().to(k.dtype)
-        values[s, :kept] = span.v[len(span.v) - kept :].detach().to(v.dtype)
+        keys[s, :kept] = positions.k[len(positions.k) - kept :].detach().to(k.dtype)
+        values[s, :kept] = positions.v[len(positions.v) - kept :].detach().to(v.dtype)
     return WorkingMemoryState(memory, mass, keys, position, values)

@@ -20,17 +20,17 @@ def matrices(*tensors: Tensor) -> list[Tensor]:
 
 
 class ChunkViews:
-    """The first n / S chunks, of W tokens each, in each of S adjacent sequences of one length, as views; for one head.
+    """Chunks of W tokens each, as views: n / S chunks from the start of each of S adjacent sequences of one length.
 
-    Tensors of chunks are (S, n / S, 1, W, E).
+    There is one head. Tensors of chunks are (S, n / S, 1, W, E).
     """
 
     def __init__(self, counts: list[int], sequences: int, length: int, width: int) -> None:
         """counts: number of chunks of each turn, `sequences` or 0. length: tokens of a sequence. width: W."""
         self._shape, self._width = (sequences, length), width
-        numbers = [*accumulate(map(bool, counts), initial=0)]
-        self.turns: list[Index] = [(slice(None), number) for number in numbers[:-1]]
-        self._chunks = numbers[-1]  # chunks of a sequence
+        chunks_before = [*accumulate(map(bool, counts), initial=0)]  # in each sequence, before each turn and at the end
+        self.turns: list[Index] = [(slice(None), number) for number in chunks_before[:-1]]
+        self._chunks = chunks_before[-1]
         # Parts of one sequence are contiguous. They are used unless they take more than four times as many calls.
         by_sequence = 4 * self._chunks >= sequences
         self._parts = [*range(sequences)] if by_sequence else [(slice(None), n) for n in range(self._chunks)]
@@ -103,8 +103,13 @@ class Plan:
     """Order of reads and writes: in turn t, chunk t of each sequence reads M.
 
     If chunk t is complete, chunk t - visible + 1 is then written. Chunk 0 is the unfinished chunk of the state.
-    Sequences are sorted by decreasing number of chunks. Without `to_end`, chunks that no later token reads are not
-    written. An empty memory is read, too: NaN in a query gives NaN.
+    Sequences are sorted by decreasing number of chunks, so those of a turn come first. Without `to_end`, chunks that no
+    later token reads are not written. An empty memory is read, too: NaN in a query gives NaN.
+
+    Attributes:
+        reads, writes: the chunks that read M and the chunks that are written.
+        turns: for each turn (number of reads, their index in `reads`, number of writes, their index in `writes`).
+        absent: indices of writes for which the sequence has no chunk; zeros are written with weight 0.
     """
 
     def __init__(
@@ -118,46 +123,56 @@ class Plan:
         lag = visible - 1
         ends = [count % C + end - begin for count, (begin, end) in zip(seen, pairs)]  # counted from chunk 0's start
         order = sorted(range(len(pairs)), key=lambda s: (-(-ends[s] // C), ends[s] // C), reverse=True)
-        turns = range(-(-max(ends, default=0) // C))
+        num_turns = -(-max(ends, default=0) // C)
         from_empty = position is None
-        readers = [[s for s in order if ends[s] > t * C] for t in turns]  # sequences of each turn
-        writers = [
-            [s for s in order if ends[s] >= (t + 1) * C + (not to_end) and not (from_empty and t < lag)] for t in turns
-        ]
+        readers, writers = [], []  # the sequences of each turn
+        for turn in range(num_turns):
+            readers.append([s for s in order if ends[s] > turn * C])
+            least_end = (turn + 1) * C + (not to_end)
+            is_early = from_empty and turn < lag  # attention still sees chunk 0
+            writers.append([] if is_early else [s for s in order if ends[s] >= least_end])
 
         def tokens(s: int, chunk: int) -> tuple[int, int, int]:
-            (begin, end), first = pairs[s], pairs[s][0] - seen[s] % C + chunk * C
-            return first, begin, min(first + C, end)
+            """Return where a chunk starts, perhaps in the cache, and the first and last-plus-one of its new tokens."""
+            begin, end = pairs[s]
+            start = begin - seen[s] % C + chunk * C
+            return start, begin, min(start + C, end)
 
         reads = [tokens(s, turn) for turn, sequences in enumerate(readers) for s in sequences]
-        reads = [(max(first, begin), begin, end) for first, begin, end in reads]
-        width = max((end - first for first, _, end in reads), default=0)
+        reads = [(max(start, begin), begin, end) for start, begin, end in reads]
+        width = max((end - start for start, _, end in reads), default=0)
         num_readers, num_writers = [*map(len, readers)], [*map(len, writers)]
         self.reads: ChunkViews | ChunkCopies
         self.writes: ChunkViews | ChunkCopies
         if (from_empty or lag == 0) and _is_grid(q, pairs, seen, C):
-            sizes = len(pairs), q.shape[0] * q.shape[1] // len(pairs), width
-            self.reads, self.writes = (ChunkViews(counts, *sizes) for counts in (num_readers, num_writers))
+            sizes = dict(sequences=len(pairs), length=q.shape[0] * q.shape[1] // len(pairs), width=width)
+            self.reads = ChunkViews(num_readers, **sizes)
+            self.writes = ChunkViews(num_writers, **sizes)
         else:
             writes = [tokens(s, turn - lag) for turn, sequences in enumerate(writers) for s in sequences]
-            self.reads, self.writes = ChunkCopies(num_readers, reads, width, q), ChunkCopies(num_writers, writes, C, q)
+            self.reads = ChunkCopies(num_readers, reads, width, like=q)
+            self.writes = ChunkCopies(num_writers, writes, C, like=q)
         self.turns = [*zip(num_readers, self.reads.turns, num_writers, self.writes.turns)]
         self._shape = len(pairs), H
-        # (index, sequence, first cache row) of chunks that may begin in the cache. Row < 0: the sequence has no such
-        # chunk; zeros are written with weight 0.
-        cached = [
-            (index, s, (min(seen[s] // C, lag) + turn - lag) * C)
-            for turn, sequences in enumerate(writers[:visible] if position is not None else [])
-            for index, s in enumerate(sequences, sum(num_writers[:turn]))
-        ]
-        self._cached = [chunk for chunk in cached if chunk[2] >= 0]
-        absent = [index for index, _, first in cached if first < 0]
+        self._cached = []  # writes that may begin in the cache: (index, sequence, first cache row)
+        absent = []
+        first_writes = [(turn, s) for turn, sequences in enumerate(writers[:visible]) for s in sequences]
+        for index, (turn, s) in enumerate([] if from_empty else first_writes):
+            first_row = (min(seen[s] // C, lag) + turn - lag) * C
+            if first_row >= 0:
+                self._cached.append((index, s, first_row))
+            else:
+                absent.append(index)
         self.absent = torch.tensor(absent, dtype=torch.int64, device=q.device)
         self._order = torch.tensor(order, dtype=torch.int64, device=q.device)
-        self._is_written, self._will_be_written = (
-            torch.tensor([count >= visible * C for count in counts], dtype=torch.bool, device=q.device)[:, None, None]
-            for counts in (seen, [count // C * C + end for count, end in zip(seen, ends)])
-        )
+
+        def has_written(counts: list[int]) -> Tensor:
+            """Return (S, 1, 1) bools, True where a chunk has been written after so many positions."""
+            has_chunk = [count >= visible * C for count in counts]
+            return torch.tensor(has_chunk, dtype=torch.bool, device=q.device)[:, None, None]
+
+        self._is_written = has_written(seen)
+        self._will_be_written = has_written([count // C * C + end for count, end in zip(seen, ends)])
 
     def start(self, q: Tensor, v: Tensor, memory: Tensor | None, mass: Tensor | None) -> tuple[Tensor, Tensor]:
         """Return M (S, H, K, V) and z (S, H, K) before the first turn, to be updated in place."""

@@ -77,9 +77,9 @@ def bidirectional_cema(
     except (TypeError, ValueError) as error:
         raise renamed(error, "bidirectional_cema") from error
     after = _reorder(z, order)[:, 1:]  # z includes the position itself
-    if spans is not None and spans.dim() != 3:
+    if spans is not None and spans.dim() != 3:  # a row may hold several sequences
         order = order.view(x.shape[:2])
-        after = after.masked_fill((order[:, 1:] != order[:, :-1] - 1)[..., None], 0)  # the next token is elsewhere
+        after = after.masked_fill((order[:, 1:] != order[:, :-1] - 1)[..., None], 0)  # where a sequence ends
     return y + torch.cat((after, torch.zeros_like(z[:, :1])), 1)  # torch 2.5's pad refuses tensors without elements
 
 
@@ -101,5 +101,5 @@ def mirrored_tokens(x: Tensor, spans: Tensor | None) -> Tensor:
     if spans is None:
         return token + L - 1 - 2 * (token % max(L, 1))
     sequence = token_sequences(x, spans).flatten()
-    first_and_last = F.pad(pairs_of(spans).sum(-1) - 1, (0, 1))[sequence]  # their sum
-    return torch.where(sequence < num_sequences(B, spans), first_and_last - token, token).clamp(0, max(B * L - 1, 0))
+    first_plus_last = F.pad(pairs_of(spans).sum(-1) - 1, (0, 1))[sequence]  # of the token's sequence
+    return torch.where(sequence < num_sequences(B, spans), first_plus_last - token, token).clamp(0, max(B * L - 1, 0))

@@ -42,8 +42,8 @@ def cema(
         starts: (B,) int64 or int32, first position of each left-padded row; with `lengths`, rows have padding on both
             sides.
         spans: (S, 2) int64 or int32, first and last-plus-one position of each sequence in the flattened batch (B * L),
-            in order, disjoint, each within one row. (B, 1, 2): one in each row, from the row's first position. (S + 1,): offsets, as
-            `cu_seqlens`, in one or several rows.
+            in order, disjoint, each within one row. Also (B, 1, 2), one in each row, from the row's first position; or
+            (S + 1,), offsets as `cu_seqlens`, in one or several rows.
 
     Returns:
         y (B, L, D) in x's dtype, zero at tokens in no sequence; with `return_state` also the state (S, D, N). States
@@ -126,7 +126,7 @@ def cema_end_state(
 
 
 def _fwd_fake(x, p, q, gamma, omega, state, spans, return_state):
-    """Without `return_state`, the state has no elements, as torch's schemas have no optional results."""
+    """Return y and the state; without `return_state` it has no elements, as torch's schemas have no optional results."""
     shape = (num_sequences(x.shape[0], spans), *q.shape) if return_state else (0,)
     return empty_like(x), q.new_empty(shape)
 

@@ -49,13 +49,9 @@ def cema_coefficients(alpha: Tensor, delta: Tensor, theta: Tensor, gamma: Tensor
         return call(cema_coefficients_fwd, alpha, delta, theta, gamma)
     for name, value in ("delta", delta), ("theta", theta), ("gamma", gamma):
         check_device("cema_coefficients", name, value, alpha)
-    return _by_torch(alpha, delta, theta, gamma)
-
-
-def _by_torch(alpha, delta, theta, gamma):
-    """Compute the coefficients by torch's functions, which autograd differentiates."""
     N = alpha.shape[1]
-    p, modes = torch.sigmoid(alpha[..., 0]), torch.arange(1, N + 1, dtype=alpha.dtype, device=alpha.device)
+    p = torch.sigmoid(alpha[..., 0])
+    modes = torch.arange(1, N + 1, dtype=alpha.dtype, device=alpha.device)
     phase = modes * (torch.sigmoid(theta[..., 0]) * (2 * math.pi / N))
     q = torch.polar(1 - p * torch.sigmoid(delta[..., 0]), phase)
     return p, q, torch.complex(gamma[..., 0], gamma[..., 1]) / math.sqrt(N)

@@ -9,8 +9,8 @@ Unrolled from h_0, this is a convolution with a kernel that decays as |q|^j:
 
     y_t = sum_{j=0}^{t-1} Re( sum_n gamma_n p_n q_n^j ) x_{t-j} + Re( sum_n gamma_n q_n^t h_0[n] ) + omega x_t
 
-c positions map h to q^c h plus the end state that they give from h = 0. So a sequence can be split into spans that are
-scanned in parallel.
+c positions map h to q^c h plus the end state that they give from h = 0. So parts of a sequence can be scanned in
+parallel.
 
 dtypes: x and y float32, float64, bfloat16 or float16; p, q, gamma, omega, the state and all sums float32 (complex64),
 or float64 (complex128) for float64 x.

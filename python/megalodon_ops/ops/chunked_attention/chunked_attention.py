@@ -43,10 +43,12 @@ def chunked_attention(
         q, k: (B, L, H, K) float32, float64, bfloat16 or float16.
         v: (B, L, H, V) in q's dtype; V may differ from K.
         chunk_size: C. Chunks are counted from each sequence's start; a call with a state first completes its chunk.
-        visible_chunks: 2: a position also sees the previous chunk, as in Gecko (arXiv 2601.06463); only causal and
-            without `dropkey`. The op computes attention in windows of 2 C positions twice: 4 pairs of a query and a key
-            where 3 would suffice. The state has 2 C rows; rotary positions must not restart with each chunk. On a GPU
-            the host waits for the state's positions and for the sequences'.
+        visible_chunks: 1, or 2: a position also sees the previous chunk, as in Gecko (arXiv 2601.06463). With 2:
+
+            - attention must be causal and without `dropkey`, and rotary positions must not restart with each chunk
+            - the state has 2 C rows
+            - the op computes attention in windows of 2 C positions twice: 4 pairs of a query and a key where 3 would do
+            - on a GPU the host waits for the state's positions and for the sequences'
         causal: False: each position sees its whole chunk, as in an encoder; `state` and `return_state` are refused.
         scale: factor on the scores.
         state: keys and values of the unfinished chunk; None: empty. The state is constant in the backward. On the CPU
@@ -57,7 +59,7 @@ def chunked_attention(
             the old values raises an error.
         dropkey: probability in [0, 1) that a key is hidden from a query: the score becomes -inf before the softmax, and
             no other score is rescaled. A row that loses all scores gives zeros. The mask depends on positions in the
-            call, so a sequence that is read in pieces has another mask.
+            call, so a sequence that is split into calls has another mask.
         dropkey_seed: (1,) int64, seed of the mask; None: drawn from the device's default generator.
         cu_seqlens, lengths, starts, spans: sequences as in :func:`cema`.
 

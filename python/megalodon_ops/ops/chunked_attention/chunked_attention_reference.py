@@ -83,7 +83,8 @@ def chunked_attention(
         ends.append(_kept_rows(*new, state, s))
     if not return_state:
         return o
-    new = _end_state(*((k, v) if state is None else state[:2]), ends, chunk_size, visible_chunks)
+    like = (k, v) if state is None else state[:2]
+    new = _end_state(*like, ends, chunk_size, visible_chunks)
     if inplace_state:
         for old, value in zip(state, new, strict=True):
             old.copy_(value)
@@ -155,9 +156,11 @@ def _kept_rows(k: Tensor, v: Tensor, state: AttentionState | None, s: int) -> tu
     """Return the cached and the n new keys and values, in the state's format, (position + n, H, ...)."""
     if state is None:
         return k.detach(), v.detach()
-    pairs = ((state.k, k.detach()), (state.v, v.detach()))
-    new = (pack_rows(x) if cache.dtype == torch.int8 else x for cache, x in pairs)
-    return tuple(torch.cat([cache[s, : state.position[s]], x]) for (cache, _), x in zip(pairs, new))
+    kept = []
+    for cache, new in ((state.k, k.detach()), (state.v, v.detach())):
+        rows = pack_rows(new) if cache.dtype == torch.int8 else new
+        kept.append(torch.cat([cache[s, : state.position[s]], rows]))
+    return tuple(kept)
 
 
 def _chunks(position: int, total: int, chunk_size: int, visible: int) -> Iterator[tuple[slice, slice]]:

@@ -52,7 +52,7 @@ class Shapes(NamedTuple):
 
 
 _16_BITS = (torch.bfloat16, torch.float16)
-TABLE = (
+TABLE = (  # path, directions, dtypes, key_dim, value_dim, chunk, predicted
     Shapes("flash", DIRECTIONS, _16_BITS, (64, 64), (64, 64), (1024, math.inf), ((164, 131), (572, 325))),
     Shapes("flash", DIRECTIONS, _16_BITS, (128, 128), (128, 128), (1024, math.inf), ((208, 231), (645, 590))),
     Shapes("flash", DIRECTIONS, _16_BITS, (256, 256), (256, 256), (2048, math.inf), ((447, 494), (1031, None))),
@@ -71,8 +71,11 @@ LEAST_ROWS = 16384
 WORKSPACE = 128 << 20
 """Most bytes of the (C, C) matrices of the chunks computed at once. The backward has two such blocks, P and dS; the
 forward has a strip of P"""
-_STRIP, _STRIPS, _ROWS = 256, 8, 2048  # unit of a strip's rows, most strips of a chunk, fewest rows of a product
-_WIDTH, _UNIT = 8, 256.0  # 8 columns for lse keep rows aligned; divided by 256, lse / scale up to 1e7 fits float16
+_STRIP = 256  # a strip's rows are a multiple of this
+_STRIPS = 8  # most strips of a chunk
+_ROWS = 2048  # fewest rows of a product
+_WIDTH = 8  # additional columns for lse, so many that rows stay aligned
+_UNIT = 256.0  # divided by this, lse / scale up to 1e7 fits float16
 _LEAST_SCALE = 2.0**-10  # bounds lse / scale; flash attention needs a scale above 0
 
 
@@ -107,13 +110,10 @@ def path_of(direction: str, q: Tensor, k: Tensor, v: Tensor, chunk_size: int, ca
     batch, length, heads, key_dim = q.shape
     chunk = min(chunk_size, length)
     path = path_by_shapes(direction, q.dtype, batch * length, heads, key_dim, v.shape[3], chunk)
-    allowed = _flash_is_allowed() if path == "flash" else causal and (q.dtype != torch.float32 or _tf32_is_allowed())
-    return path if allowed else None
-
-
-def _flash_is_allowed() -> bool:
-    cuda = torch.backends.cuda
-    return cuda.is_flash_attention_available() and cuda.flash_sdp_enabled()
+    if path == "flash":
+        cuda = torch.backends.cuda
+        return path if cuda.is_flash_attention_available() and cuda.flash_sdp_enabled() else None
+    return path if causal and (q.dtype != torch.float32 or _tf32_is_allowed()) else None
 
 
 def _tf32_is_allowed() -> bool:
@@ -129,8 +129,10 @@ def compute(
 
     The functions get chunks (N, C, H, ...): the whole ones, then the shorter last ones of rows.
     """
-    function, (batch, length) = _FUNCTIONS[path][DIRECTIONS.index(direction)], tensors[0].shape[:2]
-    whole, parts = length - length % chunk_size, []
+    function = _FUNCTIONS[path][DIRECTIONS.index(direction)]
+    batch, length = tensors[0].shape[:2]
+    whole = length - length % chunk_size  # positions of each row in whole chunks
+    parts = []
     with torch.autocast(tensors[0].device.type, enabled=False):
         for start, end in (0, whole), (whole, length):
             if start < end:
@@ -146,13 +148,14 @@ _flash_backward = torch.ops.aten._scaled_dot_product_flash_attention_backward
 
 def _flash_fwd(q, k, v, scale, causal):
     by_head = (t.transpose(1, 2) for t in (q, k, v))
-    o, lse, *_ = _flash(*by_head, 0.0, causal, scale=scale)
+    o, lse, *_ = _flash(*by_head, dropout_p=0.0, is_causal=causal, scale=scale)
     return [t.transpose(1, 2).contiguous() for t in (o, lse)]
 
 
 def _flash_bwd(do, q, k, v, o, lse, scale, causal):
     *by_head, lse = (t.transpose(1, 2) for t in (do, q, k, v, o, lse))
-    length, no_dropout = q.shape[1], q.new_empty(2, dtype=torch.int64)  # unused seed and offset of a generator
+    length = q.shape[1]
+    no_dropout = q.new_empty(2, dtype=torch.int64)  # unused seed and offset of a generator
     grads = _flash_backward(
         *by_head, lse.contiguous(), None, None, length, length, 0.0, causal, no_dropout, no_dropout, scale=scale
     )
@@ -160,9 +163,11 @@ def _flash_bwd(do, q, k, v, o, lse, scale, causal):
 
 
 def _products_fwd(q, k, v, scale, _causal):
-    o, lse, no_values = empty_like(v), q.new_empty(q.shape[:-1], dtype=accumulation_dtype(q.dtype)), v[..., :0]
-    none = (None,) * 3  # no state; no seed and no sequences
-    launch("chunked_attention_fwd", q, k, no_values, *none, q.shape[1], True, scale, 0.0, None, None, no_values, lse)
+    o = empty_like(v)
+    lse = q.new_empty(q.shape[:-1], dtype=accumulation_dtype(q.dtype))
+    no_values, no_state = v[..., :0], (None,) * 3
+    options = q.shape[1], True, scale, 0.0, None, None  # chunk size, causal, scale, dropkey, its seed, spans
+    launch("chunked_attention_fwd", q, k, no_values, *no_state, *options, no_values, lse)
     size, strips = _blocks(q)
     for q_, k_, columns, v_, o_ in _matrices(size, q, k, _columns(lse, scale, q.dtype), v, o):
         rows, keys = _extended(q_, k_, columns)
@@ -217,7 +222,8 @@ def _columns(lse: Tensor, scale: float, dtype: torch.dtype) -> Tensor:
 
     Each value is exact in float16 and TF32.
     """
-    rest, parts = lse / (-_UNIT * scale), []
+    rest = lse / (-_UNIT * scale)
+    parts = []
     for _ in range(3 if lse.dtype == torch.float32 else 7):
         parts.append(rest.bfloat16())
         rest = rest - parts[-1]

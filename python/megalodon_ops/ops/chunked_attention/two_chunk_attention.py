@@ -81,7 +81,8 @@ class _Grids:
 
 
 def _fwd(q, k, v, cache_k, cache_v, position, chunk_size, scale, spans):
-    windows, caches = (2 * chunk_size, True, scale, 0.0, None), (cache_k, cache_v)
+    caches = (cache_k, cache_v)
+    windows = (2 * chunk_size, True, scale, 0.0, None)  # chunk size, causal, scale, dropkey, its seed
     o, lse = ops.chunked_attention_fwd(q, k, v, *caches, position, *windows, spans)
     grids = _Grids(q, chunk_size, position, spans)
     if not grids.has_late:
@@ -96,7 +97,8 @@ def attention_fake(q, k, v, *_):
 
 
 def _bwd(do, q, k, v, o, lse, cache_k, cache_v, position, chunk_size, scale, spans):
-    windows, caches, tensors = (2 * chunk_size, True, scale, 0.0, None), (cache_k, cache_v), (q, k, v, o, lse)
+    caches, tensors = (cache_k, cache_v), (q, k, v, o, lse)
+    windows = (2 * chunk_size, True, scale, 0.0, None)  # as in `_fwd`
     grids = _Grids(q, chunk_size, position, spans)
     early_do = do.where(grids.takes_early, 0) if grids.has_late else do
     grads = ops.chunked_attention_bwd(early_do, *tensors, *caches, position, *windows, spans)

@@ -47,7 +47,8 @@ def call_with_arrays(op: Callable[..., Any], /, **arguments: Any) -> Any:
                 raise TypeError(f"a call takes either arrays or tensors, and `{first}` is an array")
             tensor = _tensor_sharing_memory(value, write)
         except Exception as error:
-            raise (ValueError if isinstance(error, ValueError) else TypeError)(
+            kind = ValueError if isinstance(error, ValueError) else TypeError
+            raise kind(
                 f"{op.__name__}: `{name}{keystr(path)}` must be an array that torch can {'write' if write else 'read'} "
                 f"through DLPack, got {describe(value)} of {getattr(value, 'dtype', 'some dtype')} ({error}); pass a "
                 "contiguous array in a dtype of the op."

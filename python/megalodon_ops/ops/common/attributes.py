@@ -18,7 +18,7 @@ _NOT_ENTERED = (*_VALUES, Tensor, type, ModuleType, torch.dtype, torch.device, t
 
 
 class Attributes:
-    """Objects that a module or function holds: attributes, in containers, too; closures; globals that its code names.
+    """Objects that a module or function holds: attributes, their parts, closures, globals that its code names.
 
     Attributes:
         tensors: the tensors among them, by name; parameters included.
@@ -43,15 +43,15 @@ class Attributes:
 
     def written(self) -> dict[str, Tensor]:
         """Return the tensors that were written in place."""
-        return {  # BatchNorm's kernel writes buffers without another version
-            name: tensor
-            for name, tensor in self.tensors.items()
-            if not (
-                is_same_bits(tensor, self._copies[name])
-                if name in self._copies
-                else _version(tensor) == self._versions[name]
-            )
-        }
+        written = {}
+        for name, tensor in self.tensors.items():
+            if name in self._copies:  # compared by value: BatchNorm's kernel writes buffers without another version
+                is_same = is_same_bits(tensor, self._copies[name])
+            else:
+                is_same = _version(tensor) == self._versions[name]
+            if not is_same:
+                written[name] = tensor
+        return written
 
     def restore(self) -> None:
         """Copy their earlier values to the tensors that were written; parameters have no copy."""
@@ -69,7 +69,7 @@ def is_same_bits(a: Any, b: Any) -> bool:
     if not is_plain(a):
         return a is b
     a, b = (t.detach().resolve_conj().resolve_neg() for t in (a, b))
-    a, b = (t.where(t == t, torch.nan) if t.is_floating_point() else t for t in (a, b))
+    a, b = (t.where(t == t, torch.nan) if t.is_floating_point() else t for t in (a, b))  # every NaN is the same
     a, b = (t.contiguous().flatten().view(torch.uint8) for t in (a, b))
     return torch.equal(a, b)
 

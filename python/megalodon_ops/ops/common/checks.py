@@ -110,7 +110,7 @@ def check_rank(op: str, argument: str, tensor: Tensor, letters: str, rank: int) 
 
 
 def check_width(op: str, x: Tensor, **parameters: Tensor) -> None:
-    """Raise if the two parameters have the same first dimension D and x (B, L, D) another one, as if transposed."""
+    """Raise if two parameters agree on D, their first dimension, and x (B, L, D) has another D, as a transposed one."""
     sizes = [tensor.shape[0] for tensor in parameters.values() if isinstance(tensor, Tensor) and tensor.dim()]
     if len(sizes) == 2 and sizes[0] == sizes[1] != x.shape[2]:
         fix = "; x.transpose(1, 2) has the channels last" if x.shape[1] == sizes[0] else ""
@@ -124,7 +124,7 @@ def check_channels(layer: str, x: object, dim: int, parameter: Tensor) -> None:
     if x.dim() != 3 or x.shape[-1] != dim:
         fix = "; add a batch dimension" if x.dim() == 2 and x.shape[-1] == dim else ""
         raise ValueError(f"{layer}: `x` must have shape (B, L, {dim}), got {tuple(x.shape)}{fix}.")
-    if x.dtype == torch.float64 != parameter.dtype:
+    if x.dtype == torch.float64 and parameter.dtype != torch.float64:
         raise TypeError(
             f"{layer}: `x` must be float32 or narrower for parameters of {parameter.dtype}, got {x.dtype}; call "
             ".double() on the layer, too."
@@ -140,7 +140,7 @@ def check_device(op: str, argument: str, tensor: Tensor, like: Tensor) -> None:
 
 
 def renamed(error: Exception, op: str) -> Exception:
-    """Return the error of an op that `op` called as an error of `op`, which its message names first."""
+    """Return the error of an op that `op` has called, with `op` as the name at the beginning of the message."""
     return type(error)(re.sub(r"^\w+: ", f"{op}: ", str(error)))
 
 

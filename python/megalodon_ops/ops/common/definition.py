@@ -212,6 +212,7 @@ def _autograd_by_names(op: Callable, backward_op: Callable) -> tuple[Callable, C
         f"    {_listed(arguments)} = inputs",
         f"    {_target(results)} = output",
         has_flag and f"    if not return_state: ctx.mark_non_differentiable({_listed(constants + states)})",
+        # the `else` of the line before, if there is that line
         constants and f"    {'else' if has_flag else 'if True'}: ctx.mark_non_differentiable({_listed(constants)})",
         may_be_missing and "    ctx.set_materialize_grads(False)",
         f"    ctx.save_for_backward({_listed(saved_tensors)})",
@@ -324,7 +325,7 @@ def in_forward_mode() -> bool:
 
 
 def _on_one_device(op: Callable, fake: Callable) -> Callable:
-    """Return a fake kernel that checks the devices: torch calls it even if only one tensor is on the meta device."""
+    """Return a fake kernel that checks the devices; torch calls it as soon as one tensor is on the meta device."""
 
     def checked(*args):
         devices = [(a.name, value.device) for a, value in zip(op._schema.arguments, args) if isinstance(value, Tensor)]
@@ -351,7 +352,7 @@ def has_kernel(x: Tensor) -> bool:
 
 
 class _Observer(threading.local):
-    """The recorder of this thread's step, which sees each launch on the CPU before it runs."""
+    """The recorder of the step that this thread records, if any. It is told of each launch on the CPU before it runs."""
 
     recorder: Any = None
 

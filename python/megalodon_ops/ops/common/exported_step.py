@@ -31,9 +31,12 @@ def record(module: Callable, *example: Tensor, state: Any = None) -> Step:
     do; like a compiled program, it does not check that numbers are finite.
 
     `torch.export` lists the calls, in some seconds. The module is also called twice, and the step must repeat results,
-    random numbers and writes to buffers bit for bit. Buffers and torch's random numbers are then as before. What cannot
-    be repeated is refused: reads of values in Python, shapes that depend on values, attributes, also in containers,
-    closures and globals, that the module sets, writes to inputs and parameters, seeds.
+    random numbers and writes to buffers bit for bit. Buffers and torch's random numbers are then as before. A module is
+    refused if it
+
+    - reads values in Python, or has shapes that depend on values
+    - sets attributes, or parts of containers, closures and globals
+    - writes inputs or parameters, or sets seeds
 
     Args:
         module: called as `module(*example)`, or `module(*example, state=state)`; `functools.partial` sets other arguments.
@@ -54,10 +57,10 @@ def record(module: Callable, *example: Tensor, state: Any = None) -> Step:
 
     The step keeps the addresses of parameters, so it sees values that are written there later. Results that depend on
     parameters alone, such as CEMA's coefficients, are computed once, in the recording. Hooks, too, run only then.
-    Record another step after parameters move to other memory, or after modules or hooks change. Nothing can see Python
-    that behaves in another way only after two calls and keeps its count where `record` does not search: in attributes
-    of a class, in globals that a method or another function reads, in an iterator, in the clock or in files. The step
-    copies inputs to contiguous memory, so strides and version counters of inputs, too, are those of the recording.
+    Record another step after parameters move to other memory, or after modules or hooks change. The step copies inputs
+    to contiguous memory, so strides and version counters of inputs, too, are those of the recording. `record` does not
+    notice Python that changes its behaviour only after two calls and counts them in attributes of a class, in globals
+    that a method or another function reads, in an iterator, by the clock or in files.
 
     Example:
         >>> import torch, megalodon_ops as mo
@@ -158,7 +161,8 @@ def _checked_step(module: Callable, example: tuple[Tensor, ...], state: Any, att
     attributes.restore()
     for own, given in zip(tensors_in(own_state), tensors_in(state)):
         own.copy_(given)
-    (leaves, structure), (found, found_structure) = map(tree_flatten, (expected, observed(step)))
+    leaves, structure = tree_flatten(expected)
+    found, found_structure = tree_flatten(observed(step))
     if structure != found_structure or not all(map(is_same_bits, leaves, found)):
         raise _refusal("results, random numbers or buffers that a replay does not repeat, as Python changes them")
     return step
@@ -224,11 +228,14 @@ def _refusal_of(error: Exception) -> NotImplementedError:
 def _new_state(results: Any, old: Any) -> Any:
     """Return the module's new state in the structure of the old one, which it must have."""
     leaves, structure = tree_flatten(old)
-    problem, found = None if isinstance(results, tuple) and len(results) == 2 else describe(results), []
-    try:
-        found = [] if problem else structure.flatten_up_to(results[1])  # dicts may have another order
-    except ValueError as error:
-        problem = f"another structure ({error})"
+    problem, found = None, []
+    if not isinstance(results, tuple) or len(results) != 2:
+        problem = describe(results)
+    else:
+        try:
+            found = structure.flatten_up_to(results[1])  # dicts may have another order
+        except ValueError as error:
+            problem = f"another structure ({error})"
     for before, after in zip(leaves, found):
         before, after = ((str(x.dtype), *x.shape) if isinstance(x, Tensor) else x for x in (before, after))
         if type(before) is not type(after) or before != after:

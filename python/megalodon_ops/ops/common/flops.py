@@ -55,7 +55,7 @@ _formulas: dict[Any, Callable] = {}
 
 
 class _Registration:
-    """Import hook that registers the formulas when torch's counter is imported, which would import Triton here."""
+    """Import hook that registers the formulas when torch's counter is imported; an import here would load Triton."""
 
     @classmethod
     def find_spec(cls, name: str, *_: Any) -> ModuleSpec | None:

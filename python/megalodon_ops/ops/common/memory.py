@@ -19,7 +19,7 @@ _GROUP_FILES = {  # by version: folder; files with the limit and the use; field 
 }
 _ALWAYS_FITS = 16 << 20  # bytes; to read the limits takes a millisecond
 _HUGE_PAGE = 2 << 20
-_M_TRIM_THRESHOLD, _M_MMAP_MAX, _M_ARENA_MAX = -1, -4, -8  # mallopt(3)
+_M_TRIM_THRESHOLD, _M_MMAP_MAX, _M_ARENA_MAX = -1, -4, -8  # parameters of mallopt(3), from malloc.h
 
 
 def machine_memory() -> int:
@@ -34,10 +34,10 @@ def available_memory() -> int:
 
 def _memory_limits() -> Iterator[tuple[int, int]]:
     """Yield each limit and the bytes of it in use, without cached files, which the system drops."""
-    total, pages = os.sysconf("SC_PHYS_PAGES") * mmap.PAGESIZE, Path("/proc/self/statm")
+    total = os.sysconf("SC_PHYS_PAGES") * mmap.PAGESIZE
     yield total, total - _number_after("MemAvailable:", Path("/proc/meminfo"), total >> 10) * 1024
     if (limit := resource.getrlimit(resource.RLIMIT_AS)[0]) != resource.RLIM_INFINITY:
-        yield limit, int(pages.read_text().split()[0]) * mmap.PAGESIZE
+        yield limit, int(Path("/proc/self/statm").read_text().split()[0]) * mmap.PAGESIZE
     groups = Path("/proc/self/cgroup")
     for line in groups.read_text().splitlines() if groups.exists() else ():
         _, controllers, path = line.split(":", 2)

@@ -24,9 +24,9 @@ def philox(counter: tuple[Tensor, Tensor, Tensor, Tensor], seed: int | Tensor) -
     for _ in range(10):
         product_0, product_2 = c0 * 0xD2511F53, c2 * 0xCD9E8D57  # int64 wraps around, which keeps the 64 bits
         c0, c1, c2, c3 = (
-            product_2 >> 32 & MASK_32 ^ c1 ^ key_low,
+            (product_2 >> 32 & MASK_32) ^ c1 ^ key_low,
             product_2 & MASK_32,
-            product_0 >> 32 & MASK_32 ^ c3 ^ key_high,
+            (product_0 >> 32 & MASK_32) ^ c3 ^ key_high,
             product_0 & MASK_32,
         )
         key_low, key_high = key_low + 0x9E3779B9 & MASK_32, key_high + 0xBB67AE85 & MASK_32

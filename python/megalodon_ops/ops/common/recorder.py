@@ -126,7 +126,8 @@ class Recorder(TorchDispatchMode):
 
     def note_launch(self, kernel: str, args: tuple) -> None:
         """Add a launch of a kernel, whose last arguments are its results."""
-        written = self.keep(tensors_in(*args[-len(binding_names(kernel)[1]) :]))
+        _, results = binding_names(kernel)
+        written = self.keep(tensors_in(*args[-len(results) :]))
         self.calls.append(Call(kernel, kernel, args, {}, written, self.keep(tensors_in(*args))))
 
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
@@ -227,7 +228,10 @@ def _is_whole(tensor: Tensor) -> bool:
 
 
 def as_kernel(call: Call) -> tuple | None:
-    """Return name and arguments of a kernel that computes the same as a call of torch; None if there is none."""
+    """Return name and arguments of a kernel that computes the same as a call of torch; None if there is none.
+
+    The kernel "elementwise" computes x <operation> b or, for the operation "=", scale x + shift.
+    """
     function, args = call.function, call.args
     if function not in _WITH_KERNEL:
         return None
@@ -247,9 +251,10 @@ def as_kernel(call: Call) -> tuple | None:
         if not isinstance(b, Tensor):
             if type(b) not in (int, float) or operation == "/":
                 return None
-            scale, shift = (b, _MINUS_ZERO) if operation == "*" else (1.0, float(b) if operation == "+" else -float(b))
-            if operation != "*":  # torch rounds a summand, but no factor
-                shift = torch.tensor(shift, dtype=y.dtype).item()
+            if operation == "*":
+                scale = b
+            else:  # torch rounds a summand, but no factor
+                shift = torch.tensor(float(b) if operation == "+" else -float(b), dtype=y.dtype).item()
             b, operation = None, "="
     elif x.dtype == y.dtype:
         return ("copy_memory", x, y) if x.dtype in _COPIED and x.shape == y.shape else None

@@ -30,7 +30,8 @@ class Step:
         Sets two lists of names: `left_out`, functions that return values in Python, or tensors without a storage, which
         a replay does not call; and `in_python`, functions that a replay calls in Python.
         """
-        self._op, self._lock, self._is_whole, self.state = op, threading.RLock(), True, state
+        self._op, self._lock, self.state = op, threading.RLock(), state
+        self._is_whole = True  # False after a call that ended in an error, with a part of the new state
         recorder = Recorder()
         with torch.inference_mode(False), torch.no_grad():
             self._inputs = contiguous_copy(inputs)

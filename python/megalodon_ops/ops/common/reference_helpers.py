@@ -1,4 +1,4 @@
-"""Helpers of the references: sequences of a batch, dtypes of sums, inverse RMS."""
+"""Helpers of the references: sequences of a batch, inverse RMS."""
 
 from torch import Tensor
 

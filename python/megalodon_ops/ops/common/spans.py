@@ -41,12 +41,10 @@ def as_spans(
         return None  # the caller refuses x
     if cu_seqlens is not None:
         # The usual call skips the functions below, which cost as much as all other checks of a short call.
-        is_usual = type(cu_seqlens) is Tensor and cu_seqlens.dtype is torch.int64 and cu_seqlens.is_cpu and x.is_cpu
-        is_usual = (
-            is_usual and cu_seqlens.dim() == x.shape[0] == 1 and cu_seqlens.numel() and cu_seqlens.is_contiguous()
-        )
-        if is_usual and lengths is None and starts is None and spans is None:
-            return cu_seqlens
+        if type(cu_seqlens) is Tensor and cu_seqlens.dtype is torch.int64 and cu_seqlens.is_cpu and x.is_cpu:
+            fits = cu_seqlens.dim() == x.shape[0] == 1 and cu_seqlens.numel() and cu_seqlens.is_contiguous()
+            if fits and lengths is None and starts is None and spans is None:
+                return cu_seqlens
         return _as_int64(op, "cu_seqlens", cu_seqlens, x, spans=spans, starts=starts, lengths=lengths)
     if spans is not None:
         return _as_int64(op, "spans", spans, x, starts=starts, lengths=lengths)
@@ -111,7 +109,8 @@ def _as_int64(op: str, name: str, tensor: Tensor, x: Tensor, **others: Tensor | 
 
 def _check_starts(op: str, L: int, starts: Tensor, lengths: Tensor | None) -> None:
     firsts = starts.tolist()
-    for row, (first, count) in enumerate(zip(firsts, [0] * len(firsts) if lengths is None else lengths.tolist())):
+    counts = [0] * len(firsts) if lengths is None else lengths.tolist()
+    for row, (first, count) in enumerate(zip(firsts, counts)):
         if not 0 <= first <= L:
             raise ValueError(f"{op}: `starts` must be in [0, {L}], got {short_text(first)} at {row}.")
         if not 0 <= count <= L - first:
@@ -124,12 +123,14 @@ def read_spans(op: str, x: Tensor, spans: Tensor | None) -> list[tuple[int, int]
     B, L = x.shape[:2]
     if spans is None:
         return [(row * L, (row + 1) * L) for row in range(B)]
-    pairs, last = [*map(tuple, pairs_of(spans).tolist())], 0
+    pairs = [(begin, end) for begin, end in pairs_of(spans).tolist()]
+    last = 0  # the end of the sequence before
     name = "spans" if spans.dim() == 1 and B > 1 else argument_of(spans)[0]
     for s, (begin, end) in enumerate(pairs):
         in_row = begin == s * L if name == "lengths" else last <= begin
         if not (in_row and begin <= end <= B * L and (begin == end or begin // L == (end - 1) // L)):
-            expected, at = f"in order, disjoint and within one row of {L} positions each", s
+            expected = f"in order, disjoint and within one row of {L} positions each"
+            at = s
             got = f"[{short_text(begin)}, {short_text(end)})"
             if name == "lengths":
                 expected, got = f"in [0, {L}]", short_text(end - begin)

@@ -22,7 +22,7 @@ def gated_silu(x: Tensor, value: Tensor | None = None) -> Tensor:
 
 
 def gated_silu_bwd(dy: Tensor, x: Tensor, value: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
-    """Return dx and dvalue:
+    """Return dx and dvalue.
 
         y = x s value   ->   dvalue = dy x s
                              dx = dy value (s + x s (1 - s))

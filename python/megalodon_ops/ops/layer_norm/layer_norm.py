@@ -37,7 +37,7 @@ def layer_norm(x: Tensor, weight: Tensor | None = None, bias: Tensor | None = No
         >>> mo.layer_norm(torch.tensor([1.0, 3.0]), torch.tensor([0.0, 1.0]), torch.tensor([0.0, 5.0]), eps=0.0)
         tensor([-1.,  7.])
     """
-    return _norm(x, weight, bias, eps, False)
+    return _norm(x, weight, bias, eps, is_rms_norm=False)
 
 
 def rms_norm(x: Tensor, weight: Tensor | None = None, *, eps: float = 1e-5) -> Tensor:
@@ -52,7 +52,7 @@ def rms_norm(x: Tensor, weight: Tensor | None = None, *, eps: float = 1e-5) -> T
         >>> mo.rms_norm(torch.tensor([1.0, 7.0]), eps=0.0)
         tensor([0.2000, 1.4000])
     """
-    return _norm(x, weight, None, eps, True)
+    return _norm(x, weight, None, eps, is_rms_norm=True)
 
 
 def _norm(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, is_rms_norm: bool) -> Tensor:
@@ -68,7 +68,8 @@ def _norm(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, is_
     for name, parameter in ("weight", weight), ("bias", bias):
         if parameter is not None:
             check_device(op, name, parameter, x)
-    wide, gain = x.to(accumulation_dtype(x.dtype)), None if weight is None else 1 + weight
+    wide = x.to(accumulation_dtype(x.dtype))
+    gain = None if weight is None else 1 + weight
     if is_rms_norm:
         return F.rms_norm(wide, x.shape[-1:], gain, eps).to(x.dtype)
     return F.layer_norm(wide, x.shape[-1:], gain, bias, eps).to(x.dtype)
@@ -80,8 +81,7 @@ def _flops(x, weight, bias, is_rms_norm):
 
 def _bwd_flops(x, weight, bias, is_rms_norm):
     normalized, dx = (3, 5) if is_rms_norm else (5, 7)
-    dweight, dbias = 0 if weight is None else 3, 0 if bias is None else 1
-    return x.numel() * (normalized + dx + dweight + dbias)
+    return x.numel() * (normalized + dx + 3 * (weight is not None) + (bias is not None))  # dweight, dbias
 
 
 layer_norm_bwd = define_op(

@@ -23,7 +23,7 @@ def layer_norm(x: Tensor, weight: Tensor | None = None, bias: Tensor | None = No
     >>> layer_norm(torch.tensor([1.0, 5.0]), eps=0.0)
     tensor([-1.,  1.])
     """
-    xn, _ = _normalized(x, eps, False)
+    xn, _ = _normalized(x, eps, is_rms_norm=False)
     return _affine(xn, weight, bias).to(x.dtype)
 
 
@@ -34,7 +34,7 @@ def rms_norm(x: Tensor, weight: Tensor | None = None, *, eps: float = 1e-5) -> T
     >>> rms_norm(torch.tensor([1.0, 7.0]), eps=0.0)
     tensor([0.2000, 1.4000])
     """
-    xn, _ = _normalized(x, eps, True)
+    xn, _ = _normalized(x, eps, is_rms_norm=True)
     return _affine(xn, weight, None).to(x.dtype)
 
 

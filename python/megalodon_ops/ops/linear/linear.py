@@ -39,14 +39,18 @@ class KernelChoice(NamedTuple):
 
 def choices(isa: str, mkl_is_slow: bool) -> dict[torch.dtype, KernelChoice]:
     """Return the choice for each dtype on a processor with this instruction set."""
-    torch_choice, slow_torch = KernelChoice(32), KernelChoice(32, 64, 1 << 20, casts_here=True)
+    torch_is_fast = KernelChoice(few_rows_to=32)
+    torch_is_slow = KernelChoice(few_rows_to=32, many_rows_from=64, training_from=1 << 20, casts_here=True)
+    float16 = torch_is_slow if isa.startswith("v") and isa != "v4_amx" else torch_is_fast  # v3, v4, ...: x86
+    float32, bfloat16 = torch_is_fast, float16
     if isa == "v4_amx":
-        float32, bfloat16, float16 = KernelChoice(15, 16, 1 << 26), KernelChoice(8), torch_choice
-    else:
-        float32 = KernelChoice(32, 129, 1 << 26, batches=True) if mkl_is_slow else torch_choice
-        float16 = slow_torch if isa.startswith("v") else torch_choice
-        bfloat16 = KernelChoice(32, 129, 1 << 29) if isa == "v4_bf16" else float16
-    return {torch.float32: float32, torch.bfloat16: bfloat16, torch.float16: float16, torch.float64: torch_choice}
+        float32 = KernelChoice(few_rows_to=15, many_rows_from=16, training_from=1 << 26)
+        bfloat16 = KernelChoice(few_rows_to=8)
+    elif mkl_is_slow:
+        float32 = KernelChoice(few_rows_to=32, many_rows_from=129, training_from=1 << 26, batches=True)
+    if isa == "v4_bf16":
+        bfloat16 = KernelChoice(few_rows_to=32, many_rows_from=129, training_from=1 << 29)
+    return {torch.float32: float32, torch.bfloat16: bfloat16, torch.float16: float16, torch.float64: torch_is_fast}
 
 
 def _mkl_is_slow() -> bool:
@@ -186,9 +190,10 @@ def put_product_(y: Tensor, x: Tensor, weight: Tensor, rows: int, *, add: bool) 
 def put_products_(y: Tensor, a: Tensor, b: Tensor, *, add: bool = False) -> None:
     """Compute y = a b, or y += a b, outside autograd, for n matrices a (n, R, I), b (n, I, O) and y (n, R, O)."""
     if _choice_for(y.dtype).batches and y.numel() > 0 and y.is_contiguous() and _is_plain(a, b, y):
-        left, right = ((m, False) if m.is_contiguous() else (m.mT, True) for m in (a, b))
-        if left[0].is_contiguous() and right[0].is_contiguous():
-            launch("linear_many_rows", *left, right[0], not right[1], None, add, y)
+        left = a if a.is_contiguous() else a.mT
+        right = b if b.is_contiguous() else b.mT
+        if left.is_contiguous() and right.is_contiguous():  # the kernel takes b^T: `right` is that if it is not b
+            launch("linear_many_rows", left, left is not a, right, right is b, None, add, y)
             return
     y.baddbmm_(a, b) if add else torch.bmm(a, b, out=y)
 

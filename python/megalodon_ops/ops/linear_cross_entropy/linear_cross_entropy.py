@@ -13,7 +13,7 @@ from ..common.definition import is_autocast_enabled, is_exporting, launch
 from ..linear.linear import linear, put_product_
 from ..common.checks import check_device, check_integer, check_tensor, describe
 
-# Logits in a block. On the CPU, a block has just under 32 MiB: glibc returns larger freed memory to the system.
+# Logits in a block. In float32, the CPU's block has just under 32 MiB: glibc returns larger freed memory to the system.
 _CPU_BLOCK, _GPU_BLOCK = (1 << 23) - 1024, 1 << 26
 _SLAB = 1 << 20  # elements of the weight's gradient that are computed, and then added, from the cache
 
@@ -67,7 +67,8 @@ def linear_cross_entropy(
 
 def _linear_cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor, reduction: str, ignore_index: int) -> Tensor:
     hidden, weight = autocast(hidden, weight)
-    x, index = hidden.reshape(targets.numel(), hidden.shape[-1]), targets.reshape(-1).long()
+    x = hidden.reshape(targets.numel(), hidden.shape[-1])
+    index = targets.reshape(-1).long()
     counted = index != ignore_index
     x = x.where(counted[:, None], 0)  # a row that does not count may hold NaN, and 0 times NaN is NaN
     (T, D), V = x.shape, weight.shape[0]
@@ -207,7 +208,7 @@ def _cross_entropy(logits: Tensor, index: Tensor, scales: Tensor | None = None) 
     log_probabilities = torch.log_softmax(logits, -1, dtype=accumulation_dtype(logits.dtype))
     losses = F.nll_loss(log_probabilities, index, reduction="none")
     if scales is not None:
-        # scale (probabilities - onehot), in the memory of the log-probabilities
+        # scale (p - onehot), in the memory of log p; at the target p - 1 = expm1(-loss)
         dlogits = log_probabilities.exp_().scatter_(1, index[:, None], torch.expm1(-losses)[:, None])
         logits.copy_(dlogits.mul_(scales[:, None]))
     return losses
@@ -215,7 +216,8 @@ def _cross_entropy(logits: Tensor, index: Tensor, scales: Tensor | None = None) 
 
 def _fwd(x, weight, index, ignore_index):
     counted = index != ignore_index
-    index, rows = index.where(counted, 0), _rows(weight.shape[0], _block(x.device))
+    index = index.where(counted, 0)
+    rows = _rows(weight.shape[0], _block(x.device))
     blocks = zip(x.split(rows), index.split(rows), strict=True)
     return torch.cat([_cross_entropy(linear(x, weight), i) for x, i in blocks]).where(counted, 0)
 
@@ -236,7 +238,9 @@ def _backward(ctx, dlosses):
 def _sum(x, weight, index, scales, wants_dx, wants_dweight):
     """Return sum scales_t loss_t and its gradients in the accumulation dtype; a gradient without its flag is empty."""
     _, dx, dweight = _sum_fake(x, weight, index, scales, wants_dx, wants_dweight)
-    losses, rows, slab = [], _rows(weight.shape[0], _block(x.device)), _rows(x.shape[1], _SLAB)
+    rows = _rows(weight.shape[0], _block(x.device))
+    slab = _rows(x.shape[1], _SLAB)
+    losses = []
     for begin in range(0, x.shape[0], rows):
         block = slice(begin, begin + rows)
         dlogits = linear(x[block], weight)

@@ -51,7 +51,10 @@ def normalized_attention(
     masks = dict(causal=causal, dropkey=dropkey, dropkey_seed=dropkey_seed, spans=spans)
     states = dict(state=state, return_state=return_state, inplace_state=inplace_state)
     result = chunked_attention(q, k, v.unflatten(-1, (num_heads, -1)), chunk_size=chunk_size, **masks, **states)
-    return (result[0].flatten(-2), result[1]) if return_state else result.flatten(-2)
+    if not return_state:
+        return result.flatten(-2)
+    o, state = result
+    return o.flatten(-2), state
 
 
 def normalized_attention_bwd(

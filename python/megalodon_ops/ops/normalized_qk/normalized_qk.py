@@ -109,8 +109,9 @@ def rotary_table(rows: int, key_dim: int, rope_base: float, dtype: torch.dtype, 
     """
     if device.type == "meta":
         return torch.empty((rows, (key_dim + 1) // 2, 2), dtype=dtype, device=device)
-    fake = _get_current_dispatch_mode() is not None  # a fake mode's tensors must not reach other calls
-    return (_make_table if fake else _shared_table)(rows, key_dim, rope_base, dtype, torch.device("cpu")).to(device)
+    may_be_fake = _get_current_dispatch_mode() is not None  # a fake mode's tensors must not reach other calls
+    make = _make_table if may_be_fake else _shared_table
+    return make(rows, key_dim, rope_base, dtype, torch.device("cpu")).to(device)
 
 
 def _make_table(rows: int, key_dim: int, rope_base: float, dtype: torch.dtype, device: torch.device) -> Tensor:
@@ -149,16 +150,13 @@ def _rotary_rows_fake(end, frequencies, length, wide):
 _shared_table = functools.lru_cache(maxsize=16)(_make_table)  # CPU tables only: no CPU kernel keeps an address
 
 
-def _fwd(kernel, z, gamma, beta, rotary, num_heads, chunk_size, rope_base, eps, position, spans):
+def _with_table(kernel, *args):
+    """Call the kernel of the forward or the backward, with a table of its own if none is given."""
+    *tensors, rotary, num_heads, chunk_size, rope_base, eps, position, spans = args
     if rotary is None:
+        z, _, _ = tensors[-3:]
         rotary = _own_table(z, num_heads, chunk_size, rope_base, position)
-    return kernel(z, gamma, beta, rotary, num_heads, chunk_size, rope_base, eps, position, spans)
-
-
-def _bwd(kernel, dq, dk, z, gamma, beta, rotary, num_heads, chunk_size, rope_base, eps, position, spans):
-    if rotary is None:
-        rotary = _own_table(z, num_heads, chunk_size, rope_base, position)
-    return kernel(dq, dk, z, gamma, beta, rotary, num_heads, chunk_size, rope_base, eps, position, spans)
+    return kernel(*tensors, rotary, num_heads, chunk_size, rope_base, eps, position, spans)
 
 
 def _own_table(z: Tensor, num_heads: int, chunk_size: int, rope_base: float, position: Tensor | None) -> Tensor:
@@ -183,14 +181,14 @@ normalized_qk_bwd = define_op(
     "normalized_qk_bwd(Tensor dq, Tensor dk, Tensor z, Tensor gamma, Tensor beta, Tensor? rotary, int num_heads, "
     "int chunk_size, float rope_base, float eps, Tensor? position, Tensor? spans) "
     "-> (Tensor dz, Tensor dgamma, Tensor dbeta)",
-    wrapper=_bwd,
+    wrapper=_with_table,
     # normalized; of q and of k: rotated, dgamma, dbeta; dnormalized, dz
     flops=lambda z, spans: num_tokens(z, spans) * z.shape[2] * (3 + 2 * (3 + 2 + 1) + 3 + 5),
 )
 normalized_qk_fwd = define_op(
     "normalized_qk_fwd(Tensor z, Tensor gamma, Tensor beta, Tensor? rotary, int num_heads, int chunk_size, "
     "float rope_base, float eps, Tensor? position, Tensor? spans) -> (Tensor q, Tensor k)",
-    wrapper=_fwd,
+    wrapper=_with_table,
     fake=_fwd_fake,
     backward=normalized_qk_bwd,
     # normalized; of q and of k: affine, rotated

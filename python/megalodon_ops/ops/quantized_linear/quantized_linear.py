@@ -96,7 +96,7 @@ def dequantize_by_torch(weight: Tensor, scale: Tensor, inputs: int, dtype: torch
         return (weight * scale[:, None]).to(dtype)
     words = weight.view(torch.int16).unflatten(1, (-1, 1, _GROUP))
     shifts = torch.arange(12, -1, -4, dtype=torch.int16, device=weight.device)[:, None]
-    integers = (words << shifts) >> 12
+    integers = (words << shifts) >> 12  # four of each word, with their signs
     return (integers * scale.float().unflatten(1, (-1, 4, 1))).flatten(1)[:, :inputs].to(dtype)
 
 
@@ -182,12 +182,16 @@ def _check(x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None) -> Non
         raise ValueError(f"quantized_linear: `weight` must be int8, or uint8 for int4, got {weight.dtype}.")
     if x.dim() == 0:
         raise ValueError("quantized_linear: `x` must have shape (..., I), got ().")
-    inputs, outputs, blocks = x.shape[-1], weight.shape[0] if weight.dim() else 0, -(-x.shape[-1] // _BLOCK)
-    is_int8 = weight.dtype == torch.int8
-    packed, scales = (inputs, (outputs,)) if is_int8 else (_BLOCK // 2 * blocks, (outputs, _BLOCK // _GROUP * blocks))
+    inputs, outputs = x.shape[-1], weight.shape[0] if weight.dim() else 0
+    blocks = -(-inputs // _BLOCK)
+    if weight.dtype == torch.int8:
+        weight_shape, scale_shape, scale_dtype = (outputs, inputs), (outputs,), torch.float32
+    else:
+        weight_shape, scale_shape = (outputs, _BLOCK // 2 * blocks), (outputs, _BLOCK // _GROUP * blocks)
+        scale_dtype = torch.bfloat16
     expected = [
-        ("weight", weight, (outputs, packed), weight.dtype),
-        ("scale", scale, scales, torch.float32 if is_int8 else torch.bfloat16),
+        ("weight", weight, weight_shape, weight.dtype),
+        ("scale", scale, scale_shape, scale_dtype),
         ("bias", bias, (outputs,), x.dtype),
     ]
     for argument, tensor, shape, dtype in expected:
@@ -224,15 +228,17 @@ def _dequantize_fake(weight, scale, rows, inputs, dtype):
 def _fwd(x, weight, scale, bias, activations):
     y = _fwd_fake(x, weight, scale, bias, activations)
     count = math.prod(x.shape[:-1])
-    rows, outputs = x.reshape(count, x.shape[-1]).contiguous(), y.view(count, y.shape[-1])
+    rows = x.reshape(count, x.shape[-1]).contiguous()
+    outputs = y.view(count, y.shape[-1])
     rounds = activations is not None and count >= _FEWEST_ROUNDED_ROWS and gains_from_rounding(_C.active_isa())
     if has_cpu_kernel(x) and (rounds or count <= _MAX_KERNEL_ROWS[x.dtype]):
         kernel = "quantized_many_rows" if rounds else "quantized_linear"
         launch(kernel, rows, weight.contiguous(), scale.contiguous(), contiguous_or_none(bias), outputs)
         return y
     dtype = torch.float32 if x.dtype == torch.float16 else x.dtype  # float16 does not hold every weight
-    rows, bias = rows.to(dtype), None if bias is None else bias.to(dtype)
-    step = max(1, _COPY // max(1, x.shape[-1]))
+    rows = rows.to(dtype)
+    bias = None if bias is None else bias.to(dtype)
+    step = max(1, _COPY // max(1, x.shape[-1]))  # rows of the weight that are copied at a time
     with torch.no_grad():
         for begin in range(0, len(weight), step):
             part = slice(begin, begin + step)

@@ -133,10 +133,11 @@ def _new_state(x, num_groups, spans, wanted=True):
 
     The count is the last result, because torch's opcheck adds up all results in the dtype of the first.
     """
-    S, new, real = num_sequences(x.shape[0], spans), x.new_empty, accumulation_dtype(x.dtype)
-    row, groups, pairs = ((S,), (S, num_groups), (S, 2, num_groups)) if wanted else ((0,),) * 3
-    count = new(row, dtype=torch.int64)
-    return new(groups, dtype=real), new(groups, dtype=real), new(pairs, dtype=real), count
+    S, real = num_sequences(x.shape[0], spans), accumulation_dtype(x.dtype)
+    mean = x.new_empty((S, num_groups) if wanted else (0,), dtype=real)
+    residual = x.new_empty((S, 2, num_groups) if wanted else (0,), dtype=real)
+    count = x.new_empty((S,) if wanted else (0,), dtype=torch.int64)
+    return mean, torch.empty_like(mean), residual, count
 
 
 def _fwd_fake(x, weight, bias, num_groups, eps, count, mean, var, residual, spans, return_stats, return_state):

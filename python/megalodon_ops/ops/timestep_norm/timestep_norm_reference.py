@@ -10,16 +10,15 @@ the biased variance of x_t inside a group. Then
     y_t   = (x_t - mean') rstd (1 + weight) + bias          rstd = 1 / sqrt(var' + eps)
 
 This is Welford's update. Unlike E[x^2] - mean^2, it does not cancel when |mean| >> std. A fresh state has n = 0 and so
-c1 = 0: its mean and var are not used. Two spans with statistics (n_a, mean_a, var_a) and (n_b, mean_b, var_b) merge
-associatively by the same formula, with n' = n_a + n_b and c2 = n_b / n'. So a sequence can be split into spans that are
-scanned in parallel.
+c1 = 0: its mean and var are not used. Two parts with statistics (n_a, mean_a, var_a) and (n_b, mean_b, var_b) merge
+associatively by the same formula, with n' = n_a + n_b and c2 = n_b / n'. So parts of a sequence can be scanned in
+parallel.
 
 A variance that overflows the state's dtype, beyond 3e38 for float32, gives NaN.
 
-dtypes: x and y float32, float64, bfloat16 or float16; weight, bias and the state float32, or float64 for float64 x. A
-state stores mean and var as value + residual, which have about twice the digits of the dtype. A mean in one float32
-would stop changing once c2 (gm - mean) is below half a unit in its last place. Here, statistics are float64 and split
-on return.
+dtypes: x and y float32, float64, bfloat16 or float16; weight, bias and the state float32, or float64 for float64 x.
+Inside a call, statistics are float64. A state stores mean and var as value + residual, which have about twice the digits
+of the dtype: a mean in one float32 would stop changing once c2 (gm - mean) is below half a unit in its last place.
 """
 
 import torch
@@ -56,8 +55,10 @@ def timestep_norm(
     real = accumulation_dtype(x.dtype)
     gain, bias = 1 + weight.to(real), bias.to(real)
     slices = sequences(x, as_spans("timestep_norm", x, cu_seqlens, lengths, starts, spans))
-    y, counts, means, variances = torch.zeros_like(x), [], [], []
-    for (row, tokens), (n, mean, var) in zip(slices, _initial(state, len(slices), num_groups, x.device), strict=True):
+    initial_states = _initial(state, len(slices), num_groups, x.device)
+    y = torch.zeros_like(x)
+    counts, means, variances = [], [], []  # after each sequence
+    for (row, tokens), (n, mean, var) in zip(slices, initial_states, strict=True):
         x_s = x[row, tokens].double().unflatten(-1, (num_groups, -1))  # (l, G, F)
         count, mean, var, _ = _statistics(x_s, n, mean, var)
         normalized = (x_s - mean[1:, :, None]) * _rstd(var[1:, :, None], eps, real)
@@ -186,7 +187,8 @@ def timestep_norm_end_state_bwd(
     dx = torch.zeros_like(x)
     for s, (row, tokens) in enumerate(sequences(x, spans)):
         x_s = x[row, tokens].double().unflatten(-1, (num_groups, -1))  # (l, G, F)
-        centred, total = x_s - x_s.mean((0, 2), keepdim=True), len(x_s) * x_s.shape[-1]
+        centred = x_s - x_s.mean((0, 2), keepdim=True)
+        total = len(x_s) * x_s.shape[-1]
         dmean_s, dvar_s = (0.0 if d is None else d[s].double()[:, None] / max(total, 1) for d in (dmean, dvar))
         dx[row, tokens] = (dmean_s + 2 * dvar_s * centred).flatten(-2).to(x.dtype)
     return dx

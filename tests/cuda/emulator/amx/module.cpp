@@ -10,7 +10,7 @@ namespace megalodon {
 
 Isa active_isa = Isa::v4_amx;
 
-// Every kernel must exist for the lowest instruction set, which a call takes for what AMX does not compute.
+// A call that AMX cannot compute takes the kernel of the lowest instruction set, so each must exist.
 namespace v2 {
 #define NOT_EMULATED(name, Params) \
   void name(const Params&) { throw std::logic_error(#name ": only kernels for AMX are emulated"); }

@@ -51,7 +51,7 @@ inline void load_config(const void* from) {
   for (int i = 0; i < kTiles; ++i) {
     Tile& tile = registers.tiles[i];
     uint16_t bytes;
-    std::memcpy(&bytes, config + 16 + 2 * i, sizeof bytes);
+    std::memcpy(&bytes, config + 16 + 2 * i, sizeof bytes);  // bytes of a row, 2 for each tile from byte 16 on
     tile.rows = config[48 + i];
     tile.bytes = bytes;
     require(tile.rows <= kRows && bytes <= kBytes, "a tile is larger than 16 rows of 64 bytes");
@@ -96,7 +96,7 @@ inline __attribute__((noinline)) void multiply_bytes(int c_index, int a_index, i
     }
 }
 
-// c += a b; a row of b holds pairs of neighbours along the depth.
+// c += a b of bf16 numbers; a row of b holds pairs of neighbours along the depth.
 inline __attribute__((noinline)) void multiply(int c_index, int a_index, int b_index) {
   Tile &c = tile(c_index), &a = tile(a_index), &b = tile(b_index);
   require_product(c, a, b);

@@ -36,7 +36,7 @@ __global__ void missing_second_syncthreads(const float* in, float* out) {
   out[position()] = sum;
 }
 
-// In order, threads access half of a word after the whole word in these two kernels.
+// In the next two kernels, threads that run in order access half of a word after the whole word.
 template <bool kBug>
 __global__ void half_of_a_word_read(const float* in, float* out) {
   SMEM_ARRAY(float, tile, 1);
@@ -308,7 +308,7 @@ GPU_INLINE void fill(gpu::bf16* tile) {
   __syncthreads();
 }
 
-// Matrices 1 and 2 of the four exchanged: the right half of the upper rows is not a[1] but a[2].
+// ldmatrix with matrices 1 and 2 of its four exchanged: the right half of the upper rows must be a[2], not a[1].
 template <bool kBug>
 __global__ void wrong_fragment_of_a(const float*, float* out) {
   SMEM_ARRAY(gpu::bf16, tile, 256);

@@ -16,7 +16,7 @@ __global__ void local_array(const float* in, float* out) {
   out[threadIdx.x] = values[threadIdx.x % 4];
 }
 
-// Through a pointer, so that the compiler does not see the array; between two switches of threads.
+// Gets the array by pointer, so that the compiler does not see its size. Barriers before and after switch threads.
 GPU_INLINE void shift(float* values, int count) {
   for (int i = 0; i < count; ++i) values[i] = values[i + 1];  // at local_array_by_pointer
 }

@@ -15,7 +15,8 @@ template <Product product>
 __global__ void mma_kernel(const uint32_t* a, const uint32_t* b, const float* c, float* d) {
   uint32_t x[4], y[2];
   float z[4];
-  for (int i = 0; i < 4; ++i) x[i] = a[threadIdx.x * 4 + i], z[i] = c[threadIdx.x * 4 + i];
+  for (int i = 0; i < 4; ++i) x[i] = a[threadIdx.x * 4 + i];
+  for (int i = 0; i < 4; ++i) z[i] = c[threadIdx.x * 4 + i];
   for (int i = 0; i < 2; ++i) y[i] = b[threadIdx.x * 2 + i];
   if constexpr (product == Product::tf32) gpu::mma_1688_tf32(z, x, y);
   else if constexpr (product == Product::bf16) gpu::mma_16816<gpu::bf16>(z, x, y);
@@ -119,7 +120,8 @@ __global__ void tile_store_kernel(const float* from, int row, int column, uint16
   for (int i = threadIdx.x; i < 32 * 64; i += blockDim.x) data[i] = gpu::bf16{0};
   __syncwarp();
   float d[4], minus[4];
-  for (int i = 0; i < 4; ++i) d[i] = from[threadIdx.x * 4 + i], minus[i] = -d[i];
+  for (int i = 0; i < 4; ++i) d[i] = from[threadIdx.x * 4 + i];
+  for (int i = 0; i < 4; ++i) minus[i] = -d[i];
   tile.store_d(d, row, column);
   __syncwarp();
   copy_tile(tile, 32, 64, to);
@@ -211,7 +213,7 @@ void run_tile_store(const float* d, int row, int column, uint16_t* tile, uint32_
 
 void run_strided_copy(const float* in, float* out, int stride, int width) {
   if (width == 1) LAUNCH(strided_copy_kernel<1>, 1024 / 128, 128, 0, nullptr, in, out, stride);
-  if (width == 4) LAUNCH(strided_copy_kernel<4>, 2, 128, 0, nullptr, in, out, stride);
+  if (width == 4) LAUNCH(strided_copy_kernel<4>, 1024 / 4 / 128, 128, 0, nullptr, in, out, stride);
 }
 
 void run_shared_columns(const float* in, float* out, int pitch) {

@@ -20,7 +20,6 @@
 #define __forceinline__ inline __attribute__((always_inline))
 // The kernel begins with one no-op for each warp that its blocks may have; launch_bound() counts them.
 #define __launch_bounds__(...) __attribute__((patchable_function_entry(emu::warps_of(__VA_ARGS__))))
-#define __grid_constant__
 #define __align__(n) __attribute__((aligned(n)))
 #define __shared__ shared_memory_is_declared_with_SMEM_ARRAY_or_SMEM_DYN
 #define __constant__ constant_memory_is_not_supported
@@ -201,16 +200,10 @@ using std::min;
 inline float rsqrtf(float x) { return 1.0f / std::sqrt(x); }
 inline float rsqrt(float x) { return rsqrtf(x); }
 inline double rsqrt(double x) { return 1.0 / std::sqrt(x); }
-inline float __expf(float x) { return std::exp(x); }
-inline float __logf(float x) { return std::log(x); }
-inline float __fdividef(float a, float b) { return a / b; }
-inline unsigned __umulhi(unsigned a, unsigned b) { return static_cast<unsigned>(uint64_t{a} * b >> 32); }
 inline int __popc(unsigned x) { return __builtin_popcount(x); }
-inline int __clz(unsigned x) { return x ? __builtin_clz(x) : 32; }
-inline int __ffs(unsigned x) { return __builtin_ffs(static_cast<int>(x)); }
-inline int __ffsll(long long x) { return __builtin_ffsll(x); }
 
-// Written by reached.py before a loop and before its body.
+// Written by reached.py before a loop and before its body, in the form `if (...; false) {} else loop`, so that a loop
+// stays one statement. A Turns counts the iterations and records them at the loop's end.
 #define EMU_LOOP(file, nth)                                                             \
   if (::emu::Turns emu_turns([]() -> ::emu::Loop& {                                     \
         static ::emu::Loop loop(file, nth);                                             \

@@ -1,5 +1,5 @@
-// Memory traffic of kernels. The nth accesses of a warp's lanes by one instruction are one request, as on a GPU, where
-// lanes run together.
+// Memory traffic of kernels. On a GPU, the lanes of a warp run together; here they take turns. So the nth accesses of all
+// lanes by one instruction count as one request.
 #include <sys/mman.h>
 
 #include <map>
@@ -19,7 +19,7 @@ struct Request {
 // Requests of a warp that more lanes may join; the first `done` of them have been counted.
 struct OpenRequests {
   uint32_t done = 0;
-  uint32_t made[kWarpSize] = {};
+  uint32_t made[kWarpSize] = {};  // by lane: its number of accesses
   std::vector<Request> requests;
 
   void clear() {
@@ -46,10 +46,11 @@ struct SiteKey {
 
 std::map<SiteKey, Site> sites_of_launch;
 uint8_t* touched = nullptr;  // a byte for each sector of the arena
-std::map<std::pair<std::string, std::string>, Traffic> totals;  // by kernel and buffer
+TrafficByKernelAndBuffer totals;
 std::map<std::pair<std::string, SiteKey>, Site> all_sites;
 std::map<const Buffer*, Traffic> traffic_of_launch;
 
+// What one instruction of a kernel accesses in global memory; most: the largest element of a sparse buffer.
 struct Far {
   std::set<std::string> buffers;
   uint64_t most = 0;
@@ -78,7 +79,7 @@ Site& find_site(const void* address, size_t size, bool store, bool shared) {
 // Calls `each` with the different values of offset / unit of the lanes [from, to); returns their number.
 template <class F>
 int collect(const Request& request, size_t size, size_t unit, int from, int to, F&& each) {
-  uint32_t units[kWarpSize * 4 + kWarpSize];
+  uint32_t units[kWarpSize * (4 + 1)];  // 16 bytes are in at most 5 words
   int n = 0;
   for (int l = from; l < to; ++l)
     if (request.lanes >> l & 1)
@@ -215,11 +216,7 @@ void reset_counters() {
   all_sites.clear();
 }
 
-std::vector<KernelTraffic> traffic() {
-  std::vector<KernelTraffic> result;
-  for (const auto& [key, t] : totals) result.push_back({key.first, key.second, t});
-  return result;
-}
+const TrafficByKernelAndBuffer& traffic() { return totals; }
 
 std::vector<SiteTraffic> sites() {
   std::vector<const void*> addresses;

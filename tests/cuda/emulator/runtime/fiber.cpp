@@ -85,7 +85,9 @@ void Fiber::arrive() {
   const void* stack;
   size_t bytes;
   __sanitizer_finish_switch_fiber(nullptr, &stack, &bytes);
-  if (!left->stack_) left->stack_ = stack, left->bytes_ = bytes;
+  if (left->stack_) return;
+  left->stack_ = stack;
+  left->bytes_ = bytes;
 }
 
 void Fiber::prepare(char* stack, size_t bytes, void (*entry)()) {

@@ -220,12 +220,6 @@ void release(char* p) {
 void mark_written(char* p, size_t bytes) { set_flags(offset_of(p), bytes, kValid | kWritten); }
 void mark_read_only(char* p, size_t bytes) { set_flags(offset_of(p), bytes, kValid | kWritten | kReadOnly); }
 
-size_t count_unwritten(const char* p, size_t bytes) {
-  size_t count = 0;
-  for (size_t i = 0; i < bytes; ++i) count += !(flags[offset_of(p) + i] & kWritten);
-  return count;
-}
-
 const Buffer* find_buffer(size_t offset) {
   auto after = buffers.upper_bound(offset);
   if (after == buffers.begin()) return nullptr;

@@ -1,11 +1,12 @@
-// Finds pairs of accesses, one of them a write, that no barrier orders. Vector clocks, as in FastTrack (Flanagan and
-// Freund, 2009).
+// Finds races: pairs of accesses, one of them a write, that no barrier orders. Vector clocks, as in FastTrack (Flanagan
+// and Freund, 2009).
 //
-// Each thread numbers its intervals between synchronisations. After a barrier, its participants have seen all that any
-// of them had seen. A cell, two bytes of memory, keeps the interval of its last write and of the reads since then: one
-// reader, or a clock for each thread of the block. The first of a word's two cells stands for both, until an access to
-// one half, and again after a write of the whole word. An access is ordered after an earlier one if its thread has seen
-// the earlier one's interval. Blocks of one launch see nothing of each other; launches are ordered.
+// - Each thread numbers its intervals between synchronisations. After a barrier, its participants have seen all that any
+//   of them had seen. Blocks of one launch see nothing of each other; launches are ordered.
+// - An access is ordered after an earlier one if its thread has seen the earlier one's interval.
+// - A cell, two bytes of memory, keeps the interval of its last write and of the reads since then: one reader, or a clock
+//   for each thread of the block.
+// - The first of a word's two cells stands for both, until an access to one half, and again after a write of the word.
 #include <sys/mman.h>
 
 #include "state.h"

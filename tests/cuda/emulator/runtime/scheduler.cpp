@@ -79,6 +79,7 @@ void start_block() {
 int take_ready() {
   size_t at = 0;
   if (options.order == Order::random) at = next_random() % ready.size();
+  // In order "forward" the least index, in order "reverse" the largest.
   for (size_t i = 1; options.order != Order::random && i < ready.size(); ++i)
     if ((options.order == Order::forward) == (ready[i] < ready[at])) at = i;
   const int thread = ready[at];
@@ -113,10 +114,10 @@ void check_configuration() {
     refuse(std::to_string(launch_.dynamic_shared) + " bytes of shared memory");
 }
 
-// Returns true if `bounds` does not skip block x of a row of `blocks`.
+// Returns true if block x of a row of `blocks` runs: it is near an end or near the middle, as in Bounds.
 bool runs(unsigned x, unsigned blocks) {
-  const unsigned ends = bounds.ends, apart = x < bounds.middle ? bounds.middle - x : x - bounds.middle + 1;
-  return x < ends || blocks - x <= ends || apart <= ends;
+  const unsigned from_middle = x < bounds.middle ? bounds.middle - x : x - bounds.middle + 1;
+  return x < bounds.ends || blocks - x <= bounds.ends || from_middle <= bounds.ends;
 }
 
 // "(norm_kernel<T, 4>)" -> "norm_kernel"

@@ -138,7 +138,6 @@ char* allocate(size_t bytes, const std::string& name, size_t misalignment, bool 
 void release(char* p);
 void mark_written(char* p, size_t bytes);
 void mark_read_only(char* p, size_t bytes);
-size_t count_unwritten(const char* p, size_t bytes);
 const Buffer* find_buffer(size_t offset);
 std::vector<const Buffer*> live_buffers();
 
@@ -157,11 +156,8 @@ struct SiteTraffic {  // of one instruction; wavefronts in shared memory, sector
   bool store, shared;
   uint64_t bytes, requests, transactions, ideal;
 };
-struct KernelTraffic {
-  std::string kernel, buffer;
-  Traffic traffic;
-};
-std::vector<KernelTraffic> traffic();
+using TrafficByKernelAndBuffer = std::map<std::pair<std::string, std::string>, Traffic>;
+const TrafficByKernelAndBuffer& traffic();
 std::vector<SiteTraffic> sites();
 
 // reports.cpp
@@ -188,7 +184,7 @@ struct Reached {
 };
 std::vector<Reached> reached();
 size_t offset_in_module(const void* kernel);
-extern bool recording;  // also the accesses below
+extern bool recording;  // true: magnitudes are recorded
 
 // counters.cpp
 struct Magnitude {  // of an instruction that accesses global memory

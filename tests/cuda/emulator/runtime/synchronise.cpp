@@ -10,7 +10,8 @@ namespace {
 struct Barrier {
   std::vector<Thread*> arrived;
   Place first;
-  bool vote = false, result = false;  // of the threads that have arrived; of the last barrier
+  bool vote = false;    // of the threads that have arrived
+  bool result = false;  // of the last barrier
 };
 std::map<int, Barrier> barriers;  // by number; 0 is __syncthreads
 

@@ -1,7 +1,7 @@
 // Kernels that break one rule or promise each, for test_cuda_static.py.
 #include "vec.cuh"
 
-// An index that is known at run time alone keeps an array in local memory.
+// An index that is known only at run time keeps an array in local memory.
 __global__ void array_in_local_memory(const int* index, float* out) {
   float values[64] = {};
   for (int i = 0; i < 256; ++i) values[index[i]] += out[i];
@@ -33,7 +33,7 @@ __global__ void adds_atomically(float* out) { atomicAdd(out, 1.0f); }
 __noinline__ __device__ float not_inlined(float x) { return x * x + 1; }
 __global__ void calls(const float* in, float* out) { out[threadIdx.x] = not_inlined(in[threadIdx.x]); }
 
-// In accesses of 4 kWidth bytes.
+// Copies by accesses of 4 kWidth bytes.
 template <int kWidth>
 __global__ void copies(const float* in, float* out) {
   float v[kWidth];
