@@ -63,11 +63,11 @@ def _norm(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, is_
     eps = check_number(op, "eps", eps, "a finite number of at least 0", 0.0)
     if not x.is_floating_point():
         raise TypeError(f"{op}: `x` must be floating point, got {x.dtype}; convert it with .to(torch.float32).")
+    for name, parameter in ("weight", weight), ("bias", bias):
+        if parameter is not None and not x.is_cpu:
+            check_device(op, name, parameter, x)
     if has_kernel(x):
         return call(layer_norm_fwd, x, weight, bias, eps, is_rms_norm)
-    for name, parameter in ("weight", weight), ("bias", bias):
-        if parameter is not None:
-            check_device(op, name, parameter, x)
     wide = x.to(accumulation_dtype(x.dtype))
     gain = None if weight is None else 1 + weight
     if is_rms_norm:
