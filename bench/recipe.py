@@ -4,10 +4,16 @@
     python -m bench.recipe --only rates --jobs 4    # a part of them, four at a time
 
 Each run is a process of one thread. Runs with equally many steps compare choices of equal cost; runs of equal duration,
-on an idle machine, compare models whose steps differ in cost. Sweeps before the context length was chosen read whole
-documents (--context-length 1000000000). A run's result is the figure of all held-out text that `train` reports. The
-other texts are Debian's packages perl-doc and wordnet-base. Results go to bench/results/recipe.jsonl and .md;
+on an idle machine, compare models whose steps differ in cost. Results go to bench/results/recipe.jsonl and .md;
 docs/training.md draws the conclusions.
+
+- **Flags** not shown have their defaults: `--optimizer muon --batch 64 --length 64 --dim 128 --layers 3`, and 8 times
+  `--length` for `--context-length`.
+- **Context**: sweeps from before its default was chosen read whole documents (`--context-length 1000000000`).
+- **Text**: Python's standard library. `--data` names the other texts, of Debian's packages perl-doc and wordnet-base.
+- **held out**: bits per byte of all held-out text, as `train` reports them at the end. **xz -9**: those of that
+  compressor on the same text.
+- **training, last twentieth**: mean bits per byte of the last twentieth of the steps.
 """
 
 import argparse
@@ -47,7 +53,7 @@ def _flags(
 
 
 GROUPS: dict[str, list[str]] = {
-    "beside: rates, rows, a width and a length beside the defaults, at the context length that is the default": [
+    "beside: the defaults with another rate, batch, width or number of steps, context length 512 or 256": [
         _flags(context_length=512, bytes_read=3 * BYTES, lr=0.02),
         *(_flags(context_length=512, lr=rate) for rate in (0.005, 0.02)),
         *(_flags(128, 32, context_length=length) for length in (256, 512)),
@@ -59,16 +65,16 @@ GROUPS: dict[str, list[str]] = {
         for size in (BYTES, 3 * BYTES)
         for length in (256, 512, 1024, 4096, WHOLE)
     ],
-    "rows: as many bytes in batches of another shape": [
+    "rows: the same number of bytes in batches of several shapes": [
         _flags(rows, length, lr=rate, optimizer=name)
         for name, rate in (("muon", 0.02), ("adamw", 0.01))
         for rows, length in ((16, 64), (16, 256), (64, 64), (128, 32))
     ],
-    "rates: the peak of the learning rate": [
+    "rates: peak learning rates": [
         *(_flags(lr=rate) for rate in (0.005, 0.01, 0.02, 0.04)),
         *(_flags(lr=rate, optimizer="adamw") for rate in (0.005, 0.01, 0.02)),
     ],
-    "widths: the peak of the learning rate at other widths": [
+    "widths: peak learning rates at other widths": [
         *(_flags(dim=64, lr=rate) for rate in (0.01, 0.02, 0.04)),
         *(_flags(dim=256, lr=rate, bytes_read=BYTES // 2) for rate in (0.005, 0.01, 0.02)),
         *(_flags(dim=512, lr=rate, bytes_read=BYTES // 2) for rate in (0.00125, 0.0025, 0.005)),
@@ -77,7 +83,7 @@ GROUPS: dict[str, list[str]] = {
         f"--minutes 10 {flags}--context-length {WHOLE}"
         for flags in ("", "--batch 128 --length 32 ", "--dim 96 --layers 4 ", "--dim 192 --layers 4 ")
     ],
-    "texts: the recipe on text that it was not chosen by, ten minutes of one thread each": [
+    "texts: the defaults on texts that were not used to choose them, ten minutes of one thread each": [
         f"--minutes 10 {flags}--data {files}"
         for flags in ("", f"--context-length {WHOLE} ")
         for files in ("/usr/share/perl/5.*/pod", "/usr/share/wordnet/data.*")
@@ -137,7 +143,7 @@ def train(flags: str) -> dict[str, Any]:
 
 
 def page(results: list[dict[str, Any]]) -> list[str]:
-    lines = ["# The recipe of `train`", "", __doc__.split("\n\n", 2)[2].strip().replace("\n", " "), ""]
+    lines = ["# The recipe of `train`", "", __doc__.split("\n\n", 2)[2].strip(), ""]
     columns = ["parameters", "learning rate", "held out", "xz -9", "training, last twentieth", "steps", "bytes"]
     by_group: dict[str, list[dict[str, Any]]] = {}
     for result in results:
