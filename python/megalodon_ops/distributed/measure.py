@@ -97,7 +97,7 @@ def _operations(call: Callable[[Tensor], Tensor], x: Tensor) -> dict[str, int]:
 
 
 class _GpuPaths(TorchFunctionMode):
-    """Make tensors on `meta` take a GPU's code path where torch does not: autocast, and the fused RMS norm."""
+    """Make tensors on `meta` take a GPU's code path under autocast, which torch has not for them."""
 
     def __init__(self, dtype: torch.dtype | None) -> None:
         """dtype: that of products under autocast; None: no autocast."""
@@ -105,9 +105,6 @@ class _GpuPaths(TorchFunctionMode):
         self.dtype = dtype
 
     def __torch_function__(self, func: Any, types: Any, args: tuple = (), kwargs: dict[str, Any] | None = None) -> Any:
-        options = kwargs or {}
-        if func is F.rms_norm:  # a GPU saves one number per row less for it than for this layer norm
-            return F.layer_norm(*args, weight=options["weight"], eps=options["eps"])
         if func is F.linear and self.dtype is not None:
             args = tuple(None if tensor is None else tensor.to(self.dtype) for tensor in args)
-        return func(*args, **options)
+        return func(*args, **(kwargs or {}))
