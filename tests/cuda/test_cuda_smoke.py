@@ -123,12 +123,17 @@ def by_tolerance(found: dict, case: Case) -> dict[float, dict]:
     return groups
 
 
-def check(name: str, case: Case, launch: Callable[[Case], tuple[dict, set[str]]]) -> set[str]:
-    """Compare a launch with the CPU in float64; record the outcome and the kernels that ran."""
+def check(
+    name: str,
+    case: Case,
+    launch: Callable[[Case], tuple[dict, set[str]]],
+    compute: Callable[[Case], dict] = results,
+) -> set[str]:
+    """Compare a launch with `compute` on the CPU in float64; record the outcome and the kernels that ran."""
     kernels, error, failed = set(), "", None
     try:
         found, kernels = launch(case)
-        right = results(case.double())
+        right = compute(case.double())
         known = {name: ~value.isnan() for name, value in right.items()}  # rows of a cache that no one reads hold NaN
         for tolerance, values in by_tolerance(found, case).items():  # a state of a bfloat16 case is float32
             assert_all_close(
@@ -163,30 +168,41 @@ CHOICES = [(name, dtype, False) for name in CASES for dtype in CASES[name].types
 CHOICES += [(name, dtype, True) for name in LIBRARIES for dtype in CASES[name].types]
 
 
-# Norms of rows: widths of vectors, of elements, and of rows whose sums do not fit shared memory.
-NORMS = {"vectors": (16384, 1024), "elements": (4096, 771), "wide": (512, 16384)}
+# Rows and widths of norms: vectors, elements, and rows whose sums do not fit shared memory.
+NORMS = {"norms, vectors": (16384, 1024), "norms, elements": (4096, 771), "norms, wide": (512, 16384)}
 
 
-def norm_results(rows: int, width: int, dtype: torch.dtype, device: str) -> dict:
-    """Results and gradients of layer_norm and, from them, of rms_norm."""
+def norm_case(rows: int, width: int, dtype: torch.dtype) -> Case:
     gen = generator(0)
-    x, dy = (randn(gen, rows, width, dtype=F64).to(dtype).to(device) for _ in range(2))
-    weight, bias = (randn(gen, width, dtype=F64).to(F64 if dtype == F64 else F32).to(device) for _ in range(2))
-    leaves = {"x": x, "weight": weight, "bias": bias}
-    for leaf in leaves.values():
-        leaf.requires_grad_()
-    y = mo.rms_norm(mo.layer_norm(x, weight, bias), weight)
-    return {"y": y.detach()} | dict(zip(leaves, torch.autograd.grad(y, [*leaves.values()], dy), strict=True))
+    x, dy = (randn(gen, rows, width, dtype=F64).to(dtype) for _ in range(2))
+    weight, bias = (randn(gen, width, dtype=F64).to(F64 if dtype == F64 else F32) for _ in range(2))
+    return Case("layer_norm", {"x": x, "weight": weight, "bias": bias}, {"dy": dy}, dtype, terms=1.0)
+
+
+def norm_results(case: Case) -> dict:
+    """Results of layer_norm and rms_norm, and the sums of their gradients."""
+    leaves = {name: tensor.detach().requires_grad_() for name, tensor in case.tensors.items()}
+    y, z = mo.layer_norm(*leaves.values()), mo.rms_norm(leaves["x"], leaves["weight"])
+    grads = torch.autograd.grad((y, z), [*leaves.values()], [case.options["dy"]] * 2)
+    return {"y": y.detach(), "z": z.detach()} | {f"d{name}": grad for name, grad in zip(leaves, grads, strict=True)}
+
+
+def run_on_card(compute: Callable[[Case], dict], case: Case) -> tuple[dict, set[str]]:
+    """Results, on the CPU, and the names of the kernels that a profiler saw."""
+    on_card = case_on("cuda", case)
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+        found = to("cpu", compute(on_card))
+        torch.cuda.synchronize()
+    events = " ".join(event.key for event in profile.key_averages())
+    return found, {kernel for kernel in KERNELS if kernel in events}
 
 
 @needs_gpu
 @pytest.mark.parametrize("dtype", TYPES, ids=str)
-@pytest.mark.parametrize("sizes", NORMS.values(), ids=NORMS)
-def test_norms_at_real_sizes(sizes, dtype):
-    found, right = to("cpu", norm_results(*sizes, dtype, "cuda")), norm_results(*sizes, dtype, "cpu")
-    for name, value in found.items():
-        tolerance = TOLERANCE[value.dtype if value.dtype in (BF16, F16) else dtype]
-        assert_all_close({name: value}, {name: right[name]}, tolerance=tolerance, terms=1.0)
+@pytest.mark.parametrize("name", NORMS)
+def test_norms_at_real_sizes(name, dtype):
+    case = norm_case(*NORMS[name], dtype)
+    assert check(name, case, lambda case: run_on_card(norm_results, case), norm_results)
 
 
 @needs_gpu
@@ -196,16 +212,8 @@ def test_at_real_sizes(name, dtype, libraries, monkeypatch):
     if not libraries:
         monkeypatch.setattr(dense_attention, "TABLE", ())
 
-    def launch(case):
-        on_card = case_on("cuda", case)
-        activity = torch.profiler.ProfilerActivity.CUDA
-        with torch.profiler.profile(activities=[activity]) as profile:
-            found = to("cpu", results(on_card))
-            torch.cuda.synchronize()
-        events = " ".join(event.key for event in profile.key_averages())
-        return found, {kernel for kernel in KERNELS if kernel in events}
-
-    kernels = check(f"{name}, libraries" if libraries else name, BUILDERS[op](dtype=dtype, **sizes), launch)
+    name = f"{name}, libraries" if libraries else name
+    kernels = check(name, BUILDERS[op](dtype=dtype, **sizes), lambda case: run_on_card(results, case))
     assert kernels or libraries, "the profiler saw none of our kernels"
 
 
@@ -216,13 +224,13 @@ def test_real_sizes_take_the_libraries(name):
     assert dense_attention.path_by_shapes("forward", BF16, tokens, sizes["H"], sizes["K"], sizes["V"], chunk)
 
 
-def emulated(emulator, case: Case) -> tuple[dict, set[str]]:
+def emulated(emulator, case: Case, compute: Callable[[Case], dict] = results) -> tuple[dict, set[str]]:
     emulator.reset()
     emulator.set_order("random", shared_limit=A100)
     emulator.module.set_launch_sizes({"cema_tile": 128} if case.dtype == BF16 else {})
     try:
         with emulator.replacing(_C):
-            found = results(case)
+            found = compute(case)
     finally:
         emulator.module.set_launch_sizes({})
     return found, emulator.launched()
@@ -234,7 +242,6 @@ def test_the_cases_launch_every_kernel(emulator):
     for name, (op, types, sizes, small) in CASES.items():
         case = BUILDERS[op](dtype=types[0], **sizes | small)
         launched |= check(name, case, lambda case: emulated(emulator, case))
-    with emulator.replacing(_C):
-        norm_results(9, 40, BF16, "cpu")
-    launched |= emulator.launched()
+    norms = norm_case(9, 40, BF16)
+    launched |= check("norms", norms, lambda case: emulated(emulator, case, norm_results), norm_results)
     assert launched >= KERNELS, KERNELS - launched
