@@ -1,4 +1,4 @@
-"""A token of one sequence by weights of 32, 16, 8 and 4 bits, after few and many tokens of a chunk, and reading a prompt.
+"""Decode tokens of one sequence, after few and many tokens of a chunk, and read a prompt: weights of 32 to 4 bits.
 
 Bytes: for each decoded token the weights of ours, int8, without the embedding, and the chunk's keys and values so far.
 int8 and int4 compute in bfloat16, with keys and values of 8 bits, as in `generate`. They read prompts by products of
@@ -46,7 +46,17 @@ def cases(quick: bool, gpu: bool) -> Iterator[Case]:
         mo.use_huge_pages(model)
     llamas = _llamas(wide, contexts[-1] + DECODED + 1)
     shape = "2M" if quick else "200M"
-    like = Case("", shape, "bf16", [], None, FORWARD_TOLERANCE[torch.bfloat16], units=DECODED, unit="token", cold=False)
+    template = Case(
+        name="",
+        shape=shape,
+        dtype="bf16",
+        paths=[],
+        expected=None,
+        tolerance=FORWARD_TOLERANCE[torch.bfloat16],
+        units=DECODED,
+        unit="token",
+        cold=False,
+    )
     read = sum(p.nbytes for p in int8.parameters()) - sum(p.nbytes for p in int8.embed.parameters())
     for context in contexts:
         tokens = torch.randint(config.vocab_size, (1, context + DECODED + 1))
@@ -55,18 +65,18 @@ def cases(quick: bool, gpu: bool) -> Iterator[Case]:
         scales = 2 * config.num_heads * torch.float32.itemsize
         past = config.num_layers * context * (config.z_dim + config.value_dim + scales)
         yield dataclasses.replace(
-            like,
+            template,
             name=f"decode after {context} tokens, int8",
             bytes=DECODED * (read + past),
             paths=[_path(name, each.decode, each.restore) for name, each in {**ours, **others}.items()],
-            expected=ours[OURS].by_layers,
+            expected=ours[OURS].decode_by_model,
         )
     tokens = torch.randint(config.vocab_size, (1, prompt))
-    models |= {f"{kind}, kept": mo.quantize(half, kind, None) for kind in ("int8", "int4")}
+    models |= {f"{kind}, kept": mo.quantize(half, kind, activations=None) for kind in ("int8", "int4")}
     calls = {name: partial(_read_prompt, model, tokens) for name, model in models.items()}
     calls |= {name: partial(_read, llama, tokens) for name, llama in llamas.items()}
     yield dataclasses.replace(
-        like,
+        template,
         name=f"read a prompt of {prompt} tokens, int8",
         units=prompt,
         paths=[_path(name, call) for name, call in calls.items()],
@@ -103,11 +113,12 @@ def _read(llama: LlamaCpp, tokens: Tensor) -> Outputs:
 
 
 class _Decoding:
-    """Decode the tokens after `context` and one more, one a call, from one state."""
+    """Decode DECODED tokens, one a call, always from the state after the first `context` + 1 tokens."""
 
     @torch.no_grad()
     def __init__(self, model: mo.Megalodon, tokens: Tensor, context: int) -> None:
-        self.model, (self.first, *self.new) = model, tokens[:, context:].split(1, 1)
+        self.model = model
+        self.first, *self.new = tokens[:, context:].split(1, dim=1)
         start = new_state(model, 1, tokens.device)
         _, self.start = model(tokens[:, :context], state=start, return_state=True)
 
@@ -119,7 +130,8 @@ class _Decoding:
         return [self.decoder(token) for token in self.new]
 
     @torch.no_grad()
-    def by_layers(self) -> Outputs:
+    def decode_by_model(self) -> Outputs:
+        """Decode without a decoder: the model's layers compute each token."""
         _, state = self.model(self.first, state=self.start, return_state=True)
         logits = []
         for token in self.new:
@@ -129,10 +141,11 @@ class _Decoding:
 
 
 class _LlamaDecoding:
-    """The same by llama.cpp, which forgets what it has read after `context`."""
+    """The same by llama.cpp; `restore` removes what llama.cpp has read after the first `context` tokens."""
 
     def __init__(self, llama: LlamaCpp, tokens: Tensor, context: int) -> None:
-        self.llama, self.context, (self.first, *self.new) = llama, context, tokens[:, context:].split(1, 1)
+        self.llama, self.context = llama, context
+        self.first, *self.new = tokens[:, context:].split(1, dim=1)
         llama.read(tokens[:, :context], 0)
 
     def restore(self) -> None:

@@ -24,7 +24,7 @@ inline ChunkRows<int8_t> quantized_rows(const ChunkedAttentionParams& p, const C
   if (!p.quantized_cache) return {};
   const int64_t stride = p.heads * (width + kScaleElements<int8_t>);
   const auto* rows = static_cast<const int8_t*>(cache) + chunk.sequence * p.chunk_size * stride;
-  return {rows, nullptr, chunk.cached, chunk.cached, stride};
+  return {/*cache=*/rows, /*tokens=*/nullptr, chunk.cached, /*keys=*/chunk.cached, stride};
 }
 
 // Scale of a row: 1 unless its elements are int8.
@@ -70,23 +70,23 @@ class WideCache {
     if (!p.quantized_cache) return;
     const auto count = static_cast<int64_t>(chunks.size());
     const auto work = static_cast<double>(count * p.chunk_size * p.heads * (p.key_dim + p.value_dim));
-    parallel_jobs(count, work, [&] {
-      return [&](int64_t job) {
-        widen(p, chunks[static_cast<size_t>(job)], p.cache_k, p.key_dim, k_.get());
-        widen(p, chunks[static_cast<size_t>(job)], p.cache_v, p.value_dim, v_.get());
-      };
-    });
+    const auto widen_chunk = [&](int64_t job) {
+      widen(p, chunks[static_cast<size_t>(job)], p.cache_k, p.key_dim, k_.get());
+      widen(p, chunks[static_cast<size_t>(job)], p.cache_v, p.value_dim, v_.get());
+    };
+    parallel_jobs(count, work, [&] { return widen_chunk; });  // each thread has a copy of the body
     p.cache_k = k_.get();
     p.cache_v = v_.get();
     p.quantized_cache = false;
   }
 
  private:
-  static int64_t num_rows(const ChunkedAttentionParams& p) {  // rows that no chunk reads are never written
+  // Number of rows of the copy, as many as of the cache. Those that no chunk reads stay uninitialised.
+  static int64_t num_rows(const ChunkedAttentionParams& p) {
     return p.quantized_cache ? p.sequences.count * p.chunk_size * p.heads : 0;
   }
   static void widen(const ChunkedAttentionParams& p, const Chunk& chunk, const void* cache, int64_t width, T* copy) {
-    if constexpr (!std::is_same_v<T, double>) {
+    if constexpr (!std::is_same_v<T, double>) {  // the binding refuses an 8-bit cache with float64
       const ChunkRows<int8_t> rows = quantized_rows(p, chunk, cache, width);
       T* to = copy + chunk.sequence * p.chunk_size * p.heads * width;
       for (int64_t row = 0; row < chunk.cached; ++row) {

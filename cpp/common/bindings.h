@@ -25,7 +25,8 @@ class Registration {
   const Registration* next_;
 };
 
-// Returns "x chunk_size" for the parameters "(py::handle x_, int64_t chunk_size)".
+// Returns "x chunk_size" for the parameters "(py::handle x_, int64_t chunk_size)": names for the docstring from which
+// Python learns a function's arguments (target.h). A handle's name ends in _ as its TensorView has the plain name.
 inline std::string parameter_names(const std::string& parameters) {
   std::string names;
   for (size_t end = parameters.find_first_of(",)"); end != std::string::npos;

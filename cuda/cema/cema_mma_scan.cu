@@ -5,7 +5,8 @@ namespace megalodon {
 namespace cema {
 namespace {
 
-// Calls f with the launch's grid, and with N' / 4 as an integral_constant.
+// Calls f with the launch's grid and, as an integral_constant, the number of groups of 4 lanes: 2 for 8 lanes (5 to 8
+// modes), 4 for 16 lanes (9 to 16 modes). Scans with other numbers of lanes do not come here (cema_scan.cu).
 template <class F>
 void dispatch_groups(const Scan& scan, F&& f) {
   const dim3 grid(static_cast<unsigned>(ceil_div(scan.channels, kMmaChannels)),

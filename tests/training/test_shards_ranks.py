@@ -1,8 +1,8 @@
-"""`train` on a folder of tokens in two processes: the losses of one process on the text, also after a resume."""
+"""`train` on a folder of tokens, in two processes, has the losses of one process on the text, also after a resume."""
 
 import pytest
-from command_line import rows, train
-from launched import TINY, copy_without_the_last, flags, run_on_ranks
+from command_line import rows
+from launched import copy_without_the_last, flags, run_on_ranks
 
 from megalodon_ops.cli import main
 
@@ -12,7 +12,7 @@ pytestmark = pytest.mark.usefixtures("quick")
 def test_two_processes_read_the_tokens_and_one_resumes(ranks, text, tmp_path):
     steps = ("--steps", 3, "--checkpoint-every", 2, "--eval-every", 3)
     assert main(["tokenize", str(text), "--out", str(tmp_path / "tokens")]) == 0
-    assert train(text, tmp_path / "one", *TINY, *steps) == 0
+    assert main(flags(text, tmp_path / "one", *steps)) == 0
     wanted = rows(tmp_path / "one")
 
     def assert_equal(run):

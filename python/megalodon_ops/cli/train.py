@@ -93,7 +93,7 @@ def run(options: Train) -> int:
         if saved:
             step, elapsed = saved.step, saved.record["seconds"]
             schedule.seek(saved.record["schedule"], step, elapsed)
-            if schedule.finished(step):
+            if schedule.finished(step):  # only the end follows: the loop takes no step
                 print(f"{out}: finished after step {step}; continue it with a larger --steps or --minutes")
         torch.manual_seed(options.seed)
         model = new_model(config, device, processes)
@@ -202,7 +202,8 @@ def run(options: Train) -> int:
                     metrics.write(**row)
                 progress.show(row)
 
-                # Before a checkpoint, fit the schedule of a timed run to rank 0's clock.
+                # Before a checkpoint, fit the schedule of a timed run to rank 0's clock. The first fit sets the run's
+                # end, so checkpoints come early, too: at powers of two until the first regular one.
                 is_early = schedule.budget is not None and MIN_TIMED_STEPS <= step < options.checkpoint_every
                 is_due = step % options.checkpoint_every == 0 or (is_early and step & (step - 1) == 0)
                 if is_due and schedule.budget is not None and step - timing_start_step >= MIN_TIMED_STEPS:
@@ -211,7 +212,9 @@ def run(options: Train) -> int:
                     timing_start, timing_start_step = now, step
                 if step % options.eval_every == 0 or schedule.finished(step):
                     with progress.describe("evaluating held-out text"):
-                        progress.held_out = bits_per_byte(model.alone(), tokenizer, sample, autocast, processes)
+                        unsharded = model.alone()  # every rank has all parameters; kept only for the evaluation
+                        progress.held_out = bits_per_byte(unsharded, tokenizer, sample, autocast, processes)
+                        del unsharded
                     if metrics is not None:
                         metrics.write(step=step, held_out_bits_per_byte=progress.held_out)
                     if progress.held_out < best.bits_per_byte:
@@ -261,7 +264,8 @@ def newest_checkpoint(options: Train, out: Path, processes: Processes) -> Checkp
     Rank 0 verifies the checkpoints, and broadcasts the folder of the newest complete one.
     """
     has_checkpoints = processes.broadcast(bool(checkpoints_of(out)))
-    if not options.resume and processes.size == 1 and has_checkpoints:
+    may_be_restarted = processes.size > 1  # by torchrun, which repeats the command without --resume
+    if not options.resume and not may_be_restarted and has_checkpoints:
         raise CommandError(f"--out {out}: holds a run already; continue it with --resume, or name another folder")
     if not options.resume and not has_checkpoints:
         return None
@@ -292,12 +296,14 @@ def check_memory(options: Train, config: MegalodonConfig, device: torch.device, 
     if is_cpu:  # which all processes of this machine share
         memory //= int(os.environ.get("LOCAL_WORLD_SIZE", 1))
     one_layer = layout(dataclasses.replace(config, num_layers=1), 1, torch.float32)
-    states = config.num_layers * sum(math.prod(shape) * kind.itemsize for _, kind, shape in one_layer)
-    states *= rows * (options.accumulate + 1)  # of all rows, and the new ones of a batch
-    parameters = 4 * config.num_parameters() // processes
-    room = memory - states + parameters * (options.optimizer == "muon")  # a plan counts two moments, Muon has one
-    size = 4 * parameters  # with gradients and two moments
-    flags = "no"
+    row_states = config.num_layers * sum(math.prod(shape) * kind.itemsize for _, kind, shape in one_layer)
+    states = row_states * rows * (options.accumulate + 1)  # of each accumulated batch, and the new ones of a batch
+    parameter_bytes = torch.float32.itemsize * config.num_parameters() // processes
+    room = memory - states
+    if options.optimizer == "muon":
+        room += parameter_bytes  # a plan counts two moments, Muon has one
+    size = 4 * parameter_bytes  # parameters, gradients and two moments
+    fix = "make --dim, --layers, --batch or --length smaller"
     # A generous estimate of the activations. If it does not fit, a plan decides, which takes a second.
     widths = 8 * config.model_dim + 4 * (config.z_dim + config.value_dim + config.ffn_hidden_dim)
     if size + 8 * rows * options.length * config.num_layers * widths < room:
@@ -313,7 +319,8 @@ def check_memory(options: Train, config: MegalodonConfig, device: torch.device, 
         if (size := costs(config, rows).bytes) <= room:
             return
         flags = fitting_flags(config, costs, rows, room, options.accumulate, processes)
-    fix = "make --dim, --layers, --batch or --length smaller" if flags == "no" else f"it fits with {flags}"
+        if flags != "no":
+            fix = f"it fits with {flags}"
     fault = f"takes {(size + states) / 2**30:,.1f} GiB of memory, and there are {memory / 2**30:,.1f} here"
     raise CommandError(f"training {config.num_parameters():,} parameters {fault}; {fix}")
 
@@ -326,9 +333,9 @@ def tokens_at_peak(options: Train, config: MegalodonConfig, device: torch.device
     from megalodon_ops.distributed.measure import measure
 
     peak = 1e12 * (options.peak_tflops or peaks[options.dtype == "float32"])
-    pieces = measure(config, 1, config.chunk_size, on_cpu=device.type == "cpu")
-    block, final = (sum(piece.operations.values()) for piece in pieces)
-    return peak * processes * config.chunk_size / (config.num_layers * block + final)
+    block, norm_and_loss = measure(config, rows=1, length=config.chunk_size, on_cpu=device.type == "cpu")
+    operations = config.num_layers * sum(block.operations.values()) + sum(norm_and_loss.operations.values())
+    return peak * processes * config.chunk_size / operations
 
 
 def new_model(config: MegalodonConfig, device: torch.device, processes: Processes) -> Megalodon:

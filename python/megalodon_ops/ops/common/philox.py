@@ -43,8 +43,8 @@ def dropkey_mask(dropkey: float, seed: int, sequence: int, num_heads: int, rows:
     sequences = torch.full_like(heads, sequence)
     counter = (columns // 4, rows[:, None], heads[:, None, None], sequences[:, None, None])
     words = torch.stack(philox(torch.broadcast_tensors(*counter), seed), dim=-1)  # (H, rows, columns, 4)
-    word = words.gather(-1, (columns % 4).expand(words.shape[:-1])[..., None])[..., 0]
-    return word < int(dropkey * 2**32)
+    place = (columns % 4)[None, None, :, None]  # of a column's word among the four
+    return words.take_along_dim(place, dim=-1).squeeze(-1) < int(dropkey * 2**32)
 
 
 def draw_seed(device: torch.device | str = "cpu") -> Tensor:
