@@ -4,6 +4,7 @@ import pytest
 import torch
 from assertions import assert_bit_equal
 from emulated import assert_equal_in_every_order
+from layer_norm import test_layer_norm as on_cpu
 from layer_norm.test_layer_norm import DTYPES, assert_matches_the_reference, each_norm, inputs, results
 
 from megalodon_ops import _C
@@ -65,48 +66,6 @@ def test_squares_out_of_range(emulator, norm, dtype):
                 torch.testing.assert_close(found[name], value, rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("width", [77, 1024])
-def test_a_mean_that_dwarfs_the_spread(emulator, width):
-    """A mean rounded to float32 is off by 5e-4 here, a twentieth of the spread."""
-    (x, weight, bias), dy = inputs("layer_norm", 3, width, dtype=torch.float32, mean=1e4 + 1 / 3, std=1e-2)
-    with emulator.replacing(_C):
-        found = gradients("layer_norm", (x, weight, bias), dy)
-    exact = results(module.layer_norm, (x.double(), weight.double(), bias.double()), dy.double())
-    for name, expected in exact.items():
-        error = (found[name].double() - expected).abs().max() / expected.abs().max()
-        assert error <= 1e-5, f"{name}: {error:.1e}"
-
-
-@each_norm
-def test_special_values(emulator, norm):
-    """A row with NaN or an infinity is its own; constant rows are 0 before gain and bias."""
-    tensors, _ = inputs(norm, 4, 50, dtype=torch.float32)
-    x = tensors[0]
-    x[0], x[1], x[2, 3], x[3, 4] = 0, 3, torch.nan, torch.inf
-    with emulator.replacing(_C):
-        y = getattr(module, norm)(*tensors)
-    bias = tensors[2] if norm == "layer_norm" else torch.zeros(50)
-    torch.testing.assert_close(y[0], bias)
-    assert y[2].isnan().all() and y[3, 4].isnan()
-    if norm == "layer_norm":
-        torch.testing.assert_close(y[1], bias)
-
-
-def test_without_parameters(emulator):
-    """Each of weight and bias may be missing; then its gradient is not computed."""
-    (x, weight, bias), dy = inputs("layer_norm", 5, 33, dtype=torch.float32)
-    with emulator.replacing(_C):
-        all_three = gradients("layer_norm", (x, torch.zeros(33), torch.zeros(33)), dy)
-        emulator.module.reset_counters()
-        alone = gradients("layer_norm", (x,), dy)
-        assert "sum_shares_kernel" not in emulator.launched()
-        only_bias = results(lambda x, bias: module.layer_norm(x, None, bias), (x, bias), dy)
-        only_weight = results(lambda x, weight: module.layer_norm(x, weight), (x, torch.zeros(33)), dy)
-    assert_bit_equal(alone, {name: all_three[name] for name in ("y", "dx")})
-    assert torch.equal(only_bias["dweight"], all_three["dbias"])  # the second input, which is the bias
-    assert torch.equal(only_weight["dweight"], all_three["dweight"])
-
-
 @each_norm
 def test_orders_of_threads_give_equal_bits(emulator, norm):
     for width in (64, 2080):
@@ -143,11 +102,16 @@ def test_no_bank_conflicts(emulator):
     assert sites and all(site["transactions"] <= site["ideal"] for site in sites)
 
 
-@pytest.mark.parametrize("shape", [(0, 5), (3, 0)], ids=str)
-def test_nothing_to_do(emulator, shape):
-    tensors, dy = inputs("layer_norm", *shape, dtype=torch.float32)
+@each_norm
+def test_what_holds_for_the_kernels_of_the_cpu(emulator, norm):
+    """Constant rows, NaN and infinities, missing parameters, no rows, no channels, a mean that dwarfs the spread."""
     with emulator.replacing(_C):
-        found = gradients("layer_norm", tensors, dy)
-    assert found["y"].shape == found["dx"].shape == shape
-    assert torch.equal(found["dweight"], torch.zeros(shape[-1]))
-    assert not emulator.launched() & {"layer_norm_fwd_kernel", "layer_norm_bwd_kernel"}
+        for dtype in DTYPES:
+            on_cpu.test_constant_rows_and_special_values(norm, dtype)
+        on_cpu.test_without_parameters(norm)
+        on_cpu.test_a_mean_that_dwarfs_the_spread(_C.active_isa(), width=77)
+        assert "layer_norm_bwd_kernel" in emulator.launched()
+        emulator.reset()
+        for shape in (0, 5), (3, 0):
+            on_cpu.test_nothing_to_do(norm, shape)
+        assert not emulator.launched() & {"layer_norm_fwd_kernel", "layer_norm_bwd_kernel"}
