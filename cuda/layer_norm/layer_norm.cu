@@ -30,9 +30,9 @@ unsigned threads_for(int64_t channels, int n) {
 
 int64_t real_bytes(const LayerNormParams& p) { return p.dtype == DType::f64 ? 8 : 4; }
 
-Shares make_shares(const LayerNormBwdParams& p) {
-  const int64_t needed = ceil_div(p.rows, kMaxShares);
-  const int64_t rows = LAUNCH_SIZE(norm_share, needed < kLeastRows ? kLeastRows : needed);
+Parts make_parts(const LayerNormBwdParams& p) {
+  const int64_t needed = ceil_div(p.rows, kMaxParts);
+  const int64_t rows = LAUNCH_SIZE(norm_part, needed < kLeastRows ? kLeastRows : needed);
   const bool in_shared = 2 * p.channels * real_bytes(p) <= LAUNCH_SIZE(norm_sums, kMostSums);
   return {rows, ceil_div(p.rows, rows), in_shared};
 }
@@ -52,26 +52,26 @@ void launch_layer_norm_fwd_cuda(const LayerNormFwdParams& p, void* stream) {
 
 // The shares, and D numbers for a sum that the caller does not want.
 int64_t workspace_layer_norm_bwd_cuda(const LayerNormBwdParams& p) {
-  return (2 * make_shares(p).count + 1) * p.channels * real_bytes(p);
+  return (2 * make_parts(p).count + 1) * p.channels * real_bytes(p);
 }
 
 void launch_layer_norm_bwd_cuda(const LayerNormBwdParams& p, void* stream) {
   if (p.channels == 0) return;
-  const Shares shares = make_shares(p);
+  const Parts parts = make_parts(p);
   choose_vectors(p, {p.x, p.dy, p.dx}, {p.weight, p.workspace}, [&](auto type, auto n, auto whole) {
     using R = Compute<decltype(type)>;
     const bool wanted = p.dweight || p.dbias;
-    if (shares.count > 0) {
-      const int64_t bytes = wanted && shares.in_shared ? 2 * p.channels * static_cast<int64_t>(sizeof(R)) : 0;
-      LAUNCH((layer_norm_bwd_kernel<decltype(type), n, whole>), static_cast<unsigned>(shares.count),
-             threads_for(p.channels, n), static_cast<size_t>(bytes), stream, p, shares);
+    if (parts.count > 0) {
+      const int64_t bytes = wanted && parts.in_shared ? 2 * p.channels * static_cast<int64_t>(sizeof(R)) : 0;
+      LAUNCH((layer_norm_bwd_kernel<decltype(type), n, whole>), static_cast<unsigned>(parts.count),
+             threads_for(p.channels, n), static_cast<size_t>(bytes), stream, p, parts);
     }
     if (!wanted) return;
     R* const workspace = static_cast<R*>(p.workspace);
     const auto or_unwanted = [&](void* result) {
-      return result ? static_cast<R*>(result) : workspace + 2 * shares.count * p.channels;
+      return result ? static_cast<R*>(result) : workspace + 2 * parts.count * p.channels;
     };
-    gpu::sum_shares<R>({workspace, shares.count, p.channels, or_unwanted(p.dweight), or_unwanted(p.dbias), 1}, stream);
+    gpu::sum_shares<R>({workspace, parts.count, p.channels, or_unwanted(p.dweight), or_unwanted(p.dbias), 1}, stream);
   });
 }
 

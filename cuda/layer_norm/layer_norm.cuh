@@ -7,21 +7,21 @@
 //   x, y, dy, dx (T, D):               the call's dtype
 //   weight, bias, dweight, dbias (D):  R, float or double
 //
-// Grid: in the forward, a block takes the rows block, block + gridDim.x, ...; in the backward, a share: neighbouring
+// Grid: in the forward, a block takes the rows block, block + gridDim.x, ...; in the backward, a part: neighbouring
 // rows, one after the other. A thread takes the vectors thread, thread + blockDim.x, ... of each row.
 // Phases for each row:
 //   1. Layer norm: the mean, rounded to R, is `high`.
 //   2. The sums of d = x - high and d^2 give `low`, the rest of the mean, and r. Backward: also the sums of e and e d.
-//   3. Store y. Backward: store dx, and add dy xn and dy to the share's sums; a thread has the sums of its channels.
+//   3. Store y. Backward: store dx, and add dy xn and dy to the part's sums (its share), each thread for its channels.
 // Then gpu::sum_shares adds the shares in order.
 //
-// If squares overflow or underflow, phases 1 and 2 are repeated with x times a power of two. The mean in two parts keeps
-// a row accurate whose mean is far larger than its standard deviation.
+// If squares overflow or underflow, phases 1 and 2 are repeated with x times a power of two. The mean in two parts
+// keeps a row accurate whose mean is far larger than its standard deviation.
 // Vectors are 16 bytes if alignment and D allow it; otherwise they are single elements.
 //
-// Shared memory: at most 1 KB, and in the backward a share's sums, if they take at most kMostSums bytes; those of wider
+// Shared memory: at most 1 KB, and in the backward a part's sums, if they take at most kMostSums bytes; those of wider
 // rows stay in global memory. Registers: at most 64 forward and 96 backward, float64 80 and 128; no spills.
-// Bytes: x and y, or x, dy and dx, once, the minimum. Phases 2 and 3 read the row again, from L1 or L2. The shares' sums
+// Bytes: x and y, or x, dy and dx, once, the minimum. Phases 2 and 3 read the row again, from L1 or L2. The shares
 // are written and read once: 8% of the backward's bytes for T = 16384, D = 1024 in bf16.
 // H100, (T 16384, D 1024) bf16: forward 67 MB, 20 us at 3.35 TB/s; backward 101 MB and 4 MB of sums twice, 33 us.
 // Example: D = 1024 in bf16 are 128 vectors of 8: four warps.
@@ -37,12 +37,12 @@ namespace layer_norm {
 
 constexpr int kMaxThreads = 256;
 constexpr int64_t kMaxBlocks = 1 << 20;   // of the forward
-constexpr int64_t kMaxShares = 512;
-constexpr int64_t kLeastRows = 8;         // of a share
-constexpr int64_t kMostSums = 48 * 1024;  // bytes of a share's sums in shared memory
+constexpr int64_t kMaxParts = 512;        // of the backward
+constexpr int64_t kLeastRows = 8;         // of a part
+constexpr int64_t kMostSums = 48 * 1024;  // bytes of a share in shared memory
 
-struct Shares {
-  int64_t rows, count;  // rows of a share, number of shares
+struct Parts {
+  int64_t rows, count;  // rows of a part, number of parts
   bool in_shared;       // the sums of a block are in its shared memory until its last row
 };
 
@@ -159,17 +159,17 @@ __global__ void __launch_bounds__(kMaxThreads) layer_norm_fwd_kernel(LayerNormFw
 }
 
 template <class T, int n, bool kWhole>
-__global__ void __launch_bounds__(kMaxThreads) layer_norm_bwd_kernel(LayerNormBwdParams p, Shares shares) {
+__global__ void __launch_bounds__(kMaxThreads) layer_norm_bwd_kernel(LayerNormBwdParams p, Parts parts) {
   using R = Compute<T>;
   SMEM_DYN(R, block_sums_of_channels);
   const int64_t start = int64_t{threadIdx.x} * n, step = int64_t{blockDim.x} * n, vectors = p.channels / n;
-  const int64_t begin = blockIdx.x * shares.rows, end = begin + shares.rows < p.rows ? begin + shares.rows : p.rows;
+  const int64_t begin = blockIdx.x * parts.rows, end = begin + parts.rows < p.rows ? begin + parts.rows : p.rows;
   R* const share = static_cast<R*>(p.workspace) + blockIdx.x * (2 * p.channels);
   const bool wanted = p.dweight || p.dbias;
-  // The sum for dweight (k = 0) or dbias (k = 1) of channel c + i. In shared memory neighbouring threads have neighbouring
-  // words.
+  // The sum for dweight (k = 0) or dbias (k = 1) of channel c + i. In shared memory, neighbouring threads have
+  // neighbouring words.
   const auto sum = [&](int k, int64_t c, int i) -> R& {
-    return shares.in_shared ? block_sums_of_channels[(k * n + i) * vectors + c / n] : share[k * p.channels + c + i];
+    return parts.in_shared ? block_sums_of_channels[(k * n + i) * vectors + c / n] : share[k * p.channels + c + i];
   };
   for (int64_t row = begin; row < end; ++row) {
     const T *x = static_cast<const T*>(p.x) + row * p.channels, *dy = static_cast<const T*>(p.dy) + row * p.channels;
@@ -192,7 +192,7 @@ __global__ void __launch_bounds__(kMaxThreads) layer_norm_bwd_kernel(LayerNormBw
       gpu::store<kWhole>(dx + c, v);
     }
   }
-  if (!wanted || !shares.in_shared) return;
+  if (!wanted || !parts.in_shared) return;
   for (int64_t c = start; c < p.channels; c += step) {
     GPU_UNROLL
     for (int k = 0; k < 2; ++k) {

@@ -126,7 +126,7 @@ def test_layer_norm_at_offsets_beyond_31_bits(emulator, large, channels):
     weight, bias, dweight, dbias = (large(channels) for _ in range(4))
     options = {"eps": 1e-5, "is_rms_norm": False}
     emulator.launch("layer_norm_fwd", x=x, weight=weight, bias=bias, **options, y=y)
-    with emulator.launch_sizes(norm_share=2):
+    with emulator.launch_sizes(norm_part=2):
         emulator.launch("layer_norm_bwd", x=x, weight=weight, **options, dy=dy, dx=dx, dweight=dweight, dbias=dbias)
 
 

@@ -19,8 +19,8 @@ class MegalodonOfNumbers(Megalodon):
     """
 
     def __init__(self, config: Any) -> None:
-        of_tokens = dict(num_features=None, missing_values=False, scale_emb=False)
-        super().__init__(dataclasses.replace(config, vocab_size=config.num_outputs, output_size=-1, **of_tokens))
+        token_fields = dict(num_features=None, missing_values=False, scale_emb=False)
+        super().__init__(dataclasses.replace(config, vocab_size=config.num_outputs, output_size=-1, **token_fields))
         self.inputs = config
         self.embed = nn.Linear(config.input_width, config.model_dim)
 

@@ -30,10 +30,10 @@ def gradients(norm, tensors, dy):
 @pytest.mark.parametrize("width", WIDTHS.values(), ids=WIDTHS)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_each_division_of_a_row(emulator, norm, dtype, width):
-    """Eight rows, of which blocks and shares take two or three; then one row, with elements instead of vectors."""
+    """Eight rows, of which blocks and parts take two or three; then one row, with elements instead of vectors."""
     width = width(16 // dtype.itemsize)
     tensors, dy = inputs(norm, 8, width, dtype=dtype)
-    with emulator.replacing(_C), emulator.launch_sizes(norm_blocks=3, norm_share=3):
+    with emulator.replacing(_C), emulator.launch_sizes(norm_blocks=3, norm_part=3):
         assert_matches_the_reference(norm, tensors, dy, terms=4.0)
     tensors, dy = inputs(norm, 1, width, dtype=dtype)
     with emulator.replacing(_C, offset=1):
