@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 import megalodon_ops as mo
+from megalodon_ops import _C
 from megalodon_ops.ops.linear import linear as linear_module
 from megalodon_ops.ops.linear.linear import CHOICES, KernelChoice
 
@@ -92,7 +93,10 @@ def case(
 
         return run
 
-    ways = {name: choice for name, choice in WAYS.items() if not (backward and name == "few")}
+    without_kernel = {"few"} if backward else set()
+    if _C.active_isa() == "v4_amx" and dtype != torch.float32:
+        without_kernel.add("many")
+    ways = {name: choice for name, choice in WAYS.items() if name not in without_kernel}
     paths = [Path(name, forced({dtype: choice} if choice else {})) for name, choice in ways.items()]
     return Case(
         name=("forward + backward" if backward else "forward") + ", autocast" * autocast,

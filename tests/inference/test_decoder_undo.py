@@ -10,6 +10,7 @@ from models import TINY, tokens_of
 
 import megalodon_ops as mo
 from megalodon_ops.model.model_state import named_tensors
+from megalodon_ops.ops.linear.linear import most_few_rows
 
 VARIANTS = {
     "plain": {},
@@ -51,6 +52,8 @@ class Kept:
 
     def __init__(self, model, state):
         self.model = model
+        most_tokens = most_few_rows(state.layers[0].attention.v.dtype) // state.norm.count.numel()  # per row, in a step
+        self.longest = min(2 * UNDO + 1, most_tokens) if most_tokens > UNDO else 2 * UNDO + 1
         self.calls = []  # state before each call, and its tokens
         self.base = state  # after the calls
         self.pending = None  # tokens that the next call reads before its own
@@ -62,7 +65,7 @@ class Kept:
     def __call__(self, tokens):
         read = tokens if self.pending is None else torch.cat([self.pending, tokens], 1)
         logits = []
-        if read.shape[1] > 2 * UNDO + 1:  # only the last tokens can be taken back
+        if read.shape[1] > self.longest:  # only the last tokens can be taken back
             first, self.base = self.read(read[:, : -UNDO - 1], self.base)
             read = read[:, -UNDO - 1 :]
             self.calls = []
