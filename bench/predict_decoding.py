@@ -14,7 +14,7 @@ from megalodon_ops.model.model_state import as_real
 from .predict_cards import Card
 
 # Kernels of an op for one token of each sequence, in a chunk of more than 64 keys.
-ONE = "timestep_norm_fwd cema_fwd normalized_qk_fwd chunked_attention_state_ linear_fwd layer_norm_fwd"
+ONE = "timestep_norm_fwd cema_fwd normalized_qk_fwd chunked_attention_state_ linear_few_rows layer_norm_fwd"
 OPS = dict.fromkeys(ONE.split(), 1)
 OPS["chunked_attention_fwd"] = 2
 # Assumed microseconds; a pair is a range.
@@ -48,7 +48,7 @@ def launches_of_a_token(config: mo.MegalodonConfig) -> Counter[str]:
         model = mo.Megalodon(config).to(torch.bfloat16).eval()
         state = mo.MegalodonState.fresh(config, 1, dtype=torch.bfloat16, device="meta")
         token = torch.zeros((1, 1), dtype=torch.int64)
-        run = decoding_model(model, model, [])
+        run = decoding_model(model, model, [], fused_dtype=torch.bfloat16)
         with _Launches() as launches:
             _, after = run(token, state=state, return_state=True, inplace_state=True)
         copied = {

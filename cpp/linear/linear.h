@@ -1,4 +1,4 @@
-// Matrix products on the CPU for cases in which torch is slow: parameters of the kernels, which linear_bind.cpp
+// Products of many rows on the CPU, for cases in which torch is slow: parameters of the kernel, which linear_bind.cpp
 // launches for ops/linear/linear.py.
 #pragma once
 
@@ -6,18 +6,6 @@
 #include "isa.h"
 
 namespace megalodon {
-
-// y = x weight^T + bias. All matrices are contiguous.
-struct LinearFewRowsParams {
-  DType dtype;         // of all tensors; sums are float, or double if dtype is f64
-  int64_t rows;        // T
-  int64_t inputs;      // I
-  int64_t outputs;     // O
-  const void* x;       // (T, I)
-  const void* weight;  // (O, I)
-  const void* bias;    // (O) or null: zero
-  void* y;             // (T, O)
-};
 
 // n products y = x weight^T + bias, each added to y if `add`. All tensors are contiguous.
 struct LinearManyRowsParams {
@@ -42,7 +30,6 @@ inline bool computes(Isa isa, const LinearManyRowsParams& params) {
   return computes<LinearManyRowsParams>(isa, params);
 }
 
-MEGALODON_CPU_KERNEL(linear_few_rows_cpu, LinearFewRowsParams)
 MEGALODON_CPU_KERNEL(linear_many_rows_cpu, LinearManyRowsParams)
 
 }  // namespace megalodon

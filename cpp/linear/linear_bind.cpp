@@ -5,22 +5,6 @@
 namespace megalodon {
 namespace {
 
-MEGALODON_BINDING(linear_few_rows, (py::handle x_, py::handle weight_, py::handle bias_), (py::handle y_)) {
-  const TensorView x("linear", "x", x_), weight("linear", "weight", weight_), bias("linear", "bias", bias_);
-  const TensorView y("linear", "y", y_);
-  LinearFewRowsParams params{};
-  params.dtype = x.rank("(T, I)", 2).floating();
-  params.rows = x.size(0);
-  params.inputs = x.size(1);
-  params.outputs = weight.rank("(O, I)", 2).size(0);
-  const Scalar scalar = scalar_of(params.dtype);
-  params.x = x.data();
-  params.weight = weight.shape("(O, I)", {params.outputs, params.inputs}).dtype(scalar, "as `x`").data();
-  params.bias = bias.shape("(O,)", {params.outputs}).dtype(scalar, "as `x`").data();
-  params.y = y.present().shape("(T, O)", {params.rows, params.outputs}).dtype(scalar, "as `x`").data();
-  MEGALODON_LAUNCH(target, linear_few_rows, params);
-}
-
 bool has_amx_kernel() {
 #if defined(__x86_64__)
   return active_isa == Isa::v4_amx;

@@ -23,7 +23,7 @@ def decoder_on_gpu(dtype=torch.float32, rows=3, **options):
 @pytest.mark.parametrize("options", [{}, dict(visible_chunks=2, chunk_size=3)], ids=["one chunk", "two chunks"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @torch.no_grad()
-def test_a_graph_has_the_bits_of_the_layers(dtype, options):
+def test_a_graph_agrees_with_the_layers(dtype, options):
     """Over the ends of chunks, with rows that are reordered and replaced; then for drafts of two tokens."""
     decoder, model = decoder_on_gpu(dtype, **options)
     tokens = tokens_of(3, 24).cuda()

@@ -130,6 +130,14 @@ def test_layer_norm_at_offsets_beyond_31_bits(emulator, large, channels):
         emulator.launch("layer_norm_bwd", x=x, weight=weight, **options, dy=dy, dx=dx, dweight=dweight, dbias=dbias)
 
 
+@pytest.mark.parametrize(("width", "columns"), [(8, 2**28 + 72), (7, 2**29)], ids=["vectors", "elements"])
+def test_products_of_few_rows_at_offsets_beyond_31_bits(emulator, large, width, columns):
+    x, weight = large(8, width, dtype=BF16), large(columns, width, dtype=BF16)
+    value, add, residual, y = (large(8, columns, dtype=BF16) for _ in range(4))
+    options = {"bias": large(columns, dtype=BF16), "silu": True, "value": value, "add": add, "residual": residual}
+    emulator.launch("linear_few_rows", x=x, weight=weight, **options, y=y)
+
+
 ATTENTION = {"chunk_size": 256, "causal": True, "scale": 1.0, "dropkey": 0.0}
 
 

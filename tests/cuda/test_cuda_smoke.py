@@ -25,6 +25,7 @@ from test_cuda import case_on, run, to
 import megalodon_ops as mo
 from megalodon_ops import _C
 from megalodon_ops.ops.chunked_attention import dense_attention
+from megalodon_ops.ops.linear.linear import linear_few_rows
 
 F32, F64, BF16, F16 = torch.float32, torch.float64, torch.bfloat16, torch.float16
 TYPES = (BF16, F16, F32, F64)
@@ -187,6 +188,31 @@ def norm_results(case: Case) -> dict:
     return {"y": y.detach(), "z": z.detach()} | {f"d{name}": grad for name, grad in zip(leaves, grads, strict=True)}
 
 
+# Rows, I and O of products of few rows: mega200M's output matrix and wr; elements.
+PRODUCTS = {
+    "products, one row": (1, 1024, 32000),
+    "products, 8 rows": (8, 1024, 2048),
+    "products, elements": (3, 1023, 512),
+}
+
+
+def product_case(rows: int, width: int, columns: int, dtype: torch.dtype) -> Case:
+    gen = generator(0)
+    shapes = {"x": (rows, width), "weight": (columns, width), "bias": (columns,)}
+    shapes |= dict.fromkeys(("value", "add", "residual"), (rows, columns))
+    return Case("linear", {name: randn(gen, *shape, dtype=F64).to(dtype) for name, shape in shapes.items()}, {}, dtype)
+
+
+def product_results(case: Case) -> dict:
+    x, weight, bias, *others = case.tensors.values()
+    return {"y": linear_few_rows(x, weight, bias, True, *others)}
+
+
+def products_by_layers(case: Case) -> dict:
+    x, weight, bias, value, add, residual = case.tensors.values()
+    return {"y": mo.gated_silu(mo.linear(x, weight, bias), value) + add + residual}
+
+
 def run_on_card(compute: Callable[[Case], dict], case: Case) -> tuple[dict, set[str]]:
     """Results, on the CPU, and the names of the kernels that a profiler saw."""
     on_card = case_on("cuda", case)
@@ -203,6 +229,14 @@ def run_on_card(compute: Callable[[Case], dict], case: Case) -> tuple[dict, set[
 def test_norms_at_real_sizes(name, dtype):
     case = norm_case(*NORMS[name], dtype)
     assert check(name, case, lambda case: run_on_card(norm_results, case), norm_results)
+
+
+@needs_gpu
+@pytest.mark.parametrize("dtype", TYPES, ids=str)
+@pytest.mark.parametrize("name", PRODUCTS)
+def test_products_at_real_sizes(name, dtype):
+    case = product_case(*PRODUCTS[name], dtype)
+    assert check(name, case, lambda case: run_on_card(product_results, case), products_by_layers)
 
 
 @needs_gpu
@@ -244,4 +278,6 @@ def test_the_cases_launch_every_kernel(emulator):
         launched |= check(name, case, lambda case: emulated(emulator, case))
     norms = norm_case(9, 40, BF16)
     launched |= check("norms", norms, lambda case: emulated(emulator, case, norm_results), norm_results)
+    products = product_case(5, 40, 70, BF16)
+    launched |= check("products", products, lambda case: emulated(emulator, case, product_results), products_by_layers)
     assert launched >= KERNELS, KERNELS - launched

@@ -146,7 +146,8 @@ def test_every_kind_of_tensor_is_read(kind, dtype):
         return kind(tensor) if kind is torch.nn.Parameter else tensor.as_subclass(kind)
 
     y = torch.full((8, 8), torch.nan, dtype=dtype)
-    _C.linear_few_rows(as_kind(x), as_kind(weight), None, as_kind(y) if kind is Subclass else y)
+    nothing = (None, False, None, None, None)  # bias, silu, value, add, residual
+    _C.linear_few_rows(as_kind(x), as_kind(weight), *nothing, as_kind(y) if kind is Subclass else y)
     torch.testing.assert_close(y, expected)
     for bad, error, message in [
         (x.t(), ValueError, "contiguous"),
@@ -155,4 +156,4 @@ def test_every_kind_of_tensor_is_read(kind, dtype):
         (x.bool(), TypeError, "float32, float64, bfloat16 or float16, got torch.bool"),
     ]:
         with pytest.raises(error, match=message):
-            _C.linear_few_rows(as_kind(bad) if bad.is_floating_point() else bad, weight, None, y)
+            _C.linear_few_rows(as_kind(bad) if bad.is_floating_point() else bad, weight, *nothing, y)

@@ -10,7 +10,7 @@ from torch.utils._pytree import tree_leaves
 
 from ..ops.chunked_attention.two_chunk_attention import positions_fit
 from ..ops.linear import linear
-from ..ops.common.definition import check_runs_now, is_autocast_enabled
+from ..ops.common.definition import check_runs_now, has_cuda_kernels, is_autocast_enabled
 from ..ops.common.checks import check_device, check_integer, check_tensor, describe, warn_caller
 from ..ops.common.recording import Step, contiguous_copy
 from ..model.blocks import at_least_float32
@@ -33,7 +33,8 @@ class Decoder:
     On the CPU a call runs all kernels of the model without Python between them; results are bitwise equal to those of
     the layers. The first call with a new number of tokens per row runs the layers and records a step, as :func:`record`
     does. On a GPU the second call with the same number of tokens per row, up to 8, captures a CUDA graph of the layers,
-    which later calls replay; see docs/cuda.md. With dropout in training, and on other devices, the model runs module by
+    which later calls replay; for up to 8 tokens of all rows, products and what follows them are one kernel, and rounded
+    once; see docs/cuda.md. With dropout in training, and on other devices, the model runs module by
     module. Exceptions on the CPU:
 
     - A module that was wrapped (for instance by an adapter), hooked, replaced or quantised by another tool is called
@@ -113,7 +114,8 @@ class Decoder:
         """recorded and captured steps, by number of tokens per row"""
         self._check_state_tensors(self._state, self.num_sequences)
         changes: list[str] = []
-        self._runner = decoding_model(model, model._reference(), changes)
+        fused_dtype = self._fused_dtype(enabled)
+        self._runner = decoding_model(model, model._reference(), changes, fused_dtype=fused_dtype)
         self.fused = self._max_tokens >= self.num_sequences and not self._warn_of_changes(changes)
         undo = check_integer("Decoder", "undo", undo, "an integer in [0, 2^31)", 0, 2**31 - 1)
         most_tokens = self._max_tokens // max(self.num_sequences, 1)
@@ -359,6 +361,10 @@ class Decoder:
         has_dropout = self._model.training and (config.dropout or config.hidden_dropout or config.attention_dropout)
         has_hooks = torch_module._global_forward_hooks or torch_module._global_forward_pre_hooks
         return not (has_dropout or has_hooks) and (self._captures or (self._like.is_cpu and not autocast))
+
+    def _fused_dtype(self, autocast: bool) -> torch.dtype | None:
+        """Dtype of weights whose products of few rows take a CUDA kernel that also computes what follows them, or None."""
+        return self._dtype if self._captures and self._like.is_cuda and has_cuda_kernels() and not autocast else None
 
     def _warn_of_changes(self, changes: list[str]) -> bool:
         """Warn of the first module that prevents one call of kernels, or a CUDA graph; return True if there is one."""

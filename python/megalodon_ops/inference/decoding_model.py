@@ -1,4 +1,4 @@
-"""`decoding_model`: a decoder's copy of its model, with constant CEMA coefficients and wrapped changed modules."""
+"""`decoding_model`: a decoder's copy of its model: constant CEMA coefficients, fused products, wrapped changed modules."""
 
 import copy
 from typing import Any
@@ -8,11 +8,20 @@ from torch import Tensor, nn
 
 from ..ops.common.definition import OWN_TYPES, observer
 from ..model.blocks import Output
-from ..model.layers import ComplexEMA, StateSlot, has_own_forward
+from ..model.layers import ComplexEMA, FusedLinear, StateSlot, has_own_forward
 
 
-def decoding_model(module: nn.Module, reference: nn.Module, changed: list[str], name: str = "") -> nn.Module:
+def decoding_model(
+    module: nn.Module,
+    reference: nn.Module,
+    changed: list[str],
+    name: str = "",
+    *,
+    fused_dtype: torch.dtype | None = None,
+) -> nn.Module:
     """Return a copy of `module` with a :class:`FixedEMA` for each :class:`ComplexEMA`.
+
+    It has a :class:`FusedLinear` for each :class:`Linear` of the dtype `fused_dtype`.
 
     Each changed module is wrapped in a :class:`ChangedModule` and, with all modules in it, not copied. Of the other
     modules, those that contain modules are copied; the copies share parameters and buffers with the originals.
@@ -29,15 +38,20 @@ def decoding_model(module: nn.Module, reference: nn.Module, changed: list[str], 
         return ChangedModule(name, module) if isinstance(module, nn.Module) else module
     if isinstance(module, ComplexEMA):
         return FixedEMA(module)
+    if has_own_forward(module) and {p.dtype for p in module.parameters()} == {fused_dtype}:
+        return FusedLinear(module)
     if not module._modules:
         return module
     copied = copy.copy(module)
     copied._modules = {}
     for child, part in module._modules.items():
         path = f"{name}.{child}".removeprefix(".")
-        copied._modules[child] = (
-            ChangedModule(path, part) if is_changed else decoding_model(part, reference._modules[child], changed, path)
-        )
+        if is_changed:
+            copied._modules[child] = ChangedModule(path, part)
+        else:
+            copied._modules[child] = decoding_model(
+                part, reference._modules[child], changed, path, fused_dtype=fused_dtype
+            )
     return copied
 
 

@@ -9,10 +9,9 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from .config import MegalodonConfig, check_config, config_of_sizes
-from ..ops.gated_silu.gated_silu import gated_silu
 from .gecko_block import attend_with_gecko_parts, has_gecko_parts, initial_memory_gamma
-from .layers import ComplexEMA, LayerNorm, Linear, RMSNorm, SequenceNorm, StateSlot
-from .layers import TimestepNorm, WideParameters, check_no_state, reset_all_parameters
+from .layers import ComplexEMA, FusedLinear, LayerNorm, Linear, RMSNorm, SequenceNorm, StateSlot
+from .layers import TimestepNorm, WideParameters, check_no_state, gated_product, reset_all_parameters
 from .model_state import BlockState, CallOptions, MemoryBlockState, block_state_type
 from .sequences import Sequences
 from ..ops.common.definition import is_exporting
@@ -139,13 +138,16 @@ class NormalizedAttention(WideParameters):
         norm_state = sequences.norm_state(self.timenorm.num_groups, x, past.norm)
         t = self.timenorm(x, state=norm_state, new_state=new_norm, spans=sequences.spans)
         sent = sequences.send_end(self.cema, t, past)  # ranks that hold pieces of sequences exchange states
-        v = gated_silu(self.wv(t))  # overlaps with the exchange
+        v = gated_product(self.wv, t)  # overlaps with the exchange
         past = sequences.receive(sent)
         c = self.cema(t, state=past.cema, new_state=new_cema, spans=sequences.spans)
         m = F.dropout(self.rmsnorm(c), config.hidden_dropout, training)
         gated, other_fields = self._attend(m, self.wz(m), v, new_norm.state, past, options)
         gated = F.dropout(gated, config.hidden_dropout, training)
-        y = x + F.dropout(self.wh1(m) + self.wh2(gated), config.dropout, training)
+        if isinstance(self.wh2, FusedLinear):
+            y = self.wh2(gated, add=self.wh1(m), residual=x)
+        else:
+            y = x + F.dropout(self.wh1(m) + self.wh2(gated), config.dropout, training)
         return y, (kind(new_norm.state, new_cema.state, *other_fields) if options.return_state else None)
 
     def _attend(
@@ -157,7 +159,7 @@ class NormalizedAttention(WideParameters):
         rotary = self.rotary if self._rotary_made_for == self._rotary_for(z) else None
         if has_gecko_parts(config):
             a, read, fields = attend_with_gecko_parts(self, rotary, z, v, norm_state, past, options)
-            gated = gated_silu(self.wr(m), a)
+            gated = gated_product(self.wr, m, a)
             return gated if read is None else gated + read, fields
         a = attend(
             z, v, self.gamma, self.beta, rotary,
@@ -167,7 +169,7 @@ class NormalizedAttention(WideParameters):
             spans=options.sequences.spans,
         )  # fmt: skip
         a, state = a if options.return_state else (a, None)
-        return gated_silu(self.wr(m), a), (state,)
+        return gated_product(self.wr, m, a), (state,)
 
 
 class NormalizedFFN(WideParameters):
@@ -206,7 +208,7 @@ class NormalizedFFN(WideParameters):
         """Map the first half's output y (B, L, D) to (B, L, D)."""
         config, training = self.config, self.training
         n = self.norm(y)
-        hidden = gated_silu(self.fc1(n), None if self.fc3 is None else self.fc3(n))
+        hidden = gated_product(self.fc1, n, None if self.fc3 is None else self.fc3(n))
         f = F.dropout(self.fc2(F.dropout(hidden, config.hidden_dropout, training)), config.dropout, training)
         return f if self.alpha is None else (self.alpha * f).to(f.dtype)
 

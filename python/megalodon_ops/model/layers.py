@@ -11,9 +11,11 @@ from torch import Tensor, nn
 from ..ops.cema.bidirectional_cema import bidirectional_cema
 from ..ops.cema.cema import cema
 from ..ops.cema.cema_coefficients import cema_coefficients
+from ..ops.gated_silu.gated_silu import gated_silu
 from ..ops.layer_norm.layer_norm import layer_norm, rms_norm
-from ..ops.linear.linear import KERNEL_TYPES, linear
+from ..ops.linear.linear import CUDA_FEW_ROWS, KERNEL_TYPES, linear, linear_few_rows
 from ..ops.sequence_norm.sequence_norm import sequence_norm
+from ..ops.common.definition import call
 from ..ops.common.states import TimestepNormState
 from ..ops.timestep_norm.timestep_norm import timestep_norm
 from ..ops.common.checks import check_channels, check_flag, check_number, check_size, describe
@@ -308,6 +310,42 @@ def has_own_forward(module: nn.Module) -> bool:
     """Return True if the module's attribute `forward` is the one that :class:`Linear` gives."""
     forward = vars(module).get("forward")
     return isinstance(forward, _StoredMethod) and forward.func is _LINEAR_FORWARD and forward.args == (module,)
+
+
+class FusedLinear(nn.Module):
+    """A :class:`Linear` and what follows it: silu(x W^T + bias) value + add + residual, all but the product optional.
+
+    On CUDA, for few rows and without gradients, one kernel computes it, and rounds once. A decoder makes this layer
+    in place of a :class:`Linear` of its model; they share the parameters.
+    """
+
+    def __init__(self, layer: nn.Linear) -> None:
+        super().__init__()
+        self.weight, self.bias = layer.weight, layer.bias
+
+    def forward(
+        self,
+        x: Tensor,
+        *,
+        silu: bool = False,
+        value: Tensor | None = None,
+        add: Tensor | None = None,
+        residual: Tensor | None = None,
+    ) -> Tensor:
+        """Map x (..., I) to (..., O); `value`, `add` and `residual` (..., O)."""
+        if 0 < x.numel() <= CUDA_FEW_ROWS * x.shape[-1]:
+            return call(linear_few_rows, x, self.weight, self.bias, silu, value, add, residual)
+        y = linear(x, self.weight, self.bias)
+        if silu:
+            y = gated_silu(y, value)
+        if add is not None:
+            y = y + add
+        return y if residual is None else residual + y
+
+
+def gated_product(layer: nn.Module, x: Tensor, value: Tensor | None = None) -> Tensor:
+    """Return silu(layer(x)) value."""
+    return layer(x, silu=True, value=value) if isinstance(layer, FusedLinear) else gated_silu(layer(x), value)
 
 
 class Embedding(nn.Embedding):

@@ -55,7 +55,7 @@ def run_ops(library: Path, names: list[str]) -> None:
     from calls import evaluate
     from cases import BUILDERS
     from emulator.device import Emulator, load
-    from test_cuda_smoke import norm_case, norm_results
+    from test_cuda_smoke import norm_case, norm_results, product_case, product_results
 
     import megalodon_ops as mo
     import torch
@@ -79,10 +79,10 @@ def run_ops(library: Path, names: list[str]) -> None:
                 with emulator.replacing(_C, offset=offset):
                     results = evaluate(getattr(mo, op), BUILDERS[op](dtype=dtype, **options))
                 assert all(r.isfinite().all() for name, r in results.items() if "state" not in name), (op, options)
-    for dtype, offsets in all_offsets.items():  # norms of rows, which have no case among OPS
+    for dtype, offsets in all_offsets.items():  # functions that have no case among OPS
         for offset in offsets if not names else ():
             with emulator.replacing(_C, offset=offset):
-                results = norm_results(norm_case(9, 40, dtype))
+                results = norm_results(norm_case(9, 40, dtype)) | product_results(product_case(5, 40, 70, dtype))
             assert all(r.isfinite().all() for r in results.values()), dtype
     missing = set() if names else set(emulator.bindings) - ran
     assert not missing, f"no case runs {sorted(missing)}"

@@ -67,6 +67,9 @@ PROMISES = (
     Promise(r"layer_norm_bwd_kernel<(bf16|fp16|float), \d, true>", 96, uses=(LOAD_128, STORE_128)),
     Promise(r"layer_norm_bwd_kernel<double, \d, true>", 128, uses=(LOAD_128, STORE_128)),
     Promise(r"layer_norm_bwd_kernel<.*, false>", 96),
+    Promise(r"linear_few_rows_kernel<\w+, [248], 1>", 104, uses=(LOAD_128,)),
+    Promise(r"linear_few_rows_kernel<\w+, [248], 8>", 128, uses=(LOAD_128,)),
+    Promise(r"linear_few_rows_kernel<\w+, 1, \d>", 128),
     Promise(r"sum_shares_kernel<\w+>", 40, doubles="few sums of many terms"),
     Promise(
         r"timestep_norm_fwd_kernel<(?!fp16, 8, true)\w+, [248], \w+>", 128, uses=(LOAD_128, STORE_128), doubles=_SCAN

@@ -64,6 +64,8 @@ if _ENVIRONMENT not in ("auto", "torch"):
     raise ImportError(f"megalodon_ops: MEGALODON_OPS_LINEAR must be auto or torch, got {_ENVIRONMENT}.")
 CHOICES = choices(_C.active_isa(), _mkl_is_slow()) if _ENVIRONMENT == "auto" else {}
 """Choices of this process; empty if torch computes everything"""
+CUDA_FEW_ROWS = 8
+"""Most rows for which a :class:`FusedLinear` uses the CUDA kernel, which reads the weights once for them"""
 _ALL_BY_TORCH = KernelChoice(few_rows_to=0)
 _READS_ON = bool(CHOICES) and "v4_amx" in _C.available_isas()
 """True if torch reads past the ends of bfloat16 rows: 32 values at a time, the excess times 0 (docs/numerics.md)"""
@@ -166,10 +168,11 @@ def _is_plain(x: Tensor, weight: Tensor, other: Tensor | None) -> bool:
     return same and x.is_cpu and weight.is_cpu and not cast
 
 
-def _few_rows(x, weight, bias):
+def _few_rows(x, weight, bias, silu=False, value=None, add=None, residual=None):
     y = _fwd_fake(x, weight, bias)
     rows = x.reshape(-1, x.shape[-1]).contiguous()
-    launch("linear_few_rows", rows, weight.contiguous(), contiguous_or_none(bias), y.view(len(rows), -1))
+    like_y = (None if t is None else t.reshape(-1, t.shape[-1]).contiguous() for t in (value, add, residual))
+    launch("linear_few_rows", rows, weight.contiguous(), contiguous_or_none(bias), silu, *like_y, y.view(len(rows), -1))
     return y
 
 
@@ -232,7 +235,7 @@ def _is_transposed(matrix: Tensor) -> bool:
     return matrix.dim() == 2 and not matrix.is_contiguous() and matrix.t().is_contiguous()
 
 
-def _fwd_fake(x, weight, bias):
+def _fwd_fake(x, weight, bias, *_):
     return x.new_empty((*x.shape[:-1], weight.shape[0]))
 
 
@@ -262,5 +265,11 @@ linear_fwd = define_op(
     flops=_flops,
 )
 linear_few_rows = define_op(
-    "linear_few_rows(Tensor x, Tensor weight, Tensor? bias) -> Tensor", kernel=_few_rows, fake=_fwd_fake, flops=_flops
+    "linear_few_rows(Tensor x, Tensor weight, Tensor? bias, bool silu=False, Tensor? value=None, Tensor? add=None, "
+    "Tensor? residual=None) -> Tensor",
+    kernel=_few_rows,
+    fake=_fwd_fake,
+    flops=_flops,
 )
+"""x weight^T + bias; on CUDA silu(x weight^T + bias) value + add + residual, where `value`, `add` and `residual` have the
+shape of the result, which is rounded once"""

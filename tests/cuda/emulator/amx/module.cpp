@@ -3,6 +3,7 @@
 
 #include "bindings.h"
 #include "chunked_attention.h"
+#include "few_rows.h"
 #include "linear.h"
 #include "quantized_linear.h"
 

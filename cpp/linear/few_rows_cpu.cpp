@@ -7,7 +7,7 @@
 // rows, kTogether: then each loaded vector is used in many sums, in registers. x stays in L1 or L2. The order of a sum
 // depends on I, the vector length and the number of rows alone.
 
-#include "linear.h"
+#include "few_rows.h"
 
 #include <algorithm>
 
