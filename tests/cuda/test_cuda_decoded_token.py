@@ -87,8 +87,9 @@ def test_launches_of_a_decoded_token(cuda):
     assert one_torch - (two_torch - one_torch) == outside
 
 
-@pytest.mark.parametrize(("rows", "length"), [(1, 1), (4, 2), (3, 3)], ids=["one", "eight", "too-many"])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(
+    ("dtype", "rows", "length"), [(torch.float32, 1, 1), (torch.bfloat16, 4, 2), (torch.float32, 3, 3)], ids=str
+)
 def test_a_decoder_agrees_with_the_layers(cuda, dtype, rows, length):
     """Up to 8 tokens, products round once with what follows them; with more they have the bits of the layers."""
     for overrides in ({}, dict(swiglu=True, rescale_nffn=True)):

@@ -170,6 +170,7 @@ def test_a_mutant_that_hangs_or_crashes_is_dead():
         mutate._cause(4, "usage")
 
 
+@pytest.mark.slow
 def test_a_session_starts_in_a_workshop(tmp_path):
     """The copy has all that tests import and that the emulator's build includes. Nothing is compiled."""
     folder = mutate.Workshop(tmp_path / "copy", {}).folder

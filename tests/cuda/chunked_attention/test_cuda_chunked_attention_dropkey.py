@@ -29,7 +29,7 @@ def last_head(case, rows: int):
 
 
 SHAPES = {"far-rows": (1, FAR, 1, 60), "many-heads": (1, 2, MANY, 4), "many-sequences": (MANY, 2, 1, 4)}
-SLOW = {("many-heads", F32), ("many-sequences", BF16)}
+SLOW = {("far-rows", F32), ("many-heads", F32), ("many-sequences", BF16)}
 # Both products take rows; heads and sequences each one of them, and the other among the slow tests.
 WORDS = [
     pytest.param(shape, dtype, marks=pytest.mark.slow if (shape, dtype) in SLOW else ())

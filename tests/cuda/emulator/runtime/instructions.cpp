@@ -82,9 +82,8 @@ class TruncatedSum {
     if (!std::isfinite(rounded_)) return rounded_;
     int64_t sum = 0;  // 24 bits after the point
     for (int i = 0; i < count_; ++i) sum += cut(terms_[i].significand, 22 + exponent_ - terms_[i].exponent);
-    const int64_t size = std::abs(sum);
-    int extra = 0;
-    while (size >> (24 + extra)) ++extra;
+    if (sum == 0) return 0;
+    const int extra = std::max(40 - __builtin_clzll(std::abs(sum)), 0);  // bits beyond the 24 of a float
     return std::ldexp(static_cast<float>(cut(sum, extra)), exponent_ - 24 + extra);
   }
 

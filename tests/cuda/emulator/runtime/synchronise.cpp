@@ -26,7 +26,9 @@ struct Meeting {
 };
 std::vector<std::deque<Meeting>> meetings;  // by warp
 
-bool same_line(Place a, Place b) { return a.line == b.line && std::strcmp(a.file, b.file) == 0; }
+bool same_text(const char* a, const char* b) { return a == b || std::strcmp(a, b) == 0; }
+
+bool same_line(Place a, Place b) { return a.line == b.line && same_text(a.file, b.file); }
 
 Meeting& meeting_of(unsigned mask) {
   auto& of_warp = meetings[current->warp];
@@ -42,7 +44,7 @@ unsigned char* meet(unsigned mask, const void* value, size_t size, const char* w
   if (!meeting.arrived) {
     meeting.what = what;
     meeting.first = place;
-  } else if (std::strcmp(meeting.what, what) || (place.file && !same_line(meeting.first, place))) {
+  } else if (!same_text(meeting.what, what) || (place.file && !same_line(meeting.first, place))) {
     static std::string text;
     text = std::string("lanes of a warp meet in different operations: ") + what + " and " + meeting.what + " at " +
            source_line(meeting.first);
@@ -55,14 +57,17 @@ unsigned char* meet(unsigned mask, const void* value, size_t size, const char* w
     wait(what, place);
     return values;
   }
-  std::vector<Thread*> lanes;
-  for (int l = 0; l < kWarpSize; ++l)
-    if (mask >> l & 1) lanes.push_back(&threads[current->warp * kWarpSize + l]);
-  if (!value) join_clocks(lanes, true);
+  Thread* const lanes = &threads[current->warp * kWarpSize];
+  if (!value) {
+    std::vector<Thread*> participants;
+    for (int l = 0; l < kWarpSize; ++l)
+      if (mask >> l & 1) participants.push_back(&lanes[l]);
+    join_clocks(participants, true);
+  }
   meeting.arrived = 0;
   meeting.turn ^= 1;
-  for (Thread* lane : lanes)
-    if (lane != current) wake(*lane);
+  for (int l = 0; l < kWarpSize; ++l)
+    if ((mask >> l & 1) && &lanes[l] != current) wake(lanes[l]);
   return values;
 }
 
