@@ -120,9 +120,9 @@ __global__ void __launch_bounds__(kMmaThreads, kColumns == 64 ? 2 : 1)
     });
     gpu::cp_async_commit();
   };
-  const T* const q = static_cast<const T*>(p.q) + (block.token * p.heads + head) * depth;
+  const T* const q = static_cast<const T*>(p.q) + (block.token * p.heads + head) * p.key_dim;
   copy(queries, kMmaRows, pitch, depth, [&](int r) {
-    return r < block.live ? q + r * p.heads * depth : nullptr;
+    return r < block.live ? q + r * p.heads * p.key_dim : nullptr;
   });
   copy_keys(0);
 

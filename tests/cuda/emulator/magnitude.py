@@ -13,8 +13,8 @@ Such a test finds a 32-bit offset between 2^31 and 2^32 elements, where it is ne
 be small again: only a comparison of values finds it.
 
 Elements count from the start of their buffer. Where a pointer already begins beyond 2^31, a line counts as reached whatever
-index it adds. Rules of the source check that index: it is no product of 32-bit sizes, and no multiple or loop's sum of one
-(widened.py); no product is cast to 32 bits (lint.py), or converted silently (-Werror=conversion).
+index it adds. Rules of the source check that index: no part of it is a number that was cut to 32 bits, a product of 32-bit
+sizes, or a multiple or loop's sum of one (widened.py); nothing is converted silently (-Werror=conversion).
 """
 
 import json

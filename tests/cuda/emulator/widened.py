@@ -1,4 +1,5 @@
-"""Products of two 32-bit sizes that become 64-bit numbers or addresses: they overflow in tensors that no test can hold.
+"""Products of two 32-bit sizes, and sizes cut to 32 bits, that become 64-bit numbers or addresses: wrong in tensors that
+no test can hold.
 
 The rule needs types, so it reads the compiler's own form of the emulator's kernels: the build writes it (-fdump-tree-ssa)
 beside each object. There, `static_cast<int>(a * b)` and `a * b` of two ints are the same, a constant factor is a number,
@@ -10,12 +11,16 @@ These count as products, too:
   of an iteration
 - a sum to which each iteration of a loop adds a size, and a counter that is compared with a 64-bit number, unless a
   comparison in 32 bits limits the variable
+
+A cut size is a 64-bit number that was converted to 32 bits, or a sum with one. A remainder, a quotient and a minimum with a
+32-bit number fit 32 bits, so they are none.
 """
 
 import re
 from collections.abc import Iterator
 from pathlib import Path
 
+SLICE = "a column of a slice of values"
 SHARED, LANE = "an index of shared memory", "a number of a lane or of its mode"
 ROW, CHANNEL = "a row of a chunk", "a channel of a head"
 EXCEPTIONS = {
@@ -40,25 +45,34 @@ EXCEPTIONS = {
     "if constexpr (kHeld) held_[r] = gpu::ld<Vector>(from_[r] + (first_ < vectors_ ? first_ : 0) * kWidth);": LANE,
     "Product::template load<false>(a, p.value_dim - at, d_o.from(query, at));": CHANNEL,
     "Product::template load<false>(b, p.value_dim - at, v.from(key, at));": CHANNEL,
+    "static_cast<T*>(p.o)[((block.token + i / columns) * p.heads + head) * p.value_dim + column + i % columns] = T{};": SLICE,
+    (
+        "const int columns = static_cast<int>(p.value_dim - first_column < kColumns ? p.value_dim - first_column : kColumns);"
+    ): SLICE,
+    "store_padding<T>(p, block, head, first_column, columns);": SLICE,
+    "if (whole) gpu::st(o + r * stride + c, gpu::ld_shared<gpu::Pack<T, Tile<T>::kUnit>>(from));": SLICE,
+    "else o[r * stride + c] = *from;": SLICE,
+    "if (__syncthreads_or(any_nan)) repair<T, kColumns>(p, block, window, head, first_column, columns, k, v, lse);": SLICE,
     (
         "const int64_t depth = slab < key_slabs ? p.key_dim - slab * kDepth : "
         "p.value_dim - (slab - key_slabs) * kDepth;"
     ): CHANNEL,
 }
 NARROW = {"int", "unsigned int", "int32_t", "uint32_t"}
+WIDE = {"long int", "long unsigned int", "int64_t", "uint64_t", "size_t", "sizetype", "ssizetype", "unsigned long"}
 DECLARED = re.compile(r"(?:const )?(\w[\w ]*?) (?:const )?([\w.]+)$")
 ASSIGNED = re.compile(r"^  (?:\[(\S+):(\d+):\d+\] )?([\w.]+(?:\(D\))?) = ([^;]*);", re.MULTILINE)
 PRODUCT = re.compile(r"[a-zA-Z_][\w.]*(?:\(D\))? (?:\*|<<) [a-zA-Z_]")
-SUM = re.compile(r"[\w.()]+(?: [+/-] [\w.()]+)?$|\((?:unsigned )?int\) [\w.()]+$")
+SUM = re.compile(r"(?:\([a-z ]+\) )?[\w.()]+$|[\w.()]+ [+/-] -?[\w.()]+$|MAX_EXPR <")
+LIMITED = re.compile(r"\([\w ]+\) |MIN_EXPR <|\S+ [/%] ")
 MULTIPLE = re.compile(r" (?:\*|<<) ")
 LOADED = re.compile(r"(?!.*\bwarp$)(?:\*|MEM|[a-z_]\w*\.[a-z]|\w+(?:\(D\))?->)[^(]*$")
-CUT = re.compile(r"\((?:unsigned )?int\) (\S+)$")
+CAST = re.compile(r"\([\w ]+\) (\S+)$")
 NAME = re.compile(r"[a-zA-Z_][\w.]*(?:\(D\))?")
 PLACE = re.compile(r"\[\S+:\d+:\d+\] ")
 VERSION = re.compile(r"(?<=.)_\d+(?:\(D\))?$")  # "row_12" is a version of `row`; a temporary, "_12", has no other name
 MERGED = re.compile(r"^  # (\S+) = PHI <(.*)>$", re.MULTILINE)  # values from before a loop and from its iterations
 COMPARED = re.compile(r"[ (]([\w.]+(?:\(D\))?) (?:[<>]=?|!=) ([\w.]+(?:\(D\))?)[;)]")
-WIDENED = re.compile(r"\((?:long int|long unsigned int|u?int64_t|size_t|s?sizetype)\) (\S+)$")
 
 
 def widened_products(build: Path, kernels: Path) -> dict[tuple[str, int], str]:
@@ -81,41 +95,42 @@ def _origins(name: str, terms: dict[str, set[str]]) -> set[str]:
 
 
 def _places(text: str) -> Iterator[tuple[str, int]]:
-    """File and line of each conversion to 64 bits of a product, of a sum of products or of a 64-bit loop's counter."""
+    """File and line of each conversion to 64 bits of a product, a cut size, a sum of them or a 64-bit loop's counter."""
     for function in text.split("\n;; Function ")[1:]:
         head, _, body = function.partition("\n{\n")
         arguments = head.rpartition("\n")[2].strip(")").split(", ")
         variables = re.findall(r"^  (\w.*);$", body, re.MULTILINE)
-        matches = map(DECLARED.search, arguments + variables)
-        declared = {match[2] for match in matches if match and match[1] in NARROW}
-        narrow = {name for name in NAME.findall(body) if {name, VERSION.sub("", name)} & declared}  # of 32 bits
+        declared = {match[2]: match[1] for match in map(DECLARED.search, arguments + variables) if match}
+        types = {name: declared.get(name) or declared.get(VERSION.sub("", name)) for name in {*NAME.findall(body)}}
+        narrow = {name for name, declaration in types.items() if declaration in NARROW}  # of 32 bits
+        wide = {name for name, declaration in types.items() if declaration in WIDE}
         assigned = [(file, line, to, PLACE.sub("", source)) for file, line, to, source in ASSIGNED.findall(body)]
-        sums = {to: source for *_, to, source in assigned if SUM.match(source)} | dict(MERGED.findall(body))
-        terms = {to: set(NAME.findall(PLACE.sub("", sums[to]))) for to in sums.keys() & narrow}
+        sums = {to: source.partition(" / ")[0] for *_, to, source in assigned if SUM.match(source)}
+        sums |= {to: PLACE.sub("", values) for to, values in MERGED.findall(body)}
+        terms = {to: set(NAME.findall(sums[to])) for to in sums.keys() & narrow}
+        origins = {name: _origins(name, terms) for name in narrow}
         # By name: the names of the loop in which it is summed up.
-        loops = {name: {other for other in _origins(name, terms) if name in _origins(other, terms)} for name in terms}
+        loops = {name: {other for other in origins[name] if name in origins.get(other, ())} for name in terms}
         comparisons = COMPARED.findall(body)
         limited = {name for pair in comparisons for name in pair}
         limits = {name for pair in comparisons if all(map(NAME.match, pair)) for name in pair}  # of two variables
         counters = {name for name, loop in loops.items() if loop and not loop & limited}
-        sizes = set()  # of 32 bits, as are the products
-        products = set()
-        for _ in range(2):  # a loop's sum may come before the size
-            for file, line, to, source in assigned:
-                names = set(NAME.findall(source))
-                if to not in narrow:
-                    match = WIDENED.match(source)
-                    if match and (match[1] in products or (match[1] in counters and to in limits)):
-                        yield Path(file).name, int(line)
-                elif LOADED.match(source) or ((match := CUT.match(source)) and match[1] not in narrow):
-                    sizes.add(to)
-                elif PRODUCT.match(source):
-                    products.add(to)
-                elif SUM.match(source):  # of a product it is a product, of a size a size
-                    if names & products:
-                        products.add(to)
-                    elif names & sizes:
-                        sizes.add(to)
-                elif MULTIPLE.search(source) and names & (sizes | products):
-                    products.add(to)
-            products |= {other for name in counters if terms[name] & sizes for other in loops[name]}
+        casts = [(file, line, to, match[1]) for file, line, to, source in assigned if (match := CAST.match(source))]
+        small = set()  # 64-bit numbers that fit 32 bits
+        for *_, to, source in assigned:
+            operands = re.findall(r"[\w.]+(?:\(D\))?", source.partition(" / ")[0])
+            if to in wide and LIMITED.match(source) and any(x in small | narrow or x.isdigit() for x in operands):
+                small.add(to)
+        cuts = {to for *_, to, source in casts if to in narrow and source in wide - small}
+        sizes = {to for *_, to, source in casts if to in narrow and source in wide}
+        sizes |= {to for *_, to, source in assigned if to in narrow and LOADED.match(source)}
+        products = {to for *_, to, source in assigned if to in narrow and PRODUCT.match(source)}
+        products |= {other for name in counters if terms[name] & sizes for other in loops[name]}
+        for *_, to, source in assigned:
+            names = set(NAME.findall(source)) & narrow
+            if MULTIPLE.search(source) and to in narrow and names.union(*map(origins.get, names)) & (sizes | products):
+                products.add(to)
+        for file, line, to, source in casts:
+            if to in wide and source in narrow:
+                if (origins[source] | {source}) & (products | cuts) or (source in counters and to in limits):
+                    yield Path(file).name, int(line)

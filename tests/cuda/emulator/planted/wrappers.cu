@@ -232,10 +232,12 @@ struct Rows {
 };
 const float* multiple_of_a_size(const float* p, const Rows& rows) { return p + (rows.first + 1) * 128; }  // found
 const float* multiple_of_a_warp(const float* p, const Rows& rows) { return p + rows.warp * 128; }
+const float* cut(const float* p, const Rows& rows) { return p + (static_cast<int>(rows.tokens) + 1); }  // found
+const float* cut_remainder(const float* p, const Rows& rows) { return p + static_cast<int>(rows.tokens % 128); }
 const float* loops(const float* p, const Rows& rows) {
   int row = 0, column = 0;
   for (int i = 0; i < rows.tokens; ++i) row += static_cast<int>(rows.channels);  // found
-  while (column < rows.warp) column += static_cast<int>(rows.channels);
+  while (column < rows.warp) column += rows.first;
   p += column;
   return p + row;  // found
 }
