@@ -46,6 +46,13 @@ def test_each_division_of_a_row(emulator, norm, dtype, width):
         assert_matches_the_reference(norm, tensors, dy, terms=4.0)
 
 
+@pytest.mark.parametrize("name", ["x", "y", "weight", "bias", "dy", "dx"])
+def test_each_tensor_alone_may_be_misaligned(emulator, name):
+    tensors, dy = inputs("layer_norm", 3, 64, dtype=BF16)
+    with emulator.replacing(_C, offset={name: 1}):
+        assert_matches_the_reference("layer_norm", tensors, dy, terms=4.0)
+
+
 @each_norm
 def test_sums_of_rows_too_wide_for_shared_memory(emulator, norm):
     for width in (64, 65):

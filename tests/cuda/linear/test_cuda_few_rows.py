@@ -102,6 +102,12 @@ def test_each_weight_is_read_once(emulator):
     assert traffic["x"]["load_footprint"] == x.nbytes
 
 
+def test_nothing_is_launched_for_no_columns(emulator):
+    with emulator.replacing(_C):
+        assert linear_few_rows(torch.ones(2, 4), torch.ones(0, 4), None, True).shape == (2, 0)
+    assert not emulator.launched()
+
+
 def test_errors(emulator):
     x, weight, bias, _, add, _ = inputs(9, 4, 3, F32)
     with pytest.raises(ValueError, match="linear: `x` must be on CUDA, as what follows"):
