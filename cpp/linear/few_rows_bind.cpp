@@ -6,8 +6,7 @@ namespace megalodon {
 namespace {
 
 MEGALODON_BINDING(linear_few_rows,
-                  (py::handle x_, py::handle weight_, py::handle bias_, bool silu, py::handle value, py::handle add,
-                   py::handle residual),
+                  (py::handle x_, py::handle weight_, py::handle bias_, bool silu, py::handle value, py::handle add),
                   (py::handle y_)) {
   const TensorView x("linear", "x", x_), weight("linear", "weight", weight_), bias("linear", "bias", bias_);
   LinearFewRowsParams params{};
@@ -25,9 +24,8 @@ MEGALODON_BINDING(linear_few_rows,
   params.silu = silu;
   params.value = like_y({"linear", "value", value});
   params.add = like_y({"linear", "add", add});
-  params.residual = like_y({"linear", "residual", residual});
   params.y = like_y(TensorView("linear", "y", y_).present());
-  if (!MEGALODON_CUDA && (silu || params.value || params.add || params.residual))
+  if (!MEGALODON_CUDA && (silu || params.value || params.add))
     x.fail("on CUDA, as what follows the product has no kernel on the CPU");
   MEGALODON_LAUNCH(target, linear_few_rows, params);
 }

@@ -1,7 +1,7 @@
-// Products of few rows, and what follows them in a layer: y = silu(x weight^T + bias) value + add + residual.
+// Products of few rows, and what follows them in a layer: y = silu(x weight^T + bias) value + add.
 // Launched by few_rows.cu.
 //
-//   x (T, I), weight (O, I), bias (O), value, add, residual, y (T, O):  the call's dtype
+//   x (T, I), weight (O, I), bias (O), value, add, y (T, O):  the call's dtype
 //
 // Sums and all that follows them are R, float or double; y is rounded once.
 //
@@ -42,7 +42,6 @@ GPU_INLINE T finished(const LinearFewRowsParams& p, int64_t row, int64_t column,
   if (p.silu) y /= 1 + exp(-y);
   if (p.value) y *= element(p.value, at);
   if (p.add) y += element(p.add, at);
-  if (p.residual) y += element(p.residual, at);
   return gpu::from_real<T>(y);
 }
 

@@ -133,8 +133,8 @@ def test_layer_norm_at_offsets_beyond_31_bits(emulator, large, channels):
 @pytest.mark.parametrize(("width", "columns"), [(8, 2**28 + 72), (7, 2**29)], ids=["vectors", "elements"])
 def test_products_of_few_rows_at_offsets_beyond_31_bits(emulator, large, width, columns):
     x, weight = large(8, width, dtype=BF16), large(columns, width, dtype=BF16)
-    value, add, residual, y = (large(8, columns, dtype=BF16) for _ in range(4))
-    options = {"bias": large(columns, dtype=BF16), "silu": True, "value": value, "add": add, "residual": residual}
+    value, add, y = (large(8, columns, dtype=BF16) for _ in range(3))
+    options = {"bias": large(columns, dtype=BF16), "silu": True, "value": value, "add": add}
     emulator.launch("linear_few_rows", x=x, weight=weight, **options, y=y)
 
 

@@ -199,7 +199,7 @@ PRODUCTS = {
 def product_case(rows: int, width: int, columns: int, dtype: torch.dtype) -> Case:
     gen = generator(0)
     shapes = {"x": (rows, width), "weight": (columns, width), "bias": (columns,)}
-    shapes |= dict.fromkeys(("value", "add", "residual"), (rows, columns))
+    shapes |= dict.fromkeys(("value", "add"), (rows, columns))
     return Case("linear", {name: randn(gen, *shape, dtype=F64).to(dtype) for name, shape in shapes.items()}, {}, dtype)
 
 
@@ -209,8 +209,8 @@ def product_results(case: Case) -> dict:
 
 
 def products_by_layers(case: Case) -> dict:
-    x, weight, bias, value, add, residual = case.tensors.values()
-    return {"y": mo.gated_silu(mo.linear(x, weight, bias), value) + add + residual}
+    x, weight, bias, value, add = case.tensors.values()
+    return {"y": mo.gated_silu(mo.linear(x, weight, bias), value) + add}
 
 
 def run_on_card(compute: Callable[[Case], dict], case: Case) -> tuple[dict, set[str]]:

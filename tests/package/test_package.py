@@ -146,7 +146,7 @@ def test_every_kind_of_tensor_is_read(kind, dtype):
         return kind(tensor) if kind is torch.nn.Parameter else tensor.as_subclass(kind)
 
     y = torch.full((8, 8), torch.nan, dtype=dtype)
-    nothing = (None, False, None, None, None)  # bias, silu, value, add, residual
+    nothing = (None, False, None, None)  # bias, silu, value, add
     _C.linear_few_rows(as_kind(x), as_kind(weight), *nothing, as_kind(y) if kind is Subclass else y)
     torch.testing.assert_close(y, expected)
     for bad, error, message in [

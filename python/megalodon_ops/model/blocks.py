@@ -144,8 +144,8 @@ class NormalizedAttention(WideParameters):
         m = F.dropout(self.rmsnorm(c), config.hidden_dropout, training)
         gated, other_fields = self._attend(m, self.wz(m), v, new_norm.state, past, options)
         gated = F.dropout(gated, config.hidden_dropout, training)
-        if isinstance(self.wh2, FusedLinear):
-            y = self.wh2(gated, add=self.wh1(m), residual=x)
+        if isinstance(self.wh1, FusedLinear) and isinstance(self.wh2, FusedLinear):
+            y = self.wh2(gated, add=self.wh1(m, add=x))
         else:
             y = x + F.dropout(self.wh1(m) + self.wh2(gated), config.dropout, training)
         return y, (kind(new_norm.state, new_cema.state, *other_fields) if options.return_state else None)

@@ -313,7 +313,7 @@ def has_own_forward(module: nn.Module) -> bool:
 
 
 class FusedLinear(nn.Module):
-    """A :class:`Linear` and what follows it: silu(x W^T + bias) value + add + residual, all but the product optional.
+    """A :class:`Linear` and what follows it: silu(x W^T + bias) value + add, all but the product optional.
 
     On CUDA, for few rows and without gradients, one kernel computes it, and rounds once. A decoder makes this layer
     in place of a :class:`Linear` of its model; they share the parameters.
@@ -324,23 +324,15 @@ class FusedLinear(nn.Module):
         self.weight, self.bias = layer.weight, layer.bias
 
     def forward(
-        self,
-        x: Tensor,
-        *,
-        silu: bool = False,
-        value: Tensor | None = None,
-        add: Tensor | None = None,
-        residual: Tensor | None = None,
+        self, x: Tensor, *, silu: bool = False, value: Tensor | None = None, add: Tensor | None = None
     ) -> Tensor:
-        """Map x (..., I) to (..., O); `value`, `add` and `residual` (..., O)."""
+        """Map x (..., I) to (..., O); `value` and `add` (..., O)."""
         if 0 < x.numel() <= CUDA_FEW_ROWS * x.shape[-1]:
-            return call(linear_few_rows, x, self.weight, self.bias, silu, value, add, residual)
+            return call(linear_few_rows, x, self.weight, self.bias, silu, value, add)
         y = linear(x, self.weight, self.bias)
         if silu:
             y = gated_silu(y, value)
-        if add is not None:
-            y = y + add
-        return y if residual is None else residual + y
+        return y if add is None else add + y
 
 
 def gated_product(layer: nn.Module, x: Tensor, value: Tensor | None = None) -> Tensor:

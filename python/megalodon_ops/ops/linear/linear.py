@@ -168,10 +168,10 @@ def _is_plain(x: Tensor, weight: Tensor, other: Tensor | None) -> bool:
     return same and x.is_cpu and weight.is_cpu and not cast
 
 
-def _few_rows(x, weight, bias, silu=False, value=None, add=None, residual=None):
+def _few_rows(x, weight, bias, silu=False, value=None, add=None):
     y = _fwd_fake(x, weight, bias)
     rows = x.reshape(-1, x.shape[-1]).contiguous()
-    like_y = (None if t is None else t.reshape(-1, t.shape[-1]).contiguous() for t in (value, add, residual))
+    like_y = (None if t is None else t.reshape(-1, t.shape[-1]).contiguous() for t in (value, add))
     launch("linear_few_rows", rows, weight.contiguous(), contiguous_or_none(bias), silu, *like_y, y.view(len(rows), -1))
     return y
 
@@ -265,11 +265,10 @@ linear_fwd = define_op(
     flops=_flops,
 )
 linear_few_rows = define_op(
-    "linear_few_rows(Tensor x, Tensor weight, Tensor? bias, bool silu=False, Tensor? value=None, Tensor? add=None, "
-    "Tensor? residual=None) -> Tensor",
+    "linear_few_rows(Tensor x, Tensor weight, Tensor? bias, bool silu=False, Tensor? value=None, Tensor? add=None) "
+    "-> Tensor",
     kernel=_few_rows,
     fake=_fwd_fake,
     flops=_flops,
 )
-"""x weight^T + bias; on CUDA silu(x weight^T + bias) value + add + residual, where `value`, `add` and `residual` have the
-shape of the result, which is rounded once"""
+"""x weight^T + bias; on CUDA silu(x weight^T + bias) value + add, with the shape of the result, which is rounded once"""
