@@ -27,7 +27,7 @@ class Launch:
 def attention_fwd(T: int, C: int, K: int, V: int, H: int) -> Iterator[Launch]:
     """chunked_attention_mma.cuh; a warp of 16 rows skips the tiles of keys that its rows do not see."""
     if V > 128:
-        columns, keys = 256, 32
+        columns, keys = 256, 64 if C >= 1024 else 32  # always 32 on cards with less shared memory
     elif K > 128:
         columns, keys = 128, 32
     else:

@@ -26,7 +26,10 @@ void launch_mma(const ChunkedAttentionFwdParams& p, void* stream) {
 
 template <class T>
 void launch_mma(const ChunkedAttentionFwdParams& p, void* stream) {
-  if (p.value_dim > 128) launch_mma<T, 256, 32>(p, stream);
+  const size_t long_bytes = mma_shared_bytes(p.key_dim, 256, 64) + sizeof(float) * kMmaRows;  // with lse
+  const bool is_long = p.chunk_size >= LAUNCH_SIZE(attention_long_tiles, kLongTilesFrom);
+  if (p.value_dim > 128 && is_long && long_bytes <= gpu::max_shared_bytes()) launch_mma<T, 256, 64>(p, stream);
+  else if (p.value_dim > 128) launch_mma<T, 256, 32>(p, stream);
   else if (p.key_dim > 128) launch_mma<T, 128, 32>(p, stream);
   else if (p.value_dim > 64) launch_mma<T, 128, 64>(p, stream);
   else launch_mma<T, 64, 48>(p, stream);

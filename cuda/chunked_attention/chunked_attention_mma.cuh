@@ -25,10 +25,13 @@
 // 256 + 2048 products instead of 256 + 2048. More columns per block would save products, but leave registers for only
 // 64 rows. The block would read keys and values twice as often, at 40 bytes per clock and SM: L2 is slower.
 //
-// Shared memory: Q (or the output), a tile of keys, one of values, K padded to a multiple of 64; 96 KiB at K = 256,
-// kColumns = 256. Registers: O takes kColumns / 2, S kKeys / 2; at most 128 for kColumns 64 (two blocks per SM), else
+// Tiles of 64 keys load the queries half as often as tiles of 32, but compute more scores that no row sees. With 256
+// columns they are taken for long chunks, and if shared memory holds them (not on sm_86, sm_89 and sm_120).
+//
+// Shared memory: Q (or the output), a tile of keys, one of values, K padded to a multiple of 64; at K = 256, kColumns =
+// 256 it is 96 KiB, with tiles of 64 keys 128 KiB. Registers: O takes kColumns / 2, S kKeys / 2; at most 128 for kColumns 64 (two blocks per SM), else
 // 255; no spills.
-// H100, T = 16384, H 1, K 256, V 2048, C 2048, bf16: at least 447 us, by shared memory (bench.predict). q, k, v, o once
+// H100, T = 16384, H 1, K 256, V 2048, C 2048, bf16: at least 415 us, by shared memory (bench.predict). q, k, v, o once
 // are 151 MB, 45 us; from L2 each row block reads keys and values of its chunk up to itself. 4096 products for each of
 // T C / 2 scores: 139 us at 990 TFLOP/s, of which mma.sync reaches 0.62.
 #pragma once
@@ -41,6 +44,7 @@ namespace chunked_attention {
 
 constexpr int kMmaRows = 128, kMmaThreads = 256, kMmaMaxDepth = 256;
 constexpr int kWarpRows = 16;
+constexpr int64_t kLongTilesFrom = 1024;  // least chunk for tiles of 64 keys beside 256 columns
 static_assert(kMmaThreads / gpu::kWarp * kWarpRows == kMmaRows);
 
 inline size_t mma_shared_bytes(int64_t key_dim, size_t columns, size_t keys) {

@@ -174,8 +174,8 @@ def test_tensor_core_floors_match_the_shapes(codes):
     (sizes, _), card = SHAPES["200M"], CARDS["H100"]
     T, C, K, V = (sizes[name] for name in "TCKV")
     per_us = card.sms * card.ghz * 1e3 * card.tensor
-    rows_of_warp = torch.arange(15, C, 16)  # the last row, which sees tiles of 32 keys
-    pairs = (rows_of_warp // 32 + 1).sum() * 32 * 16 * (T // C)
+    rows_of_warp = torch.arange(15, C, 16)  # the last row, which sees tiles of 64 keys
+    pairs = (rows_of_warp // 64 + 1).sum() * 64 * 16 * (T // C)
     (forward,) = KERNELS["attention forward"](**sizes)
     floor = predict.floors(codes[forward.kernel], forward, card)["tensor"]
     assert floor == pytest.approx(2 * int(pairs) * (K * V / 256 + V) / per_us)

@@ -5,7 +5,7 @@ import torch
 from assertions import assert_all_close, assert_bit_equal, assert_close
 from calls import forward
 from cases import chunked_attention_case
-from emulated import assert_equal_in_every_order, assert_no_bank_conflicts
+from emulated import A100, assert_equal_in_every_order, assert_no_bank_conflicts
 from emulated_attention import assert_accurate, run, scaled_case
 from emulator.device import Emulator
 from hypothesis import given, settings
@@ -124,6 +124,28 @@ def test_rows_begin_anywhere_in_a_tile(emulator):
     k, v, _ = (t.nan_to_num() for t in case.options["state"])
     case = case.with_options(state=AttentionState(k, v, torch.arange(48)))
     assert_accurate(run(emulator, case), case)
+
+
+def shared_requests(emulator, case, *, limit=A100, least=1, offset=0):
+    """Requests to shared memory of an accurate forward; `least`: of the chunks that take tiles of 64 keys."""
+    emulator.reset()
+    emulator.set_order("random", shared_limit=limit)
+    with emulator.launch_sizes(attention_long_tiles=least):
+        assert_accurate(run(emulator, case, offset), case)
+    return sum(site["requests"] for site in emulator.sites("chunked_attention_fwd_mma_kernel") if site["shared"])
+
+
+def test_tiles_of_64_keys_beside_256_columns(emulator):
+    """Only of long chunks, on cards with enough shared memory; then each kind of tail, and all alignments with rows."""
+    case = scaled_case(B=1, L=128, H=1, K=250, V=136, C=128, dtype=BF16, causal=False)
+    long = shared_requests(emulator, case)
+    assert long < shared_requests(emulator, case, limit=99 * 1024) == shared_requests(emulator, case, least=129)
+    twice = dict(L=70, H=2, K=72, V=258, C=65, dropkey=0.2, lengths=[70, 33])
+    for options, offset in ((dict(dtype=BF16), 0), (dict(dtype=F16, causal=False), 1)):
+        shared_requests(emulator, scaled_case(**twice, **options), offset=offset)
+    rows = scaled_case(B=64, L=17, H=1, K=8, V=136, C=130, dtype=BF16, state=True)
+    k, v, _ = (t.nan_to_num() for t in rows.options["state"])
+    shared_requests(emulator, rows.with_options(state=AttentionState(k, v, torch.arange(64))))
 
 
 @pytest.mark.parametrize(("L", "dtype"), [(6, BF16), (6, F32), (40, BF16)], ids=str)

@@ -55,8 +55,8 @@ _16_BITS = (torch.bfloat16, torch.float16)
 TABLE = (  # path, directions, dtypes, key_dim, value_dim, chunk, predicted
     Shapes("flash", DIRECTIONS, _16_BITS, (64, 64), (64, 64), (1024, math.inf), ((164, 131), (572, 325))),
     Shapes("flash", DIRECTIONS, _16_BITS, (128, 128), (128, 128), (1024, math.inf), ((208, 231), (645, 590))),
-    Shapes("flash", DIRECTIONS, _16_BITS, (256, 256), (256, 256), (2048, math.inf), ((447, 494), (1031, None))),
-    Shapes("products", ("forward",), _16_BITS, (64, 256), (2048, math.inf), (1024, 8192), ((447, 183), (397, 458))),
+    Shapes("flash", ("backward",), _16_BITS, (256, 256), (256, 256), (2048, math.inf), ((415, 494), (1031, None))),
+    Shapes("products", ("forward",), _16_BITS, (64, 256), (2048, math.inf), (1024, 8192), ((415, 183), (397, 458))),
     Shapes("products", DIRECTIONS, (torch.float32,), (64, 256), (2048, math.inf), (1024, 5792)),
 )
 """Directions and shapes that libraries compute; a (C, C) matrix of "products" fits WORKSPACE"""
