@@ -13,7 +13,8 @@ These count as products, too:
   comparison in 32 bits limits the variable
 
 A cut size is a 64-bit number that was converted to 32 bits, or a sum with one. A remainder, a quotient and a minimum with a
-32-bit number fit 32 bits, so they are none.
+32-bit number fit 32 bits, so they are none. Not followed: a cut size that passes through a function's argument, a member or
+a lambda.
 """
 
 import re
