@@ -172,7 +172,7 @@ def measure(shapes: Iterable[str], device: str = "cuda") -> Times:
     for shape in shapes:
         sizes, paths = SHAPES[shape]
         for path in paths:
-            if path.endswith("by scans"):  # not used at these sizes
+            if path.endswith(("by scans", "by short tiles")):  # not used at these sizes
                 continue
             times = []
             for table in ((), libraries) if path in ATTENTION else ((),):  # an empty table: kernels

@@ -24,10 +24,10 @@ class Launch:
 
 
 # Paths: sizes -> launches. Dense bf16 batches of T tokens in whole chunks or long rows, aligned, without a state.
-def attention_fwd(T: int, C: int, K: int, V: int, H: int) -> Iterator[Launch]:
+def attention_fwd(T: int, C: int, K: int, V: int, H: int, keys: int = 64) -> Iterator[Launch]:
     """chunked_attention_mma.cuh; a warp of 16 rows skips the tiles of keys that its rows do not see."""
     if V > 128:
-        columns, keys = 256, 64 if C >= 1024 else 32  # always 32 on cards with less shared memory
+        columns, keys = 256, keys if C >= 1024 else 32
     elif K > 128:
         columns, keys = 128, 32
     else:
@@ -172,6 +172,7 @@ def cema_step(T: int, D: int, N: int, steps: int) -> Iterator[Launch]:
 
 KERNELS = {
     "attention forward": attention_fwd,
+    "attention forward by short tiles": lambda **sizes: attention_fwd(**sizes, keys=32),  # with less shared memory
     "attention backward": attention_bwd,
     "cema forward": lambda **sizes: _cema(**sizes, backward=False, by_products=True),
     "cema forward by scans": lambda **sizes: _cema(**sizes, backward=False),  # also on cards with less shared memory
@@ -187,7 +188,7 @@ KERNELS = {
 _CEMA = ("cema forward", "cema forward by scans", "cema backward", "cema backward by scans")
 ATTENTION = ("attention forward", "attention backward")
 SHAPES: dict[str, tuple[Sizes, tuple[str, ...]]] = {
-    "200M": ({"T": 16384, "C": 2048, "K": 256, "V": 2048, "H": 1}, ATTENTION),
+    "200M": ({"T": 16384, "C": 2048, "K": 256, "V": 2048, "H": 1}, (*ATTENTION, "attention forward by short tiles")),
     "7B": ({"T": 16384, "C": 4096, "K": 256, "V": 2048, "H": 4}, ATTENTION),
     "small heads": ({"T": 16384, "C": 2048, "K": 64, "V": 64, "H": 8}, ATTENTION),
     "cema of 8 x 2048": ({"T": 16384, "D": 1024, "N": 16}, _CEMA),

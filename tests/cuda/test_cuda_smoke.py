@@ -75,6 +75,7 @@ ROWS = {  # fields of SmokeCase
     "attention, 64 channels": (ATTENTION, TYPES, NARROW, dict(B=1, L=140, H=1, C=70)),
     "attention, 128 channels": (ATTENTION, TWO_TYPES, NARROW | dict(K=128, V=128), ONE_HEAD),
     "attention, elements, DropKey": (ATTENTION, TWO_TYPES, NARROW | dict(K=63, V=100, dropkey=0.1), ONE_HEAD),
+    "attention, 256 columns of short chunks": (ATTENTION, (BF16, F16), NARROW | dict(V=256, C=512), ONE_HEAD),
     "attention, 264 channels": (ATTENTION, (BF16,), NARROW | dict(K=264), dict(B=1, L=20, H=1, C=20)),
     "attention, whole chunks": (ATTENTION, TWO_TYPES, NARROW | dict(causal=False), ONE_HEAD),
     "attention, steps": (ATTENTION, TYPES, WIDE | dict(B=8, L=1, state=True), dict(B=2, C=70, V=520)),
@@ -169,10 +170,6 @@ CHOICES = [(name, dtype, False) for name in CASES for dtype in CASES[name].types
 CHOICES += [(name, dtype, True) for name in LIBRARIES for dtype in CASES[name].types]
 
 
-# Rows and widths of norms: vectors, elements, and rows whose sums do not fit shared memory.
-NORMS = {"norms, vectors": (16384, 1024), "norms, elements": (4096, 771), "norms, wide": (512, 16384)}
-
-
 def norm_case(rows: int, width: int, dtype: torch.dtype) -> Case:
     gen = generator(0)
     x, dy = (randn(gen, rows, width, dtype=F64).to(dtype) for _ in range(2))
@@ -186,14 +183,6 @@ def norm_results(case: Case) -> dict:
     y, z = mo.layer_norm(*leaves.values()), mo.rms_norm(leaves["x"], leaves["weight"])
     grads = torch.autograd.grad((y, z), [*leaves.values()], [case.options["dy"]] * 2)
     return {"y": y.detach(), "z": z.detach()} | {f"d{name}": grad for name, grad in zip(leaves, grads, strict=True)}
-
-
-# Rows, I and O of products of few rows: mega200M's output matrix and wr; elements.
-PRODUCTS = {
-    "products, one row": (1, 1024, 32000),
-    "products, 8 rows": (8, 1024, 2048),
-    "products, elements": (3, 1023, 512),
-}
 
 
 def product_case(rows: int, width: int, columns: int, dtype: torch.dtype) -> Case:
@@ -223,20 +212,22 @@ def run_on_card(compute: Callable[[Case], dict], case: Case) -> tuple[dict, set[
     return found, {kernel for kernel in KERNELS if kernel in events}
 
 
-@needs_gpu
-@pytest.mark.parametrize("dtype", TYPES, ids=str)
-@pytest.mark.parametrize("name", NORMS)
-def test_norms_at_real_sizes(name, dtype):
-    case = norm_case(*NORMS[name], dtype)
-    assert check(name, case, lambda case: run_on_card(norm_results, case), norm_results)
+OTHERS = {  # without a case among OPS: the case and its sizes, results by the kernels, and on the CPU
+    "norms, vectors": (norm_case, (16384, 1024), norm_results, norm_results),
+    "norms, elements": (norm_case, (4096, 771), norm_results, norm_results),
+    "norms, sums beyond shared memory": (norm_case, (512, 16384), norm_results, norm_results),
+    "products, mega200M's output": (product_case, (1, 1024, 32000), product_results, products_by_layers),
+    "products, 8 rows": (product_case, (8, 1024, 2048), product_results, products_by_layers),
+    "products, elements": (product_case, (3, 1023, 512), product_results, products_by_layers),
+}
 
 
 @needs_gpu
 @pytest.mark.parametrize("dtype", TYPES, ids=str)
-@pytest.mark.parametrize("name", PRODUCTS)
-def test_products_at_real_sizes(name, dtype):
-    case = product_case(*PRODUCTS[name], dtype)
-    assert check(name, case, lambda case: run_on_card(product_results, case), products_by_layers)
+@pytest.mark.parametrize("name", OTHERS)
+def test_others_at_real_sizes(name, dtype):
+    build, sizes, by_kernels, on_cpu = OTHERS[name]
+    assert check(name, build(*sizes, dtype), lambda case: run_on_card(by_kernels, case), on_cpu)
 
 
 @needs_gpu
@@ -276,8 +267,7 @@ def test_the_cases_launch_every_kernel(emulator):
     for name, (op, types, sizes, small) in CASES.items():
         case = BUILDERS[op](dtype=types[0], **sizes | small)
         launched |= check(name, case, lambda case: emulated(emulator, case))
-    norms = norm_case(9, 40, BF16)
-    launched |= check("norms", norms, lambda case: emulated(emulator, case, norm_results), norm_results)
-    products = product_case(5, 40, 70, BF16)
-    launched |= check("products", products, lambda case: emulated(emulator, case, product_results), products_by_layers)
+    for name, sizes in ("norms, vectors", (9, 40)), ("products, 8 rows", (5, 40, 70)):
+        build, _, by_kernels, on_cpu = OTHERS[name]
+        launched |= check(name, build(*sizes, BF16), lambda case: emulated(emulator, case, by_kernels), on_cpu)
     assert launched >= KERNELS, KERNELS - launched
