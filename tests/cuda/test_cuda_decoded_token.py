@@ -7,7 +7,7 @@ from collections import Counter
 
 import pytest
 import torch
-from decoding import ROUNDING, assert_equal, by_decoder, by_layers, model_and_state
+from decoding import assert_equal, by_decoder, by_layers, model_and_state
 from models import tokens_of
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
@@ -99,4 +99,5 @@ def test_a_decoder_agrees_with_the_layers(cuda, dtype, rows, length):
         found = by_decoder(mo.Decoder(model, state), pieces)
         fused = "linear_few_rows_kernel" in cuda.module.launched()
         assert fused is (rows * length <= 8)
-        assert_equal(found, by_layers(model, state, pieces), ROUNDING[dtype])
+        tolerance = 2e-6 if dtype == torch.float32 else 2e-2
+        assert_equal(found, by_layers(model, state, pieces), tolerance)

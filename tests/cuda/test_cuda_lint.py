@@ -1,6 +1,5 @@
 """Rules of kernel files: kernels obey them, and lint.py finds each breach."""
 
-import re
 from pathlib import Path
 
 import pytest

@@ -12,7 +12,7 @@ from megalodon_ops import _C
 from megalodon_ops.ops.linear.linear import linear_few_rows
 
 BF16, F16, F32, F64 = torch.bfloat16, torch.float16, torch.float32, torch.float64
-TOLERANCE = {BF16: 5e-3, F16: 6e-4, F32: 1e-6, F64: 1e-14}
+TOLERANCE = {BF16: 2**-8, F16: 2**-11, F32: 1e-6, F64: 4e-15}
 WIDTHS = {  # I for vectors of v elements
     "one-vector": lambda v: v,
     "idle-lanes": lambda v: 31 * v,
